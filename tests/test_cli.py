@@ -184,7 +184,7 @@ def test_errors_are_one_line(model, files, tmp_path, capsys):
     cases = [
         (("transcribe", files[0], "--checkpoint", "nowhere.pt"), "nowhere.pt: no such file"),
         (("transcribe", files[0], "--checkpoint", garbage), "garbage.pt is not a complete PyTorch checkpoint"),
-        (("transcribe", files[0], "--checkpoint", other), "what the 10 classes stand for"),
+        (("transcribe", files[0], "--checkpoint", other), "has the labels of the 10 classes"),
         (("transcribe", "--checkpoint", model), "no files"),
         (("transcribe", "--list", "nolist", "--checkpoint", model), "nolist"),
         (("transcribe", files[0], "--checkpoint", model, "--device", "toaster"), "'toaster' is no device"),

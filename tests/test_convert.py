@@ -236,7 +236,7 @@ def test_what_a_format_cannot_hold_is_a_warning(tmp_path, model):
     report, _ = convert(tmp_path / "a.pt", tmp_path / "a.nemo", "nemo")
     assert report.settings_left_out == [f"{of}.filterbank_features.max_duration" for of in ("input_val", "input_train")]
     (warning,) = report.warnings
-    assert "features of the reference" in warning
+    assert "the reference's features" in warning
     assert read_weights(tmp_path / "a.nemo").config["input_val"]["filterbank_features"]["log_zero_guard_value"] == 1e-20
     report, _ = convert(tmp_path / "a.nemo", tmp_path / "b.pt", "nvidia")
     assert (
@@ -288,7 +288,7 @@ def test_the_command(tmp_path, own, capsys):
     for missing in (out, settings, data):  # one file is missing and the two others still exist
         missing.rename(tmp_path / "kept")
         status, _, errors = run(capsys, *argv)
-        assert status == 2 and errors.count("\n") == 1 and "exists; choose another name, or --force" in errors
+        assert status == 2 and errors.count("\n") == 1 and "exists; choose another name, or add --force" in errors
         assert not missing.exists()
         (tmp_path / "kept").rename(missing)
     assert run(capsys, *argv, "--force")[0] == 0
@@ -486,7 +486,7 @@ def test_a_writer_that_errs_leaves_the_old_file(tmp_path, own, monkeypatch, to):
     def broken(*_):
         raise OSError(28, "No space left on device")
 
-    for fault, said in ((wrong, "is not what was written"), (lost, "other entries"), (broken, "No space left")):
+    for fault, said in ((wrong, "differs from what was written"), (lost, "other entries"), (broken, "No space left")):
         monkeypatch.setitem(conversion.WRITERS, to, fault)
         with pytest.raises(CheckpointError, match=said):
             convert(own, out, to, force=True)

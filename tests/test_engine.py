@@ -239,9 +239,9 @@ def test_bad_input_is_named(face):
         engine(features, lengths[:1])
     with pytest.raises(ValueError, match="lengths must be"):
         engine(features, lengths.float())
-    with pytest.raises(ValueError, match=r"features are on meta, the engine's weights on .*: move either"):
+    with pytest.raises(ValueError, match=r"features are on meta, the engine's weights on .*; move one"):
         engine(features.to("meta"), lengths)
-    with pytest.raises(ValueError, match=r"lengths are on meta, .*: move the lengths"):
+    with pytest.raises(ValueError, match=r"lengths are on meta, .*; move the lengths"):
         engine(features, lengths.to("meta"))
     if face.device.type == "cpu":
         for wrong in (32, -1):
@@ -252,7 +252,7 @@ def test_bad_input_is_named(face):
 def test_bad_options_are_named():
     _, ours = pair(config(), "reference")
     for options, message in [
-        ({"dtype": torch.int8}, "dtype must be a floating-point one"),
+        ({"dtype": torch.int8}, "dtype must be a floating-point dtype"),
         ({"graphs": "yes"}, "graphs must be 'auto', True or False"),
         ({"graphs": True}, "graphs=True needs a CUDA GPU"),
         ({"bucket": 0}, "at least 1"),

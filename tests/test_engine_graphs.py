@@ -393,7 +393,10 @@ def test_a_turn_that_fails_is_waited_for_too(fake):
 
 def test_a_callers_own_capture_is_refused(fake):
     fake.capturing = True
-    with pytest.raises(RuntimeError, match="call it outside of the capture"), Turns(torch.device("cuda")).turn():
+    with (
+        pytest.raises(RuntimeError, match="outside of the capture"),
+        Turns(torch.device("cuda")).turn(),
+    ):
         pass
 
 

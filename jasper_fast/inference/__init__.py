@@ -1,9 +1,10 @@
-"""Inference: batch norm folded, weights packed once, each sub-block one fused conv, panes read from a history buffer.
+"""Inference: batch norms are folded into the convs, weights are packed once, and each sub-block is one fused conv. The
+panes (the 1x1 convs of residual connections) read all earlier block outputs from one buffer.
 
-`engine` is what a user calls; `plan` folds the model and says which sub-block reads and writes where; `stepwise` runs
-the plan through ATen or the CPU kernels, `launches` through Triton's, in CUDA graphs on a GPU (`graphs`, `shapes`).
-`fuse` lets models of other projects run on ours: their blocks in training (`nn.fuse`), whole encoders in evaluation
-(`encoders`).
+`engine` has the class for users. `plan` folds the model and decides in which buffers each sub-block reads and writes.
+`stepwise` runs the plan on ATen or the CPU kernels, and `launches` runs it on the Triton or CUDA kernels. On a GPU both
+use CUDA graphs (`graphs`, `shapes`). `fuse` makes models of other projects run on our kernels: block by block in
+training (`nn.fuse`), and as whole encoders in evaluation (`encoders`).
 """
 
 from jasper_fast.inference.engine import InferenceEngine

@@ -1,4 +1,4 @@
-"""A checkpoint in another project's format, with an exact report of what became of everything in it."""
+"""Converts checkpoints between formats, with an exact report of what became of each entry."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from jasper_fast.nn.model import Jasper
 from jasper_fast.speech.features import LogMelFeatures
 
 HOLDS_AVERAGE = ("jasper_fast", "nvidia")
-RULES = "lengths, the ends of the audio and dither follow other rules there"
+RULES = "there, lengths, the ends of the audio and dither follow other rules"
 
 
 class ConvertError(ValueError):
-    """A conversion that cannot be made; the message says why and what to do."""
+    """A conversion is not possible. The message says why and what to do."""
 
 
 @dataclass
 class Report:
-    """What became of everything in a checkpoint; `str(report)` is the text."""
+    """What became of each entry of a checkpoint; `str(report)` is the text."""
 
     source: str
     kind: str
     out: str
     to: str
-    names: dict[str, str]  # each entry's name in `out`, by that in `source`
+    names: dict[str, str]  # name in `out` of each entry, by its name in `source`
     elements: int
-    average: bool  # whether the moving average went along
+    average: bool  # whether the moving average was converted too
     made: list[str] = field(default_factory=list)  # entries of `out` that are not in `source`
-    left_out: list[str] = field(default_factory=list)  # what `source` holds beside
+    left_out: list[str] = field(default_factory=list)  # entries of `source` that are not in `out`
     settings_left_out: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -52,8 +52,8 @@ class Report:
         wide = max(len(old) for old, _ in rows)
         lines = [f"{self.source} ({self.kind}) -> {self.out} ({self.to})"]
         lines += [f"{n:6}  {old:{wide}}  ->  {new}" for (old, new), n in rows.items()]
-        lines.append(f"{len(self.names)} entries, {self.elements:,} elements: read again from the new file, bit-equal")
-        lines += ["the moving average went along, as ema_state_dict"] if self.average else []
+        lines.append(f"{len(self.names)} entries, {self.elements:,} elements: read back from the new file, bit-equal")
+        lines += ["the moving average was converted too, as ema_state_dict"] if self.average else []
         sections = Counter(name.rpartition(".")[0] or name for name in self.settings_left_out)
         settings = [f"{name} ({n})" for name, n in sections.items()]
         for what, names in (("made anew", self.made), ("left out", self.left_out), ("settings left out", settings)):
@@ -70,12 +70,14 @@ def convert(
     ema: bool = False,
     force: bool = False,
 ) -> tuple[Report, JasperConfig]:
-    """Writes the weights in `source`, of any format that `read_weights` knows, as the file `out` in the format `to`.
+    """Writes the weights in `source`, in any format that `read_weights` knows, to the file `out` in the format `to`.
+    Returns the report and the model's configuration.
 
-    Every entry keeps its dtype and bits: the new file is read again and compared before it takes its place, which it
-    does at once or not at all. `config` is for files without one. `ema` writes the moving average in place of the
-    weights; without it an average goes along where the format has a place for it. Gives the report and the model's
-    configuration. Raises ConvertError where `out` exists and not `force`, and for what the format cannot hold;
+    Every entry keeps its dtype and bits. The new file is read back and compared under a temporary name, and then
+    renamed to `out`. `config` is for files without a configuration. `ema` writes the moving average in place of the
+    weights. Without `ema`, the average is converted too if the format has a place for it.
+
+    Raises ConvertError if `out` exists and `force` is false, and for a model that the format cannot represent. Raises
     CheckpointError for a file that cannot be read or does not fit its configuration.
     """
     if to not in WRITERS:
@@ -102,14 +104,14 @@ def convert(
 
 
 def refuse_existing(force: bool, *paths: str | Path) -> None:
-    """Raises ConvertError for a file that exists, unless `force`."""
+    """Raises ConvertError if one of the files exists, unless `force`."""
     for path in paths:
         if Path(path).exists() and not force:
-            raise ConvertError(f"{path} exists; choose another name, or --force to replace it")
+            raise ConvertError(f"{path} exists; choose another name, or add --force to replace it")
 
 
 def _with_labels(config: JasperConfig, weights: Weights) -> JasperConfig:
-    """The configuration with the labels that the file names."""
+    """Returns the configuration with the labels that are in the file."""
     if weights.labels is None:
         return config
     labels = tuple(weights.labels)
@@ -119,14 +121,14 @@ def _with_labels(config: JasperConfig, weights: Weights) -> JasperConfig:
 
 
 def _entries(weights: Weights, config: JasperConfig) -> tuple[dict[str, Tensor], list[str]]:
-    """The entries in the order of the model, each contiguous in memory of its own, and names of those that the file
-    lacks: counters of PyTorch 0.4."""
+    """Returns the entries in the order of the model, each contiguous in memory of its own, and the names of entries
+    that are not in the file. These are the counters of batch norms, which PyTorch 0.4 did not save."""
     try:
         with torch.device("meta"):
             own = Jasper(config).state_dict()
     except RuntimeError as error:
         said = str(error).partition("\n")[0]
-        raise CheckpointError(f"{weights.path}: its configuration makes no model ({said})") from error
+        raise CheckpointError(f"{weights.path}: no model can be made from its configuration ({said})") from error
     given, wrong, extra = compared(own, weights)
     for name in [name for name in own if name not in wrong]:
         tensor = given[name]
@@ -147,13 +149,13 @@ def _entries(weights: Weights, config: JasperConfig) -> tuple[dict[str, Tensor],
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)  # a NaN is not equal to itself
+    return tensor.reshape(-1).view(torch.uint8)  # compare bytes, because a NaN is not equal to itself
 
 
 def _compare(
     back: Weights, entries: dict[str, Tensor], average: dict[str, Tensor] | None, config: JasperConfig, to: str
 ) -> None:
-    """Raises CheckpointError unless the new file reads as what was to be written."""
+    """Raises CheckpointError if the new file, read back, differs from what was to be written."""
     for wanted, got in ((entries, back.state_dict), (average, back.average)):
         if wanted is None and got is None:
             continue
@@ -161,7 +163,7 @@ def _compare(
             raise CheckpointError(f"{back.path} has other entries than were written")
         for name, tensor in wanted.items():
             if tensor.dtype != got[name].dtype or not torch.equal(_bits(tensor), _bits(got[name])):
-                raise CheckpointError(f"{back.path}: {name} is not what was written")
+                raise CheckpointError(f"{back.path}: {name} differs from what was written")
     if to != "nvidia":
         known = JasperConfig.from_dict(back.config)
         same = dataclasses.replace(known.encoder, init=config.encoder.init) == config.encoder
@@ -180,14 +182,14 @@ def _jasper_fast(
 def _nvidia(
     file: BinaryIO, entries: dict[str, Tensor], average: dict[str, Tensor] | None, config: JasperConfig, report: Report
 ) -> dict[str, str]:
-    wrapped = any(block.separable for block in config.encoder.blocks)  # as NVIDIA's QuartzNet names it
+    wrapped = any(block.separable for block in config.encoder.blocks)  # NVIDIA's QuartzNet has other names
     theirs = {name: name.replace(".conv.", ".mconv.") if wrapped else name for name in {**entries, **(average or {})}}
     state, mean = ({theirs[k]: v for k, v in of.items()} if of else None for of in (entries, average))
     torch.save({"state_dict": state, "ema_state_dict": mean}, file)
     report.settings_left_out += [*(["labels"] if config.labels else []), "jasper", *_settings(config)]
     report.warnings.append(
-        "NVIDIA's format holds neither labels nor settings: its scripts and jasper-fast need a configuration, which "
-        "--config-out writes"
+        "NVIDIA's format stores neither labels nor settings; to use the file, NVIDIA's scripts and jasper-fast need a "
+        "configuration, which --config-out writes"
     )
     if _features(config).get("convention", "reference") != "reference":
         report.warnings.append(f"the model was trained on NeMo's features; NVIDIA's differ: {RULES}")
@@ -199,17 +201,17 @@ def _nemo(
 ) -> dict[str, str]:
     labels = labels_of(config)
     if config.labels is None:
-        report.warnings.append("the file does not name its labels; NeMo is told the published ones: space, a to z, '")
+        report.warnings.append("the source does not name its labels; the published ones are used: space, a to z, '")
     given = {"n_filt": config.encoder.in_feats} | _features(config)
     try:
         features = LogMelFeatures.from_config(given, pad_to_max_duration=False)
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise ConvertError(f"{report.source}: the settings of its features make none ({error})") from error
+        raise ConvertError(f"{report.source}: the settings of its features are not valid ({error})") from error
     settings = dict(NEMO_FEATURES.values()) | given
     settings["log_zero_guard_value"] = features.log_guard
     settings["pad_align"] = settings["pad_align"] or 0
     if features.convention != "nemo":
-        report.warnings.append(f"the model was trained on features of the reference; NeMo's differ: {RULES}")
+        report.warnings.append(f"the model was trained on the reference's features; NeMo's differ: {RULES}")
     theirs = nemo_file.names(entries, config.encoder.use_conv_masks)
     made = {"preprocessor.featurizer.window": features.window, "preprocessor.featurizer.fb": features.mel[None]}
     document = nemo_file.document(config, labels, settings)
@@ -234,9 +236,9 @@ WRITERS = {"jasper_fast": _jasper_fast, "nvidia": _nvidia, "nemo": _nemo, "safet
 
 def _labels(config: JasperConfig, report: Report) -> list[str] | None:
     if config.labels is None:
-        report.warnings.append("the labels are not known; --config names a configuration with labels")
+        report.warnings.append("the labels are not known; give a configuration with labels as --config")
     if not _features(config):
-        report.warnings.append("the settings of the features are not known: the reference's hold")
+        report.warnings.append("the settings of the features are not known; those of the reference are assumed")
     return list(config.labels) if config.labels is not None else None
 
 
@@ -245,7 +247,7 @@ def _features(config: JasperConfig) -> dict[str, Any]:
 
 
 def _settings(config: JasperConfig) -> dict[str, Any]:
-    """All settings of the input by dotted names."""
+    """Returns all settings of the input by dotted names."""
 
     def leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
@@ -258,10 +260,10 @@ def _settings(config: JasperConfig) -> dict[str, Any]:
 
 
 def yaml_of(config: JasperConfig) -> str:
-    """The configuration as a YAML file of the reference's form."""
+    """Returns the configuration as YAML text in the reference's form."""
     import yaml
 
     document = config.to_dict()
-    if config.labels is not None:  # counted, as in the reference's own files
+    if config.labels is not None:  # then n_classes is their number, and the reference's own files do not have it
         del document["jasper"]["decoder"]["n_classes"]
     return yaml.safe_dump({k: v for k, v in document.items() if v}, sort_keys=False, allow_unicode=True)

@@ -1,8 +1,9 @@
-"""Whole encoders of other projects: in evaluation without gradients, one engine runs all their fused blocks.
+"""Runs whole encoders of other projects on one engine, in evaluation without gradients.
 
-An encoder keeps its modules, parameters and buffers, as its blocks do (`nn.fuse`). Its forward calls the engine if that
-gives the same result. It calls its own forward in training, with gradients, while a compiler traces it, and if its
-blocks have hooks. Before each call it checks whether the weights have changed since they were folded.
+A fused encoder keeps its modules, parameters and buffers, as fused blocks do (`nn.fuse`). Its new forward calls the
+engine if that gives the same result. Otherwise it calls the original forward: in training, with gradients, while a
+compiler traces it, and if its blocks have hooks. Before each call it checks whether the weights have changed since they
+were folded.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Encoder:
         return SimpleNamespace(encoder=encoder, decoder=None)
 
     def lengths(self, lengths: Tensor | None) -> Tensor | None:
-        """The lengths that the blocks would return if they ran one by one."""
+        """Returns the lengths that the blocks would return if they ran one by one."""
         for layer in self.layers if lengths is not None else ():
             found, before = layer.found, lengths
             for sub in found.sub_blocks:
@@ -90,7 +91,8 @@ class Encoder:
 
 
 def describe(module: nn.Module, kind: type[FusedEncoder], backend: str) -> Encoder:
-    """The encoder `module` as an engine reads it; raises Unfit with the reason if that cannot compute it."""
+    """Returns the encoder `module` in the form that an engine reads. Raises Unfit, with the reason, if an engine cannot
+    compute it."""
     layers = []
     for block in kind.blocks_of(module):
         if "forward" in vars(block):
@@ -98,13 +100,13 @@ def describe(module: nn.Module, kind: type[FusedEncoder], backend: str) -> Encod
         layers.append(_layer(block, parts(block)))
     masks = {kind.masks_of(module, layer.found) for layer in layers}
     if len(masks) > 1:
-        raise Unfit("masks in some of its blocks only")
+        raise Unfit("only some of its blocks have masks")
     if kind.returns_all and layers[-1].found.dense:
         raise Unfit("its last block is dense, so the outputs of all blocks are returned")
     found = Encoder(layers, *masks, backend)
     for (c_in, b, panes), layer, before in zip(block_shapes(found.config), layers, [None, *layers[:-1]], strict=True):
         if layer.found.sub_blocks[0].conv.in_channels != c_in or [p.in_channels for p, _ in layer.panes()] != panes:
-            raise Unfit("channels of its convs that are not those of Jasper")
+            raise Unfit("its convs have other channels than those of a Jasper")
         after_dense = before is not None and before.b.residual_dense
         if b.residual and not b.residual_dense and after_dense and not layer.found.takes_last:
             raise Unfit("a plain residual after a dense one")
@@ -115,11 +117,11 @@ def _layer(block: nn.Module, found: Parts) -> Layer:
     convs, pointwise = [sub.conv for sub in found.sub_blocks], [conv for conv, _ in found.panes]
     in_time, taps = [sub.in_time for sub in found.sub_blocks], [sub.taps for sub in found.sub_blocks if sub.taps]
     if {m for m in block.modules() if isinstance(m, nn.Conv1d)} != {*convs, *pointwise, *taps}:
-        raise Unfit("convs of a kind that an engine does not have")
+        raise Unfit("convs that an engine does not have")
     norms = [sub.bn for sub in found.sub_blocks] + [bn for _, bn in found.panes]
     for m in (*convs, *pointwise, *taps, *norms):
         if "weight" in vars(m):
-            raise Unfit("a weight that is no parameter")
+            raise Unfit("a weight that is not a parameter")
     if any(bn.running_mean is None for bn in norms):
         raise Unfit("a batch norm without running statistics")
     first, residual, c = in_time[0], bool(found.panes), convs[0].out_channels
@@ -131,12 +133,12 @@ def _layer(block: nn.Module, found: Parts) -> Layer:
     shape = ((b.k,), (b.s,), (b.d,), (b.padding,))
     unlike = any((m.kernel_size, m.stride, m.dilation, m.padding) != shape for m in in_time)
     if unlike or any(m.out_channels != c for m in convs) or len(taps) not in (0, len(convs)):
-        raise Unfit("convs in one block with unlike settings, or with padding other than k // 2 * dilation")
+        raise Unfit("convs in one block with different settings, or with padding other than k // 2 * dilation")
     return Layer(b, found)
 
 
 class Whole:
-    """What a fused encoder holds: an engine for each dtype, and a `Watch` that tells when their weights are stale."""
+    """The state of a fused encoder: an engine for each dtype, and a `Watch` that notices changes of the weights."""
 
     def __init__(self, backend: str, graphs: Graphs):
         self._how = backend, graphs
@@ -149,7 +151,7 @@ class Whole:
         return Whole, self._how
 
     def drop(self) -> None:
-        """Forgets the engines, with their copies of the weights; the next call of `engine` makes them anew."""
+        """Drops the engines and their copies of the weights. The next call of `engine` makes a new one."""
         with self._lock:
             self._engines: dict[torch.dtype, EncoderEngine] = {}
             self._watch: Watch | None = None
@@ -158,15 +160,16 @@ class Whole:
             self._capturing: list[nn.Module] = []
 
     def stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        """Drops the engines if `optimizer` updates this encoder: fused optimisers do not raise `_version`."""
+        """Drops the engines if `optimizer` has updated this encoder. The Watch would not notice the step of a fused
+        optimiser, which does not raise `_version`."""
         with self._lock:
             given = (p for group in optimizer.param_groups for p in group["params"])
             if self._watch is not None and self._watch.holds(given):
                 self.drop()
 
     def describe(self, encoder: FusedEncoder) -> Encoder | None:
-        """The encoder as it is now, or None if no engine can compute it. Then the blocks run one by one and raise
-        their own errors."""
+        """Returns the encoder as it is now, or None if no engine can compute it. Then the blocks run one by one and
+        raise their own errors."""
         with self._lock, contextlib.suppress(Unfit):
             if self._watch is None or not self._watch.same():
                 self.drop()
@@ -182,10 +185,10 @@ class Whole:
         return None
 
     def engine(self, found: Encoder, dtype: torch.dtype) -> EncoderEngine:
-        """The engine of what `describe` gave, in `dtype`."""
+        """Returns the engine in `dtype` for `found`, which `describe` has returned."""
         with self._lock:
             if dtype not in self._engines:
-                with torch.inference_mode(False):  # inference tensors could not be used outside that mode
+                with torch.inference_mode(False):  # tensors made in inference mode are of no use outside it
                     self._engines[dtype] = EncoderEngine(found, dtype=dtype, graphs=self._how[1])
             return self._engines[dtype]
 
@@ -208,30 +211,30 @@ class FusedEncoder(Before):
     """An encoder whose forward calls the engine if that gives the same result."""
 
     where: str  # dotted path of the blocks
-    returns_all = False  # whether it returns the list of all block outputs, not the last one alone
+    returns_all = False  # whether forward returns a list of block outputs instead of the last one
 
     @classmethod
     def blocks_of(cls, module: nn.Module) -> list[nn.Module]:
-        """The blocks of `module` in order; empty if it is no encoder of this kind."""
+        """Returns the blocks of `module` in order, or none if it is not an encoder of this kind."""
         for name in cls.where.split("."):
             module = getattr(module, name, None)
         return list(module) if isinstance(module, nn.ModuleList | nn.Sequential) else []
 
     @staticmethod
     def masks_of(module: nn.Module, block: Parts) -> bool:
-        """Whether convs of `block` of the encoder `module` zero the padding of their inputs."""
+        """Returns whether the convs of `block`, in the encoder `module`, zero the padding of their inputs."""
         return block.masked
 
     def tree(self) -> Iterator[nn.Module]:
-        """The modules that decide what an engine must compute."""
+        """Returns the modules whose weights and settings decide what an engine must compute."""
         return (m for m in self.modules() if m is not self)
 
     def train(self, mode: bool = True):
-        vars(self)[STATE].drop()  # so that every eval() folds anew, and training has the memory
+        vars(self)[STATE].drop()  # every eval() folds the weights again, and training can use the engines' memory
         return super().train(mode)
 
     def sharing(self) -> contextlib.AbstractContextManager[None]:
-        """A context for its own forward in training, in which the blocks share work on the same block output."""
+        """Returns a context for the original forward. In training the blocks then share work on the same output."""
         if not self.training or torch.compiler.is_compiling():
             return contextlib.nullcontext()
         try:
@@ -240,15 +243,15 @@ class FusedEncoder(Before):
             return contextlib.nullcontext()
 
     def whole(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
-        """The output (N, C, T') of the last block, and the lengths that it returns; None where the encoder's own
-        forward has to run."""
+        """Runs the engine. Returns the output (N, C, T') of the last block and its lengths, or None if the encoder's
+        original forward must run instead."""
         if (
             self.training
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or torch.jit.is_tracing()
             or nn.modules.module._has_any_global_hook()
-            or getattr(self, "_is_replica", False)  # of nn.DataParallel: its weights are new in every call
+            or getattr(self, "_is_replica", False)  # a replica of nn.DataParallel has new weights in every call
         ):
             return None
         found = vars(self)[STATE].describe(self)
@@ -266,7 +269,7 @@ class FusedEncoder(Before):
 
 
 def _fits(found: Encoder, x: Tensor, lengths: Tensor | None) -> bool:
-    """Whether an engine takes these arguments. For others, the encoder's own forward raises its own error."""
+    """Returns whether an engine can take these arguments. For others the original forward raises its own error."""
     return (
         type(x) is Tensor
         and x.dim() == 3
@@ -280,7 +283,7 @@ def _fits(found: Encoder, x: Tensor, lengths: Tensor | None) -> bool:
 
 
 class NVIDIAsEncoder(FusedEncoder):
-    """JasperEncoder, which returns the list of block outputs."""
+    """NVIDIA's JasperEncoder, which returns a list of block outputs."""
 
     where, returns_all = "layers", True
 
@@ -292,7 +295,7 @@ class NVIDIAsEncoder(FusedEncoder):
 
 
 class NeMosEncoder(FusedEncoder):
-    """ConvASREncoder, called by keyword."""
+    """NeMo's ConvASREncoder, which is called with keyword arguments."""
 
     where = "encoder"
 
@@ -304,7 +307,7 @@ class NeMosEncoder(FusedEncoder):
 
 
 class EagerModel(FusedEncoder):
-    """EagerJasper: its encoder has no forward of its own."""
+    """EagerJasper, whose encoder has no forward and is run by the model's."""
 
     where = "encoder.layers"
 
@@ -324,7 +327,7 @@ class EagerModel(FusedEncoder):
         return log_probs, out_lengths(self.config, lengths)
 
 
-# name of an encoder's class: what it becomes
+# name of an encoder's class: the class that replaces it
 KINDS: dict[str, type[FusedEncoder]] = {
     "JasperEncoder": NVIDIAsEncoder,
     "ConvASREncoder": NeMosEncoder,
@@ -333,7 +336,8 @@ KINDS: dict[str, type[FusedEncoder]] = {
 
 
 def fuse_encoder(encoder: nn.Module, backend: str, graphs: Graphs) -> Whole:
-    """Gives `encoder`, which is one of KINDS, the forward that calls an engine. Returns its state for that."""
+    """Replaces the class of `encoder`, whose name is in KINDS, by one whose forward calls an engine. Returns its
+    state."""
     vars(encoder)[STATE] = whole = Whole(backend, graphs)
     become(encoder, KINDS[type(encoder).__name__])
     return whole

@@ -26,33 +26,33 @@ class InferenceEngine:
     """Runs a Jasper for evaluation: `engine(features (N, C, T), lengths (N,)) -> (log_probs (N, T', V) fp32, lengths)`.
 
     `features` are floating point; `lengths` are integers in [0, T], in frames; both are on the device of the weights.
-    Raises ValueError for arguments that do not fit. Lengths outside that range are an error on the CPU. On a GPU
-    kernels clamp them, because checking them would stall the GPU. No gradient flows through the engine.
+    Raises ValueError for arguments that do not fit. Lengths outside that range are an error on the CPU. On a GPU the
+    kernels clamp them, because a check would have to wait for the GPU. No gradient flows through the engine.
 
-    The constructor copies, folds (in fp32 or wider) and packs the model's weights: call `refresh()` after they change.
+    The constructor copies, folds (in fp32 or wider) and packs the model's weights. Call `refresh()` after they change.
     dtype: of weights and activations, by default that of the model; sums are always fp32. bf16 is fastest on a CPU with
-    AVX512-BF16 or AMX. fp16 runs as fp32 on a CPU, which is faster.
+    AVX512-BF16 or AMX. On a CPU fp16 is computed in fp32, which is faster.
 
-    It reuses its activation buffers between calls. Results are in new memory and depend only on the input of the call.
-    Any number of threads and CUDA streams may call one engine. It runs on the caller's current stream, one call at a
-    time; for parallel calls make one engine per thread. `copy.deepcopy` and `pickle` copy the model and make an engine
-    of the copy.
+    The engine reuses its activation buffers between calls. Results are in new memory and depend only on the input of
+    the call. Any number of threads and CUDA streams may call one engine. It runs on the caller's current stream, one
+    call at a time; for parallel calls make one engine per thread. `copy.deepcopy` and `pickle` copy the model and make
+    an engine of the copy.
 
-    On the triton and cuda faces a call is one kernel a sub-block, features to log-probabilities, and no ATen op, where
-    lengths are int64 and the vocabulary has up to 128 symbols (ATen does a larger one's log-softmax, and copies
-    features that the first block's own panes take). All kernels but the first and the last are one CUDA graph for each
-    N and, with conv masks, each `bucket` frames of T' (without masks, each T), of which the `graph_limit` used last are
-    kept. The steps through cuDNN, up to four kernels a sub-block, are graphs of the same kind.
-    graphs: "auto" captures on a GPU when a shape comes for the second time; True at the first, and is a ValueError
-    without a GPU; False never. On the triton face results are the same bits with and without.
+    On the triton and cuda faces a call runs one kernel per sub-block and one for the decoder. ATen does the log-softmax
+    of a vocabulary of more than 128 symbols, and copies the features if the first block's panes read them. The kernels
+    between the first and the last are captured in a CUDA graph per shape. With conv masks T' is rounded up to a
+    multiple of `bucket` frames, so that few shapes occur. The `graph_limit` most recently used graphs are kept. Convs
+    on cuDNN, with up to four kernels per sub-block, run in such graphs too.
+    graphs: "auto" captures on a GPU when a shape occurs for the second time; True at the first time, and is a
+    ValueError without a GPU; False never. On the triton face results have the same bits with and without graphs.
 
-    With `backend="auto"` on a GPU each call takes the faster of the two for its N*T': as measured there, once, at the
-    first such call (see `jasper_fast.dispatch.tuned`; the model's `tune=False` keeps to tables and rules). The engine
-    then holds the weights twice, one copy for each; a model with backend="triton" or "reference" has one.
+    With `backend="auto"` on a GPU each call uses the fastest face for its N*T'. The times are measured once on each
+    GPU, at the first such call (see `jasper_fast.dispatch.tuned`); with the model's `tune=False` they come from tables
+    and estimates. The engine then has one copy of the weights per face.
 
-    fp32_precision: what products of fp32 weights are rounded to on a GPU, "ieee" (not at all) or "tf32"; None as
-    PyTorch's own switches say at the time of a call (`jasper_fast.kernels.precision`). Calls of engines with one take
-    turns, because they set those switches meanwhile.
+    fp32_precision: the precision of products of fp32 weights on a GPU, "ieee" or "tf32". None: PyTorch's own switches
+    decide at each call (`jasper_fast.kernels.precision`). Engines with a precision of their own take turns, because a
+    call sets those switches while it runs.
 
     Equivalent to `model.eval()(features, lengths)` under `torch.no_grad()`, on rows t < length.
     """
@@ -68,7 +68,7 @@ class InferenceEngine:
         fp32_precision: str | None = None,
     ):
         if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating-point one, as torch.float16, not {dtype}")
+            raise ValueError(f"dtype must be a floating-point dtype such as torch.float16, not {dtype}")
         if graphs not in ("auto", True, False):
             raise ValueError(f"graphs must be 'auto', True or False, not {graphs!r}")
         if bucket < 1 or graph_limit < 1:
@@ -81,7 +81,7 @@ class InferenceEngine:
         self.refresh()
 
     def refresh(self) -> None:
-        """Folds and packs the present weights of the model, on their present device."""
+        """Folds and packs the current weights of the model, on their current device."""
         with self._lock, self._precisely(), torch.no_grad():
             if self._turns is not None:
                 with self._turns.turn():
@@ -92,7 +92,7 @@ class InferenceEngine:
             with turns.turn():
                 runs = {face: self._runner(face, dtype, turns) for face in faces}
             self._turns, self._runs, self._device, self._dtype = turns, runs, weight.device, dtype
-            # the allocator knows only the stream on which buffers were made, and calls may have come on others
+            # The allocator does not know the other streams that use the buffers: wait for them before freeing them.
             self._waits = weakref.finalize(self, turns.finish)
             self._waits.atexit = False
 
@@ -100,15 +100,15 @@ class InferenceEngine:
         return contextlib.nullcontext() if self._fp32 is None else precision.fp32(self._fp32)
 
     def __reduce__(self) -> tuple:
-        """A copy, also a pickled one, copies the model and folds its weights as they are then: a lock cannot be copied,
-        and buffers and graphs are this engine's own."""
+        """Copies or pickles only the model and the settings. The copy folds the weights itself, and has its own lock,
+        buffers and graphs."""
         how = {"dtype": self._wanted, "graphs": self._graphs, "bucket": self._bucket, "graph_limit": self._limit}
         how["fp32_precision"] = self._fp32
         return functools.partial(type(self), **how), (self._model,)
 
     def _runner(self, face: str, dtype: torch.dtype, turns: Turns) -> Launches | Stepwise:
         if self._graphs is True and face == "cpu":
-            raise ValueError("graphs=True needs a CUDA GPU, and the weights are on the CPU; take graphs='auto'")
+            raise ValueError("graphs=True needs a CUDA GPU, but the weights are on the CPU; use graphs='auto'")
         wanted = turns.device.type == "cuda" if self._graphs == "auto" else self._graphs
         graphs = CudaGraphs(turns.device) if wanted else None
         shapes = Shapes(turns, graphs, patient=self._graphs == "auto", limit=self._limit)
@@ -117,7 +117,7 @@ class InferenceEngine:
         return Stepwise(self._model, dtype, face, shapes, bucket=self._bucket)
 
     def _chosen(self, n: int, t: int) -> Launches | Stepwise:
-        """The runner of `n` utterances of `t` feature frames."""
+        """Returns the runner for `n` utterances of `t` feature frames."""
         if len(self._runs) == 1:
             return self._run
         with contextlib.nullcontext() if self._model.tune else tuned.off():
@@ -127,7 +127,7 @@ class InferenceEngine:
 
     @property
     def _run(self) -> Launches | Stepwise:
-        """The first of the runners, as a rule the only one."""
+        """The first runner, which on a CPU is the only one."""
         return next(iter(self._runs.values()))
 
     @torch.no_grad()
@@ -136,11 +136,11 @@ class InferenceEngine:
         if not features.is_floating_point():
             raise ValueError(f"features must be floating point, got {features.dtype}")
         if features.device != self._device:
-            raise ValueError(f"features are on {features.device}, the engine's weights on {self._device}: move either")
+            raise ValueError(f"features are on {features.device}, the engine's weights on {self._device}; move one")
         if lengths is None:
             lengths = torch.full((n,), t, dtype=torch.int64, device=features.device)
         elif lengths.device != self._device:
-            raise ValueError(f"lengths are on {lengths.device}, the features on {self._device}: move the lengths")
+            raise ValueError(f"lengths are on {lengths.device}, the features on {self._device}; move the lengths")
         elif not lengths.is_cuda and any(not 0 <= length <= t for length in lengths.tolist()):
             raise ValueError(f"lengths must lie in [0, T = {t}], got {lengths.tolist()}")
         return self._compute(features, lengths)
@@ -148,13 +148,13 @@ class InferenceEngine:
     def _compute(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         n, _, t = features.shape
         with self._lock, self._precisely():
-            runner = self._chosen(n, t)  # before the turn: what is measured there waits for the device
+            runner = self._chosen(n, t)  # not within the turn, because tuning may synchronise the device
             with self._turns.turn():
                 return runner.run(features, lengths.to(torch.int64).contiguous())
 
 
 class EncoderEngine(InferenceEngine):
-    """The same for a model without a decoder: `engine(features, lengths) -> output of the last block (N, C, T')`, in
+    """An engine for a model without a decoder: `engine(features, lengths) -> output of the last block (N, C, T')`, in
     NTC memory. Lengths outside [0, T] are clamped."""
 
     def __init__(self, model: Network, **how: object):

@@ -1,4 +1,4 @@
-"""Results of an evaluation: error rates overall, by set, length and speaker, and a page with the worst utterances."""
+"""Summarises an evaluation: error rates overall and by set, length and speaker, and a page of the worst utterances."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from jasper_fast.speech.audio import AudioError, ShortAudio
 from jasper_fast.speech.metrics import alignment
 
 Row = dict[str, Any]  # an utterance: text, pred_text, duration, word_errors, words, character_errors, characters, ...
-LENGTHS = (2.0, 5.0, 10.0, 15.0)  # seconds that divide utterances into classes by length
+LENGTHS = (2.0, 5.0, 10.0, 15.0)  # the bounds, in seconds, between the classes of utterances by length
 
 
 def length_of(row: Row) -> str:
-    """The class of LENGTHS that an utterance belongs to."""
+    """Returns the name of the length class to which an utterance belongs."""
     upper = next((i for i, bound in enumerate(LENGTHS) if row["duration"] < bound), len(LENGTHS))
     low = f"{LENGTHS[upper - 1]:g}" if upper else "0"
     return f"{low} to {LENGTHS[upper]:g} s" if upper < len(LENGTHS) else f"{low} s and more"
 
 
 def grouped(rows: Sequence[Row], key: Callable[[Row], str | None]) -> dict[str, dict[str, Any]]:
-    """Counts and error rates of the rows that ``key`` gives one name to; those that it gives None are left out."""
+    """Returns counts and error rates by the name that ``key`` returns. Rows for which it returns None are left out."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if (name := key(row)) is not None:
@@ -38,7 +38,7 @@ def grouped(rows: Sequence[Row], key: Callable[[Row], str | None]) -> dict[str, 
 
 
 def totals(rows: Sequence[Row]) -> dict[str, Any]:
-    """Counts and error rates of rows; where there are no words, the rate is the number of errors."""
+    """Returns counts and error rates of rows. If they have no words, the rate is the number of errors."""
     sums = {k: sum(row[k] for row in rows) for k in ("word_errors", "words", "character_errors", "characters")}
     rates = {"wer": sums["word_errors"] / max(sums["words"], 1)}
     rates["cer"] = sums["character_errors"] / max(sums["characters"], 1)
@@ -46,7 +46,7 @@ def totals(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def by_parts(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:
-    """``totals`` by manifest, by length and by speaker."""
+    """Returns ``totals`` by manifest, by length and by speaker."""
     lengths = grouped(rows, length_of)
     ranges = sorted(lengths, key=lambda name: float(name.split()[0]))
     return {
@@ -57,13 +57,13 @@ def by_parts(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def worst(rows: Sequence[Row], count: int) -> list[Row]:
-    """The ``count`` rows with the highest word error rates."""
+    """Returns the ``count`` rows with the highest word error rates, the worst first."""
     bad = sorted((r for r in rows if r["word_errors"]), key=lambda r: r["word_errors"] / max(r["words"], 1))
     return bad[::-1][: max(count, 0)]
 
 
 def sound(row: Row) -> str | None:
-    """The audio of an utterance as a data URI of FLAC at 16 kHz, None where it cannot be read."""
+    """Returns the audio of an utterance as a data URI (FLAC, 16 kHz), or None if it cannot be read."""
     try:
         packed = Packed(row["tar"], row["tar_start"], row["tar_size"]) if "tar" in row else None
         source = Utterance(row["audio_filepath"], row["duration"], "", packed=packed).source()
@@ -78,7 +78,7 @@ def sound(row: Row) -> str | None:
 
 
 def html(figures: dict[str, Any], rows: Sequence[Row], count: int) -> str:
-    """Writes the page: overall and partial figures, histograms, the ``count`` worst utterances aligned, with audio."""
+    """Returns the page: figures, histograms, and the ``count`` worst utterances with their alignment and audio."""
     shown = [
         row | {"aligned": alignment(row["text"], row["pred_text"]), "sound": sound(row)} for row in worst(rows, count)
     ]

@@ -1,4 +1,4 @@
-"""Export for other runtimes: one plain graph of convolutions, compared with the engine before it is written."""
+"""Exports a model as a plain graph of convolutions for other runtimes. ONNX files are compared with the engine."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ from jasper_fast.nn.config import BlockConfig
 from jasper_fast.nn.model import Jasper
 
 INPUTS, OUTPUTS = ("audio_signal", "length"), ("logprobs", "encoded_lengths")
-TOLERANCE = 1e-3  # between log-probabilities of the graph and of the engine, both fp32
+TOLERANCE = 1e-3  # largest difference between log-probabilities of the graph and of the engine, both in fp32
 Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class ExportError(ValueError):
-    """A graph that cannot be made, or whose results differ from those of the engine."""
+    """A graph cannot be made, or its results differ from those of the engine."""
 
 
 class _Conv(nn.Module):
-    """A convolution over (N, C, 1, T), its batch norm folded in: runtimes have better kernels for 2D than for 1D."""
+    """A convolution over (N, C, 1, T), with its batch norm folded in. It is 2D because runtimes have better kernels for
+    2D than for 1D."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, b: BlockConfig | None = None, groups: int = 1):
         super().__init__()
@@ -55,9 +56,9 @@ class _Conv(nn.Module):
 class PlainJasper(nn.Module):
     """Jasper for evaluation with only convolutions, sums, ReLU and masks, for export to other runtimes.
 
-    `forward(features (N, C, T), lengths (N,)) -> (log_probs (N, T', V) fp32, lengths (N,))`, as `model.eval()` gives on
-    rows t < length. Batch norm is folded into copies of the weights of `model`, a Jasper or an EagerJasper. With conv
-    masks, results depend neither on the length of the padding nor on its content.
+    `forward(features (N, C, T), lengths (N,)) -> (log_probs (N, T', V) fp32, lengths (N,))` equals that of
+    `model.eval()` on rows t < length. `model` is a Jasper or an EagerJasper; batch norm is folded into copies of its
+    weights. With conv masks, results depend neither on the length of the padding nor on its content.
     """
 
     @torch.no_grad()
@@ -73,7 +74,7 @@ class PlainJasper(nn.Module):
             for m, following in itertools.pairwise(modules):
                 if not isinstance(following, nn.Conv1d) and isinstance(m, nn.Conv1d):
                     convs.append(_Conv.folded(m, following, own))
-                elif isinstance(m, nn.Conv1d):  # of a separable sub-block
+                elif isinstance(m, nn.Conv1d):  # the depthwise conv of a separable sub-block
                     convs.append(_Conv(m.weight.detach().clone(), None, b, m.groups))
             self.blocks.append(convs)
             panes = [map(_copy, pane) for pane in getattr(layer, "res", None) or ()]
@@ -104,7 +105,7 @@ class PlainJasper(nn.Module):
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """A batch norm or convolution with tensors of its own, so that folding leaves the model as it is."""
+    """Returns a BatchNorm1d with the state of a batch norm of any kind, or a convolution as it is."""
     if isinstance(module, nn.Conv1d):
         return module
     same = nn.BatchNorm1d(module.num_features, module.eps, device=module.weight.device, dtype=module.weight.dtype)
@@ -113,16 +114,17 @@ def _copy(module: nn.Module) -> nn.Module:
 
 
 def example(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Features and lengths for tracing. No size is 1 or a round number, which a tracer might take for a constant."""
+    """Returns features and lengths for tracing. A tracer might take a size of 1 or a round number for a constant, so
+    there is none."""
     weight = model.head.weight
     features = torch.zeros(3, model.config.encoder.in_feats, 187, device=weight.device, dtype=weight.dtype)
     return features, torch.tensor([187, 101, 53], device=weight.device)
 
 
 def program(model: nn.Module) -> torch.export.ExportedProgram:
-    """`torch.export` of the plain graph of `model`: only ATen's operations, for any N and T.
+    """Returns the plain graph of `model` from `torch.export`: only ATen's operations, for any N and T.
 
-    It is saved by `torch.export.save` and loads where this package is not installed.
+    Save it with `torch.export.save`. It can be loaded without this package.
     """
     plain = PlainJasper(model).eval()
     n, t = torch.export.Dim("N", min=1), torch.export.Dim.DYNAMIC
@@ -133,7 +135,7 @@ def program(model: nn.Module) -> torch.export.ExportedProgram:
 def write_onnx(
     model: nn.Module, path: str | Path, inputs: Sequence[str] = INPUTS, outputs: Sequence[str] = OUTPUTS
 ) -> None:
-    """The plain graph of `model` as an ONNX file; large weights lie beside it, in `path`.data.
+    """Writes the plain graph of `model` as an ONNX file. Large weights are written beside it, to `path`.data.
 
     Raises MissingExtra without onnx and onnxscript.
     """
@@ -148,10 +150,11 @@ def write_onnx(
 
 
 def differs(run: Run, engine: Run, model: nn.Module, seed: int = 0) -> float:
-    """Largest difference between two ways to run `model`, over valid frames of random features.
+    """Returns the largest difference between the outputs of `run` and `engine`, over the valid frames of random
+    features.
 
-    Three utterances are run in a batch, with NaN in the padding if there are conv masks, and again each alone at its
-    own length, with lengths for which no export was traced.
+    `run` gets three utterances in one batch, with NaN in the padding if there are conv masks, and then each alone at
+    its own length. The lengths are not those with which the export was traced.
     """
     generator = torch.Generator().manual_seed(seed)
     masks = model.config.encoder.use_conv_masks
@@ -162,7 +165,7 @@ def differs(run: Run, engine: Run, model: nn.Module, seed: int = 0) -> float:
     batch, found = run(features, lengths)
     expected = out_lengths(model.config, lengths)
     if found.tolist() != expected.tolist():
-        raise ExportError(f"the graph gives lengths {found.tolist()} where the model gives {expected.tolist()}")
+        raise ExportError(f"the graph returns lengths {found.tolist()}, but the model returns {expected.tolist()}")
     worst = 0.0
     for i, (length, frames) in enumerate(zip(lengths.tolist(), expected.tolist(), strict=True)):
         alone = features[i : i + 1, :, :length].contiguous(), lengths[i : i + 1]
@@ -174,7 +177,8 @@ def differs(run: Run, engine: Run, model: nn.Module, seed: int = 0) -> float:
 
 
 def in_onnx_runtime(path: str | Path) -> Run:
-    """The graph in an ONNX file, run by ONNX Runtime on the CPU. Raises MissingExtra without onnxruntime."""
+    """Returns a function that runs the graph of an ONNX file in ONNX Runtime on the CPU. Raises MissingExtra without
+    onnxruntime."""
     session = need("onnxruntime", "export").InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,13 +190,13 @@ def in_onnx_runtime(path: str | Path) -> Run:
 
 
 def export_onnx(model: Jasper, labels: Sequence[str], folder: str | Path) -> float:
-    """Writes `model` as a folder for onnx-asr, if ONNX Runtime gives the results of the engine; returns their
+    """Writes `model` as a folder for onnx-asr, if ONNX Runtime's results agree with the engine's. Returns their largest
     difference.
 
-    `model.onnx` takes `audio_signal` (N, C, T) fp32 and `length` (N,) int64 and gives `logprobs` (N, T', V) and
-    `encoded_lengths`; `vocab.txt` and `config.json` are onnx-asr's, `features.json` says how the features are made.
-    Raises ExportError for a folder that holds something or a graph that differs by more than TOLERANCE (nothing is
-    written then), MissingExtra without onnx, onnxscript and onnxruntime.
+    `model.onnx` takes `audio_signal` (N, C, T) fp32 and `length` (N,) int64, and returns `logprobs` (N, T', V) and
+    `encoded_lengths`. `vocab.txt` and `config.json` are in onnx-asr's format, and `features.json` has the settings of
+    the features. Raises ExportError, and writes nothing, for a folder that is not empty and for a graph that differs by
+    more than TOLERANCE; MissingExtra without onnx, onnxscript and onnxruntime.
     """
     for module in ("onnx", "onnxscript", "onnxruntime"):
         need(module, "export")
@@ -208,8 +212,8 @@ def export_onnx(model: Jasper, labels: Sequence[str], folder: str | Path) -> flo
         difference = differs(in_onnx_runtime(made / "model.onnx"), InferenceEngine(model), model)
         if difference > TOLERANCE:
             raise ExportError(
-                f"ONNX Runtime's log-probabilities differ by {difference:.2g} from the engine's (at most {TOLERANCE} "
-                f"is rounding); nothing was written"
+                f"ONNX Runtime's log-probabilities differ by {difference:.2g} from the engine's, which is more than "
+                f"rounding ({TOLERANCE}); nothing was written"
             )
         for name, text in _beside(model, labels).items():
             (made / name).write_text(text, encoding="utf-8")
@@ -220,7 +224,7 @@ def export_onnx(model: Jasper, labels: Sequence[str], folder: str | Path) -> flo
 
 
 def _beside(model: Jasper, labels: Sequence[str]) -> dict[str, str]:
-    """The other files of the folder, by name."""
+    """Returns the content of the other files of the folder, by name."""
     config = model.config
     symbols = ["▁" if label == " " else label for label in labels] + ["<blk>"]
     about: dict[str, Any] = {

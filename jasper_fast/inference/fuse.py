@@ -13,17 +13,19 @@ from jasper_fast.nn.recognise import Unfit
 
 
 def fuse(model: nn.Module, backend: str = "auto", strict: bool = False, *, graphs: Graphs = "auto") -> Report:
-    """Makes the Jasper blocks in `model` run fused ops on their own parameters and buffers; reports which ones do.
+    """Makes the Jasper blocks in `model` run fused ops on their own parameters and buffers. Returns a report of the
+    blocks that do.
 
-    Blocks of NVIDIA's Jasper, of NeMo's and of `EagerJasper` are recognised by class name and attributes. What the ops
-    cannot compute is left alone, with the reason in the report; with `strict` it raises ValueError, and nothing is
-    changed. State-dict keys, hooks on blocks and above, train(), deepcopy, pickle and optimisers stay valid. Outputs of
-    blocks are zero in the padding where the block has conv masks.
+    Blocks of NVIDIA's Jasper, of NeMo's and of `EagerJasper` are recognised by class name and attributes. A block that
+    the ops cannot compute is left unchanged, with the reason in the report. With `strict` it raises ValueError, and
+    nothing is changed. State-dict keys, hooks on blocks and on modules around them, train(), deepcopy, pickle and
+    optimisers stay valid. With conv masks, outputs of blocks are zero in the padding.
 
-    Weights are read in every call. An encoder all of whose blocks are fused runs on an `InferenceEngine` in evaluation
-    without gradients: batch norm folded, one kernel a sub-block, and on a GPU CUDA graphs (`graphs` is the engine's).
-    It folds anew after every eval(), and where a weight has changed since the last call; `Report.refresh` says what it
-    cannot see. Hooks on blocks, torch.compile and tracing make the blocks run one by one.
+    A fused block reads its weights in every call. In evaluation without gradients, an encoder whose blocks are all
+    fused runs on an `InferenceEngine`, with batch norm folded, one kernel per sub-block, and CUDA graphs on a GPU
+    (`graphs` is the engine's argument). The weights are folded again after every eval(), and if one has changed since
+    the last call; for changes that cannot be noticed see `Report.refresh`. Hooks on blocks, torch.compile and tracing
+    make the blocks run one by one.
 
     Raises ValueError for a model without such blocks, and BackendMissing for a backend that cannot run here. Equivalent
     to the model itself, up to rounding and to which elements are dropped.
@@ -34,7 +36,7 @@ def fuse(model: nn.Module, backend: str = "auto", strict: bool = False, *, graph
     encoders = dict(_encoders(model, report, blocks, backend))
     if strict and report.left:
         raise ValueError("; ".join(f"cannot fuse {name or 'the model'}: {reason}" for name, reason in report.left))
-    unfuse(model)  # a second call may leave alone what the first one fused
+    unfuse(model)  # an earlier call may have fused blocks that this call leaves unchanged
     for name, block in blocks:
         if name in report.fused:
             fuse_block(block, backend)
@@ -47,8 +49,8 @@ def fuse(model: nn.Module, backend: str = "auto", strict: bool = False, *, graph
 def _encoders(
     model: nn.Module, report: Report, blocks: list[tuple[str, nn.Module]], backend: str
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Yields (name, encoder) for encoders that can run on one engine. If all blocks of another one are fused, the
-    reason why it cannot goes into `report`."""
+    """Yields (name, encoder) for each encoder that can run on one engine. If an encoder cannot although all its blocks
+    are fused, the reason is added to `report`."""
     fused = {id(block): name in report.fused for name, block in blocks}
     for name, module in model.named_modules():
         kind = KINDS.get(type(module).__name__)
@@ -57,7 +59,7 @@ def _encoders(
             continue
         try:
             if strangers := [type(m).__name__ for m in inner if id(m) not in fused]:
-                raise Unfit(f"it holds a {strangers[0]}, which is no Jasper block")
+                raise Unfit(f"it contains a {strangers[0]}, which is not a Jasper block")
             if "forward" in vars(module):
                 raise Unfit("a forward bound to it")
             describe(module, kind, backend)

@@ -1,4 +1,4 @@
-"""CUDA graphs, and the order of work on buffers that several streams share."""
+"""Captures CUDA graphs, and orders the work on buffers that several streams share."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ class CudaGraphs:
     """Captures launches on one CUDA device. The launches allocate nothing, so the memory pool of each graph stays
     empty.
 
-    Graphs do not share a pool, because it is destroyed with the last graph and PyTorch then refuses to capture into it.
+    Each graph has its own pool. A shared pool would be destroyed with its last graph, and PyTorch would then refuse to
+    capture into it.
     """
 
     def __init__(self, device: torch.device):
         if device.type != "cuda":
-            raise ValueError(f"graphs=True needs a CUDA GPU, and the weights are on {device}; take graphs='auto'")
+            raise ValueError(f"graphs=True needs a CUDA GPU, but the weights are on {device}; use graphs='auto'")
         self._stream = cuda.Stream(device)
 
     def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
-        """Run `launch` once on a side stream, which compiles and loads its kernels, then capture it.
+        """Runs `launch` once on a side stream, which compiles and loads its kernels, and then captures it.
 
-        Returns the replay function, which runs on the stream that is current when it is called. Other threads may use
-        the device during the capture, but not its default random generator, which PyTorch reserves for the capture.
+        Returns the function that replays the graph, on the stream that is current when it is called. Other threads may
+        use the device during the capture, but not its default random generator, which PyTorch reserves for the capture.
         Raises RuntimeError if the launches cannot be captured.
         """
         current = cuda.current_stream(self._stream.device)
@@ -41,13 +42,13 @@ class CudaGraphs:
             except Exception as error:
                 raise RuntimeError(
                     f"the engine's launches could not be captured in a CUDA graph: {error}\n"
-                    "InferenceEngine(model, graphs=False) runs without graphs, with the same results"
+                    "use InferenceEngine(model, graphs=False), which has the same results without graphs"
                 ) from error
         return graph.replay
 
 
 class Turns:
-    """Lets users of shared buffers take turns, on any streams; the caller holds a lock."""
+    """Lets calls on different streams use the same buffers in turn. The caller must hold a lock."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -56,9 +57,9 @@ class Turns:
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """Makes the device current and its current stream wait for the work of the last turn; does nothing on a CPU.
+        """Makes the device current, and its current stream wait for the work of the last turn. Does nothing on a CPU.
 
-        Raises RuntimeError if the caller is capturing a graph, which would outlive the buffers.
+        Raises RuntimeError if the caller is capturing a graph, because that graph could outlive the buffers.
         """
         if self.device.type != "cuda":
             yield
@@ -66,8 +67,8 @@ class Turns:
         with cuda.device(self.device):
             if cuda.is_current_stream_capturing():
                 raise RuntimeError(
-                    "InferenceEngine was called while a CUDA graph is captured, which would outlive the engine's "
-                    "buffers: call it outside of the capture, it makes graphs of its own"
+                    "InferenceEngine was called while a CUDA graph is captured, and that graph could outlive the "
+                    "engine's buffers; call the engine outside of the capture, it makes its own graphs"
                 )
             stream = cuda.current_stream(self.device)
             if self._last is None:
@@ -81,12 +82,12 @@ class Turns:
                 self._last.record(stream)
 
     def drop(self, tensors: Iterable[Tensor]) -> None:
-        """Within a turn: frees `tensors`, which are no longer needed, but only after the work queued so far."""
+        """Lets the memory of `tensors` be reused only after the work queued so far. Call it within a turn."""
         for tensor in tensors:
             if tensor.is_cuda:
                 tensor.record_stream(self._stream)
 
     def finish(self) -> None:
-        """Within a turn: wait on the host until all work queued so far is done."""
+        """Makes the host wait until all work queued so far is done. Call it within a turn."""
         if self._stream is not None:
             self._stream.synchronize()

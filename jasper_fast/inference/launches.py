@@ -1,7 +1,7 @@
-"""The plan as Triton launches: one per sub-block, and one for the decoder with its log-softmax.
+"""Runs the plan on the Triton or CUDA kernels: one launch per sub-block, and one for the decoder with its log-softmax.
 
-The first launch reads the caller's features and lengths, and the last one writes the results. The launches between use
-only the engine's buffers, so on a GPU they are one CUDA graph for each batch size and bucket of lengths.
+The first launch reads the caller's features and lengths, and the last one writes the results. The launches between them
+use only the engine's buffers, so on a GPU they are captured in one CUDA graph per batch size and bucket of lengths.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from jasper_fast.kernels.operands import FULL, Lengths
 
 @dataclass
 class Bound:
-    """The launches for one (N, T), bound to the buffers: the first without input and lengths, those between, the input
-    of the last."""
+    """The launches for one (N, T), bound to the buffers: `first`, which still needs the features and lengths, the
+    launches `between`, and `last`, the input of the last launch."""
 
     source: Tensor | None  # (N, T, C_in), if the first block's panes need the features
     first: Callable[..., None]
@@ -32,21 +32,20 @@ class Bound:
     lengths: Tensor
     called: bool = False
     replay: Callable[[], None] | None = None
-    made_with: tuple[object, ...] = ()  # other objects that the graph depends on: kept alive with it
+    made_with: tuple[object, ...] = ()  # other objects on which the graph depends, kept alive as long as the graph
 
     def launch(self) -> None:
-        """Everything between the first launch and the last."""
+        """Runs all launches between the first and the last."""
         for call in self.between:
             call()
 
 
 class Launches:
-    """Features (N, C, T) and lengths (N,) int64 to (log_probs (N, T', V) fp32, lengths), on `face`, "triton"
-    or "cuda"; without a decoder, to (output of the last block (N, T', C), lengths).
+    """Computes (log_probs (N, T', V) fp32, lengths) from features (N, C, T) and lengths (N,) int64, on `face`, "triton"
+    or "cuda". Without a decoder it computes (output of the last block (N, T', C), lengths).
 
-    With masks T is rounded up, so that T' is a multiple of `bucket`: rows past a batch's own frames are past all its
-    lengths too, so they are zero and cost no products. What `shapes` captures are the launches between the first and
-    the last.
+    With conv masks T is rounded up, so that T' is a multiple of `bucket`. The added rows lie past all lengths, so they
+    are zero and cost no products. `shapes` captures the launches between the first and the last.
     """
 
     def __init__(self, model: Network, dtype: torch.dtype, face: str, shapes: Shapes, *, bucket: int):
@@ -56,7 +55,7 @@ class Launches:
         self._plan = make_plan(model, lambda folded: KernelConv(folded, dtype, face, workspace=self._workspace), dtype)
         self._dtype, self._turns, self.shapes = dtype, shapes.turns, shapes
         self._takes_tf32 = impl.takes_tf32
-        self._softmax = self._plan.channels <= impl.SOFTMAX_MAX  # in the last launch
+        self._softmax = self._plan.channels <= impl.SOFTMAX_MAX  # whether the last launch does the log-softmax
         self._span = self._plan.span(bucket)
         self.buffers = Buffers(dtype, device)
         self.lengths = Buffers(torch.int64, device)
@@ -71,7 +70,7 @@ class Launches:
         before = self._scratch()
         if bound.source is None:
             x = self._readable(features).transpose(1, 2)
-        else:  # rows past T are from other calls: a length past T must not reach them
+        else:  # rows past T are left from other calls, so no length may be greater than T
             x, lengths = bound.source, lengths.clamp(0, t)
             x[:, :t].copy_(features.transpose(1, 2))
         bound.first(x, lengths=Lengths(lengths, None, self.lengths.held["lengths0"][:n], plan.masks))
@@ -83,7 +82,7 @@ class Launches:
         return found
 
     def _head(self, last: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the last block's output, and lengths of their own."""
+        """Returns the log-probabilities of the last block's output, and a copy of the lengths."""
         n, t, _ = last.shape
         out_lengths = torch.empty((n,), dtype=torch.int64, device=last.device)
         fused = self._softmax
@@ -94,8 +93,8 @@ class Launches:
         return out if fused else out.float().log_softmax(dim=2), out_lengths
 
     def _readable(self, features: Tensor) -> Tensor:
-        """`features` as the first launch reads them: fp32 with unit stride over frames, or in the dtype of the weights
-        with unit stride over channels."""
+        """Returns `features` in a form that the first launch can read: fp32 with unit stride over frames, or the dtype
+        of the weights with unit stride over channels."""
         _, c, t = features.shape
         frames, channels = t == 1 or features.stride(2) == 1, c == 1 or features.stride(1) == 1
         if not frames and not channels:
@@ -103,7 +102,7 @@ class Launches:
         return features.to(torch.float32 if frames and not channels else self._dtype)
 
     def out_frames(self, t: int) -> int:
-        """Frames of the log-probabilities for `t` frames of features."""
+        """Returns the number of frames of the log-probabilities for `t` frames of features."""
         return self._plan.out_frames(t)
 
     def _dependences(self) -> tuple[object, ...]:
@@ -113,8 +112,8 @@ class Launches:
         return self._workspace.part, self._workspace.arrived
 
     def _bound(self, n: int, t: int) -> Bound:
-        """The shape's launches, bound to the buffers, which grow where they are too small for it."""
-        changes = [True, *(step.resizes for step in self._plan.steps[1:])]  # steps that need a new lengths buffer
+        """Returns the launches for a shape, bound to the buffers, which grow if they are too small."""
+        changes = [True, *(step.resizes for step in self._plan.steps[1:])]  # whether a step needs a new lengths buffer
 
         def sizes() -> dict[Buffers, dict[str, int]]:
             lengths = {f"lengths{i}": n for i in range(sum(changes))}
@@ -125,8 +124,8 @@ class Launches:
     def _bind(self, n: int, frames: list[int], changes: list[bool]) -> Bound:
         plan, buffers = self._plan, self.buffers
         source = buffers.view(plan.source, n, frames[0]) if plan.reads_source else None
-        # of the launches of this face; the first of all and the first of a graph follow the caller's work, so neither
-        # begins early
+        # A launch may fetch the weights of the next one ahead, and may begin before the previous one ends (`Chain`).
+        # The first launch and the first of the graph do not begin early, because they follow the caller's work.
         convs = [*(step.conv for step in plan.steps), plan.head]
         packs = [conv.packs if isinstance(conv, KernelConv) else () for conv in convs]
         calls, x, lens = [], source, None
@@ -137,8 +136,8 @@ class Launches:
             if changes[i]:
                 before, lens = lens, self.lengths.held[f"lengths{sum(changes[:i])}"][:n]
                 told = Lengths(before, None, lens, plan.masks)
-            # kernels write zeros past the lengths; only features that panes read from a buffer have padding that is not
-            # zero
+            # `clean` says that padding is zero. Kernels write zeros past the lengths, but the features of the caller,
+            # which are copied to a buffer if panes read them, may have any padding.
             chain = Chain(early=i > 1 and bool(packs[i - 1]), ahead=packs[i + 1])
             call = partial(step.conv, out=out, panes=panes, clean=i > 0 and not plan.panes_read_source, chain=chain)
             calls.append(call if i == 0 else partial(call, x, lengths=told))

@@ -1,7 +1,8 @@
-"""The model folded into steps, one per sub-block, and the buffers between them.
+"""Folds a model into steps, one per sub-block, and places their outputs in buffers.
 
-All block outputs that panes take lie side by side in one (N, T', sum C) buffer. The panes of a block read the first
-channels of this buffer, so the block's last conv and all its panes are a single sum of GEMMs with one bias.
+Panes are the 1x1 convs of residual connections. All block outputs that panes read lie side by side in one
+(N, T', sum C) buffer. The panes of a block read the first channels of this buffer, so the block's last conv and all its
+panes are a single sum of GEMMs with one bias.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Pair = tuple[nn.Conv1d, nn.BatchNorm1d]
 
 
 class Layer(Protocol):
-    """A block: JasperBlock, or what stands for one of another project."""
+    """A block, as the plan reads it: a JasperBlock, or the description of another project's block."""
 
     b: BlockConfig
 
@@ -38,7 +39,7 @@ class Layer(Protocol):
 
 
 class Network(Protocol):
-    """What an engine reads of a model: Jasper, or an encoder of another project, whose `decoder` is None."""
+    """A model, as an engine reads it: a Jasper, or an encoder of another project, whose `decoder` is None."""
 
     config: Any
     encoder: Any  # its `layers` are blocks
@@ -48,12 +49,12 @@ class Network(Protocol):
 
 
 def weight_of(model: Network) -> Tensor:
-    """A weight with the dtype and the device of the model."""
+    """Returns a weight that has the dtype and the device of the model."""
     conv = model.decoder.layers[0] if model.decoder is not None else model.encoder.layers[0].sub_blocks()[0][0]
     return conv.weight
 
 
-POINTWISE = BlockConfig(filters=1, kernel_size=(1,), residual=False)  # the decoder's conv, those after depthwise ones
+POINTWISE = BlockConfig(filters=1, kernel_size=(1,), residual=False)  # for the decoder and for pointwise convs
 
 
 @dataclass(frozen=True)
@@ -83,16 +84,17 @@ class FoldedConv(Protocol):
     def __call__(
         self, x: Tensor, out: Tensor, panes: Tensor | None = None, lengths: Lengths = FULL, **how: object
     ) -> None:
-        """Computes `out` (N, T', C_out) from `x` (N, T, C_in) and `panes` (N, T', C2), zero beyond `lengths.before`.
+        """Computes `out` (N, T', C_out) from `x` (N, T, C_in) and `panes` (N, T', C2), which count as zero beyond
+        `lengths.before`.
 
-        how: arguments that only the `fused` of this face takes.
+        how: further arguments that depend on the face.
         """
 
 
 class KernelConv:
-    """A FoldedConv as one kernel of the face, with bias, panes, ReLU and mask; weights are packed once.
+    """A FoldedConv that is one kernel of `face`, with bias, panes, ReLU and mask. Weights are packed once.
 
-    Inputs beyond `lengths.before` may hold anything. `more`: further arguments of `fused`, for every call.
+    Inputs may have any values beyond `lengths.before`. `more`: further arguments of `fused`, for every call.
     """
 
     def __init__(self, folded: Folded, dtype: torch.dtype, face: str, **more: object):
@@ -110,12 +112,13 @@ class KernelConv:
 
     @property
     def packs(self) -> tuple[Tensor, ...]:
-        """What it reads of weights."""
+        """The packed weights that the kernel reads."""
         return tuple(pack.data for pack in (self.packed, self.packed_panes) if pack is not None)
 
 
 class DepthwiseConv:
-    """A FoldedConv of the taps of a separable sub-block: the mask before and after it, neither bias nor ReLU."""
+    """A FoldedConv that is the depthwise conv of a separable sub-block. It masks its input and output, and has neither
+    bias nor ReLU."""
 
     def __init__(self, conv: nn.Conv1d, b: BlockConfig, dtype: torch.dtype, backend: str):
         face = choose.depthwise_face(backend, conv.weight.device, dtype)
@@ -131,8 +134,8 @@ class DepthwiseConv:
 
 @dataclass(frozen=True)
 class Step:
-    """One sub-block, or half a separable one: its conv, made by a runner; where it writes; and the input of its panes,
-    if it has any."""
+    """One sub-block, or one of the two convs of a separable sub-block: its conv, the place of its output, and the place
+    that its panes read, if it has any."""
 
     b: BlockConfig
     conv: FoldedConv
@@ -141,15 +144,16 @@ class Step:
 
     @property
     def resizes(self) -> bool:
-        """Whether the step changes the number of frames."""
+        """Whether the step changes the number of frames: by a stride, or by padding other than half the kernel."""
         return self.b.s != 1 or 2 * self.b.padding != self.b.d * (self.b.k - 1)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A model for inference. `source` is the place of the features, if a step reads them from a buffer.
+    """A model for inference: its `steps`, and `source`, the place of the features if a step reads them from a buffer.
 
-    head: the decoder's conv. An encoder alone has none; then `channels` are those of its output, in place of symbols.
+    head: the decoder's conv, or None for an encoder alone. channels: the number of symbols, or, without a head, of
+    channels of the encoder's output.
     """
 
     source: Place
@@ -159,15 +163,15 @@ class Plan:
     channels: int
 
     def frames(self, t: int) -> list[int]:
-        """Frames at the input (index 0) and after each step, for `t` frames of features."""
+        """Returns the numbers of frames at the input (index 0) and after each step, for `t` frames of features."""
         found = [t]
         for step in self.steps:
             found.append(step.b.out_length(found[-1]))
         return found
 
     def span(self, bucket: int) -> int:
-        """Frames of features to whose multiples T may be rounded up, so that T' is one of `bucket`; 1 without masks,
-        where every frame counts."""
+        """Returns the number to a multiple of which T may be rounded up, so that T' is a multiple of `bucket`. It is 1
+        without masks, because padding then changes the results."""
         return bucket * prod(step.b.s for step in self.steps) if self.masks else 1
 
     @cached_property
@@ -175,24 +179,25 @@ class Plan:
         return [step.b for step in self.steps if step.resizes]
 
     def out_frames(self, t: int | Tensor) -> int | Tensor:
-        """Frames of the log-probabilities, for `t` frames of features (or lengths of that many)."""
+        """Returns the number of frames of the log-probabilities for `t` frames of features; `t` may be a tensor."""
         for b in self._resizing:
             t = b.out_length(t)
         return t
 
     @cached_property
     def reads_source(self) -> bool:
-        """Whether the features must lie in their buffer: panes take them, or a depthwise conv, which needs NTC rows."""
+        """Whether the features must be copied to a buffer: for panes, or for a depthwise conv, which needs NTC
+        memory."""
         return self.panes_read_source or isinstance(self.steps[0].conv, DepthwiseConv)
 
     @cached_property
     def panes_read_source(self) -> bool:
-        """Whether panes take the features."""
+        """Whether panes read the features."""
         return any(step.panes is not None and step.panes.buffer == self.source.buffer for step in self.steps)
 
     def sizes(self, n: int, t: int, *, source: bool = True) -> dict[str, int]:
-        """Elements of each buffer for `n` utterances of `t` frames; without `source`, the buffer of the features is
-        left out."""
+        """Returns the number of elements of each buffer for `n` utterances of `t` frames. Without `source` the features
+        need no buffer."""
         places = [self.source, *(step.out for step in self.steps)]
         sizes: dict[str, int] = {}
         for place, frames in list(zip(places, self.frames(t), strict=True))[0 if source else 1 :]:
@@ -200,15 +205,16 @@ class Plan:
         return sizes
 
     def nothing(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """The results for a batch without utterances or frames."""
+        """Returns the results for a batch without utterances or without frames."""
         shape = (features.shape[0], self.out_frames(features.shape[2]), self.channels)
         return features.new_zeros(shape, dtype=torch.float32), self.out_frames(lengths).clone()
 
 
 def make_plan(model: Network, conv: Callable[[Folded], FoldedConv], dtype: torch.dtype) -> Plan:
-    """Folds `model` in fp32 or wider, whatever its dtype, and makes the conv of each sub-block with `conv`.
+    """Folds `model` in fp32 or wider, even if its weights have 16 bits, and makes the conv of each sub-block by calling
+    `conv`.
 
-    dtype: of the buffers.
+    dtype: of the activations.
     """
     layers: list[Layer] = list(model.encoder.layers)
     for layer in layers:
@@ -234,8 +240,8 @@ def make_plan(model: Network, conv: Callable[[Folded], FoldedConv], dtype: torch
 
 
 def _sub_blocks(layer: Layer, source: Place, dtype: torch.dtype) -> Iterator[tuple[Folded, Place | None]]:
-    """The folded sub-blocks of a block whose input lies at `source`; the last one also reads the channels of the
-    panes."""
+    """Yields the folded sub-blocks of a block whose input lies at `source`, each with the place that its panes read.
+    Only the last one has panes."""
     b = layer.b
     for r, (conv, bn) in enumerate(layer.sub_blocks()):
         scale, bias = fold(bn, dtype)
@@ -250,10 +256,10 @@ def _sub_blocks(layer: Layer, source: Place, dtype: torch.dtype) -> Iterator[tup
 
 
 def _places(layers: list[Layer], in_feats: int) -> list[Place]:
-    """The places of the features (index 0) and of each block's output.
+    """Returns the places of the features (index 0) and of each block's output.
 
-    Consecutive dense blocks, and the input of the first of them, share one history buffer. Other outputs have their
-    own.
+    The outputs of consecutive dense blocks, and the input of the first of them, share one history buffer. Every other
+    output has a buffer of its own.
     """
     spans: list[tuple[str, int, int]] = [("history0", 0, in_feats)]
     for i, layer in enumerate(layers):
@@ -265,14 +271,15 @@ def _places(layers: list[Layer], in_feats: int) -> list[Place]:
 
 
 class Buffers:
-    """Activation buffers by name, reused between calls. They grow when a call needs more, and never shrink."""
+    """Activation buffers by name, which calls reuse. They grow when a call needs more, and never shrink."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self._dtype, self._device = dtype, device
         self.held: dict[str, Tensor] = {}
 
     def reserve(self, sizes: dict[str, int]) -> list[Tensor]:
-        """Makes room for `sizes` elements by name; returns the buffers that were replaced by larger ones."""
+        """Makes each buffer at least as large as `sizes` (name: elements) says. Returns the buffers that were replaced
+        by larger ones."""
         replaced = []
         for name, size in sizes.items():
             held = self.held.get(name)
@@ -280,12 +287,12 @@ class Buffers:
                 continue
             if held is not None:
                 replaced.append(held)
-            step = 1 << max(0, size.bit_length() - 3)  # at most a quarter too much, so that growth is rare
-            with torch.inference_mode(False):  # else calls outside inference mode could not write to it
+            step = 1 << max(0, size.bit_length() - 3)  # round up by at most a quarter, so that buffers rarely grow
+            with torch.inference_mode(False):  # otherwise calls outside inference mode could not write to the buffer
                 self.held[name] = torch.empty(-(-size // step) * step, dtype=self._dtype, device=self._device)
         return replaced
 
     def view(self, place: Place, n: int, t: int) -> Tensor:
-        """The channels that `place` names, (N, T, C)."""
+        """Returns the channels of `place`, (N, T, C), as a view of their buffer."""
         rows = self.held[place.buffer][: n * t * place.width].view(n, t, place.width)
         return rows[:, :, place.begin : place.end]

@@ -1,4 +1,4 @@
-"""A model that reads audio: checkpoint, features, engine and decoding put together."""
+"""Transcribes audio: puts checkpoint, features, engine and decoding together."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from jasper_fast.speech.text import LABELS, Vocabulary
 
 @dataclass
 class Recognition:
-    """The results for utterances: ``transcripts`` by index (None if skipped), and times.
+    """The results for a list of utterances: ``transcripts`` in the order of the list (None if skipped), and times.
 
-    ``audio_seconds`` counts the transcribed utterances; ``compute_seconds`` is the time from samples to text;
-    ``wall_seconds`` includes reading. While ``Recognizer.stream`` runs, the first ``done`` utterances are final, and
-    ``finished`` utterances in all.
+    ``audio_seconds`` is the length of the transcribed audio; ``compute_seconds`` is the time from samples to text;
+    ``wall_seconds`` also includes reading files. While ``Recognizer.stream`` runs, ``finished`` utterances have their
+    final result, among them the first ``done`` of the list.
     """
 
     transcripts: list[Transcript | None]
@@ -47,24 +47,25 @@ class Recognition:
 
 
 class Decoder(Protocol):
-    """Log-probs to transcripts in two steps, such as ``jasper_fast.lm.decoders`` makes: begun, and waited for."""
+    """Decodes log-probabilities in two steps, as those of ``jasper_fast.lm.decoders`` do: ``begin`` starts the search,
+    and the function that it returns waits for the transcripts."""
 
     def begin(self, log_probs: Tensor, lengths: Tensor, frame_seconds: float) -> Callable[[], list[Transcript]]: ...
 
 
 Heard = Callable[[], list[Transcript | None]]
 Keep = Callable[[int, Tensor], None]
-_AHEAD = 2  # batches of which the texts are still searched while the model goes on
+_AHEAD = 2  # how many batches may still be decoded while the model runs the next one
 
 
 class Recognizer:
     """Audio to text with a Jasper, on one device: ``recognizer(audio (N, S), lengths (N,)) -> list[Transcript]``.
 
-    Features and labels are those of ``model.config`` (``input_val``); without labels there, the English alphabet where
-    the model has 29 classes. ``dtype`` is that of weights and activations (features and sums stay fp32), by default the
-    model's; ``fp32_precision``: as for ``InferenceEngine``. Each utterance gets the same transcript alone and in any
-    batch. Decoding is greedy unless ``decoder`` is set. Raises ValueError where labels, classes or mel bands do
-    not fit one another.
+    Features and labels are those of ``model.config`` (``input_val``). If it has no labels and the model has 29 classes,
+    the English alphabet is used. ``dtype`` is the dtype of weights and activations, by default the model's; features
+    and sums are always fp32. ``fp32_precision``: as for ``InferenceEngine``. An utterance gets the same transcript
+    alone and in any batch. Decoding is greedy unless the attribute ``decoder`` is set. Raises ValueError if labels,
+    classes or mel bands do not match.
     """
 
     def __init__(
@@ -80,7 +81,8 @@ class Recognizer:
         self.vocabulary = vocabulary or Vocabulary(labels_of(config))
         if self.vocabulary.n_classes != config.decoder.n_classes:
             raise ValueError(
-                f"{len(self.vocabulary)} labels and the blank do not fit a model of {config.decoder.n_classes} classes"
+                f"the model has {config.decoder.n_classes} classes, but there are {len(self.vocabulary)} labels and "
+                "the blank; give the labels with which it was trained"
             )
         settings = config.input_val or config.input_train
         self.audio_settings: dict[str, Any] = settings.get("audio_dataset") or {}
@@ -88,7 +90,7 @@ class Recognizer:
         self.features = LogMelFeatures.from_config(bank, pad_to_max_duration=False).to(self.device).eval()
         if self.features.n_mels != config.encoder.in_feats:
             raise ValueError(
-                f"filterbank_features.n_filt is {self.features.n_mels}, the model takes {config.encoder.in_feats}"
+                f"filterbank_features.n_filt is {self.features.n_mels}, but the model takes {config.encoder.in_feats}"
             )
         self.sample_rate = self.features.sample_rate
         self.engine = InferenceEngine(model.to(self.device).eval(), dtype=dtype, fp32_precision=fp32_precision)
@@ -103,7 +105,10 @@ class Recognizer:
     def begin(
         self, audio: Tensor, lengths: Tensor, keep: Callable[[Tensor, Tensor], None] | None = None
     ) -> Callable[[], list[Transcript]]:
-        """Runs the model and begins to decode; what it returns waits for the transcripts."""
+        """Runs the model and starts to decode. Returns a function that waits for the transcripts.
+
+        ``keep`` is called with the log-probabilities and their lengths.
+        """
         audio, lengths = audio.to(self.device, non_blocking=True), lengths.to(self.device, non_blocking=True)
         log_probs, out_lengths = self.engine(*self.features(audio, lengths))
         if self.decoder is None:
@@ -123,10 +128,10 @@ class Recognizer:
         workers: int = 0,
         progress: Callable[[int], None] | None = None,
     ) -> Recognition:
-        """Reads and transcribes utterances in batches of similar length; unusable ones are listed in ``skipped``.
+        """Reads and transcribes utterances in batches of similar length. Unusable utterances are listed in ``skipped``.
 
-        At most ``batch_size`` utterances and ``max_seconds`` of padded audio at a time (one longer than that goes
-        alone); ``progress`` is called with the number of utterances just finished.
+        A batch has at most ``batch_size`` utterances and ``max_seconds`` of padded audio; a longer utterance is a batch
+        of its own. After each batch ``progress`` is called with the number of utterances that it has finished.
         """
         before = 0
         for result in self.stream(utterances, batch_size, max_seconds, workers):
@@ -146,10 +151,10 @@ class Recognizer:
     ) -> Iterator[Recognition]:
         """Like ``recognize``, but yields the same Recognition after each batch, each time with more results.
 
-        With ``window``, only so many neighbours are sorted by their length, so that ``done`` grows steadily. An
-        utterance of which the model makes NaN, or which does not fit the memory alone, is skipped like an unreadable
-        file. ``keep`` is called with the place of each utterance that is used and its log-probs (T', V). With a
-        ``decoder`` the model goes on with later batches while the texts of earlier ones are searched.
+        With ``window`` utterances are sorted by length only within groups of so many consecutive ones, so that ``done``
+        grows steadily. An utterance is skipped like an unreadable file if the model's output for it is NaN, or if it
+        does not fit the memory even alone. ``keep`` is called with the index and the log-probabilities (T', V) of each
+        utterance that is used. With a ``decoder`` the model runs later batches while earlier ones are still decoded.
         """
         started = time.perf_counter()
         audio = AudioSettings(self.sample_rate, bool(self.audio_settings.get("trim_silence", False)))
@@ -192,7 +197,8 @@ class Recognizer:
             yield finish()
 
     def _heard(self, batch: Batch, skipped: manifest.SkipReport, places: list[int], keep: Keep | None) -> Heard:
-        """Waits for the transcripts of a batch; if the model fails, of each by itself, None where that fails too."""
+        """Runs a batch, and returns a function that waits for its transcripts. If the model fails on the batch, each
+        utterance is run alone; if that fails too, its transcript is None."""
         if not places:
             return list
 
@@ -220,14 +226,14 @@ class Recognizer:
 
 
 def labels_of(config: Any) -> list[str]:
-    """The labels of a configuration, or else the English alphabet; raises ValueError if the number of classes does not
-    fit."""
+    """Returns the labels of a configuration, or the English alphabet if it has none. Raises ValueError if the English
+    alphabet does not fit the number of classes."""
     if config.labels is not None:
         return list(config.labels)
     if config.decoder.n_classes == len(LABELS) + 1:
         return LABELS
     raise ValueError(
-        f"neither the checkpoint nor the configuration says what the {config.decoder.n_classes} classes stand for; "
+        f"neither the checkpoint nor the configuration has the labels of the {config.decoder.n_classes} classes; "
         "give a configuration with labels"
     )
 
@@ -241,11 +247,11 @@ def load(
     dtype: torch.dtype | None = None,
     fp32_precision: str | None = None,
 ) -> Recognizer:
-    """A Recognizer from a checkpoint of any kind that ``checkpoint.load_model`` reads.
+    """Makes a Recognizer from a checkpoint of any kind that ``load_model`` reads.
 
     ``config``: a YAML file, for a checkpoint without a configuration; ``ema``: use the moving average; ``device``
     "auto" takes a GPU if there is one; ``dtype``, ``fp32_precision``: as for ``Recognizer``. Raises CheckpointError,
-    ConfigError, ValueError or BackendMissing, each with what to do.
+    ConfigError, ValueError or BackendMissing; each message says what to do.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""The input shapes that an engine has seen: for each, the launches bound to its buffers, and their CUDA graph."""
+"""Keeps, for each input shape that an engine has seen, the launches bound to its buffers and their CUDA graph."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class Bound(Protocol):
 
     called: bool
     replay: Callable[[], None] | None
-    made_with: tuple[object, ...]  # what else the graph depends on; kept alive as long as the graph
+    made_with: tuple[object, ...]  # other objects on which the graph depends, kept alive as long as the graph
 
     def launch(self) -> None:
-        """Run the launches."""
+        """Runs the launches."""
 
 
 class Shapes:
     """The `limit` most recently used shapes.
 
-    `graphs` captures their launches; with None they are launched one by one. `patient`: capture at a shape's second
-    call, not at its first.
+    `graphs` captures their launches; if it is None, they run one by one. `patient`: capture at the second call of a
+    shape, not at the first.
     """
 
     def __init__(self, turns: Turns, graphs: CudaGraphs | None, *, patient: bool, limit: int) -> None:
@@ -37,8 +37,8 @@ class Shapes:
     def bound(
         self, shape: tuple[int, int], buffers: Callable[[], dict[Buffers, dict[str, int]]], bind: Callable[[], Bound]
     ) -> Bound:
-        """The bound launches of a shape, made by `bind` at its first use, after `buffers()` have grown to the elements
-        that the shape needs."""
+        """Returns the bound launches of a shape. At the first use of a shape, makes the buffers as large as `buffers()`
+        says and calls `bind`."""
         if shape in self.held:
             self.held.move_to_end(shape)
             return self.held[shape]
@@ -51,9 +51,10 @@ class Shapes:
         return self.held[shape]
 
     def play(self, bound: Bound, dependences: Callable[[], tuple[object, ...]]) -> None:
-        """Run the launches, as a CUDA graph if the shape has one or should get one now.
+        """Runs the launches, as a CUDA graph if the shape has one or should get one now.
 
-        `dependences()` is what a graph captured now would depend on; if it differs from `made_with`, capture anew.
+        `dependences()` returns the objects on which a graph captured now would depend. If they are not those in
+        `made_with`, the graph is captured again.
         """
         if self.graphs is None or (self.patient and not bound.called):
             bound.called = True
@@ -68,7 +69,7 @@ class Shapes:
         bound.replay()
 
     def _forget(self, count: int) -> None:
-        """Drop the `count` shapes that were used longest ago, with their graphs."""
+        """Drops the `count` least recently used shapes and their graphs."""
         if count <= 0 or not self.held:
             return
         if self.graphs is not None:

@@ -1,7 +1,7 @@
-"""The plan step by step through ATen (any device and dtype) or the CPU kernels (fp32 with fast FIR, or bf16).
+"""Runs the plan on ATen (any device and dtype) or on the CPU kernels (fp32 with fast FIR, or bf16).
 
-On a GPU a call is one CUDA graph, as on the triton face: cuDNN's conv, a matrix product where there are panes, the
-bias, and one clamp for ReLU and mask.
+A step on ATen is a conv (cuDNN's on a GPU), a matrix product if there are panes, the bias, and one clamp for ReLU and
+mask. On a GPU all steps of a call are captured in one CUDA graph per shape.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from jasper_fast.kernels.operands import FULL, Lengths
 
 @dataclass
 class Bound:
-    """One (N, T): where features and lengths go, where log-probabilities and their lengths come from."""
+    """The steps for one (N, T), as the function `body`; the buffers that they read; and their `results`,
+    log-probabilities and lengths."""
 
     source: Tensor  # (N, T, C_in)
     lengths: Tensor
@@ -34,14 +35,13 @@ class Bound:
     made_with: tuple[object, ...] = ()
 
     def launch(self) -> None:
-        """All steps; the results of a graph are where those of its capture were."""
+        """Runs all steps. The replay of a graph writes to the tensors that were the results of its capture."""
         self.results = self.body(self)
 
 
 class Stepwise:
-    """Features (N, C, T) and lengths (N,) to (log_probs (N, T', V) fp32, lengths), on the "aten" or the "cpu" face.
-
-    Without a decoder, to (output of the last block (N, T', C), lengths)."""
+    """Computes (log_probs (N, T', V) fp32, lengths) from features (N, C, T) and lengths (N,), on the "aten" or "cpu"
+    face. Without a decoder it computes (output of the last block (N, T', C), lengths)."""
 
     def __init__(self, model: Network, dtype: torch.dtype, face: str, shapes: Shapes, *, bucket: int):
         conv = partial(KernelConv, face=face) if face == "cpu" else AtenConv
@@ -58,17 +58,17 @@ class Stepwise:
         n, _, t = features.shape
         bound = self._bound(n, -(-t // self._span) * self._span)
         bound.source[:, :t].copy_(features.transpose(1, 2))  # rows past T are past all lengths
-        # elsewhere than on a GPU they have been looked at
+        # On a CPU the engine has already checked the lengths.
         bound.lengths.copy_(lengths.clamp(0, t) if lengths.is_cuda else lengths)
         self.shapes.play(bound, self._dependences)
         log_probs, out_lengths = bound.results
-        if bound.replay is None and plan.head is not None:  # then they are memory of their own already
+        if bound.replay is None and plan.head is not None:  # without a graph, the head has made new tensors
             bound.results = None
             return log_probs, out_lengths
         return log_probs[:, : plan.out_frames(t)].clone(), out_lengths.clone()
 
     def out_frames(self, t: int) -> int:
-        """Frames of the log-probabilities for `t` frames of features."""
+        """Returns the number of frames of the log-probabilities for `t` frames of features."""
         return self._plan.out_frames(t)
 
     def _dependences(self) -> tuple[object, ...]:
@@ -83,7 +83,8 @@ class Stepwise:
         return self.shapes.bound((n, t), sizes, bind)
 
     def _steps(self, bound: Bound) -> tuple[Tensor, Tensor]:
-        """Every step, from the buffers to memory of its own."""
+        """Runs every step on the input in the buffers. Returns the results, which lie in new memory if there is a
+        decoder."""
         plan, x, lens = self._plan, bound.source, bound.lengths
         n, t, _ = x.shape
         mask = Padding(lens, t, x.dtype) if plan.masks else None
@@ -107,7 +108,8 @@ class Stepwise:
 
 
 class Padding:
-    """Where `t` frames lie beyond the lengths: `beyond` (N, T, 1) bool, and `top`, the greatest value allowed."""
+    """The padding of a batch: `beyond` (N, T, 1) is True beyond the lengths, and `top` is the largest allowed value: 0
+    there, and infinity elsewhere."""
 
     def __init__(self, lengths: Tensor, t: int, dtype: torch.dtype):
         self.beyond = layout.padding(lengths, t).transpose(1, 2)
@@ -115,12 +117,12 @@ class Padding:
 
     @cached_property
     def top(self) -> Tensor:
-        # no scalar that a capture would have to copy to the device
+        # made on the device, because a CUDA graph cannot capture the copy of a scalar from the host
         return self.beyond.new_full(self.beyond.shape, math.inf, dtype=self._dtype).masked_fill_(self.beyond, 0.0)
 
 
 class AtenConv:
-    """A FoldedConv through ATen, on any device and in any dtype. `top`, where given: see `Padding`."""
+    """A FoldedConv that runs on ATen, on any device and in any dtype. For `top` see `Padding`."""
 
     def __init__(self, folded: Folded, dtype: torch.dtype):
         self.weight = folded.weight.to(dtype).unsqueeze(2).clone(memory_format=torch.channels_last)
@@ -133,7 +135,7 @@ class AtenConv:
         self, x: Tensor, out: Tensor, panes: Tensor | None = None, lengths: Lengths = FULL, top: Tensor | None = None
     ) -> None:
         b = self.b
-        # a bias given to it would be added by a kernel of its own as well
+        # The bias is added later: conv2d would also run a separate kernel for it.
         y = F.conv2d(x.transpose(1, 2).unsqueeze(2), self.weight, None, (1, b.s), (0, b.padding), (1, b.d))
         y = y.squeeze(2).transpose(1, 2).contiguous()
         if panes is not None:
