@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOM = 1 << 20  # bytes for what is sent during one capture; the tables of Jasper 10x5 take a tenth of them
+ROOM = 1 << 20  # bytes for what is sent during one capture; the tables of Jasper 10x5 need a tenth of that
 _ALIGNED = 256
 _local = threading.local()
 

@@ -20,7 +20,7 @@ def ntc(x: Tensor) -> Tensor:
 
 
 def empty_ntc(n: int, c: int, t: int, *, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Returns an uninitialised (N, C, T) tensor in NTC memory order, with device and default dtype of `like`."""
+    """Returns an uninitialised NTC tensor (N, C, T) on the device of `like`, by default in its dtype."""
     return torch.empty((n, t, c), dtype=dtype or like.dtype, device=like.device).transpose(1, 2)
 
 

@@ -117,7 +117,7 @@ def cpu_functions() -> ctypes.CDLL:
 
 
 def cuda() -> Any:
-    """Returns `torch.ops.jasper_fast_cuda`. Raises `Missing` without the CUDA library, a torch with CUDA and a GPU."""
+    """Returns `torch.ops.jasper_fast_cuda`. Raises `Missing` if the CUDA library, torch's CUDA or a GPU is missing."""
     return _cuda.ops()
 
 

@@ -3,8 +3,8 @@
 Every face draws the same dropout bits by this scheme, so nothing is stored between forward and backward. Element e =
 (n*T + t)*C + c of an NTC tensor uses word e % 4 at the 64-bit counter e // 4. The low half of that counter is word 0 of
 Philox's 128-bit counter, the high half word 1, and the others are 0. The 64-bit seed is the key, low half first. The
-element is kept if and only if its word >= p * 2**32. This file is the definition, in PyTorch int64 arithmetic, on any
-device.
+element is kept if and only if its word >= p * 2**32. This file is the definition. It uses PyTorch's int64 arithmetic,
+so it runs on any device.
 """
 
 from __future__ import annotations

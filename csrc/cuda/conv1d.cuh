@@ -19,7 +19,7 @@ constexpr int kOut = 128;                            // output channels of a til
 constexpr int kSlab = 32;                            // frames that the epilogue handles at a time
 
 enum Mode : int { kPlain = 0, kStats = 1, kNorm = 2, kLogSoftmax = 3 };
-// Whether the kernel serves inference, where a launch may begin before the launch before it has ended. It then waits.
+// Whether the kernel serves inference. There a launch may begin before the previous one has ended, so the kernel waits.
 template <int MODE, bool TRANSPOSED>
 constexpr bool kChained = !TRANSPOSED && (MODE == kPlain || MODE == kLogSoftmax);
 // How activations are read: in cells of 16 bytes, in single elements of T, or in single fp32 elements.
@@ -39,7 +39,7 @@ struct Ahead {
 };
 
 struct Args {
-  Operand main, panes;                       // panes: a 1x1 conv at the output's frames; without any, channels is 0
+  Operand main, panes;                       // panes: one tap at the output's frames; 0 channels if there are none
   const int64_t *in_lengths, *out_lengths;   // null: no padding
   int64_t* lengths_out;                      // if not null, receives the output lengths that follow from in_lengths
   void* out;
@@ -54,7 +54,7 @@ struct Args {
   int batch, frames, frames_out, c_out, taps, stride, padding, dilation;
   int relu, masked, out_vector;              // out_vector: 16-byte stores to out are possible
   int t_blocks, o_blocks, splits, panels_kept, stages;  // the last two: buffers for panels, and on sm_90a for weights
-  Ahead ahead[2];                            // at is null and bytes is 0 if there are none
+  Ahead ahead[2];                            // `bytes` is 0 if there is nothing to prefetch
 };
 
 // Calls f(0) .. f(N - 1) with compile-time constants. Accumulators must be indexed by constants, because the compiler

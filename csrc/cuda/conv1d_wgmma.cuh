@@ -165,7 +165,7 @@ __device__ __forceinline__ void wgmma_conv(const Args& a) {
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
-  // No launch writes weights, so those of the first steps are copied while the launch before this one may still run.
+  // No launch writes weights, so those of the first steps are copied while the previous launch may still run.
   // Lengths must not be read yet, so the steps are those of a tile without padding. All else comes after the wait.
   const int first = static_cast<int>(blockIdx.x);
   int early = 0, wrong = 0;  // steps whose weights were copied early; those to drop because the tile has other steps

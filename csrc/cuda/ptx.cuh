@@ -220,8 +220,8 @@ __device__ __forceinline__ void registers_more() {
 // ---- sm_90a: products of a warpgroup -------------------------------------------------------------------------------
 
 // Returns the descriptor of an operand in shared memory without swizzle. It consists of 8x8 core matrices of 128
-// contiguous bytes each. The next core matrix along M or N is `sbo` bytes further, the next along K is `lbo` bytes
-// further, for K-major and for MN-major operands.
+// contiguous bytes each. The next core matrix along M or N is `sbo` bytes further, and the next along K is `lbo` bytes
+// further. This is so for K-major and for MN-major operands.
 __device__ __forceinline__ uint64_t wgmma_operand(uint32_t start, uint32_t lbo, uint32_t sbo) {
   const auto field = [](uint32_t bytes) { return static_cast<uint64_t>((bytes & 0x3ffff) >> 4); };
   return field(start) | field(lbo) << 16 | field(sbo) << 32;

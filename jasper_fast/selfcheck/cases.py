@@ -40,17 +40,15 @@ def case(check: Check, device: torch.device, seed: int, *, timed: bool = False) 
     batch is padding, and a conv's weight is already packed.
     """
     draw = _Draw(device, DTYPES[check.dtype], seed, timed, check.variant == WAVE)
-    if check.op == "bn_relu_dropout":
-        return _norm_case(check, draw)
-    if check.op == "depthwise":
-        return _depthwise_case(check, draw)
-    if check.op == "panes":
-        return _panes_case(check, draw)
-    if check.op == "novograd":
-        return _step_case(check, draw)
-    if check.op == "ctc":
-        return _loss_case(check, draw)
-    return _fused_case(check, draw) if check.function == "fused" else _conv_case(check, draw)
+    conv = _fused_case if check.function == "fused" else _conv_case
+    makers = {
+        "bn_relu_dropout": _norm_case,
+        "depthwise": _depthwise_case,
+        "panes": _panes_case,
+        "novograd": _step_case,
+        "ctc": _loss_case,
+    }
+    return makers.get(check.op, conv)(check, draw)
 
 
 class _Draw:

@@ -54,7 +54,7 @@ class Folder:
                     raise CheckpointError(f"{path} was not written by a training run of jasper_fast")
                 return path, state
             except CheckpointError as error:
-                warn(f"{error}; trying the one before it")
+                warn(f"{error}; trying the next older one")
         if candidates:
             raise CheckpointError(
                 f"none of the {len(candidates)} checkpoints in {self.path} can be read: empty the folder to start again"

@@ -22,10 +22,10 @@ OUTPUT = [
         type=int,
         default=25,
         metavar="STEPS",
-        help="log figures after this many steps, which waits for the GPU (25)",
+        help="log figures every STEPS steps, which waits for the GPU (25)",
     ),
-    option("--val-every", type=int, metavar="STEPS", help="validate after this many steps (after each epoch)"),
-    option("--save-every", type=int, metavar="STEPS", help="save after this many steps (after each epoch)"),
+    option("--val-every", type=int, metavar="STEPS", help="validate every STEPS steps (once per epoch)"),
+    option("--save-every", type=int, metavar="STEPS", help="save a checkpoint every STEPS steps (once per epoch)"),
     option("--keep", type=int, default=2, metavar="N", help="number of latest checkpoints to keep (2)"),
 ]
 COUNTS = ("epochs", "steps", "log_every", "val_every", "save_every", "keep")  # must be at least 1 or not set
@@ -78,7 +78,7 @@ def optimisation(
         option("--hold-steps", type=int, help="steps at the peak rate; replaces --hold-epochs"),
         option("--lr-by-clock", action="store_true", help="end the schedule with --max-minutes, if that is earlier"),
         option("--ema", type=float, default=0.0, metavar="DECAY", help="decay of averaged weights (0: no average)"),
-        option("--ema-warmup", action="store_true", help="average over fewer of the first steps, for short runs"),
+        option("--ema-warmup", action="store_true", help="shorten the average in the first steps, for short runs"),
         option("--max-bad-steps", type=int, default=20,
                help="end the run after this many steps in a row with a NaN or an infinity (20)"),
         option("--reload-best", type=int, nargs="?", const=0, metavar="N",

@@ -30,9 +30,9 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths
     """Returns the CTC loss of each utterance, (N,) fp32, not divided by its target's length.
 
     `log_probs` (N, T, V) with the blank last, `lengths` (N,) frames, `targets` (N, U) or concatenated, `target_lengths`
-    (N,). The loss is infinite where a target does not fit into its frames. If `reads_no_lengths(device)`, it is
-    `ops.ctc_loss`, and lengths and targets are moved to the device. Otherwise it is PyTorch's loss, which waits for
-    the device unless the lengths are on the host. Semantics: the reference's `CTCLossNM`. Equivalent to
+    (N,). The loss is infinite where a target does not fit into its frames. For targets (N, U) on a device with
+    `reads_no_lengths`, it is `ops.ctc_loss`, and lengths and targets are moved to the device. Otherwise it is PyTorch's
+    loss, which waits for the device unless the lengths are on the host. Semantics: NVIDIA's `CTCLossNM`. Equivalent to
     `F.ctc_loss(log_probs.transpose(0, 1), ..., blank=V - 1, reduction="none")` in fp32.
     """
     with torch.autocast(log_probs.device.type, enabled=False):
@@ -173,7 +173,7 @@ def finish(
     clip_norm: float = 0.0,
     ema: EMA | None = None,
 ) -> Tensor:
-    """Ends a step after the backward of `losses`: settles the buffers and updates weights and `ema`.
+    """Ends a step after the backward of `losses`: keeps or restores the buffers, and updates weights and `ema`.
 
     Returns the gradient's norm.
     """

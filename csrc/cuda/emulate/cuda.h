@@ -43,7 +43,7 @@ void launch_emulated(int64_t grid, int block, size_t shared, int resident, const
 // Returns the `resident` that JF_LAUNCH_DYNAMIC uses.
 int emulated_resident();
 
-// Sets whether the next launch may begin before the launch before it has ended (grids.cpp).
+// Sets whether the next launch may begin before the previous one has ended (grids.cpp).
 void emulated_early(bool may);
 
 // Registers global memory that asynchronous copies may read. As long as none is registered, they may read any address.
@@ -85,7 +85,7 @@ extern "C" {
 // Sets `resident` (see above) and the seed of later launches. With a seed other than 0, warps and lanes run in a random
 // order drawn from it and are interrupted, so that other interleavings are tested.
 void jf_emulation(int resident, uint64_t seed);
-// Registers memory that the launch before an early launch may write or read. Null forgets all.
+// Registers memory that the launch that precedes an early launch may write or read. Null forgets all.
 void jf_emulation_depends(void* at, int64_t bytes);
 // Returns how often the instruction of this name ran in the last launch. A warp-wide instruction counts once per warp.
 // For "load" and "store" (common.cuh), returns the bytes instead.

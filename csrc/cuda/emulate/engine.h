@@ -37,7 +37,7 @@ struct Fiber {
   Cta* cta = nullptr;
   int thread = 0, lane = 0;
   bool spins = false, ended = false;
-  bool waited = false;  // whether it has waited for the launch before this one
+  bool waited = false;  // whether it has waited for the previous launch
   Fiber* next_waiter = nullptr;
   const char* waits_for = "";  // used with `address` and `parity` in the message about a deadlock
   uint32_t address = 0, parity = 0;
@@ -149,7 +149,7 @@ void end_products(Cta& cta);
 
 // grids.cpp
 void begin_grid();
-bool end_wait();    // ends the wait for the launch before this one; returns whether any thread waited
+bool end_wait();    // ends the wait for the previous launch; returns whether any thread waited
 void forget_grid();
 void check_waited(const Fiber& fiber);
 
