@@ -47,6 +47,14 @@ def _impl_name(face: str, weights: list[Tensor], *activations: Tensor) -> str:
     return "cpu" if ours else "reference"
 
 
+def _saved(keep: int, face: str, xs: list[Tensor], weights: list[Tensor]) -> int:
+    """Returns how many of at most `keep` pane outputs are saved: only the C++ face saves any.
+
+    The op decides this, because torch.compile cannot trace the import of a face.
+    """
+    return min(keep, len(xs)) if _impl_name(face, weights, *xs) == "cpu" else 0
+
+
 def _groups(panes, kept):
     """Yields slices of the `panes`, each with a buffer for its outputs: first each pane that is not saved, then all
     saved panes together."""
@@ -61,7 +69,7 @@ def _forward(xs, weights, gamma, beta, lengths, eps, keep, group, face):
     n, _, t = xs[0].shape
     bn, impl = _face("bn_relu_dropout", face), _face("panes", _impl_name(face, weights, *xs))
     out = beta.sum(0)  # in a wide dtype, so that the sum is rounded only once
-    kept, total = xs[0].new_empty((min(keep, len(xs)), n * t, len(out))), out.new_empty(0)
+    kept, total = xs[0].new_empty((_saved(keep, face, xs, weights), n * t, len(out))), out.new_empty(0)
     means, variances = [], []
     for panes, ys in _groups(xs, kept):
         impl.outputs(xs[panes], weights[panes], lengths, ys)
@@ -105,7 +113,7 @@ def _(xs, weights, gamma, beta, lengths, eps, keep, group, face):
     n, _, t = xs[0].shape
     c_out, stat = weights[0].shape[0], torch.empty_like(gamma)
     out = xs[0].new_empty((n, t, c_out)).transpose(1, 2)
-    kept = xs[0].new_empty((min(keep, len(xs)), n * t, c_out))
+    kept = xs[0].new_empty((_saved(keep, face, xs, weights), n * t, c_out))
     return out, stat, torch.empty_like(stat), stat.new_empty(() if group else 0), kept
 
 
@@ -161,7 +169,7 @@ def panes_plain(
     check_rows(xs[0], name)
     check_lengths(lengths, xs[0].shape[0])
     face = norm_face_of(xs[0], weights[0].shape[0], xs[0].shape[2], backend)
-    keep = KEPT if _impl_name(face, weights, *xs) == "cpu" and torch.is_grad_enabled() else 0
+    keep = KEPT if face == "cpu" and torch.is_grad_enabled() else 0
     out, mean, var, rows, _ = torch.ops.jasper_fast.panes_plain(
         list(xs), list(weights), torch.stack(gammas).to(wide), torch.stack(betas).to(wide), lengths, eps, keep, name,
         face,
