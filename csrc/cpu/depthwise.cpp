@@ -18,7 +18,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using namespace jf;
 
-constexpr int64_t kTaskRows = 128, kLeastRows = 32;  // most and fewest output rows of a task
+constexpr int64_t kTaskRows = 128, kLeastRows = 32;  // maximum and minimum number of output rows of a task
 constexpr int64_t kShares = 8;  // the gradient of the weight sums up to 8 shares of the rows and adds them in order
 
 DepthwiseDtype dtype_of(const Tensor& t) {

@@ -33,7 +33,7 @@ from jasper_fast.kernels.layout import empty_ntc
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths, Mask, Norm
 
 SIXTEEN = (torch.float16, torch.bfloat16)
-SOFTMAX_MAX = OUT  # symbols of log-softmax in the epilogue
+SOFTMAX_MAX = OUT  # maximum number of symbols of a log-softmax in the epilogue
 
 
 class Packed(NamedTuple):

@@ -1,4 +1,4 @@
-"""One sub-block at inference in one kernel: a conv with batch norm folded in, panes, bias, ReLU and mask.
+"""One sub-block at inference in one kernel: a conv with batch norm folded in, panes (1x1 convs), bias, ReLU and mask.
 
     z = mask(relu(sum_k x[n, t*stride + k*dilation - padding, :] @ w[k]  +  x2[n, t, :] @ w2  +  bias))
 
@@ -84,7 +84,8 @@ def conv1d_fused_kernel(
     if HAS_IN_LENGTHS:
         length = tl.load(in_lengths_ptr + n)
         if HAS_LENGTHS_OUT:
-            length = tl.minimum(tl.maximum(length, 0), frames)  # frames_out may be larger than the conv of x needs
+            # clamped, because a length may exceed x if z has more rows than the conv produces
+            length = tl.minimum(tl.maximum(length, 0), frames)
             new_length = out_frames(length, taps, STRIDE, padding, dilation)
             tl.store(lengths_out_ptr + n, new_length, mask=(t0 == 0) & (o0 == 0) & (split == 0))
             if HAS_MASK:

@@ -298,7 +298,7 @@ def fused(
     and TypeError for dtypes.
     """
     w, (stride, padding, dilation), (n, t, c_in) = packed, geometry, x.shape
-    # nct: x is features with unit frame stride. With one frame the strides do not tell, but another dtype does.
+    # nct: x is features, with unit frame stride. With one frame its strides fit both layouts, so the dtype decides.
     nct = c_in > 1 and (x.stride(2) != 1 or (t == 1 and x.dtype != w.data.dtype))
     masked = lengths.masked and (lengths.before is not None or lengths.after is not None)
     x2, w2 = panes or (None, None)

@@ -21,8 +21,8 @@ FLOP_S = 660e12  # FLOP/s of 16-bit matrix products that these tiles reach at be
 BYTES_S = 3e12  # bytes per second of the GPU's memory
 L2_S = 5.5e12  # bytes per second from L2 to all multiprocessors
 MERGE_G, MERGE_C = 64, 32  # tiles that a merging program reads at a time, and channels that it owns
-SOFTMAX_MAX = 128  # most symbols of a log-softmax in the epilogue
-MIN_STEPS = 8  # least steps per split: with fewer, adding up the splits would cost more than splitting saves
+SOFTMAX_MAX = 128  # maximum number of symbols of a log-softmax in the epilogue
+MIN_STEPS = 8  # minimum steps per split: with fewer, adding up the splits would cost more than splitting saves
 
 
 class Tile(NamedTuple):
@@ -59,7 +59,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, shape: Shape, fram
 def default(op: str, dtype: torch.dtype, shape: Shape, frames: int, exact: bool = False) -> Tile:
     """Returns a reasonable tile for `frames` output frames per utterance, for shapes that were not measured.
 
-    exact: fp32 products are not rounded to TF32, which takes more registers.
+    exact: fp32 products are computed without TF32, which takes more registers.
     """
     wide = dtype.itemsize == 2
     if op == "wgrad":
@@ -203,7 +203,7 @@ def _split(tile: Tile, shape: Shape, dtype: torch.dtype) -> Tile:
 
 
 def _splits(tile: Tile, shape: Shape) -> int:
-    """The most programs that may share a tile: all programs fit one wave, and each has at least MIN_STEPS steps."""
+    """Returns how many programs may share a tile: all fit one wave, and each has at least MIN_STEPS steps."""
     steps = shape.taps * -(-shape.c_in // tile.k)
     return max(1, min(WAVE // _tiles(tile, shape), steps // MIN_STEPS))
 

@@ -16,7 +16,7 @@ COLUMNS = 32  # channels per block of the pack
 
 
 def pack(weight: Tensor, *, flipped: bool = False) -> Tensor:
-    """Packs `weight` (C, 1, K) in the order that the kernel reads, (C / 32, K, 32) fp32. flipped: for `dgrad`."""
+    """Packs `weight` (C, 1, K) in the order that the kernel reads, (C / 32, K, 32) fp32. flipped: taps reversed."""
     c, _, k = weight.shape
     packed = torch.empty((-(-c // COLUMNS), k, COLUMNS), dtype=torch.float32)
     native.cpu().depthwise_pack(weight.detach().float().contiguous(), flipped, packed)

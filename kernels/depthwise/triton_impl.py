@@ -20,7 +20,7 @@ from jasper_fast.kernels.operands import FULL, Geometry, Lengths
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FEW_ROWS = 4096  # below this number of rows tiles are smaller, to make enough programs for a GPU
-SHARES = 8  # most parts of a batch that the weight gradient sums separately
+SHARES = 8  # maximum number of parts of a batch that the weight gradient sums separately
 
 
 def pack_once(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ from jasper_fast.kernels.layout import ntc
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Returns whether this face takes activations in the dtype of `tensors`, which must be the same for all."""
+    """Returns whether this face takes activations like `tensors`, which must all have one dtype."""
     dtypes = {t.dtype for t in tensors}
     return dtypes == {torch.float32} or (dtypes == {torch.bfloat16} and native.cpu().conv1d_has_bf16())
 

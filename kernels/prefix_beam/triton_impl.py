@@ -65,7 +65,7 @@ def _beam(keys, beam, none, at, scratch_ptr, BLOCK_B: tl.constexpr):
     low = tl.full([], -1, tl.int64)
     high = tl.full([], none - 1, tl.int64)
     found = tl.sum(tl.sum((keys <= high).to(tl.int32), 1), 0)
-    while found > beam:  # no two keys are equal
+    while found > beam:  # the loop ends, because no two keys are equal
         middle = low + (high - low) // 2
         below = tl.sum(tl.sum((keys <= middle).to(tl.int32), 1), 0)
         low = tl.where(below >= beam, low, middle)
@@ -120,7 +120,7 @@ def _prefix_beam_kernel(
     back_ptr += item * frames * BLOCK_B
     scratch_ptr += item * 6 * BLOCK_B
     at, c = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_V)
-    stays: tl.constexpr = CLASSES - 1  # the number of symbols, and the row of the prefix itself
+    stays: tl.constexpr = CLASSES - 1  # the number of symbols; also the matrix row of the prefix itself
     nothing = tl.full([BLOCK_B], NEVER, tl.float64)
     b, n, bonus = tl.where(at == 0, 0.0, nothing), nothing, tl.zeros([BLOCK_B], tl.float64)
     total = b

@@ -66,7 +66,8 @@ void conv1d_pack_block(const ConvPack& args, int64_t block) {
   const int64_t columns = std::min<int64_t>(kColumns, outputs - block * kColumns);
   const int64_t per = args.bf16 ? 2 : 1, units = conv1d_units(inputs, args.bf16);  // channels per unit, number of units
   const float* base = args.weight + block * kColumns * stride_out;
-  float* const filter = scratch.floats((2 * taps + kMaxFirLevel) * kColumns);  // all taps of an input, then sub-filters
+  // the filter of one input channel (all taps), then space for sub-filters
+  float* const filter = scratch.floats((2 * taps + kMaxFirLevel) * kColumns);
   for (int64_t at = 0; at < units; at += step) {
     const int64_t depth = std::min(step, units - at), c = at * per;
     float* panel = args.packed + (block * units + at) * all_taps * kColumns;
