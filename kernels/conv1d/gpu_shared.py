@@ -1,4 +1,4 @@
-"""Types and helpers that the Triton and the CUDA face of conv1d share."""
+"""Types and helpers that the GPU faces of conv1d and depthwise share."""
 
 from __future__ import annotations
 
@@ -51,3 +51,27 @@ def out_frames(t: int, taps: int, geometry: Geometry) -> int:
         span = geometry.dilation * (taps - 1) + 1
         raise ValueError(f"{t} frames with padding {geometry.padding} are too few: the taps span {span} frames")
     return t_out
+
+
+def check_offsets(*tensors: Tensor | None) -> None:
+    """Raises ValueError if an utterance of a tensor (N, T, C) spans 2^31 elements or more.
+
+    The Triton kernels count offsets within an utterance in 32 bits.
+    """
+    for x in tensors:
+        if x is not None and sum((s - 1) * d for s, d in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 1 << 31:
+            said = f"shape {tuple(x.shape[1:])}, strides {x.stride()[1:]}"
+            raise ValueError(f"one utterance of {said} exceeds 32-bit offsets: cut it into shorter ones")
+
+
+def sizes(*tensors: Tensor) -> tuple[int, ...]:
+    """Returns VEC of all `tensors` (N, T, C), then the channels and the strides of T and N of each, in units of VEC."""
+    found = []
+    for x in tensors:
+        (n, t, c), (item, row, one) = x.shape, x.stride()
+        if one != 1 and c > 1:
+            raise ValueError(f"activations need unit stride over channels, got strides {x.stride()} for (N, T, C)")
+        # if there is only one row or utterance, its stride is never used: take one that is aligned
+        found.append((c, row if t > 1 else c, item if n > 1 else t * c))
+    vec = next(v for v in (8, 4, 1) if not any(s % v for of in found for s in of))
+    return vec, *(tuple(s // vec for s in of) for of in found)

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from jasper_fast.kernels import launch
 from jasper_fast.kernels.conv1d import triton_tiles
-from jasper_fast.kernels.conv1d.gpu_shared import ALONE, Chain, Workspace, out_frames
+from jasper_fast.kernels.conv1d.gpu_shared import ALONE, Chain, Workspace, check_offsets, out_frames, sizes
 from jasper_fast.kernels.conv1d.triton_dgrad import conv1d_dgrad_kernel, conv1d_sums_merge_kernel
 from jasper_fast.kernels.conv1d.triton_forward import conv1d_forward_kernel, conv1d_stats_merge_kernel
 from jasper_fast.kernels.conv1d.triton_fused import conv1d_fused_kernel
@@ -109,10 +109,10 @@ def _forward(x, weight, geometry, lengths, packed, clean, stats):
     tile = triton_tiles.choose(op, x.device, x.dtype, Shape(c_in, w.c_out, w.taps, stride, dilation, n * t_out), t_out)
     t_blocks = triton.cdiv(t_out, tile.t)
     y = empty_ntc(n, w.c_out, t_out, like=x)
-    _check_offsets(y)
+    check_offsets(y)
     part_mean, part_m2 = _vectors(x, 2, n * t_blocks, w.c_out) if stats else (None, None)
-    vec_in, (groups, x_row, x_item) = _sizes(x.transpose(1, 2))
-    vec_out, (_, y_row, y_item) = _sizes(y.transpose(1, 2))
+    vec_in, (groups, x_row, x_item) = sizes(x.transpose(1, 2))
+    vec_out, (_, y_row, y_item) = sizes(y.transpose(1, 2))
     x_desc = _activations(x.transpose(1, 2), stride, tile.t, tile.k)
     launch.run(
         conv1d_forward_kernel, (n * t_blocks * triton.cdiv(w.c_out, tile.n),), x,
@@ -189,7 +189,7 @@ def _dgrad(dy, weight, t, geometry, lengths, packed, norm=None):
             raise ValueError(f"y and z must be {(n, w.c_in, t)} {dy.dtype}, dense in NTC memory, got {got}")
     g = empty_ntc(n, w.c_in, t, like=dy)
     part_g, part_gy = (None, None) if norm is None else _vectors(dy, 2, n * t_blocks, w.c_in)
-    vec_dy, (groups_dy, dy_row, dy_item) = _sizes(dy.transpose(1, 2))
+    vec_dy, (groups_dy, dy_row, dy_item) = sizes(dy.transpose(1, 2))
     vec = _vec(w.c_in)
     dy_desc = _activations(dy.transpose(1, 2), 1, tile.t, tile.k)
     launch.run(
@@ -225,7 +225,7 @@ def wgrad(
     `x`). clean: as in `forward`.
     """
     _check(x, dy)
-    _check_offsets(dy)
+    check_offsets(dy)
     n, c_in, t = x.shape
     (stride, padding, dilation), (c_out, t_out) = geometry, dy.shape[1:]
     if dy.shape[0] != n or t_out != out_frames(t, k, geometry):
@@ -329,9 +329,9 @@ def fused(
     if nct:
         vec_in, x_sizes, x_chan = 1, (c_in, 0, x.stride(0)), x.stride(2)
     else:
-        (vec_in, x_sizes), x_chan = _sizes(x), 1
-    vec_2, x2_sizes = (1, (0, 0, 0)) if x2 is None else _sizes(x2)
-    vec_out, (_, z_row, z_item) = _sizes(out)
+        (vec_in, x_sizes), x_chan = sizes(x), 1
+    vec_2, x2_sizes = (1, (0, 0, 0)) if x2 is None else sizes(x2)
+    vec_out, (_, z_row, z_item) = sizes(out)
     launch.run(
         conv1d_fused_kernel, (n * t_blocks * n_blocks * splits,), x,
         x, x_desc, w.data, _weights(w, tile.k, tile.n, by_descriptor),
@@ -372,7 +372,7 @@ def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, nct) ->
         _check(x2, w2.data)
         if x2.shape != (n, t_out, w2.c_in) or w2.taps != 1 or w2.c_out != w.c_out:
             raise ValueError(f"x2 {tuple(x2.shape)} and its weight do not fit an output of {(n, t_out, w.c_out)}")
-    _check_offsets(x, x2, out)
+    check_offsets(x, x2, out)
     return out
 
 
@@ -427,27 +427,7 @@ def _check(x: Tensor, other: Tensor) -> None:
         raise TypeError(f"the triton face takes one of fp32, fp16, bf16 for all, got {x.dtype} and {other.dtype}")
     if x.numel() == 0:
         raise ValueError(f"x has no elements: shape {tuple(x.shape)}")
-    _check_offsets(x)
-
-
-def _check_offsets(*tensors: Tensor | None) -> None:
-    """Raises ValueError if an utterance spans 2^31 elements or more: the kernels count offsets within an utterance in
-    32 bits."""
-    for x in tensors:
-        if x is not None and sum((s - 1) * d for s, d in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 1 << 31:
-            said = f"shape {tuple(x.shape[1:])}, strides {x.stride()[1:]}"
-            raise ValueError(f"one utterance of {said} exceeds 32-bit offsets: cut it into shorter ones")
-
-
-def _sizes(x: Tensor) -> tuple[int, tuple[int, int, int]]:
-    """Returns VEC of `x` (N, T, C), then its channels and the strides of T and N, all in units of VEC elements."""
-    (n, t, c), (item, row, one) = x.shape, x.stride()
-    if one != 1 and c > 1:
-        raise ValueError(f"x needs unit stride over channels, got strides {x.stride()} for (N, T, C)")
-    # if there is only one row or utterance, its stride is never used: take one that is aligned
-    row, item = (row if t > 1 else c), (item if n > 1 else t * c)
-    vec = next(v for v in (8, 4, 1) if c % v == row % v == item % v == 0)
-    return vec, (c // vec, row // vec, item // vec)
+    check_offsets(x)
 
 
 def _vec(c: int) -> int:

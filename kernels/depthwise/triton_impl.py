@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from jasper_fast.kernels import launch
+from jasper_fast.kernels.conv1d.gpu_shared import check_offsets, sizes
 from jasper_fast.kernels.conv1d.triton_tiles import transpose_meta
 from jasper_fast.kernels.conv1d.triton_wgrad import conv1d_wgrad_merge_kernel
 from jasper_fast.kernels.depthwise.triton_sum import depthwise_sum_kernel
@@ -77,7 +78,7 @@ def _sum(y: Tensor, x: Tensor, w: Tensor, geometry: Geometry, lengths: Lengths, 
     few = n * t_out < FEW_ROWS
     block_t, block_c = 16 if few else 64, min(128 // x.element_size(), max(16, triton.next_power_of_2(c)))
     t_blocks, masked = triton.cdiv(t_out, block_t), lengths.masked and lengths[:2] != (None, None)
-    vec, (groups, x_row, x_item), (_, y_row, y_item) = _sizes(x, y)
+    vec, (groups, x_row, x_item), (_, y_row, y_item) = sizes(x, y)
     launch.run(
         depthwise_sum_kernel, (n * t_blocks * triton.cdiv(c, block_c),), x,
         x, w, y, *lengths[:3], t, t_out, groups, x_row, x_item, y_row, y_item, w.shape[0], geometry.padding,
@@ -105,7 +106,7 @@ def wgrad(
     share = triton.cdiv(n, min(n, SHARES))
     shares = triton.cdiv(n, share)
     parts = torch.empty((shares, k, c), dtype=torch.float32, device=x.device)
-    vec, (groups, x_row, x_item), (_, dy_row, dy_item) = _sizes(rows, dy_rows)
+    vec, (groups, x_row, x_item), (_, dy_row, dy_item) = sizes(rows, dy_rows)
     launch.run(
         depthwise_wgrad_kernel, (shares * triton.cdiv(k, TAPS) * triton.cdiv(c, block_c),), x,
         x, dy, parts, *lengths[:2], n, t, dy.shape[2], groups, x_row, x_item, dy_row, dy_item, k, padding, dilation,
@@ -126,19 +127,4 @@ def _check(x: Tensor, y: Tensor) -> None:
         raise TypeError(f"the triton face takes one of fp32, fp16, bf16 for all, got {x.dtype} and {y.dtype}")
     if (x.shape[0], x.shape[2]) != (y.shape[0], y.shape[2]):
         raise ValueError(f"x and y need equal N and C, got (N, T, C) = {tuple(x.shape)} and {tuple(y.shape)}")
-    for v in (x, y):
-        if sum((s - 1) * d for s, d in zip(v.shape[1:], v.stride()[1:], strict=True)) >= 1 << 31:
-            raise ValueError(f"one utterance of {tuple(v.shape[1:])} exceeds 32-bit offsets: cut it into shorter ones")
-
-
-def _sizes(*tensors: Tensor) -> tuple[int, ...]:
-    """Returns VEC of all `tensors` (N, T, C), then the channels and the strides of T and N of each, in units of VEC."""
-    sizes = []
-    for x in tensors:
-        (n, t, c), (item, row, one) = x.shape, x.stride()
-        if one != 1 and c > 1:
-            raise ValueError(f"activations need unit stride over channels, got strides {x.stride()} for (N, T, C)")
-        # if there is only one row or utterance, its stride is never used: take one that is aligned
-        sizes.append((c, row if t > 1 else c, item if n > 1 else t * c))
-    vec = next(v for v in (8, 4, 1) if not any(s % v for of in sizes for s in of))
-    return vec, *(tuple(s // vec for s in of) for of in sizes)
+    check_offsets(x, y)
