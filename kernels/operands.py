@@ -44,8 +44,8 @@ class Lengths(NamedTuple):
     """The frames of each utterance `before` a conv and `after` it, (N,) int64. None: every utterance fills the tensor.
 
     made: a tensor into which the kernel writes the output lengths that follow from `before`, clamped to [0, T]. It is
-    then used instead of `after`. masked: if False, nothing is masked. Both are for faces whose kernels follow each
-    other without the host.
+    then used instead of `after`. masked: if False, nothing is masked. Both are for inference on a GPU, where the host
+    does not compute lengths between kernels.
     """
 
     before: Tensor | None = None

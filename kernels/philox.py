@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 M0, M1 = 0xD2511F53, 0xCD9E8D57  # round multipliers
-W0, W1 = 0x9E3779B9, 0xBB67AE85  # Weyl steps of the key
+W0, W1 = 0x9E3779B9, 0xBB67AE85  # added to the key after each round
 ROUNDS = 10
 LOW = 0xFFFFFFFF
 

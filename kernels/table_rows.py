@@ -134,7 +134,7 @@ def shape_of_norm(channels: int) -> dict[str, int]:
 
 # ---- the rules for a file ----
 
-_Rule = tuple[Callable[[Any], bool], str]  # a function that tells whether a value is valid, and in words what is valid
+_Rule = tuple[Callable[[Any], bool], str]  # a function that tells whether a value is valid, and what is valid in words
 
 
 def _one_of(allowed: Iterable[str]) -> _Rule:

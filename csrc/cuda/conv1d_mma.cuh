@@ -206,7 +206,7 @@ class MmaTile {
 #pragma unroll
       for (int n = 0; n < kColumnTiles; n += 2) {
         uint32_t r[4];
-        if constexpr (TRANSPOSED)  // a cell has 8 columns of this product, and its k are rows of the image
+        if constexpr (TRANSPOSED)  // the 8 channels of a cell are columns of this product, the rows of the image its k
           ptx::ldmatrix_trans(r, image + ((n + matrix / 2) * kChunk + k * 16 + matrix % 2 * 8 + row) * 16);
         else
           ptx::ldmatrix(r, image + ((k * 2 + matrix % 2) * kChunk + (n + matrix / 2) * 8 + row) * 16);

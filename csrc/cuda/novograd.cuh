@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const Args a) {
   const auto setting = [&](Setting column) { return static_cast<float>(s[column]); };
   const float weight = setting(kWeight);
 
-  float sums[2] = {0.f, 0.f};  // of all partial sums, and of those of this tensor
+  float sums[2] = {0.f, 0.f};  // the sum of all partial sums, and the sum of this tensor's
   const int first = static_cast<int>(run.row[kFirst]), end = static_cast<int>(run.row[kEnd]);
   for (int i = static_cast<int>(threadIdx.x); i < a.partials; i += kThreads) {
     const float square = a.partial[i];

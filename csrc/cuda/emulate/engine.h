@@ -102,7 +102,7 @@ struct Bulk {  // an incomplete copy_bulk
   int thread;
   uint32_t to, bytes, barrier;
   const void* from;
-  uint64_t due;  // the turn of a warp at which it completes
+  uint64_t due;  // when it completes, counted in turns that warps have had
 };
 
 extern Fiber* current;
