@@ -10,7 +10,7 @@
 A step is one update of the weights. Its gradient is the mean over the --grad-accumulation micro-batches of all
 processes. The output folder holds log.jsonl, tensorboard/, the last checkpoints (step_*.pt), the best one by WER
 (best.pt) and milestones. On SIGINT and SIGTERM the run saves a checkpoint and ends. After a SIGKILL --resume continues
-from the newest complete checkpoint.
+from the newest complete checkpoint. Defaults of the options are in parentheses.
 """
 
 from __future__ import annotations

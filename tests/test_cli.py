@@ -187,7 +187,7 @@ def test_errors_are_one_line(model, files, tmp_path, capsys):
         (("transcribe", files[0], "--checkpoint", other), "has the labels of the 10 classes"),
         (("transcribe", "--checkpoint", model), "no files"),
         (("transcribe", "--list", "nolist", "--checkpoint", model), "nolist"),
-        (("transcribe", files[0], "--checkpoint", model, "--device", "toaster"), "'toaster' is no device"),
+        (("transcribe", files[0], "--checkpoint", model, "--device", "toaster"), "'toaster' is not a device"),
         (("transcribe", files[0], "--checkpoint", model, "--config", "no.yaml"), "no.yaml: no such configuration"),
         (("transcribe", files[0], "--checkpoint", model, "--out", tmp_path / "no" / "x"), "does not exist"),
         (("transcribe", files[0], "--checkpoint", model, "--workers", -1), "--workers -1"),

@@ -37,7 +37,7 @@ OPTIONS = {
         option("--min-duration", type=float, metavar="S",
                help="shortest good utterance in seconds (the configuration's, or 0.1)"),
         option("--strict", action="store_true",
-               help="also count as bad: clipped utterances, and symbols outside the alphabet"),
+               help="also count clipped utterances and symbols outside the alphabet as faults"),
         option("--jobs", type=common.positive(int), default=0, metavar="N", help="threads (one per core)"),
         option("--worst", type=int, default=5, metavar="N", help="bad utterances of each kind to print (5)"),
         option("-q", "--quiet", action="store_true", help="show no progress bar"),

@@ -31,7 +31,8 @@ class UsageError(Exception):
 def subcommand(commands: Any, module: ModuleType) -> None:
     """Adds the subcommand that `module` describes: its name, HELP, DESCRIPTION, END, OPTIONS and function `run`."""
     raw, name = argparse.RawDescriptionHelpFormatter, module.__name__.rpartition(".")[2]
-    texts = {"help": module.HELP, "description": module.DESCRIPTION, "epilog": module.END}
+    epilog = f"Defaults are in parentheses.\n\n{module.END}"
+    texts = {"help": module.HELP, "description": module.DESCRIPTION, "epilog": epilog}
     parser = commands.add_parser(name, **texts, formatter_class=raw)
     add(parser, module.OPTIONS)
     parser.set_defaults(run=module.run)
@@ -271,7 +272,7 @@ def device_of(text: str) -> torch.device:
     try:
         return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if text == "auto" else text)
     except RuntimeError as error:
-        raise UsageError(f"--device {text!r} is no device; give cpu, cuda or cuda:1") from error
+        raise UsageError(f"--device {text!r} is not a device; give cpu, cuda or cuda:1") from error
 
 
 def load(arguments: argparse.Namespace) -> Recognizer:

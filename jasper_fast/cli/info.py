@@ -197,7 +197,7 @@ def render(report: dict[str, Any]) -> str:
         )
     if not cuda["gpus"]:
         built = f"built for CUDA {cuda['torch_built_for']}" if cuda["torch_built_for"] else "a CPU build"
-        lines.append(f"GPU  none that torch sees (torch is {built})")
+        lines.append(f"GPU  torch sees none (torch is {built})")
     rows = [("backend", "runs on", "otherwise")]
     for name, backend in report["backends"].items():
         on = ", ".join(f"{d} (auto)" if report["auto"].get(d) == name else d for d in backend["devices"])

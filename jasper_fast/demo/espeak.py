@@ -64,7 +64,7 @@ class Espeak:
                 f"espeak-ng did not start with the data in {data}: pip install --force-reinstall espeakng-loader"
             )
         self._chunks: list[np.ndarray] = []
-        self._callback = _Callback(self._collect)  # kept here: the library calls it later
+        self._callback = _Callback(self._collect)  # a reference keeps it alive for the library
         self._lib.espeak_SetSynthCallback(self._callback)
 
     def _short_path(self, path: str) -> str:
