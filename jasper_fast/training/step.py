@@ -5,6 +5,7 @@ N utterances, T frames, V classes (blank last). Nothing here waits for the devic
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -156,7 +157,10 @@ def train_step(
                 log_probs, out_lengths = model(features, lengths)
             frames = out_lengths if on_device else core.out_lengths(frames)
             each = ctc_loss(log_probs, frames, targets, batch.target_lengths)
-            scaler.scale(batch_loss(each) / len(batches)).backward()
+            loss = batch_loss(each)
+            # where no utterance has a frame, the loss is infinite but its gradient is 0: make that NaN too
+            log_probs.register_hook(functools.partial(torch.add, other=loss.detach(), alpha=0))
+            scaler.scale(loss / len(batches)).backward()
         losses.append(each.detach())
         heard.append(torch.isfinite(features).flatten(1).all(1))
         names += batch.names
