@@ -5,11 +5,15 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import platform
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cuda_host
+from fuzz import sanitize
 
 SECONDS = 120  # seconds, over a hundred times what the checks take
 
@@ -55,3 +59,16 @@ def outcome(check: Callable[[], None]) -> str | None:
     finally:
         child.kill()
         child.join()
+
+
+def races(code: str) -> str:
+    """Runs Python `code`, which loads a library built with ThreadSanitizer, in a process of its own; returns the
+    sanitizer's reports, "" if there are none."""
+    environment = sanitize.environment("thread", "") | {"JASPER_FAST_LIB": "", "OMP_NUM_THREADS": "1"}
+    command = ["setarch", platform.machine(), "-R", sys.executable, "-c", code]
+    paths = os.pathsep.join([str(cuda_host.ROOT), str(cuda_host.ROOT / "tests")])
+    done = subprocess.run(command, capture_output=True, text=True, env=environment | {"PYTHONPATH": paths}, timeout=600)
+    if "WARNING: ThreadSanitizer" in done.stderr:
+        return done.stderr
+    assert done.returncode == 0, done.stderr[-4000:]
+    return ""

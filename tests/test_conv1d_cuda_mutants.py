@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import conv_cases
@@ -15,7 +11,6 @@ import mutant_rig
 import pytest
 import torch
 from cuda_mutants import MUTANTS, WGMMA, WGRAD, WGRAD90
-from fuzz import sanitize
 from test_conv1d_cuda import DIRECTIONS, FUSED, Face, check_inference
 from test_conv1d_cuda_chain import LAYERS as CHAINED
 from test_conv1d_cuda_chain import check_early
@@ -86,15 +81,8 @@ def races(folder: Path, loop: int) -> str:
     path = cuda_host.build(
         [folder / "cuda" / "emulate" / "conv1d.cpp"], [f"-DJF_FEW={loop}", "-Wno-error"], "thread", folder=folder
     )
-    environment = sanitize.environment("thread", "") | {"JASPER_FAST_LIB": "", "OMP_NUM_THREADS": "1"}
     code = f"from test_conv1d_cuda_mutants import *; checked({str(path)!r}, {loop}, tuple(DIRECTIONS), 0)"
-    command = ["setarch", platform.machine(), "-R", sys.executable, "-c", code]
-    paths = os.pathsep.join([str(cuda_host.ROOT), str(cuda_host.ROOT / "tests")])
-    done = subprocess.run(command, capture_output=True, text=True, env=environment | {"PYTHONPATH": paths}, timeout=600)
-    if "WARNING: ThreadSanitizer" in done.stderr:
-        return done.stderr
-    assert done.returncode == 0, done.stderr[-4000:]
-    return ""
+    return mutant_rig.races(code)
 
 
 @pytest.mark.slow

@@ -223,3 +223,12 @@ def test_a_mutant_is_found(name: str, tmp_path: Path) -> None:
     folder = mutant_rig.mutated(NOVOGRAD[name], tmp_path)
     library = cuda_host.build([folder / "cuda/emulate/novograd.cpp"], ["-Wno-error"], folder=folder)
     assert mutant_rig.outcome(lambda: check(library)) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", [None, "sums are read before they are written"])
+def test_thread_sanitizer_finds_the_race_of_a_mutant_and_no_other(mutant: str | None, tmp_path: Path) -> None:
+    folder = mutant_rig.mutated(NOVOGRAD[mutant], tmp_path) if mutant else cuda_host.CSRC
+    library = cuda_host.build([folder / "cuda/emulate/novograd.cpp"], ["-Wno-error"], "thread", folder=folder)
+    reports = mutant_rig.races(f"from test_novograd_cuda import *; check({str(library)!r})")
+    assert ("data race" in reports) == (mutant is not None)
