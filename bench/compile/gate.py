@@ -318,7 +318,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cuda",
         action="store_true",
-        help="compile the convs in CUDA C++ with nvcc, for sm_75 to sm_120, instead of the Triton kernels",
+        help="compile the convs and NovoGrad in CUDA C++ with nvcc, for sm_75 to sm_120, instead of the Triton kernels",
     )
     parser.add_argument(
         "--shapes", action="store_true", help="with --cuda: also print the calculated cost of each conv of Jasper"
