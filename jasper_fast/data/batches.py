@@ -141,10 +141,10 @@ class BatchSampler:
 
     def _parts(self, order: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
         """Splits the order into parts that are batched one after another: one part for each group of ``open_shards``
-        shards, or one part in all without shards."""
+        shards. Without shards there is one part."""
         if self.shards is None:
             return [order]
-        shard = self.shards[order % len(self.shards)]  # item i is utterance i % len; a joining dataset may have more
+        shard = self.shards[order % len(self.shards)]  # joining may make more items than utterances
         turn = rng.permutation(int(self.shards.max()) + 1)[shard] // self.open_shards
         return [order[turn == i] for i in range(int(turn.max()) + 1)]
 
@@ -201,7 +201,7 @@ def load_batches(
             place = None
         except processes.WorkerDied:
             del source  # ends the other processes
-            # The loader fails at the first batch that is missing. It and all later ones are read again.
+            # The next batch is missing. It is read by itself, and new processes read all later ones.
             place, items = ahead.popleft()
             yield _told(dataset, _alone(dataset, items, place[0], pin_memory), place)
             place = place[0], place[1] + 1
@@ -220,8 +220,8 @@ def _plan(sampler: BatchSampler, epoch: int, step: int, endless: bool) -> Iterat
 
 
 def _noted(plan: Iterator, ahead: deque) -> Iterator[list[tuple[int, int]]]:
-    """Yields the dataset's keys of each batch of a plan, and appends each batch to ``ahead`` when its keys are
-    taken."""
+    """Yields the dataset's keys of each batch of a plan. Appends the batch to ``ahead`` when the loader takes its
+    keys."""
     for place, items in plan:
         ahead.append((place, items))
         yield [(place[0], item) for item in items]

@@ -63,8 +63,8 @@ class SpeechDataset(Dataset):
     normalisation, or which have fewer output frames than CTC needs (``frame_samples`` samples per output frame: hop
     times the model's stride). An unreadable file is replaced by an utterance of similar length.
 
-    With ``training=False`` nothing is perturbed, joined or replaced, and no length or empty text is a reason to skip.
-    Unreadable files are skipped, and truncated ones are used as far as they go, with a warning.
+    With ``training=False`` nothing is perturbed, joined or replaced, and utterances of any length and with empty text
+    are kept. Unreadable files are skipped, and truncated ones are used as far as they go, with a warning.
 
     Texts with symbols that are not labels are always skipped. ``kept`` has the indices, in the argument
     ``utterances``, of those that are left. Raises ValueError if none is left.
@@ -141,11 +141,11 @@ class SpeechDataset(Dataset):
             (
                 "bad_duration",
                 not seconds > 0 or math.isinf(seconds),
-                f"duration {seconds} s in the manifest or the file",
+                f"its duration is {seconds} s in the manifest or the file",
             ),
             ("too_long", seconds > bounds.max_duration, f"{seconds:.2f} s, more than {bounds.max_duration} s"),
             ("too_short", seconds < bounds.min_duration, f"{seconds:.3f} s, less than {bounds.min_duration} s"),
-            ("empty_text", not target, f"no symbol of the vocabulary in {utterance.text!r}"),
+            ("empty_text", not target, f"its text {utterance.text!r} has no symbol of the vocabulary"),
         ):
             if holds:
                 return Skipped(name, reason, f"{name}: {detail}")

@@ -1,4 +1,4 @@
-"""Joining several utterances into one item, with silences around and between them."""
+"""Joins several utterances into one item, with silences around and between them."""
 
 from __future__ import annotations
 

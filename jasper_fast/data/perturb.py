@@ -44,8 +44,8 @@ class Change:
 
 
 def add_noise(samples: np.ndarray, snr_db: float, slope: float, seed: int) -> np.ndarray:
-    """Returns (samples,) fp32 with noise ``snr_db`` decibels below their mean power, whose power is proportional to
-    frequency ** ``slope``. Digital silence stays as it is."""
+    """Returns (samples,) fp32 with added noise, ``snr_db`` decibels below their mean power. The power of the noise is
+    proportional to frequency ** ``slope``. Digital silence stays as it is."""
     spectrum = np.fft.rfft(np.random.default_rng(seed).standard_normal(len(samples), np.float32))
     spectrum *= np.linspace(0.01, 1, len(spectrum)) ** (slope / 2)  # flat below 1 % of the band
     noise = np.fft.irfft(spectrum, len(samples))
@@ -108,7 +108,7 @@ class Perturb:
         return self.speed is None and self.tempo is None
 
     def draw(self, rng: np.random.Generator) -> Change:
-        """Draws the Change of one utterance. The order of the draws is part of what a seed means and must stay."""
+        """Draws the Change of one utterance. The order of the draws must not change, or seeds give other data."""
         drawn = {name: part.draw(rng) for name in ("speed", "gain", "shift") if (part := getattr(self, name))}
         drawn["variant"] = rng.random()
         if self.noise:

@@ -22,7 +22,7 @@ _PERTURBATIONS = {
 }
 _PLAIN = {name: name for name in ("sample_rate", "trim_silence", "min_duration", "max_duration", "preload")}
 _PLAIN |= {"normalize_transcripts": "normalize_text", "max_utts": "max_utterances"}
-_ELSEWHERE = {"pad_to_max_duration", "sort_by_duration"}  # ignored here; LogMelFeatures and BatchSampler do this
+_ELSEWHERE = {"pad_to_max_duration", "sort_by_duration"}  # not for this class: LogMelFeatures pads, BatchSampler sorts
 
 
 @dataclass(frozen=True)

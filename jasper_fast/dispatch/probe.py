@@ -77,7 +77,7 @@ def supervise(
         wanted = {"device": str(device), "quick": quick, **which, "done": list(report.found)}
         try:
             fault = _watch(argv or command(), wanted, seconds, report, on_row)
-            after, skipped = "after the one that ended the process", fault and group_of(fault)
+            after, skipped = "an earlier check ended the process", fault and group_of(fault)
         except CannotCheck as error:
             if not report.planned:
                 raise

@@ -1,4 +1,4 @@
-"""First-use tuning: measures what `backend="auto"` needs and this GPU has no times for, once, and saves the times.
+"""First-use tuning: if `backend="auto"` has no times of an op at a shape on this GPU, measures and saves them.
 
 This is what `torch.backends.cudnn.benchmark` does, but the results are kept on disk. They are in the user's cache
 (`verdicts.folder()`), in one file per GPU, driver, versions and sources, and take precedence over the tables of the
@@ -6,8 +6,8 @@ package. The contenders (the candidate kernels for an op) run in a child process
 which checks each before it times it. A cell (an op at a shape, see `tables.Cell`) is saved as soon as it is measured,
 so a run that is killed loses at most one cell.
 
-Nothing is tuned while a graph is captured or traced, or inside `not_now()`. Then the usual choices without tuning are
-made, and the cells are tuned at the next request outside. `JASPER_FAST_TUNE=0` turns tuning off, and `off()` turns it
+Nothing is tuned while a graph is captured or traced, or inside `not_now()`. Then "auto" chooses by tables or estimates,
+and the cells are tuned at the next request outside. `JASPER_FAST_TUNE=0` turns tuning off, and `off()` turns it
 off for the code inside its block. If several processes need the same times, one tunes, and the others wait and read its
 results.
 """
@@ -200,7 +200,7 @@ def tune(
 # ------------------------------------------------------------------------------------------------------- first use
 
 changed: list[Callable[[], None]] = []  # called after tables have new rows, to drop cached choices
-_waiting: dict[torch.device, dict[Cell, str]] = {}  # cells to tune at the next good moment, and the user of each
+_waiting: dict[torch.device, dict[Cell, str]] = {}  # cells to tune at the next good moment, and what needs each
 _asked: set[tuple[torch.device, Cell]] = set()  # cells already tried in this process, with or without a result
 _local = threading.local()
 

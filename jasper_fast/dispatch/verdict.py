@@ -69,7 +69,7 @@ def blame(error: BaseException) -> dict[str, str]:
     if fix is None and isinstance(error, (OSError, ImportError)):  # a kernel itself uses no files
         fix = "this user must be allowed to read and run the files of Triton, and to write its cache"
     if fix is None and isinstance(error, PlainPyTorchFailed):
-        fix = "without it there is nothing to compare with"
+        fix = "without its result the kernel cannot be checked"
     if fix is None:
         return {"status": "failed", "detail": detail}
     return {"status": "environment", "detail": f"{detail} ({fix})"}

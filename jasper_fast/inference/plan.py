@@ -69,7 +69,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Folded:
-    """A sub-block without its batch norms: conv `weight` (C_out, C_in, K), `bias` (C_out,), and panes (C_out, C2)."""
+    """A sub-block with its batch norms folded in: `weight` (C_out, C_in, K) and `bias` (C_out,) of the conv, and
+    `panes` (C_out, C2), the weights of all panes side by side."""
 
     weight: Tensor
     bias: Tensor
@@ -152,8 +153,8 @@ class Step:
 class Plan:
     """A model for inference: its `steps`, and `source`, the place of the features if a step reads them from a buffer.
 
-    head: the decoder's conv, or None for an encoder alone. channels: the number of symbols, or, without a head, of
-    channels of the encoder's output.
+    head: the decoder's conv, or None for an encoder alone. channels: the number of output channels, which are the
+    symbols if there is a head.
     """
 
     source: Place
@@ -170,8 +171,8 @@ class Plan:
         return found
 
     def span(self, bucket: int) -> int:
-        """Returns the number to a multiple of which T may be rounded up, so that T' is a multiple of `bucket`. It is 1
-        without masks, because padding then changes the results."""
+        """Returns the T at which T' is `bucket`. If T is rounded up to a multiple of it, T' is a multiple of `bucket`.
+        Without masks it is 1, because padding would change the results."""
         return bucket * prod(step.b.s for step in self.steps) if self.masks else 1
 
     @cached_property

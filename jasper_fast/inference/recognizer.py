@@ -31,8 +31,8 @@ class Recognition:
     """The results for a list of utterances: ``transcripts`` in the order of the list (None if skipped), and times.
 
     ``audio_seconds`` is the length of the transcribed audio; ``compute_seconds`` is the time from samples to text;
-    ``wall_seconds`` also includes reading files. While ``Recognizer.stream`` runs, ``finished`` utterances have their
-    final result, among them the first ``done`` of the list.
+    ``wall_seconds`` also includes reading files. While ``Recognizer.stream`` runs, ``finished`` is the number of
+    utterances that have their final result, and ``done`` is the number at the beginning of the list that have it.
     """
 
     transcripts: list[Transcript | None]

@@ -32,7 +32,7 @@ def md5_of(path: Path, progress: Progress = silent) -> str:
     return digest.hexdigest()
 
 
-def verify(path: Path, md5: str, progress: Progress = silent, advice: str = "take another copy") -> None:
+def verify(path: Path, md5: str, progress: Progress = silent, advice: str = "get another copy") -> None:
     """Raises PrepareError unless the file has this MD5."""
     found = md5_of(path, progress)
     if found != md5.lower():
@@ -64,7 +64,7 @@ def fetch(url: str, target: Path, md5: str, progress: Progress = silent) -> None
         came = part.exists() and part.stat().st_size > before
         failures = 1 if came else failures + 1
         if failures >= TRIES:
-            raise PrepareError(f"{url}: {cause}, {TRIES} times in a row; run the command again to continue") from cause
+            raise PrepareError(f"{url}: failed {TRIES} times ({cause}); run the command again to continue") from cause
         time.sleep(min(PAUSE * 2 ** (failures - 1), LONGEST_PAUSE))
     try:
         verify(part, md5, progress)

@@ -143,7 +143,7 @@ def _table(path: Path, least: int = 1) -> dict[str, str]:
 def _kaldi(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Entry]:
     """Reads wav.scp and text of a Kaldi folder, and segments and utt2spk if they exist. Relative paths start at
     ``audio_dir``, the folder in which Kaldi was run. By default that is ``source`` for files found there, else the
-    working folder."""
+    current working directory."""
     recordings, texts = _table(source / "wav.scp"), _table(source / "text", 0)
     speakers = _table(source / "utt2spk") if (source / "utt2spk").is_file() else {}
     segments: dict[str, tuple[str, float, float]] = {name: (name, 0.0, 0.0) for name in recordings}

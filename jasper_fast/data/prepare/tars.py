@@ -1,4 +1,4 @@
-"""Reads utterances from WebDataset's tar files, which have no manifest but NAME.txt or NAME.json with NAME.flac."""
+"""Reads utterances from tar files in the form of WebDataset: NAME.flac with NAME.txt or NAME.json, and no manifest."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def parts_of(member: tarfile.TarInfo, archive: Path) -> tuple[str, ...]:
     is neither a file nor a folder."""
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts or "\0" in member.name:
-        raise HostileArchive(f"{archive}: the member {member.name!r} would lie outside the folder; take another copy")
+        raise HostileArchive(f"{archive}: the member {member.name!r} would lie outside the folder; get another copy")
     if not (member.isreg() or member.isdir()):
         raise HostileArchive(f"{archive}: the member {member.name!r} is a link or a device; only files are unpacked")
     return tuple(part for part in name.parts if part != ".")

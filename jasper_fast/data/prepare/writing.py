@@ -1,4 +1,4 @@
-"""Writes files such that each is either complete or absent, whenever the run is killed."""
+"""Writes files so that each is either complete or absent, even if the run is killed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def writing(path: Path) -> Iterator[None]:
         if error.errno is None:  # not an error of the file system: a library raised it, because of what it reads
             raise
         raise PrepareError(
-            f"{path}: {error.strerror}; complete files are kept: solve this and run the command again"
+            f"{path}: {error.strerror}; complete files are kept; solve the problem and run the command again"
         ) from error
 
 
