@@ -217,7 +217,7 @@ def test_truncated_files_are_left_out_of_training_and_evaluated_with_a_warning(c
         }
         assert "1 used although truncated" in str(evaluation.skipped)
         details = "".join(w.detail for w in evaluation.skipped.warned)
-        assert "the header promises 1.500 s, 0.749 s are there" in details
+        assert "the header promises 1.500 s, but the file has 0.749 s" in details
         assert "the manifest says 9.900 s, but the file has 0.500 s" in details
     samples = evaluation[12].audio
     assert len(samples) == len(data) // 4 - 22

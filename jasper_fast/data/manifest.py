@@ -206,10 +206,10 @@ class SkipReport:
         for item in used:
             self._warned.setdefault((item.name, item.reason), item)
 
-    def lose(self, manifest: str, symbols: Sequence[str]) -> None:
-        """Counts one more text from which normalisation dropped these symbols."""
+    def lose(self, manifest: str, symbols: Sequence[str], texts: int = 1) -> None:
+        """Counts ``texts`` more texts from which normalisation dropped these symbols."""
         count, known = self.lost.get(manifest, (0, []))
-        self.lost[manifest] = count + 1, [*known, *(s for s in symbols if s not in known)]
+        self.lost[manifest] = count + texts, [*known, *(s for s in symbols if s not in known)]
 
     @property
     def warned(self) -> list[Skipped]:
@@ -234,8 +234,7 @@ class SkipReport:
         self.add(other.items)
         self.warn(other.warned)
         for manifest, (count, symbols) in other.lost.items():
-            before, known = self.lost.get(manifest, (0, []))
-            self.lost[manifest] = before + count, [*known, *(s for s in symbols if s not in known)]
+            self.lose(manifest, symbols, count)
 
     @property
     def items(self) -> list[Skipped]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ def expanded(pattern: str) -> list[str]:
 
     Raises ValueError for a pattern of more than a million paths.
     """
-    braces = re.sub(r"_CL_", "}", re.sub(r"_OP_", "{", pattern))
+    braces = pattern.replace("_OP_", "{").replace("_CL_", "}")
     if not _RANGE.search(braces) or (not is_url(pattern) and os.path.exists(pattern)):
         return [pattern]
     parts, end = [], 0
@@ -46,16 +47,9 @@ def expanded(pattern: str) -> list[str]:
         first, last, names = found.groups()
         parts += [[braces[end : found.start()]], names.split(",") if names else _numbers(first, last)]
         end = found.end()
-        if _count(parts) > _MOST:
+        if math.prod(map(len, parts)) > _MOST:
             raise ValueError(f"{pattern}: the pattern expands to more than {_MOST:,} paths")
     return ["".join(words) for words in itertools.product(*parts, [braces[end:]])]
-
-
-def _count(parts: list[Any]) -> int:
-    total = 1
-    for part in parts:
-        total *= len(part)
-    return total
 
 
 class _numbers:
@@ -63,7 +57,8 @@ class _numbers:
     with 0."""
 
     def __init__(self, first: str, last: str) -> None:
-        self.range, self.width = range(int(first), int(last) + 1), len(first) if first.startswith("0") else 0
+        last = min(int(last), int(first) + _MOST)  # enough to exceed _MOST, and a length that Python can represent
+        self.range, self.width = range(int(first), last + 1), len(first) if first.startswith("0") else 0
 
     def __len__(self) -> int:
         return len(self.range)

@@ -39,11 +39,8 @@ class Packed(NamedTuple):
 
 
 def _read_file(packed: Packed) -> bytes:
-    descriptor = os.open(packed.tar, os.O_RDONLY)
-    try:
-        return os.pread(descriptor, packed.size, packed.start)
-    finally:
-        os.close(descriptor)
+    with open(packed.tar, "rb", buffering=0) as file:
+        return os.pread(file.fileno(), packed.size, packed.start)
 
 
 def fetch(packed: Iterable[Packed]) -> dict[Packed, bytes]:

@@ -69,7 +69,7 @@ def read(device: torch.device) -> tuple[Row, ...]:
     try:
         return tables.load(file).rows
     except (OSError, tables.TableError) as error:
-        _say(f"cannot use the saved times ({error}): tuning again")
+        verdicts.say(f"cannot use the saved times ({error}): tuning again")
         return ()
 
 
@@ -83,7 +83,9 @@ def keep(device: torch.device, rows: Sequence[Row]) -> None:
         try:
             tables.write(file, _header(device), [*kept, *rows])
         except OSError as error:
-            _say(f"cannot save tuned times in {file} ({error}); set JASPER_FAST_CACHE to a folder that can be written")
+            verdicts.say(
+                f"cannot save times in {file} ({error}); set JASPER_FAST_CACHE to a folder that can be written"
+            )
 
 
 def _header(device: torch.device) -> dict[str, str]:
@@ -309,7 +311,3 @@ def forget() -> None:
     """Forgets which cells wait and which were already tried."""
     _waiting.clear()
     _asked.clear()
-
-
-def _say(text: str) -> None:
-    print(f"jasper_fast: {text}", file=sys.stderr)

@@ -112,12 +112,12 @@ def read(device: torch.device) -> dict[tuple[str, str, str], Verdict]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        _say(f"cannot read {file} ({error}): checking again")
+        say(f"cannot read {file} ({error}): checking again")
         return {}
     try:
         return _parse(data, device)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        _say(f"{file} has no valid verdicts ({type(error).__name__}: {error}): checking again")
+        say(f"{file} has no valid verdicts ({type(error).__name__}: {error}): checking again")
         return {}
 
 
@@ -160,7 +160,7 @@ def keep(device: torch.device, verdicts: Iterable[Verdict]) -> None:
         part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         os.replace(part, file)
     except OSError as error:
-        _say(f"cannot save the verdict in {file} ({error}); set JASPER_FAST_CACHE to a folder that can be written")
+        say(f"cannot save the verdict in {file} ({error}); set JASPER_FAST_CACHE to a folder that can be written")
 
 
 @contextmanager
@@ -238,5 +238,6 @@ def why_not(found: Verdict, device: torch.device, instead: str) -> str:
     return f"{begin}: {found.failure}. {instead}; `jasper-fast selfcheck` shows every kernel"
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Prints a message on the standard error."""
     print(f"jasper_fast: {text}", file=sys.stderr)
