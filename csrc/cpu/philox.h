@@ -37,7 +37,8 @@ JF_INLINE Lanes multiply(Lanes a, Lanes b) { return _mm512_mul_epu32(a, b); }
 JF_INLINE Lanes high(Lanes a) { return _mm512_srli_epi64(a, 32); }
 JF_INLINE Lanes xor3(Lanes a, Lanes b, Lanes c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
 JF_INLINE uint32_t keep_bits_of(Lanes c0, Lanes c1, Lanes c2, Lanes c3, uint32_t threshold) {
-  // vpshufd with a merge mask: even 32-bit lanes keep word 0 (below: word 2), odd lanes take word 1 (word 3).
+  // vpshufd with a merge mask: even 32-bit lanes keep word 0 of a counter, odd lanes take word 1. Then the same with
+  // words 2 and 3.
   const Lanes w01 = _mm512_mask_shuffle_epi32(c0, 0xAAAA, c1, (_MM_PERM_ENUM)0xA0);
   const Lanes w23 = _mm512_mask_shuffle_epi32(c2, 0xAAAA, c3, (_MM_PERM_ENUM)0xA0);
   const Lanes limit = _mm512_set1_epi32((int)threshold);

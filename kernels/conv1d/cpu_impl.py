@@ -111,7 +111,7 @@ def fused(
     support.
     """
     if lengths.made is not None or not lengths.masked:
-        raise ValueError("the cpu face masks by the lengths that it is given and does not compute output lengths")
+        raise ValueError("the cpu face always masks and does not compute output lengths: give it lengths.after")
     if out is None:
         frames = max(geometry.frames(x.shape[1], packed.taps), 0)
         out = torch.empty((x.shape[0], frames, packed.c_out), dtype=torch.float32)

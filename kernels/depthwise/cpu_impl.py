@@ -49,7 +49,7 @@ def into(out: Tensor, x: Tensor, packed: Tensor, geometry: Geometry, lengths: Le
     faces support.
     """
     if lengths.made is not None:
-        raise ValueError("the cpu face masks by the lengths that it is given and does not compute output lengths")
+        raise ValueError("the cpu face does not compute output lengths: give it lengths.after")
     stride, padding, dilation = geometry
     taps = packed.shape[1]
     native.cpu().depthwise_sum(x, packed, taps, stride, dilation, padding, 1, lengths.before, lengths.after, out)

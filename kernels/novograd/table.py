@@ -14,7 +14,7 @@ from jasper_fast.kernels.novograd.operands import Tensors, Watched
 
 BLOCK = 1024  # elements that a program processes in one iteration
 PROGRAMS = 4096  # approximate number: in the largest model, all partial sums are 1 % of what a program reads
-SHORTEST = 8192  # least elements of a run, so that a program has enough work
+SHORTEST = 8192  # minimum elements of a run, so that a program has enough work
 COLUMNS = ("grad", "moment", "param", "mean", "square", "numel", "group", "kind", "first", "end")
 UPDATE, AVERAGE, COPY = 0, 1, 2  # kinds of rows
 KEYS = ("table", "runs", "size", "partials", "programs", "aligned")
