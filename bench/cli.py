@@ -59,7 +59,9 @@ def common_options() -> argparse.ArgumentParser:
     common.add_argument(
         "--out", type=Path, default=paths.OUT, metavar="DIR", help="folder for the JSON file (default: build/bench)"
     )
-    common.add_argument("--quick", action="store_true", help="only the cases that have goals, with fewer repetitions")
+    common.add_argument(
+        "--quick", action="store_true", help="measure only the cases with goals, with fewer repetitions"
+    )
     common.add_argument(
         "--rivals",
         type=choices.rivals,
@@ -88,20 +90,26 @@ def parser() -> argparse.ArgumentParser:
         return sub.add_parser(name, help=help, description=help, parents=[common])
 
     kernels = add("kernels", "time each op at the shape of each Jasper layer, and compare it with eager PyTorch")
-    kernels.add_argument("--op", default="all", help="bn_relu_dropout, sub_block, conv1d, panes, depthwise or all")
+    kernels.add_argument(
+        "--op",
+        default="all",
+        help="op to measure: bn_relu_dropout, sub_block, conv1d, panes, depthwise or all (default: all)",
+    )
     kernels.add_argument(
         "--mode",
         choices=("forward", "backward", "both", "inference"),
         default=None,
-        help="only one mode (default: all modes of an op)",
+        help="measure only this mode (default: all modes of an op)",
     )
     train = add("train", "time forward + backward, and the full training step, in utterances per second")
     add_models(train, DEFAULT_BATCH)
     one = "measure only this mode (default: both; with --quick only forward+backward)"
     train.add_argument("--mode", choices=("forward+backward", "step"), default=None, help=one)
-    many = "measure the full step with 1 process and with N, each with its own batch: utterances per second, "
-    many += "efficiency, and the communication that no computation hides. Starts the processes, unless torchrun "
-    many += "started them (the default is then 1, 2, 4, ... up to all of them)"
+    many = (
+        "measure the full step with 1 process and with N, each with its own batch: utterances per second, efficiency, "
+        "and the communication that no computation hides. Starts the processes, unless torchrun started them (the "
+        "default is then 1, 2, 4, ... up to all of them)"
+    )
     train.add_argument("--world", type=scaling.sizes, default=None, metavar="N[,N...]", help=many)
     step = add("optimizer", "time the optimiser's step with its check for NaN and the moving average of the weights")
     step.add_argument("--model", type=choices.model, action="append", help=f"{MODELS} (default: jasper10x5)")
@@ -160,13 +168,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_models(command: argparse.ArgumentParser, batch: tuple[int, int]) -> None:
-    """Adds the option `--model`, which may be repeated. Each model has its own batch, by default this one (N, T)."""
+    """Adds the option `--model`, which may be repeated. A model may name its own batch. The default is `batch`, (N,
+    T)."""
     command.add_argument(
         "--model",
         type=choices.models_batch(batch),
         action="append",
         metavar="NAME[:N,T]",
-        help=f"{MODELS}; N utterances of T feature frames each (default: {batch[0]},{batch[1]})",
+        help=f"{MODELS}, with a batch of N utterances of T feature frames (default: {batch[0]},{batch[1]})",
     )
 
 

@@ -122,7 +122,7 @@ def dropout_complaints(got: Answer, inputs: Inputs, p: float) -> list[str]:
 
 
 # The order of the sums over N*T rows depends on the kernel. On one thread in channels_last memory even PyTorch differs
-# from fp64 by 23 rounding errors.
+# from fp64 by 23 eps.
 TOLERANCE = correct.Tolerance(factor=2.0, floor=40.0)
 
 

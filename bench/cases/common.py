@@ -20,9 +20,9 @@ P = 0.2  # dropout rate
 MODES = ("both", "forward", "backward")
 Cases = Callable[[Run, str | None], Iterable[list[Case]]]  # (run, mode or None) -> groups of cases, made lazily
 # A conv adds up to 22,000 products, and the order depends on the kernel. Even PyTorch's convs in the two layouts differ
-# by 20 rounding errors.
+# by 20 eps.
 CONV_TOLERANCE = correct.Tolerance(factor=2.0, floor=40.0)
-# Four rounding errors of TF32, because tensor cores truncate the operands. TF32's is 2**-10, while fp32's is 2**-23.
+# Four times the eps of TF32, because tensor cores truncate the operands. TF32's eps is 2**-10, while fp32's is 2**-23.
 # PyTorch's own error may be far smaller, because cuDNN decides whether it uses TF32.
 ROUNDED = correct.Tolerance(factor=2.0, floor=4.0 * 2**13)
 

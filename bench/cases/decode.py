@@ -37,7 +37,7 @@ SHARP = {"confident": 10.0, "unsure": 3.0}  # what is added to the logit of each
 LMS = {"none": "none", "symbols": "6-gram of characters", "words": "3-gram of words, lexicon"}
 # (alpha, beta) by language model. beta is 0 for "symbols", because flashlight has no score per symbol.
 WEIGHTS = {"none": (0.0, 0.0), "symbols": (1.0, 0.0), "words": (2.0, -0.2)}
-_LOWER = 0.1  # largest relative difference of another search's score
+_LOWER = 0.1  # the score of another search may differ from the reference's by less than this share
 V = Vocabulary()
 
 

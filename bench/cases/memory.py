@@ -1,4 +1,4 @@
-"""The case of `python -m bench memory`, which checks the answers of a training step, and the count of its bytes."""
+"""Checks the answers of a training step and counts its bytes, for `python -m bench memory`."""
 
 import functools
 from collections.abc import Callable
@@ -51,7 +51,8 @@ def step(module: nn.Module, batch: Batch, dtype: torch.dtype, device: torch.devi
 
 
 def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Module], Callable[[], Batch]]:
-    """Returns the case that checks the contenders of one model, their modules by name, and the batch to count with.
+    """Returns the case that checks the contenders of one model, a dict for their modules by name, and a function that
+    returns the batch to count with.
 
     The modules are made when the contenders are built. A large model is checked on a small batch, because the bytes do
     not depend on the batch of the check.

@@ -31,7 +31,7 @@ from jasper_fast.kernels import layout
 from jasper_fast.nn.architecture import block_shapes
 
 # The order of the sums, over up to 4,608 products and over N*T rows, depends on the kernel. At 1,600 rows on one
-# thread, eager's weight gradient in channels_last differs from fp64 by 57 rounding errors.
+# thread, eager's weight gradient in channels_last differs from fp64 by 57 eps.
 TOLERANCE = correct.Tolerance(factor=2.0, floor=100.0)
 FORMS = ("gram", "plain")
 

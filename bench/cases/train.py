@@ -243,7 +243,7 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
             plain = models.eager(cfg, state())
             call = build(plain)
             module = call if isinstance(call, ChannelsLast2d) else plain
-            if module is not plain:  # it has replaced the 1D weights by its own
+            if module is not plain:  # ChannelsLast2d has replaced the 1D weights by 2D ones
                 for conv in (m for m in plain.modules() if isinstance(m, nn.Conv1d)):
                     conv.weight.requires_grad_(False)
             return runner_of(module, call)

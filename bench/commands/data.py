@@ -1,4 +1,4 @@
-"""How many seconds of audio can one core prepare per second? Preparing means to decode, change the speed, and pad.
+"""How many seconds of audio can one core prepare per second, by decoding, a change of speed, and padding into batches?
 
 `python -m bench data` reads the files of --manifest, or FLAC files that it makes. First it measures one thread in CPU
 time, on which other work on the machine has little effect. Then it measures worker processes, by the clock too.

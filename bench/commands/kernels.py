@@ -11,7 +11,7 @@ EVERY_MODE = (*common.MODES, "inference")
 
 
 def operations() -> dict[str, common.Cases]:
-    """Returns the function that makes the cases of each value of `--op`."""
+    """Returns, for each value of `--op`, the function that makes its cases."""
     convs = {op: by_layer.cases(op) for op in ("sub_block", "conv1d")}
     return {"bn_relu_dropout": lambda run, mode: [bn_relu_dropout.cases(run, mode)], **convs} | {
         "panes": panes.cases,

@@ -106,7 +106,7 @@ def engine_ranges(engine: InferenceEngine, device: torch.device) -> Iterator[Non
         f"encoder.layers.{i}" for i, layer in enumerate(engine._model.encoder.layers) for _ in range(layer.b.repeat)
     ]
     steps = [dataclasses.replace(s, conv=inside(n, s.conv)) for n, s in zip(names, plan.steps, strict=True)]
-    bound.clear()  # forget the shapes whose steps were bound without ranges
+    bound.clear()  # the engine prepares its calls once per shape; forget those that it prepared without ranges
     runner._plan = dataclasses.replace(plan, steps=tuple(steps), head=inside(HEAD, plan.head))
     try:
         yield
@@ -173,7 +173,8 @@ def backward(events: Iterable, on_gpu: bool) -> list[dict]:
         if event.name.startswith(BACKWARD):
             nodes.append(event)
         elif within(event, BACKWARD) is None:
-            # Ops without a node have the number of the next op with one, so the op that starts last created the node.
+            # An op that creates no node has the number of the next op that creates one. So of all ops with a number,
+            # the one that starts last created the node.
             found = (event.time_range.start, (within(event, LAYER) or "").removeprefix(LAYER))
             made[event.sequence_nr] = max(made.get(event.sequence_nr, found), found)
     spent: dict[str, list[float]] = {}

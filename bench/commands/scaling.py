@@ -174,7 +174,7 @@ def _all(group: dist.ProcessGroup | None, value: Any) -> list[Any]:
 def _sample(step: Callable[[], None], inner: int, device: torch.device, group: dist.ProcessGroup | None) -> float:
     """Returns the mean seconds of `inner` steps, which all processes begin together."""
     if group is not None:
-        dist.all_reduce(torch.zeros(1), group=group)  # a barrier of the hosts
+        dist.all_reduce(torch.zeros(1), group=group)  # the processes wait for each other, on the host
     devices.synchronize(device)
     started = time.perf_counter()
     for _ in range(inner):

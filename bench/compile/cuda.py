@@ -1,4 +1,4 @@
-"""The gate of the convs and of NovoGrad in CUDA C++: compiles them with nvcc for each architecture, without a GPU.
+"""The ahead-of-time gate of the convs and of NovoGrad in CUDA C++: compiles them with nvcc for each architecture.
 
 `python -m bench compile --cuda` prints the registers and instructions of each kernel. It fails if a kernel spills
 registers, does not use tensor cores, asynchronous copies or 16-byte loads where it should, waits between the products
@@ -27,7 +27,7 @@ from jasper_fast.bench.harness import options, paths
 from jasper_fast.bench.harness.machine import commit
 
 ARCHS = ("75", "80", "86", "89", "90a", "100", "120")
-QUICK = ("75", "80", "90a")  # one architecture for each inner loop
+QUICK = ("75", "80", "90a")  # one architecture for each variant of the kernels' inner loop
 INSTRUCTIONS = {
     "HGMMA": "wgmma", "HMMA": "mma_sync", "LDSM": "ldmatrix", "LDGSTS": "cp_async", "UBLKCP": "bulk_copies",
     "ACQBULK": "grid_waits", "STL": "local_stores", "LDL": "local_loads", "LDG.128": "wide_loads",

@@ -181,8 +181,8 @@ def prefixes() -> None:
 
 
 def _exacts(dtype: torch.dtype) -> tuple[bool, ...]:
-    """Returns whether products are exact: for fp32 both False (rounded to TF32) and True, because PyTorch's setting
-    decides."""
+    """Returns the values of `exact` to compile with. For fp32 they are False (products rounded to TF32) and True,
+    between which PyTorch's setting decides."""
     return (False, True) if dtype == torch.float32 else (False,)
 
 

@@ -201,10 +201,7 @@ def preflight(device: str) -> int:
 
     found = list(preflight.findings(torch.device(device)))
     for one in found:
-        print(
-            f"{'ok' if one.there else 'MISSING'}: {one.what}: {one.found}"
-            + ("" if one.there else f". Do: {one.remedy}")
-        )
+        print(one.line())
     print(f"{sum(one.there for one in found)} of {len(found)} items are there")
     return 0 if all(one.there for one in found) else 1
 

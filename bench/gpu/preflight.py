@@ -27,6 +27,11 @@ class Finding(NamedTuple):
     found: str
     remedy: str
 
+    def line(self) -> str:
+        """Returns the finding as one line of text."""
+        missing = "" if self.there else f". Do: {self.remedy}"
+        return f"{'ok' if self.there else 'MISSING'}: {self.what}: {self.found}{missing}"
+
 
 def findings(device: torch.device) -> Iterator[Finding]:
     """Yields all items, in the order in which a run would fail without them."""
@@ -69,7 +74,7 @@ def _gpu(device: torch.device) -> Iterator[Finding]:
         return
     newest, built = nvml.cuda_driver(), torch.version.cuda
     told = f"supports CUDA {newest or 'unknown'}, torch is built for {built}"
-    # A driver also runs programs for newer minor versions of its major version.
+    # A driver also runs programs that were built for a newer minor version of the same major version of CUDA.
     serves = newest is None or built is None or int(newest.split(".")[0]) >= int(built.split(".")[0])
     yield Finding("the driver", serves, told, "update the NVIDIA driver, or install a torch for an older CUDA")
     free, whole = (size / 2**30 for size in torch.cuda.mem_get_info(device))
@@ -91,8 +96,6 @@ def main(run: Run) -> None:
     """
     found = list(findings(run.device))
     for one in found:
-        mark = "ok" if one.there else "MISSING"
-        line = f"preflight: {mark}: {one.what}: {one.found}" + ("" if one.there else f". Do: {one.remedy}")
-        console.print(line, markup=False, soft_wrap=True, style=None if one.there else "red")
+        console.print(f"preflight: {one.line()}", markup=False, soft_wrap=True, style=None if one.there else "red")
     run.results.data["preflight"] = [one._asdict() for one in found]
     run.results.write()

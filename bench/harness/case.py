@@ -41,7 +41,7 @@ class Runner:
 
 @dataclass(frozen=True)
 class Contender:
-    """A name and how to build it; `build` may raise `Absent`."""
+    """The name of a contender, and the function that builds its runner. `build` may raise `Absent`."""
 
     name: str
     build: Callable[[], Runner]

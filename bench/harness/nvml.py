@@ -9,7 +9,7 @@ import torch
 
 from jasper_fast.bench.harness.console import console
 
-# Reasons for a lowered clock, except that the GPU is idle and that the user lowered it.
+# Reasons for a lowered clock. Not among them: that the GPU is idle, and that the user has lowered the clock.
 REASONS = {
     "SwPowerCap": "software power cap",
     "HwSlowdown": "hardware slowdown",
@@ -26,8 +26,10 @@ def library() -> ModuleType | None:
     try:
         import pynvml
     except ImportError:
-        told = "the result will lack the GPU's clocks, temperature and driver version; to have them: "
-        told += "pip install nvidia-ml-py"
+        told = (
+            "the result will lack the GPU's clocks, temperature and driver version; to have them: "
+            "pip install nvidia-ml-py"
+        )
         console.print(told, soft_wrap=True)
         return None
     return None if _told(pynvml.nvmlInit, default=pynvml) is pynvml else pynvml

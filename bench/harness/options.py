@@ -11,7 +11,7 @@ import torch
 
 from jasper_fast.bench.harness import result_file
 
-BATCH = "utterances and feature frames, both at least 1, as in 8,400"
+BATCH = "a number of utterances and one of feature frames, both at least 1, such as 8,400"
 
 
 def device(text: str) -> str:

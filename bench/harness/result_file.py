@@ -102,7 +102,7 @@ ROW = {"id", "bench", "key", "contender", "ours", "status"}
 
 
 def read(path: Path) -> dict:
-    """Returns the result in a file. Raises ValueError, which names the file, if there is none."""
+    """Returns the result in a file. Raises ValueError, which names the file, if the file is not a result."""
     try:
         found = json.loads(path.read_text())
         if not isinstance(found, dict) or (missing := RESULT - set(found)):

@@ -85,7 +85,7 @@ class Run:
 
     @contextlib.contextmanager
     def begun(self, case: Case) -> Iterator[Measurement]:
-        """A context with a `Measurement` of the case, in which contenders that must not run have failed already.
+        """A context with a `Measurement` of the case, in which contenders that must not run count as failed.
 
         If the device is lost inside, the row of the contender that broke it is written. In a new process the others may
         run again, but that one may not.
@@ -113,7 +113,7 @@ class Run:
         return ""
 
     def close(self, release: Callable[[], None]) -> None:
-        """Calls `release` when the cases so far are no longer needed: now, or if they are timed again, after that."""
+        """Calls `release` when the cases so far are no longer needed. That is now, or after their second timing."""
         if self.revisits:
             self.at_end.append(release)
         else:

@@ -52,7 +52,7 @@ def _rounds(
     gc.disable()
     try:
         while names and done < effort.max_rounds:
-            for name in names if done % 2 == 0 else names[::-1]:  # A B, B A, so none always runs after the same other
+            for name in names if done % 2 == 0 else names[::-1]:  # A B, B A, so that the order is fair
                 with m.caught(name):
                     samples[name].append(ticker.sample(m.runners[name].run, inner[name]))
             names = [n for n in names if n in m.runners]

@@ -15,6 +15,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     terminalreporter.section("ratios of times in this run (below 1 is faster)")
     for b in found:
-        for of, ratio in ((of, ratio) for of, ratio in b.extra_info.items() if ratio != 1):  # 1 is a ratio to itself
-            name = b.name.partition("[")[2].rstrip("]") or b.name
-            terminalreporter.write_line(f"{ratio:7.3f} {of.replace('_', ' ')}: {b.group}: {name}")
+        name = b.name.partition("[")[2].rstrip("]") or b.name
+        for of, ratio in b.extra_info.items():
+            if ratio != 1:  # it is 1 if a contender is compared with itself
+                terminalreporter.write_line(f"{ratio:7.3f} {of.replace('_', ' ')}: {b.group}: {name}")

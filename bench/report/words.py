@@ -197,7 +197,7 @@ def measured(goal: dict, rows: Iterable[dict]) -> str:
 
 
 SCALING = ("case", "contender", "processes", "utterances/s", "efficiency", "step", "communication left exposed")
-SCALING += ("published: utterances/s (efficiency) of as many GPUs",)
+SCALING += ("published for the same number of GPUs: utterances/s (efficiency)",)
 
 
 def scaling_lines(rows: Iterable[dict]) -> list[tuple[str, ...]]:

@@ -32,7 +32,7 @@ TRAINING: dict[str, Callable[[nn.Module], Model]] = {
     "compile_reduce_overhead": compiler.compiled("reduce-overhead"),
 }
 KINDS = {"inference": INFERENCE, "training": TRAINING}
-# On a CPU torch.compile is no default, because it takes minutes for a model of 54 layers.
+# On a CPU torch.compile is not measured by default, because it takes minutes to compile a model of 54 layers.
 DEFAULT = {
     ("inference", "cpu"): ("eager", "eager_no_masks", "eager_2d_channels_last", "onnxruntime", "openvino"),
     ("inference", "cuda"): tuple(n for n in INFERENCE if not n.startswith("openvino")),
