@@ -31,7 +31,7 @@ INTERRUPTED = 130  # exit status of a shell after Ctrl-C
 
 
 def common_options() -> argparse.ArgumentParser:
-    """The options of every subcommand that measures rows."""
+    """Returns a parser with the options of every subcommand that measures rows."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--device",
@@ -221,7 +221,7 @@ def shell(arguments: list[str] | None = None) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Runs a subcommand and returns the exit status.
 
-    It is 0 for success, 1 if a row of jasper_fast has no number or a part failed, and 130 after Ctrl-C.
+    The exit status is 0 for success, 1 if a row of jasper_fast has no number or a part failed, and 130 after Ctrl-C.
     """
     args = parser().parse_args(arguments)
     if max(getattr(args, "world", None) or (1,)) > 1 and not scaling.grouped():
@@ -319,7 +319,7 @@ def _measure(run: Run, args: argparse.Namespace, team: scaling.Team | None = Non
 def shortfall(data: dict) -> str:
     """Returns why the command fails: rows or profiles of jasper_fast without a number, and parts that failed.
 
-    The text is empty if nothing is missing.
+    Returns an empty text if nothing is missing.
     """
     rows = [(row["status"], row["id"]) for row in data["rows"] if row["ours"] and row["status"] != "ok"]
     profiles = [p for p in data.get("profiles", ()) if p["contender"] == OURS and p["status"] != "ok"]

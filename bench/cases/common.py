@@ -44,7 +44,7 @@ def mask(lengths: Tensor, T: int) -> Tensor:
 
 
 def masked_last(x: Tensor, lengths: Tensor) -> Tensor:
-    """Returns `x` masked, in the memory order of `x`. (masked_fill would return NCT memory.)"""
+    """Returns `x` masked, in the memory order of `x`, unlike masked_fill, which would return NCT memory."""
     return torch.where(mask(lengths, x.shape[2]), 0.0, x)
 
 
@@ -102,7 +102,7 @@ def timed(
 ) -> Callable[[], object]:
     """Returns the function to time for an op in training.
 
-    It calls `forward`, or `gradients(out, retain)` again and again for the same forward, or both.
+    The returned function calls `forward`, or `gradients(out, retain)` again and again for the same forward, or both.
     """
     graph: dict[int, object] = {}
 

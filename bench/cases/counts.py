@@ -116,7 +116,7 @@ def forward_flops(config, N: int, T: int) -> int:
 def training_flops(config, N: int, T: int) -> int:
     """Returns the operations of the convolutions in a training step.
 
-    They are those of forward, of the gradients of the weights, and of the gradients of the inputs except the features.
+    A step consists of forward, the gradients of the weights, and the gradients of all inputs except the features.
     """
     all_convs = list(convs(config, N, T))
     return 3 * sum(c.flops for c in all_convs) - all_convs[0].flops

@@ -97,7 +97,7 @@ def _settings(kind: str) -> tuple[Any, ...]:
 def _flashlight(kind: str, beam: int) -> Callable[[np.ndarray], float]:
     """Returns flashlight-text's search, a function that returns the best score of log-probabilities (T, V).
 
-    It uses a lexicon only with a model of words.
+    Only with a model of words the search uses a lexicon.
     """
     try:
         from flashlight.lib.text import decoder

@@ -1,6 +1,6 @@
 """The full training step of train.py, for every contender.
 
-It includes the check for NaN, the guard of the running statistics, and the moving average of the weights.
+The step includes the check for NaN, the guard of the running statistics, and the moving average of the weights.
 """
 
 import functools

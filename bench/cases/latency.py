@@ -141,7 +141,7 @@ def told(log_probs: Tensor, lengths: Tensor) -> dict[str, Tensor]:
 def int8_rule() -> Rule:
     """Returns the rule for a network in int8, which cannot meet the usual tolerance.
 
-    Its best class must be eager's in at least the share SAME_PATH of the frames.
+    The best class of the int8 network must be eager's in at least the share SAME_PATH of the frames.
     """
     words = f"best class equal to eager's in at least {100 * SAME_PATH:.0f} % of the frames; the row has the error"
 

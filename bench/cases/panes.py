@@ -228,7 +228,7 @@ def runner(function: PaneSum, i: Inputs, memory: str, mode: str, *, amp: bool = 
 def answer(i: Inputs, dtype: torch.dtype, mode: str) -> dict[str, Tensor]:
     """Returns the sum, running statistics and gradients of plain PyTorch in `dtype` (for 16 bits, under autocast).
 
-    They are computed once per seed.
+    The answer is computed once per seed.
     """
     key = (i.seed, dtype)
     if key not in i.answers:
@@ -290,7 +290,7 @@ def block_cases(run: Run, block: Block, modes: Sequence[str], N: int, T: int) ->
 def cases(run: Run, mode: str | None = None) -> Iterator[list[Case]]:
     """Yields the cases of one block after another, so that only one block's tensors are in memory.
 
-    They are all ten blocks on a GPU; the last, the fifth and the first on a CPU; and only the fifth with `--quick`.
+    On a GPU these are all ten blocks, on a CPU the last, the fifth and the first, and with `--quick` only the fifth.
     """
     if run.quick or run.brief:
         chosen = ends_and_middle()[1:2]

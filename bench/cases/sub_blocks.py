@@ -177,7 +177,8 @@ def runner(
 def answer(op: str, i: Inputs, dtype: torch.dtype, mode: str) -> dict[str, Tensor]:
     """Returns the output and gradients of plain PyTorch in `dtype` (for 16 bits, under autocast).
 
-    They are computed once per seed. The gradients, which are twice the work, are computed only if a mode needs them.
+    An answer is computed once per seed. The gradients, which are twice the work, are computed only if a mode needs
+    them.
     """
     forward, key = mode == "forward", (op, i.seed, dtype)
     if key not in i.answers and (not forward or (*key, mode) not in i.answers):

@@ -79,7 +79,7 @@ TOLERANCE = tolerance(torch.float32)
 def precision(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype whose rounding errors a step in `dtype` has.
 
-    It is `dtype`, but fp16 for fp32 on a GPU that multiplies in TF32, because TF32 is as precise as fp16.
+    For fp32 on a GPU that multiplies in TF32 it is fp16, which is as precise as TF32. Otherwise it is `dtype`.
     """
     return torch.float16 if dtype is torch.float32 and limits.float32_mode(device) == "TF32" else dtype
 
@@ -206,8 +206,8 @@ def original(name: str) -> str:
 def judged_size(device: torch.device, cfg, N: int, T: int) -> tuple[int, int]:
     """Returns the (N, T) of the batch on which a step is compared with fp64.
 
-    It is the timed batch, except for a large network on a GPU, whose fp64 step would take tens of seconds and tens of
-    GiB. `python -m bench kernels` compares each op of such a network at full size.
+    For a large network on a GPU it is a smaller batch than the timed one, because the fp64 step would take tens of
+    seconds and tens of GiB. `python -m bench kernels` compares each op of such a network at full size.
     """
     large = device.type == "cuda" and counts.parameters(cfg) >= LARGE
     return (min(N, 2), T) if large else (N, T)

@@ -12,14 +12,14 @@ from jasper_fast.bench.harness.run import Run
 
 BATCHES, SECONDS = (1, 2, 4, 8, 16), (2.0, 7.0, 16.7)
 GRID = tuple(itertools.product(BATCHES, SECONDS))
-CPU_GRID = ((1, 2.0), (1, 7.0), (4, 2.0), (2, 2.0))  # GRID, which --full measures, takes an hour on a small CPU
+CPU_GRID = ((1, 2.0), (1, 7.0), (4, 2.0), (2, 2.0))  # all of GRID would take an hour on a small CPU (see --full)
 SOUND_CPU_GRID = ((1, 2.0), (1, 7.0))
 
 
 def grids(run: Run, full: bool, grid: tuple) -> tuple[tuple, tuple]:
     """Returns two lists of (N, seconds): for the acoustic model alone, and from sound to text.
 
-    They come from `grid`, or if that is empty from the default grid of the device.
+    Both lists come from `grid`, or if that is empty from the default grid of the device.
     """
     everything = full or run.device.type == "cuda"
     alone = grid or (GRID if everything else CPU_GRID[: 1 if run.quick else 3 if run.brief else None])

@@ -162,7 +162,7 @@ def profile(step: Callable[[], object], device: torch.device, target: Path) -> l
 def backward(events: Iterable, on_gpu: bool) -> list[dict]:
     """Returns one record per layer: the time of the autograd nodes that its forward created.
 
-    They are found by their sequence numbers.
+    Nodes and the ops that created them have the same sequence numbers.
     """
     # For each sequence number: the start of the op that created the node, and the layer of that op.
     made: dict[int, tuple[float, str]] = {}

@@ -191,7 +191,7 @@ def show(rows: list[dict]) -> None:
 def main(args: argparse.Namespace) -> int:
     """Compiles the kernels, prints and checks them; returns the exit status.
 
-    It is 1 if a rule is broken or the table differs, and 2 without nvcc.
+    The exit status is 1 if a rule is broken or the table differs, and 2 without nvcc.
     """
     build = runpy.run_path(str(paths.BENCH.parent / "csrc" / "build.py"))
     nvcc = build["find_nvcc"]()

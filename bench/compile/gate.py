@@ -362,7 +362,7 @@ def _list(kind: type, known: tuple) -> Callable[[str], tuple]:
 def main(args: argparse.Namespace) -> int:
     """Compiles the kernels, prints and checks them; returns the exit status.
 
-    It is 1 if a rule is broken or the table differs.
+    The exit status is 1 if a rule is broken or the table differs.
     """
     if args.cuda:
         return cuda.main(args)

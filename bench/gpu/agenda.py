@@ -26,7 +26,7 @@ SLOW = "compile_max_autotune"
 class Part:
     """A part of the plan. `measure(run)` gets at most `seconds` of the usual budget.
 
-    If it was cut off, it gets more time after all other parts have had theirs.
+    A part that was cut off gets more time after all other parts have had theirs.
     """
 
     title: str

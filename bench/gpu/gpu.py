@@ -99,7 +99,7 @@ def _measure(run: Run, part: agenda.Part, seconds: float) -> tuple[str, bool]:
 def end_compilers() -> None:
     """Ends the compiling processes of torch.compile, which are started again when needed.
 
-    Otherwise the work that an interrupted part has queued there would disturb the timing of the next parts.
+    The work that an interrupted part has queued in these processes would disturb the timing of the next parts.
     """
     compilers = sys.modules.get("torch._inductor.async_compile")
     if compilers is None:

@@ -83,8 +83,8 @@ class CudaClock:
 def host_seconds(run: Callable[[], object], device: torch.device, short: float = 20e-3) -> float:
     """Returns the seconds until `run` returns to the host, on a device that is idle when it starts.
 
-    They include the launches and any waits inside `run`. The value is the median of three runs, or that of a single run
-    if it takes longer than `short`.
+    This time includes the launches and any waits inside `run`. The value is the median of three runs, or that of a
+    single run if it takes longer than `short`.
     """
     seen: list[float] = []
     while len(seen) < (3 if max(seen, default=0.0) < short else 1):

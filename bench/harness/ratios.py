@@ -23,9 +23,10 @@ def ratio(rival: Sequence[float], ours: Sequence[float], resamples: int = 2000, 
 def interval(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
     """Returns the interval of the median, at the confidence that `confidence` returns.
 
-    It covers both the bootstrap interval and the interval by ranks. The bootstrap resamples short sequences of
-    neighbours, because neighbouring values share the state of the machine. Alone it is too narrow for few values: its
-    95 % interval contains the true median in only 83 % of cases with six values, and 89 % with twelve.
+    The interval covers both the bootstrap interval and the interval by ranks. The bootstrap resamples short sequences
+    of neighbours, because neighbouring values share the state of the machine. The bootstrap interval alone is too
+    narrow for few values: at 95 % it contains the true median in only 83 % of cases with six values, and in 89 % with
+    twelve.
     """
     rng, n = random.Random(seed), len(values)
     block = max(1, round(n ** (1 / 3)))
@@ -90,8 +91,8 @@ def samples_for(q: float) -> int:
 def summary(samples: Sequence[float], inner: int) -> dict:
     """Returns the quantiles of the samples in seconds, where a sample is the mean of `inner` runs.
 
-    They include the interval of the median with its confidence. `too_few_for` lists the quantiles for which there are
-    too few samples.
+    The summary includes the interval of the median with its confidence. `too_few_for` lists the quantiles for which
+    there are too few samples.
     """
     names = {q: f"p{round(100 * q):02d}" for q in PERCENTILES}
     low, high = interval(samples, 500)

@@ -103,7 +103,7 @@ class Run:
     def refusal(self, needs: Sequence[str]) -> str:
         """Returns why jasper_fast is not timed: the fault that the run's self-check found in one of the ops `needs`.
 
-        The text is empty if there is none.
+        Returns an empty text if there is no such fault.
         """
         face = {"cpu": "cpu", "cuda": "triton"}.get(self.device.type, "") if self.backend == "auto" else self.backend
         for found in self.results.data.get("selfcheck", {}).get("verdicts", ()):

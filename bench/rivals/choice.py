@@ -96,7 +96,8 @@ def for_sub_blocks(run: Run) -> tuple[str, ...]:
 def cuda_face(run: Run) -> tuple[str, ...]:
     """Returns (CUDA_FACE,) if our CUDA kernels are measured too, and otherwise ().
 
-    They are measured if `--rivals` names them, and by default on a GPU unless they are the run's own backend.
+    The CUDA kernels are measured if `--rivals` names them, and by default on a GPU, unless they are the run's own
+    backend.
     """
     wanted = run.rivals.split(",")
     unasked = run.rivals in ("default", "all") and run.device.type == "cuda" and run.backend != "cuda"

@@ -13,7 +13,7 @@ from jasper_fast.bench.rivals.eager_layouts import Model
 def captured(call: Callable[[], object], before: int = 1) -> tuple["torch.cuda.CUDAGraph", object]:
     """Returns `call` as a CUDA graph, and its result in the capture.
 
-    It first runs `before` times on a side stream, so that one-time work is done before the capture. Garbage collection
+    Before the capture, `call` runs `before` times on a side stream, so that one-time work is done. Garbage collection
     is off during the capture, because freed memory could make it fail.
     """
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()

@@ -6,8 +6,8 @@ import torch
 class ForeachNovoGrad(torch.optim.Optimizer):
     """Makes the same update as `jasper_fast.NovoGrad` with beta2 = 0, where the second moment has no history.
 
-    It does not support `found_inf`, so GradScaler and `jasper_fast.training.step.update` wait for the device before
-    they decide whether to call it.
+    This optimiser does not support `found_inf`. So GradScaler and `jasper_fast.training.step.update` wait for the
+    device before they decide whether to call it.
     """
 
     def __init__(self, params, lr=1e-3, beta1=0.95, eps=1e-8, weight_decay=0.0) -> None:
