@@ -14,7 +14,7 @@ import torch
 from jasper_fast.bench.commands import choices, scaling
 from jasper_fast.bench.harness import cudnn_search, limits, machine, options, paths, result_file
 from jasper_fast.bench.harness.case import QUICK, Effort
-from jasper_fast.bench.harness.console import console
+from jasper_fast.bench.harness.console import console, say
 from jasper_fast.bench.harness.errors import DeviceLost
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.report import goals, terminal
@@ -236,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _command(args, begin)
     except KeyboardInterrupt:
-        _say(_kept(begun[0].results) if begun else "interrupted: nothing was measured yet")
+        say(_kept(begun[0].results) if begun else "interrupted: nothing was measured yet")
         return INTERRUPTED
 
 
@@ -294,7 +294,7 @@ def _measure(run: Run, args: argparse.Namespace, team: scaling.Team | None = Non
     except choice.UnknownRival as error:
         raise SystemExit(f"--rivals: {error}") from None
     except DeviceLost as error:  # the row of the contender that broke the device is on disk
-        _say(f"{error}\n{run.device} no longer works in this process; --resume continues without that contender")
+        say(f"{error}\n{run.device} no longer works in this process; --resume continues without that contender")
         return 1
     data = run.results.data
     data["goals"] = goals.judge(data["rows"], run.device.type)
@@ -310,9 +310,9 @@ def _measure(run: Run, args: argparse.Namespace, team: scaling.Team | None = Non
         try:
             html_page.main([run.results.path], None, False)
         except SystemExit as missing:  # a package that only the page needs
-            _say(f"the HTML page was not written: {missing}")
+            say(f"the HTML page was not written: {missing}")
     if told := shortfall(data):
-        _say(told)
+        say(told)
     return 1 if told else 0
 
 
@@ -421,11 +421,6 @@ def _work(run: Run, args: argparse.Namespace) -> None:
     run.revisit()
     memory.main(run)
     memory.main(run, (("quartznet15x5", 2, 400),))
-
-
-def _say(text: str) -> None:
-    """Prints a line without wrapping it, because it may contain a path."""
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def _relative(path: Path) -> Path:

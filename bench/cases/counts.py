@@ -109,7 +109,8 @@ def parameters(config) -> int:
 
 
 def forward_flops(config, N: int, T: int) -> int:
-    """Returns the operations of the convolutions in one forward pass. All others are less than half a per cent."""
+    """Returns the operations of the convolutions in one forward pass. All other operations together are less than half
+    a per cent."""
     return sum(conv.flops for conv in convs(config, N, T))
 
 

@@ -23,7 +23,7 @@ import soundfile
 import torch
 
 from jasper_fast.bench.harness import machine, options, paths, result_file
-from jasper_fast.bench.harness.console import console
+from jasper_fast.bench.harness.console import say
 from jasper_fast.data import perturb
 from jasper_fast.data.batches import BatchSampler, load_batches
 from jasper_fast.data.dataset import SpeechDataset
@@ -79,19 +79,15 @@ def main(args: argparse.Namespace) -> int:
     wanted = args.rate * args.length
     for name, values in found.items():
         spread = f"{len(values)} rounds: {min(values):,.0f} to {max(values):,.0f}"
-        console.print(
-            f"{name}: {statistics.median(values):,.0f} seconds of audio per CPU second ({spread})", soft_wrap=True
-        )
-    console.print(
+        say(f"{name}: {statistics.median(values):,.0f} seconds of audio per CPU second ({spread})")
+    say(
         f"through {workers} worker processes: {shared:,.0f} seconds of audio per CPU second of all processes, their "
-        f"start included; {through:,.0f} per second by the clock",
-        soft_wrap=True,
+        f"start included; {through:,.0f} per second by the clock"
     )
-    console.print(
+    say(
         f"a GPU that trains on {args.rate:g} utterances of {args.length:g} s per second needs {wanted:,.0f} seconds of "
         f"audio per second, so {math.ceil(wanted / shared)} such cores; the goal of {GOAL:,.0f} per core is "
-        f"{'met' if shared >= GOAL else 'missed'}",
-        soft_wrap=True,
+        f"{'met' if shared >= GOAL else 'missed'}"
     )
     header = result_file.header(torch.device("cpu"), vars(args)) | {"command": "data"}
     told = {
@@ -106,7 +102,7 @@ def main(args: argparse.Namespace) -> int:
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     path = args.out / f"data_{machine.slug(header['machine']['name'])}_{stamp}.json"
     path.write_text(json.dumps({"schema": result_file.SCHEMA, **header, "rows": [], "data": told}, indent=1) + "\n")
-    console.print(f"wrote {path}", soft_wrap=True, markup=False, highlight=False)
+    say(f"wrote {path}")
     return 0
 
 

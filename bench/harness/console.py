@@ -3,3 +3,8 @@
 from rich.console import Console
 
 console = Console(stderr=True)
+
+
+def say(text: str) -> None:
+    """Prints a line without wrapping it and without markup, because it may contain a path."""
+    console.print(text, soft_wrap=True, markup=False, highlight=False)

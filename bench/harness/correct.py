@@ -43,7 +43,8 @@ def complaints(
 
 
 def keep_rate_complaint(kept: int, of: int, p: float) -> str | None:
-    """Returns a complaint if dropout did not keep 1-p of `of` elements, within five standard deviations."""
+    """Returns a complaint if the share of kept elements, `kept` / `of`, differs from 1-p by more than five standard
+    deviations."""
     sigma = math.sqrt(p * (1 - p) / of)
     rate = kept / of
     return (

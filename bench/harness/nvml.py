@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from jasper_fast.bench.harness.console import console
+from jasper_fast.bench.harness.console import say
 
 # Reasons for a lowered clock. Not among them: that the GPU is idle, and that the user has lowered the clock.
 REASONS = {
@@ -26,11 +26,10 @@ def library() -> ModuleType | None:
     try:
         import pynvml
     except ImportError:
-        told = (
+        say(
             "the result will lack the GPU's clocks, temperature and driver version; to have them: "
             "pip install nvidia-ml-py"
         )
-        console.print(told, soft_wrap=True)
         return None
     return None if _told(pynvml.nvmlInit, default=pynvml) is pynvml else pynvml
 

@@ -4,10 +4,10 @@
 """
 
 import functools
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from jasper_fast.bench.harness import result_file
 from jasper_fast.bench.harness.paths import OUT
 from jasper_fast.bench.report import published, readme_table, svg, words
 from jasper_fast.bench.report.agreement import agreement
@@ -51,10 +51,10 @@ def newest(folder: Path) -> list[Path]:
 def load(path: Path) -> dict:
     """Returns a result with its path and goals. Raises SystemExit with the reason if the file is not a result."""
     try:
-        result = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise SystemExit(f"{path}: not a result of python -m bench ({error})") from error
-    if not isinstance(result, dict) or "rows" not in result or result.get("schema") != 1:
+        result = result_file.read(path)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    if result["schema"] != result_file.SCHEMA:
         raise SystemExit(f"{path}: not a result of this version of python -m bench; measure again")
     result["path"] = path
     result["goals"] = judge(result["rows"], result["machine"]["device"].split(":")[0])
@@ -256,9 +256,8 @@ def tuned_lines(result: dict) -> Lines:
 
 def part_lines(result: dict) -> Lines:
     """Returns one line per part of `python -m bench gpu`, with how it ended."""
-    return [
-        ("" if how == "finished" else "absent", item) for item in result.get("parts", {}).items() for how in item[1:]
-    ]
+    parts = result.get("parts", {}).items()
+    return [("" if how == "finished" else "absent", (title, how)) for title, how in parts]
 
 
 # ------------------------------------------------------------------ comparison with published numbers

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from jasper_fast.bench.cases.cells import work
-from jasper_fast.bench.harness.console import console
+from jasper_fast.bench.harness.console import say
 from jasper_fast.bench.harness.ratios import summary as summary_of
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.report import terminal, words
@@ -118,11 +118,6 @@ def install(path: Path) -> int:
     tables.write(target, new.header, rows.values())
     say(f"wrote {len(rows)} rows, {len(new.rows)} of them new, to {target}; now run `jasper-fast selfcheck`")
     return 0
-
-
-def say(text: str) -> None:
-    """Prints a line without wrapping it, because it may contain a path."""
-    console.print(text, soft_wrap=True, markup=False)
 
 
 def summary(run: Run, done: int, of: int) -> None:

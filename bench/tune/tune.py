@@ -23,9 +23,9 @@ import torch
 
 from jasper_fast.bench.cases.cells import OPS, plan
 from jasper_fast.bench.harness import options, paths
-from jasper_fast.bench.harness.console import console
+from jasper_fast.bench.harness.console import console, say
 from jasper_fast.bench.harness.run import Run
-from jasper_fast.bench.tune.table import case_id, install, put_table, rows_of, say, shape_of, summary
+from jasper_fast.bench.tune.table import case_id, install, put_table, rows_of, shape_of, summary
 from jasper_fast.dispatch import backends, tuned, verdicts
 
 OUT_OF_TIME = 4  # exit status if the budget is used up
