@@ -122,7 +122,7 @@ def test_a_damaged_file_is_not_resumed(command, content, capsys, at_once, tmp_pa
 
 def test_a_face_that_the_device_lacks_is_told_before_anything_is_measured(capsys, at_once, tmp_path):
     line = told(capsys, ["kernels", "--device", "cpu", "--backend", "cuda", "--out", str(tmp_path)])
-    assert "--backend cuda: the cuda backend takes CUDA tensors" in line
+    assert "--backend cuda: the cuda backend needs CUDA tensors" in line
 
 
 def test_a_gpu_that_is_not_there_is_told(capsys, monkeypatch):

@@ -5,11 +5,12 @@ Both of our forms are rows of one case. `jasper_fast` is the form that dispatch 
 is `jasper_fast_gram` or `jasper_fast_plain`.
 
 In a step the Gram matrix of a block output is computed once, and every later block uses it. In backward the gradients
-of the matrix from all these blocks are added up, and then its part of dx is computed once. A dense block is the first
-to use its newest input, while the Gram matrices of the older inputs exist already. So the time of the Gram form
-includes `gram` of the newest input in forward, and in backward `gram_backward` of the newest input and one addition for
-each older matrix. The sum over the ten blocks is the cost of a step. In the comparison with fp64, dx includes the parts
-that come from older matrices.
+of the matrix from all these blocks are added up, and then its part of dx is computed once.
+
+A dense block is the first to use its newest input. The Gram matrices of its older inputs exist already. So in forward
+the time of the Gram form includes `gram` of the newest input. In backward it includes `gram_backward` of the newest
+input, and one addition for each older matrix. The sum of these times over the ten blocks is the time of a step. In the
+comparison with fp64, dx includes the parts that come from older matrices.
 """
 
 import functools

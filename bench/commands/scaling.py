@@ -1,10 +1,9 @@
 """How does a training step scale over processes? `torchrun --nproc-per-node 8 -m jasper_fast.bench train`.
 
-The step is measured with 1, 2, 4, ... of the processes, each with its own batch. A row has the utterances per second of
-all processes, the efficiency, and the exposed communication. The efficiency is that rate divided by the rate of one
-process alone times the number of processes. The exposed communication is the time by which a step is longer than the
-same step without exchange of gradients (DDP's no_sync). The two kinds of step are timed in turns, and the slowest
-process counts.
+The step is measured with n = 1, 2, 4, ... of the processes, each with its own batch. A row has the utterances per
+second of all processes, the efficiency, and the exposed communication. The efficiency is that rate / (n * the rate of
+one process alone). The exposed communication is the time by which a step is longer than the same step without exchange
+of gradients (DDP's no_sync). The two kinds of step are timed in turns, and the slowest process counts.
 """
 
 import argparse

@@ -17,7 +17,7 @@ SPARE = 5.0  # the compiling processes are ended this many seconds before the de
 def compilers(run: Run, titles: Sequence[str]) -> Iterator[None]:
     """A context in which other processes compile the kernels of the parts `titles`.
 
-    At its end it waits for them until shortly before the deadline of the run.
+    The end of the context waits for these processes, until shortly before the deadline of the run.
     """
     count = max(1, min(12, len(os.sched_getaffinity(0)) - 2))
     name = str(run.dtype).removeprefix("torch.")
