@@ -12,7 +12,7 @@ from torch import Tensor
 from jasper_fast.dispatch import choose
 from jasper_fast.dispatch.backends import face as _face
 from jasper_fast.kernels import tables
-from jasper_fast.kernels.layout import ntc
+from jasper_fast.kernels.layout import empty_ntc, ntc, wide_dtype
 from jasper_fast.kernels.operands import Mask, Norm
 from jasper_fast.ops import sync
 from jasper_fast.ops.registration import lib, register_autograd, without_autocast
@@ -68,14 +68,9 @@ lib.impl("bn_relu_dropout", without_autocast(_forward), "CompositeExplicitAutogr
 lib.impl("bn_relu_dropout_backward", without_autocast(_backward), "CompositeExplicitAutograd")
 
 
-def _like(y: Tensor) -> Tensor:
-    n, c, t = y.shape
-    return y.new_empty((n, t, c)).transpose(1, 2)
-
-
 @torch.library.register_fake("jasper_fast::bn_stats", lib=lib)
 def _(y, face):
-    stat = y.new_empty(y.shape[1], dtype=torch.float64 if y.dtype == torch.float64 else torch.float32)
+    stat = y.new_empty(y.shape[1], dtype=wide_dtype(y))
     return stat, torch.empty_like(stat)
 
 
@@ -86,12 +81,13 @@ def _(mean, m2, rows, group):
 
 @torch.library.register_fake("jasper_fast::bn_relu_dropout", lib=lib)
 def _(y, *_args):
-    return _like(y)
+    return empty_ntc(*y.shape, like=y)
 
 
 @torch.library.register_fake("jasper_fast::bn_relu_dropout_backward", lib=lib)
 def _(dz, y, z, mean, rstd, gamma, beta, lengths, seed, rows, p, batch_stats, halo, has_residual, group, face):
-    return _like(y), torch.empty_like(gamma), torch.empty_like(beta), _like(y) if has_residual else y.new_empty(0)
+    dres = empty_ntc(*y.shape, like=y) if has_residual else y.new_empty(0)
+    return empty_ntc(*y.shape, like=y), torch.empty_like(gamma), torch.empty_like(beta), dres
 
 
 def _save(ctx, inputs, output):
@@ -224,7 +220,7 @@ def normaliser(
     group: dist.ProcessGroup | None,
 ) -> Normaliser:
     """Returns the batch's statistics and updates the running ones with them, or returns the running statistics."""
-    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(y)
     batch_stats = training and not frozen
     rows, name = None, sync.name(group) if batch_stats else ""
     if batch_stats:

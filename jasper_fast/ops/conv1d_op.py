@@ -11,7 +11,7 @@ from torch import Tensor
 from jasper_fast.dispatch import choose
 from jasper_fast.dispatch.backends import face as _face
 from jasper_fast.kernels import tables
-from jasper_fast.kernels.layout import ntc
+from jasper_fast.kernels.layout import empty_ntc, ntc, wide_dtype
 from jasper_fast.kernels.operands import Geometry
 from jasper_fast.ops.bn_relu_dropout_op import check_lengths, norm_face_of
 from jasper_fast.ops.registration import lib, register_autograd, without_autocast
@@ -70,23 +70,19 @@ def fake_stats(y: Tensor, c: int, stats: bool) -> tuple[Tensor, Tensor]:
     """Returns mean and M2 of `c` channels as fake tensors, for a fake `y`."""
     if not stats:
         return y.new_empty(0), y.new_empty(0)
-    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
-    return y.new_empty(c, dtype=wide), y.new_empty(c, dtype=wide)
+    return y.new_empty(c, dtype=wide_dtype(y)), y.new_empty(c, dtype=wide_dtype(y))
 
 
 @torch.library.register_fake("jasper_fast::conv1d", lib=lib)
 def _(x, weight, lengths, packed, stride, padding, dilation, stats, bn_face, face):
-    n, _, t = x.shape
     c_out, _, k = weight.shape
-    t_out = Geometry(stride, padding, dilation).frames(t, k)
-    return x.new_empty((n, t_out, c_out)).transpose(1, 2), *fake_stats(x, c_out, stats)
+    t_out = Geometry(stride, padding, dilation).frames(x.shape[2], k)
+    return empty_ntc(x.shape[0], c_out, t_out, like=x), *fake_stats(x, c_out, stats)
 
 
 @torch.library.register_fake("jasper_fast::conv1d_backward", lib=lib)
 def _(dy, x, weight, lengths, packed, stride, padding, dilation, need_dx, face):
-    n, c, t = x.shape
-    dx = x.new_empty((n, t, c)).transpose(1, 2) if need_dx else x.new_empty(0)
-    return dx, weight.new_empty(weight.shape)
+    return empty_ntc(*x.shape, like=x) if need_dx else x.new_empty(0), weight.new_empty(weight.shape)
 
 
 def _save(ctx, inputs, output):

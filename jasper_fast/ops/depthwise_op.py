@@ -8,7 +8,7 @@ from torch import Tensor
 from jasper_fast.dispatch import choose
 from jasper_fast.dispatch.backends import DEPTHWISE
 from jasper_fast.dispatch.backends import face as _face
-from jasper_fast.kernels.layout import ntc
+from jasper_fast.kernels.layout import empty_ntc, ntc
 from jasper_fast.kernels.operands import Geometry, Lengths
 from jasper_fast.ops.bn_relu_dropout_op import check_lengths
 from jasper_fast.ops.conv1d_op import autocast
@@ -52,13 +52,12 @@ lib.impl("depthwise_backward", without_autocast(_backward), "CompositeExplicitAu
 def _(x, weight, lengths, out_lengths, stride, padding, dilation, face):
     n, c, t = x.shape
     t_out = Geometry(stride, padding, dilation).frames(t, weight.shape[2])
-    return x.new_empty((n, t_out, c)).transpose(1, 2)
+    return empty_ntc(n, c, t_out, like=x)
 
 
 @torch.library.register_fake("jasper_fast::depthwise_backward", lib=lib)
 def _(dy, x, weight, lengths, out_lengths, stride, padding, dilation, need_dx, face):
-    n, c, t = x.shape
-    return x.new_empty((n, t, c)).transpose(1, 2) if need_dx else x.new_empty(0), weight.new_empty(weight.shape)
+    return empty_ntc(*x.shape, like=x) if need_dx else x.new_empty(0), weight.new_empty(weight.shape)
 
 
 def _save(ctx, inputs, output):

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jasper_fast.kernels.layout import wide_dtype
+from jasper_fast.kernels.layout import empty_ntc, wide_dtype
 from jasper_fast.kernels.panes import gram as impl
 from jasper_fast.ops import sync
 from jasper_fast.ops.registration import lib, register_autograd, without_autocast
@@ -96,8 +96,7 @@ def _(x, group):
 
 @torch.library.register_fake("jasper_fast::gram_backward", lib=lib)
 def _(x, mean, rows, dmean, dcov, group):
-    n, c, t = x.shape
-    return x.new_empty((n, t, c)).transpose(1, 2)
+    return empty_ntc(*x.shape, like=x)
 
 
 @torch.library.register_fake("jasper_fast::pane_stats", lib=lib)
@@ -114,13 +113,12 @@ def _(dvar, cov, weights):
 @torch.library.register_fake("jasper_fast::panes_given", lib=lib)
 def _(xs, means, pane_vars, weights, gammas, betas, eps, synced):
     n, _, t = xs[0].shape
-    return xs[0].new_empty((n, t, weights[0].shape[0])).transpose(1, 2)
+    return empty_ntc(n, weights[0].shape[0], t, like=xs[0])
 
 
 @torch.library.register_fake("jasper_fast::panes_given_backward", lib=lib)
 def _(g, xs, means, pane_vars, weights, gammas, eps, synced):
-    n, _, t = g.shape
-    dxs = [g.new_empty((n, t, x.shape[1])).transpose(1, 2) for x in xs]
+    dxs = [empty_ntc(*x.shape, like=g) for x in xs]
     stats = [means[0].new_empty((len(xs), gammas[0].shape[0])) for _ in range(3)]
     dmeans = means[0].new_empty(sum(m.shape[0] for m in means))
     return dxs, dmeans, stats[0], [torch.empty_like(w) for w in weights], *stats[1:]
@@ -131,13 +129,12 @@ def _(xs, means, covs, weights, gammas, betas, eps, synced):
     n, _, t = xs[0].shape
     c_out = weights[0].shape[0]
     stat = means[0].new_empty((len(xs), c_out))
-    return xs[0].new_empty((n, t, c_out)).transpose(1, 2), stat, torch.empty_like(stat)
+    return empty_ntc(n, c_out, t, like=xs[0]), stat, torch.empty_like(stat)
 
 
 @torch.library.register_fake("jasper_fast::panes_backward", lib=lib)
 def _(g, xs, means, covs, weights, gammas, pane_mean, pane_var, eps, synced):
-    n, _, t = g.shape
-    dxs = [g.new_empty((n, t, x.shape[1])).transpose(1, 2) for x in xs]
+    dxs = [empty_ntc(*x.shape, like=g) for x in xs]
     like = [[torch.empty_like(v) for v in vs] for vs in (means, covs, weights, gammas)]
     return dxs, *like, pane_mean.new_empty(pane_mean.shape[1])
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from jasper_fast.dispatch.backends import face as _face
 from jasper_fast.dispatch.choose import conv_face
-from jasper_fast.kernels.layout import ntc, wide_dtype
+from jasper_fast.kernels.layout import empty_ntc, ntc, wide_dtype
 from jasper_fast.kernels.layout import rows as _rows
 from jasper_fast.ops import sync
 from jasper_fast.ops.bn_relu_dropout_op import check_lengths, norm_face_of
@@ -112,15 +112,14 @@ lib.impl("panes_plain_backward", without_autocast(_backward), "CompositeExplicit
 def _(xs, weights, gamma, beta, lengths, eps, keep, group, face):
     n, _, t = xs[0].shape
     c_out, stat = weights[0].shape[0], torch.empty_like(gamma)
-    out = xs[0].new_empty((n, t, c_out)).transpose(1, 2)
+    out = empty_ntc(n, c_out, t, like=xs[0])
     kept = xs[0].new_empty((_saved(keep, face, xs, weights), n * t, c_out))
     return out, stat, torch.empty_like(stat), stat.new_empty(() if group else 0), kept
 
 
 @torch.library.register_fake("jasper_fast::panes_plain_backward", lib=lib)
 def _(g, xs, weights, gamma, lengths, pane_mean, pane_var, rows, kept, eps, group, face):
-    n, _, t = g.shape
-    dxs = [g.new_empty((n, t, x.shape[1])).transpose(1, 2) for x in xs]
+    dxs = [empty_ntc(*x.shape, like=g) for x in xs]
     dweights = [w.new_empty(w.shape) for w in weights]
     return dxs, dweights, torch.empty_like(pane_mean), pane_mean.new_empty(pane_mean.shape[1])
 

@@ -14,7 +14,7 @@ from jasper_fast.dispatch import choose
 from jasper_fast.dispatch.backends import DEPTHWISE, NORM
 from jasper_fast.dispatch.backends import face as _face
 from jasper_fast.kernels import tables
-from jasper_fast.kernels.layout import ntc
+from jasper_fast.kernels.layout import empty_ntc, ntc
 from jasper_fast.kernels.operands import Geometry, Lengths, Mask, Norm
 from jasper_fast.ops import depthwise_op
 from jasper_fast.ops.bn_relu_dropout_op import check, check_lengths, dropout_seed, mean_sums, norm_face_of, normaliser
@@ -84,8 +84,7 @@ def _(
     p, batch_stats, halo, stride, padding, dilation, stats, group, bn_face, taps_face, face,
 ):  # fmt: skip
     t_out = Geometry(stride, padding, dilation).frames(x.shape[2], depthwise.shape[2])
-    out = x.new_empty((x.shape[0], t_out, weight.shape[0])).transpose(1, 2)
-    return out, *fake_stats(x, weight.shape[0], stats)
+    return empty_ntc(x.shape[0], weight.shape[0], t_out, like=x), *fake_stats(x, weight.shape[0], stats)
 
 
 @torch.library.register_fake("jasper_fast::separable_backward", lib=lib)
@@ -93,8 +92,7 @@ def _(
     dout, x, mean, rstd, gamma, beta, lengths, seed, rows, depthwise, weight, packed, out_lengths,
     p, batch_stats, halo, stride, padding, dilation, need_dx, *_faces,
 ):  # fmt: skip
-    n, c, t = x.shape
-    dx = x.new_empty((n, t, c)).transpose(1, 2) if need_dx else x.new_empty(0)
+    dx = empty_ntc(*x.shape, like=x) if need_dx else x.new_empty(0)
     vectors = (x.new_empty(0), x.new_empty(0)) if mean is None else (torch.empty_like(gamma), torch.empty_like(beta))
     return dx, *vectors, depthwise.new_empty(depthwise.shape), weight.new_empty(weight.shape)
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jasper_fast.dispatch.backends import face as _face
-from jasper_fast.kernels.layout import ntc
+from jasper_fast.kernels.layout import empty_ntc, ntc
 from jasper_fast.kernels.operands import Geometry, Mask, Norm
 from jasper_fast.ops.bn_relu_dropout_op import check, dropout_seed, mean_sums, norm_face, normaliser
 from jasper_fast.ops.conv1d_op import Pack, check_channels, conv_face, conv_forward, fake_stats
@@ -67,17 +67,15 @@ def _(
     y, mean, rstd, gamma, beta, lengths, seed, rows, weight, packed,
     p, batch_stats, halo, padding, dilation, stats, group, bn_face, conv,
 ):  # fmt: skip
-    n, _, t = y.shape
     c_out, _, k = weight.shape
-    out = y.new_empty((n, Geometry(1, padding, dilation).frames(t, k), c_out)).transpose(1, 2)
-    return out, *fake_stats(y, c_out, stats)
+    t_out = Geometry(1, padding, dilation).frames(y.shape[2], k)
+    return empty_ntc(y.shape[0], c_out, t_out, like=y), *fake_stats(y, c_out, stats)
 
 
 @torch.library.register_fake("jasper_fast::sub_block_backward", lib=lib)
 def _(dout, y, mean, rstd, gamma, beta, lengths, seed, rows, weight, *_args):
-    n, c, t = y.shape
-    dy = y.new_empty((n, t, c)).transpose(1, 2)
-    return dy, torch.empty_like(gamma), torch.empty_like(beta), weight.new_empty(weight.shape)
+    vectors = torch.empty_like(gamma), torch.empty_like(beta)
+    return empty_ntc(*y.shape, like=y), *vectors, weight.new_empty(weight.shape)
 
 
 def _save(ctx, inputs, output):
