@@ -13,6 +13,7 @@ from jasper_fast.dispatch import choose
 from jasper_fast.nn.architecture import BN_EPS, BN_MOMENTUM
 from jasper_fast.nn.config import BlockConfig
 from jasper_fast.nn.packs import Packs
+from jasper_fast.nn.recognise import hook_of
 from jasper_fast.ops import sync
 from jasper_fast.ops.conv1d_op import autocast
 
@@ -234,11 +235,9 @@ def refuse_hooks(*modules: nn.Module) -> None:
     if torch.compiler.is_compiling():
         return
     for m in modules:
-        hooks = (*m._forward_pre_hooks.values(), *m._forward_hooks.values())
-        hooks += (*m._backward_pre_hooks.values(), *m._backward_hooks.values())
-        if hooks or type(m).forward not in _FORWARDS:
-            name = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__) if hooks else ""
-            kind, what = type(m).__name__, f"a hook ({name})" if hooks else "its own forward"
+        hook = hook_of(m)
+        if hook is not None or type(m).forward not in _FORWARDS:
+            kind, what = type(m).__name__, "its own forward" if hook is None else f"a hook ({hook})"
             raise RuntimeError(
                 f"a {kind} in a Jasper has {what}, which would never run, because fused ops only read its parameters: "
                 "put hooks on the blocks, use torch.nn.utils.parametrizations instead of the older weight_norm and "

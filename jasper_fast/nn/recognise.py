@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 NAMES = ("JasperBlock", "EagerBlock")
 LOOKED_FOR = (
     "modules of class JasperBlock with `conv` and `out` (NVIDIA's) or `mconv` and `mout` (NeMo's), "
@@ -120,12 +121,16 @@ def _check_kind(block: nn.Module) -> None:
     for name, module in block.named_modules():
         if module is block:
             continue
-        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        hooks += (*module._backward_pre_hooks.values(), *module._backward_hooks.values())
-        if hooks:
-            raise Unfit(f"a hook ({getattr(hooks[0], '__qualname__', type(hooks[0]).__name__)}) on {name}")
+        if (hook := hook_of(module)) is not None:
+            raise Unfit(f"a hook ({hook}) on {name}")
         if "forward" in vars(module):
             raise Unfit(f"a forward bound to {name}")
+
+
+def hook_of(module: nn.Module) -> str | None:
+    """Returns the name of a hook on `module`, or None if it has none."""
+    hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values()]
+    return getattr(hooks[0], "__qualname__", type(hooks[0]).__name__) if hooks else None
 
 
 def captures(block: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from jasper_fast.nn.recognise import Unfit
+from jasper_fast.nn.recognise import HOOKS, Unfit
 
 # Settings that decide which function a Jasper's module computes in evaluation, in this project and in others.
 SETTINGS = (
@@ -16,7 +16,6 @@ SETTINGS = (
     *("res", "adapter_layer", "cfg"),
 )
 _VERSION = operator.attrgetter("_version")
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class Watch:
@@ -45,7 +44,7 @@ class Watch:
         self._held = [tensor.detach() for tensor in self._tensors]  # aliases, which keep the memory
         self._matrices = [tensor for tensor in self._tensors if tensor.dim() > 1]
         self._values = self._now()
-        self._hooks = [vars(m)[name] for m in modules for name in _HOOKS]
+        self._hooks = [vars(m)[name] for m in modules for name in HOOKS]
 
     def _now(self) -> tuple[list, ...]:
         """Returns versions, addresses and strides, which change when a tensor does."""
