@@ -129,7 +129,7 @@ class SymbolDecoder:
         with torch.cuda.stream(stream):  # the model's stream; None on a CPU, which changes nothing
             found = beam_search(log_probs, lengths, self._vocabulary, alpha=alpha, beta=beta, **self._settings)
             rows = zip(log_probs.cpu().numpy(), lengths.tolist(), found, strict=True)
-        return [_transcript(r[:n], h, best_path(r[:n], h[0].symbols), self._vocabulary, frame_seconds)
+        return [transcript_of(r[:n], h, best_path(r[:n], h[0].symbols), self._vocabulary, frame_seconds)
                 for r, n, h in rows]  # fmt: skip
 
     def close(self) -> None:
@@ -157,7 +157,7 @@ class WordDecoder:
             for item, (found, path) in zip(items, answers(), strict=True):
                 hypotheses = [Hypothesis(f.text, f.score, f.log_prob, symbols_of(f.text, self._vocabulary.labels))
                               for f in found] or [Hypothesis("", -math.inf, -math.inf, ())]  # fmt: skip
-                made.append(_transcript(item, hypotheses, path, self._vocabulary, frame_seconds))
+                made.append(transcript_of(item, hypotheses, path, self._vocabulary, frame_seconds))
             return made
 
         return finish
@@ -166,7 +166,7 @@ class WordDecoder:
         self._pool.close()
 
 
-def _transcript(
+def transcript_of(
     log_probs: np.ndarray,
     hypotheses: list[Hypothesis],
     path: np.ndarray | None,

@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from jasper_fast.lm.align import best_path
-from jasper_fast.lm.decoders import Decoder
-from jasper_fast.speech.decoding import Hypothesis, Transcript, path_transcript
+from jasper_fast.lm.decoders import Decoder, transcript_of
+from jasper_fast.speech.decoding import Hypothesis, Transcript
 from jasper_fast.speech.text import Vocabulary
 
 LISTED = 64  # hypotheses per utterance that are rescored by default
@@ -89,11 +89,7 @@ class Rescoring:
         if listed[0].text == first.text:
             return replace(first, hypotheses=kept)
         path = best_path(log_probs, listed[0].symbols)
-        if path is None:  # nothing was found, so the text is empty
-            path = np.full(len(log_probs), self.vocabulary.blank)
-        probabilities = np.exp(log_probs[np.arange(len(path)), path])
-        made = path_transcript(path, probabilities, self.vocabulary, seconds)
-        return replace(made, text=listed[0].text, hypotheses=kept)
+        return replace(transcript_of(log_probs, listed, path, self.vocabulary, seconds), hypotheses=kept)
 
     def close(self) -> None:
         self.first.close()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import IO
 
-from jasper_fast.lm.arpa import SPACE, LanguageModelError, open_plain
+from jasper_fast.lm.arpa import SPACE, SPECIAL, LanguageModelError, open_plain
 
 _LONGEST = 64 << 20  # bytes that a line may have
 
@@ -45,6 +45,13 @@ class TextFile:
             raise LanguageModelError(f"{self.path}, line {number}: not UTF-8; convert the text to UTF-8") from None
         except (OSError, EOFError) as error:
             raise LanguageModelError(f"{self.path}: cannot be read as text ({error})") from None
+
+
+def refuse_reserved(path: str | os.PathLike, words: Container[str]) -> None:
+    """Raises LanguageModelError if the words of a text include one that language models reserve."""
+    for special in SPECIAL:
+        if special in words:
+            raise LanguageModelError(f"{path}: contains {special}, a word reserved in models; remove it")
 
 
 def token(word: str) -> str:

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from jasper_fast.kernels import native
-from jasper_fast.lm.arpa import SPECIAL, LanguageModelError
-from jasper_fast.lm.texts import TextFile, token
+from jasper_fast.lm.arpa import LanguageModelError
+from jasper_fast.lm.texts import TextFile, refuse_reserved, token
 
 MOST_WORDS = 6  # KenLM's wheels read no higher order
 _END, _FIRST = 2, 3  # ids of </s> and of the first word; 0 and 1 are <unk> and <s>
@@ -153,9 +153,7 @@ def _feed(trainer: _Trainer, texts: Sequence[TextFile], progress: Progress) -> t
 
     def hand_over(text: TextFile) -> None:
         nonlocal words
-        for special in SPECIAL:
-            if special in numbers:
-                raise LanguageModelError(f"{text.path}: contains {special}, a word reserved in models; remove it")
+        refuse_reserved(text.path, numbers)
         words += len(chunk)
         trainer.call("add", ctypes.c_void_p(chunk.buffer_info()[0]), ctypes.c_int64(len(chunk)))
         del chunk[:]

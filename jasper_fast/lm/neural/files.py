@@ -25,10 +25,9 @@ def checkpoint_of(path: str | os.PathLike) -> Path:
     path = Path(path)
     if not path.is_dir():
         return path
-    steps = [p for p in path.glob("step_*.pt") if p.stem.removeprefix("step_").isdigit()]
-    found = [path / "best.pt"] * (path / "best.pt").is_file() or sorted(
-        steps, key=lambda p: int(p.stem.removeprefix("step_"))
-    )
-    if not found:
+    if (path / "best.pt").is_file():
+        return path / "best.pt"
+    steps = {p.stem.removeprefix("step_"): p for p in path.glob("step_*.pt")}
+    if not any(map(str.isdigit, steps)):
         raise LanguageModelError(f"{path}: the folder holds no language model; `jasper-fast lm train-neural` makes one")
-    return found[-1]
+    return steps[max(filter(str.isdigit, steps), key=int)]

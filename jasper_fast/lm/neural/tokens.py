@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from jasper_fast.lm.arpa import SPECIAL, LanguageModelError
+from jasper_fast.lm.arpa import LanguageModelError
 from jasper_fast.lm.neural.model import UNKNOWN
-from jasper_fast.lm.texts import TextFile
+from jasper_fast.lm.texts import TextFile, refuse_reserved
 
 NAMES = ("</s>", "<unk>")  # names of BOUNDARY and UNKNOWN
 _CROWD = 5_000_000  # distinct words to count before words seen only once are dropped
@@ -52,9 +52,7 @@ class Tokens:
                 if len(counts) > _CROWD:
                     counts = Counter({word: n for word, n in counts.items() if n > 1})
             bytes_before += os.path.getsize(text.path)
-            for special in SPECIAL:
-                if special in counts:
-                    raise LanguageModelError(f"{text.path}: contains {special}, a word reserved in models; remove it")
+            refuse_reserved(text.path, counts)
         if text is None or not counts:
             raise LanguageModelError(f"{text.path if text else 'no text'}: has no words")
         found = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]]
