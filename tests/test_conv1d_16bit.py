@@ -146,16 +146,16 @@ def test_an_item_is_the_same_bits_in_any_batch_and_with_any_threads(cpu) -> None
 
 
 def test_wrong_packs_are_named(cpu) -> None:
-    weight = torch.randn(33, 24, 11)
-    with pytest.raises(RuntimeError, match="fir_level 0"):
-        cpu.pack(weight, algorithm="fast_fir_1", dtype=BF16)
-    packed, other = cpu.pack(weight, dtype=BF16), cpu.pack(torch.randn(33, 4, 1))
-    with pytest.raises(RuntimeError, match="packed2 must have packed's dtype"):
-        cpu.fused(torch.zeros(2, 50, 24), packed, PADDED, panes=(torch.zeros(2, 50, 4), other))
-    with pytest.raises(RuntimeError, match="x must be a float32"):
-        cpu.fused(torch.zeros(2, 50, 24, dtype=BF16), cpu.pack(weight), PADDED)
-    with pytest.raises(RuntimeError, match="elements"):
-        cpu.fused(torch.zeros(2, 50, 27), packed, PADDED)
+    weight, x = torch.randn(33, 24, 11), torch.zeros(2, 50, 24)
+    packed, panes = cpu.pack(weight, dtype=BF16), (torch.zeros(2, 50, 4), cpu.pack(torch.randn(33, 4, 1)))
+    for wrong, message in (
+        (lambda: cpu.pack(weight, algorithm="fast_fir_1", dtype=BF16), "fir_level 0"),
+        (lambda: cpu.fused(x, packed, PADDED, panes=panes), "packed2 must have packed's dtype"),
+        (lambda: cpu.fused(x.to(BF16), cpu.pack(weight), PADDED), "x must be a float32"),
+        (lambda: cpu.fused(torch.zeros(2, 50, 27), packed, PADDED), "elements"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            wrong()
 
 
 LOWER = """

@@ -121,20 +121,19 @@ def test_wgrad_adds_its_shares_in_a_fixed_order():
 
 def test_errors_name_what_is_wrong():
     settle("triton")  # packs a weight before launches are recorded
-    x, weight = ntc(torch.ones(1, 8, 4)), torch.ones(8, 8, 11)
-    with pytest.raises(ValueError, match="taps span 11"):
-        triton_impl.forward(x, weight, Geometry())
-    with pytest.raises(ValueError, match="stride 1"):
-        triton_impl.dgrad(x, weight, 8, Geometry(2, 5))
+    x, weight, how = ntc(torch.ones(1, 8, 4)), torch.ones(8, 8, 11), Geometry(1, 5)
+    for wrong, message in (
+        (lambda: triton_impl.forward(x, weight, Geometry()), "taps span 11"),
+        (lambda: triton_impl.dgrad(x, weight, 8, Geometry(2, 5)), "stride 1"),
+        (lambda: triton_impl.forward(ntc(torch.ones(1, 4, 4)), weight, how), "4 channels, the weight takes 8"),
+        (lambda: triton_impl.forward(ntc(torch.ones(1, 16, 4)), weight, how), "16 channels, the weight takes 8"),
+        (lambda: triton_impl.wgrad(x, ntc(torch.ones(1, 8, 5)), 11, how), "does not fit the conv"),
+        (lambda: triton_impl.wgrad(torch.ones(1, 8, 4), x, 11, how), "dense in NTC memory"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
     with pytest.raises(TypeError, match="float64"):
-        triton_impl.forward(x.double(), weight.double(), Geometry(1, 5))
-    for channels in (4, 16):
-        with pytest.raises(ValueError, match=f"{channels} channels, the weight takes 8"):
-            triton_impl.forward(ntc(torch.ones(1, channels, 4)), weight, Geometry(1, 5))
-    with pytest.raises(ValueError, match="does not fit the conv"):
-        triton_impl.wgrad(x, ntc(torch.ones(1, 8, 5)), 11, Geometry(1, 5))
-    with pytest.raises(ValueError, match="dense in NTC memory"):
-        triton_impl.wgrad(torch.ones(1, 8, 4), x, 11, Geometry(1, 5))
+        triton_impl.forward(x.double(), weight.double(), how)
 
 
 @pytest.mark.parametrize(("dtype", "made"), [(torch.float32, torch.float16), (torch.float16, torch.float16)])

@@ -231,22 +231,19 @@ def test_threads_share_an_engine(face):
 def test_bad_input_is_named(face):
     _, engine = engine_of(face)
     features, lengths = batch([31, 17], device=face.device)
-    with pytest.raises(ValueError, match=rf"features must be \(N, {FEATS}, T\)"):
-        engine(features[:, 1:], lengths)
-    with pytest.raises(ValueError, match="features must be floating point"):
-        engine(features.nan_to_num().long(), lengths)
-    with pytest.raises(ValueError, match="lengths must be"):
-        engine(features, lengths[:1])
-    with pytest.raises(ValueError, match="lengths must be"):
-        engine(features, lengths.float())
-    with pytest.raises(ValueError, match=r"features are on meta, the engine's weights on .*; move one"):
-        engine(features.to("meta"), lengths)
-    with pytest.raises(ValueError, match=r"lengths are on meta, .*; move the lengths"):
-        engine(features, lengths.to("meta"))
+    wrong = [
+        (features[:, 1:], lengths, rf"features must be \(N, {FEATS}, T\)"),
+        (features.nan_to_num().long(), lengths, "features must be floating point"),
+        (features, lengths[:1], "lengths must be"),
+        (features, lengths.float(), "lengths must be"),
+        (features.to("meta"), lengths, r"features are on meta, the engine's weights on .*; move one"),
+        (features, lengths.to("meta"), r"lengths are on meta, .*; move the lengths"),
+    ]
     if face.device.type == "cpu":
-        for wrong in (32, -1):
-            with pytest.raises(ValueError, match=r"lengths must lie in \[0, T = 31\]"):
-                engine(features, torch.tensor([31, wrong]))
+        wrong += [(features, torch.tensor([31, n]), r"lengths must lie in \[0, T = 31\]") for n in (32, -1)]
+    for *given, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            engine(*given)
 
 
 def test_bad_options_are_named():

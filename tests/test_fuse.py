@@ -369,12 +369,14 @@ def test_a_block_changed_after_fusion_is_refused():
 
 
 def test_a_model_of_another_kind_is_refused():
-    with pytest.raises(ValueError, match=r"no Jasper blocks in Sequential: looked for .*JasperBlock.*EagerBlock"):
-        fuse(nn.Sequential(nn.Conv1d(3, 3, 3), nn.ReLU()))
-    with pytest.raises(ValueError, match="which are already fused"):
-        fuse(Jasper(config("none")))
-    with pytest.raises(ValueError, match="backend 'fast' is not one of"):
-        fuse(build("nemo"), backend="fast")
+    other = nn.Sequential(nn.Conv1d(3, 3, 3), nn.ReLU())
+    for model, backend, message in (
+        (other, "auto", r"no Jasper blocks in Sequential: looked for .*JasperBlock.*EagerBlock"),
+        (Jasper(config("none")), "auto", "which are already fused"),
+        (build("nemo"), "fast", "backend 'fast' is not one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fuse(model, backend=backend)
 
 
 def test_a_block_or_an_encoder_alone_and_twice():

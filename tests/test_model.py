@@ -300,13 +300,14 @@ def test_compiled_forward_and_gradients_match(any_backend, panes):
 
 
 def test_bad_input_is_named():
-    ours = Jasper(config(), backend="reference")
-    with pytest.raises(ValueError, match=r"features must be \(N, 8, T\)"):
-        ours(torch.randn(2, 9, 20), torch.tensor([20, 20]))
-    with pytest.raises(ValueError, match="lengths"):
-        ours(torch.randn(2, 8, 20), torch.tensor([20.0, 20.0]))
-    with pytest.raises(ValueError, match="not one of"):
-        Jasper(config(), backend="metal")
+    ours, lengths = Jasper(config(), backend="reference"), torch.tensor([20, 20])
+    for wrong, message in (
+        (lambda: ours(torch.randn(2, 9, 20), lengths), r"features must be \(N, 8, T\)"),
+        (lambda: ours(torch.randn(2, 8, 20), lengths.float()), "lengths"),
+        (lambda: Jasper(config(), backend="metal"), "not one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

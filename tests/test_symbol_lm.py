@@ -96,9 +96,7 @@ def test_broken_files_are_one_line(text, message, tmp_path):
 def test_bytes_that_are_no_text_and_files_that_are_not_there(tmp_path):
     path = tmp_path / "lm.arpa"
     path.write_bytes(b"\\data\\\nngram 1=1\n\n\\1-grams:\n-1\t\xff\xfe\n\\end\\\n")
-    with pytest.raises(LanguageModelError, match="line 5: not UTF-8"):
-        SymbolLM(path, V)
-    with pytest.raises(LanguageModelError, match="no such language model"):
-        SymbolLM(tmp_path / "gone", V)
-    with pytest.raises(LanguageModelError, match="cannot be read"):
-        SymbolLM(tmp_path, V)
+    told = {path: "line 5: not UTF-8", tmp_path / "gone": "no such language model", tmp_path: "cannot be read"}
+    for wrong, message in told.items():
+        with pytest.raises(LanguageModelError, match=message):
+            SymbolLM(wrong, V)
