@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import soundfile
+import torch
 import yaml
 
 TONES = {"a": 300, "b": 700, "c": 1500, "d": 3000}
@@ -79,3 +81,30 @@ def train_arguments(paths: dict[str, Path], output: Path, **more) -> list[str]:
         if value is not None:
             arguments += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
     return arguments
+
+
+def run_train(arguments: list[str]) -> None:
+    """Runs train.py in this process; restores the signal handlers afterwards."""
+    from jasper_fast import train
+    from jasper_fast.training.runs import StopRequest
+
+    stop = StopRequest()
+    try:
+        train.main(train.arguments(arguments), stop)
+    finally:
+        stop.restore()
+
+
+@pytest.fixture(name="paths", scope="module")
+def corpus_of_beeps(tmp_path_factory) -> dict[str, Path]:
+    """Returns the paths of a corpus that all tests of a file share."""
+    return write_corpus(tmp_path_factory.mktemp("beeps"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Uses one thread, because tiny models gain nothing from more and suffer when other tests use the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -10,11 +10,10 @@ from pathlib import Path
 import corpora
 import pytest
 import yaml
-from speech import CONFIG
+from speech import CONFIG, run_train
 
 import train
 from jasper_fast.cli import command
-from jasper_fast.training.runs import StopRequest
 
 PAGE = (corpora.ROOT / "configs" / "RECIPES.md").read_text()
 COMMANDS = [
@@ -53,11 +52,7 @@ def run_chain(folder: Path, sets: dict[str, dict], config: dict, **training) -> 
     assert command.main(list(map(str, checked))) == 0
     given = {"config": folder / "c.yaml", "train_manifests": clean, "output_dir": folder / "run", "device": "cpu"}
     words = [w for name, v in (given | training).items() for w in (f"--{name.replace('_', '-')}", str(v))]
-    stop = StopRequest()
-    try:
-        train.main(train.arguments(words), stop)
-    finally:
-        stop.restore()
+    run_train(words)
     newest = max((folder / "run").glob("step_*.pt"))
     told = ["--checkpoint", newest, "--manifest", out / f"{test_set}.jsonl", "--out", folder / "wer.json"]
     assert command.main(list(map(str, ["evaluate", *told, "--html", folder / "wer.html"]))) == 0

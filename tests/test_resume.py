@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from speech import train_arguments, write_corpus
+from speech import corpus_of_beeps, train_arguments  # noqa: F401
 
 from jasper_fast.training.runs import read_log
 
@@ -57,11 +57,6 @@ sys.path.insert(0, {root!r})
 sys.argv[0] = {script!r}
 runpy.run_path({script!r}, run_name="__main__")
 """
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("beeps"))
 
 
 def start(arguments: list[str], patch: str = "") -> subprocess.Popen:

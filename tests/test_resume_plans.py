@@ -7,12 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
-from speech import CONFIG, train_arguments, write_corpus
+from speech import CONFIG, corpus_of_beeps, run_train, train_arguments  # noqa: F401
 
-import train
 from jasper_fast.data.batches import BatchSampler
 from jasper_fast.nn import checkpoint
-from jasper_fast.training.runs import RunError, StopRequest, read_log
+from jasper_fast.training.runs import RunError, read_log
 from jasper_fast.training.split import Split
 from jasper_fast.training.state import TrainingState
 
@@ -119,21 +118,12 @@ def test_other_data_begin_the_epoch_anew():
 # ---- whole runs ----
 
 
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("beeps"))
-
-
 @pytest.fixture
 def run(capsys):
     """Returns a function that runs train.py in this process and returns what it prints to stderr."""
 
     def of(*arguments, **more):
-        stop = StopRequest()
-        try:
-            train.main(train.arguments(train_arguments(*arguments, val_manifests=None, **more)), stop)
-        finally:
-            stop.restore()
+        run_train(train_arguments(*arguments, val_manifests=None, **more))
         return capsys.readouterr().err
 
     return of

@@ -13,8 +13,8 @@ import test_sync
 import torch
 import yaml
 from speech import beep, train_arguments, write_corpus
+from speech import run_train as run
 
-import train
 from jasper_fast.data.batch import Batch
 from jasper_fast.data.batches import BatchSampler
 from jasper_fast.nn.config import JasperConfig
@@ -22,7 +22,7 @@ from jasper_fast.nn.model import Jasper
 from jasper_fast.speech.features import LogMelFeatures
 from jasper_fast.training import scale
 from jasper_fast.training.optim import NovoGrad
-from jasper_fast.training.runs import RunError, StopRequest, read_log
+from jasper_fast.training.runs import RunError, read_log
 from jasper_fast.training.split import Split
 from jasper_fast.training.step import BufferGuard, Frontend, train_step
 
@@ -32,14 +32,6 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def paths(tmp_path: Path) -> dict[str, Path]:
     return write_corpus(tmp_path)
-
-
-def run(arguments: list[str], monkeypatch) -> None:
-    stop = StopRequest()
-    try:
-        train.main(train.arguments(arguments), stop)
-    finally:
-        stop.restore()
 
 
 @pytest.mark.parametrize(
@@ -62,9 +54,9 @@ def test_a_global_batch_below_a_micro_batch_is_an_error() -> None:
         scale.accumulation_for(8, BatchSampler([1.0] * 100, 16), 100)
 
 
-def test_the_global_batch_makes_the_steps_of_a_run(paths, tmp_path, monkeypatch) -> None:
+def test_the_global_batch_makes_the_steps_of_a_run(paths, tmp_path) -> None:
     arguments = train_arguments(paths, tmp_path / "out", epochs=1, batch_size=2, global_batch=8, val_manifests=None)
-    run(arguments, monkeypatch)
+    run(arguments)
     records = [r for r in read_log(tmp_path / "out" / "log.jsonl") if r["kind"] == "train"]
     assert len(records) == 2, "16 utterances, 8 a step"
     assert all(r["waited_s"] > 0 for r in records)
@@ -108,11 +100,11 @@ def test_what_does_not_fit_is_told_with_advice(paths, most: int, said: str) -> N
 
 def test_a_restart_by_torchrun_resumes(paths, tmp_path, monkeypatch) -> None:
     arguments = train_arguments(paths, tmp_path / "out", steps=2, val_manifests=None, save_every=1)
-    run(arguments, monkeypatch)
+    run(arguments)
     with pytest.raises(RunError, match="add --resume"):
-        run(arguments, monkeypatch)
+        run(arguments)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    run(arguments, monkeypatch)
+    run(arguments)
 
 
 # ------------------------------------------------------------------ two processes give the results of one
@@ -203,7 +195,7 @@ AUGMENTATIONS = {
 
 
 @pytest.mark.slow
-def test_twenty_utterances_are_learnt_by_heart_without_augmentation(tmp_path, monkeypatch) -> None:
+def test_twenty_utterances_are_learnt_by_heart_without_augmentation(tmp_path) -> None:
     paths = write_corpus(tmp_path, train=20)
     config = yaml.safe_load(paths["config"].read_text())
     config["input_train"] = config["input_val"]
@@ -211,19 +203,19 @@ def test_twenty_utterances_are_learnt_by_heart_without_augmentation(tmp_path, mo
         block["dropout"] = 0.0
     paths["config"].write_text(yaml.safe_dump(config))
     how = {"steps": 60, "batch_size": 20, "val_manifests": paths["train"], "val_every": 20, "lr": 0.02}
-    run(train_arguments(paths, tmp_path / "out", **how), monkeypatch)
+    run(train_arguments(paths, tmp_path / "out", **how))
     rates = [r["wer"] for r in read_log(tmp_path / "out" / "log.jsonl") if r["kind"] == "val_live"]
     assert len(rates) == 3 and rates[-1] == 0.0
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_losses_are_finite_with_each_augmentation(paths, tmp_path, monkeypatch, name: str) -> None:
+def test_losses_are_finite_with_each_augmentation(paths, tmp_path, name: str) -> None:
     config = yaml.safe_load(paths["config"].read_text())
     config["input_train"].pop("spec_augment")
     config["input_train"]["audio_dataset"].pop("speed_perturbation")
     place = config["input_train"]["audio_dataset"] if name.endswith("perturbation") else config["input_train"]
     place[name] = AUGMENTATIONS[name]
     paths["config"].write_text(yaml.safe_dump(config))
-    run(train_arguments(paths, tmp_path / "out", steps=3, val_manifests=None), monkeypatch)
+    run(train_arguments(paths, tmp_path / "out", steps=3, val_manifests=None))
     records = [r for r in read_log(tmp_path / "out" / "log.jsonl") if r["kind"] == "train"]
     assert len(records) == 3 and all(r["loss"] > 0 and r["bad_losses"] == 0 for r in records)

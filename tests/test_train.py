@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from speech import CONFIG, train_arguments, write_corpus
+from speech import CONFIG, corpus_of_beeps, one_thread, train_arguments  # noqa: F401
+from speech import run_train as run
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jasper_fast import ops, train
+from jasper_fast import ops
 from jasper_fast.data.batches import BatchSampler, collate, load_batches
 from jasper_fast.data.dataset import SpeechDataset
 from jasper_fast.nn import checkpoint, loading
@@ -40,15 +41,6 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Uses one thread, because tiny models gain nothing from more and suffer when other tests use the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Model(EagerJasper):
     """The eager Jasper, so that these tests depend on the training code alone."""
 
@@ -57,11 +49,6 @@ class Model(EagerJasper):
 
     def out_lengths(self, lengths):
         return out_lengths(self.config, lengths)
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("beeps"))
 
 
 @pytest.fixture
@@ -339,16 +326,7 @@ def test_a_gpu_that_is_not_there_is_an_error():
 @pytest.fixture
 def run_train(capsys):
     """Returns a function that runs train.py in this process and returns what it prints to stderr."""
-
-    def run(arguments):
-        stop = StopRequest()
-        try:
-            train.main(train.arguments(arguments), stop)
-        finally:
-            stop.restore()
-        return capsys.readouterr().err
-
-    return run
+    return lambda arguments: run(arguments) or capsys.readouterr().err
 
 
 NOTHING = dict.fromkeys(("config", "train", "val"), Path("none.yaml"))

@@ -16,24 +16,17 @@ import torch
 import torch.distributed as dist
 import worlds
 import yaml
-from speech import CONFIG, train_arguments, write_corpus
+from speech import CONFIG, one_thread, train_arguments, write_corpus  # noqa: F401
+from speech import run_train as run
 
 from jasper_fast import train
 from jasper_fast.data.batches import collate
 from jasper_fast.nn import checkpoint, loading
-from jasper_fast.training.runs import RunError, StopRequest, read_log
+from jasper_fast.training.runs import RunError, read_log
 from jasper_fast.training.state import TrainingState
 from jasper_fast.training.validate import Validation
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +39,6 @@ def paths(tmp_path_factory):
     small["jasper"]["encoder"]["blocks"] = blocks
     paths["config"].write_text(yaml.safe_dump(small))
     return paths
-
-
-def run(arguments: list[str]) -> None:
-    stop = StopRequest()
-    try:
-        train.main(train.arguments(arguments), stop)
-    finally:
-        stop.restore()
 
 
 def records(folder: Path, kind: str) -> list[dict]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import worlds
-from speech import train_arguments, write_corpus
+from speech import corpus_of_beeps, train_arguments  # noqa: F401
 
 from jasper_fast import train
 from jasper_fast.nn import checkpoint
@@ -19,11 +19,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not dist.is_gloo_available(), reason="PyTorch was built without gloo"),
 ]
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("beeps"))
 
 
 def without(paths, which: str, gone, tmp_path) -> dict:
