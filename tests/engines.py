@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jasper_fast import InferenceEngine, Jasper, JasperConfig
 from jasper_fast.nn.eager import EagerJasper
@@ -50,14 +50,19 @@ def config(kind="jasper", masks=True, classes=7, feats=FEATS):
     return JasperConfig.from_dict({"encoder": encoder, "decoder": {"in_feats": last, "n_classes": classes}})
 
 
-def pair(cfg, backend="auto", device="cpu") -> tuple[EagerJasper, Jasper]:
-    """Returns (eager, ours) in evaluation mode, with the same parameters and random running statistics."""
-    eager = EagerJasper(cfg)
-    for name, buffer in eager.named_buffers():
+def draw_statistics(model: nn.Module) -> nn.Module:
+    """Gives every batch norm random running statistics; returns the model."""
+    for name, buffer in model.named_buffers():
         if name.endswith("running_mean"):
             buffer.normal_(0, 0.1)
         elif name.endswith("running_var"):
             buffer.uniform_(0.5, 2)
+    return model
+
+
+def pair(cfg, backend="auto", device="cpu") -> tuple[EagerJasper, Jasper]:
+    """Returns (eager, ours) in evaluation mode, with the same parameters and random running statistics."""
+    eager = draw_statistics(EagerJasper(cfg))
     ours = Jasper(cfg, backend=backend)
     ours.load_state_dict(eager.state_dict())
     return eager.to(device).eval(), ours.to(device).eval()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from close import assert_close
 from conftest import GOLDEN
-from engines import block
+from engines import block, draw_statistics
 from lookalikes import nemo, nvidia
 from test_model import config
 from torch import nn
@@ -46,12 +46,7 @@ def build(which: str, kind: str = "dense", masks: bool = True, dropout: float = 
         model = nvidia.Jasper(encoder_kw, {"in_feats": 40, "n_classes": 7})
     else:
         model = nemo.EncDecCTCModel(8, blocks(kind, dropout), 7, masks)
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.normal_(0, 0.1)
-        elif name.endswith("running_var"):
-            buffer.uniform_(0.5, 2)
-    return model
+    return draw_statistics(model)
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
@@ -97,23 +92,30 @@ def steps(model: nn.Module, training: bool, number: int = 4) -> dict[str, torch.
     return found | {f"{name} at the end": b.clone() for name, b in model.named_buffers()}
 
 
+def equal_steps(single: nn.Module, training: bool, number: int = 4, rtol: float = 1e-9, factor: float = 4.0) -> tuple:
+    """Checks that a few steps of a model are the same fused and not, in fp32 and in fp64. Returns the model in fp64,
+    the fused one in fp32 and the report of fuse()."""
+    exact = copy.deepcopy(single).double()
+    doubles, fused = copy.deepcopy(exact), copy.deepcopy(single)
+    for model in (doubles, fused):
+        report = fuse(model, strict=True)
+        assert len(report.fused) == len(layers(model)) and not report.left
+    ref, low, wide, got = (steps(model, training, number) for model in (exact, single, doubles, fused))
+    assert ref.keys() == wide.keys() == got.keys()
+    for name, want in ref.items():
+        close = {"rtol": rtol, "atol": rtol / 100 * max(1.0, want.abs().max().item())}
+        torch.testing.assert_close(wide[name], want, **close, msg=lambda m, n=name: f"{n}: {m}")
+        if want.is_floating_point():
+            assert_close(name, got[name], low[name], want, factor)
+    return exact, fused, report
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("kind", ["dense", "plain", "none"])
 @pytest.mark.parametrize("which", KINDS)
 def test_steps_equal_those_without_fusion(which, kind, masks, training):
-    exact, single = build(which, kind, masks).double(), build(which, kind, masks)
-    doubles, fused = copy.deepcopy(exact), copy.deepcopy(single)
-    for model in (doubles, fused):
-        report = fuse(model, strict=True)
-        assert len(report.fused) == len(layers(model)) and not report.left
-    ref, low = steps(exact, training), steps(single, training)
-    wide, got = steps(doubles, training), steps(fused, training)
-    assert ref.keys() == wide.keys() == got.keys()
-    for name, want in ref.items():
-        torch.testing.assert_close(wide[name], want, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
-        if want.is_floating_point():
-            assert_close(name, got[name], low[name], want, factor=4.0)
+    equal_steps(build(which, kind, masks), training)
 
 
 @pytest.mark.parametrize("which", KINDS)

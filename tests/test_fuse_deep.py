@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,10 @@ import torch
 from close import assert_close
 from engines import block
 from lookalikes import nemo, nvidia
-from test_fuse import call, features, steps
+from test_fuse import call, equal_steps, features
 from torch import nn
 
-from jasper_fast import JasperConfig, fuse, unfuse
+from jasper_fast import JasperConfig, unfuse
 
 
 def deep(which: str, masks: bool) -> nn.Module:
@@ -45,18 +44,8 @@ def test_steps(which, masks, training):
     In evaluation one step is enough, because the statistics do not change.
     """
     single = deep(which, masks)
-    exact = copy.deepcopy(single).double()
-    doubles, fused = copy.deepcopy(exact), copy.deepcopy(single)
-    for model in (doubles, fused):
-        report = fuse(model, strict=True)
-        assert len(report.fused) == 13 and report.whole == ["encoder"]
-    ref, low, wide, got = (steps(model, training, 4 if training else 1) for model in (exact, single, doubles, fused))
-    for name, want in ref.items():
-        close = {"rtol": 1e-7, "atol": 1e-8 * want.abs().max().item()}
-        torch.testing.assert_close(wide[name], want, **close, msg=lambda m, n=name: f"{n}: {m}")
-        if want.is_floating_point():
-            assert_close(name, got[name], low[name], want, factor=4.0)
-
+    exact, fused, report = equal_steps(single, training, 4 if training else 1, rtol=1e-7)
+    assert len(report.fused) == 13 and report.whole == ["encoder"]
     single.load_state_dict(fused.state_dict())
     exact.load_state_dict(single.state_dict())
     with torch.no_grad():
