@@ -84,12 +84,3 @@ def python(script: str, *arguments: object) -> subprocess.CompletedProcess:
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done
-
-
-def raising(error: BaseException):
-    """Returns a function that takes any arguments and raises `error`."""
-
-    def function(*_: object, **__: object):
-        raise error
-
-    return function

@@ -75,6 +75,15 @@ def interpreted() -> None:
         pytest.skip("Triton is not interpreted: there is a GPU")
 
 
+def raising(error: BaseException):
+    """Returns a function that takes any arguments and raises `error`."""
+
+    def function(*_: object, **__: object):
+        raise error
+
+    return function
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:.*does not have a deterministic implementation:UserWarning")
     if "PYTEST_XDIST_WORKER" in os.environ:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_runs import softplus_case
+from conftest import raising
 
 from jasper_fast.bench import cli
 from jasper_fast.bench.commands import kernels, profile
@@ -174,10 +175,10 @@ def test_a_rival_without_a_number_does_not(capsys, at_once, tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_a_part_that_failed_fails_the_command(capsys, at_once, tmp_path, monkeypatch):
-    def failing(run: Run) -> None:
-        raise ValueError("no such kernel")
-
-    plan = [agenda.Part("first", 270, lambda run: measured({})(run, "")), agenda.Part("second", 270, failing)]
+    plan = [
+        agenda.Part("first", 270, lambda run: measured({})(run, "")),
+        agenda.Part("second", 270, raising(ValueError("no such kernel"))),
+    ]
     monkeypatch.setattr(agenda, "plan", lambda run: plan)
     assert cli.main(["gpu", *QUICK, "--out", str(tmp_path)]) == 1
     assert (
@@ -203,10 +204,7 @@ def test_a_profile_of_ours_that_failed_fails_the_command(broken, status, capsys,
 
 
 def test_a_lost_device_fails_the_command(capsys, at_once, tmp_path, monkeypatch):
-    def losing(run: Run, op: str, mode: str | None) -> None:
-        raise DeviceLost("illegal memory access")
-
-    monkeypatch.setattr(kernels, "main", losing)
+    monkeypatch.setattr(kernels, "main", raising(DeviceLost("illegal memory access")))
     assert cli.shell(["kernels", *QUICK, "--out", str(tmp_path)]) == 1
     assert "--resume continues without that contender" in capsys.readouterr().err
 
@@ -230,9 +228,6 @@ def test_an_interrupted_run_says_what_it_keeps_and_goes_on(capsys, at_once, tmp_
 
 
 def test_interrupted_before_anything_is_measured(capsys, tmp_path, monkeypatch):
-    def interrupted(*_: object) -> dict:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(limits, "measure", interrupted)
+    monkeypatch.setattr(limits, "measure", raising(KeyboardInterrupt()))
     assert cli.main(["kernels", *QUICK, "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err.strip().splitlines()[-1] == "interrupted: nothing was measured yet"

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_runs import CPU, FAST, make_run, softplus_case
+from conftest import raising
 
 from jasper_fast.bench.harness import checking, clocks, limits, machine, nvml, ratios, timing
 from jasper_fast.bench.harness.measurement import Measurement
@@ -214,10 +215,7 @@ def test_a_cupy_that_is_absent_or_broken_says_so(monkeypatch):
     times, why = limits.cupy_launch(CPU)
     assert not times and why.startswith("absent: pip install cupy-cuda")
 
-    def broken(*_: object, **__: object):
-        raise RuntimeError("CUDA driver version is insufficient")
-
-    cupy(monkeypatch, broken)
+    cupy(monkeypatch, raising(RuntimeError("CUDA driver version is insufficient")))
     assert limits.cupy_launch(CPU) == ({}, "failed: RuntimeError: CUDA driver version is insufficient")
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_runs import CPU, make_run, softplus_case
-from conftest import interpreted, make_face
+from conftest import interpreted, make_face, raising
+from standins import wrap
 
 from jasper_fast.bench.cases import bn_relu_dropout, by_layer, common, sub_block_inference, sub_blocks
 from jasper_fast.bench.cases.layers import Layer, layers
@@ -25,17 +26,6 @@ def skipped_row(x):
     y = torch.empty_like(x)
     y[:-1] = F.softplus(x[:-1])  # the last row is not written
     return y
-
-
-def stale_buffer():
-    first = []
-
-    def call(x):
-        if not first:
-            first.append(F.softplus(x))
-        return first[0]
-
-    return call
 
 
 def stale_after(calls: int):
@@ -55,7 +45,7 @@ WRONG = {
     "scaled": lambda: lambda x: F.softplus(x) * 1.001,
     "one element": lambda: lambda x: F.softplus(x).index_fill(0, torch.tensor([3]), 0.5),
     "skipped row": lambda: skipped_row,
-    "stale buffer": stale_buffer,
+    "stale buffer": lambda: stale_after(1),
     "stale after the check": lambda: stale_after(3),
     "NaN": lambda: lambda x: F.softplus(x).masked_fill(x == x.max(), math.nan),
     "shape": lambda: lambda x: F.softplus(x)[:, :8],
@@ -76,14 +66,8 @@ def test_wrong_kernel_gets_no_number(fault, tmp_path):
 
 
 def test_absent_and_failing_rivals_are_rows_that_say_so(tmp_path):
-    def absent():
-        raise Absent("get it so")
-
-    def broken(x):
-        raise RuntimeError("no kernel for this shape")
-
-    case = softplus_case({"broken": broken})
-    case = dataclasses.replace(case, contenders=[*case.contenders, Contender("absent", absent)])
+    case = softplus_case({"broken": raising(RuntimeError("no kernel for this shape"))})
+    case = dataclasses.replace(case, contenders=[*case.contenders, Contender("absent", raising(Absent("get it so")))])
     rows = {r["contender"]: r for r in make_run(tmp_path).cases("test", [case])}
     assert (rows["absent"]["status"], rows["absent"]["why"]) == ("absent", "get it so")
     assert rows["broken"]["status"] == "failed" and "no kernel for this shape" in rows["broken"]["why"]
@@ -193,9 +177,8 @@ def test_sub_blocks_under_amp_are_right(mode, backend, dtype, tmp_path):
 @pytest.mark.slow
 def test_a_wrong_sub_block_is_refused_in_every_mode(tmp_path, monkeypatch):
     """Shows that an output scaled by 1.01 is found wrong in every mode of training and in inference."""
-    right, folded = sub_blocks.fused_sub_block, sub_block_inference.fused
-    monkeypatch.setattr(sub_blocks, "fused_sub_block", lambda b: lambda *a: right(b)(*a) * 1.01)
-    monkeypatch.setattr(sub_block_inference, "fused", lambda i, b: lambda *a: folded(i, b)(*a) * 1.01)
+    for owner, name in ((sub_blocks, "fused_sub_block"), (sub_block_inference, "fused")):
+        wrap(monkeypatch, owner, name, lambda right, *of: lambda *a: right(*of)(*a) * 1.01)
     run = make_run(tmp_path)
     modes = (*common.MODES, "inference")
     rows = run.cases("test", by_layer.layer_cases(run, "sub_block", 2, 40, LAYERS[0], modes))

@@ -16,7 +16,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_runs import CPU, CUDA, FAST, make_run, measured, python, raising, softplus_case
+from bench_runs import CPU, CUDA, FAST, make_run, measured, python, softplus_case
+from conftest import raising
 from standins import wrap
 
 from jasper_fast.bench.cases import (
@@ -451,8 +452,7 @@ def test_other_processes_run_ours_once_and_end_with_the_time(tmp_path, monkeypat
     assert ran == [(2, 96, 100)]
 
     started: list[subprocess.Popen] = []
-    popen = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    wrap(monkeypatch, subprocess, "Popen", lambda right, *a, **k: started.append(right(*a, **k)) or started[-1])
     with ahead.compilers(make_run(tmp_path, deadline=0.0), ("bn_relu_dropout",)):
         assert started and all("jasper_fast.bench.gpu.warm" in child.args for child in started)
     assert all(child.returncode is not None for child in started)

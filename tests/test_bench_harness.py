@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_runs import CPU, FAST, make_run, softplus_case
+from conftest import raising
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -137,12 +138,9 @@ def test_run_cut_off_keeps_its_rows_and_resumes(tmp_path):
         made[1] = dataclasses.replace(made[1], contenders=[*made[1].contenders, Contender("later", later)])
         return made
 
-    def cut():
-        raise KeyboardInterrupt
-
     run = make_run(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        run.cases("test", [cases(None)[0]]), run.cases("test", cases(cut))
+        run.cases("test", [cases(None)[0]]), run.cases("test", cases(raising(KeyboardInterrupt())))
     on_disk = json.loads(run.results.path.read_text())
     assert {r["key"]["op"] for r in on_disk["rows"]} == {"softplus0"} and not on_disk["finished"]
 

@@ -8,7 +8,8 @@ import itertools
 import pytest
 import torch
 from bench_runs import CPU, make_run
-from conftest import make_face
+from conftest import make_face, raising
+from standins import wrap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jasper_fast import ops
@@ -43,18 +44,16 @@ def test_both_forms_and_the_eager_rivals_are_right_in_every_mode(dtype, tmp_path
 
 def wide_matrices(monkeypatch) -> None:
     """Makes the covariance of every Gram matrix 5 % too large."""
-    gram = ops.gram
-    monkeypatch.setattr(ops, "gram", lambda x: gram(x)._replace(cov=gram(x).cov * 1.05))
+    wrap(monkeypatch, ops, "gram", lambda right, x: right(x)._replace(cov=right(x).cov * 1.05))
 
 
 def a_wide_pane(monkeypatch) -> None:
     """Makes the newest input's pane 2 % too large."""
-    plain = ops.panes_plain
 
-    def faulty(xs, weights, gammas, betas, **more):
-        return plain(xs, weights, [*gammas[:-1], 1.02 * gammas[-1]], betas, **more)
+    def faulty(right, xs, weights, gammas, betas, **more):
+        return right(xs, weights, [*gammas[:-1], 1.02 * gammas[-1]], betas, **more)
 
-    monkeypatch.setattr(ops, "panes_plain", faulty)
+    wrap(monkeypatch, ops, "panes_plain", faulty)
 
 
 @pytest.mark.parametrize(("fault", "form"), [(wide_matrices, "jasper_fast_gram"), (a_wide_pane, "jasper_fast")])
@@ -229,10 +228,7 @@ def test_a_brief_run_may_name_the_rivals_of_models(collect):
 
 
 def test_a_compiled_rival_that_is_lacking_says_so(tmp_path, monkeypatch):
-    def lacking() -> None:
-        raise Absent("no compiler")
-
-    monkeypatch.setattr(compiler, "needs_compiler", lacking)
+    monkeypatch.setattr(compiler, "needs_compiler", raising(Absent("no compiler")))
     run = make_run(tmp_path, rivals="all")
     rows = {r["contender"]: r for r in run.cases("test", [panes.case(run, 2, 40, BLOCK, "both")])}
     assert rows["compile_max_autotune"]["why"] == "no compiler" and rows["jasper_fast"]["status"] == "ok"

@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 from bench_runs import CPU, make_run
+from conftest import raising
 
 from jasper_fast.bench.cases import models
 from jasper_fast.bench.commands import launches, profile
@@ -53,11 +54,8 @@ def test_a_profile_leaves_nothing_on_the_terminal_and_hides_no_error(tmp_path, c
 
 
 def test_a_step_that_fails_stops_the_profiler(tmp_path):
-    def step():
-        raise ValueError
-
     with pytest.raises(ValueError), kineto.recorded([torch.profiler.ProfilerActivity.CPU]):
-        step()
+        raise ValueError
     assert not torch.autograd._profiler_enabled()
 
 
@@ -68,10 +66,7 @@ def test_a_gpu_s_profile_without_kernels_is_a_failure(tmp_path, monkeypatch):
     with pytest.raises(profile.NoKernels, match="CUPTI"):
         profile.profile(lambda: torch.ones(3) + 1, torch.device("cuda"), tmp_path / "trace.json")
 
-    def blind(*_):
-        raise profile.NoKernels("no CUPTI")
-
-    monkeypatch.setattr(profile, "profile", blind)
+    monkeypatch.setattr(profile, "profile", raising(profile.NoKernels("no CUPTI")))
     found = profile.main(make_run(tmp_path), "small", "inference", 1, 64)
     assert [(f["status"], f["why"], f["records"]) for f in found] == [("failed", "no CUPTI", [])] * 2
 

@@ -7,6 +7,7 @@ import torch
 from close import assert_close
 from conftest import make_face, settle
 from conv_cases import LAYERS, gradients, make
+from standins import spied, wrap
 from torch.nn import functional as F
 
 from jasper_fast.kernels import launch
@@ -67,8 +68,7 @@ def test_a_tile_too_wide_for_one_epilogue(descriptors, monkeypatch):
     case = (2, 16, 200, 140, 3, 1, 1, [140, 30])
     x, weight, shape, lengths = make(case, torch.float16, make_face("triton").device)
     narrow = triton_impl.forward_stats(x, weight, shape, lengths)
-    choose = triton_impl.triton_tiles.choose
-    monkeypatch.setattr(triton_impl.triton_tiles, "choose", lambda *a: choose(*a)._replace(t=128, n=256, num_warps=8))
+    wrap(monkeypatch, triton_tiles, "choose", lambda right, *a: right(*a)._replace(t=128, n=256, num_warps=8))
     y, mean, m2 = triton_impl.forward_stats(x, weight, shape, lengths)
     low, ref = F.conv1d(x, weight, None, *shape), F.conv1d(x.double(), weight.double(), None, *shape)
     assert_close("y", y, low, ref)
@@ -204,9 +204,7 @@ def test_a_batch_costs_its_frames_and_its_halo(monkeypatch):
     dy = ntc(torch.randn(4, 32, t))
     tile = triton_impl.Tile(block, 16, 16, 4, 2)
     monkeypatch.setattr(triton_impl.triton_tiles, "choose", lambda *a: tile)
-    counted = []
-    dot = builder.create_dot
-    monkeypatch.setattr(builder, "create_dot", lambda *a: counted.append(1) or dot(*a))
+    counted = spied(monkeypatch, builder, "create_dot")
 
     def products(function, *args):
         counted.clear()

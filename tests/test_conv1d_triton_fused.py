@@ -7,6 +7,7 @@ import torch
 from close import assert_close
 from conftest import make_face
 from conv_cases import LAYERS, make
+from standins import wrap
 
 from jasper_fast.kernels.conv1d import reference
 from jasper_fast.kernels.layout import mask, padding
@@ -111,10 +112,8 @@ def test_a_shared_reduction_gives_the_same_and_repeats(splits, dtype, monkeypatc
     given = {"lengths": Lengths(lengths, lengths), "relu": True}
     ours = given | {"bias": bias, "panes": (panes, triton_impl.pack(w2))}
     alone = triton_impl.fused(x.transpose(1, 2), triton_impl.pack(weight), shape, **ours)
-    choose = triton_impl.triton_tiles.choose
-    monkeypatch.setattr(
-        triton_impl.triton_tiles, "choose", lambda *a: choose(*a)._replace(n=16, k=16, splits=splits)
-    )  # fmt: skip
+    tiles = triton_impl.triton_tiles
+    wrap(monkeypatch, tiles, "choose", lambda right, *a: right(*a)._replace(n=16, k=16, splits=splits))
     workspace, results = triton_impl.Workspace(device), []
     for _ in range(2):
         results.append(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import raising
 from lookalikes import nemo, nvidia
 from test_checkpoint import BLOCKS, LABELS, config, nemo_archive, outputs, trained_model, v1_entries
 
@@ -483,10 +484,11 @@ def test_a_writer_that_errs_leaves_the_old_file(tmp_path, own, monkeypatch, to):
     def lost(file, entries, *rest):
         return write(file, {name: tensor for name, tensor in entries.items() if "res.0.1" not in name}, *rest)
 
-    def broken(*_):
-        raise OSError(28, "No space left on device")
-
-    for fault, said in ((wrong, "differs from what was written"), (lost, "other entries"), (broken, "No space left")):
+    for fault, said in (
+        (wrong, "differs from what was written"),
+        (lost, "other entries"),
+        (raising(OSError(28, "No space left on device")), "No space left"),
+    ):
         monkeypatch.setitem(conversion.WRITERS, to, fault)
         with pytest.raises(CheckpointError, match=said):
             convert(own, out, to, force=True)

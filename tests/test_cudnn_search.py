@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_runs import CPU, FAST, make_run, softplus_case
+from standins import spied
 
 from jasper_fast.bench.cases import train
 from jasper_fast.bench.commands import launches, memory
@@ -56,9 +57,7 @@ def test_a_step_is_searched_for_at_the_batch_that_is_timed(judged_at, tmp_path, 
     decides."""
     monkeypatch.setattr(train, "judged_size", lambda *_: judged_at)
     runner = train.case(make_run(tmp_path, rivals="eager"), "small", 2, 64, "forward+backward").contenders[1].build()
-    seen = []
-    loss = train.Batch.loss
-    monkeypatch.setattr(train.Batch, "loss", lambda *a: seen.append(searches()) or loss(*a))
+    seen = spied(monkeypatch, train.Batch, "loss", lambda *_: searches())
     runner.outputs()
     runner.run()
     assert seen == [judged_at == (2, 64), True]

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_face
+from conftest import make_face, raising
 from engines import Replays, batch, config, pair, poison, valid
+from standins import spied
 
 from jasper_fast import InferenceEngine, JasperConfig
 from jasper_fast.inference import engine as engine_module
@@ -131,14 +132,12 @@ def test_a_graph_is_captured_again_where_fp32_arithmetic_is_to_change(device, mo
     features, lengths = batch([24, 17], device=device)
     engine(features, lengths)
     bound = engine._run.shapes.held[2, 24]
-    captures: list[object] = []
-    capture, takes_tf32 = engine._run.shapes.graphs.capture, engine._run._takes_tf32
-    monkeypatch.setattr(engine._run.shapes.graphs, "capture", lambda launch: captures.append(launch) or capture(launch))
+    captures = spied(monkeypatch, engine._run.shapes.graphs, "capture", lambda launch: launch)
     engine(features, lengths)
     assert captures == []
     setting = torch.backends.cudnn.conv
     before = setting.fp32_precision
-    setting.fp32_precision = "ieee" if takes_tf32() else "tf32"
+    setting.fp32_precision = "ieee" if engine._run._takes_tf32() else "tf32"
     try:
         engine(features, lengths)
         engine(features, lengths)
@@ -358,11 +357,8 @@ def test_a_capture_that_fails_is_ended_and_names_the_remedy(fake):
 
 
 def test_an_error_of_the_launches_themselves_is_not_one_of_the_capture(fake):
-    def launch():
-        raise ValueError("a kernel that does not compile")
-
     with pytest.raises(ValueError, match="does not compile"):
-        CudaGraphs(torch.device("cuda")).capture(launch)
+        CudaGraphs(torch.device("cuda")).capture(raising(ValueError("a kernel that does not compile")))
 
 
 def test_turns_on_other_streams_wait_for_the_last(fake):

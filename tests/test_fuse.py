@@ -14,6 +14,7 @@ from close import assert_close
 from conftest import GOLDEN
 from engines import block, draw_statistics
 from lookalikes import nemo, nvidia
+from standins import spied
 from test_model import config
 from torch import nn
 
@@ -120,9 +121,7 @@ def test_steps_equal_those_without_fusion(which, kind, masks, training):
 
 @pytest.mark.parametrize("which", KINDS)
 def test_every_sub_block_runs_the_fused_op(which, monkeypatch):
-    model, ran = build(which), []
-    real = ops.sub_block
-    monkeypatch.setattr(ops, "sub_block", lambda *args, **how: ran.append(1) or real(*args, **how))
+    model, ran = build(which), spied(monkeypatch, ops, "sub_block")
     fuse(model)
     call(model, features())
     assert len(ran) == sum(b["repeat"] - 1 for b in blocks("dense"))

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from close import assert_close
+from standins import spied
 from test_fuse import KINDS, add, build, call, equal_steps, features, gradients_and_buffers, layers
 from torch.utils.checkpoint import checkpoint
 
@@ -21,12 +22,9 @@ def counted(monkeypatch) -> list[str]:
     """Forces the Gram form; returns the names of the ops for panes that ran, in order."""
     ran: list[str] = []
 
-    def counting(name: str, real):
-        return lambda *of, **how: ran.append(name) or real(*of, **how)
-
     monkeypatch.setattr(choose, "pane_form", lambda *of: "gram")
     for name in ("gram", "pane_stats", "panes", "panes_plain"):
-        monkeypatch.setattr(ops, name, counting(name, getattr(ops, name)))
+        spied(monkeypatch, ops, name, lambda *of, name=name, **how: ran.append(name))
     return ran
 
 
@@ -46,9 +44,7 @@ def test_a_gram_matrix_serves_all_blocks_that_read_it(counted):
 
 def test_nothing_of_a_forward_pass_remains(counted, monkeypatch):
     """Shows that no shared matrix outlives a forward pass, also without a backward pass and after an error."""
-    made = []
-    real = Shared.__init__
-    monkeypatch.setattr(Shared, "__init__", lambda self, *of: made.append(weakref.ref(self)) or real(self, *of))
+    made = spied(monkeypatch, Shared, "__init__", lambda self, *of: weakref.ref(self))
     model = build("nemo").train()
     fuse(model)
     call(model, features())

@@ -12,6 +12,7 @@ from close import assert_close
 from conftest import settle
 from engines import Replays, block, poison
 from lookalikes import nvidia
+from standins import spied
 from test_fuse import KINDS, LENGTHS, add, build, call, features, layers
 from torch import nn
 
@@ -29,10 +30,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 @pytest.fixture
 def runs(monkeypatch) -> list[EncoderEngine]:
     """Records the engine of every call, in order."""
-    called: list[EncoderEngine] = []
-    real = EncoderEngine.__call__
-    monkeypatch.setattr(EncoderEngine, "__call__", lambda self, *of: called.append(self) or real(self, *of))
-    return called
+    return spied(monkeypatch, EncoderEngine, "__call__", lambda self, *of: self)
 
 
 def evaluate(model: nn.Module, x: torch.Tensor | None = None) -> torch.Tensor:

@@ -17,6 +17,7 @@ import corpora
 import numpy as np
 import pytest
 import soundfile
+from conftest import raising
 
 from jasper_fast.cli.command import main
 from jasper_fast.data.manifest import read_manifest
@@ -167,12 +168,9 @@ def test_a_full_disk_is_a_one_line_error_and_the_run_goes_on_later(tmp_path: Pat
             assert main(given) == 2
         assert "are free" in capsys.readouterr().err.splitlines()[-1] and server.asked == []
 
-        def full(*_) -> None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
         for module, name in ((unpack.shutil, "copyfileobj"), (fetch.os, "replace")):
             with monkeypatch.context() as patched:
-                patched.setattr(module, name, full)
+                patched.setattr(module, name, raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
                 assert main(given) == 2
             assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
         assert main(given) == 0

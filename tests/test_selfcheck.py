@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_face
-from standins import verdicts_of_its_own  # noqa: F401
+from conftest import make_face, raising
+from standins import verdicts_of_its_own, wrap  # noqa: F401
 
 from jasper_fast.dispatch import backends, verdict, verdicts
 from jasper_fast.dispatch.verdict import UNCHECKED
@@ -185,11 +185,14 @@ class LateRace:
         return torch.nextafter(out, out + 1) if self.calls == 4 else out  # the second call had other inputs
 
 
+def spoiled(monkeypatch, op: str, name: str, spoil) -> None:
+    """Makes a function of the CPU face return `spoil(...)` of its result."""
+    wrap(monkeypatch, backends.face(op, make_face("cpu").name), name, lambda right, *a, **how: spoil(right(*a, **how)))
+
+
 @pytest.mark.parametrize(("variant", "status"), [("", "ok"), (checks.WAVE, "wrong")])
 def test_where_the_gpu_is_full_the_same_inputs_are_tried_three_times(variant, status, monkeypatch):
-    impl, spoil = backends.face("conv1d", make_face("cpu").name), LateRace()
-    right = impl.forward
-    monkeypatch.setattr(impl, "forward", lambda *args: spoil(right(*args)))
+    spoiled(monkeypatch, "conv1d", "forward", LateRace())
     row = perform.perform(conv_check("cpu", variant=variant), CPU)
     assert row["status"] == status, row
 
@@ -261,11 +264,8 @@ WRONG = [scale, drop_a_row, one_element, in_half_precision, not_a_number, Stale,
     ("bn_relu_dropout", "forward", "forward"),
 ])  # fmt: skip
 def test_a_wrong_kernel_is_caught(op, function, name, fault, monkeypatch):
-    face = make_face("cpu").name
-    impl, spoil = backends.face(op, face), fault() if isinstance(fault, type) else fault
-    right = getattr(impl, name)
-    monkeypatch.setattr(impl, name, lambda *args, **kwargs: spoil(right(*args, **kwargs)))
-    check = conv_check(face, function) if op == "conv1d" else norm_check(face, function)
+    spoiled(monkeypatch, op, name, fault() if isinstance(fault, type) else fault)
+    check = conv_check("cpu", function) if op == "conv1d" else norm_check("cpu", function)
     row = perform.perform(check, CPU)
     assert row["status"] == "wrong", row
     assert row["detail"]
@@ -305,51 +305,28 @@ def test_an_exact_check_asks_for_exact_products_and_leaves_the_setting_as_it_was
 def test_a_buffer_that_is_shared_by_calls_is_no_fault_of_its_results(monkeypatch):
     """Shows that results in a shared buffer pass, because they are compared before the next call. The ops' tests check
     whether results may be kept."""
-    face = make_face("cpu").name
-    impl, spoil = backends.face("conv1d", face), OneBuffer()
-    right = impl.forward
-    monkeypatch.setattr(impl, "forward", lambda *args, **kwargs: spoil(right(*args, **kwargs)))
-    assert perform.perform(conv_check(face), CPU)["status"] == "ok"
+    spoiled(monkeypatch, "conv1d", "forward", OneBuffer())
+    assert perform.perform(conv_check("cpu"), CPU)["status"] == "ok"
 
 
 def test_padding_that_is_read_is_caught(monkeypatch):
-    face = make_face("cpu").name
-    impl = backends.face("conv1d", face)
-    right = impl.forward
-    monkeypatch.setattr(impl, "forward", lambda x, w, geometry, lengths, *_: right(x, w, geometry, None))
-    row = perform.perform(conv_check(face), CPU)
+    impl = backends.face("conv1d", make_face("cpu").name)
+    wrap(monkeypatch, impl, "forward", lambda right, x, w, geometry, lengths, *_: right(x, w, geometry, None))
+    row = perform.perform(conv_check("cpu"), CPU)
     assert row["status"] == "wrong" and "nan" in row["detail"]
 
 
 def test_a_wrong_dropout_mask_is_caught(monkeypatch):
-    face = make_face("cpu").name
-    impl = backends.face("bn_relu_dropout", face)
-    right = impl.forward
-    monkeypatch.setattr(impl, "forward", lambda *args: right(*args[:-1], args[-1]._replace(seed=args[-1].seed + 1)))
-    assert perform.perform(norm_check(face), CPU)["status"] == "wrong"
+    impl = backends.face("bn_relu_dropout", make_face("cpu").name)
+    wrap(monkeypatch, impl, "forward", lambda right, *a: right(*a[:-1], a[-1]._replace(seed=a[-1].seed + 1)))
+    assert perform.perform(norm_check("cpu"), CPU)["status"] == "wrong"
 
 
 def test_a_kernel_that_raises_is_caught_and_quoted(monkeypatch):
-    face = make_face("cpu").name
-
-    def broken(*_args, **_kwargs):
-        raise RuntimeError("PassManager::run failed\nsecond line")
-
-    monkeypatch.setattr(backends.face("conv1d", face), "forward", broken)
-    row = perform.perform(conv_check(face), CPU)
+    error = RuntimeError("PassManager::run failed\nsecond line")
+    monkeypatch.setattr(backends.face("conv1d", make_face("cpu").name), "forward", raising(error))
+    row = perform.perform(conv_check("cpu"), CPU)
     assert (row["status"], row["detail"]) == ("failed", "RuntimeError: PassManager::run failed")
-
-
-def test_memory_that_runs_out_is_no_fault_of_the_kernel(monkeypatch):
-    face = make_face("cpu").name
-
-    def greedy(*_args, **_kwargs):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-
-    monkeypatch.setattr(backends.face("conv1d", face), "forward", greedy)
-    row = perform.perform(conv_check(face), CPU)
-    assert row["status"] == "no memory" and "another process may use the memory: look at nvidia-smi" in row["detail"]
-    assert verdict.judge([row], quick=True)[0].status == UNCHECKED
 
 
 GCC = ["/usr/bin/gcc", "main.c", "-shared", "-o", "main.so"]
@@ -369,12 +346,10 @@ GCC = ["/usr/bin/gcc", "main.c", "-shared", "-o", "main.so"]
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "nvidia-smi"),
     (RuntimeError("Triton Error [CUDA]: out of memory"), "nvidia-smi"),
     (MemoryError(), "nvidia-smi"),
+    (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "another process may use the memory"),
 ])  # fmt: skip
 def test_what_the_machine_lacks_is_no_fault_of_the_kernel(error, told, monkeypatch):
-    def unable(*_args, **_kwargs):
-        raise error
-
-    monkeypatch.setattr(backends.face("conv1d", make_face("cpu").name), "forward", unable)
+    monkeypatch.setattr(backends.face("conv1d", make_face("cpu").name), "forward", raising(error))
     row = perform.perform(conv_check("cpu"), CPU)
     assert row["status"] in ("environment", "no memory") and told in row["detail"], row
     (found,) = verdict.judge([row], quick=True)
@@ -394,11 +369,10 @@ def test_what_a_kernel_does_is_its_fault(error):
 
 
 def test_plain_pytorch_that_fails_is_no_fault_of_the_kernel(monkeypatch):
-    def broken(*_args, **_kwargs):
-        raise RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED")
-
     make_face("cpu")
-    monkeypatch.setattr(backends.face("conv1d", "aten"), "forward", broken)
+    monkeypatch.setattr(
+        backends.face("conv1d", "aten"), "forward", raising(RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"))
+    )
     row = perform.perform(conv_check("cpu"), CPU)
     assert row["status"] == "environment"
     assert row["detail"].startswith("plain PyTorch: RuntimeError: cuDNN error: CUDNN_STATUS_NOT_INITIALIZED (")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import interpreted, make_face
+from conftest import interpreted, make_face, raising
 from standins import verdicts_of_its_own  # noqa: F401
 
 from jasper_fast.dispatch import children, probe, verdict, verdicts
@@ -126,15 +126,12 @@ class OutOfTime(BaseException):
 
 @pytest.mark.slow
 def test_a_check_that_is_cut_off_ends_at_once_and_leaves_what_was_found(monkeypatch):
-    def cut(*_):
-        raise OutOfTime
-
     def on_row(row, total):
         if row["function"] == "dgrad" and "256" in row["shape"]:  # the next check sleeps
             signal.setitimer(signal.ITIMER_REAL, 1.0)
 
     ended = spy_on_ends(monkeypatch)
-    report, before = probe.Report(), signal.signal(signal.SIGALRM, cut)
+    report, before = probe.Report(), signal.signal(signal.SIGALRM, raising(OutOfTime()))
     code = BREAK.format(function="wgrad", where="True", what="time.sleep(600)")
     code += "\nopen('/proc/self/comm', 'w').write('jasper-checks')"
     try:

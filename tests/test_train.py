@@ -17,6 +17,7 @@ import pytest
 import torch
 from speech import CONFIG, corpus_of_beeps, one_thread, train_arguments  # noqa: F401
 from speech import run_train as run
+from standins import spied
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jasper_fast import ops
@@ -432,8 +433,7 @@ def test_a_frozen_encoder_is_that_of_the_file(run_train, paths, tmp_path):
 
 def test_the_form_of_the_panes_reaches_the_model_and_is_recorded(run_train, paths, tmp_path, monkeypatch):
     """Shows that --panes reaches the model and is recorded, and that resuming with the other form gives a note."""
-    real, calls = ops.gram, []
-    monkeypatch.setattr(ops, "gram", lambda *args: calls.append(1) or real(*args))
+    calls = spied(monkeypatch, ops, "gram")
     run_train(train_arguments(paths, tmp_path, steps=1, val_manifests=None, panes="gram"))
     assert calls
     assert read_log(tmp_path / "log.jsonl")[0]["arguments"]["panes"] == "gram"

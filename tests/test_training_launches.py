@@ -13,7 +13,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import interpreted, settle
+from conftest import interpreted, raising, settle
 from test_model import batch, config, pair
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -86,12 +86,6 @@ def test_a_step_waits_for_nothing(launches, form, training, monkeypatch):
     values."""
     ours, (features, lengths) = model(form, dropout=0.2).train(training), batch()
 
-    def refuse(name):
-        def read(*args, **kwargs):
-            raise AssertionError(f"Tensor.{name} waits for the device")
-
-        return read
-
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             name = func.overloadpacket.__name__
@@ -104,7 +98,7 @@ def test_a_step_waits_for_nothing(launches, form, training, monkeypatch):
 
     reads = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__")
     for name in reads:
-        monkeypatch.setattr(Tensor, name, refuse(name))
+        monkeypatch.setattr(Tensor, name, raising(AssertionError(f"Tensor.{name} waits for the device")))
     with pytest.raises(AssertionError, match="waits for the device"):
         bool(lengths[0] > 0)
     with Watch(), pytest.raises(AssertionError, match="by a mask"):

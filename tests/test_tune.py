@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import interpreted
+from conftest import interpreted, raising
 from standins import spied, verdicts_of_its_own, wrap  # noqa: F401
 
 from jasper_fast.bench.cases import cells as tune_cases
@@ -113,16 +113,16 @@ def test_help_tells_the_options(capsys):
         assert option in said
 
 
-def raising(_out):
-    raise RuntimeError("out of resource: shared memory\nmore")
-
-
 @pytest.mark.parametrize(
     ("fault", "status", "why"),
     [
         (lambda y: y * 1.01, "wrong", "wrong: y: max error"),
         (lambda y: torch.where(torch.arange(y.shape[2]) == 5, 0.0, y), "wrong", "wrong: y: max error"),
-        (raising, "failed", "failed: RuntimeError: out of resource: shared memory"),
+        (
+            raising(RuntimeError("out of resource: shared memory\nmore")),
+            "failed",
+            "failed: RuntimeError: out of resource: shared memory",
+        ),
     ],
     ids=["scaled", "a row dropped", "does not run"],
 )

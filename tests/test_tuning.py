@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import interpreted
+from conftest import interpreted, raising
 from standins import GPU, TILES, Died, imaginary_gpus_table, tuning_on_an_imaginary_gpu, verdicts_of_its_own, wrap  # noqa: F401
 
 from jasper_fast import InferenceEngine, Jasper, JasperConfig
@@ -93,11 +93,8 @@ def test_a_contender_that_ends_its_process_is_remembered_and_the_others_go_on(tu
 
 
 def test_what_is_killed_from_outside_blames_nobody(tuning, monkeypatch):
-    def warm(call):
-        raise Died(-signal.SIGKILL)
-
     monkeypatch.setattr(work, "in_a_line", lambda error: (_ for _ in ()).throw(error))
-    monkeypatch.setattr(tuning, "warm", warm)
+    monkeypatch.setattr(tuning, "warm", raising(Died(-signal.SIGKILL)))
     with pytest.raises(tuned.CannotTune, match="a kernel's last word"):
         tuned.tune(GPU, CELLS[:1], 100.0, clock=lambda: tuning.now)
     assert tuned._faults(GPU) == {} and kept() == {}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from standins import verdict, verdicts_of_its_own  # noqa: F401
+from standins import spied, verdict, verdicts_of_its_own  # noqa: F401
 
 from jasper_fast.cli import command
 from jasper_fast.dispatch import backends, probe, verdicts
@@ -176,8 +176,7 @@ def test_a_verdict_is_of_one_dtype():
 
 
 def test_the_checks_and_the_panes_are_among_the_sources(monkeypatch):
-    read, seen = Path.read_bytes, []
-    monkeypatch.setattr(Path, "read_bytes", lambda path: seen.append(path) or read(path))
+    seen = spied(monkeypatch, Path, "read_bytes", lambda path: path)
     verdicts.sources.cache_clear()
     verdicts.sources()
     wanted = "jasper_fast/selfcheck/cases.py", "jasper_fast/ops/panes_op.py", "kernels/panes/gram.py"
