@@ -49,7 +49,7 @@ class BatchSampler:
     (utterances per batch and rank), ``max_seconds`` (of padded audio per batch and rank: the number of utterances times
     the longest), or both. An utterance longer than ``max_seconds`` is a batch of its own.
 
-    ``bucketing`` puts items of similar length together: it sorts them by length, after a random factor of 1 to 1.1.
+    ``bucketing`` puts items of similar length together: it sorts them by length times a random factor from 1 to 1.1.
     Batches are shuffled. With ``shuffle=False`` items keep the given order, or are sorted by length with bucketing;
     ``window`` then sorts only within groups of so many consecutive items.
 

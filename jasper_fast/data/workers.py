@@ -28,8 +28,8 @@ class WorkerDied(RuntimeError):
 def begin(
     dataset: Dataset, keys: Iterable[list[Any]], collate: Callable, workers: int, pin_memory: bool
 ) -> Iterator[Any]:
-    """Returns an iterator over the batches whose items have these ``keys``, in order, loaded by ``workers`` processes
-    (0: by this process).
+    """Returns an iterator over batches, which ``workers`` processes load (0: this process). Each entry of ``keys`` has
+    the keys of one batch's items in the dataset.
 
     The iterator raises WorkerDied if the process that loads the next batch has died. The processes end with it.
     """

@@ -245,8 +245,8 @@ def _catch_up(backend: str, device: torch.device | str) -> None:
 
 @torch.compiler.assume_constant_result
 def pane_form(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Returns the form in which panes="auto" computes the panes' statistics in training, "gram" or "plain" (see
-    jasper_fast.ops).
+    """Returns how panes="auto" computes the batch norm statistics of panes (the 1x1 convs of residual connections) in
+    training: "gram", from Gram matrices of their inputs, or "plain", from their outputs.
 
     On a GPU it is "gram", because the plain form makes expensive passes over the outputs of the panes. With
     backend="auto" its verdict must be good, else it is "plain". On a CPU it is "plain", which is faster there.

@@ -51,8 +51,8 @@ class InferenceEngine:
     and estimates. The engine then has one copy of the weights per face.
 
     fp32_precision: the precision of products of fp32 weights on a GPU, "ieee" or "tf32". None: PyTorch's own switches
-    decide at each call (`jasper_fast.kernels.precision`). Engines with a precision of their own take turns, because a
-    call sets those switches while it runs.
+    decide at each call (`jasper_fast.kernels.precision`). Engines for which it is set run one at a time, because a call
+    sets PyTorch's switches while it runs.
 
     Equivalent to `model.eval()(features, lengths)` under `torch.no_grad()`, on rows t < length.
     """

@@ -114,8 +114,8 @@ def _copy(module: nn.Module) -> nn.Module:
 
 
 def example(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Returns features and lengths for tracing. A tracer might take a size of 1 or a round number for a constant, so
-    there is none."""
+    """Returns features and lengths for tracing. N and T are neither 1 nor round numbers, because a tracer might take
+    those for constants."""
     weight = model.head.weight
     features = torch.zeros(3, model.config.encoder.in_feats, 187, device=weight.device, dtype=weight.dtype)
     return features, torch.tensor([187, 101, 53], device=weight.device)

@@ -62,9 +62,10 @@ class Stepwise:
         bound.lengths.copy_(lengths.clamp(0, t) if lengths.is_cuda else lengths)
         self.shapes.play(bound, self._dependences)
         log_probs, out_lengths = bound.results
-        if bound.replay is None and plan.head is not None:  # without a graph, the head has made new tensors
+        if bound.replay is None and plan.head is not None:
             bound.results = None
             return log_probs, out_lengths
+        # The next call overwrites the results of a graph, and an encoder's output, which lies in a buffer.
         return log_probs[:, : plan.out_frames(t)].clone(), out_lengths.clone()
 
     def out_frames(self, t: int) -> int:

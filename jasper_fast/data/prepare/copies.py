@@ -38,7 +38,8 @@ class Copy:
 
 
 def make(file: Path, copy: Copy, target: Path, work: Path) -> float:
-    """Writes a 16-bit copy of an audio file at the file's own sample rate, unless the copy exists. Returns its seconds.
+    """Writes a 16-bit copy of an audio file at the file's own sample rate, unless the copy exists. Returns its length
+    in seconds.
 
     The copy lies in the folder ``work`` until it is complete. Raises PrepareError, which names a file that cannot be
     read.

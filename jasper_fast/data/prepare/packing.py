@@ -91,7 +91,7 @@ def _name(utterance: Utterance, taken: set[str]) -> str:
 
 
 def _content(utterance: Utterance) -> tuple[bytes, float]:
-    """Returns the bytes of the file to be packed for an utterance, and its seconds."""
+    """Returns the bytes of the file to be packed for an utterance, and its length in seconds."""
     source = utterance.source()
     if not utterance.offset:
         data = source.data if isinstance(source, audio.Memory) else Path(source).read_bytes()

@@ -83,7 +83,8 @@ def _text_of(path: Path) -> str:
 
 
 def _seconds(path: Path, report: Report) -> float | None:
-    """Returns the seconds of an audio file by its header. If it cannot be read, reports that and returns None."""
+    """Returns the length of an audio file in seconds, from its header. If that cannot be read, reports it and returns
+    None."""
     try:
         seconds = audio.duration(path)
     except AudioError as error:

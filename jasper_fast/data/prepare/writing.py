@@ -29,7 +29,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # not an error of the file system: a library raised it, because of what it reads
+        if error.errno is None:  # A library raised this for what it read. It is not an error of the file system.
             raise
         raise PrepareError(
             f"{path}: {error.strerror}; complete files are kept; solve the problem and run the command again"
