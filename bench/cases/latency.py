@@ -153,7 +153,9 @@ def int8_rule() -> Rule:
         rule.found |= {"same_path": share, "max_error": error, "of": ref["log_probs"].abs().max().item()}
         wrong = [] if torch.equal(got["lengths"], ref["lengths"]) else ["lengths: they differ from eager's"]
         agrees = share >= SAME_PATH and math.isfinite(error)
-        return wrong + ([] if agrees else [f"log_probs: {100 * share:.1f} % of the frames equal eager's, not {words}"])
+        return wrong + (
+            [] if agrees else [f"log_probs: {100 * share:.1f} % of the frames equal eager's; the rule is: {words}"]
+        )
 
     rule = Rule("int8", words, judge)
     return rule

@@ -22,17 +22,17 @@ from jasper_fast.bench.rivals.eager_layouts import ChannelsLast2d, Model
 FULL = ", all lengths full"  # added to a mode whose utterances have no padding, so that a network needs no masks
 LARGE = 50e6  # number of parameters from which on an fp64 answer takes long
 TRAINS = ("bn_relu_dropout", "conv1d", "panes")  # the ops of a training step, by their names in the self-check
-# The gradients of a network at its usual weights have loose bounds, because a single ReLU whose input rounds to the
-# other side of zero changes some gradients by a per cent, in eager PyTorch as in any kernel. Therefore the same module
-# is also run on the inputs of CLEAR_SEED with weights at which no ReLU is near zero (models.clear), and there the
-# bounds are tight.
+# A single ReLU whose input rounds to the other side of zero changes some gradients by a per cent, in eager PyTorch as
+# in any kernel. So the gradients of a network at its usual weights have loose bounds. Therefore the module is also run
+# on the inputs of CLEAR_SEED with weights at which no ReLU is near zero (models.clear). There the bounds are tight.
 #
-# The bounds come from the largest errors measured on a CPU, relative to the fp64 gradient, with eager, 2D and our CPU
-# kernels (in bf16 also our reference implementation). The table has the errors in the RMS norm, in the max norm, and
-# along the fp64 gradient (see Tolerance). For clear weights they are those of small (8, 64, 400) with two seeds (with
-# five in bf16), small (2, 64, 64), and medium (4, 64, 400) with one seed. Jasper 10x5 (2, 64, 128) has up to twice the
-# RMS error, and along the gradient 0.09 % in fp16 and 1.4 % in bf16. For usual weights they are those of small
-# (8, 64, 400) with three seeds. The usual bounds for fp16 were not measured; they are between those of fp32 and bf16.
+# The bounds come from the largest errors of right contenders on a CPU, relative to the fp64 gradient. The table has
+# these errors in the RMS norm, in the max norm, and along the fp64 gradient (see Tolerance). They were measured with
+# eager, 2D and our CPU kernels (in bf16 also with our reference implementation). With clear weights the models were
+# small at (8, 64, 400) and (2, 64, 64), and medium at (4, 64, 400), with one to five seeds. With usual weights it was
+# small at (8, 64, 400) with three seeds. The usual bounds for fp16 were not measured; they are between those of fp32
+# and bf16. Jasper 10x5 at (2, 64, 128) with clear weights has up to twice the RMS error, and along the gradient 0.09 %
+# in fp16 and 1.4 % in bf16.
 #
 #                    RMS: weight, gamma, beta    max: weight, gamma, beta    along: weight, gamma, beta
 #     clear   fp32   6e-6    8e-6    2e-5        9e-6    9e-6    2e-5        7e-7    9e-7    1.4e-6
