@@ -175,5 +175,5 @@ def test_what_cannot_go_on_is_one_line(paths, run, tmp_path):
     for what, config in others.items():
         path = tmp_path / f"{what}.yaml"
         path.write_text(yaml.safe_dump(config))
-        with pytest.raises(RunError, match=rf"other {what} than .*{what}\.yaml|of another {what} than .*{what}\.yaml"):
+        with pytest.raises(RunError, match=rf"other {what} than .*{what}\.yaml|fit the {what} of .*{what}\.yaml"):
             run(paths | {"config": path}, tmp_path, steps=2, resume=True)

@@ -69,7 +69,7 @@ def odd_files(folder, copy):
         os.fsdecode(b"\xfe.wav"): (b"no audio", "cannot be read as audio"),
     }
     found = [(f"{copy}missing.wav", "no such file"), (f"{copy}{'n' * 256}.wav", "File name too long")]
-    found += [(f"good{copy}.wav/a.wav", "Not a directory"), (f"{copy}socket", "neither a file nor a pipe")]
+    found += [(f"good{copy}.wav/a.wav", "Not a directory"), (f"{copy}socket", "neither a regular file nor a pipe")]
     os.mknod(folder / f"{copy}socket", stat.S_IFSOCK | 0o600)
     for name, (data, reason) in contents.items():
         (folder / f"{copy}{name}").write_bytes(data)
@@ -77,7 +77,7 @@ def odd_files(folder, copy):
     (folder / f"{copy}folder").mkdir()
     (folder / f"{copy}loop").symlink_to(f"{copy}loop")
     os.mkfifo(folder / f"{copy}pipe")
-    found += [(f"{copy}folder", "is a folder"), (f"{copy}loop", "symbolic links"), (f"{copy}pipe", "nothing came")]
+    found += [(f"{copy}folder", "is a folder"), (f"{copy}loop", "symbolic links"), (f"{copy}pipe", "delivered no data")]
     assert len(found) == 20
     return found
 
