@@ -220,8 +220,8 @@ def _plan(sampler: BatchSampler, epoch: int, step: int, endless: bool) -> Iterat
 
 
 def _noted(plan: Iterator, ahead: deque) -> Iterator[list[tuple[int, int]]]:
-    """Yields the dataset's keys of each batch of a plan. Appends the batch to ``ahead`` when the loader takes its
-    keys."""
+    """Yields the keys of each planned batch's items in the dataset. Appends the batch to ``ahead`` when the loader
+    takes its keys."""
     for place, items in plan:
         ahead.append((place, items))
         yield [(place[0], item) for item in items]

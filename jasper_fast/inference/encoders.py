@@ -168,8 +168,8 @@ class Whole:
                 self.drop()
 
     def describe(self, encoder: FusedEncoder) -> Encoder | None:
-        """Returns the encoder as it is now, or None if no engine can compute it. Then the blocks run one by one and
-        raise their own errors."""
+        """Returns the encoder as it is now, or None if no engine can compute it. Then the blocks run one by one,
+        and raise errors themselves."""
         with self._lock, contextlib.suppress(Unfit):
             if self._watch is None or not self._watch.same():
                 self.drop()

@@ -39,10 +39,12 @@ class InferenceEngine:
     an engine of the copy.
 
     On the triton and cuda faces a call runs one kernel per sub-block and one for the decoder. ATen does the log-softmax
-    of a vocabulary of more than 128 symbols, and copies the features if the first block's panes read them. The kernels
-    between the first and the last are captured in a CUDA graph per shape. With conv masks T' is rounded up to a
-    multiple of `bucket` frames, so that few shapes occur. The `graph_limit` most recently used graphs are kept. Convs
-    on cuDNN, with up to four kernels per sub-block, run in such graphs too.
+    of a vocabulary of more than 128 symbols, and copies the features if the first block's panes read them.
+
+    The kernels between the first and the last are captured in a CUDA graph per shape. With conv masks T' is rounded up
+    to a multiple of `bucket` frames, so that few shapes occur. The `graph_limit` most recently used graphs are kept.
+    Convs on cuDNN, with up to four kernels per sub-block, run in such graphs too.
+
     graphs: "auto" captures on a GPU when a shape occurs for the second time; True at the first time, and is a
     ValueError without a GPU; False never. On the triton face results have the same bits with and without graphs.
 
