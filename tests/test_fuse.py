@@ -316,7 +316,7 @@ LEFT = {
     "adapters": lambda b: setattr(b, "adapter_layer", nn.ModuleDict({"a": nn.Identity()})),
     "Hardtanh, not ReLU": lambda b: b.mout.__setitem__(0, nn.Hardtanh(0, 20)),
     r"a hook \(print\) on mconv.1": lambda b: b.mconv[1].register_forward_hook(print),
-    "a forward bound to mconv.0": lambda b: setattr(b.mconv[0], "forward", b.mconv[0].forward),
+    "a forward method was set on mconv.0 itself": lambda b: setattr(b.mconv[0], "forward", b.mconv[0].forward),
     "only some of its convs have masks": lambda b: setattr(b.mconv[4], "use_mask", False),
     "captured": lambda b: setattr(b, "is_access_enabled", lambda guid: True),
     "a conv with a bias": lambda b: setattr(b.mconv[0], "conv", nn.Conv1d(16, 16, 5, padding=2)),

@@ -82,7 +82,8 @@ def thresholds(order: int, prune: Sequence[int]) -> list[int]:
     found = [*prune, *([prune[-1]] * (order - len(prune)))] if prune else [0] * order
     if len(found) > order or found[0] != 0 or found != sorted(found):
         raise ValueError(
-            f"--prune {' '.join(map(str, prune))}: give a count per order, beginning with 0, never falling"
+            f"--prune {' '.join(map(str, prune))}: give at most one count per order; the first must be 0, and "
+            "none may be smaller than the one before"
         )
     return found
 

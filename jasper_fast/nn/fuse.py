@@ -77,7 +77,7 @@ def survey(model: nn.Module, backend: str) -> tuple[Report, list[tuple[str, nn.M
     for name, block in found:
         try:
             if "forward" in vars(block):
-                raise Unfit("a forward bound to the block")
+                raise Unfit("a forward method was set on the block itself")
             parts(block)
             report.fused.append(name)
         except Unfit as reason:
@@ -123,7 +123,7 @@ class FusedBlock(Before):
         xs, lengths = (*given, None)[:2]
         try:
             if "forward" in vars(self):
-                raise Unfit("a forward bound to the block")
+                raise Unfit("a forward method was set on the block itself")
             known = shared()
             found = known.parts.get(id(self)) if known else None
             return _run(found or parts(self), *vars(self)[STATE], xs, lengths, known)

@@ -124,7 +124,7 @@ def _check_kind(block: nn.Module) -> None:
         if (hook := hook_of(module)) is not None:
             raise Unfit(f"a hook ({hook}) on {name}")
         if "forward" in vars(module):
-            raise Unfit(f"a forward bound to {name}")
+            raise Unfit(f"a forward method was set on {name} itself")
 
 
 def hook_of(module: nn.Module) -> str | None:

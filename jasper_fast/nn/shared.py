@@ -70,10 +70,10 @@ _shared: ContextVar[Shared | None] = ContextVar("jasper_fast_shared", default=No
 
 
 def shared() -> Shared | None:
-    """Returns what the blocks share at present.
+    """Returns the `Shared` of the encoder whose forward is running, or None if none is.
 
-    It is None outside an encoder's forward, under torch.compile, and under saved-tensor hooks. Activation checkpointing
-    uses such hooks, and its second pass must repeat the same computation.
+    It is also None under torch.compile, and under saved-tensor hooks. Activation checkpointing uses such hooks, and its
+    second pass must repeat the same computation.
     """
     if torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None

@@ -12,7 +12,7 @@ from torch import Tensor
 from jasper_fast.extras import need
 from jasper_fast.nn.checkpoint import FORMAT, CheckpointError
 
-KEY = "jasper_fast"  # the header's only entry, because safetensors writes several in varying order
+KEY = "jasper_fast"  # all that we write into the header is one entry, because safetensors varies the order of several
 
 
 def is_one(path: str | Path) -> bool:

@@ -46,7 +46,7 @@ def _backward(
     norm, mask, geometry = Norm(mean, rstd, gamma, beta), Mask(lengths, seed, p), Geometry(1, padding, dilation)
     z = bn.forward(y, norm, None, mask)
     dw = impl.wgrad(z, dout, weight.shape[2], geometry, lengths, weight.dtype, clean=True)
-    if hasattr(impl, "dgrad_bn"):  # its epilogue computes the sums, and its g has dropout applied
+    if hasattr(impl, "dgrad_bn"):  # it sums in its epilogue, and returns g with dropout applied
         g, dbeta, dgamma = impl.dgrad_bn(dout, weight, geometry, y, z, norm, mask, packed)
         mask = Mask(lengths)
     else:

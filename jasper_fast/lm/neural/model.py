@@ -37,7 +37,7 @@ def shifted(x: Tensor) -> Tensor:
 
 class RelativeAttention(nn.Module):
     """Computes ``softmax(((q + u) k^T + (q + w) r^T) / sqrt(D / H)) v``; r is the projected sinusoid of each
-    distance."""
+    distance, and u and w are learned biases."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
