@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from jasper_fast.bench.report import goals
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 ROOT = Path(__file__).parents[1]
+LIMITS = {"matmul_flops_per_s": {"float32": 1e12}, "copy_bytes_per_s": 1e12, "launch_s": {"host": 1e-6}}
 FAST = Effort(seconds=0.05, min_rounds=3, max_rounds=4)
 
 
@@ -24,6 +27,13 @@ def make_run(tmp_path: Path, backend: str = "reference", device=CPU, dtype=torch
     header = {"command": "kernels", "machine": {"name": "m", "commit": "c", "dirty": False, "device": "cpu"}}
     results = result_file.Results(tmp_path / "run.json", header)
     return Run(device, dtype, backend, True, results, FAST, **kwargs)
+
+
+def again(run: Run) -> Run:
+    """Returns `run` as the next process resumes it."""
+    header = {k: run.results.data[k] for k in ("command", "machine")}
+    results = result_file.Results(run.results.path, header, resume=True)
+    return dataclasses.replace(run, results=results, started=time.monotonic())
 
 
 def softplus_case(contenders: dict, op: str = "softplus", **more) -> Case:

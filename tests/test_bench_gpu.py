@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_runs import CPU, CUDA, FAST, make_run, measured, python, softplus_case
+from bench_runs import CPU, CUDA, FAST, again, make_run, measured, python, softplus_case
 from conftest import raising
 from standins import wrap
 
@@ -105,13 +105,6 @@ def context(monkeypatch) -> Context:
     monkeypatch.setattr(timing, "clock", lambda device, wall: clocks.WallClock(CPU))
     monkeypatch.setattr(devices, "tidy", lambda device: None)
     return made
-
-
-def again(run: Run) -> Run:
-    """Returns `run` as the next process resumes it."""
-    header = {k: run.results.data[k] for k in ("command", "machine")}
-    results = result_file.Results(run.results.path, header, resume=True)
-    return dataclasses.replace(run, results=results, started=time.monotonic())
 
 
 def test_who_loses_the_device_has_a_row_and_no_second_chance(tmp_path, context):

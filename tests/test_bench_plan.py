@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from bench_runs import ROOT, make_run, measured
+from bench_runs import ROOT, again, make_run, measured
 
 from jasper_fast.bench.commands import memory
 from jasper_fast.bench.gpu import agenda, first, gpu, self_check
@@ -77,14 +77,10 @@ def test_gpu_plan_is_bounded_written_as_it_goes_and_resumed(tmp_path, monkeypatc
         "last": "no time left",
     }
 
-    header = {k: run.results.data[k] for k in ("command", "machine")}
-    again = dataclasses.replace(
-        run, results=result_file.Results(run.results.path, header, resume=True), started=time.monotonic()
-    )
     plan[0] = agenda.Part("first", whole, failing)  # this part has finished and must not run again
     plan[2] = agenda.Part("compile", whole, measured("compiled"))
     plan[4] = agenda.Part("endless too", whole, measured("d"))
-    gpu.main(again)
+    gpu.main(again(run))
     on_disk = json.loads(run.results.path.read_text())
     assert {title for title, how in on_disk["parts"].items() if how != "finished"} == {"failing"}
     assert {r["key"]["op"] for r in on_disk["rows"]} == {"a", "b", "c", "d", "compiled"}

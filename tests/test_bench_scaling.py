@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
+from bench_runs import LIMITS
 from speech import CONFIG
 
 from jasper_fast.bench import cli
@@ -20,7 +21,6 @@ from jasper_fast.bench.cases import scaling as cases
 from jasper_fast.bench.commands import scaling
 from jasper_fast.bench.harness import limits, result_file
 
-LIMITS = {"matmul_flops_per_s": {"float32": 1e12}, "copy_bytes_per_s": 1e12, "launch_s": {"host": 1e-6}}
 N, T = 2, 64
 
 

@@ -4,7 +4,7 @@ convs and norms of Jasper 10x5, Triton's launches are recorded and not run."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -192,6 +192,16 @@ def test_bytes_of_sub_blocks_are_what_their_kernels_move(layer, statistics, laun
         assert count("backward") - 4 * 2 * weight.numel() == 11 * 4 * y.numel()
 
 
+def pytorchs_flops(call: Callable[[], torch.Tensor]) -> dict[str, int]:
+    """Returns the FLOPs of `call`, of its backward and of both, by PyTorch's counter."""
+    with FlopCounterMode(display=False) as forward:
+        out = call()
+    with FlopCounterMode(display=False) as backward:
+        out.backward(torch.empty_like(out))
+    found = {"forward": forward.get_total_flops(), "backward": backward.get_total_flops()}
+    return found | {"both": sum(found.values())}
+
+
 @pytest.mark.parametrize("op", ["conv1d", "sub_block"])
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda a: f"{a.C_in}-{a.C_out}-{a.K}-{a.stride}")
 def test_flops_of_conv_cases_are_pytorchs(op, layer, tmp_path):
@@ -200,15 +210,9 @@ def test_flops_of_conv_cases_are_pytorchs(op, layer, tmp_path):
     T = 40
     x = torch.empty(N, layer.C_in, T, device="meta", requires_grad=not layer.first)
     weight = torch.empty(layer.C_out, layer.C_in, layer.K, device="meta", requires_grad=True)
-    with FlopCounterMode(display=False) as forward:
-        y = torch.nn.functional.conv1d(x, weight, None, layer.stride, layer.padding, layer.dilation)
-    with FlopCounterMode(display=False) as backward:
-        y.backward(torch.empty_like(y))
-    expected = {"forward": forward.get_total_flops(), "backward": backward.get_total_flops()}
-    expected["both"] = sum(expected.values())
-    run = make_run(tmp_path)
-    found = {mode: sub_blocks.case(run, op, N, T, layer, mode).flops for mode in expected}
-    assert found == expected
+    how = None, layer.stride, layer.padding, layer.dilation
+    expected, run = pytorchs_flops(lambda: torch.nn.functional.conv1d(x, weight, *how)), make_run(tmp_path)
+    assert {mode: sub_blocks.case(run, op, N, T, layer, mode).flops for mode in expected} == expected
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda a: f"{a.C_in}-{a.C_out}-{a.K}-{a.stride}")
@@ -241,13 +245,8 @@ def test_flops_of_panes_are_pytorchs(block, tmp_path):
     xs = [meta(N, C, T) for C in block.widths]
     a = panes.Leaves(xs, [meta(block.C_out, C, 1) for C in block.widths], vectors(), vectors())
     running = [(meta(block.C_out).detach(), meta(block.C_out).detach()) for _ in block.widths]
-    with FlopCounterMode(display=False) as forward:
-        out = panes.eager(a, torch.empty(N, device="meta"), running, ())
-    with FlopCounterMode(display=False) as backward:
-        out.backward(torch.empty_like(out))
-    expected = {"forward": forward.get_total_flops(), "backward": backward.get_total_flops()}
-    expected["both"] = sum(expected.values())
-    run = make_run(tmp_path)
+    lengths, run = torch.empty(N, device="meta"), make_run(tmp_path)
+    expected = pytorchs_flops(lambda: panes.eager(a, lengths, running, ()))
     assert {mode: panes.case(run, N, T, block, mode).flops for mode in expected} == expected
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import threading
 
 import pytest
@@ -13,7 +12,7 @@ from conftest import settle
 from engines import Replays, block, poison
 from lookalikes import nvidia
 from standins import spied
-from test_fuse import KINDS, LENGTHS, add, build, call, features, layers
+from test_fuse import KINDS, LENGTHS, add, build, call, features, layers, pickled
 from torch import nn
 
 from jasper_fast import fuse, unfuse
@@ -324,10 +323,6 @@ def test_as_triton_launches(blocks, graphs, runs, monkeypatch):
         for got, want in results:
             torch.testing.assert_close(got, want, **CLOSE)
     assert len(runs) == 2
-
-
-def pickled(model):
-    return pickle.loads(pickle.dumps(model))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])

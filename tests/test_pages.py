@@ -113,12 +113,16 @@ def of_bench(folder: Path) -> str:
     return html_page.page([test_bench_report.full(HOSTILE)])
 
 
+def of_comparison(folder: Path) -> str:
+    return html_page.page([test_bench_report.full(HOSTILE), test_bench_report.full(f"another {HOSTILE}")])
+
+
 def of_demo(folder: Path) -> str:
     result = test_demo.RESULT | {"examples": [e | {"transcript": HOSTILE} for e in test_demo.RESULT["examples"]]}
     return report.render(result, [np.random.default_rng(0).random((64, 100)), None], [b"RIFF", None])
 
 
-@pytest.mark.parametrize("made", [of_evaluation, of_check, of_tuning, of_bench, of_demo])
+@pytest.mark.parametrize("made", [of_evaluation, of_check, of_tuning, of_bench, of_comparison, of_demo])
 def test_a_page_is_whole_and_shows_hostile_texts(tmp_path: Path, made) -> None:
     html = made(tmp_path)
     page = Page(html)
