@@ -207,7 +207,7 @@ def test_errors_are_one_line(text, trained, tmp_path, capsys, monkeypatch):
         (("train-neural", tmp_path / "short", *out), "short: 3 tokens in all, too few for a step of --batch-size 4 x"),
         (("train-neural", tmp_path / "latin", *out), "latin, line 1: not UTF-8"),
         (("train-neural", tmp_path / "endless", *out), "endless, line 1: longer than"),
-        (("train-neural", tmp_path / "special", *out), "special: holds <unk>"),
+        (("train-neural", tmp_path / "special", *out), "special: contains <unk>"),
         (("train-neural", text, *out, "--width", 15), "width 15 must be an even multiple of the number of heads, 2"),
         (("train-neural", text, *out, "--steps", 0), "--steps must be at least 1"),
         (("train-neural", text, *out, "--lr", -1), "learning rate: -1"),

@@ -11,7 +11,7 @@ from jasper_fast.kernels import tables
 from jasper_fast.kernels.tables import Cell
 from jasper_fast.nn.config import JasperConfig
 
-MODES = ("training", "evaluation", "inference")  # "inference" is that of an InferenceEngine
+MODES = ("training", "evaluation", "inference")  # an InferenceEngine is in mode "inference"
 
 # A norm moves about 8 bytes per element, forward and backward. That takes as long as this many multiply-adds of a conv.
 PRODUCTS_OF_NORM = 2400

@@ -63,7 +63,7 @@ class Report:
 
 
 def survey(model: nn.Module, backend: str) -> tuple[Report, list[tuple[str, nn.Module]]]:
-    """Returns what `fuse` would do with the blocks in `model`, and every (name, block). Changes nothing.
+    """Returns what `fuse` would do with the blocks in `model`, and a list of all (name, block). Changes nothing.
 
     Raises ValueError for a model without such blocks, and BackendMissing for a backend that cannot run here.
     """

@@ -100,7 +100,7 @@ class Jasper(nn.Module):
             b, x = layer.b, sources[-1]
             steps = [lens]
             for _ in range(b.repeat):
-                same = b.s == 1 and 2 * b.padding == b.d * (b.k - 1)  # unchanged lengths need no tiny kernels
+                same = b.s == 1 and 2 * b.padding == b.d * (b.k - 1)  # lengths stay the same, without a kernel
                 steps.append(steps[-1] if same else b.out_length(steps[-1]))
             reads = slice(0 if b.residual_dense else -1, None) if b.residual else slice(0)
             taken = sources[reads]
@@ -116,8 +116,8 @@ class Jasper(nn.Module):
     def _grams(self, j: int, ids: list[int], sources: list[Tensor], known: dict) -> list[ops.Gram | None]:
         """Returns the Gram matrices that block `j` needs for its `sources`; None for a pane that needs none.
 
-        `known` has those made before, by (block, pane). The first block that reads a source computes the statistics of
-        all panes that will read it.
+        `known` maps (block, pane) to the matrices made before. The first block that reads a source computes the
+        statistics of all panes that will read it.
         """
         for pane, (i, x) in enumerate(zip(ids, sources, strict=True)):
             if (j, pane) in known:

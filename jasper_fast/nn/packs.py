@@ -37,7 +37,7 @@ class Packs:
         return held
 
     def tensors(self) -> list[Tensor]:
-        """Returns the present buffers. A CUDA graph that fills and reads them keeps them alive by these references."""
+        """Returns the present buffers. A CUDA graph that fills and reads them must hold these references."""
         return list(self._held.values())
 
     def __reduce__(self) -> tuple[type[Packs], tuple[()]]:
