@@ -284,5 +284,5 @@ def test_onnx_runtime_is_given_tensors_where_they_are(dtype, tmp_path):
     assert torch.equal(first, want) and torch.equal(out, out_lengths)
     call(torch.zeros_like(x), lengths)
     assert torch.equal(first, want), "an answer is in memory of its own"
-    with pytest.raises(ValueError, match="take --dtype fp32 or fp16"):
+    with pytest.raises(ValueError, match="use --dtype fp32 or fp16"):
         call(x.bfloat16(), lengths)
