@@ -291,10 +291,10 @@ FACE_CASES = [
 
 
 def pass_through(face, case, dtype=torch.float32, activations=None, like=torch.float32) -> list[torch.Tensor]:
-    """Returns all results of a face of `panes`, as they are: outputs, sum, reduction, gradients (dx where defined).
+    """Returns all results of a face of `panes`: outputs, sums, reduction, dx (zero in the padding) and dweight.
 
-    dtype: that of weights and vectors. activations: that of the xs, y and the gradient (None: `dtype`). like: the
-    activations have values of this dtype.
+    Weights and vectors have `dtype`. The xs, y and the gradient have the dtype `activations`, by default `dtype`; their
+    values are rounded to the dtype `like`.
     """
     n, t, lengths, widths, c = case
     g = torch.Generator().manual_seed(3)
@@ -316,15 +316,15 @@ def pass_through(face, case, dtype=torch.float32, activations=None, like=torch.f
 
 
 def compare_faces() -> None:
-    """Compares the CPU face of this process's instruction set with the definition in fp64 in every case, and in bf16
-    where it takes that."""
+    """Compares the CPU face of this process's instruction set with the definition in fp64, in fp32 and, if the face
+    supports it, in bf16."""
     from jasper_fast.kernels.panes import cpu_impl
 
     for case in FACE_CASES:
         want = pass_through(reference, case, torch.float64)
         for i, (ours, exact) in enumerate(zip(pass_through(cpu_impl, case), want, strict=True)):
             error = ((ours.double() - exact).abs().max() / exact.abs().max()).item()
-            assert error < 3e-6, (case, i, error)  # a NaN is an error too
+            assert error < 3e-6, (case, i, error)  # false for NaN too
         if not cpu_impl.takes(torch.empty(0, dtype=torch.bfloat16)):
             continue
         how = {"activations": torch.bfloat16, "like": torch.bfloat16}

@@ -316,7 +316,7 @@ def test_the_optimiser_and_the_average_are_two_launches(launches):
 
 
 def test_in_cuda_it_is_two_launches_too(launches, monkeypatch):
-    """Shows that the CUDA face of the optimiser makes two launches for Jasper 10x5, and as few other operations."""
+    """Shows that the CUDA face updates Jasper 10x5 in two launches and at most four other operations."""
     ours, ema = hollow_training("gram")
 
     class Functions:
