@@ -20,7 +20,7 @@ that you name. Contenders are compared with fp64 before they are timed. Shapes t
 the command is interrupted, the finished shapes are kept, and the same command continues. JASPER_FAST_TUNE=0 turns off
 the tuning at first use, but not this command."""
 END = """\
-exit status: 0 if all shapes are measured, 4 if the budget ran out before, 2 for a wrong command.
+exit status: 0 if all shapes are measured, 4 if the budget ran out first, 2 for a wrong command.
 
 example: jasper-fast tune --dtype bf16 --batches 1:2 1:16.7 32:16.7 --for inference --budget 120"""
 BATCHES = ["32:16.7", "1:2", "1:16.7", "8:16.7", "16:16.7"]

@@ -31,7 +31,7 @@ def check_of(cell: Cell, proposal: Proposal, *, small: bool = False) -> Check:
     n, frames = cell.batch
     if small:
         n = min(n, 2)
-        frames = max(1, min(frames, SMALL_ROWS // n) - (frames > 3))  # an odd number of frames, as in real batches
+        frames = max(1, min(frames, SMALL_ROWS // n) - (frames > 3))  # mostly an odd number, as in real batches
     tile = None if proposal.tile is None else dict(proposal.tile)
     if cell.op in NORM_FUNCTIONS:
         # with lengths, dropout and the halo of the next conv, as the blocks of Jasper call it
