@@ -66,6 +66,7 @@ def test_models_go_when_nobody_holds_them(tmp_path):
         gc.enable()
 
 
+@pytest.mark.slow
 def test_a_large_step_is_compared_on_a_small_batch(tmp_path, monkeypatch):
     large, small = models.config("jasper10x5"), models.config("small")
     assert train.judged_size(CUDA, large, 64, 1680) == (2, 1680)

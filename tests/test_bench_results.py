@@ -49,6 +49,7 @@ def test_result_says_how_to_repeat_it(result):
     assert len({row["id"] for row in data["rows"]}) == len(data["rows"]) == 9
 
 
+@pytest.mark.slow
 def test_report_is_one_page_that_needs_nothing_else(result, tmp_path):
     page = tmp_path / "page.html"
     assert cli.main(["report", str(result), str(result), "--html", str(page)]) == 0

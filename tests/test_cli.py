@@ -324,6 +324,7 @@ def test_out_may_be_a_pipe(tmp_path):
     os.close(reader)
 
 
+@pytest.mark.slow
 def test_transcribe_reads_its_standard_input(model, files):
     """Shows that /dev/stdin works as a pipe and as a file, and is refused if other processes would have to read it."""
     argv = ["-m", "jasper_fast", "transcribe", "/dev/stdin", "--checkpoint", model, "--quiet"]

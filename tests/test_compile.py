@@ -150,6 +150,7 @@ def test_facts_of_kernels_that_break_the_rules_on_purpose(made):
     assert made["good"]["mma_sync"] > 0 and made["good"]["wgmma"] == 0
 
 
+@pytest.mark.slow
 def test_a_nan_passes_the_select_and_not_the_maximum(made):
     """Shows that `where(x <= 0, 0, x)`, which all our kernels use as ReLU, compiles to a select and not to a
     maximum."""

@@ -68,16 +68,26 @@ def test_cpu(shape, dtype):
     assert_right("cpu", shape, dtype)
 
 
+# Triton's interpreter takes seconds for the larger ones.
+INTERPRETED = [
+    pytest.param(s, id=name, marks=[pytest.mark.slow] if s.c_in * s.c_out * s.k > 10_000 else [])
+    for name, s in SHAPES.items()
+]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("shape", INTERPRETED)
 def test_triton(shape, dtype):
     assert_right("triton", shape, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["block 1", "block 7", "epilogue, dilated", "epilogue, 1x1"])
 def test_triton_in_bf16(name):
     assert_right("triton", SHAPES[f"{name}, odd T"], "bfloat16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["block 1", "block 9", "prologue", "epilogue, dilated", "decoder"])
 def test_triton_through_tensor_descriptors(name, monkeypatch):
     impl = pytest.importorskip("jasper_fast.kernels.conv1d.triton_impl")

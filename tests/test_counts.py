@@ -140,6 +140,7 @@ def test_training_bytes_are_what_a_step_of_jasper_10x5_moves(jasper10x5, launche
     assert counts.training_bytes(jasper10x5, N, T, 2) == 2 * (main + rest)
 
 
+@pytest.mark.slow
 def test_forward_bytes_are_what_the_engine_moves(jasper10x5, launches):
     T = 128
     engine = InferenceEngine(hollow(jasper10x5).eval(), graphs=False, bucket=1)

@@ -77,6 +77,7 @@ def test_a_graph_that_forgets_the_padding_is_seen():
         assert not export.differs(plain, InferenceEngine(model), model) < 1
 
 
+@pytest.mark.slow
 def test_the_exported_program_serves_other_batches_and_loads_without_this_package(tmp_path):
     model = trained()
     torch.export.save(export.program(model), tmp_path / "jasper.pt2")

@@ -243,6 +243,7 @@ def test_autocast(which):
         assert_close(name, results[1][name], results[0][name], want, factor=3.0)
 
 
+@pytest.mark.slow
 def test_inference_mode_and_compile():
     model = build("nvidia").eval()
     fuse(model)

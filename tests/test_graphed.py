@@ -97,6 +97,7 @@ class Taped:
         self._given.clear()
 
 
+@pytest.mark.slow
 def test_novograd_in_cuda_is_graphed_too(monkeypatch):
     """Shows equal bits with plain steps when graphs record the CUDA face. Its launches read the table and the settings
     of their graph, although plain steps and another graph send others in between."""
@@ -133,6 +134,7 @@ def test_micro_batches_are_one_step(monkeypatch):
     assert same(ours.numbers(), plain.numbers()) and recorder.replays == 2
 
 
+@pytest.mark.slow
 def test_the_graphs_used_last_are_kept(monkeypatch):
     made, recorder = Rig("adamw").graphed(monkeypatch, bucket=16, limit=2)
     for seconds in (0.2, 0.2, 0.5, 0.5, 0.2, 0.8, 0.8, 0.2, 0.5):

@@ -68,6 +68,7 @@ def test_the_commands_take_the_same_names():
     assert all(name in str(option) for name in precision.FP32_PRECISIONS)
 
 
+@pytest.mark.slow
 def test_a_run_of_the_bench_sets_it_and_records_it(tmp_path):
     args = bench.parser().parse_args(["train", "--quick", "--device", "cpu", "--out", str(tmp_path)])
     args.fp32_precision = "tf32"

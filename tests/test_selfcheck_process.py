@@ -50,6 +50,7 @@ impl.{function} = broken
 """
 
 
+@pytest.mark.slow
 def test_a_kernel_that_kills_its_process_is_named_and_the_rest_goes_on():
     code = BREAK.format(function="dgrad", where="x.shape[1] == 256", what="os.kill(os.getpid(), 11)")
     told = []

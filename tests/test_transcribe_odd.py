@@ -145,6 +145,7 @@ def names_of(given):
     return [os.fsencode(name) for name in given]
 
 
+@pytest.mark.slow
 def test_names_pass_through_an_ascii_output(tmp_path):
     write_checkpoint(tmp_path / "model.pt")
     names = [b"\xff.wav", "\u0451.wav".encode(), b"two\nlines.wav"]
@@ -154,6 +155,7 @@ def test_names_pass_through_an_ascii_output(tmp_path):
     assert [x.partition(b"\t")[0] for x in printed.split(b"\n")[:-1]] == [*names[:2], b"two\\nlines.wav"]
 
 
+@pytest.mark.slow
 def test_resume_refuses_what_it_did_not_write(tmp_path):
     write_checkpoint(tmp_path / "model.pt")
     (tmp_path / "out").write_text("notes of mine\n")

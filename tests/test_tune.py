@@ -113,6 +113,7 @@ def test_help_tells_the_options(capsys):
         assert option in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "status", "why"),
     [
@@ -173,6 +174,7 @@ def test_a_tile_that_spills_is_refused():
     assert (ours["registers"], ours["shared"], ours["spilled"]) == (90, 1024, 0)
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_spent_keeps_what_there_is_and_resume_goes_on(tmp_path, monkeypatch, in_process):
     ops = "forward,forward_stats"
     wrap(monkeypatch, work.Tuner, "left", lambda right, self: right(self) if not hasattr(self, "met") else 0.0)
@@ -185,6 +187,7 @@ def test_a_budget_that_is_spent_keeps_what_there_is_and_resume_goes_on(tmp_path,
     assert [row["key"]["op"] for row in data["rows"]] == ["conv1d.forward"] * 3 + ["conv1d.forward_stats"] * 3
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_tune_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         children, "talk", lambda *_: children.Ended(False, False, 1, "ended with status 1", ": no luck")

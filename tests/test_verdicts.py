@@ -195,6 +195,7 @@ verdicts.verdict("conv1d", "triton", torch.device("cpu"), "bfloat16", check)
 """
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_check_once():
     start = [sys.executable, "-c", WAITS]
     many = [subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
@@ -214,6 +215,7 @@ def test_the_check_of_first_use_is_of_the_dtype_in_use(monkeypatch):
     assert (found.dtype, found.status) == (FP16, UNCHECKED)
 
 
+@pytest.mark.slow
 def test_first_use_runs_the_check_and_says_so_in_one_line(capfd):
     if backends.why_missing("cpu", "cpu"):
         pytest.skip("the native CPU library is not built")
