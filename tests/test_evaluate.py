@@ -158,6 +158,6 @@ def test_several_processes_write_what_one_writes(tmp_path, corpus, model) -> Non
     kept = (tmp_path / "one.jsonl").read_text().splitlines(keepends=True)[:3]
     (tmp_path / "two.jsonl").write_text("".join(kept) + '{"half')
     done = together(2, *arguments, "--out", tmp_path / "two.jsonl", "--resume")
-    assert [d.returncode for d in done] == [0, 0], done
+    assert [d.returncode for d in done] == [0, 0], [d.stderr for d in done]
     two = [json.loads(line) for line in (tmp_path / "two.jsonl").read_text().splitlines()]
     assert [(t["audio_filepath"], t["pred_text"]) for t in two] == [(t["audio_filepath"], t["pred_text"]) for t in one]

@@ -86,6 +86,7 @@ def test_no_cuda_kernel_spills_registers() -> None:
     for log in logs:
         text = log.read_text()
         spills = re.findall(r"Compiling entry function '(\w+)' for '(\w+)'(?:\n.*?)*?(\d+) bytes spill stores", text)
-        assert len({kernel for kernel, _, _ in spills}) >= 8, f"{log} has too few kernels: was the build cut short?"
+        least = 2 if log.name.startswith("novograd") else 8
+        assert len({kernel for kernel, _, _ in spills}) >= least, f"{log} has too few kernels: was the build cut short?"
         spilling = [(kernel, arch, stored) for kernel, arch, stored in spills if stored != "0"]
         assert not spilling, f"{log.name}: {spilling}"

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jasper_fast import page
+from jasper_fast.extras import need
 
 # Colours from dark to bright, similar to the map magma: readable on a light and on a dark page.
 _PALETTE = (
@@ -100,6 +101,7 @@ def render(result: dict, features: Sequence[np.ndarray | None] = (), wavs: Seque
 
     Raises MissingExtra if jinja2 is not installed.
     """
+    need("jinja2", "demo")
     images = [None if f is None else spectrogram(f) for f in features]
     examples = [
         e | {"image": _uri("image/png", image), "sound": _uri("audio/wav", wav)}
