@@ -87,7 +87,7 @@ OPTIONS = {
                     "GPU)"),
         training_options.AMP,
         option("--fp32-precision", choices=FP32_PRECISIONS,
-               help="precision of fp32 products on a GPU (tf32 in convs, ieee elsewhere)"),
+               help="precision of fp32 products on a GPU (default: PyTorch's, tf32 in convs, ieee elsewhere)"),
         training_options.SEED,
         option("--cuda-graphs", action="store_true",
                help="launch a step as one CUDA graph, from the second step of its shape on"),

@@ -62,7 +62,7 @@ def test_a_run_comes_back_to_its_cases(tmp_path):
     twin = twice["test op=softplus / twin"]
     assert twin["ratio"]["visits"] == 2 and "visits" not in once["test op=softplus / twin"]["ratio"]
     assert twin["time_s"]["samples"] > once["test op=softplus / twin"]["time_s"]["samples"]
-    # wrong in the second visit, so the number of the first visit is dropped too
+    # its answer is wrong in the second visit, so its time from the first visit is dropped too
     assert twice["test op=again / scaled later"]["status"] == "wrong"
 
 

@@ -337,8 +337,7 @@ def test_in_cuda_it_is_two_launches_too(launches, monkeypatch):
 
 
 def test_the_step_moves_32_bytes_a_parameter(launches, monkeypatch):
-    """Shows that a step moves 32 bytes per parameter, counted from the table of rows that the kernels of Triton
-    and of CUDA process."""
+    """Shows that a step moves 32 bytes per parameter, counted from the table that the Triton and CUDA kernels read."""
     ours, ema = hollow_training("gram", jasper10x5=False)
     optimizer = NovoGrad(ours.parameters(), ema=ema, backend="triton")
     step.update(ours, optimizer, torch.amp.GradScaler("cpu", enabled=False))

@@ -1,4 +1,6 @@
-"""How fast each op is at the shape of each Jasper layer (forward, backward, both, inference), compared with eager.
+"""How fast each op is, compared with eager: forward, backward, both, inference.
+
+The shapes are those of Jasper's layers, and of QuartzNet's for depthwise convs. `operations` lists the cases.
 
 `python -m bench kernels --op bn_relu_dropout`
 """

@@ -221,7 +221,7 @@ RULES = (
     Rule(
         "16-byte accesses",
         _wide,
-        (
+        (  # kernels that are exempt, and why
             ("bn_relu_dropout (stats|backward_reduce)", "they write one number per channel"),
             ("conv1d last", "rows of 29 symbols are not aligned"),
             ("conv1d wgrad direct", "the elements of one tap of dw are not contiguous"),

@@ -204,7 +204,10 @@ def _tiles(op: str, a: Layer, T: int, dtype: torch.dtype, exact: bool) -> Iterat
 def _sources(
     arch: int, call: Callable[[], object], op: str = "", tile: dict[str, int] | None = None, exact: bool = False
 ) -> list[tuple[str, aot.Source]]:
-    """Returns (kernel, source) for each launch of `call`, with `tile` for `op` if one is given."""
+    """Records the launches of `call` and returns (kernel name, source to compile for `arch`) for each.
+
+    If `tile` is given, the conv op `op` uses it in place of the tile that dispatch would choose.
+    """
     found: list[tuple[str, aot.Source]] = []
     conv = torch.backends.cudnn.conv
     before, conv.fp32_precision = conv.fp32_precision, "ieee" if exact else "tf32"

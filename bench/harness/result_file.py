@@ -15,7 +15,7 @@ from jasper_fast.bench.harness.clocks import mark_throttled
 from jasper_fast.bench.harness.measurement import LOST, Row
 
 SCHEMA = 1
-TRIES = 2  # attempts for a part of a run that fails
+TRIES = 2  # how often a failing part of a run is attempted
 
 
 def header(device: torch.device, arguments: Mapping[str, object], effort: Effort | None = None) -> dict:

@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def cells_of(arguments: argparse.Namespace, dtype: Any) -> list[Any]:
-    """Returns the cells (an op at a shape) of all batches without duplicates, in the order of the batches."""
+    """Returns the cells (each an op at a shape) of all batches without duplicates, in the order of the batches."""
     from jasper_fast.nn.cells import cells
     from jasper_fast.nn.config import JasperConfig
 

@@ -43,8 +43,8 @@ class Report:
         return [self.found[check["id"]] for check in self.planned if check["id"] in self.found]
 
     def decided(self) -> list[dict[str, Any]]:
-        """Returns the rows from which verdicts can be made: all checks of their op, face and dtype are finished, or one
-        of these checks failed."""
+        """Returns the rows whose verdict can be made: either all checks of their op, face and dtype are finished, or
+        one of them failed."""
         rows, open_ = self.rows, {group_of(check) for check in self.planned if check["id"] not in self.found}
         open_ -= {group_of(row) for row in rows if row["status"] in FAULTS}
         return [row for row in rows if group_of(row) not in open_]

@@ -52,7 +52,7 @@ def perform(check: Check, device: torch.device) -> dict[str, Any]:
 
 @contextmanager
 def _exactly(wanted: bool) -> Iterator[None]:
-    """A context in which convs, PyTorch's and ours, do not round fp32 to TF32 if `wanted`."""
+    """A context in which, if `wanted`, no conv (PyTorch's or ours) rounds fp32 to TF32."""
     conv = torch.backends.cudnn.conv
     before = conv.fp32_precision
     if wanted:

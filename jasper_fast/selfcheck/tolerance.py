@@ -35,8 +35,9 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Compared:
-    """The comparison of a tensor in the norm in which it came nearest to its limit.
+    """How one tensor compares with the fp64 result in one norm.
 
+    That is the first norm in which the error exceeds its limit, else the one in which it comes nearest to it.
     `ours` and `theirs` are the relative errors of our result and of plain PyTorch's. `share` is our error divided by
     the limit: above 1 the result is wrong. `detail` describes the comparison in words.
     """

@@ -26,7 +26,7 @@ from jasper_fast.kernels.triton_dropout import keep
 
 TILE_BYTES = 8192  # bytes of a pointwise tile: 64 per thread and input, so each thread has four 16-byte loads in flight
 LANES = 2048  # elements of a reducing tile: 16 per thread, each with two fp32 accumulators
-MIN_ROWS = 128  # minimum rows of a reducing program, so that partial results stay within a few percent of the data
+MIN_ROWS = 128  # minimum rows of a reducing program: its partial results then have a few percent of the data's bytes
 MAX_PARTIALS = 256  # maximum number of partial results per channel, because the merge kernel holds them all at once
 MERGE_C = 16  # channels per program of the merge kernel
 NUM_WARPS = 4

@@ -38,7 +38,7 @@ def step(
     clip = (clip_norm / (norm + 1e-6)).clamp(max=1.0) if clip_norm else torch.ones_like(norm)
     scale = clip if grad_scale is None else clip / grad_scale.to(norms)
     rows = [settings[i] for i in range(len(settings))]
-    if device.type == "cpu":  # reading the numbers waits for no GPU
+    if device.type == "cpu":  # `tolist` waits for no GPU here
         rows = settings.tolist()
     if device.type != "cpu" or not bad:
         for index, row in enumerate(rows):
