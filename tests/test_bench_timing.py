@@ -1,4 +1,4 @@
-"""Timing on a simulated GPU: events, waiting, host time, and sleeps while the clock rises."""
+"""Timing on a simulated GPU: events, waiting, host time, and sleep kernels while the clock rate still rises."""
 
 from __future__ import annotations
 

@@ -353,7 +353,7 @@ def test_outputs_that_the_residual_does_not_take_are_refused(kind):
     block = layers(build("nvidia", kind))[1]
     fuse(block)
     x = torch.randn(3, 16, 31)
-    with pytest.raises(ValueError, match="1 residual convs, but got 2 block outputs"):
+    with pytest.raises(ValueError, match="1 residual convs was given 2 block outputs"):
         block([x, x], LENGTHS)
 
 

@@ -38,8 +38,8 @@ def deep(which: str, masks: bool) -> nn.Module:
 @pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("which", ["nvidia", "nemo"])
 def test_steps(which, masks, training):
-    """Shows equal outputs, gradients, parameters and buffers, equal evaluation afterwards, and exchangeable state
-    dicts.
+    """Shows that the fused model has the original's outputs, gradients, parameters and buffers, the same evaluation
+    afterwards, and exchangeable state dicts.
 
     In evaluation one step is enough, because the statistics do not change.
     """

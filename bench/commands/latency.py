@@ -29,7 +29,9 @@ def grids(run: Run, full: bool, grid: tuple) -> tuple[tuple, tuple]:
 
 
 def main(run: Run, model: str = "jasper10x5", full: bool = False, grid: tuple = ()) -> list[dict]:
-    """Measures `grid` or the default grid of the device, first with the acoustic model alone; returns the rows.
+    """Measures `grid` or the device's default grid, for the acoustic model alone and then from sound to text.
+
+    Returns the rows.
 
     With `full` the default on a CPU is the whole GRID, as on a GPU.
     """

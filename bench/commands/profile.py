@@ -90,7 +90,7 @@ def ranges(module: nn.Module, device: torch.device) -> Iterator[None]:
 def engine_ranges(engine: InferenceEngine, device: torch.device) -> Iterator[None]:
     """A context in which every sub-block of an engine is in a range named after its layer.
 
-    The engine does not call the layers themselves.
+    Hooks, as in `ranges`, would not run, because the engine never calls the layers themselves.
     """
 
     def inside(name: str, conv: Callable) -> Callable:

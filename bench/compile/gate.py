@@ -161,7 +161,7 @@ def _shared(job: Job, facts: dict) -> str | None:
 
 
 def _exact(job: Job) -> bool:
-    """Whether the kernel's products are exact fp32, which tensor cores cannot do."""
+    """Whether the kernel computes its products in exact fp32, for which tensor cores cannot be used."""
     return job.dtype == "float32" and job.source.constants.get("PRECISION") == "ieee"
 
 

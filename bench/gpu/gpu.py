@@ -106,7 +106,7 @@ def end_compilers() -> None:
         return
     for pool in list(compilers._pool_set):
         if (process := getattr(pool, "process", None)) is not None:
-            process.kill()  # otherwise the shutdown would wait for the queue, for up to five minutes
+            process.kill()  # otherwise the next line would wait for the queued work, for up to five minutes
     compilers.shutdown_compile_workers()
 
 
@@ -120,7 +120,7 @@ def go_on_elsewhere(run: Run, end: float) -> None:
     env = os.environ | {UNTIL: str(time.time() + end - time.monotonic()), "PYTHONPATH": path}
     sys.stdout.flush()
     sys.stderr.flush()
-    for entry in os.listdir("/proc/self/fd"):  # open files of the driver would keep the old context alive
+    for entry in os.listdir("/proc/self/fd"):  # driver files that stay open would keep the old context alive
         with contextlib.suppress(OSError):  # the descriptor of this listing is closed already
             if int(entry) > 2:
                 os.set_inheritable(int(entry), False)

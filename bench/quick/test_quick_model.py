@@ -19,7 +19,7 @@ def small():
 
 
 def of_eager(benchmark, kind: str, contender: str) -> None:
-    """Adds the ratio of the shortest time to eager's to the results of the benchmark."""
+    """Writes into the benchmark's results the shortest time of `contender` divided by the shortest time of eager."""
     if benchmark.enabled:
         shortest[kind + contender] = benchmark.stats.stats.min
         if kind + "eager" in shortest:

@@ -17,10 +17,11 @@ namespace jf::conv {
 constexpr int kMmaThreads = 128;
 constexpr int kWeightBytes = kOut * kChunk * 2;
 
-// Passes a tile's sums through the epilogue, one slab at a time: `put(f)` writes each slab to the staging memory and calls
-// f(slab), `take(slab)` is the epilogue. If `splits` CTAs share a tile's reduction, each writes its partial sums to global
-// memory and waits for the others. Then it finishes every `splits`-th slab, and adds the partial sums in the order of the
-// splits. All splits of a tile must be on the device at once.
+// Passes a tile's sums through the epilogue, one slab at a time. `put(f)` writes the slabs to the staging memory one after
+// another and calls f(slab) after each. `take(slab)` runs the epilogue on the slab in the staging memory. If `splits` CTAs
+// share a tile's reduction, each writes its partial sums to global memory and waits for the others. Then each CTA finishes
+// every `splits`-th slab: it adds the partial sums in the order of the splits and calls `take`. All CTAs of a tile must be
+// on the device at once.
 template <int THREADS, int PITCH, int SLABS, class Put, class Take, class Sync>
 __device__ __forceinline__ void through_slabs(const Args& a, int64_t tile, int split, float* staging, int thread, Put&& put,
                                               Take&& take, Sync&& sync) {

@@ -2,8 +2,8 @@
 //
 // A CTA owns 128 output by 128 input channels of TAPS neighbouring taps, over a share of all segments of 64 frames. Its
 // first warpgroup copies panels of dy and x into a ring of stages. The other two multiply, 64 output channels each. Both
-// operands have contiguous channels (MN-major), so a tap moves the start of x by 16 bytes per row of the shift, and the
-// dy of a step serves all taps. A step reads 33 KB from L2, for 128*128*TAPS*64 products.
+// operands have contiguous channels (MN-major), and neighbouring rows of a panel are 16 bytes apart. So each further tap
+// only starts `dilation` rows later in x, that is 16*dilation bytes, and the dy of a step serves all taps. A step reads 33 KB from L2, for 128*128*TAPS*64 products.
 #pragma once
 
 #include "conv1d_wgmma.cuh"

@@ -4,9 +4,11 @@
 //   update   norm = sqrt(sum of all partials)/scale;  clip = min(1, clip_norm/(norm + 1e-6))
 //            v = s if old == 0 or beta2 == 0, else beta2*old + rest2*s;  s = (clip/scale)^2 * (sum of the tensor's partials)
 //            m = beta1*m + share*clip/(scale*(sqrt(v) + eps))*g + decay*p;  p -= lr*m;  a += weight*(p - a)
-//            If found is not 0 or, with a guard, the norm is not finite, only a is updated.
+// g, m, p and a are the gradient, moment, value and moving average of an element. v is one number per tensor,
+// and s is the square of the norm of its clipped gradient. `found` is the gradient scaler's found_inf. If it is not 0, or if a guard is wanted and the norm is
+// not finite, the step is skipped: only the averages are updated.
 //
-// A CTA owns a run, at most `size` elements of one tensor, and finds their address in the table (kernels/novograd/table.py).
+// A CTA owns a run, at most `size` elements of one tensor, and finds the addresses of its elements in the table (kernels/novograd/table.py).
 // A thread owns the same elements in the same order, whether it loads 16 bytes at once or, in a tensor that is not aligned,
 // one element. Every CTA of the second launch adds all partial sums in the same order. So no third launch is needed, and no
 // parameter changes before all gradients are known to be finite. No atomics are used, so runs are bit-identical.

@@ -107,7 +107,7 @@ def members(tar: str) -> dict[str, tuple[int, int]]:
     """Returns start and size of each file in an uncompressed tar, under its full name and under the name that `_stem`
     returns.
 
-    Raises OSError, or ValueError if the file is not such a tar.
+    Raises OSError if the file cannot be read, and ValueError if it is not a complete, uncompressed tar.
     """
     try:
         with places.opened(tar) as file, tarfile.open(fileobj=file, mode="r:") as opened:

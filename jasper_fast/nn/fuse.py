@@ -156,7 +156,7 @@ def _run(
         steps.append(frames(sub.in_time, steps[-1]))
     sources = xs if found.dense else xs[-1:]
     if found.panes and (len(sources) != len(found.panes) or (len(xs) > len(sources) and not found.takes_last)):
-        raise ValueError(f"a block has {len(found.panes)} residual convs, but got {len(xs)} block outputs")
+        raise ValueError(f"a block with {len(found.panes)} residual convs was given {len(xs)} block outputs")
     sources = [known.ready(x, steps[0], _clean) if known else _clean(x, steps[0]) for x in sources]
     out = _Computation(found, backend, packs, steps, known)(sources[-1], sources if found.panes else [])
     if steps[-1] is not None and not torch.compiler.is_compiling() and not out.is_inference():

@@ -196,6 +196,6 @@ def backward(
 
 
 def _states(u: int) -> dict[str, int]:
-    """Returns the block size for U + 1 blanks or labels, and the number of warps that hold them."""
+    """Returns a block size with room for U + 1 blanks, and so for U labels, and the number of warps that hold them."""
     block = triton.next_power_of_2(max(u + 1, 32 * EACH))
     return {"BLOCK_U": block, "num_warps": min(8, block // (32 * EACH))}

@@ -33,7 +33,8 @@ _kept: list = []  # the newest table, and the arguments that it was made from
 STAY = tl.constexpr(63)  # stands in place of a symbol if the prefix did not change
 NEVER = tl.constexpr(-math.inf)
 PART = tl.constexpr(16)  # all prefixes are compared with this many others at a time
-FIRST, SPREAD = tl.constexpr(0x243F6A8885A308D3), tl.constexpr(-0x61C8864680B583EB)  # digits of pi and the golden ratio
+# The hash of the empty prefix, and the factor by which hashes are mixed: bits of pi and of the golden ratio.
+FIRST, SPREAD = tl.constexpr(0x243F6A8885A308D3), tl.constexpr(-0x61C8864680B583EB)
 
 
 @triton.jit

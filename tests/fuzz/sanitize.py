@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SUPPRESSIONS = ROOT / "tests" / "fuzz" / "suppressions"
-# The report of each sanitizer on its fault in planted.cpp.
+# What each sanitizer must report about its fault in planted.cpp.
 PLANTED = {
     "address": {"address": "AddressSanitizer: heap-buffer-overflow", "undefined": "signed integer overflow"},
     "thread": {"thread": "ThreadSanitizer: data race"},
