@@ -48,7 +48,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt | $(PY)
 	  $(PIP) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "torch==$(TORCH)"; }
 	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(PINS)
 	@if grep -q "^$$(grep '^torch==' constraints.txt)" $(PINS); then grep -v '^torch==' constraints.txt; \
-	  else grep -vE '^(torch|triton|setuptools|numpy)==' constraints.txt; echo 'numpy<2.4'; fi >> $(PINS)
+	  else grep -vE '^(torch|triton|setuptools|numpy)==' constraints.txt; echo 'numpy<2.4'; echo 'setuptools<82'; fi >> $(PINS)
 	$(PIP) -c $(PINS) 'setuptools>=77' wheel ninja
 	$(PIP) -c $(PINS) --no-build-isolation -e '.[dev]'
 	@touch $@
