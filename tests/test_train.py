@@ -1,31 +1,22 @@
-"""The parts of the training loop, and train.py itself on a corpus of beeps."""
+"""The parts of the training loop: loss, step, figures, validation, runs."""
 
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
-import re
-import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from speech import CONFIG, corpus_of_beeps, one_thread, train_arguments  # noqa: F401
-from speech import run_train as run
-from standins import spied
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jasper_fast import ops
 from jasper_fast.data.batches import BatchSampler, collate, load_batches
 from jasper_fast.data.dataset import SpeechDataset
-from jasper_fast.nn import checkpoint, loading
 from jasper_fast.nn.architecture import out_lengths
-from jasper_fast.nn.config import ConfigError, JasperConfig
+from jasper_fast.nn.config import JasperConfig
 from jasper_fast.nn.eager import EagerJasper
 from jasper_fast.speech.features import LogMelFeatures
 from jasper_fast.speech.text import Vocabulary
@@ -34,7 +25,6 @@ from jasper_fast.training.meter import Meter
 from jasper_fast.training.optim import NovoGrad
 from jasper_fast.training.randomness import own_randomness
 from jasper_fast.training.runs import Ranks, RunError, RunLog, StopRequest, read_log
-from jasper_fast.training.state import TrainingState
 from jasper_fast.training.step import BufferGuard, Frontend, StepResult, batch_loss, ctc_loss, train_step
 from jasper_fast.training.validate import validate
 
@@ -319,213 +309,3 @@ def test_a_second_signal_stops_at_once():
 def test_a_gpu_that_is_not_there_is_an_error():
     with pytest.raises(RunError, match="--device cpu"):
         Ranks.start("cuda")
-
-
-# --- train.py ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run_train(capsys):
-    """Returns a function that runs train.py in this process and returns what it prints to stderr."""
-    return lambda arguments: run(arguments) or capsys.readouterr().err
-
-
-NOTHING = dict.fromkeys(("config", "train", "val"), Path("none.yaml"))
-
-
-@pytest.mark.parametrize("asked", [True, None])
-def test_cudnn_chooses_by_the_clock_where_it_is_asked_to(asked, run_train, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not asked)
-    with pytest.raises(ConfigError, match=r"none\.yaml"):
-        run_train(train_arguments(NOTHING, tmp_path, cudnn_benchmark=asked))
-    assert torch.backends.cudnn.benchmark == bool(asked)
-
-
-def test_the_clock_and_bit_equal_repeats_do_not_go_together(run_train, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run_train(train_arguments(NOTHING, tmp_path, cudnn_benchmark=True, deterministic=True))
-    assert "drop one of them" in capsys.readouterr().err
-
-
-def test_training_from_manifest_to_checkpoint(run_train, paths, tmp_path):
-    said = run_train(
-        train_arguments(paths, tmp_path, epochs=6, ema=0.5, batch_size=None, batch_seconds=4, milestones=2)
-    )
-    assert "training: 16 utterances" in said and "done: step" in said
-    records = read_log(tmp_path / "log.jsonl")
-    train = [r for r in records if r["kind"] == "train"]
-    assert train[-1]["loss"] < train[0]["loss"]
-    assert {"loss", "wer", "lr", "grad_norm", "utterances_per_s", "epoch"} <= train[-1].keys()
-    best = checkpoint.load(tmp_path / "best.pt")
-    assert best["best_wer"] == min(r["wer"] for r in records if r["kind"] == "val_ema")
-    at_best = next(r for r in records if r["kind"] == "val_ema" and r["step"] == best["step"])
-    assert at_best["wer"] == best["best_wer"], "the best checkpoint must carry its own WER"
-    assert (tmp_path / "milestone_epoch_0002.pt").exists()
-    assert len(list(tmp_path.glob("step_*.pt"))) == 2
-    assert list((tmp_path / "tensorboard").iterdir())
-    model = loading.load_model(tmp_path / "best.pt", ema=True)
-    assert model.config.labels == tuple(CONFIG["labels"])
-    with pytest.raises(RunError, match="add --resume or choose another"):
-        run_train(train_arguments(paths, tmp_path, epochs=6))
-    assert "done: step" in run_train([*train_arguments(paths, tmp_path, epochs=6, ema=0.5), "--resume"])
-
-
-def test_files_that_cannot_be_read_are_reported_and_left_out(run_train, paths, tmp_path):
-    lines = [json.loads(line) for line in paths["train"].read_text().splitlines()]
-    lines[3]["audio_filepath"] = "gone.wav"
-    lines[5]["duration"] = 100.0
-    lines[6]["text"] = "?!"
-    strict = paths["config"].with_name("strict.yaml")
-    strict.write_text(
-        paths["config"].read_text().replace("sample_rate: 16000", "sample_rate: 16000\n    max_duration: 16.7")
-    )
-    manifest = paths["train"].with_name("flawed.jsonl")
-    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    said = run_train(
-        train_arguments({**paths, "train": manifest, "config": strict}, tmp_path, steps=4, val_manifests=None)
-    )
-    assert "training: 14 utterances" in said and "1 empty_text" in said and "1 too_long" in said
-    assert "1 unreadable" in said and "gone.wav: no such file" in said
-    assert "done: step 4" in said
-
-
-def test_a_nan_loss_is_named_and_training_goes_on(run_train, paths, tmp_path, monkeypatch):
-    def with_nan(items):
-        batch = collate(items)
-        for i, name in enumerate(batch.names):
-            if name.endswith("train7.wav"):
-                batch.audio[i] = math.nan
-        return batch
-
-    monkeypatch.setattr("jasper_fast.data.batches.collate", with_nan)
-    said = run_train(train_arguments(paths, tmp_path, epochs=2, val_manifests=None))
-    assert "step skipped: " in said and "train7.wav: its features are not finite" in said
-    records = read_log(tmp_path / "log.jsonl")
-    skipped = [r for r in records if r["kind"] == "skipped"]
-    assert len(skipped) == 2 and all("train7.wav" in name for r in skipped for name in r["names"])
-    assert next(r for r in reversed(records) if r["kind"] == "train")["bad_losses"] == 2
-    state = checkpoint.load(next(tmp_path.glob("step_*8.pt")))
-    assert all(torch.isfinite(t).all() for t in state["state_dict"].values())
-
-
-def test_fine_tuning_with_other_labels(run_train, paths, tmp_path):
-    run_train(train_arguments(paths, tmp_path / "a", steps=1, val_manifests=None))
-    text = paths["config"].read_text().replace("- d\n", "- d\n- e\n")
-    other = paths["config"].with_name("other.yaml")
-    other.write_text(text)
-    source = next((tmp_path / "a").glob("step_*.pt"))
-    with pytest.warns(UserWarning, match="the decoder is initialised anew"):
-        run_train(
-            train_arguments({**paths, "config": other}, tmp_path / "b", steps=1, val_manifests=None, init_from=source)
-        )
-    assert len(checkpoint.load(next((tmp_path / "b").glob("step_*.pt")))["labels"]) == 5
-
-
-def test_a_frozen_encoder_is_that_of_the_file(run_train, paths, tmp_path):
-    run_train(train_arguments(paths, tmp_path / "a", steps=1, val_manifests=None))
-    source = next((tmp_path / "a").glob("step_*.pt"))
-    more = {"init_from": source, "freeze_encoder": True, "init_decoder": "keep"}
-    run_train(train_arguments(paths, tmp_path / "b", steps=2, val_manifests=None, **more))
-    before, after = (checkpoint.load(p)["state_dict"] for p in (source, max((tmp_path / "b").glob("step_*.pt"))))
-    same = {name for name in before if torch.equal(before[name], after[name])}
-    assert same == {name for name in before if name.startswith("encoder.")}
-
-
-def test_the_form_of_the_panes_reaches_the_model_and_is_recorded(run_train, paths, tmp_path, monkeypatch):
-    """Shows that --panes reaches the model and is recorded, and that resuming with the other form gives a note."""
-    calls = spied(monkeypatch, ops, "gram")
-    run_train(train_arguments(paths, tmp_path, steps=1, val_manifests=None, panes="gram"))
-    assert calls
-    assert read_log(tmp_path / "log.jsonl")[0]["arguments"]["panes"] == "gram"
-    calls.clear()
-    said = run_train(train_arguments(paths, tmp_path, steps=2, val_manifests=None, panes="plain", resume=True))
-    assert "note: --panes was gram, now it is plain" in said and "done: step 2" in said
-    assert not calls
-    assert checkpoint.load(tmp_path / "step_00000002.pt")["arguments"]["panes"] == "plain"
-
-
-def test_cuda_graphs_without_a_gpu_are_plain_steps(run_train, paths, tmp_path):
-    logs = []
-    for name, asked in (("with", True), ("without", None)):
-        said = run_train(train_arguments(paths, tmp_path / name, steps=2, val_manifests=None, cuda_graphs=asked))
-        assert ("no CUDA graphs: CUDA graphs need a GPU, but the model is on cpu" in said) == bool(asked)
-        logs.append([r["loss"] for r in read_log(tmp_path / name / "log.jsonl") if r["kind"] == "train"])
-    assert len(logs[0]) == 2 and logs[0] == logs[1]
-
-
-@pytest.mark.slow
-def test_two_processes_train_the_same_weights_and_resume(paths, tmp_path):
-    """Shows that under torchrun both processes share the batches, write one log and resume exactly."""
-    settings = {"grad_accumulation": 2, "batch_size": 2, "ema": 0.9, "val_every": 4}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def run(folder, **more):
-        arguments = train_arguments(paths, folder, **settings, **more)
-        done = subprocess.run([*launch, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return [r for r in read_log(folder / "log.jsonl") if r["kind"] in ("train", "val_live", "val_ema")]
-
-    whole = run(tmp_path / "whole", steps=4, save_every=2)
-    assert [r["step"] for r in whole] == [1, 2, 3, 4, 4, 4]
-    (tmp_path / "part").mkdir()
-    shutil.copy(tmp_path / "whole" / "step_00000002.pt", tmp_path / "part")
-    part = run(tmp_path / "part", steps=4, save_every=2, resume=True)
-    assert [r["loss"] for r in part] == [r["loss"] for r in whole if r["step"] > 2]
-    assert len(checkpoint.load(tmp_path / "whole" / "step_00000004.pt")["rng"]) == 2
-
-
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_mixed_precision(run_train, paths, tmp_path, amp):
-    run_train(train_arguments(paths, tmp_path, steps=12, val_manifests=None, amp=amp))
-    last = [r for r in read_log(tmp_path / "log.jsonl") if r["kind"] == "train"][-1]
-    assert last["loss"] > 0 and last["bad_losses"] == 0
-    scaler = checkpoint.load(tmp_path / "step_00000012.pt")["scaler"]
-    if amp == "fp16":  # the scale starts high, and every overflow halves it
-        assert scaler["scale"] == 2.0 ** (16 - last["overflows"])
-    else:
-        assert scaler == {} and last["overflows"] == 0
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (("n_filt: 32", "n_filt: 40"), "input_train makes 40 features, but the encoder takes 32"),
-        (("n_filt: 32", "n_filter: 32"), "n_filter is unknown"),
-        (("freq_masks", "frequency_masks"), "frequency_masks"),
-        (("sample_rate: 16000", "sample_rate: 16000\n    max_duration: 0.2"), "training data: none of the"),
-    ],
-)
-def test_settings_that_cannot_be_used_are_named(run_train, paths, tmp_path, change, message):
-    config = paths["config"].with_name("wrong.yaml")
-    config.write_text(paths["config"].read_text().replace(*change))
-    with pytest.raises(RunError, match=message):
-        run_train(train_arguments({**paths, "config": config}, tmp_path))
-
-
-def test_help_explains_every_option(run_train, capsys):
-    with pytest.raises(SystemExit):
-        run_train(["--help"])
-    said = capsys.readouterr().out
-    missing = {
-        word for word in ("--train-manifests", "--lr-by-clock", "--resume", "torchrun", "SIGKILL") if word not in said
-    }
-    assert not missing
-
-
-def test_the_schedule_can_follow_the_clock(run_train, paths, tmp_path, monkeypatch):
-    """Shows that if half of the time is over at the first step, half of the schedule is over too."""
-    monkeypatch.setattr(TrainingState, "minutes", property(lambda state: 0.5 + state.step / 100))
-    schedule = {"lr_policy": "polynomial", "lr_power": 1, "warmup_steps": 0, "lr": 0.1, "steps": 20}
-    arguments = train_arguments(paths, tmp_path, max_minutes=1, lr_by_clock=True, val_manifests=None, **schedule)
-    run_train(arguments)
-    rates = [r["lr"] for r in read_log(tmp_path / "log.jsonl") if r["kind"] == "train"]
-    assert rates[0] == pytest.approx(0.05) and rates == sorted(rates, reverse=True) and len(rates) == 20
-
-
-@pytest.mark.slow
-def test_command_line_errors_are_one_line(paths, tmp_path):
-    arguments = train_arguments({**paths, "train": tmp_path / "none.jsonl"}, tmp_path)
-    done = subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert re.search(r"error: .*none\.jsonl: cannot read the manifest", done.stderr)

@@ -1,0 +1,231 @@
+"""The plan of `python -m bench gpu`, its parts and its child processes, tested with stand-ins for the GPU."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+from bench_runs import FAST, make_run, python
+from standins import wrap
+
+from jasper_fast.bench.cases import (
+    bn_relu_dropout,
+    common,
+    memory,
+)
+from jasper_fast.bench.cases.layers import layers
+from jasper_fast.bench.commands import memory as memory_command
+from jasper_fast.bench.gpu import agenda, ahead, first, gpu, self_check, warm
+from jasper_fast.bench.harness.case import Case
+from jasper_fast.bench.harness.errors import OutOfTime
+from jasper_fast.dispatch import probe
+from jasper_fast.selfcheck import checks
+
+# ------------------------------------------------------------------ the whole plan
+
+
+def collector(tmp_path) -> warm.Collector:
+    """Returns a run on a GPU that collects cases and measures none."""
+    return warm.Collector(torch.device("cuda"), torch.float16, "triton", False, make_run(tmp_path).results, FAST)
+
+
+@pytest.mark.slow
+def test_every_part_of_the_plan_for_a_gpu_can_make_its_cases(tmp_path, monkeypatch):
+    """Runs every part of the plan up to building its contenders, which needs the device; an unknown rival fails
+    here."""
+    asked: list[str] = []
+
+    def compilers(run, titles):
+        return contextlib.nullcontext(asked.extend(titles))
+
+    def counted(run: warm.Collector, model: str, N: int, T: int) -> list[dict]:
+        return run.cases("memory", [memory.case(run, model, N, T)[0]])
+
+    monkeypatch.setattr(self_check, "selfcheck", lambda run, **which: None)
+    monkeypatch.setattr(checks, "plan", lambda device: [])
+    monkeypatch.setattr(ahead, "compilers", compilers)
+    monkeypatch.setattr(memory_command, "measure", counted)
+    for name in ("tests", "tune"):
+        monkeypatch.setattr(first, name, lambda run: None)
+    run = collector(tmp_path)
+    plan = agenda.plan(run)
+    found: dict[str, list[Case]] = {}
+    for part in plan:
+        part.measure(dataclasses.replace(run, found=found.setdefault(part.title, [])))
+    checking = {"preflight", "tests", "tuning", "self-check", "self-check in full"}
+    assert {title for title, cases in found.items() if not cases} == checking
+    assert set(asked) < set(found) - checking
+    for case in (case for cases in found.values() for case in cases):
+        names = [c.name for c in case.contenders]
+        assert names[0] == "jasper_fast" and "eager" in names and len(set(names)) == len(names), case.id
+    assert {c.name for case in found["launches"] for c in case.contenders if case.key.get("mode")} == {
+        "jasper_fast",
+        "eager",
+    }
+    assert any(c.name == "cuda_graph" for case in found["launches"] for c in case.contenders)
+    for title, count in (("panes", 3), ("panes of all blocks", 10)):
+        assert len(found[title]) == count * len(common.MODES)
+        assert {c.name for case in found[title] for c in case.contenders} >= {"jasper_fast", "jasper_fast_plain"}
+    assert {case.key["mode"] for case in found["convs"]} == set(common.MODES)
+    assert {case.id for case in found["panes"]} < {case.id for case in found["panes of all blocks"]}
+
+
+def test_the_plan_has_every_question_once_and_the_most_valuable_first(tmp_path):
+    plan = agenda.plan(make_run(tmp_path, device=torch.device("cuda")))
+    titles = [part.title for part in plan]
+    assert len(set(titles)) == len(titles)
+    assert titles[:13] == [
+        "preflight",
+        "tests",
+        "self-check",
+        "tuning",
+        "bn_relu_dropout",
+        "the five largest convs",
+        "training step",
+        "latency of one utterance",
+        "launches",
+        "memory",
+        "panes",
+        "sub-blocks",
+        "self-check in full",
+    ]
+    assert sum(part.seconds for part in plan[:13]) <= gpu.BUDGET, "all of them have their share in one run"
+
+
+def test_the_full_self_check_keeps_the_verdicts_that_it_reached(tmp_path, monkeypatch):
+    plan = [
+        SimpleNamespace(op=op, face=face, dtype=dtype)
+        for dtype in ("bfloat16", "float32")
+        for op in ("conv1d", "panes")
+        for face in ("triton", "cuda")
+    ]
+    calls: list[tuple] = []
+
+    def supervise(device, quick, ops, dtypes, report):
+        """Reports all rows but the last and runs out of time in the first call; reports all rows in later calls."""
+        calls.append((dtypes, ops))
+        row = {"function": "f", "variant": "", "configuration": "", "shape": "", "detail": "", "status": "ok"}
+        asked = [check for check in plan if check.op in ops and check.dtype in dtypes]
+        report.planned = [row | vars(check) | {"id": str(vars(check))} for check in asked]
+        reached = report.planned[:-1] if len(calls) == 1 else report.planned
+        report.found = {row["id"]: row for row in reached}
+        if len(calls) == 1:
+            raise OutOfTime
+
+    monkeypatch.setattr(probe, "supervise", supervise)
+    monkeypatch.setattr(checks, "plan", lambda device: plan)
+    monkeypatch.setenv("JASPER_FAST_CACHE", str(tmp_path / "cache"))
+    run = make_run(tmp_path)
+    quick = {"op": "conv1d", "face": "triton", "dtype": "float32", "status": "good", "quick": True}
+    run.results.data["selfcheck"] = {"seconds": 1.0, "verdicts": [quick], "failures": []}
+    with pytest.raises(OutOfTime):
+        self_check.selfcheck_in_full(run)
+    assert len(run.results.data["selfcheck"]["verdicts"]) == 3
+    self_check.selfcheck_in_full(run)
+    assert calls == [
+        (("float32",), ("conv1d", "panes")),  # the run's own dtype comes first
+        (("float32",), ("panes",)),
+        (("bfloat16",), ("conv1d", "panes")),
+    ]
+    verdicts = run.results.data["selfcheck"]["verdicts"]
+    assert {self_check.group(v) for v in verdicts} == {(c.op, c.face, c.dtype) for c in plan}
+    assert not any(v["quick"] for v in verdicts) and len(verdicts) == len(plan)
+
+
+def test_other_processes_run_ours_once_and_end_with_the_time(tmp_path, monkeypatch):
+    ran: list[tuple[int, ...]] = []
+
+    def counted(right, backend: str):
+        return lambda y, *more: ran.append(tuple(y.shape)) or right(backend)(y, *more)
+
+    wrap(monkeypatch, bn_relu_dropout, "fused", counted)
+    monkeypatch.setattr(common, "eager_chain", lambda *a: pytest.fail("no rival has to be compiled"))
+    assert warm.main(["cpu", "float32", "reference", "bn_relu_dropout", "--take", "1,2"]) == 0
+    assert ran == [(2, 96, 100)]
+
+    started: list[subprocess.Popen] = []
+    wrap(monkeypatch, subprocess, "Popen", lambda right, *a, **k: started.append(right(*a, **k)) or started[-1])
+    with ahead.compilers(make_run(tmp_path, deadline=0.0), ("bn_relu_dropout",)):
+        assert started and all("jasper_fast.bench.gpu.warm" in child.args for child in started)
+    assert all(child.returncode is not None for child in started)
+
+
+def test_a_process_that_cannot_be_ended_holds_nobody_up(tmp_path, monkeypatch):
+    """Shows that a run does not wait for a process that cannot be killed. A process whose kernel never ends stays in
+    the driver even after SIGKILL."""
+    killed: list[int] = []
+
+    class Stuck:
+        def __init__(self, *_, **__) -> None:
+            self.kill = lambda: killed.append(1)
+
+        def wait(self, timeout: float | None) -> None:
+            raise subprocess.TimeoutExpired("stuck", timeout or 0.0)
+
+    monkeypatch.setattr(subprocess, "Popen", Stuck)
+    with ahead.compilers(make_run(tmp_path, deadline=0.0), ("bn_relu_dropout",)):
+        pass
+    assert killed
+
+
+def test_other_processes_run_on_the_run_s_own_gpu(monkeypatch):
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for device in ("cuda:1", "cpu", "cuda"):
+        assert warm.main([device, "float16", "triton", "no part"]) == 0
+    assert chosen == [torch.device("cuda", 1)]
+
+
+@pytest.mark.slow
+def test_a_machine_that_only_measures_needs_nothing_for_sound_and_text():
+    """Shows that measuring needs no package for sound and text, because many GPU machines have only PyTorch and
+    Triton."""
+    absent = ("soundfile", "soxr", "anyascii", "jiwer", "openvino", "jinja2", "markupsafe", "pynvml")
+    python(f"""
+import sys; sys.modules |= dict.fromkeys({absent})
+import jasper_fast.bench.cli, jasper_fast.selfcheck.show; from jasper_fast.bench.gpu import gpu, warm
+from jasper_fast.bench.tune import tune; from jasper_fast.bench.commands import profile
+from jasper_fast.bench.report import html_page
+""")
+
+
+@pytest.mark.slow
+def test_a_run_without_jinja_and_pynvml_has_its_numbers_and_a_line_for_each(tmp_path):
+    """Shows that a run without these packages writes its numbers and no page, and exits with 0. An import finder hides
+    the packages."""
+    script = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("jinja2", "markupsafe", "pynvml"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocked())
+import torch
+from jasper_fast.bench import cli
+from jasper_fast.bench.gpu import agenda
+from jasper_fast.bench.harness import limits, machine
+agenda.plan = lambda run: []
+limits.measure = lambda *_: {}
+assert machine.clocks(torch.device("cuda")) == {}
+sys.exit(cli.main(["gpu", "--device", "cpu", "--quick", "--out", sys.argv[1]]))
+"""
+    done = python(script, tmp_path)
+    assert "the HTML page needs Jinja2: pip install jinja2" in done.stderr
+    assert "pip install nvidia-ml-py" in done.stderr
+    assert len(list(tmp_path.glob("gpu_*.json"))) == 1 and not list(tmp_path.glob("*.html"))
+
+
+@pytest.mark.parametrize("frontend", [False, True])
+def test_cudnn_s_rows_cost_no_second_timing_where_it_is_absent(frontend, tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: frontend or None if name == "cudnn" else found(name))
+    run = collector(tmp_path)
+    agenda.slow_rivals(run)
+    names = {
+        name: [c.id for c in run.found if name in {x.name for x in c.contenders}] for name in ("cudnn", agenda.SLOW)
+    }
+    assert len(run.found) == (len(layers()) * (5 if frontend else 3))
+    assert all(len(set(ids)) == len(ids) > 0 for ids in names.values())

@@ -1,0 +1,323 @@
+"""What is read as a model: own checkpoints, those of the reference and of NeMo, and warm starts."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import warnings
+
+import pytest
+import torch
+import yaml
+from test_checkpoint import BLOCKS, LABELS, config, outputs, trained_model
+
+from jasper_fast.inference.recognizer import Recognizer
+from jasper_fast.nn import checkpoint, loading
+from jasper_fast.nn.checkpoint import CheckpointError, save
+from jasper_fast.nn.config import JasperConfig
+from jasper_fast.nn.formats import published_labels, read_weights
+from jasper_fast.nn.loading import load_model, load_weights
+from jasper_fast.nn.model import Jasper
+from jasper_fast.speech.features import LogMelFeatures, mel_filterbank
+
+# --- models ------------------------------------------------------------------------------------------------------
+
+
+def test_own_checkpoints_carry_their_configuration(tmp_path):
+    model = trained_model()
+    average = {k: v * 2 if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    state = {"format": checkpoint.FORMAT, "config": config().to_dict(), "labels": LABELS}
+    save(tmp_path / "a.pt", state | {"state_dict": model.state_dict(), "ema_state_dict": average})
+    again = load_model(tmp_path / "a.pt", backend="reference")
+    assert not again.training and again.config == model.config
+    assert torch.equal(outputs(again), outputs(model))
+    doubled = load_model(tmp_path / "a.pt", ema=True, backend="reference")
+    assert torch.equal(doubled.decoder.layers[0].bias, 2 * model.decoder.layers[0].bias)
+    save(tmp_path / "b.pt", state | {"state_dict": model.state_dict(), "ema_state_dict": None})
+    with pytest.raises(CheckpointError, match="no moving average"):
+        load_model(tmp_path / "b.pt", ema=True)
+
+
+def v1_entries(state):
+    """Returns the entries under their names of 2019, with the extra copies and buffers that the reference then
+    saved."""
+    entries = {"audio_preprocessor.featurizer.window": torch.ones(320)}
+    for name, tensor in state.items():
+        old = name.replace("encoder.layers.", "jasper_encoder.encoder.")
+        old = old.replace("decoder.layers.", "jasper_decoder.decoder_layers.")
+        if not name.endswith("num_batches_tracked"):
+            entries |= {old: tensor, f"acoustic_model.{old}": tensor}
+    return entries
+
+
+@pytest.mark.parametrize(
+    ("kind", "document"),
+    [
+        ("reference v2", lambda state: {"state_dict": state, "epoch": 1, "optimizer": {}, "scaler": {}}),
+        ("reference v2", lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}}),
+        ("reference v2", lambda state: state),
+        ("reference v1", lambda state: {"state_dict": v1_entries(state), "epoch": 1, "optimizer": {}}),
+    ],
+    ids=["v2", "v2 of several GPUs", "bare", "v1"],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_reference_checkpoints(tmp_path, kind, document, zipped):
+    model, path = trained_model(), tmp_path / "a.pt"
+    torch.save(document(model.state_dict()), path, _use_new_zipfile_serialization=zipped)
+    assert read_weights(path).kind == kind
+    assert torch.equal(outputs(load_model(path, config=config(), backend="reference")), outputs(model))
+
+
+def nemo_archive(path, model, *, masked=True, mode="w", encoder=None, front=None, more=None):
+    entries = {"preprocessor.featurizer.fb": torch.ones(1, 6, 9)}
+    for name, tensor in model.state_dict().items():
+        new = name.replace("decoder.layers", "decoder.decoder_layers").replace("encoder.layers", "encoder.encoder")
+        new = new.replace(".conv.", ".mconv.")
+        if masked and new.startswith("encoder.") and tensor.dim() == 3:
+            new = new.removesuffix("weight") + "conv.weight"
+        entries[new] = tensor
+    jasper = [
+        {"separable": False, "dilation": [1], "dropout": 0.2, "stride": [1], **b, "kernel": b["kernel_size"]}
+        for b in BLOCKS
+    ]
+    for block in jasper:
+        del block["kernel_size"]
+    jasper[0]["dropout"] = "${model.model_defaults.dropout}"
+    document = {
+        "model_defaults": {"dropout": 0.25},
+        "labels": LABELS,
+        "preprocessor": {"sample_rate": 16000, "features": 6, "n_fft": 512, "pad_to": 16, "window": "hann"}
+        | (front or {}),
+        "encoder": {"feat_in": 6, "activation": "relu", "conv_mask": masked, "jasper": jasper} | (encoder or {}),
+        "decoder": {"feat_in": 12, "num_classes": len(LABELS), "vocabulary": "${labels}"},
+    } | (more or {})
+    weights = io.BytesIO()
+    torch.save(entries, weights)
+    with tarfile.open(path, mode) as archive:
+        for name, content in (
+            ("./model_config.yaml", yaml.safe_dump(document).encode()),
+            ("./model_weights.ckpt", weights.getvalue()),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_nemo(tmp_path, masked, mode):
+    model = trained_model()
+    nemo_archive(tmp_path / "m.nemo", model, masked=masked, mode=mode)
+    loaded = load_model(tmp_path / "m.nemo", backend="reference")
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert loaded.config.labels == tuple(LABELS)
+    assert loaded.config.encoder.use_conv_masks is masked
+    assert loaded.config.encoder.blocks[0].dropout == 0.25
+    if masked:
+        assert torch.equal(outputs(loaded), outputs(model))
+
+
+def test_nemo_features_are_those_of_the_file(tmp_path):
+    fixed = {"fixed_mean": [0.5] * 6, "fixed_std": [2.0] * 6}
+    front = {"_target_": "nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor", "preemph": 0.9,
+             "lowfreq": 100, "highfreq": 7000, "log_zero_guard_type": "clamp", "log_zero_guard_value": "tiny",
+             "mag_power": 1.0, "pad_to": 8, "dither": 0.5, "stft_conv": False}  # fmt: skip
+    for normalize in ("all_features", fixed, None):
+        nemo_archive(tmp_path / "m.nemo", trained_model(), front=front | {"normalize": normalize})
+        loaded = load_model(tmp_path / "m.nemo", backend="reference").config.input_val["filterbank_features"]
+        heard = LogMelFeatures.from_config(loaded)
+        assert (heard.convention, heard.log_guard, heard.log_guard_type) == ("nemo", torch.finfo().tiny, "clamp")
+        assert (heard.mag_power, heard.preemphasis, heard.normalize, heard.pad_to_multiple) == (1.0, 0.9, normalize, 8)
+        assert torch.equal(heard.mel, mel_filterbank(n_mels=6, f_min=100, f_max=7000))
+    nemo_archive(tmp_path / "m.nemo", trained_model())
+    heard = Recognizer(load_model(tmp_path / "m.nemo", backend="reference")).features
+    assert (heard.convention, heard.log_guard, heard.log_guard_type) == ("nemo", 2**-24, "add")
+
+
+@pytest.mark.parametrize(
+    "front",
+    [{"normalize": "per_utterance"}, {"log_zero_guard_type": "max"}, {"log_zero_guard_value": "small"},
+     {"exact_pad": True}, {"pad_to": "max"}, {"pad_value": -1.0}, {"mel_norm": None}, {"frame_splicing": 3},
+     {"_target_": "nemo.collections.asr.modules.AudioToMFCCPreprocessor"}, {"use_deltas": True}],
+    ids=lambda front: next(iter(front)),
+)  # fmt: skip
+def test_nemo_features_that_cannot_be_made_are_named(tmp_path, front):
+    nemo_archive(tmp_path / "m.nemo", trained_model(), front=front)
+    with pytest.raises(CheckpointError, match=rf"m\.nemo: preprocessor\.{next(iter(front))}=.* is not supported"):
+        load_model(tmp_path / "m.nemo")
+
+
+def test_a_nemo_model_of_pieces_of_words_is_refused(tmp_path):
+    nemo_archive(tmp_path / "m.nemo", trained_model(), more={"tokenizer": {"dir": "x", "type": "bpe"}})
+    with pytest.raises(CheckpointError, match=r"m\.nemo: .*tokenizer"):
+        load_model(tmp_path / "m.nemo")
+
+
+def test_nemo_archives_that_are_no_jasper(tmp_path):
+    model = trained_model()
+    citrinet = [{"filters": 8, "repeat": 1, "kernel": [5], "separable": True, "se": True}]
+    nemo_archive(tmp_path / "q.nemo", model, masked=True, mode="w", encoder={"jasper": citrinet})
+    with pytest.raises(CheckpointError, match=r"block 0 .*se=True, so it is neither a Jasper nor a QuartzNet"):
+        load_model(tmp_path / "q.nemo")
+    nemo_archive(tmp_path / "m.nemo", model, masked=True, mode="w:gz")
+    whole = (tmp_path / "m.nemo").read_bytes()
+    (tmp_path / "m.nemo").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"m\.nemo is not a complete NeMo archive"):
+        load_model(tmp_path / "m.nemo")
+
+
+def test_a_file_that_does_not_fit_lists_what_differs(tmp_path):
+    model = trained_model()
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "a.pt")
+    wide = config().to_dict()
+    wide["jasper"]["encoder"]["blocks"][1]["filters"] = 10
+    with pytest.raises(
+        CheckpointError, match=r"does not fit the model; \d+ entries differ: encoder\.layers\.1\.conv\.0"
+    ):
+        load_model(tmp_path / "a.pt", config=JasperConfig.from_dict(wide))
+    with pytest.raises(CheckpointError, match="does not fit the model"):  # default: Jasper 10x5
+        load_model(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("labels", [list(" abcdefghij"), list(" hijklmn")], ids=["more", "as many, but others"])
+def test_warm_start_with_other_labels(tmp_path, labels):
+    model = trained_model()
+    state = {"format": checkpoint.FORMAT, "config": config().to_dict(), "labels": LABELS}
+    save(tmp_path / "a.pt", state | {"state_dict": model.state_dict()})
+    with pytest.raises(CheckpointError, match="strict=False"):
+        load_model(tmp_path / "a.pt", config=config(labels), backend="reference")
+    with pytest.warns(UserWarning, match=r"anew for other labels, but its rows for the blank and for \d+ of"):
+        warm = load_model(tmp_path / "a.pt", config=config(labels), strict=False, backend="reference")
+    assert warm.decoder.layers[0].weight.shape[0] == len(labels) + 1
+    for name, tensor in warm.state_dict().items():
+        assert name.startswith("decoder.") or torch.equal(tensor, model.state_dict()[name]), name
+    head, old = warm.decoder.layers[0], model.decoder.layers[0]
+    for i, label in enumerate([*labels, "blank"]):  # the blank is the last row in both
+        known = [*LABELS, "blank"].index(label) if label in [*LABELS, "blank"] else None
+        if known is None:
+            assert not (head.weight[i] == old.weight).any()
+        else:
+            assert torch.equal(head.weight[i], old.weight[known]) and head.bias[i] == old.bias[known]
+
+
+def test_labels_of_a_warm_start_that_start_from_others(tmp_path):
+    model, labels = trained_model(), [*LABELS[:3], "ä", "="]
+    state = {"format": checkpoint.FORMAT, "config": config().to_dict(), "labels": LABELS}
+    save(tmp_path / "a.pt", state | {"state_dict": model.state_dict()})
+    weights, warm = read_weights(tmp_path / "a.pt"), Jasper(config(labels), backend="reference")
+    like = dict(map(loading.label_pair, (f"ä={LABELS[1]}", f"=={LABELS[5]}")))
+    with pytest.warns(UserWarning, match="for 5 of the 5 labels are copied"):
+        load_weights(warm, weights, labels=labels, strict=False, like=like)
+    head, old = warm.decoder.layers[0], model.decoder.layers[0]
+    for tensor, source in ((head.weight, old.weight), (head.bias, old.bias)):
+        assert torch.equal(tensor, source[[0, 1, 2, 1, 5, len(LABELS)]])
+    wrong = {"a=é": "no label 'é'", "é=a": "'é'.*not one of the model's", "é": "a new label and an old one"}
+    for pair, said in wrong.items():
+        with pytest.raises(CheckpointError, match=said):
+            load_weights(warm, weights, labels=labels, strict=False, like=dict([loading.label_pair(pair)]))
+
+
+def test_a_file_without_labels_has_the_published_ones_where_labels_start_from_them(tmp_path):
+    model, labels = Jasper(config(published_labels()), backend="reference"), [" ", "b", "ä"]
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "a.pt")
+    warm = Jasper(config(labels), backend="reference")
+    with pytest.warns(UserWarning, match="for 3 of the 3 labels are copied"):
+        load_weights(warm, read_weights(tmp_path / "a.pt"), labels=labels, strict=False, like={"ä": "a"})
+    assert torch.equal(warm.decoder.layers[0].weight, model.decoder.layers[0].weight[[0, 2, 1, 28]])
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA's", "bare", "Lightning", "Lightning, labels unsaid"])
+def test_warm_start_from_a_file_that_may_not_say_its_labels(tmp_path, kind):
+    """Shows that a model with the same number of other labels keeps no wrong row of the decoder. The shapes fit, so
+    only the alphabets show the difference."""
+    model, other = trained_model(), list(" hijklmn")
+    state = model.state_dict()
+    if kind.startswith("Lightning"):
+        wrapped = {f"model._orig_mod.{name}": tensor for name, tensor in state.items()}
+        said = {} if "unsaid" in kind else {"cfg": {"decoder": {"vocabulary": LABELS}}}
+        document = {"state_dict": wrapped, "pytorch-lightning_version": "2.5.0", "hyper_parameters": said}
+    else:
+        document = state if kind == "bare" else {"state_dict": state, "optimizer": {}}
+    torch.save(document, tmp_path / "a.pt")
+    row = 0 if kind == "Lightning" else None  # the row of the label that both have, if the file names its labels
+    with pytest.warns(UserWarning, match="the decoder is initialised anew"):
+        warm = load_model(tmp_path / "a.pt", config=config(other), strict=False, backend="reference")
+    head, old = warm.decoder.layers[0], model.decoder.layers[0]
+    same = (head.weight == old.weight).flatten(1).all(1).tolist()
+    assert same == [i in (row, 8) and row is not None for i in range(9)]
+    weights = read_weights(tmp_path / "a.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_weights(warm, weights, labels=other, strict=False, decoder="keep")
+        assert torch.equal(head.weight, old.weight)
+    with pytest.warns(UserWarning, match="as asked"):
+        load_weights(warm, weights, labels=LABELS, strict=False, decoder="new")
+
+
+def test_the_published_alphabet_keeps_its_decoder(tmp_path):
+    """Shows that a file without labels is taken to have NVIDIA's published alphabet, which all of NVIDIA's files
+    have."""
+    model = Jasper(config(published_labels()), backend="reference")
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "a.pt")
+    with pytest.warns(UserWarning, match="does not name its labels"):
+        warm = load_model(tmp_path / "a.pt", config=model.config, strict=False, backend="reference")
+    assert torch.equal(warm.decoder.layers[0].weight, model.decoder.layers[0].weight)
+
+
+@pytest.mark.parametrize("wrap", [lambda n: f"_orig_mod.{n}", lambda n: f"module._orig_mod.{n}",
+                                  lambda n: n.replace("encoder.", "encoder._orig_mod.", 1)])  # fmt: skip
+def test_weights_of_compiled_models(tmp_path, wrap):
+    model = trained_model()
+    torch.save({wrap(name): tensor for name, tensor in model.state_dict().items()}, tmp_path / "a.pt")
+    assert torch.equal(outputs(load_model(tmp_path / "a.pt", config=config(), backend="reference")), outputs(model))
+
+
+def test_the_two_files_of_nemo_0(tmp_path):
+    model = trained_model()
+    encoder, decoder = tmp_path / "JasperEncoder-STEP-100.pt", tmp_path / "JasperDecoderForCTC-STEP-100.pt"
+    entries = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith("encoder."):
+            name = name.replace("encoder.layers", "encoder").replace(".conv.", ".mconv.")
+            entries[name.removesuffix("weight") + "conv.weight" if tensor.dim() == 3 else name] = tensor
+    torch.save(entries, encoder)
+    with pytest.raises(CheckpointError, match=r"the JasperEncoder; put the other, JasperDecoderForCTC-STEP-100\.pt"):
+        load_model(encoder, config=config(), backend="reference")
+    head = model.decoder.layers[0]
+    torch.save({"decoder_layers.0.weight": head.weight, "decoder_layers.0.bias": head.bias}, decoder)
+    for path in (encoder, decoder):
+        assert torch.equal(outputs(load_model(path, config=config(), backend="reference")), outputs(model))
+    torch.save(entries, decoder)
+    with pytest.raises(CheckpointError, match="does not hold the JasperDecoderForCTC"):
+        load_model(encoder, config=config())
+
+
+def test_a_warm_start_that_hears_other_features_says_so(tmp_path):
+    nemo_archive(tmp_path / "m.nemo", trained_model())
+    with pytest.warns(UserWarning, match="the convention 'nemo', but the configuration's follow 'reference'"):
+        load_model(tmp_path / "m.nemo", config=config(), strict=False, backend="reference")
+    same = JasperConfig.from_dict(config().to_dict() | {"input_train": {"filterbank_features": {"convention": "nemo"}}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(tmp_path / "m.nemo", config=same, strict=False, backend="reference")
+
+
+def test_a_frozen_encoder_stays_as_it_is():
+    model = trained_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.freeze_encoder()
+    model.train()
+    features, lengths = torch.randn(2, 6, 32), torch.tensor([32, 20])
+    model(features, lengths)[0].square().sum().backward()
+    assert all((p.grad is None) == name.startswith("encoder.") for name, p in model.named_parameters())
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1).step()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"decoder.layers.0.weight", "decoder.layers.0.bias"}
+
+
+def test_warm_start_from_something_else_is_an_error(tmp_path):
+    torch.save({"state_dict": {"encoder.layers.0.other": torch.ones(2)}}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="none of its weights fits"):
+        load_model(tmp_path / "a.pt", config=config(), strict=False)
