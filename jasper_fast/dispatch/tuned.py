@@ -230,6 +230,8 @@ def good_moment(device: torch.device) -> bool:
     """Returns whether tuning may run now: nothing is being captured or traced, and no `not_now()` is open."""
     if getattr(_local, "not_now", 0) or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
+    if torch._guards.TracingContext.try_get() is not None:  # in torch 2.11 is_compiling() is False here while tracing
+        return False
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         return False
     capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)  # None if PyTorch was built without CUDA

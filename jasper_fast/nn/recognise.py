@@ -101,7 +101,7 @@ def parts(block: nn.Module) -> Parts:
     if panes and any(sub.in_time.stride != (1,) for sub in subs):
         raise Unfit("it has a residual and a stride above 1")
     own = getattr(block, "cfg", None) if type(block).__name__ == "EagerBlock" else None
-    dense = own.residual and own.residual_dense if own else bool(panes) and getattr(block, "dense_residual", False)
+    dense = own.residual and own.residual_dense if own else len(panes) > 0 and getattr(block, "dense_residual", False)
     return Parts(subs, panes, masks[0], dense, hasattr(block, "mconv"), own is not None)
 
 
