@@ -3,7 +3,7 @@
 #   make install    .venv with jasper_fast, editable, and its native libraries
 #   make demo       train on synthetic speech, transcribe voices it never heard, fused beside eager
 #   make test       all tests
-#   make test-fast  all but the slow ones, about five minutes
+#   make test-fast  all but the slow ones, under three minutes
 #   make compile    every Triton kernel for sm_80 to sm_100, by the pinned Triton and the GPU machines', and the CUDA convs
 #                   and NovoGrad for sm_75 to sm_120, against the tables
 #   make bench      measure kernels, training, latency and memory beside eager PyTorch, under ten minutes
