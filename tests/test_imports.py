@@ -31,7 +31,8 @@ LAYERS = {
     "training": {"nn", "ops", "data", "speech", "dispatch", "kernels"},
     "inference": {"nn", "data", "speech", "ops", "dispatch", "kernels"},
     "demo": {"inference", "lm", "training", "nn", "data", "speech", "ops", "dispatch", "kernels"},
-    "cli": {"bench.cli", "inference", "tuning", "lm", "selfcheck", "nn", "data", "speech", "dispatch", "kernels"},
+    "cli": {"bench.cli", "inference", "tuning", "lm", "selfcheck", "training", "nn", "data", "speech"}
+    | {"dispatch", "kernels"},
     "": {"cli"},
 }
 # These import nothing of the package but each other.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,8 +47,7 @@ OPTIONS = {
 def run(arguments: argparse.Namespace) -> int:
     from jasper_fast.data.prepare import check, writing
 
-    for path in (arguments.clean, arguments.html, arguments.out):
-        common.check_writable(path)
+    common.check_writable(arguments.clean, arguments.html, arguments.out)
     common.any_name()
     rules = _rules(arguments)
     with common.bars(arguments.quiet) as progress:
@@ -64,11 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
         culprits = [(f.name, fault.detail) for f in results for fault in f.faults if fault.reason == reason]
         for name, detail in culprits[: max(arguments.worst, 0)]:
             print(f"          {f'{name}: ' if name else ''}{detail}")
-    if arguments.clean:
-        clean = Path(arguments.clean)
+    if clean := arguments.clean and Path(arguments.clean):
         entries = check.clean_entries(results, arguments.manifest, clean, arguments.data_dir, rules.strict)
-        count = writing.write_manifest(clean, entries)
-        print(f"{arguments.clean}: {count} utterances", file=sys.stderr)
+        print(f"{arguments.clean}: {writing.write_manifest(clean, entries)} utterances", file=sys.stderr)
     if arguments.html:
         check.write_html(Path(arguments.html), arguments.manifest, results, rules)
     if arguments.out:
@@ -88,10 +84,10 @@ def _rules(arguments: argparse.Namespace) -> Rules:
 
         config = JasperConfig.from_yaml(arguments.config)
         settings = AudioSettings.from_config(config.input_train.get("audio_dataset"))
-        stride = math.prod(b.s**b.repeat for b in config.encoder.blocks)
         hop = (config.input_train.get("filterbank_features") or {}).get("window_stride", 0.01)
-        known |= {"vocabulary": Vocabulary(config.labels), "sample_rate": settings.sample_rate}
-        known |= {"min_duration": settings.min_duration, "max_duration": settings.max_duration}
-        known |= {"frame_samples": round(hop * settings.sample_rate) * stride}
-        known["normalize_text"] = settings.normalize_text
+        same = ("sample_rate", "min_duration", "max_duration", "normalize_text")
+        known |= {name: getattr(settings, name) for name in same} | {
+            "vocabulary": Vocabulary(config.labels),
+            "frame_samples": round(hop * settings.sample_rate) * config.encoder.stride,
+        }
     return Rules(**known | {name: value for name, value in given.items() if value is not None})

@@ -185,7 +185,7 @@ def decoder(arguments: argparse.Namespace, vocabulary: Any) -> Any:
     from jasper_fast.lm.neural.files import is_neural
 
     asked = {name: getattr(arguments, name) for name in ("beam", "alpha", "beta", "n_best")}
-    asked["hot_words"] = _hot_words(arguments) or None
+    asked |= {"hot_words": _hot_words(arguments) or None}
     file, lexicon, model, weight = (getattr(arguments, n) for n in ("lm", "lexicon", "rescore", "rescore_weight"))
     unknown = arguments.unknown_score
     if arguments.open_vocabulary and unknown is None:
@@ -304,18 +304,15 @@ def recognize(
 ) -> Iterator[Recognition]:
     """Recognises the utterances and yields the results after each batch, like ``Recognizer.stream``. On the standard
     error it reports skipped and incomplete utterances and, on a terminal, the progress."""
-    total, shown = len(utterances), sys.stderr.isatty() and not arguments.quiet
     options = arguments.batch_size, arguments.max_seconds, arguments.workers, window, keep
-    told = warned = 0
+    total, told, warned = len(utterances), 0, 0
     for result in recognizer.stream(utterances, *options):
         for item in result.skipped.items[told:]:
             print(f"skipped ({item.reason}): {item.detail}", file=sys.stderr)
         for item in result.skipped.warned[warned:]:
             print(f"warning ({item.reason}): {item.detail}; the available audio was used", file=sys.stderr)
         told, warned = len(result.skipped), len(result.skipped.warned)
-        if shown:
-            end = "\r" if result.finished < total else "\n"
-            print(f"\r{result.finished} of {total} utterances", end=end, file=sys.stderr, flush=True)
+        count(result.finished, total, "utterances", arguments.quiet)
         yield result
     for line in result.skipped.losses:
         print(line, file=sys.stderr)
@@ -323,13 +320,21 @@ def recognize(
         print(f"{told} of {total} utterances could not be used", file=sys.stderr)
 
 
-def hypotheses(transcript: Any) -> list[dict[str, Any]]:
-    """Returns the beam search's hypotheses in the form of the JSON output."""
-    return [
+def hypotheses(transcript: Any) -> dict[str, list[dict[str, Any]]]:
+    """Returns the entry for the beam search's hypotheses in the JSON output, none after greedy decoding."""
+    found = [
         {"text": h.text.strip(), "score": round(h.score, 4), "log_prob": round(h.log_prob, 4)}
         for h in transcript.hypotheses
         if math.isfinite(h.score)
     ]
+    return {"hypotheses": found} if transcript.hypotheses else {}
+
+
+def count(done: int, total: int, what: str, quiet: bool) -> None:
+    """Shows on a terminal how much is done, in place of the last such line."""
+    if sys.stderr.isatty() and not quiet:
+        end = "\r" if done < total else "\n"
+        print(f"\r{done} of {total} {what}", end=end, file=sys.stderr, flush=True)
 
 
 def any_name() -> None:
@@ -356,6 +361,7 @@ def write(path: str, text: str) -> None:
     os.replace(temporary, target)
 
 
-def check_writable(path: str | None) -> None:
-    if path and not Path(path).resolve().parent.is_dir():
-        raise UsageError(f"{path}: the folder {Path(path).resolve().parent} does not exist")
+def check_writable(*paths: str | None) -> None:
+    for path in filter(None, paths):
+        if not Path(path).resolve().parent.is_dir():
+            raise UsageError(f"{path}: the folder {Path(path).resolve().parent} does not exist")

@@ -12,6 +12,7 @@ from jasper_fast.options import option
 
 if TYPE_CHECKING:
     from jasper_fast.inference.recognizer import Recognition, Recognizer
+    from jasper_fast.training.runs import Ranks
 
 DESCRIPTION = """\
 Transcribes every utterance of a manifest (JSON lines with audio_filepath, duration, text, or the JSON array of NVIDIA's
@@ -62,21 +63,20 @@ def run(arguments: argparse.Namespace) -> int:
         return _run(arguments, share)
 
 
-def _run(arguments: argparse.Namespace, share: ranks.Share) -> int:
+def _run(arguments: argparse.Namespace, share: Ranks) -> int:
     from jasper_fast.data import manifest
     from jasper_fast.inference import evaluation
     from jasper_fast.inference.recognizer import Recognition
     from jasper_fast.lm.saved import Saved
     from jasper_fast.speech.metrics import character_errors, word_errors
 
-    common.check_writable(arguments.out)
-    common.check_writable(arguments.html)
+    common.check_writable(arguments.out, arguments.html)
     common.any_name()
     utterances = [u for path in arguments.manifest for u in manifest.read_manifest(path, arguments.data_dir)]
     if arguments.save_log_probs and share.world > 1:
         raise common.UsageError("--save-log-probs writes one folder: run it in one process")
     recognizer, total = common.load(arguments), len(utterances)
-    places = share.of([u.seconds for u in utterances])
+    places = ranks.share([u.seconds for u in utterances], share.rank, share.world)
     utterances = [utterances[i] for i in places]
     saved = Saved.begin(arguments.save_log_probs, recognizer) if arguments.save_log_probs else None
     if utterances:
@@ -92,16 +92,22 @@ def _run(arguments: argparse.Namespace, share: ranks.Share) -> int:
         if transcript is None:
             continue
         words, characters = word_errors(reference, transcript.text), character_errors(reference, transcript.text)
-        row = {"audio_filepath": utterance.path, "offset": utterance.offset, "duration": round(seconds, 3)}
-        row |= {"manifest": utterance.manifest, "speaker": utterance.speaker}
-        if utterance.packed:
-            row |= dict(zip(("tar", "tar_start", "tar_size"), utterance.packed))
-        row |= {"text": reference, "pred_text": transcript.text.strip(), "confidence": round(transcript.confidence, 4)}
-        row |= {"word_errors": words.total, "words": words.length}
-        row |= {"character_errors": characters.total, "characters": characters.length}
-        if transcript.hypotheses:
-            row["hypotheses"] = common.hypotheses(transcript)
-        rows.append(row)
+        row = {
+            "audio_filepath": utterance.path,
+            "offset": utterance.offset,
+            "duration": round(seconds, 3),
+            "manifest": utterance.manifest,
+            "speaker": utterance.speaker,
+            **dict(zip(("tar", "tar_start", "tar_size"), utterance.packed or ())),
+            "text": reference,
+            "pred_text": transcript.text.strip(),
+            "confidence": round(transcript.confidence, 4),
+            "word_errors": words.total,
+            "words": words.length,
+            "character_errors": characters.total,
+            "characters": characters.length,
+        }
+        rows.append(row | common.hypotheses(transcript))
     rows, result = _together(share, [i for i, t in zip(places, result.transcripts) if t is not None], rows, result)
     status = int(arguments.strict and len(rows) < total) if rows else 1
     if not share.first:
@@ -132,21 +138,17 @@ def _run(arguments: argparse.Namespace, share: ranks.Share) -> int:
     return status
 
 
-def _together(
-    share: ranks.Share, places: list[int], rows: list[dict], result: Recognition
-) -> tuple[list[dict], Recognition]:
+def _together(share: Ranks, places: list[int], rows: list[dict], result: Recognition) -> tuple[list[dict], Recognition]:
     """Returns the rows of all processes in the manifests' order, and the result with their times and skipped files."""
     seconds = (result.audio_seconds, result.compute_seconds, result.wall_seconds)
     parts = share.gather((places, rows, seconds, result.skipped))
-    ordered = sorted(
-        ((i, row) for places, rows, _, _ in parts for i, row in zip(places, rows)), key=lambda pair: pair[0]
-    )
+    by_place = dict(pair for places, rows, _, _ in parts for pair in zip(places, rows))
     heard, computed, took = zip(*(seconds for _, _, seconds, _ in parts), strict=True)
     result.audio_seconds, result.compute_seconds, result.wall_seconds = sum(heard), max(computed), max(took)
     for rank, (*_, skipped) in enumerate(parts):
         if rank != share.rank:
             result.skipped.merge(skipped)
-    return [row for _, row in ordered], result
+    return [by_place[place] for place in sorted(by_place)], result
 
 
 def _figures(arguments: argparse.Namespace, recognizer: Recognizer, result: Recognition, rows: list[dict]) -> dict:

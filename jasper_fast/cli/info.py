@@ -53,27 +53,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _memory_gib() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (ValueError, OSError, AttributeError):
-        return None
-
-
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return None
-
-
-def _native_isa() -> str | None:
-    """Returns the instruction set that the CPU library uses, or None if it is not built."""
-    from jasper_fast.kernels import native
-
-    try:
-        return str(native.cpu().isa())
-    except native.Missing:
         return None
 
 
@@ -84,16 +67,12 @@ def _backends() -> dict[str, dict[str, Any]]:
 
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     found = {}
-    for name in backends.BACKENDS:
-        if name == "auto":
-            continue
-        on = [device for device in devices if backends.is_available(name, device)]
-        missing = None
-        if not on:
-            try:
-                backends.require(name)
-            except backends.BackendMissing as error:
-                missing = str(error).removeprefix(f"backend {name!r}: ")
+    for name in backends.BACKENDS[1:]:  # all but "auto"
+        on, missing = [device for device in devices if backends.is_available(name, device)], None
+        try:
+            backends.require(name)
+        except backends.BackendMissing as error:
+            missing = str(error).removeprefix(f"backend {name!r}: ")
         found[name] = {"available": bool(on), "devices": on, "missing": missing}
     if "cuda" in devices:
         from jasper_fast.kernels.conv1d import cuda_launch
@@ -102,38 +81,16 @@ def _backends() -> dict[str, dict[str, Any]]:
     return found
 
 
-def _verdicts(gpus: int) -> list[dict[str, Any]]:
-    """Returns the saved results of the self-check for each device. It does not run the self-check."""
-    import torch
-
-    from jasper_fast.dispatch import verdicts
-
-    devices = [torch.device("cuda", i) for i in range(gpus)] or [torch.device("cpu")]
-    return [{"device": str(d), **vars(v)} for d in devices for v in verdicts.read(d).values()]
-
-
-def _tuned(gpus: int) -> list[dict[str, Any]]:
-    """Returns, for each GPU, the file of its tuning results for these versions and the number of shapes in it."""
-    import torch
-
-    from jasper_fast.dispatch import tuned
-
-    devices = [torch.device("cuda", i) for i in range(gpus)]
-    return [
-        {"device": str(d), "file": str(tuned.path(d)), "shapes": len({row.cell for row in tuned.read(d)})}
-        for d in devices
-    ]
-
-
 def collect() -> dict[str, Any]:
     """Returns what ``jasper-fast info --json`` prints, as a dict of plain values."""
     import torch
 
     from jasper_fast import __version__
-    from jasper_fast.dispatch import choose
+    from jasper_fast.dispatch import choose, tuned, verdicts
     from jasper_fast.kernels import native
 
-    places = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    places = [torch.cuda.get_device_properties(d) for d in devices]
     gpus = [
         {
             "name": p.name,
@@ -149,7 +106,7 @@ def collect() -> dict[str, Any]:
         packages[name] = {"version": version, "for": purpose, "optional": bool(extra) or name == "triton"}
         if version is None:
             packages[name]["get"] = f"pip install '{f'jasper-fast[{extra}]' if extra else name}'"
-    found = _backends()
+    checked = [(d, verdict) for d in devices or [torch.device("cpu")] for verdict in verdicts.read(d).values()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # missing packages are listed below anyway
         auto = {device: choose.resolve("auto", device) for device in (["cpu", "cuda"] if gpus else ["cpu"])}
@@ -161,15 +118,18 @@ def collect() -> dict[str, Any]:
             "name": native.cpu_name(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "memory_gib": _memory_gib(),
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
             "torch_isa": torch.backends.cpu.get_cpu_capability(),
-            "native_isa": _native_isa(),
+            "native_isa": str(native.cpu().isa()) if native.cpu_available() else None,
         },
         "cuda": {"torch_built_for": torch.version.cuda, "available": torch.cuda.is_available(), "gpus": gpus},
         "auto": auto,
-        "verdicts": _verdicts(len(gpus)),
-        "tuned": _tuned(len(gpus)),
-        "backends": found,
+        "verdicts": [{"device": str(d), **vars(verdict)} for d, verdict in checked],
+        "tuned": [
+            {"device": str(d), "file": str(tuned.path(d)), "shapes": len({row.cell for row in tuned.read(d)})}
+            for d in devices
+        ],
+        "backends": _backends(),
         "packages": packages,
     }
 
@@ -184,11 +144,10 @@ def render(report: dict[str, Any]) -> str:
     """Formats the report of ``collect()`` as text."""
     cpu, cuda = report["cpu"], report["cuda"]
     native = f"native kernels run {cpu['native_isa']}" if cpu["native_isa"] else "native kernels not built"
-    memory = f", {cpu['memory_gib']} GiB" if cpu["memory_gib"] else ""
     lines = [
         f"jasper_fast {report['jasper_fast']}  Python {report['python']}, {report['platform']}",
-        f"CPU  {cpu['name']}: {cpu['cores']} cores, {cpu['threads']} threads{memory}; torch runs {cpu['torch_isa']}, "
-        f"{native}",
+        f"CPU  {cpu['name']}: {cpu['cores']} cores, {cpu['threads']} threads, {cpu['memory_gib']} GiB; torch "
+        f"runs {cpu['torch_isa']}, {native}",
     ]
     for i, gpu in enumerate(cuda["gpus"]):
         lines.append(

@@ -182,14 +182,11 @@ def tune(arguments: argparse.Namespace) -> int:
         rng = random.Random(arguments.seed)
         grid = [(rng.uniform(min(alphas), max(alphas)), rng.uniform(min(betas), max(betas)))
                 for _ in range(arguments.random)]  # fmt: skip
-    shown, found = sys.stderr.isatty() and not arguments.quiet, []
+    lm, lexicon, found = arguments.lm, arguments.lexicon, []
     total = len(grid) * (len(second[1]) if second else 1)
-    lm, lexicon = arguments.lm, arguments.lexicon
     for trial in tuning.trials(saved, lm, lexicon, grid, arguments.beam, arguments.processes, second):
         found.append(trial)
-        if shown:
-            end = "\r" if len(found) < total else "\n"
-            print(f"\r{len(found)} of {total} trials", end=end, file=sys.stderr, flush=True)
+        common.count(len(found), total, "trials", arguments.quiet)
     without, chosen = tuning.greedy(saved), tuning.best(found)
     settings = {"lm": lm, "lexicon": lexicon, "beam": arguments.beam}
     settings |= {"alpha": round(chosen.alpha, 6) if lm else None, "beta": round(chosen.beta, 6)}

@@ -52,22 +52,18 @@ OPTIONS = {
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
-    from jasper_fast.dispatch import probe
+    from jasper_fast.dispatch import probe, tuned
     from jasper_fast.selfcheck import show
 
     need("rich", "train")  # for the table of results
     device = common.device_of(arguments.device)
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = torch.cuda.current_device() if device.index is None and count else device.index or 0
-        if index >= count:
-            raise common.UsageError(
-                f"--device {arguments.device}: PyTorch sees {count} GPUs here; `jasper-fast info` says more"
-            )
-        device = torch.device("cuda", index)
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise common.UsageError(
+            f"--device {arguments.device}: PyTorch sees {count} GPUs here; `jasper-fast info` says more"
+        )
     try:
         return show.main(
-            device,
+            tuned.indexed(device),
             quick=arguments.quick,
             as_json=arguments.json,
             cache=not arguments.no_cache,

@@ -20,6 +20,7 @@ from jasper_fast.options import option
 if TYPE_CHECKING:
     from jasper_fast.data.manifest import Utterance
     from jasper_fast.inference.recognizer import Recognizer
+    from jasper_fast.training.runs import Ranks
 
 DESCRIPTION = """\
 Writes one line per file to the standard output: the path, a tab, and the text. With --json each line is a JSON object
@@ -66,9 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
         return _run(arguments, share)
 
 
-def _run(arguments: argparse.Namespace, share: ranks.Share) -> int:
+def _run(arguments: argparse.Namespace, share: Ranks) -> int:
     from jasper_fast.data.manifest import Utterance
-    from jasper_fast.speech import audio
 
     files = [file for name in arguments.files for file in (_audio_below(name) if os.path.isdir(name) else [name])]
     if arguments.list == "-" and share.world > 1:
@@ -93,13 +93,7 @@ def _run(arguments: argparse.Namespace, share: ranks.Share) -> int:
     if not files:
         return 0
     recognizer = common.load(arguments)
-    utterances = []
-    for file in files:
-        try:
-            seconds = audio.duration(file)
-        except audio.AudioError:
-            seconds = 0.0  # the error is reported when it is read
-        utterances.append(Utterance(file, seconds, ""))
+    utterances = [Utterance(file, _seconds(file), "") for file in files]
     line = _record if arguments.json else lambda file, transcript, _: f"{_name(file)}\t{transcript.text.strip()}"
     # JSON shows a byte that is not UTF-8 as \udcff. In plain text it is written unchanged.
     errors = "backslashreplace" if arguments.json else "surrogateescape"
@@ -117,7 +111,7 @@ def _run(arguments: argparse.Namespace, share: ranks.Share) -> int:
 
 
 def _heard(
-    arguments: argparse.Namespace, share: ranks.Share, recognizer: Recognizer, utterances: Sequence[Utterance]
+    arguments: argparse.Namespace, share: Ranks, recognizer: Recognizer, utterances: Sequence[Utterance]
 ) -> Iterator[tuple[list[tuple[int, Any, float]], str]]:
     """Yields results as they come, on every process: a list of (index, transcript, seconds) in the order of the
     utterances, and a line with the speed so far. The transcript of a skipped utterance is None."""
@@ -132,7 +126,7 @@ def _heard(
     size = _WINDOW * arguments.batch_size * share.world
     for start in range(0, len(utterances), size):
         part = utterances[start : start + size]
-        mine, found = share.of([u.seconds for u in part]), []
+        mine, found = ranks.share([u.seconds for u in part], share.rank, share.world), []
         if mine:
             *_, result = common.recognize(arguments, recognizer, [part[i] for i in mine])
             found = [(start + i, *each) for i, *each in zip(mine, result.transcripts, result.seconds, strict=True)]
@@ -140,6 +134,15 @@ def _heard(
         heard += sum(seconds for _, _, seconds in every)
         took = time.perf_counter() - started
         yield every, f"{heard:.1f} s of audio in {took:.2f} s by {share.world} processes: RTFx {heard / took:.1f}"
+
+
+def _seconds(file: str) -> float:
+    from jasper_fast.speech import audio
+
+    try:
+        return audio.duration(file)
+    except audio.AudioError:  # reported when it is read
+        return 0.0
 
 
 def _audio_below(folder: str) -> list[str]:
@@ -152,17 +155,13 @@ def _audio_below(folder: str) -> list[str]:
     return found
 
 
-@contextlib.contextmanager
-def _output(arguments: argparse.Namespace, share: ranks.Share) -> Iterator[Any]:
+def _output(arguments: argparse.Namespace, share: Ranks) -> contextlib.AbstractContextManager[Any]:
     if not share.first:  # the first process writes for all
-        yield io.BytesIO()
-        return
-    if not arguments.out:
-        sys.stdout.flush()
-        yield sys.stdout.buffer
-        return
-    with open(arguments.out, "ab" if arguments.resume else "wb") as out:
-        yield out
+        return io.BytesIO()
+    if arguments.out:
+        return open(arguments.out, "ab" if arguments.resume else "wb")
+    sys.stdout.flush()
+    return contextlib.nullcontext(sys.stdout.buffer)
 
 
 def _name(file: str, json: bool = False) -> str:
@@ -199,7 +198,5 @@ def _record(file: str, transcript: Any, seconds: float) -> str:
         for w in transcript.words
     ]
     record = {"audio_filepath": file, "duration": round(seconds, 3), "pred_text": transcript.text.strip()}
-    record |= {"confidence": round(transcript.confidence, 4), "words": words}
-    if transcript.hypotheses:
-        record["hypotheses"] = common.hypotheses(transcript)
+    record |= {"confidence": round(transcript.confidence, 4), "words": words} | common.hypotheses(transcript)
     return json.dumps(record, ensure_ascii=False)

@@ -14,7 +14,6 @@ import random
 import statistics
 import sys
 import time
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +32,11 @@ from jasper_fast.nn import checkpoint
 from jasper_fast.options import option
 from jasper_fast.speech import audio
 
-CONFIG = Path(str(files("jasper_fast.configs") / "demo.yaml"))
-
-
 OPTIONS = [
     option("--out", type=Path, default=Path("build/demo"), help="folder for the corpus and the results"),
     option("--steps", type=int, default=2500, help="updates of the weights"),
     option("--minutes", type=float, default=5.5, help="most minutes of training"),
-    option("--config", type=Path, default=CONFIG, help="configuration of the model"),
+    option("--config", type=Path, default=learn.CONFIG, help="configuration of the model"),
     option("--device", default="auto", help="device to run on: auto, cpu, cuda or cuda:N"),
     option("--train-utterances", type=int, default=1120, help="spoken commands to train on"),
     option("--test-utterances", type=int, default=200, help="spoken commands to test on, by other voices"),
@@ -80,8 +76,8 @@ def listen(model: Jasper, unheard: list[Utterance], device: torch.device, seed: 
     """Transcribes one utterance of each of three voices that were not in training. Returns the files and the
     transcripts."""
     rng = random.Random(seed)
-    voices = rng.sample(corpus.voices("test"), 3)
-    chosen = [rng.choice([u for u in unheard if u.speaker == voice.name] or unheard) for voice in voices]
+    voices = rng.sample(corpus.VOICES["test"], 3)
+    chosen = [rng.choice([u for u in unheard if u.speaker == voice] or unheard) for voice in voices]
     transcripts = Recognizer(model, device=device).recognize(chosen).transcripts
     examples = [
         {"speaker": u.speaker, "reference": u.text, "transcript": heard.text}
@@ -113,16 +109,14 @@ def main(argv: list[str] | None = None) -> int:
     heard, unheard = read_manifest(train), read_manifest(test)
 
     ends.append(time.perf_counter())
-    folder = out / "training"
-    learned = learn.learn(args.config, (train, test), folder, args.steps, args.minutes, str(device), args.seed)
-    model, last = learned.model, learned.wer[-1]
-    voices = {split: len(corpus.voices(split)) for split in ("train", "test")}
+    how = args.steps, args.minutes, str(device), args.seed
+    model, losses, wers = learn.learn(args.config, (train, test), out / "training", *how)
+    last, voices = wers[-1], {split: len(names) for split, names in corpus.VOICES.items()}
     console.print(
         f"{last['step']} steps: [bold]WER {last['wer']:.1%} on {voices['test']} voices that were not in training[/]"
     )
-    config = model.config
-    state = {"format": checkpoint.FORMAT, "config": config.to_dict(), "labels": list(config.labels)}
-    checkpoint.save(out / "model.pt", state | {"state_dict": model.state_dict()})
+    state = {"config": model.config.to_dict(), "labels": list(model.config.labels), "state_dict": model.state_dict()}
+    checkpoint.save(out / "model.pt", {"format": checkpoint.FORMAT} | state)
     paths, examples = listen(model, unheard, device, args.seed)
     for path, example in zip(paths, examples, strict=True):
         example["file"] = str(path.relative_to(out))
@@ -131,8 +125,8 @@ def main(argv: list[str] | None = None) -> int:
     ends.append(time.perf_counter())
     console.print("measuring fused against eager ...")
     frames = 16 * math.ceil(100 * statistics.median(u.duration for u in heard) / 16)
-    batch = learn.BATCH_SIZE, frames
-    measured = compare.compare(args.config, out / "bench", batch, device, args.compare_seconds / 2)
+    batch, seconds = (learn.BATCH_SIZE, frames), args.compare_seconds / 2
+    measured = compare.compare(args.config, out / "bench", batch, device, seconds)
     ends.append(time.perf_counter())
     result = {
         "wer_unseen": last["wer"],
@@ -149,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
         },
         "model": {"name": args.config.name, "parameters": sum(p.numel() for p in model.parameters())},
         "examples": examples,
-        "curves": {"loss": learned.loss, "wer": learned.wer},
+        "curves": {"loss": losses, "wer": wers},
         "versions": {"jasper_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": machine,
         "command": " ".join(["python -m jasper_fast.demo", *(sys.argv[1:] if argv is None else argv)]),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +12,25 @@ import soundfile
 import soxr
 from rich.progress import track
 
-from .espeak import Espeak
+from jasper_fast.data.prepare.writing import write_manifest
+from jasper_fast.demo import espeak
 
 SAMPLE_RATE = 16000
 
 # Languages and variants of espeak-ng, without its robots, whispers and jokes.
 ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-us-nyc", "en-gb-x-gbcwmd", "en-029")
-TRAIN_WOMEN = "f1 f2 f3 f5 Alicia anika aunty belinda grandma shelby steph steph2 Nguyen"
-TRAIN_MEN = (
-    "Alex Denis Diogo Gene Gene2 Hugo Lee Marco Mario Mike Reed RicishayMax adam announcer benjamin boris david ed"
-    " edward grandpa ian iven3 john klatt2 klatt5 m1 m2 m4 m6 m7 m8 marcelo michel norbert pablo pedro quincy rob"
-    " robert sandro travis victor"
-)
-TEST_WOMEN = "f4 Andrea Annie linda"
-TEST_MEN = "m3 Andy Michael gustave klatt3 paul"
+_WOMEN = {
+    "train": "f1 f2 f3 f5 Alicia anika aunty belinda grandma shelby steph steph2 Nguyen",
+    "test": "f4 Andrea Annie linda",
+}
+_MEN = {
+    "train": "Alex Denis Diogo Gene Gene2 Hugo Lee Marco Mario Mike Reed RicishayMax adam announcer benjamin boris"
+    " david ed edward grandpa ian iven3 john klatt2 klatt5 m1 m2 m4 m6 m7 m8 marcelo michel norbert pablo pedro quincy"
+    " rob robert sandro travis victor",
+    "test": "m3 Andy Michael gustave klatt3 paul",
+}
+# The voices of each split. No voice is in both. The accent is drawn anew for each sentence.
+VOICES = {split: f"{_WOMEN[split]} {_MEN[split]}".split() for split in ("train", "test")}
 
 COMMANDS = (
     "<turn> <on> the <room> <thing>",
@@ -53,20 +57,6 @@ TEENS = ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen"
 TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 
 
-@dataclass(frozen=True)
-class Voice:
-    """One speaker, that is one variant of espeak-ng's voices. The accent is drawn anew for each sentence."""
-
-    name: str
-    kind: str  # "female" or "male"
-
-
-def voices(split: str) -> list[Voice]:
-    """Returns the voices of a split, "train" or "test". No voice is in both."""
-    women, men = {"train": (TRAIN_WOMEN, TRAIN_MEN), "test": (TEST_WOMEN, TEST_MEN)}[split]
-    return [Voice(name, "female") for name in women.split()] + [Voice(name, "male") for name in men.split()]
-
-
 def number(rng: random.Random) -> str:
     """Draws a number in words: below ten or from ten to nineteen with a probability of 1/4 each, else 20 to 99."""
     style = rng.randrange(4)
@@ -90,6 +80,14 @@ def trim(samples: np.ndarray, sample_rate: int, keep: float = 0.08, level: float
     return samples[max(0, loud[0] - pad) : loud[-1] + pad]
 
 
+def record(path: Path, samples: np.ndarray, rate: int, uniform: Callable, noise: np.random.Generator) -> None:
+    """Writes samples as a WAV file, at a random loudness and with a little noise, because recordings are never quite
+    silent. `uniform(low, high)` draws a number."""
+    samples = samples * (uniform(0.2, 0.6) / np.abs(samples).max())
+    samples += noise.standard_normal(len(samples), dtype=np.float32) * 10 ** uniform(-4, -2.5)
+    soundfile.write(path, samples, rate, subtype="PCM_16")
+
+
 def synthesise(out: Path, split: str, count: int, seed: int = 0, progress: bool = True) -> Path:
     """Synthesises `count` commands as 16 kHz WAV files in `out/split` and returns the manifest's path.
 
@@ -97,30 +95,25 @@ def synthesise(out: Path, split: str, count: int, seed: int = 0, progress: bool 
     The voices of the split speak equally often. Accent, speed, pitch, loudness and a little noise are random.
     Raises `SynthError` if the synthesiser is missing.
     """
-    espeak = Espeak.start()
+    speaker = espeak.start()
     rng = random.Random(f"{seed} {split}")
     noise = np.random.default_rng([seed, len(split)])
-    folder = out / split
-    folder.mkdir(parents=True, exist_ok=True)
-    manifest = out / f"{split}.jsonl"
-    cast = voices(split)
-    lines = []
+    (out / split).mkdir(parents=True, exist_ok=True)
+    cast, lines = VOICES[split], []
     for index in track(range(count), description=f"speaking {split} ({len(cast)} voices)", disable=not progress):
         voice = cast[index % len(cast)]
         text = sentence(rng)
-        samples = espeak.say(
+        samples = speaker.say(
             text,
-            f"{rng.choice(ACCENTS)}+{voice.name}",
+            f"{rng.choice(ACCENTS)}+{voice}",
             rate=rng.randint(140, 200),
             pitch=rng.randint(30, 70),
             pitch_range=rng.randint(30, 70),
         )
-        samples = soxr.resample(trim(samples, espeak.sample_rate), espeak.sample_rate, SAMPLE_RATE)
-        samples *= rng.uniform(0.2, 0.6) / np.abs(samples).max()
-        samples += noise.standard_normal(len(samples), dtype=np.float32) * 10 ** rng.uniform(-4, -2.5)
-        name = f"{split}/{index:04d}_{voice.name}.wav"
-        soundfile.write(out / name, samples, SAMPLE_RATE, subtype="PCM_16")
+        samples = soxr.resample(trim(samples, speaker.sample_rate), speaker.sample_rate, SAMPLE_RATE)
+        name = f"{split}/{index:04d}_{voice}.wav"
+        record(out / name, samples, SAMPLE_RATE, rng.uniform, noise)
         line = {"audio_filepath": name, "duration": round(len(samples) / SAMPLE_RATE, 4)}
-        lines.append(line | {"text": text, "speaker": voice.name})
-    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return manifest
+        lines.append(line | {"text": text, "speaker": voice})
+    write_manifest(out / f"{split}.jsonl", lines)
+    return out / f"{split}.jsonl"

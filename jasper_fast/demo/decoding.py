@@ -11,27 +11,27 @@ counts errors on the rest. Intervals are 95 % intervals by a paired bootstrap ov
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 import yaml
 
 from jasper_fast.data.manifest import Utterance, read_manifest
+from jasper_fast.data.prepare.writing import write_manifest
 from jasper_fast.demo import corpus, learn
 from jasper_fast.inference.recognizer import Recognizer
 from jasper_fast.lm.decoders import decoder, load_lm
 from jasper_fast.lm.saved import Saved
-from jasper_fast.lm.search import beam_search
 from jasper_fast.lm.train import train
-from jasper_fast.lm.tune import best, trials
+from jasper_fast.lm.tune import Trial, best, trials
 from jasper_fast.speech import audio
-from jasper_fast.speech.decoding import greedy_decode
+from jasper_fast.speech.decoding import Hypothesis, greedy_decode
 from jasper_fast.speech.metrics import word_errors
 
 RATE = 8000  # sample rate of the digits
@@ -43,7 +43,7 @@ def strings(manifest: Path, out: Path, count: int | None, words: tuple[int, int]
     """Joins recordings of single words into strings, each by one speaker, and returns the path of their manifest.
 
     ``count`` strings are drawn with repetition. With None, each recording is used in exactly one string. ``words``: the
-    least and the most words of a string. A little noise is added everywhere, because recordings are never quite silent.
+    least and the most words of a string.
     """
     lines = [json.loads(line) for line in manifest.read_text().splitlines()]
     clips: dict[str, list[Utterance]] = {}
@@ -55,13 +55,10 @@ def strings(manifest: Path, out: Path, count: int | None, words: tuple[int, int]
         pieces = [pause(rng)]
         for utterance in chosen:
             pieces += [audio.load(utterance.path, RATE), pause(rng)]
-        joined = np.concatenate(pieces)
-        joined *= rng.uniform(0.2, 0.6) / np.abs(joined).max()
-        joined += rng.standard_normal(len(joined), dtype=np.float32) * 10 ** rng.uniform(-4, -2.5)
-        soundfile.write(out / f"{i:05}.wav", joined, RATE, subtype="PCM_16")
-        text = " ".join(u.text for u in chosen)
+        joined, text = np.concatenate(pieces), " ".join(u.text for u in chosen)
+        corpus.record(out / f"{i:05}.wav", joined, RATE, rng.uniform, rng)
         out_lines.append({"audio_filepath": f"{i:05}.wav", "duration": len(joined) / RATE, "text": text})
-    (out / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in out_lines))
+    write_manifest(out / "manifest.jsonl", out_lines)
     return out / "manifest.jsonl"
 
 
@@ -123,14 +120,25 @@ def gain(before: np.ndarray, after: np.ndarray, rounds: int = 4000) -> tuple[flo
     return 100 * (1 - after[:, 0].sum() / before[:, 0].sum()), *(100 * np.percentile(ratios, (2.5, 97.5)))
 
 
-def decoded(saved: Saved, lm: Path | None, weights: tuple[float, float], beam: int) -> list[str]:
-    arrays = [torch.from_numpy(saved.log_probs(i)) for i in range(len(saved.utterances))]
-    if lm is None:
-        return [beam_search(a[None], torch.tensor([len(a)]), saved.vocabulary, beam=beam)[0][0].text for a in arrays]
-    search = decoder(saved.vocabulary, load_lm(lm, saved.vocabulary), beam=beam, alpha=weights[0], beta=weights[1])
-    texts = [search.begin(a[None], torch.tensor([len(a)]), 0.02)()[0].text for a in arrays]
-    search.close()
-    return texts
+def rate(counted: np.ndarray) -> float:
+    """Returns the word error rate, in per cent, of what `errors` counted."""
+    return 100 * counted[:, 0].sum() / counted[:, 1].sum()
+
+
+def log_probs(saved: Saved) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields the log-probs (1, T, V) of each utterance, and their length (1,)."""
+    for i in range(len(saved.utterances)):
+        found = torch.from_numpy(saved.log_probs(i))[None]
+        yield found, torch.tensor([found.shape[1]])
+
+
+def decoded(saved: Saved, lm: Path | None, trial: Trial, beam: int, n_best: int = 1) -> list[Sequence[Hypothesis]]:
+    """Returns the ``n_best`` texts of each utterance with alpha and beta of ``trial``."""
+    loaded = load_lm(lm, saved.vocabulary) if lm else None
+    search = decoder(saved.vocabulary, loaded, beam=beam, alpha=trial.alpha, beta=trial.beta, n_best=n_best)
+    with contextlib.closing(search):
+        begun = [search.begin(*one, saved.frame_seconds) for one in log_probs(saved)]
+        return [transcript.hypotheses for heard in begun for transcript in heard()]
 
 
 def compare(saved: Saved, texts: Path, out: Path, beam: int) -> list[str]:
@@ -139,21 +147,14 @@ def compare(saved: Saved, texts: Path, out: Path, beam: int) -> list[str]:
     train([texts], words, 3)
     train([texts], symbols, 6, characters=True)
     chosen_on, judged_on = part(saved, slice(0, None, 2)), part(saved, slice(1, None, 2))
-    arrays = [torch.from_numpy(judged_on.log_probs(i)) for i in range(len(judged_on.utterances))]
-    greedy = [greedy_decode(a[None], torch.tensor([len(a)]), saved.vocabulary)[0] for a in arrays]
-    base = errors(judged_on, greedy)
-    rate = 100 * base[:, 0].sum() / base[:, 1].sum()
-    lines = [f"{len(base)} utterances, {base[:, 1].sum()} words; greedy WER {rate:.2f} %"]
+    base = errors(judged_on, [greedy_decode(*one, saved.vocabulary)[0] for one in log_probs(judged_on)])
+    lines = [f"{len(base)} utterances, {base[:, 1].sum()} words; greedy WER {rate(base):.2f} %"]
     for name, lm in (("no language model", None), ("6-gram of characters", symbols), ("3-gram of words", words)):
-        weights = (0.0, 0.0)
-        if lm is not None:
-            trial = best([*trials(chosen_on, lm, None, GRID, beam)])
-            weights = trial.alpha, trial.beta
-        found = errors(judged_on, decoded(judged_on, lm, weights, beam))
+        trial = best([*trials(chosen_on, lm, None, GRID if lm else [(0.0, 0.0)], beam)])
+        found = errors(judged_on, [texts[0].text for texts in decoded(judged_on, lm, trial, beam)])
         better, low, high = gain(base, found)
-        rate = 100 * found[:, 0].sum() / found[:, 1].sum()
-        lines.append(f"beam {beam}, {name}: WER {rate:.2f} %, {better:.1f} % [{low:.1f}, {high:.1f}] fewer errors, "
-                     f"alpha {weights[0]:g}, beta {weights[1]:g}")  # fmt: skip
+        lines.append(f"beam {beam}, {name}: WER {rate(found):.2f} %, {better:.1f} % [{low:.1f}, {high:.1f}] fewer "
+                     f"errors, alpha {trial.alpha:g}, beta {trial.beta:g}")  # fmt: skip
     return lines
 
 
@@ -178,12 +179,12 @@ def main() -> None:
     else:
         heard = corpus.synthesise(out / "corpus", "train", 1500)
         test = corpus.synthesise(out / "corpus", "test", 400)
-        config, steps, batch_size = Path(str(files("jasper_fast.configs") / "demo.yaml")), 1500, learn.BATCH_SIZE
+        config, steps, batch_size = learn.CONFIG, 1500, learn.BATCH_SIZE
     budget = arguments.steps or steps, arguments.minutes
-    made = learn.learn(config, (heard, test), out / "run", *budget, "cpu", batch_size=batch_size)
+    model, *_ = learn.learn(config, (heard, test), out / "run", *budget, "cpu", batch_size=batch_size)
     texts = out / "texts.txt"
     texts.write_text("".join(u.text + "\n" for u in read_manifest(heard)))
-    saved = say(made.model.eval(), read_manifest(test), out / "log_probs")
+    saved = say(model.eval(), read_manifest(test), out / "log_probs")
     lines = compare(saved, texts, out, arguments.beam)
     (out / "result.txt").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -6,6 +6,7 @@ The library (GPLv3) is loaded at run time from the package `espeakng-loader`. No
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import tempfile
 from pathlib import Path
@@ -30,15 +31,6 @@ class Espeak:
 
     Raises `SynthError` if the package `espeakng-loader` is missing or its library does not start.
     """
-
-    _started: Espeak | None = None
-
-    @classmethod
-    def start(cls) -> Espeak:
-        """Returns the process's synthesiser, and starts it at the first call."""
-        if cls._started is None:
-            cls._started = cls()
-        return cls._started
 
     def __init__(self) -> None:
         try:
@@ -99,3 +91,9 @@ class Espeak:
         if status != 0 or not self._chunks:
             raise SynthError(f"espeak-ng spoke nothing for {text!r} with voice {voice!r} (status {status})")
         return np.concatenate(self._chunks).astype(np.float32) / 32768.0
+
+
+@functools.cache
+def start() -> Espeak:
+    """Returns the process's synthesiser, and starts it at the first call."""
+    return Espeak()

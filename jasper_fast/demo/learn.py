@@ -6,7 +6,7 @@ from __future__ import annotations
 import shutil
 import statistics
 import time
-from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from jasper_fast.training.folder import Folder
 from jasper_fast.training.runs import StopRequest, read_log
 from jasper_fast.training.state import TrainingState
 
+CONFIG = Path(str(files("jasper_fast.configs") / "demo.yaml"))
 BATCH_SIZE = 8
 LOOKS = 6  # validations, each with the current weights and with their moving average
 
@@ -63,15 +64,6 @@ class Threads:
         torch.set_num_threads(self.candidates[which])
 
 
-@dataclass
-class Learned:
-    """The result of a training run: the model with averaged weights, and its log of training and validation."""
-
-    model: Jasper
-    loss: list[dict[str, Any]]
-    wer: list[dict[str, Any]]
-
-
 def learn(
     config: Path,
     manifests: tuple[Path, Path],
@@ -81,9 +73,10 @@ def learn(
     device: str,
     seed: int = 0,
     batch_size: int = BATCH_SIZE,
-) -> Learned:
+) -> tuple[Jasper, list[dict[str, Any]], list[dict[str, Any]]]:
     """Trains a Jasper of `config` on the first manifest for `steps` steps, or for `minutes` if these end first, and
-    tests it on the second manifest. Deletes `folder` first if it exists.
+    tests it on the second manifest. Deletes `folder` first if it exists. Returns the model with averaged weights, and
+    its records of training and of validation.
 
     The tests influence nothing: the settings are fixed, and the last averaged weights are the result. Raises
     KeyboardInterrupt if a signal stopped the run.
@@ -106,5 +99,5 @@ def learn(
     if stop.signal:
         raise KeyboardInterrupt(stop.signal)
     records = read_log(folder / "log.jsonl")
-    model = load_model(Folder(folder).steps()[-1], ema=True)
-    return Learned(model, *([r for r in records if r["kind"] == kind] for kind in ("train", "val_ema")))
+    loss, wer = ([r for r in records if r["kind"] == kind] for kind in ("train", "val_ema"))
+    return load_model(Folder(folder).steps()[-1], ema=True), loss, wer

@@ -14,15 +14,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.progress import track
 
-from jasper_fast.demo.decoding import GRID, errors, gain, part
-from jasper_fast.lm.decoders import decoder, load_lm
+from jasper_fast.demo.decoding import GRID, decoded, errors, gain, part, rate
 from jasper_fast.lm.neural import options, scoring, training
 from jasper_fast.lm.rescore import LISTED, Scorer, rescore
 from jasper_fast.lm.saved import Saved
-from jasper_fast.lm.tune import Trial, best, trials
+from jasper_fast.lm.tune import best, trials
 
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 OPTIONS = """--layers 2 --width 128 --heads 4 --memory 32 --segment 32 --batch-size 8 --dropout 0.2
@@ -39,17 +37,6 @@ def learn(texts: Path, out: Path, steps: int) -> None:
     training.train(options.parse(map(str, words)))
 
 
-def decoded(saved: Saved, lm: Path | None, trial: Trial, scorer: Scorer, beam: int) -> list[str]:
-    """Returns the rescored texts with the weights of ``trial``."""
-    loaded = load_lm(lm, saved.vocabulary) if lm else None
-    search = decoder(saved.vocabulary, loaded, beam=beam, alpha=trial.alpha, beta=trial.beta, n_best=LISTED)
-    arrays = [torch.from_numpy(saved.log_probs(i)) for i in range(len(saved.utterances))]
-    begun = [search.begin(a[None], torch.tensor([len(a)]), saved.frame_seconds) for a in arrays]
-    lists = [transcript.hypotheses for heard in begun for transcript in heard()]
-    search.close()
-    return [hypotheses[0].text for hypotheses in rescore(lists, scorer, trial.rescore)]
-
-
 def compare(saved: Saved, scorer: Scorer, passes: Sequence[tuple[str, Path | None]], beam: int) -> list[str]:
     """Returns the lines of the result, one per first pass."""
     chosen_on, judged_on, lines = part(saved, slice(0, None, 2)), part(saved, slice(1, None, 2)), []
@@ -58,11 +45,13 @@ def compare(saved: Saved, scorer: Scorer, passes: Sequence[tuple[str, Path | Non
         tried = trials(chosen_on, lm, None, grid, beam, second=(scorer, WEIGHTS))
         found = [*track(tried, f"weights, {name}", len(grid) * len(WEIGHTS), transient=True)]
         first, second = best([t for t in found if not t.rescore]), best(found)
-        before, after = (errors(judged_on, decoded(judged_on, lm, t, scorer, beam)) for t in (first, second))
-        shown = []
-        for counted, t in ((before, first), (after, second)):
-            rate = 100 * counted[:, 0].sum() / counted[:, 1].sum()
-            shown.append(f"{rate:.2f} % (alpha {t.alpha:g}, beta {t.beta:g}, weight {t.rescore:g})")
+        counts, shown = [], []
+        for trial in (first, second):
+            texts = rescore(decoded(judged_on, lm, trial, beam, LISTED), scorer, trial.rescore)
+            counts.append(errors(judged_on, [hypotheses[0].text for hypotheses in texts]))
+            weights = f"alpha {trial.alpha:g}, beta {trial.beta:g}, weight {trial.rescore:g}"
+            shown.append(f"{rate(counts[-1]):.2f} % ({weights})")
+        before, after = counts
         fewer = "{:.1f} % [{:.1f}, {:.1f}] fewer errors".format(*gain(before, after)) if before[:, 0].any() else "-"
         lines.append(f"beam {beam}, {name}: WER {shown[0]}, rescored {shown[1]}, {fewer}")
     return lines

@@ -230,7 +230,7 @@ def _beside(model: Jasper, labels: Sequence[str]) -> dict[str, str]:
     about: dict[str, Any] = {
         "model_type": "nemo-conformer-ctc",
         "features_size": config.encoder.in_feats,
-        "subsampling_factor": math.prod(b.s**b.repeat for b in config.encoder.blocks),
+        "subsampling_factor": config.encoder.stride,
     }
     features = (config.input_val or config.input_train).get("filterbank_features") or {}
     return {

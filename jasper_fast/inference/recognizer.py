@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections import deque
@@ -94,8 +93,7 @@ class Recognizer:
             )
         self.sample_rate = self.features.sample_rate
         self.engine = InferenceEngine(model.to(self.device).eval(), dtype=dtype, fp32_precision=fp32_precision)
-        stride = math.prod(block.s**block.repeat for block in config.encoder.blocks)
-        self.frame_seconds = self.features.hop_length * stride / self.sample_rate
+        self.frame_seconds = self.features.hop_length * config.encoder.stride / self.sample_rate
         self.decoder: Decoder | None = None
 
     def __call__(self, audio: Tensor, lengths: Tensor) -> list[Transcript]:

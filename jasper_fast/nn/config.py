@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,11 @@ class EncoderConfig:
             raise ConfigError(f"init {self.init!r} is not one of {', '.join(INITS)}")
         if not self.blocks:
             raise ConfigError("blocks is empty: a Jasper needs at least one block")
+
+    @property
+    def stride(self) -> int:
+        """Frames of the input for each frame of the output."""
+        return math.prod(block.s**block.repeat for block in self.blocks)
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,9 @@ class RunError(RuntimeError):
     """Raised when a run cannot start or continue. The message says why and what to do."""
 
 
-@contextmanager
-def preparing(what: str) -> Iterator[None]:
-    """A context that turns a ValueError (an unusable setting or file) into a RunError that names `what`."""
-    try:
-        yield
-    except ValueError as error:
-        raise RunError(f"{what}: {error}") from error
+def launched() -> tuple[int, int, int]:
+    """Returns the rank, the number of processes and the rank on this machine, as `torchrun` set them, else 0, 1, 0."""
+    return tuple(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ class Ranks:
 
         `device`: "auto", "cpu", "cuda" or "cuda:1". Raises RunError if a GPU is requested and there is none.
         """
-        rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        rank, world, local = launched()
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device.startswith("cuda") and not torch.cuda.is_available():

@@ -19,7 +19,7 @@ from jasper_fast.nn.config import JasperConfig
 from jasper_fast.speech import augment
 from jasper_fast.speech.features import LogMelFeatures
 from jasper_fast.speech.text import Vocabulary
-from jasper_fast.training.runs import RunError, preparing
+from jasper_fast.training.runs import RunError
 from jasper_fast.training.state import TrainingState
 from jasper_fast.training.step import Frontend
 
@@ -57,19 +57,20 @@ class Split:
         `sampling`: arguments of BatchSampler. Raises RunError, which names the setting or file that cannot be used.
         """
         settings = config.input_train if training else config.input_val or config.input_train
-        with preparing(f"{name} data"):
+        try:
             features = LogMelFeatures.from_config(settings.get("filterbank_features", {}))
             if features.n_mels != (wanted := config.encoder.in_feats):
                 kind = "input_train" if training else "input_val"
                 raise ValueError(f"{kind} makes {features.n_mels} features, but the encoder takes {wanted}")
-            stride = math.prod(b.s**b.repeat for b in config.encoder.blocks)
             dataset = SpeechDataset.from_manifests(
                 manifests, Vocabulary(config.labels), settings.get("audio_dataset"), data_dir,
-                training=training, seed=seed, frame_samples=features.hop_length * stride,
+                training=training, seed=seed, frame_samples=features.hop_length * config.encoder.stride,
             )  # fmt: skip
             sampling["shards"] = dataset.shards
             sampler = BatchSampler(dataset.durations, shuffle=training, seed=seed, **sampling)
             frontend = Frontend(features, augment.from_config(settings) if training else None)
+        except ValueError as error:
+            raise RunError(f"{name} data: {error}") from error
         return cls(name, dataset, sampler, frontend, workers)
 
     def __str__(self) -> str:
