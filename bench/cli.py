@@ -6,171 +6,96 @@ import datetime
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from jasper_fast.bench.commands import choices, scaling
+from jasper_fast.bench.commands import (
+    choices,
+    decode,
+    kernels,
+    latency,
+    launches,
+    memory,
+    optimizer,
+    profile,
+    scaling,
+    train,
+)
+from jasper_fast.bench.compile import gate
+from jasper_fast.bench.gpu import gpu
 from jasper_fast.bench.harness import cudnn_search, limits, machine, options, paths, result_file
 from jasper_fast.bench.harness.case import QUICK, Effort
 from jasper_fast.bench.harness.console import console, say
 from jasper_fast.bench.harness.errors import DeviceLost
 from jasper_fast.bench.harness.run import Run
-from jasper_fast.bench.report import goals, terminal
+from jasper_fast.bench.report import goals, html_page, terminal
 from jasper_fast.bench.rivals import choice
+from jasper_fast.bench.tune import tune
 from jasper_fast.dispatch import backends
 from jasper_fast.kernels import precision
+from jasper_fast.options import Option, add, option
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ALL_SECONDS = 570.0
-DEFAULT_BATCH, DEFAULT_MEMORY_BATCH = (8, 400), (2, 400)  # (N, T)
+DEFAULT_BATCH = (8, 400)  # (N, T)
 OURS = "jasper_fast"  # the contender's name
 MODELS = "small, medium, jasper10x5, quartznet_small, quartznet15x5 or a YAML file"  # for help texts
 INTERRUPTED = 130  # exit status of a shell after Ctrl-C
+NOTHING = "interrupted: nothing was measured yet"
 
+# ------------------------------------------------------------------ options
 
-def common_options() -> argparse.ArgumentParser:
-    """Returns a parser with the options of every subcommand that measures rows."""
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
+OUT = option(
+    "--out", type=Path, default=paths.OUT, metavar="DIR", help="folder for the JSON file (default: build/bench)"
+)
+COMMON = (  # options of every subcommand that measures rows
+    option(
         "--device",
         type=options.device,
-        default=None,
         help="device to measure on: cpu, cuda or cuda:1 (default: the GPU if there is one)",
-    )
-    common.add_argument(
+    ),
+    option(
         "--dtype",
         choices=DTYPES,
-        default=None,
         help="type of activations and products (default: fp32 on a CPU, fp16 on a GPU)",
-    )
-    common.add_argument(
-        "--fp32-precision", choices=precision.FP32_PRECISIONS, default=None,
+    ),
+    option(
+        "--fp32-precision",
+        choices=precision.FP32_PRECISIONS,
         help="precision of fp32 products on a GPU, for all contenders (default: PyTorch's, which is "
         "tf32 for convs and ieee for the rest)",
-    )  # fmt: skip
-    common.add_argument(
+    ),
+    option(
         "--backend",
         default="auto",
         choices=("auto", "reference", "cpu", "triton", "cuda"),
         help="the implementation of jasper_fast's ops to time (default: auto, which chooses by shape)",
-    )
-    common.add_argument(
-        "--out", type=Path, default=paths.OUT, metavar="DIR", help="folder for the JSON file (default: build/bench)"
-    )
-    common.add_argument(
-        "--quick", action="store_true", help="measure only the cases with goals, with fewer repetitions"
-    )
-    common.add_argument(
+    ),
+    OUT,
+    option("--quick", action="store_true", help="measure only the cases with goals, with fewer repetitions"),
+    option(
         "--rivals",
         type=choices.rivals,
         default="default",
         help="rivals to measure: default, all, or names separated by commas (see bench/rivals)",
-    )
-    common.add_argument(
-        "--threads", type=options.count, default=None, help="CPU threads for all contenders (default: PyTorch's)"
-    )
-    common.add_argument("--seconds", type=options.seconds, default=None, help="seconds to spend on each case")
-    common.add_argument(
+    ),
+    option("--threads", type=options.count, help="CPU threads for all contenders (default: PyTorch's)"),
+    option("--seconds", type=options.seconds, help="seconds to spend on each case"),
+    option(
         "--resume",
         action="store_true",
         help="continue the last interrupted run of this machine and commit, and keep its finished rows",
-    )
-    return common
+    ),
+)
+MODEL = option("--model", type=choices.model, default="jasper10x5", help=f"{MODELS} (default: jasper10x5)")
 
 
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of all subcommands and their options."""
-    top = argparse.ArgumentParser(prog=paths.COMMAND, description=__doc__)
-    sub = top.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
-    common = common_options()
-
-    def add(name: str, help: str) -> argparse.ArgumentParser:
-        return sub.add_parser(name, help=help, description=help, parents=[common])
-
-    kernels = add("kernels", "time each op at the shape of each Jasper layer, and compare it with eager PyTorch")
-    kernels.add_argument(
-        "--op",
-        default="all",
-        help="op to measure: bn_relu_dropout, sub_block, conv1d, panes, depthwise or all (default: all)",
-    )
-    kernels.add_argument(
-        "--mode",
-        choices=("forward", "backward", "both", "inference"),
-        default=None,
-        help="measure only this mode (default: all modes of an op)",
-    )
-    train = add("train", "time forward + backward, and the full training step, in utterances per second")
-    add_models(train, DEFAULT_BATCH)
-    one = "measure only this mode (default: both; with --quick only forward+backward)"
-    train.add_argument("--mode", choices=("forward+backward", "step"), default=None, help=one)
-    many = (
-        "measure the full step with 1 process and with N, each with its own batch: utterances per second, efficiency, "
-        "and the communication that no computation hides. Starts the processes, unless torchrun started them (the "
-        "default is then 1, 2, 4, ... up to all of them)"
-    )
-    train.add_argument("--world", type=scaling.sizes, default=None, metavar="N[,N...]", help=many)
-    step = add("optimizer", "time the optimiser's step with its check for NaN and the moving average of the weights")
-    step.add_argument("--model", type=choices.model, action="append", help=f"{MODELS} (default: jasper10x5)")
-    latency = add("latency", "percentiles of the time to wait for a batch, by batch size and audio length")
-    latency.add_argument("--model", type=choices.model, default="jasper10x5", help=f"{MODELS} (default: jasper10x5)")
-    latency.add_argument(
-        "--full", action="store_true", help="measure all batch sizes and lengths on a CPU too, which takes an hour"
-    )
-    decode = add("decode", "time beam searches and flashlight-text, alone and as a part of features to text")
-    decode.add_argument("--model", type=choices.model, default="jasper10x5", help=f"{MODELS} (default: jasper10x5)")
-    memory = add("memory", "count the bytes that a training forward keeps for backward, and the peak of the step")
-    add_models(memory, DEFAULT_MEMORY_BATCH)
-    add("all", "kernels, train, latency and memory: small, medium and Jasper 10x5, in under 10 minutes on two cores")
-    add("launches", "count the ops and kernels that one call launches, and time the host's work to launch them")
-    profile = add("profile", "write a torch.profiler trace with ranges named after layers; print time per layer and op")
-    profile.add_argument("--model", type=choices.model, default="small", help=f"{MODELS} (default: small)")
-    profile.add_argument(
-        "--mode", choices=("train", "inference"), default="train", help="the step to profile (default: train)"
-    )
-    profile.add_argument(
-        "--batch",
-        type=options.batch,
-        default=DEFAULT_BATCH,
-        metavar="N,T",
-        help="number of utterances, and feature frames of each (default: 8,400)",
-    )
-    gpu = add(
-        "gpu",
-        "tests, self-check, a short tuning and all benchmarks on a GPU in at most nine minutes, the most valuable "
-        "numbers first; --resume continues. The full tuning is another command: python -m bench tune",
-    )
-    gpu.add_argument(
-        "--budget", type=options.seconds, default=540.0, metavar="SECONDS", help="stop after SECONDS (default: 540)"
-    )
-    add_data(sub)
-    add_compile(sub)
-    add_tune(sub)
-    report = sub.add_parser(
-        "report",
-        help="write one self-contained HTML page, or the README's table, from results",
-        description="Write one self-contained HTML page, or the README's table, from results.",
-    )
-    report.add_argument(
-        "results",
-        nargs="*",
-        type=options.result,
-        help="JSON files of results (default: the newest in build/bench; with --readme, all in bench/results)",
-    )
-    report.add_argument(
-        "--html", type=options.page, default=None, help="file for the page (default: next to the first result)"
-    )
-    report.add_argument(
-        "--readme", action="store_true", help="write the table into README.md, between its two markers, and no page"
-    )
-    return top
-
-
-def add_models(command: argparse.ArgumentParser, batch: tuple[int, int]) -> None:
-    """Adds the option `--model`, which may be repeated. A model may name its own batch. The default is `batch`, (N,
+def models_option(batch: tuple[int, int]) -> Option:
+    """Returns the option `--model`, which may be repeated. A model may name its own batch. The default is `batch`, (N,
     T)."""
-    command.add_argument(
+    return option(
         "--model",
         type=choices.models_batch(batch),
         action="append",
@@ -179,32 +104,189 @@ def add_models(command: argparse.ArgumentParser, batch: tuple[int, int]) -> None
     )
 
 
-def add_data(sub: argparse._SubParsersAction) -> None:
-    """Adds `data`. It runs on no device, so it has only its own options."""
-    from jasper_fast.bench.commands import data
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A subcommand that measures rows: its help, its work, and its options besides COMMON."""
 
-    help = "measure how fast one core prepares padded batches from audio files, and how many cores a GPU needs"
-    raw = argparse.RawDescriptionHelpFormatter
-    data.add_arguments(sub.add_parser("data", help=help, description=data.__doc__, formatter_class=raw))
-
-
-def add_compile(sub: argparse._SubParsersAction) -> None:
-    """Adds `compile`, which needs no device."""
-    from jasper_fast.bench.compile import gate
-
-    help = "compile every kernel for sm_80 to sm_100 without a GPU, and compare the results with a committed table"
-    gate.add_arguments(sub.add_parser("compile", help=help, description=help))
+    help: str
+    work: Callable[[Run, argparse.Namespace], object]
+    options: Sequence[Option] = ()
 
 
-def add_tune(sub: argparse._SubParsersAction) -> None:
-    """Adds `tune`."""
-    from jasper_fast.bench.tune import tune
+def measure_all(run: Run, _: argparse.Namespace) -> None:
+    """Measures the cases of `all`, and then again as many of them as the time allows."""
+    run.brief, run.revisits, run.deadline = True, True, run.started + ALL_SECONDS
+    run.effort = dataclasses.replace(run.effort.at_most(3.0), min_rounds=4)
+    kernels.main(run)
+    train.main(run)
+    latency.main(run, "jasper10x5")
+    train.main(run, (("quartznet_small", 8, 400),), train.MODES[0])
+    latency.main(run, "quartznet15x5", grid=((1, 2.0),))
+    run.revisit()
+    memory.main(run)
+    memory.main(run, (("quartznet15x5", 2, 400),))
 
-    help = (
+
+COMMANDS = {
+    "kernels": Command(
+        "time each op at the shape of each Jasper layer, and compare it with eager PyTorch",
+        lambda run, args: kernels.main(run, args.op, args.mode),
+        (
+            option(
+                "--op",
+                default="all",
+                choices=("all", *kernels.operations()),
+                help="op to measure (default: all)",
+            ),
+            option(
+                "--mode",
+                choices=("forward", "backward", "both", "inference"),
+                help="measure only this mode (default: all modes of an op)",
+            ),
+        ),
+    ),
+    "train": Command(
+        "time forward + backward, and the full training step, in utterances per second",
+        lambda run, args: train.main(run, tuple(args.model or ()), args.mode),
+        (
+            models_option(DEFAULT_BATCH),
+            option(
+                "--mode",
+                choices=("forward+backward", "step"),
+                help="measure only this mode (default: both; with --quick only forward+backward)",
+            ),
+            option(
+                "--world",
+                type=scaling.sizes,
+                metavar="N[,N...]",
+                help="measure the full step with 1 process and with N, each with its own batch: utterances per second, "
+                "efficiency, and the communication that no computation hides. Starts the processes, unless torchrun "
+                "started them (the default is then 1, 2, 4, ... up to all of them)",
+            ),
+        ),
+    ),
+    "optimizer": Command(
+        "time the optimiser's step with its check for NaN and the moving average of the weights",
+        lambda run, args: optimizer.main(run, tuple(args.model or ())),
+        (option("--model", type=choices.model, action="append", help=f"{MODELS} (default: jasper10x5)"),),
+    ),
+    "latency": Command(
+        "percentiles of the time to wait for a batch, by batch size and audio length",
+        lambda run, args: latency.main(run, args.model, args.full),
+        (
+            MODEL,
+            option(
+                "--full",
+                action="store_true",
+                help="measure all batch sizes and lengths on a CPU too, which takes an hour",
+            ),
+        ),
+    ),
+    "decode": Command(
+        "time beam searches and flashlight-text, alone and as a part of features to text",
+        lambda run, args: decode.main(run, args.model),
+        (MODEL,),
+    ),
+    "memory": Command(
+        "count the bytes that a training forward keeps for backward, and the peak of the step",
+        lambda run, args: memory.main(run, tuple(args.model or ())),
+        (models_option((2, 400)),),
+    ),
+    "all": Command(
+        "kernels, train, latency and memory: small, medium and Jasper 10x5, in under 10 minutes on two cores",
+        measure_all,
+    ),
+    "launches": Command(
+        "count the ops and kernels that one call launches, and time the host's work to launch them",
+        lambda run, _: launches.main(run),
+    ),
+    "profile": Command(
+        "write a torch.profiler trace with ranges named after layers; print time per layer and op",
+        lambda run, args: profile.main(run, args.model, args.mode, *args.batch),
+        (
+            option("--model", type=choices.model, default="small", help=f"{MODELS} (default: small)"),
+            option(
+                "--mode", choices=("train", "inference"), default="train", help="the step to profile (default: train)"
+            ),
+            option(
+                "--batch",
+                type=options.batch,
+                default=DEFAULT_BATCH,
+                metavar="N,T",
+                help="number of utterances, and feature frames of each (default: 8,400)",
+            ),
+        ),
+    ),
+    "gpu": Command(
+        "tests, self-check, a short tuning and all benchmarks on a GPU in at most nine minutes, the most valuable "
+        "numbers first; --resume continues. The full tuning is another command: python -m bench tune",
+        lambda run, args: gpu.main(run, args.budget),
+        (
+            option(
+                "--budget",
+                type=options.seconds,
+                default=540.0,
+                metavar="SECONDS",
+                help="stop after SECONDS (default: 540)",
+            ),
+        ),
+    ),
+}
+DATA = (
+    option("--manifest", type=Path, help="manifest of the utterances to read (default: generated audio)"),
+    option("--seconds", type=options.seconds, default=10.0, help="seconds to spend on each stage (default: 10)"),
+    option("--workers", type=options.count, help="worker processes of the last stage (default: one per core)"),
+    option(
+        "--rate",
+        type=options.seconds,
+        default=480.0,
+        help="utterances per second that a GPU trains on (default: 480, those of one H200)",
+    ),
+    option(
+        "--length",
+        type=options.seconds,
+        default=16.7,
+        help="seconds of audio per utterance of --rate (default: 16.7)",
+    ),
+    OUT,
+)
+REPORT = (
+    option(
+        "results",
+        nargs="*",
+        type=options.result,
+        help="JSON files of results (default: the newest in build/bench; with --readme, all in bench/results)",
+    ),
+    option("--html", type=options.page, help="file for the page (default: next to the first result)"),
+    option(
+        "--readme", action="store_true", help="write the table into README.md, between its two markers, and no page"
+    ),
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of all subcommands and their options."""
+    top = argparse.ArgumentParser(prog=paths.COMMAND, description=__doc__)
+    sub = top.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    add(common, {"": COMMON})
+    for name, command in COMMANDS.items():
+        made = sub.add_parser(name, help=command.help, description=command.help, parents=[common])
+        add(made, {"": command.options})
+    about = "measure how fast one core prepares padded batches from audio files, and how many cores a GPU needs"
+    more = """. Reads the files of --manifest, or FLAC files that it makes. First it measures one thread in CPU time, on
+which other work on the machine has little effect. Then it measures worker processes, by the clock too."""
+    add(sub.add_parser("data", help=about, description=about + more), {"": DATA})
+    about = "compile every kernel for sm_80 to sm_100 without a GPU, and compare the results with a committed table"
+    add(sub.add_parser("compile", help=about, description=about), {"": gate.OPTIONS})
+    about = (
         "time the implementations of each op and their tile sizes on this GPU, and write the table for --backend auto"
     )
     raw = argparse.RawDescriptionHelpFormatter
-    tune.add_arguments(sub.add_parser("tune", help=help, description=tune.__doc__, formatter_class=raw))
+    tune.add_arguments(sub.add_parser("tune", help=about, description=tune.__doc__, formatter_class=raw))
+    about = "write one self-contained HTML page, or the README's table, from results"
+    add(sub.add_parser("report", help=about, description=f"{about.capitalize()}."), {"": REPORT})
+    return top
 
 
 def shell(arguments: list[str] | None = None) -> int:
@@ -223,43 +305,37 @@ def main(arguments: list[str] | None = None) -> int:
 
     The exit status is 0 for success, 1 if a row of jasper_fast has no number or a part failed, and 130 after Ctrl-C.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
     if max(getattr(args, "world", None) or (1,)) > 1 and not scaling.grouped():
-        return scaling.launch(sys.argv[1:] if arguments is None else arguments, max(args.world))
+        return scaling.launch(arguments, max(args.world))
     begun: list[Run] = []
 
     def begin(args: argparse.Namespace) -> Run:
-        begun.append(start(args))
-        begun[0].arguments = tuple(sys.argv[1:] if arguments is None else arguments)
+        begun.append(start(args, arguments))
         return begun[0]
 
     try:
         return _command(args, begin)
     except KeyboardInterrupt:
-        say(_kept(begun[0].results) if begun else "interrupted: nothing was measured yet")
+        say(_kept(begun[0].results) if begun else NOTHING)
         return INTERRUPTED
 
 
 def _command(args: argparse.Namespace, begin: Callable[[argparse.Namespace], Run]) -> int:
     """Runs the subcommand and returns the exit status. `begin` makes the `Run` of a subcommand that measures rows."""
     if args.command == "report":
-        from jasper_fast.bench.report import html_page
-
         return html_page.main(args.results, args.html, args.readme)
     if args.command == "data":
-        from jasper_fast.bench.commands import data
+        from jasper_fast.bench.commands import data  # it needs packages for sound, which other subcommands do not
 
         return data.main(args)
     if args.command == "compile":
-        from jasper_fast.bench.compile import gate
-
         return gate.main(args)
     if args.command == "tune":
-        from jasper_fast.bench.tune import tune
-
         return tune.main(args, begin)
-    if args.command == "kernels":
-        _check_op(args)
+    if args.command == "kernels" and args.mode == "inference" and args.op not in ("all", "sub_block", "depthwise"):
+        raise SystemExit(f"--op {args.op} has no --mode inference; only sub_block and depthwise have it")
     if args.command == "train" and scaling.grouped():
         with scaling.joined(args) as team:
             if team.rank:
@@ -268,17 +344,6 @@ def _command(args: argparse.Namespace, begin: Callable[[argparse.Namespace], Run
                 return 0
             return _measure(begin(args), args, team)
     return _measure(begin(args), args)
-
-
-def _check_op(args: argparse.Namespace) -> None:
-    """Raises SystemExit for an unknown op, or for a mode that the op lacks, before anything is measured."""
-    from jasper_fast.bench.commands import kernels
-
-    known = ("all", *kernels.operations())
-    if args.op not in known:
-        raise SystemExit(f"--op {args.op} is not one of {', '.join(known)}")
-    if args.mode == "inference" and args.op not in ("all", "sub_block", "depthwise"):
-        raise SystemExit(f"--op {args.op} has no --mode inference; only sub_block and depthwise have it")
 
 
 def _measure(run: Run, args: argparse.Namespace, team: scaling.Team | None = None) -> int:
@@ -290,7 +355,7 @@ def _measure(run: Run, args: argparse.Namespace, team: scaling.Team | None = Non
         if team:
             scaling.main(team, args.model or (), run.device, run.dtype, run.backend, run)
         else:
-            _work(run, args)
+            COMMANDS[args.command].work(run, args)
     except choice.UnknownRival as error:
         raise SystemExit(f"--rivals: {error}") from None
     except DeviceLost as error:  # the row of the contender that broke the device is on disk
@@ -305,8 +370,6 @@ def _measure(run: Run, args: argparse.Namespace, team: scaling.Team | None = Non
     terminal.show(data["rows"], data["goals"])
     terminal.console.print(f"wrote {_relative(run.results.path)}")
     if args.command in ("all", "gpu"):
-        from jasper_fast.bench.report import html_page
-
         try:
             html_page.main([run.results.path], None, False)
         except SystemExit as missing:  # a package that only the page needs
@@ -333,10 +396,10 @@ def shortfall(data: dict) -> str:
 
 def _kept(results: result_file.Results) -> str:
     """Returns the message after an interruption, which says what is saved."""
-    rows = len(results.data["rows"])
     if not results.path.exists():
-        return "interrupted: nothing was measured yet"
-    return f"interrupted: {rows} rows are in {_relative(results.path)}; the same command with --resume continues"
+        return NOTHING
+    rows = f"{len(results.data['rows'])} rows are in {_relative(results.path)}"
+    return f"interrupted: {rows}; the same command with --resume continues"
 
 
 def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
@@ -346,7 +409,7 @@ def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtyp
     return device, DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "fp16")]
 
 
-def start(args: argparse.Namespace) -> Run:
+def start(args: argparse.Namespace, arguments: Sequence[str]) -> Run:
     """Returns a new run with its device, precision and result file, after measuring the machine's ceilings."""
     device, dtype = device_and_dtype(args)
     if args.backend != "auto" and (reason := backends.why_missing(args.backend, device)):
@@ -360,8 +423,8 @@ def start(args: argparse.Namespace) -> Run:
         effort = dataclasses.replace(effort, seconds=args.seconds)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # events and streams are created on the current device
-    header = result_file.header(device, vars(args), effort) | {"command": args.command}
-    header["cudnn_benchmark"] = cudnn_search.on(device)
+    header = result_file.header(device, vars(args), effort)
+    header |= {"command": args.command, "cudnn_benchmark": cudnn_search.on(device)}
     path = _resumable(args, header) if args.resume else None
     if path is None:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -371,7 +434,7 @@ def start(args: argparse.Namespace) -> Run:
     if load and load[0] > 0.5 * cores:
         console.print(f"[yellow]load average {load[0]:.1f} on {cores} cores: other processes disturb the timing[/]")
     results = result_file.Results(path, header, args.resume)
-    run = Run(device, dtype, args.backend, args.quick, results, effort, rivals=args.rivals)
+    run = Run(device, dtype, args.backend, args.quick, results, effort, rivals=args.rivals, arguments=tuple(arguments))
     results.data["clocks"] = {"start": machine.clocks(device)}
     if not results.limits:
         with console.status("measuring the machine's limits"):
@@ -382,45 +445,9 @@ def start(args: argparse.Namespace) -> Run:
 
 def _resumable(args: argparse.Namespace, header: dict) -> Path | None:
     """Returns the path of the newest unfinished result of the same subcommand, machine and commit, or None."""
-    for path in sorted(args.out.glob(f"{args.command}_{machine.slug(header['machine']['name'])}_*.json"), reverse=True):
-        if result_file.unfinished(path, header):
-            return path
-    return None
-
-
-# The subcommands that measure rows.
-SUBCOMMANDS = ("kernels", "train", "optimizer", "latency", "memory", "decode", "all", "launches", "profile", "gpu")
-
-
-def _work(run: Run, args: argparse.Namespace) -> None:
-    """Runs the measurements of one of SUBCOMMANDS."""
-    from jasper_fast.bench.commands import decode, kernels, latency, launches, memory, optimizer, profile, train
-    from jasper_fast.bench.gpu import gpu
-
-    work: dict[str, Callable[[], object]] = {
-        "kernels": lambda: kernels.main(run, args.op, args.mode),
-        "train": lambda: train.main(run, tuple(args.model or ()), args.mode),
-        "optimizer": lambda: optimizer.main(run, tuple(args.model or ())),
-        "latency": lambda: latency.main(run, args.model, args.full),
-        "memory": lambda: memory.main(run, tuple(args.model or ())),
-        "decode": lambda: decode.main(run, args.model),
-        "launches": lambda: launches.main(run),
-        "profile": lambda: profile.main(run, args.model, args.mode, *args.batch),
-        "gpu": lambda: gpu.main(run, args.budget),
-    }
-    if args.command in work:
-        work[args.command]()
-        return
-    run.brief, run.revisits, run.deadline = True, True, run.started + ALL_SECONDS
-    run.effort = dataclasses.replace(run.effort.at_most(3.0), min_rounds=4)
-    kernels.main(run)
-    train.main(run)
-    latency.main(run, "jasper10x5")
-    train.main(run, (("quartznet_small", 8, 400),), train.MODES[0])
-    latency.main(run, "quartznet15x5", grid=((1, 2.0),))
-    run.revisit()
-    memory.main(run)
-    memory.main(run, (("quartznet15x5", 2, 400),))
+    pattern = f"{args.command}_{machine.slug(header['machine']['name'])}_*.json"
+    newest = sorted(args.out.glob(pattern), reverse=True)
+    return next((path for path in newest if result_file.unfinished(path, header)), None)
 
 
 def _relative(path: Path) -> Path:

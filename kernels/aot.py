@@ -22,7 +22,6 @@ from triton.runtime.jit import create_function_from_signature
 
 from jasper_fast.kernels.launch import Launch
 
-ARCHITECTURES = (80, 86, 89, 90, 100)
 _WIDE = r"{}\.global\S*(?:\.v4\.[bfu]32|\.v2\.[bfu]64|\.v8\.[bfu]32|\.v4\.[bfu]64)"
 
 

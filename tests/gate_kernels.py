@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from jasper_fast.bench.compile.gate import FACTS
+from jasper_fast.bench.compile.gate import TABLE
 from jasper_fast.kernels import aot, launch
 
 
@@ -68,7 +68,7 @@ def main() -> None:
         ("good on sm_90", 90, multiply(64, 90)),
     ]:
         facts = aot.compile_for(of, arch)
-        found[name] = {fact: getattr(facts, fact) for fact in FACTS}
+        found[name] = {fact: getattr(facts, fact) for fact in TABLE.facts}
         if of.kernel is relu:
             found[name]["sass_maxima"] = len(re.findall(r"\bFMNMX(?!\.NAN)", facts.sass()))
     found["digests"] = [

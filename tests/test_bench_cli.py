@@ -19,7 +19,7 @@ from jasper_fast.bench.harness.errors import DeviceLost
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.report import html_page
 
-MEASURING = [*cli.SUBCOMMANDS]
+MEASURING = [*cli.COMMANDS]
 RUNS = [*MEASURING, "tune"]
 
 

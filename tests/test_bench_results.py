@@ -92,7 +92,7 @@ def test_readme_table_goes_between_its_markers(result, tmp_path):
         readme_table.write([html_page.load(path)], readme)
 
 
-@pytest.mark.parametrize("command", [*cli.SUBCOMMANDS, "compile", "report"])
+@pytest.mark.parametrize("command", [*cli.COMMANDS, "compile", "report"])
 def test_every_subcommand_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])

@@ -11,12 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from jasper_fast.bench.compile.table import COMMITTED
+
 triton = pytest.importorskip("triton")
 gate = pytest.importorskip("jasper_fast.bench.compile.gate")
 launches = pytest.importorskip("jasper_fast.bench.compile.launches")
 aot = pytest.importorskip("jasper_fast.kernels.aot")
 
 ROOT = Path(__file__).resolve().parents[1]
+TABLE = gate.TABLE
 GOOD = {
     "registers": 128, "spilled": 0, "shared": 98304, "dots": 2, "dot_rows": 128, "wgmma": 8, "mma_sync": 0,
     "tcgen05": 0, "tma": 6, "cp_async": 24, "wide_loads": 0, "wide_stores": 8, "narrow_loads": 0, "waiting_loads": 0,
@@ -105,18 +108,19 @@ def test_rules_spare_only_what_they_say():
     assert set(complaints(job(kernel="conv1d first"), last)) == {"a NaN passes", "16-byte accesses"}
 
 
-def test_differences_show_old_and_new(tmp_path):
-    rows = [dict(zip(gate.KEY, (80, "float16", name, "T128", "any"), strict=True)) | GOOD for name in ("a", "b", "c")]
-    old, new = gate.by_key(rows[:2]), gate.by_key([rows[0] | {"registers": 130, "spilled": 8}, rows[2]])
-    assert gate.differences(old, new) == [
+def test_differences_show_old_and_new():
+    a, b, c = ((80, "float16", name, "T128", "any") for name in ("a", "b", "c"))
+    rows = {key: dict(zip(TABLE.key, key, strict=True)) | GOOD for key in (a, b, c)}
+    assert TABLE.differences(
+        {k: rows[k] for k in (a, b)}, {a: rows[a] | {"registers": 130, "spilled": 8}, c: rows[c]}
+    ) == [
         "sm_80 float16 a [T128] any: registers 128 -> 130, spilled 0 -> 8",
         "sm_80 float16 c [T128] any: new, not in the committed table",
         "sm_80 float16 b [T128] any: in the committed table, but no longer compiled",
     ]
-    assert gate.differences(old, old) == []
-    table = tmp_path / "table.json"
-    table.write_text(gate.text("3.7.1", rows))
-    assert gate.read(table) == rows and len(table.read_text().splitlines()) == len(rows) + 2
+    assert TABLE.differences(rows, rows) == []
+    text = TABLE.text("3.7.1", rows)
+    assert TABLE.read(text) == rows and len(text.splitlines()) == len(rows) + 2
 
 
 def test_innermost_loops_of_ptx():
@@ -172,7 +176,7 @@ PART += ["--processes", "1"]
 @pytest.mark.slow
 def test_part_of_the_committed_table_holds():
     """Shows that part of the committed table is up to date; `make compile` checks all of it."""
-    if not (gate.COMMITTED / f"triton-{triton.__version__}.json").exists():
+    if not (COMMITTED / f"triton-{triton.__version__}.json").exists():
         pytest.skip(f"no table for Triton {triton.__version__}")
     done = run([*PART, "--no-cache"])
     assert done.returncode == 0, done.stdout
@@ -186,13 +190,13 @@ def test_a_table_that_differs_fails_and_update_puts_it_right(tmp_path):
     missing = run(command)
     assert missing.returncode == 1 and "no table for Triton" in missing.stdout
     run([*command, "--update"], TRITON_INTERPRET="1")  # the command starts another process, in which Triton compiles
-    rows = gate.read(table)
+    rows = list(TABLE.read(table.read_text()).values())
     assert {row["kernel"] for row in rows} == {"conv1d forward", "conv1d fused"}
     elsewhere = rows[0] | {"arch": 80}
-    changed = [rows[0] | {"registers": rows[0]["registers"] + 1}, *rows[1:], elsewhere]
-    table.write_text(gate.text(triton.__version__, changed))
+    new, old = rows[0]["registers"], rows[0]["registers"] + 1
+    changed = TABLE.by_key([rows[0] | {"registers": old}, *rows[1:], elsewhere])
+    table.write_text(TABLE.text(triton.__version__, changed))
     done = run(command)
-    old, new = rows[0]["registers"] + 1, rows[0]["registers"]
     assert done.returncode == 1 and f"registers {old} -> {new}" in done.stdout and "1 changes" in done.stdout
     run([*command, "--update"])
-    assert gate.read(table) == [elsewhere, *rows]  # rows that were not asked for stay
+    assert list(TABLE.read(table.read_text()).values()) == [elsewhere, *rows]  # rows that were not asked for stay

@@ -22,7 +22,7 @@ import numpy as np
 import soundfile
 import torch
 
-from jasper_fast.bench.harness import machine, options, paths, result_file
+from jasper_fast.bench.harness import machine, options, result_file
 from jasper_fast.bench.harness.console import say
 from jasper_fast.data import perturb
 from jasper_fast.data.batches import BatchSampler, load_batches
@@ -34,35 +34,8 @@ from jasper_fast.speech.audio import AudioError
 from jasper_fast.speech.text import Vocabulary
 
 GOAL = 1200.0  # seconds of audio that a core should prepare per second
-RATE, SECONDS = 480.0, 16.7  # utterances per second that one H200 trains on, and the seconds of each
+SECONDS = 16.7  # of the longest utterance
 BATCH_SECONDS = 16 * SECONDS
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--manifest", type=Path, default=None, help="manifest of the utterances to read (default: generated audio)"
-    )
-    parser.add_argument(
-        "--seconds", type=options.seconds, default=10.0, help="seconds to spend on each stage (default: 10)"
-    )
-    parser.add_argument(
-        "--workers", type=options.count, default=None, help="worker processes of the last stage (default: one per core)"
-    )
-    parser.add_argument(
-        "--rate",
-        type=options.seconds,
-        default=RATE,
-        help="utterances per second that a GPU trains on (default: 480, those of one H200)",
-    )
-    parser.add_argument(
-        "--length",
-        type=options.seconds,
-        default=SECONDS,
-        help="seconds of audio per utterance of --rate (default: 16.7)",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=paths.OUT, metavar="DIR", help="folder for the JSON file (default: build/bench)"
-    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -77,6 +50,7 @@ def main(args: argparse.Namespace) -> int:
     except AudioError as error:
         raise SystemExit(f"--manifest {args.manifest}: {error}; `jasper-fast check` lists all such files") from None
     wanted = args.rate * args.length
+    cores = math.ceil(wanted / shared)
     for name, values in found.items():
         spread = f"{len(values)} rounds: {min(values):,.0f} to {max(values):,.0f}"
         say(f"{name}: {statistics.median(values):,.0f} seconds of audio per CPU second ({spread})")
@@ -86,19 +60,12 @@ def main(args: argparse.Namespace) -> int:
     )
     say(
         f"a GPU that trains on {args.rate:g} utterances of {args.length:g} s per second needs {wanted:,.0f} seconds of "
-        f"audio per second, so {math.ceil(wanted / shared)} such cores; the goal of {GOAL:,.0f} per core is "
+        f"audio per second, so {cores} such cores; the goal of {GOAL:,.0f} per core is "
         f"{'met' if shared >= GOAL else 'missed'}"
     )
     header = result_file.header(torch.device("cpu"), vars(args)) | {"command": "data"}
-    told = {
-        "stages": found,
-        "workers": workers,
-        "workers_cpu": shared,
-        "workers_clock": through,
-        "wanted": wanted,
-        "goal": GOAL,
-    }
-    told |= {"cores": math.ceil(wanted / shared), "utterances": len(utterances)}
+    told = {"stages": found, "workers": workers, "workers_cpu": shared, "workers_clock": through, "wanted": wanted}
+    told |= {"goal": GOAL, "cores": cores, "utterances": len(utterances)}
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     path = args.out / f"data_{machine.slug(header['machine']['name'])}_{stamp}.json"
     path.write_text(json.dumps({"schema": result_file.SCHEMA, **header, "rows": [], "data": told}, indent=1) + "\n")

@@ -12,6 +12,7 @@ profiler. A CUDA graph has no layers, so the engine is profiled without graphs.
 import contextlib
 import dataclasses
 import datetime
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -39,17 +40,15 @@ HEAD = "decoder.layers.0"
 # ------------------------------------------------------------------ ranges
 
 
-@contextlib.contextmanager
-def layer_range(name: str, device: torch.device) -> Iterator[None]:
-    """A context with a profiler range, and on a GPU an NVTX range too."""
-    with torch.profiler.record_function(LAYER + name):
-        if device.type == "cuda":
-            torch.cuda.nvtx.range_push(name)
-        try:
-            yield
-        finally:
-            if device.type == "cuda":
-                torch.cuda.nvtx.range_pop()
+def in_range(name: str, function: Callable, device: torch.device) -> Callable:
+    """Returns `function` with every call in a profiler range, and on a GPU in an NVTX range too."""
+
+    def call(*args: object, **kwargs: object) -> object:
+        nvtx = torch.cuda.nvtx.range(name) if device.type == "cuda" else contextlib.nullcontext()
+        with torch.profiler.record_function(LAYER + name), nvtx:
+            return function(*args, **kwargs)
+
+    return call
 
 
 @contextlib.contextmanager
@@ -58,56 +57,32 @@ def ranges(module: nn.Module, device: torch.device) -> Iterator[None]:
 
     The decoder of a `Jasper` has no range, because its conv module is never called.
     """
-    layers = [(f"encoder.layers.{i}", layer) for i, layer in enumerate(module.encoder.layers)]
+    layers = {f"encoder.layers.{i}": layer for i, layer in enumerate(module.encoder.layers)}
     if not isinstance(module, Jasper):
-        layers.append((HEAD, module.decoder.layers[0]))
-    opened: dict[str, list[contextlib.ExitStack]] = {name: [] for name, _ in layers}
-
-    def enter(name: str) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            stack = contextlib.ExitStack()
-            stack.enter_context(layer_range(name, device))
-            opened[name].append(stack)
-
-        return hook
-
-    def leave(name: str) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            opened[name].pop().close()
-
-        return hook
-
-    hooks = [layer.register_forward_pre_hook(enter(name)) for name, layer in layers]
-    hooks += [layer.register_forward_hook(leave(name)) for name, layer in layers]
+        layers[HEAD] = module.decoder.layers[0]
+    for name, layer in layers.items():
+        layer.forward = in_range(name, layer.forward, device)
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for layer in layers.values():
+            del layer.forward  # the method of its class is in effect again
 
 
 @contextlib.contextmanager
 def engine_ranges(engine: InferenceEngine, device: torch.device) -> Iterator[None]:
     """A context in which every sub-block of an engine is in a range named after its layer.
 
-    Hooks, as in `ranges`, would not run, because the engine never calls the layers themselves.
+    The engine never calls the layers themselves, so `ranges` would name nothing.
     """
-
-    def inside(name: str, conv: Callable) -> Callable:
-        def call(*args: object, **kwargs: object) -> object:
-            with layer_range(name, device):
-                return conv(*args, **kwargs)
-
-        return call
-
     runner = engine._run
     plan, bound = runner._plan, runner.shapes.held
     names = [
         f"encoder.layers.{i}" for i, layer in enumerate(engine._model.encoder.layers) for _ in range(layer.b.repeat)
     ]
-    steps = [dataclasses.replace(s, conv=inside(n, s.conv)) for n, s in zip(names, plan.steps, strict=True)]
+    steps = [dataclasses.replace(s, conv=in_range(n, s.conv, device)) for n, s in zip(names, plan.steps, strict=True)]
     bound.clear()  # the engine prepares its calls once per shape; forget those that it prepared without ranges
-    runner._plan = dataclasses.replace(plan, steps=tuple(steps), head=inside(HEAD, plan.head))
+    runner._plan = dataclasses.replace(plan, steps=tuple(steps), head=in_range(HEAD, plan.head, device))
     try:
         yield
     finally:
@@ -147,15 +122,17 @@ def profile(step: Callable[[], object], device: torch.device, target: Path) -> l
     for event in trace.key_averages():
         if event.device_type != DeviceType.CPU:
             continue  # the time of a GPU event is counted for the op or range that launched it
-        layer = event.key.startswith(LAYER)
-        total, own = (
-            (event.device_time_total, event.self_device_time_total)
-            if on_gpu
-            else (event.cpu_time_total, event.self_cpu_time_total)
-        )
-        seconds, name = (total if layer else own) * 1e-6, event.key.removeprefix(LAYER)
+        layer, clock = event.key.startswith(LAYER), "device_time_total" if on_gpu else "cpu_time_total"
+        seconds = getattr(event, clock if layer else f"self_{clock}") * 1e-6
         if seconds > 0:
-            records.append({"kind": "layer" if layer else "op", "name": name, "seconds": seconds, "calls": event.count})
+            records.append(
+                {
+                    "kind": "layer" if layer else "op",
+                    "name": event.key.removeprefix(LAYER),
+                    "seconds": seconds,
+                    "calls": event.count,
+                }
+            )
     return sorted([*records, *backward(trace.events(), on_gpu)], key=lambda r: -r["seconds"])
 
 
@@ -258,44 +235,40 @@ def main(run: Run, model: str = "small", mode: str = "train", N: int = 8, T: int
     with run.begun(case) as m:
         checking.prepare(m)
     for name in case.names:
-        about = {"contender": name, "model": model, "mode": mode, "batch": [N, T]}
-        if name in m.failed:
-            status, why = m.failed[name]
-            terminal.console.print(f"{status}: {name}: {why}", style=terminal.STYLES[status], markup=False)
-            found.append(about | {"status": status, "why": why, "records": []})
-            continue
-        step, named = of(name, m.runners[name])
+        status, why = m.failed.get(name) or ("ok", "")
         target = run.results.path.with_name(f"trace_{slug(Path(model).stem)}_{mode}_{name}_{stamp}.json")
-        bare, watched = [stopwatch(step, run.device)() for _ in range(4)], stopwatch(step, run.device)
-        try:
-            with named:
-                records = profile(watched, run.device, target)
-        except NoKernels as error:
-            terminal.console.print(f"failed: {name}: {error}", style=terminal.STYLES["failed"], markup=False)
-            found.append(about | {"status": "failed", "why": str(error), "records": []})
+        bare, watched, records = [], [], []
+        if status == "ok":
+            step, named = of(name, m.runners[name])
+            for _ in range(4):
+                time_into(bare, step, run.device)
+            try:
+                with named:
+                    watch = functools.partial(time_into, watched, step, run.device)
+                    records = profile(watch, run.device, target)
+            except NoKernels as error:
+                status, why = "failed", str(error)
+        about = {"contender": name, "model": model, "mode": mode, "batch": [N, T], "status": status}
+        if status != "ok":
+            terminal.console.print(f"{status}: {name}: {why}", style=terminal.STYLES[status], markup=False)
+            found.append(about | {"why": why, "records": []})
             continue
         show(f"{name}, {model} {mode} ({N}, {models.config(model).encoder.in_feats}, {T})", records)
-        times = {"step_s": statistics.median(bare[1:]), "profiled_s": watched.seconds[-1]}
+        times = {"step_s": statistics.median(bare[1:]), "profiled_s": watched[-1]}
         bare_time, profiled_time = (words.duration(t) for t in times.values())
         terminal.console.print(
             f"{name}: {bare_time} without the profiler, {profiled_time} with it; trace: {target.name}", markup=False
         )
-        found.append(about | {"status": "ok", "trace": target.name, "records": records} | times)
+        found.append(about | {"trace": target.name, "records": records} | times)
     run.results.data["profiles"] = found
     run.results.write()
     return found
 
 
-class stopwatch:
-    """Calls `step`, waits for the device, and appends the time of each call to `seconds`."""
-
-    def __init__(self, step: Callable[[], object], device: torch.device) -> None:
-        self.step, self.device, self.seconds = step, device, []
-
-    def __call__(self) -> float:
-        synchronize(self.device)
-        start = time.perf_counter()
-        self.step()
-        synchronize(self.device)
-        self.seconds.append(time.perf_counter() - start)
-        return self.seconds[-1]
+def time_into(seconds: list[float], step: Callable[[], object], device: torch.device) -> None:
+    """Calls `step`, waits for the device, and appends the seconds that this took."""
+    synchronize(device)
+    start = time.perf_counter()
+    step()
+    synchronize(device)
+    seconds.append(time.perf_counter() - start)

@@ -44,10 +44,10 @@ class Team:
     world: int
     sizes: tuple[int, ...]
 
-    def told(self, value: Any = None, group: dist.ProcessGroup | None = None) -> Any:
+    def told(self, value: Any) -> Any:
         """Returns the value of the first process, on every process."""
         held = [value]
-        dist.broadcast_object_list(held, 0, group=group)
+        dist.broadcast_object_list(held, 0)
         return held[0]
 
 

@@ -19,12 +19,11 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 from jasper_fast.bench.compile import cuda_shapes
-from jasper_fast.bench.harness import options, paths
-from jasper_fast.bench.harness.machine import commit
+from jasper_fast.bench.compile.table import Table
+from jasper_fast.bench.harness import paths
 
 ARCHS = ("75", "80", "86", "89", "90a", "100", "120")
 QUICK = ("75", "80", "90a")  # one architecture for each variant of the kernels' inner loop
@@ -33,22 +32,25 @@ INSTRUCTIONS = {
     "ACQBULK": "grid_waits", "STL": "local_stores", "LDL": "local_loads", "LDG.128": "wide_loads",
 }  # fmt: skip
 FACTS = ("registers", "spilled", "stack", *INSTRUCTIONS.values(), "waits")
+TABLE = Table(
+    compiler="nvcc",
+    key=("arch", "kernel"),
+    name="sm_{} {}",
+    facts=FACTS,
+    shown={fact: fact for fact in FACTS},
+    order=lambda key: (ARCHS.index(key[0]), key[1]),
+)
 SOURCES = tuple(paths.BENCH.parent / "csrc" / "cuda" / name for name in ("conv1d.cu", "novograd.cu"))
 _KERNEL = re.compile(r"jf::(conv|novograd)::(\w+?)(?:_kernel)?(?:<(.*)>)?\(")
 _MODES = {"0": "plain", "1": "stats", "2": "norm", "3": "log-softmax"}
-
-
-def flags(arch: str) -> list[str]:
-    """Returns nvcc's options for one architecture, as in the build of the library."""
-    return ["-O3", "-std=c++20", "--expt-relaxed-constexpr", f"-arch=sm_{arch}", "-Xptxas", "-v"]
 
 
 def compile_for(nvcc: str, arch: str, source: Path, folder: Path) -> list[dict]:
     """Returns a row with the facts of every kernel of `source` that is not empty on `arch`."""
     folder.mkdir(parents=True, exist_ok=True)
     cubin = folder / f"{source.stem}.sm_{arch}.cubin"
-    command = [nvcc, *flags(arch), "-cubin", "-o", str(cubin), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    flags = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", f"-arch=sm_{arch}", "-Xptxas", "-v"]  # as in the library
+    done = subprocess.run([nvcc, *flags, "-cubin", "-o", cubin, source], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"nvcc failed for sm_{arch}:\n{done.stderr.strip()[-2000:]}")
     if serial := re.search(r".*wgmma.*serializ.*", done.stderr):
@@ -57,11 +59,10 @@ def compile_for(nvcc: str, arch: str, source: Path, folder: Path) -> list[dict]:
     rows = []
     for symbol, code in _functions(cubin).items():
         counts = Counter(INSTRUCTIONS[word] for word in code if word in INSTRUCTIONS)
-        name = describe(_demangle(symbol))
-        if name is None or (not counts["wgmma"] and not counts["mma_sync"] and "conv" in name.split()[0]):
+        name = describe(subprocess.check_output(["c++filt", symbol], text=True).strip())
+        products = counts["wgmma"] or counts["mma_sync"]
+        if name is None or (name.startswith(("conv_", "wgrad_")) and not products):
             continue  # the body is empty, because the kernel is for another architecture
-        if name.startswith("wgrad_") and not counts["mma_sync"]:
-            continue
         rows.append({"arch": arch, "kernel": name} | dict.fromkeys(FACTS, 0) | used[symbol] | counts | _waits(code))
     return rows
 
@@ -85,17 +86,13 @@ def describe(name: str) -> str | None:
 
 def _resources(log: str) -> dict[str, dict]:
     """Returns registers, stack and spills by symbol, from the output of `ptxas -v`."""
-    found: dict[str, dict] = {}
-    symbol = ""
-    for line in log.splitlines():
-        if m := re.search(r"Compiling entry function '(\w+)'", line):
-            symbol = m.group(1)
-            found[symbol] = {}
-        elif m := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", line):
-            found.setdefault(symbol, {}).update(stack=int(m.group(1)), spilled=int(m.group(2)))
-        elif m := re.search(r"Used (\d+) registers", line):
-            found[symbol]["registers"] = int(m.group(1))
-    return found
+    parts = (
+        r"Compiling entry function '(\w+)'",
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores",
+        r"Used (\d+) registers",
+    )
+    found = re.findall(".*?".join(parts), log, re.DOTALL)
+    return {name: {"stack": int(a), "spilled": int(b), "registers": int(c)} for name, a, b, c in found}
 
 
 def _functions(cubin: Path) -> dict[str, list[str]]:
@@ -130,13 +127,6 @@ def _tool(name: str) -> str:
     return found
 
 
-def _demangle(symbol: str) -> str:
-    return subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout.strip()
-
-
-# ------------------------------------------------------------------ rules and table
-
-
 def complaints(row: dict) -> list[str]:
     """Returns the faults of a kernel, one line each."""
     found, kernel = [], row["kernel"]
@@ -154,40 +144,6 @@ def complaints(row: dict) -> list[str]:
     return found
 
 
-def read(table: Path) -> list[dict]:
-    """Returns the rows of a table. Facts that the file leaves out are 0."""
-    return [dict.fromkeys(FACTS, 0) | row for row in json.loads(table.read_text())["rows"]]
-
-
-def write(table: Path, version: str, rows: Iterable[dict]) -> None:
-    """Writes the table as JSON with one line per row, so that diffs are readable."""
-    lines = ",\n".join(json.dumps({k: v for k, v in row.items() if v != 0}) for row in rows)
-    table.write_text(f'{{"nvcc": {json.dumps(version)}, "rows": [\n{lines}\n]}}\n')
-
-
-def differences(old: list[dict], new: list[dict], archs: Iterable[str]) -> list[str]:
-    """Returns a line for each kernel of `archs` that is new, gone or changed."""
-    before = {(row["arch"], row["kernel"]): row for row in old if row["arch"] in archs}
-    after = {(row["arch"], row["kernel"]): row for row in new}
-    lines = [f"sm_{a} {k}: in the committed table, but no longer compiled" for a, k in before.keys() - after.keys()]
-    for (arch, kernel), row in after.items():
-        was = before.get((arch, kernel))
-        if was is None:
-            lines.append(f"sm_{arch} {kernel}: new, not in the committed table")
-        elif changed := [f"{name} {was[name]} -> {row[name]}" for name in FACTS if was[name] != row[name]]:
-            lines.append(f"sm_{arch} {kernel}: {', '.join(changed)}")
-    return lines
-
-
-def show(rows: list[dict]) -> None:
-    """Prints every kernel with its facts, as an aligned table."""
-    names = [f"sm_{row['arch']} {row['kernel']}" for row in rows]
-    wide = max(map(len, names), default=0)
-    print(" ".join([" " * wide, *(f"{fact:>12}" for fact in FACTS)]))
-    for name, row in zip(names, rows, strict=True):
-        print(" ".join([f"{name:<{wide}}", *(f"{row[fact]:>12}" for fact in FACTS)]))
-
-
 def main(args: argparse.Namespace) -> int:
     """Compiles the kernels, prints and checks them; returns the exit status.
 
@@ -200,11 +156,6 @@ def main(args: argparse.Namespace) -> int:
         return 2
     told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     version = re.search(r"release (\d+\.\d+)", told).group(1)
-    table = args.table or paths.BENCH / "compiled" / f"nvcc-{version}.json"
-    if args.update and args.table is None:
-        paths.checkout("--update without --table")
-    if args.out is not None:
-        options.writable(args.out)
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     archs = [a for a in (QUICK if args.quick else ARCHS) if f"compute_{a.rstrip('a')}" in known]
     started = time.monotonic()
@@ -221,27 +172,9 @@ def main(args: argparse.Namespace) -> int:
 
     with concurrent.futures.ThreadPoolExecutor(args.processes) as pool:
         rows = [row for found in pool.map(rows_of, archs) for row in sorted(found, key=lambda row: row["kernel"])]
-    show(rows)
+    found = TABLE.by_key(rows)
+    TABLE.show(found)
     if args.shapes:
         cuda_shapes.show(rows)
-    broken = [f"sm_{row['arch']} {row['kernel']}: {why}" for row in rows for why in complaints(row)]
-    for line in broken:
-        print(f"FAILED {line}")
-    if not table.exists() and not args.update:
-        print(f"FAILED there is no table for nvcc {version} at {table}; make it with --update and commit it")
-        return 1
-    old = read(table) if table.exists() else []
-    changes = differences(old, rows, archs)
-    for line in changes:
-        print(f"{'CHANGED' if args.update else 'DIFFERS'} {line}")
-    if args.update:
-        kept = [row for row in old if row["arch"] not in archs]
-        write(table, version, sorted(kept + rows, key=lambda row: (ARCHS.index(row["arch"]), row["kernel"])))
-    if args.out is not None:
-        path = args.out / f"compile_nvcc-{version}.json"
-        found = {"command": "compile --cuda", "nvcc": version, "commit": commit(), "broken": broken}
-        path.write_text(json.dumps(found | {"changes": changes, "rows": rows}, indent=1))
-        print(f"wrote {path}")
-    spent = time.monotonic() - started
-    print(f"nvcc {version}: {len(rows)} kernels in {spent:.0f} s, {len(broken)} broken rules, {len(changes)} changes")
-    return 1 if broken or (changes and not args.update) else 0
+    broken = [f"{TABLE.label(key)}: {why}" for key, row in found.items() for why in complaints(row)]
+    return TABLE.judge(args, version, found, broken, lambda key: key[0] in archs, time.monotonic() - started)

@@ -20,17 +20,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jasper_fast.bench.compile import cuda
+from jasper_fast.bench.compile.table import Table
 from jasper_fast.bench.harness import options, paths
 from jasper_fast.bench.harness.console import console
-from jasper_fast.bench.harness.machine import commit
+from jasper_fast.kernels.tables import SHARED_LIMIT
+from jasper_fast.options import option
 
-COMMITTED = paths.BENCH / "compiled"
 CACHE = paths.BUILD / "compile"
+ARCHITECTURES = (80, 86, 89, 90, 100)
 DTYPES = ("float32", "float16", "bfloat16")
-KEY = ("arch", "dtype", "kernel", "tile", "layer")
-FACTS = (
-    "registers", "spilled", "shared", "dots", "dot_rows", "wgmma", "mma_sync", "tcgen05", "tma", "cp_async",
-    "wide_loads", "wide_stores", "narrow_loads", "waiting_loads", "nan_eaters",
+TABLE = Table(
+    compiler="Triton",
+    key=("arch", "dtype", "kernel", "tile", "layer"),
+    name="sm_{} {} {} [{}] {}",
+    facts=(
+        "registers", "spilled", "shared", "dots", "dot_rows", "wgmma", "mma_sync", "tcgen05", "tma", "cp_async",
+        "wide_loads", "wide_stores", "narrow_loads", "waiting_loads", "nan_eaters",
+    ),
+    shown={
+        "registers": "regs", "spilled": "spill", "shared": "shared", "wgmma": "wgmma", "mma_sync": "mma",
+        "tcgen05": "tcgen05", "tma": "TMA", "cp_async": "cp.async", "narrow_loads": "16-bit",
+    },
+    order=lambda key: (key[0], DTYPES.index(key[1]), *key[2:]),
 )  # fmt: skip
 COLD = re.compile(r"merge|pack")  # these run once per step on little data, so a spill costs almost nothing
 
@@ -78,7 +89,9 @@ def jobs(archs: Iterable[int], dtypes: Iterable[str]) -> Iterator[Job]:
                 if (kernel, source) in seen:
                     continue
                 if job.key in seen:
-                    raise ValueError(f"two different launches are called {label(job.key)}; give them different names")
+                    raise ValueError(
+                        f"two different launches are called {TABLE.label(job.key)}; give them different names"
+                    )
                 seen |= {(kernel, source), job.key}
                 yield job
 
@@ -93,8 +106,6 @@ def compiled(todo: list[Job], processes: int, cache: Path | None, on_row: Callab
     """
     known = json.loads(cache.read_text()) if cache is not None and cache.exists() else {}
     missing = {job.digest: job for job in todo if job.digest not in known}
-    if not missing:
-        return {job.digest: known[job.digest] for job in todo}
     started = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=started) as pool:
         asked = {pool.submit(_facts, job.arch, job.dtype, job.key, digest): digest for digest, job in missing.items()}
@@ -122,9 +133,9 @@ def _facts(arch: int, dtype: str, key: tuple, digest: str) -> dict:
 
     job = _by_key(arch, dtype).get(key)
     if job is None or job.digest != digest:
-        raise RuntimeError(f"{label(key)} changed on disk while kernels were compiled; run the command again")
+        raise RuntimeError(f"{TABLE.label(key)} changed on disk while kernels were compiled; run the command again")
     found = aot.compile_for(job.source, arch)
-    return {name: getattr(found, name) for name in FACTS}
+    return {name: getattr(found, name) for name in TABLE.facts}
 
 
 # ------------------------------------------------------------------ the rules
@@ -143,7 +154,7 @@ class Rule:
 
     def complaint(self, job: Job, facts: dict) -> str | None:
         """Returns the complaint of the rule about a row, or None."""
-        if any(re.search(pattern, label(job.key)) for pattern, _ in self.spared):
+        if any(re.search(pattern, TABLE.label(job.key)) for pattern, _ in self.spared):
             return None
         return self.broken(job, facts)
 
@@ -154,8 +165,6 @@ def _spill(job: Job, facts: dict) -> str | None:
 
 
 def _shared(job: Job, facts: dict) -> str | None:
-    from jasper_fast.kernels.tables import SHARED_LIMIT
-
     limit = SHARED_LIMIT.get(f"sm_{job.arch}", SHARED_LIMIT["sm_90"])
     return f"{facts['shared']} bytes per block, but the architecture has {limit}" if facts["shared"] > limit else None
 
@@ -236,127 +245,60 @@ RULES = (
 )
 
 
-# ------------------------------------------------------------------ the table
-
-
-def text(version: str, rows: Iterable[dict]) -> str:
-    """Returns the table as JSON with one line per row, so that diffs are readable. Facts that are 0 are left out."""
-    lines = ",\n".join(json.dumps({k: v for k, v in row.items() if v != 0}) for row in rows)
-    return f'{{"triton": {json.dumps(version)}, "rows": [\n{lines}\n]}}\n'
-
-
-def read(table: Path) -> list[dict]:
-    """Returns the rows of a table, with the facts that are 0."""
-    return [dict.fromkeys((*KEY, *FACTS), 0) | row for row in json.loads(table.read_text())["rows"]]
-
-
-def by_key(rows: Iterable[dict]) -> dict[tuple, dict]:
-    """Returns the rows by their keys."""
-    return {tuple(row[k] for k in KEY): row for row in rows}
-
-
-def differences(committed: dict[tuple, dict], found: dict[tuple, dict]) -> list[str]:
-    """Returns a line for each row that is new, gone, or changed (with the old and new values)."""
-    lines = []
-    for key, row in found.items():
-        old = committed.get(key)
-        if old is None:
-            lines.append(f"{label(key)}: new, not in the committed table")
-        elif changed := [f"{k} {old.get(k)} -> {row[k]}" for k in row if old.get(k) != row[k]]:
-            lines.append(f"{label(key)}: {', '.join(changed)}")
-    gone = (key for key in committed if key not in found)
-    return lines + [f"{label(key)}: in the committed table, but no longer compiled" for key in gone]
-
-
-def label(key: tuple) -> str:
-    """Returns a row's name for messages."""
-    arch, dtype, kernel, tile, layer = key
-    return f"sm_{arch} {dtype} {kernel} [{tile}] {layer}"
-
-
-def show(rows: list[dict]) -> None:
-    """Prints every row with its facts, as an aligned table."""
-    heads = {
-        "registers": "regs",
-        "spilled": "spill",
-        "shared": "shared",
-        "wgmma": "wgmma",
-        "mma_sync": "mma",
-        "tcgen05": "tcgen05",
-        "tma": "TMA",
-        "cp_async": "cp.async",
-        "narrow_loads": "16-bit",
-    }
-    names = [label(tuple(row[k] for k in KEY)) for row in rows]
-    wide = max(map(len, names), default=0)
-    print(" ".join([" " * wide, *(f"{head:>8}" for head in heads.values())]))
-    for name, row in zip(names, rows, strict=True):
-        print(" ".join([f"{name:<{wide}}", *(f"{row[c]:>8}" for c in heads)]))
-
-
 # ------------------------------------------------------------------ the command
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `python -m bench compile`."""
-    from jasper_fast.kernels.aot import ARCHITECTURES
+def _some(known: dict[str, object]) -> Callable[[str], tuple]:
+    """Returns a function that reads names separated by commas, and returns their values."""
 
-    parser.add_argument(
+    def read(given: str) -> tuple:
+        names = given.split(",")
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]} is not one of {', '.join(known)}")
+        return tuple(known[name] for name in names)
+
+    return read
+
+
+OPTIONS = (
+    option(
         "--arch",
-        type=_list(int, ARCHITECTURES),
+        type=_some({str(arch): arch for arch in ARCHITECTURES}),
         default=ARCHITECTURES,
         metavar="80,90",
         help=f"architectures to compile for, separated by commas (default: {','.join(map(str, ARCHITECTURES))})",
-    )
-    parser.add_argument(
+    ),
+    option(
         "--dtype",
-        type=_dtypes,
+        type=_some(dict(zip(("fp32", "fp16", "bf16"), DTYPES)) | {dtype: dtype for dtype in DTYPES}),
         default=DTYPES,
         metavar="fp16,bf16",
         help="dtypes to compile for, separated by commas (default: fp32,fp16,bf16)",
-    )
-    parser.add_argument(
+    ),
+    option(
         "--cuda",
         action="store_true",
         help="compile the convs and NovoGrad in CUDA C++ with nvcc, for sm_75 to sm_120, instead of the Triton kernels",
-    )
-    parser.add_argument(
-        "--shapes", action="store_true", help="with --cuda: also print the calculated cost of each conv of Jasper"
-    )
-    parser.add_argument(
+    ),
+    option("--shapes", action="store_true", help="with --cuda: also print the calculated cost of each conv of Jasper"),
+    option(
         "--quick",
         action="store_true",
         help="compile fp16 for all architectures and other dtypes only for sm_90; with --cuda, for 75, 80 and 90a",
-    )
-    parser.add_argument(
+    ),
+    option(
         "--kernel", type=options.pattern, default="", metavar="REGEX", help="compile only kernels whose name matches"
-    )
-    parser.add_argument(
+    ),
+    option(
         "--update", action="store_true", help="replace the rows of the committed table; check the differences first"
-    )
-    parser.add_argument(
-        "--table", type=Path, default=None, help="the table to compare with (default: the version's in bench/compiled)"
-    )
-    parser.add_argument(
+    ),
+    option("--table", type=Path, help="the table to compare with (default: the version's in bench/compiled)"),
+    option(
         "--processes", type=options.count, default=2, help="number of processes that compile in parallel (default: 2)"
-    )
-    parser.add_argument("--no-cache", action="store_true", help="compile all kernels again, without the cache")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for a JSON file of the rows and the failures")
-
-
-def _dtypes(given: str) -> tuple:
-    short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-    return _list(str, DTYPES)(",".join(short.get(name, name) for name in given.split(",")))
-
-
-def _list(kind: type, known: tuple) -> Callable[[str], tuple]:
-    def parse(given: str) -> tuple:
-        values = tuple(map(kind, given.split(",")))
-        if unknown := [v for v in values if v not in known]:
-            raise argparse.ArgumentTypeError(f"{unknown[0]} is not one of {', '.join(map(str, known))}")
-        return values
-
-    return parse
+    ),
+    option("--no-cache", action="store_true", help="compile all kernels again, without the cache"),
+    option("--out", type=Path, metavar="DIR", help="folder for a JSON file of the rows and the failures"),
+)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -364,6 +306,10 @@ def main(args: argparse.Namespace) -> int:
 
     The exit status is 1 if a rule is broken or the table differs.
     """
+    if args.update and args.table is None:
+        paths.checkout("--update without --table")
+    if args.out is not None:
+        options.writable(args.out)
     if args.cuda:
         return cuda.main(args)
     if os.environ.get("TRITON_INTERPRET") == "1":  # Triton reads it when kernels are defined, so use a process without
@@ -374,17 +320,12 @@ def main(args: argparse.Namespace) -> int:
     import triton
 
     started, version = time.monotonic(), triton.__version__
-    table = args.table or COMMITTED / f"triton-{version}.json"
 
     def wanted(key: tuple) -> bool:
         arch, dtype, kernel = key[:3]
         asked = arch in args.arch and dtype in args.dtype and re.search(args.kernel, kernel)
         return bool(asked) and (not args.quick or dtype == "float16" or arch == 90)
 
-    if args.update and args.table is None:
-        paths.checkout("--update without --table")
-    if args.out is not None:
-        options.writable(args.out)
     chosen = [job for job in jobs(args.arch, args.dtype) if wanted(job.key)]
     if not chosen:
         raise SystemExit(f"--kernel {args.kernel}: no kernel has a name that matches")
@@ -393,40 +334,12 @@ def main(args: argparse.Namespace) -> int:
         done = iter(range(1, len(chosen) + 1))
         tick = lambda: status.update(f"Triton {version}: compiled {next(done)} of at most {len(chosen)}")  # noqa: E731
         facts = compiled(chosen, args.processes, cache, tick)
-    rows = [dict(zip(KEY, job.key, strict=True)) | facts[job.digest] for job in chosen]
-    show(rows)
-    found = by_key(rows)
+    found = {job.key: dict(zip(TABLE.key, job.key, strict=True)) | facts[job.digest] for job in chosen}
+    TABLE.show(found)
     broken = [
-        f"{label(job.key)}: {rule.name}: {why}"
+        f"{TABLE.label(job.key)}: {rule.name}: {why}"
         for job in chosen
         for rule in RULES
         if (why := rule.complaint(job, facts[job.digest]))
     ]
-    for line in broken:
-        print(f"FAILED {line}")
-    old = by_key(read(table)) if table.exists() else None
-    if old is None and not args.update:
-        print(f"FAILED there is no table for Triton {version} at {table}; make it with --update and commit it")
-        return 1
-    old = old or {}
-    asked = {key: row for key, row in old.items() if wanted(key)}
-    changes = differences(asked, found)
-    for line in changes:
-        print(f"{'CHANGED' if args.update else 'DIFFERS'} {line}")
-    if args.update:
-        merged = {k: r for k, r in old.items() if k not in asked} | found
-        order = sorted(merged, key=lambda k: (k[0], DTYPES.index(k[1]), *k[2:]))
-        table.parent.mkdir(parents=True, exist_ok=True)
-        table.write_text(text(version, (merged[k] for k in order)))
-    elif changes:
-        print(f"the results differ from {table.name}; if that is intended, run with --update and commit the table")
-    if args.out is not None:
-        path = args.out / f"compile_triton-{version}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found_all = {"command": "compile", "triton": version, "commit": commit(), "broken": broken}
-        path.write_text(json.dumps(found_all | {"changes": changes, "rows": rows}, indent=1))
-        print(f"wrote {path}")
-    spent = time.monotonic() - started
-    failed = len(broken) + (0 if args.update else len(changes))
-    print(f"Triton {version}: {len(rows)} kernels in {spent:.0f} s, {len(broken)} broken rules, {len(changes)} changes")
-    return 1 if failed else 0
+    return TABLE.judge(args, version, found, broken, wanted, time.monotonic() - started)

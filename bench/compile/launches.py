@@ -52,20 +52,26 @@ def recorded(arch: int, dtype: str) -> Recorded:
             for op, call in conv_calls(a, a.stride * T - odd, number, masks).items():
                 for tile in _tiles(op, a, T, number, exact):
                     yield from ((kernel, name, source) for kernel, source in _sources(arch, call, op, tile, exact))
-    for T, K, stride, masks in TAPS:
-        for kernel, source in _sources(arch, functools.partial(taps_calls, K, stride, stride * T, number, masks)):
-            yield kernel, f"C{TAPS_C} K{K} T{T}" + f" s{stride}" * (stride > 1), source
-    for C in sorted({a.C_in for a in wide if not a.first}, reverse=True):
-        for kernel, source in _sources(arch, functools.partial(norm_calls, C, number)):
-            yield kernel, f"C{C}", source
-    for aligned, averages in itertools.product((True, False), repeat=2) if dtype == "float32" else ():
-        for kernel, source in _sources(arch, functools.partial(step, aligned, averages)):
-            yield kernel, "all" + " unaligned" * (not aligned), source
-    for U in LABELS if dtype == "float32" else ():
-        for kernel, source in _sources(arch, functools.partial(loss, U)):
-            yield kernel, "any" if "gradient" in kernel else f"U{U}", source
-    for kernel, source in _sources(arch, prefixes) if dtype == "float32" else ():
-        yield kernel, "any", source
+    widths = sorted({a.C_in for a in wide if not a.first}, reverse=True)
+    calls: list[tuple[str, Callable[[], object]]] = [
+        *(
+            (
+                f"C{TAPS_C} K{K} T{T}" + f" s{stride}" * (stride > 1),
+                functools.partial(taps_calls, K, stride, stride * T, number, masks),
+            )
+            for T, K, stride, masks in TAPS
+        ),
+        *((f"C{C}", functools.partial(norm_calls, C, number)) for C in widths),
+    ]
+    if dtype == "float32":
+        for averages in (True, False):
+            calls.append(("all", functools.partial(step, True, averages)))
+            calls.append(("all unaligned", functools.partial(step, False, averages)))
+        calls += [(f"U{U}", functools.partial(loss, U)) for U in LABELS]
+        calls.append(("any", prefixes))
+    for name, call in calls:
+        for kernel, source in _sources(arch, call):
+            yield kernel, "any" if kernel == "ctc gradient" else name, source
     yield from measured(arch, dtype)
 
 

@@ -1,9 +1,8 @@
 """The parts of `python -m bench gpu`, the most valuable first."""
 
-import dataclasses
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jasper_fast.bench.cases import bn_relu_dropout, by_layer, common, panes
 from jasper_fast.bench.cases.layers import Layer, layers
@@ -36,7 +35,6 @@ class Part:
 
 def plan(run: Run) -> list[Part]:
     """Returns the parts, the most valuable first. On a CPU they are small stand-ins, to test the command."""
-    light, light_training = ({"rivals": r} for r in (LIGHT, LIGHT_TRAINING))
     if run.device.type == "cpu":
         shapes = ((2, 64, 100), (2, 96, 100))
         layer = Layer(64, 64, 11)
@@ -52,8 +50,8 @@ def plan(run: Run) -> list[Part]:
                 60,
                 lambda r: r.cases("kernels", [bn_relu_dropout.case(r, s, "both", False, False) for s in shapes]),
             ),
-            Part("latency", 60, lambda r: latency.main(with_(r, light), "small", grid=((1, 2.0), (2, 2.0)))),
-            Part("training step", 60, lambda r: train.main(with_(r, light_training), (("small", 2, 64),))),
+            Part("latency", 60, lambda r: latency.main(replace(r, rivals=LIGHT), "small", grid=((1, 2.0), (2, 2.0)))),
+            Part("training step", 60, lambda r: train.main(replace(r, rivals=LIGHT_TRAINING), (("small", 2, 64),))),
             Part("memory", 60, lambda r: memory.main(r, (("small", 2, 64),))),
             Part(
                 "sub-blocks",
@@ -66,12 +64,16 @@ def plan(run: Run) -> list[Part]:
             Part("panes", 60, lambda r: all_panes(r, [panes.Block((64, 64), 96)], (2, 64))),
             Part("launches", 60, launches.main),
             Part("tests", 30, lambda r: first.tests(r, files=("test_faces.py",), chosen="")),
-            *([Part("tuning", 60, lambda r: first.tune(r, ("forward",)))] if interpreted() else []),
+            *(
+                [Part("tuning", 60, lambda r: first.tune(r, ("forward",)))]
+                if backends.why_missing("triton", "cpu") is None
+                else []
+            ),
         ]
-    return [*first_nine_minutes(light, light_training), *and_then(light, light_training)]
+    return [*first_nine_minutes(), *and_then()]
 
 
-def first_nine_minutes(light: dict, light_training: dict) -> list[Part]:
+def first_nine_minutes() -> list[Part]:
     """Returns the first parts, whose seconds add up to the budget. Ops with little host work come first."""
     return [
         Part("preflight", 5, preflight.main),
@@ -81,14 +83,14 @@ def first_nine_minutes(light: dict, light_training: dict) -> list[Part]:
         Part(
             "bn_relu_dropout",
             20,
-            lambda r: r.cases("kernels", bn_relu_dropout.cases(with_(r, {"quick": True, "rivals": CONVS}))),
+            lambda r: r.cases("kernels", bn_relu_dropout.cases(replace(r, quick=True, rivals=CONVS))),
         ),
         Part("the five largest convs", 25, lambda r: all_layers(r, CONVS, "conv1d", ("forward",), 5)),
-        Part("training step", 60, lambda r: train.main(with_(r, light_training), ((MODEL, 32, 1680),))),
+        Part("training step", 60, lambda r: train.main(replace(r, rivals=LIGHT_TRAINING), ((MODEL, 32, 1680),))),
         Part(
             "latency of one utterance",
             45,
-            lambda r: latency.main(with_(r, light), MODEL, grid=((1, 2.0), (1, 7.0), (1, 16.7))),
+            lambda r: latency.main(replace(r, rivals=LIGHT), MODEL, grid=((1, 2.0), (1, 7.0), (1, 16.7))),
         ),
         Part("launches", 20, all_launches),
         Part("memory", 15, lambda r: memory.main(r, ((MODEL, 8, 1680),))),
@@ -98,12 +100,12 @@ def first_nine_minutes(light: dict, light_training: dict) -> list[Part]:
     ]
 
 
-def and_then(light: dict, light_training: dict) -> list[Part]:
+def and_then() -> list[Part]:
     """Returns the parts for `--resume`. Slow compilers come last, where they cannot delay other parts."""
     return [
-        Part("training grid", 40, lambda r: train.main(with_(r, {"rivals": f"{LIGHT_TRAINING},eager_no_masks"}))),
+        Part("training grid", 40, lambda r: train.main(replace(r, rivals=f"{LIGHT_TRAINING},eager_no_masks"))),
         Part("sub-blocks beside max-autotune and cuDNN", 90, slow_rivals),
-        Part("latency grid", 60, lambda r: latency.main(with_(r, light), MODEL)),
+        Part("latency grid", 60, lambda r: latency.main(replace(r, rivals=LIGHT), MODEL)),
         Part("convs", 80, lambda r: all_layers(r, LIGHT_TRAINING, "conv1d", ("both", "forward", "backward"))),
         Part("panes of all blocks", 60, lambda r: all_panes(r, panes.blocks()[::-1])),
         Part(
@@ -114,41 +116,29 @@ def and_then(light: dict, light_training: dict) -> list[Part]:
         Part(
             "bn_relu_dropout beside torch.compile",
             40,
-            lambda r: kernels.main(with_(r, {"quick": True, "rivals": "compile"}), "bn_relu_dropout"),
+            lambda r: kernels.main(replace(r, quick=True, rivals="compile"), "bn_relu_dropout"),
         ),
         Part(
             "training beside torch.compile",
             120,
-            lambda r: train.main(with_(r, {"rivals": "eager,compile"}), ((MODEL, 32, 1680),)),
+            lambda r: train.main(replace(r, rivals="eager,compile"), ((MODEL, 32, 1680),)),
         ),
         Part(
             "latency beside torch.compile",
             120,
-            lambda r: latency.main(
-                with_(r, {"rivals": "eager,compile,compile_reduce_overhead"}), MODEL, grid=((1, 2.0),)
-            ),
+            lambda r: latency.main(replace(r, rivals="eager,compile,compile_reduce_overhead"), MODEL, grid=((1, 2.0),)),
         ),
         Part(
             "latency beside other runtimes",
             120,
-            lambda r: latency.main(with_(r, {"rivals": "eager,onnxruntime,tensorrt"}), MODEL, grid=((1, 2.0),)),
+            lambda r: latency.main(replace(r, rivals="eager,onnxruntime,tensorrt"), MODEL, grid=((1, 2.0),)),
         ),
         Part(
             "latency beside frozen blocks",
             120,
-            lambda r: latency.main(with_(r, {"rivals": "eager,compile_blocks_frozen"}), MODEL, grid=((1, 2.0),)),
+            lambda r: latency.main(replace(r, rivals="eager,compile_blocks_frozen"), MODEL, grid=((1, 2.0),)),
         ),
     ]
-
-
-def interpreted() -> bool:
-    """Whether Triton's kernels run on a CPU, in its interpreter."""
-    return backends.why_missing("triton", "cpu") is None
-
-
-def with_(run: Run, changes: dict) -> Run:
-    """Returns the same run with other settings."""
-    return dataclasses.replace(run, **changes)
 
 
 def ready(run: Run) -> None:
@@ -160,12 +150,12 @@ def ready(run: Run) -> None:
 def all_launches(run: Run) -> None:
     """Counts and times the launches of small calls. cuDNN's choice of algorithms does not matter here."""
     with cudnn_search.off():
-        launches.main(with_(run, {"rivals": "eager,cuda_graph"}))
+        launches.main(replace(run, rivals="eager,cuda_graph"))
 
 
 def in_a_second(run: Run, chosen: str) -> Run:
     """Returns the same run with the rivals `chosen` and about a second per case."""
-    return with_(run, {"rivals": chosen, "effort": run.effort.at_most(1.0)})
+    return replace(run, rivals=chosen, effort=run.effort.at_most(1.0))
 
 
 def all_panes(run: Run, blocks: Sequence[panes.Block], size: tuple[int, int] | None = None) -> None:

@@ -20,8 +20,15 @@ def compilers(run: Run, titles: Sequence[str]) -> Iterator[None]:
     The end of the context waits for these processes, until shortly before the deadline of the run.
     """
     count = max(1, min(12, len(os.sched_getaffinity(0)) - 2))
-    name = str(run.dtype).removeprefix("torch.")
-    command = [sys.executable, "-m", "jasper_fast.bench.gpu.warm", str(run.device), name, run.backend, *titles]
+    command = [
+        sys.executable,
+        "-m",
+        "jasper_fast.bench.gpu.warm",
+        str(run.device),
+        run.dtype_name,
+        run.backend,
+        *titles,
+    ]
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     children = [
         subprocess.Popen([*command, "--take", f"{i},{count}"], cwd=paths.CHECKOUT, **quiet) for i in range(count)

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jasper_fast.bench.harness import options, paths
+from jasper_fast.options import add, option
 
 DAY = "jasper_fast.bench.gpu.day"
 LIMIT = 540.0  # seconds that a call may take
@@ -39,6 +40,28 @@ TESTS = (
     "test_engine_graphs.py",
 )
 PROBE = "tests/test_cuda_probe.py"  # checks that the device behaves as the kernels assume
+
+
+CALLS = ("1", "2", "3", "more", "preflight", "table")
+OPTIONS = (
+    option("call", choices=CALLS, metavar="CALL", help=f"the call to run: {', '.join(CALLS)}"),
+    option("--device", default="cuda", help="device: cuda, cuda:1, or cpu for the small stand-ins (default: cuda)"),
+    option(
+        "--out",
+        type=Path,
+        default=paths.OUT / "day",
+        metavar="DIR",
+        help="folder for results and logs (default: build/bench/day)",
+    ),
+    option(
+        "--limit",
+        type=options.seconds,
+        default=LIMIT,
+        metavar="SECONDS",
+        help=f"seconds that the call may take (default: {LIMIT:.0f})",
+    ),
+    option("--dry-run", action="store_true", help="print the steps with their limits, and run nothing"),
+)
 
 
 @dataclass(frozen=True)
@@ -146,15 +169,12 @@ def run(step: Step, log: Path, seconds: float, root: Path) -> dict:
 
 def _end(process: subprocess.Popen) -> int:
     """Asks a step and its child processes to end, and kills them if they do not; returns the exit status."""
-    for what, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
+    for what in (signal.SIGTERM, signal.SIGKILL):  # the second also ends child processes that outlived the step
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, what)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
-            break
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # children that outlived the step
-    return process.poll() if process.poll() is not None else -signal.SIGKILL
+            process.wait(GRACE)
+    return -signal.SIGKILL if process.returncode is None else process.returncode
 
 
 def carry_out(call: str, steps: Sequence[Step], out: Path, root: Path, limit: float = LIMIT) -> list[dict]:
@@ -219,26 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status, which is 1 if a step failed."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m jasper_fast.bench.gpu.day", description=__doc__, formatter_class=raw)
-    calls = ("1", "2", "3", "more", "preflight", "table")
-    parser.add_argument("call", choices=calls, metavar="CALL", help=f"the call to run: {', '.join(calls)}")
-    parser.add_argument(
-        "--device", default="cuda", help="device: cuda, cuda:1, or cpu for the small stand-ins (default: cuda)"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=paths.OUT / "day",
-        metavar="DIR",
-        help="folder for results and logs (default: build/bench/day)",
-    )
-    parser.add_argument(
-        "--limit",
-        type=options.seconds,
-        default=LIMIT,
-        metavar="SECONDS",
-        help=f"seconds that the call may take (default: {LIMIT:.0f})",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the steps with their limits, and run nothing")
+    add(parser, {"": OPTIONS})
     args = parser.parse_args(arguments)
     if args.call in ("preflight", "table"):  # these are steps of the other calls
         return preflight(args.device) if args.call == "preflight" else install(args.out)

@@ -1,10 +1,10 @@
 """What `python -m bench gpu` does before it measures: it runs the most important tests on the device, and it tunes."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from jasper_fast.bench.cases import cells
 from jasper_fast.bench.harness import paths
@@ -28,13 +28,8 @@ def tests(run: Run, *, files: tuple[str, ...] = TESTS, chosen: str = "triton or 
 
     `chosen` is pytest's expression for the names of tests. Without installed tests it only prints a line.
     """
-    folder = paths.CHECKOUT and Path(paths.CHECKOUT) / "tests"
-    left = seconds_left(run)
-    try:
-        import pytest  # noqa: F401
-    except ImportError:
-        folder = None
-    if not folder or not folder.is_dir():
+    folder = paths.CHECKOUT and paths.CHECKOUT / "tests"
+    if not folder or not folder.is_dir() or importlib.util.find_spec("pytest") is None:
         console.print("gpu: no tests here; they need a checkout and pytest (pip install pytest)")
         return
     argv = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", chosen]
@@ -42,7 +37,7 @@ def tests(run: Run, *, files: tuple[str, ...] = TESTS, chosen: str = "triton or 
     try:
         done = subprocess.run(
             [*argv, *(str(folder / name) for name in files)],
-            cwd=folder.parent, env=env, capture_output=True, text=True, timeout=left,
+            cwd=folder.parent, env=env, capture_output=True, text=True, timeout=seconds_left(run),
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise OutOfTime from None

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from jasper_fast.bench.gpu import agenda
 from jasper_fast.bench.harness import devices, interruption, paths, result_file
@@ -38,10 +39,9 @@ def main(run: Run, budget: float = BUDGET) -> None:
     end = run.started + budget
     if UNTIL in os.environ:  # this process continues the run of another, with what is left of its budget
         end = time.monotonic() + float(os.environ.pop(UNTIL)) - time.time()
-    changes = {"effort": run.effort.at_most(CASE)}
+    run = replace(run, effort=run.effort.at_most(CASE))
     if run.device.type == "cuda" and run.backend == "auto":
-        changes["backend"] = "triton"
-    run = agenda.with_(run, changes)
+        run.backend = "triton"
     run.results.data["backend"] = run.backend
     parts, faults = (run.results.data.setdefault(name, {}) for name in ("parts", "faults"))
     begun = set()
@@ -77,7 +77,7 @@ def main(run: Run, budget: float = BUDGET) -> None:
 
 def _measure(run: Run, part: agenda.Part, seconds: float) -> tuple[str, bool]:
     """Measures a part; returns how it ended, and whether the device was lost."""
-    run, gone = agenda.with_(run, {"deadline": time.monotonic() + seconds}), False
+    run, gone = replace(run, deadline=time.monotonic() + seconds), False
     try:
         with interruption.interrupted_after(seconds):
             part.measure(run)
