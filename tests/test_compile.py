@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from jasper_fast.bench.compile import cuda
 from jasper_fast.bench.compile.table import COMMITTED
 
 triton = pytest.importorskip("triton")
@@ -121,6 +123,22 @@ def test_differences_show_old_and_new():
     assert TABLE.differences(rows, rows) == []
     text = TABLE.text("3.7.1", rows)
     assert TABLE.read(text) == rows and len(text.splitlines()) == len(rows) + 2
+
+
+def test_every_cuda_kernel_with_products_is_in_the_table():
+    names = re.findall(
+        r"__global__ void .*?\b((?:conv|wgrad)_\d+)\(", (ROOT / "csrc/cuda/conv1d_launch.cuh").read_text()
+    )
+    tables = [cuda.TABLE.read(path.read_text()) for path in COMMITTED.glob("nvcc-*.json")]
+    assert len(names) == 6 and tables
+    for rows in tables:
+        assert set(names) <= {kernel.split()[0] for _, kernel in rows}
+        assert not [line for row in rows.values() for line in cuda.complaints(row)]
+    wrong = next(row for (_, kernel), row in tables[0].items() if kernel.startswith("wgrad_90")) | {
+        "wgmma": 0,
+        "waits": 3,
+    }
+    assert cuda.complaints(wrong) == ["3 waits between products of one step", "no wgmma instruction"]
 
 
 def test_innermost_loops_of_ptx():

@@ -41,6 +41,12 @@ TABLE = Table(
     order=lambda key: (ARCHS.index(key[0]), key[1]),
 )
 SOURCES = tuple(paths.BENCH.parent / "csrc" / "cuda" / name for name in ("conv1d.cu", "novograd.cu"))
+WANTED = {  # instructions by the first word of a kernel's name
+    "conv_90": ("wgmma", "bulk_copies", "cp_async"), "wgrad_90": ("wgmma", "cp_async"),
+    "conv_80": ("mma_sync", "ldmatrix", "cp_async"), "wgrad_80": ("mma_sync", "ldmatrix", "cp_async"),
+    "conv_75": ("mma_sync", "ldmatrix"), "wgrad_75": ("mma_sync", "ldmatrix"),
+    "novograd": ("wide_loads",),
+}  # fmt: skip
 _KERNEL = re.compile(r"jf::(conv|novograd)::(\w+?)(?:_kernel)?(?:<(.*)>)?\(")
 _MODES = {"0": "plain", "1": "stats", "2": "norm", "3": "log-softmax"}
 
@@ -134,10 +140,7 @@ def complaints(row: dict) -> list[str]:
         found.append(f"{row['spilled']} bytes spilled, {row['stack']} bytes of stack per thread")
     if row["waits"]:
         found.append(f"{row['waits']} waits between products of one step")
-    wanted = {"conv_90": ("wgmma", "bulk_copies", "cp_async"), "conv_80": ("mma_sync", "ldmatrix", "cp_async")}
-    wanted |= {"conv_75": ("mma_sync", "ldmatrix"), "wgrad_80": wanted["conv_80"], "wgrad_75": ("mma_sync", "ldmatrix")}
-    wanted["novograd"] = ("wide_loads",)
-    found += [f"no {name} instruction" for name in wanted.get(kernel.split()[0], ()) if not row[name]]
+    found += [f"no {name} instruction" for name in WANTED.get(kernel.split()[0], ()) if not row[name]]
     chained = kernel.startswith("conv_") and not {"stats", "norm", "dgrad"} & set(kernel.split())
     if chained and int(row["arch"].rstrip("a")) >= 90 and not row["grid_waits"]:
         found.append("no wait for the previous launch, although the two may overlap")
