@@ -41,18 +41,14 @@ from jasper_fast.nn.model import Jasper
 from jasper_fast.options import option
 from jasper_fast.speech.metrics import wer
 from jasper_fast.training import options as training_options
-from jasper_fast.training.compiling import compiled
-from jasper_fast.training.console import talker, training_bar
-from jasper_fast.training.folder import Folder
 from jasper_fast.training.graphed import GraphedStep
 from jasper_fast.training.loop import Loop
-from jasper_fast.training.meter import Meter
 from jasper_fast.training.randomness import seed_everything, set_rng_state, settle
-from jasper_fast.training.runs import Ranks, RunError, RunLog, StopRequest
+from jasper_fast.training.runs import Folder, Ranks, RunError, RunLog, StopRequest, talker, training_bar
 from jasper_fast.training.scale import accumulation_for, largest_batches, scan_memory
 from jasper_fast.training.split import Split
-from jasper_fast.training.state import TrainingState
-from jasper_fast.training.step import AMP_DTYPES, BufferGuard, StepResult, missed_step, train_step
+from jasper_fast.training.state import Meter, TrainingState
+from jasper_fast.training.step import AMP_DTYPES, BufferGuard, StepResult, compiled, missed_step, train_step
 from jasper_fast.training.validate import heard, validate_state
 
 OPTIONS = {
@@ -106,39 +102,42 @@ OPTIONS = {
 
 
 def arguments(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=raw)
+    how = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(prog=prog, **how)
     options.add(parser, OPTIONS)
     args = parser.parse_args(argv)
     if args.batch_size is None and args.batch_seconds is None:
         args.batch_size = 16
-    counts = (*training_options.COUNTS, "grad_accumulation", "global_batch")
-    if fault := training_options.wrong(args, counts):
+    faults = (
+        (args.deterministic and args.cudnn_benchmark,
+         "--cudnn-benchmark chooses algorithms by time, which --deterministic forbids: drop one of them"),
+        (args.compile and args.cuda_graphs,
+         "--compile and --cuda-graphs cannot be combined: use the one that is faster for you"),
+        (args.reload_best is not None and not args.val_manifests,
+         "--reload-best needs --val-manifests, because validation finds the best weights"),
+    )  # fmt: skip
+    if fault := training_options.wrong(args, ("grad_accumulation", "global_batch"), faults):
         parser.error(fault)
-    if args.deterministic and args.cudnn_benchmark:
-        parser.error("--cudnn-benchmark chooses algorithms by time, which --deterministic forbids: drop one of them")
-    if args.compile and args.cuda_graphs:
-        parser.error("--compile and --cuda-graphs cannot be combined: use the one that is faster for you")
-    if args.reload_best is not None and not args.val_manifests:
-        parser.error("--reload-best needs --val-manifests, because validation finds the best weights")
     return args
 
 
 def load_data(args: argparse.Namespace, config: JasperConfig, ranks: Ranks, console: Any) -> tuple[Split, Split | None]:
     """Returns the training split, and the validation split or None."""
-    common = {"data_dir": args.data_dir, "seed": args.seed, "workers": args.num_workers, "rank": ranks.rank}
-    common |= {"world_size": ranks.world, "batch_size": args.batch_size, "max_seconds": args.batch_seconds}
+    common = {
+        "data_dir": args.data_dir, "seed": args.seed, "workers": args.num_workers, "rank": ranks.rank,
+        "world_size": ranks.world, "batch_size": args.batch_size, "max_seconds": args.batch_seconds,
+    }  # fmt: skip
     train = Split.load("training", args.train_manifests, config, **common, bucketing=not args.no_bucketing)
-    splits = [train, None]
+    val = None
     if args.val_manifests:
-        splits[1] = Split.load("validation", args.val_manifests, config, **common, training=False)
-    for split in filter(None, splits):
+        val = Split.load("validation", args.val_manifests, config, **common, training=False)
+    for split in filter(None, (train, val)):
         split.frontend.to(ranks.device)
         console.print("\n".join([str(split), *split.newly_skipped()]))
     if args.global_batch:
         args.grad_accumulation, said = accumulation_for(args.global_batch, train.sampler, len(train.dataset))
         console.print(said)
-    return tuple(splits)
+    return train, val
 
 
 def make_state(args: argparse.Namespace, config: JasperConfig, ranks: Ranks) -> TrainingState:
@@ -323,7 +322,7 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
         parts, graphed = (state.optimizer, state.scaler, guard), None
         if args.cuda_graphs:
             graphed = GraphedStep(model, train.frontend, *parts, **how, say=console.print)
-        steps = train.micro_batches(state, accumulation, on_gpu, stopped=lambda: bool(stop.signal))
+        steps = train.micro_batches(state, accumulation, ranks.device, stopped=lambda: bool(stop.signal))
         if generators:
             set_rng_state(generators)
         if state.unjudged:

@@ -14,8 +14,8 @@ from jasper_fast.data.batch import Batch
 from jasper_fast.speech import augment
 from jasper_fast.speech.features import LogMelFeatures
 from jasper_fast.training import step
-from jasper_fast.training.ema import EMA
 from jasper_fast.training.graphed import GraphedStep
+from jasper_fast.training.optim import EMA
 from jasper_fast.training.step import BufferGuard, Frontend, train_step
 
 BLOCK = {"kernel_size": [5], "stride": [1], "dilation": [1], "dropout": 0.2, "residual": False, "repeat": 1}

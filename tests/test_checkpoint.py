@@ -19,7 +19,7 @@ from jasper_fast.nn.config import JasperConfig
 from jasper_fast.nn.formats import read_weights
 from jasper_fast.nn.model import Jasper
 from jasper_fast.training import randomness
-from jasper_fast.training.folder import Folder
+from jasper_fast.training.runs import Folder
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELS = list(" abcdefg")

@@ -14,7 +14,7 @@ import corpora
 import pytest
 import test_cli
 
-from jasper_fast.cli import command, ranks
+from jasper_fast.cli import command, common
 from jasper_fast.data.manifest import Skipped, SkipReport
 from jasper_fast.inference import evaluation
 from jasper_fast.speech.metrics import alignment, word_errors
@@ -125,7 +125,7 @@ def test_alignments_count_what_word_errors_counts(said: str, heard: str) -> None
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_shares_hold_each_item_once_and_are_alike(world: int) -> None:
     sizes = [float(i * 37 % 11) for i in range(20)]
-    shares = [ranks.share(sizes, rank, world) for rank in range(world)]
+    shares = [common.share(sizes, rank, world) for rank in range(world)]
     assert sorted(i for share in shares for i in share) == list(range(20))
     sums = [sum(sizes[i] for i in share) for share in shares]
     assert max(sums) - min(sums) <= max(sizes)

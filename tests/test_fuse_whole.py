@@ -21,7 +21,7 @@ from jasper_fast.inference import engine as engine_module
 from jasper_fast.inference.encoders import EncoderEngine
 from jasper_fast.nn.fuse import STATE
 from jasper_fast.nn.watch import Watch
-from jasper_fast.training.ema import EMA
+from jasper_fast.training.optim import EMA
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 

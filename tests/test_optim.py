@@ -10,8 +10,7 @@ import torch
 from conftest import make_face
 from torch import nn
 
-from jasper_fast.training.ema import EMA
-from jasper_fast.training.optim import NovoGrad
+from jasper_fast.training.optim import EMA, NovoGrad
 from jasper_fast.training.step import update
 
 SHAPES = ((5, 3, 11), (7,), (1,), (4, 5, 1), ())

@@ -20,16 +20,16 @@ from jasper_fast.nn.config import JasperConfig
 from jasper_fast.nn.eager import EagerJasper
 from jasper_fast.speech.features import LogMelFeatures
 from jasper_fast.speech.text import Vocabulary
-from jasper_fast.training.ema import EMA
-from jasper_fast.training.meter import Meter
-from jasper_fast.training.optim import NovoGrad
+from jasper_fast.training.optim import EMA, NovoGrad
 from jasper_fast.training.randomness import own_randomness
 from jasper_fast.training.runs import Ranks, RunError, RunLog, StopRequest, read_log
+from jasper_fast.training.state import Meter
 from jasper_fast.training.step import BufferGuard, Frontend, StepResult, batch_loss, ctc_loss, train_step
 from jasper_fast.training.validate import validate
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, CPU)
 
 
 class Model(EagerJasper):
@@ -224,7 +224,7 @@ def test_validation_gives_error_rates_and_names_bad_utterances(dataset):
     before = [t.clone() for t in model.state_dict().values()]
 
     def run(batches):
-        return validate(model, features, batches, dataset.vocabulary, device=CPU)
+        return validate(model, features, batches, dataset.vocabulary, ALONE)
 
     result = run(load_batches(dataset, plan))
     assert result.utterances == len(dataset) and not result.bad
@@ -252,9 +252,9 @@ def test_ema_weights_are_what_validation_sees(dataset):
     with torch.no_grad():
         model.decoder.layers[0].bias[-1] = 1e4  # with the live weights all output is blank
     plan = BatchSampler(dataset.durations, batch_size=4, shuffle=False)
-    live = validate(model, front(), load_batches(dataset, plan), dataset.vocabulary, device=CPU)
+    live = validate(model, front(), load_batches(dataset, plan), dataset.vocabulary, ALONE)
     with ema.applied_to(model):
-        average = validate(model, front(), load_batches(dataset, plan), dataset.vocabulary, device=CPU)
+        average = validate(model, front(), load_batches(dataset, plan), dataset.vocabulary, ALONE)
     assert live.loss > 1e4 > average.loss
 
 

@@ -26,7 +26,7 @@ from jasper_fast.kernels.conv1d import aten_impl
 from jasper_fast.kernels.novograd import cuda_launch, table
 from jasper_fast.nn.eager import EagerJasper
 from jasper_fast.training import step
-from jasper_fast.training.ema import EMA
+from jasper_fast.training.optim import EMA
 
 BLOCKS, CONVS, PANES = 6, 9, 1 + 2 + 3  # of config("dense"): its repeats are 1, 2, 3, 1, 1, 1
 

@@ -15,8 +15,8 @@ from jasper_fast.bench.rivals.eager_layouts import Model
 from jasper_fast.bench.rivals.optimizers import ForeachNovoGrad
 from jasper_fast.data.batch import Batch
 from jasper_fast.nn.architecture import out_lengths
-from jasper_fast.training.ema import EMA
 from jasper_fast.training.graphed import GraphedStep
+from jasper_fast.training.optim import EMA
 from jasper_fast.training.step import BufferGuard, train_step
 
 LR, WEIGHT_DECAY, DECAY = 1e-4, 1e-3, 0.999

@@ -17,7 +17,7 @@ from jasper_fast.bench.harness.seeds import seeded, stable_seed
 from jasper_fast.bench.rivals.optimizers import ForeachNovoGrad
 from jasper_fast.kernels.novograd import reference
 from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
-from jasper_fast.training.ema import EMA
+from jasper_fast.training.optim import EMA
 from jasper_fast.training.step import update
 
 # Bytes per parameter in fp32: the gradient is read twice; moment, parameter and average are read and written once.

@@ -1,24 +1,21 @@
-"""`jasper-fast check`: finds what is wrong with a manifest's utterances."""
+"""`jasper-fast check`: find what is wrong with a manifest's utterances.
+
+Reads the audio and text of every utterance and reports those that are unreadable, truncated, silent, clipped, without
+text, too long, too short, too short for CTC, duplicates, or that have symbols outside the alphabet. --clean writes a
+manifest of the good utterances. It also keeps clipped ones, and those whose text loses symbols in normalisation,
+unless --strict is given. --config takes the alphabet, the bounds and the frame rate from a model's configuration.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from jasper_fast.cli import common
 from jasper_fast.options import option
 
-if TYPE_CHECKING:
-    from jasper_fast.data.prepare.check import Rules
-
-HELP = "find what is wrong with a manifest's utterances"
-DESCRIPTION = """\
-Reads the audio and text of every utterance and reports those that are unreadable, truncated, silent, clipped, without
-text, too long, too short, too short for CTC, duplicates, or that have symbols outside the alphabet. --clean writes a
-manifest of the good utterances. It also keeps clipped ones, and those whose text loses symbols in normalisation,
-unless --strict is given. --config takes the alphabet, the bounds and the frame rate from a model's configuration."""
 END = """\
 exit status: 0 if every utterance is good, 1 if some are not, 2 for a manifest that cannot be read.
 
@@ -49,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     common.check_writable(arguments.clean, arguments.html, arguments.out)
     common.any_name()
-    rules = _rules(arguments)
+    rules = check.Rules(**_rules(arguments))
     with common.bars(arguments.quiet) as progress:
         results = check.check(arguments.manifest, rules, arguments.data_dir, arguments.jobs, progress)
     told = check.figures(results, rules.strict)
@@ -72,13 +69,13 @@ def run(arguments: argparse.Namespace) -> int:
     return int(told["good"] < told["entries"] or not told["entries"])
 
 
-def _rules(arguments: argparse.Namespace) -> Rules:
-    from jasper_fast.data.prepare.check import Rules
+def _rules(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the settings of the rules that the options or the configuration give."""
     from jasper_fast.data.settings import AudioSettings
     from jasper_fast.speech.text import Vocabulary
 
     given = {name: getattr(arguments, name) for name in ("min_duration", "max_duration")}
-    known: dict = {"strict": arguments.strict}
+    known: dict[str, Any] = {"strict": arguments.strict}
     if arguments.config:
         from jasper_fast.nn.config import JasperConfig
 
@@ -90,4 +87,4 @@ def _rules(arguments: argparse.Namespace) -> Rules:
             "vocabulary": Vocabulary(config.labels),
             "frame_samples": round(hop * settings.sample_rate) * config.encoder.stride,
         }
-    return Rules(**known | {name: value for name, value in given.items() if value is not None})
+    return known | {name: value for name, value in given.items() if value is not None}

@@ -27,9 +27,11 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"jasper_fast {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (transcribe, evaluate, check, convert, export, info, selfcheck, tune):
-        common.subcommand(commands, module)
-    common.subcommands(commands, "prepare", "prepare data for training and evaluation", (librispeech, manifest, shards))
+    common.add_modules(commands, transcribe, evaluate, check, convert, export, info, selfcheck, tune)
+    about = "prepare data for training and evaluation"
+    prepare = commands.add_parser("prepare", help=about, description=about)
+    parts = prepare.add_subparsers(dest="part", required=True, metavar="WHAT")
+    common.add_modules(parts, librispeech, manifest, shards)
     lm.add(commands)
     for name, (help, *_) in _PASSED_ON.items():
         commands.add_parser(name, help=help, add_help=False)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from jasper_fast.data.manifest import Utterance
     from jasper_fast.inference.recognizer import Recognition, Recognizer
+    from jasper_fast.training.runs import Ranks
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -28,22 +29,22 @@ class UsageError(Exception):
     """The command line asks for something that cannot be done."""
 
 
-def subcommand(commands: Any, module: ModuleType) -> None:
-    """Adds the subcommand that `module` describes: its name, HELP, DESCRIPTION, END, OPTIONS and function `run`."""
-    raw, name = argparse.RawDescriptionHelpFormatter, module.__name__.rpartition(".")[2]
-    epilog = f"Defaults are in parentheses.\n\n{module.END}"
-    texts = {"help": module.HELP, "description": module.DESCRIPTION, "epilog": epilog}
-    parser = commands.add_parser(name, **texts, formatter_class=raw)
-    add(parser, module.OPTIONS)
-    parser.set_defaults(run=module.run)
+def subcommand(commands: Any, name: str, run: Callable, options: dict, help: str, description: str, end: str) -> None:
+    """Adds a subcommand that calls `run`."""
+    texts = {"help": help, "description": description, "epilog": f"Defaults are in parentheses.\n\n{end}"}
+    parser = commands.add_parser(name, **texts, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add(parser, options)
+    parser.set_defaults(run=run)
 
 
-def subcommands(commands: Any, name: str, help: str, modules: Sequence[ModuleType]) -> None:
-    """Adds a command that has subcommands of its own."""
-    parser = commands.add_parser(name, help=help, description=help)
-    parts = parser.add_subparsers(dest="part", required=True, metavar="WHAT")
+def add_modules(commands: Any, *modules: ModuleType) -> None:
+    """Adds a subcommand for each module. The first line of its docstring, after the colon, is the help in the list of
+    commands; the rest is the description. END comes after the options."""
     for module in modules:
-        subcommand(parts, module)
+        title, _, description = (module.__doc__ or "").partition("\n\n")
+        help = " ".join(title.partition(": ")[2].removesuffix(".").split())
+        name = module.__name__.rpartition(".")[2]
+        subcommand(commands, name, module.run, module.OPTIONS, help, description, module.END)
 
 
 @contextmanager
@@ -193,9 +194,8 @@ def decoder(arguments: argparse.Namespace, vocabulary: Any) -> Any:
     if file is None and unknown is not None:
         raise UsageError("--open-vocabulary and --unknown-score need a language model of words; name one with --lm")
     if file is None and model is None and all(value is None for value in asked.values()):
-        for name, value in (("--lexicon", lexicon), ("--rescore-weight", weight)):
+        for name, value, needed in (("--lexicon", lexicon, "--lm"), ("--rescore-weight", weight, "--rescore")):
             if value is not None:
-                needed = "--lm" if name == "--lexicon" else "--rescore"
                 raise UsageError(f"{name} needs a language model; name one with {needed}")
         return None
     if file is not None and tuned.is_settings(file):
@@ -328,6 +328,37 @@ def hypotheses(transcript: Any) -> dict[str, list[dict[str, Any]]]:
         if math.isfinite(h.score)
     ]
     return {"hypotheses": found} if transcript.hypotheses else {}
+
+
+def share(sizes: Sequence[float], rank: int, world: int) -> list[int]:
+    """Returns the indices of one process's items, in order. Every process gets a similar mix of sizes."""
+    order = sorted(range(len(sizes)), key=lambda i: (sizes[i], i))
+    return sorted(order[rank::world])
+
+
+@contextmanager
+def joined(arguments: argparse.Namespace) -> Iterator[Ranks]:
+    """Joins the process group that torchrun describes, if there is one, and yields this process's place in it.
+
+    In ``arguments`` it sets the device to the GPU of the process's rank, and turns off progress in all processes but
+    the first.
+    """
+    import torch
+
+    from jasper_fast.training import runs
+
+    rank, world, local = runs.launched()
+    if world == 1:
+        yield runs.Ranks(0, 1, torch.device("cpu"))
+        return
+    if arguments.device in ("auto", "cuda") and torch.cuda.is_available():
+        arguments.device = f"cuda:{local}"
+    arguments.quiet = arguments.quiet or rank > 0
+    torch.distributed.init_process_group("gloo")  # only texts and numbers are exchanged, on the CPU
+    try:
+        yield runs.Ranks(rank, world, torch.device("cpu"))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def count(done: int, total: int, what: str, quiet: bool) -> None:

@@ -1,4 +1,11 @@
-"""`jasper-fast convert`: writes a checkpoint in the format of this project, of NVIDIA, of NeMo, or as safetensors."""
+"""`jasper-fast convert`: write a checkpoint in another project's format.
+
+Writes the weights of a checkpoint in another format. IN may be a checkpoint of this project, of NVIDIA's Jasper for
+PyTorch (2019 to today), of Lightning, a .nemo archive, the encoder and decoder files of NeMo 0.x, or a safetensors
+file. OUT contains the same bits under the names of its format, and also the labels and the settings of the features if
+the format has a place for them. It is read back and compared before it appears under its name. The report lists the
+new name of each entry, and what was left out.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +15,12 @@ import json
 
 from jasper_fast.options import option
 
-DESCRIPTION = """\
-Writes the weights of a checkpoint in another format. IN may be a checkpoint of this project, of NVIDIA's Jasper for
-PyTorch (2019 to today), of Lightning, a .nemo archive, the encoder and decoder files of NeMo 0.x, or a safetensors
-file. OUT contains the same bits under the names of its format, and also the labels and the settings of the features if
-the format has a place for them. It is read back and compared before it appears under its name. The report lists the
-new name of each entry, and what was left out."""
 END = """\
 The training state (optimiser, loss scale, data position) is left out. OUT can start a new training with --init-from.
 The formats of NVIDIA and of this project also contain the moving average, if IN has one.
 
 example: jasper-fast convert stt_en_jasper10x5dr.nemo jasper.pt --to nvidia --config-out jasper.yaml"""
 
-HELP = "write a checkpoint in another project's format"
 OPTIONS = {
     "": [
         option("source", metavar="IN", help="the checkpoint to read"),

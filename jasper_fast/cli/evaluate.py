@@ -1,4 +1,12 @@
-"""`jasper-fast evaluate`: measures word and character error rate on a manifest."""
+"""`jasper-fast evaluate`: measure word and character error rate on a manifest.
+
+Transcribes every utterance of a manifest (JSON lines with audio_filepath, duration, text, or the JSON array of NVIDIA's
+Jasper). Prints the word and character error rate over all of them, the speed in seconds of audio per second (RTFx), and
+the worst utterances. References are normalised as in training; symbols that this drops are counted per manifest. Files
+that cannot be used are listed and do not count in the error rates. If a file is shorter than its header or the manifest
+says, the audio that it has is used, with a warning. Several processes share the utterances and report the same texts
+and rates as one process.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +15,13 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from jasper_fast.cli import common, ranks
+from jasper_fast.cli import common
 from jasper_fast.options import option
 
 if TYPE_CHECKING:
     from jasper_fast.inference.recognizer import Recognition, Recognizer
     from jasper_fast.training.runs import Ranks
 
-DESCRIPTION = """\
-Transcribes every utterance of a manifest (JSON lines with audio_filepath, duration, text, or the JSON array of NVIDIA's
-Jasper). Prints the word and character error rate over all of them, the speed in seconds of audio per second (RTFx), and
-the worst utterances. References are normalised as in training; symbols that this drops are counted per manifest. Files
-that cannot be used are listed and do not count in the error rates. If a file is shorter than its header or the manifest
-says, the audio that it has is used, with a warning. Several processes share the utterances and report the same texts
-and rates as one process."""
 END = """\
 exit status: 0 for success, 1 if no utterance could be read (with --strict: if any could not), 2 for a wrong command,
 manifest, checkpoint or configuration.
@@ -33,7 +34,6 @@ on 8 GPUs: torchrun --nproc-per-node 8 -m jasper_fast evaluate --manifest ... --
 
 _DECODING = ("lm", "lexicon", "open_vocabulary", "unknown_score", "hot_word", "hot_words")
 _DECODING += ("beam", "alpha", "beta", "n_best", "rescore", "rescore_weight")
-HELP = "measure word and character error rate on a manifest"
 OPTIONS = {
     "": [
         option("--manifest", required=True, action="append", metavar="FILE", help="a manifest; may be repeated"),
@@ -59,7 +59,7 @@ OPTIONS = {
 
 
 def run(arguments: argparse.Namespace) -> int:
-    with ranks.joined(arguments) as share:
+    with common.joined(arguments) as share:
         return _run(arguments, share)
 
 
@@ -76,7 +76,7 @@ def _run(arguments: argparse.Namespace, share: Ranks) -> int:
     if arguments.save_log_probs and share.world > 1:
         raise common.UsageError("--save-log-probs writes one folder: run it in one process")
     recognizer, total = common.load(arguments), len(utterances)
-    places = ranks.share([u.seconds for u in utterances], share.rank, share.world)
+    places = common.share([u.seconds for u in utterances], share.rank, share.world)
     utterances = [utterances[i] for i in places]
     saved = Saved.begin(arguments.save_log_probs, recognizer) if arguments.save_log_probs else None
     if utterances:

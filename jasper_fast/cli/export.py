@@ -1,4 +1,11 @@
-"""`jasper-fast export`: writes a checkpoint as a model for other runtimes."""
+"""`jasper-fast export`: write a checkpoint as an ONNX model.
+
+Writes a folder for ONNX Runtime and for packages that use it. model.onnx accepts any batch size and length; batch norm
+is folded into its convs. vocab.txt and config.json have the form that onnx-asr reads. The masks are in the graph, so
+the result of an utterance does not depend on the rest of its batch. The folder is written only if ONNX Runtime and the
+engine agree on batches, lengths and padding other than those the graph was traced with. Needs
+pip install 'jasper-fast[export]'.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +13,12 @@ import argparse
 
 from jasper_fast.options import option
 
-DESCRIPTION = """\
-Writes a folder for ONNX Runtime and for packages that use it. model.onnx accepts any batch size and length; batch norm
-is folded into its convs. vocab.txt and config.json have the form that onnx-asr reads. The masks are in the graph, so
-the result of an utterance does not depend on the rest of its batch. The folder is written only if ONNX Runtime and the
-engine agree on batches, lengths and padding other than those the graph was traced with. Needs
-pip install 'jasper-fast[export]'."""
 END = """\
 features.json in the folder has the settings of the features. onnx-asr itself computes only features of 80 or 128 bands.
 
 example: jasper-fast export onnx runs/best.pt jasper-onnx"""
 
 
-HELP = "write a checkpoint as an ONNX model"
 OPTIONS = {
     "": [
         option("format", choices=("onnx",), help="the format to write; onnx is the only one"),

@@ -1,4 +1,7 @@
-"""`jasper-fast info`: shows the machine, the versions, the backends that run here, and how to install the others."""
+"""`jasper-fast info`: show the machine, backends and versions, and how to install what is missing.
+
+Shows the machine, which backends run on it, the versions, and how to install what is missing.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +41,7 @@ _PACKAGES = (
 )
 
 
-HELP = "show the machine, backends and versions, and how to install what is missing"
-DESCRIPTION, END = "Shows the machine, which backends run on it, the versions, and how to install what is missing.", ""
+END = ""
 OPTIONS = {
     "": [
         option("--json", action="store_true", help="print JSON"),

@@ -7,7 +7,6 @@ import itertools
 import json
 import random
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 from jasper_fast.cli import common
@@ -222,5 +221,5 @@ def add(commands: Any) -> None:
         dest="lm_command", required=True, metavar="COMMAND"
     )
     for name, (run, options, help, example) in _COMMANDS.items():
-        texts = {"HELP": help, "DESCRIPTION": help[0].upper() + help[1:] + ".", "END": f"example: {example}"}
-        common.subcommand(inner, SimpleNamespace(__name__=name, OPTIONS=options, run=run, **texts))
+        description = help[0].upper() + help[1:] + "."
+        common.subcommand(inner, name, run, options, help, description, f"example: {example}")

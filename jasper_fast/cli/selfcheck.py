@@ -1,4 +1,15 @@
-"""`jasper-fast selfcheck`: compares every kernel with fp64."""
+"""`jasper-fast selfcheck`: compare every kernel with fp64 on this machine.
+
+Runs every kernel and compares the results with fp64. It covers every configuration that dispatch can choose on the
+device (the tiles in its tables and the defaults), forward, backward and inference, on small shapes and on those of
+Jasper 10x5. An error may be twice that of plain PyTorch at the same precision, plus an allowance for rounding. The
+kernels run in a separate process, so a kernel that crashes or hangs gets a bad verdict and the check continues.
+
+Verdicts are saved per dtype, GPU, driver and versions. On a GPU, backend="auto" uses only kernels with a good verdict.
+If the machine lacks something that a check needs (a compiler, memory), this is reported and there is no verdict. If the
+check is ended early, for example by Ctrl-C, the verdicts so far are saved. Without a GPU it checks the CPU's kernels;
+with TRITON_INTERPRET=1 also those of Triton, in its interpreter.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +19,12 @@ from jasper_fast.cli import common
 from jasper_fast.extras import need
 from jasper_fast.options import option
 
-DESCRIPTION = """\
-Runs every kernel and compares the results with fp64. It covers every configuration that dispatch can choose on the
-device (the tiles in its tables and the defaults), forward, backward and inference, on small shapes and on those of
-Jasper 10x5. An error may be twice that of plain PyTorch at the same precision, plus an allowance for rounding. The
-kernels run in a separate process, so a kernel that crashes or hangs gets a bad verdict and the check continues.
-
-Verdicts are saved per dtype, GPU, driver and versions. On a GPU, backend="auto" uses only kernels with a good verdict.
-If the machine lacks something that a check needs (a compiler, memory), this is reported and there is no verdict. If the
-check is ended early, for example by Ctrl-C, the verdicts so far are saved. Without a GPU it checks the CPU's kernels;
-with TRITON_INTERPRET=1 also those of Triton, in its interpreter."""
 END = """\
 exit status: 0 if every check passed, 1 otherwise, 2 for a wrong command.
 
 example: jasper-fast selfcheck --device cuda:0 --quick --dtype fp16"""
 
 
-HELP = "compare every kernel with fp64 on this machine"
 OPTIONS = {
     "": [
         common.DEVICE,

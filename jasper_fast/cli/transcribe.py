@@ -1,4 +1,17 @@
-"""`jasper-fast transcribe`: transcribes audio files."""
+"""`jasper-fast transcribe`: transcribe audio files.
+
+Writes one line per file to the standard output: the path, a tab, and the text. With --json each line is a JSON object
+that also has the times of the words. Reads all formats of libsndfile (WAV, FLAC, OGG, MP3, ...), at any sample rate
+and with any number of channels. Lines are written in UTF-8, in the order of the files; a name in another encoding is
+written byte by byte (in JSON as \\udcXX).
+
+Messages go to the standard error. A file that cannot be used is reported there, with the reason, and left out. If a
+file is shorter than its header says, the audio that it has is transcribed, with a warning.
+
+To continue an interrupted run, repeat the command with --resume. Files that have a line in --out are not transcribed
+again, an incomplete last line is dropped, and files that could not be used are tried again. Under torchrun
+(torchrun --nproc-per-node 8 -m jasper_fast transcribe ...) the processes share the files, and the first one writes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jasper_fast.cli import common, ranks
+from jasper_fast.cli import common
 from jasper_fast.options import option
 
 if TYPE_CHECKING:
@@ -22,18 +35,6 @@ if TYPE_CHECKING:
     from jasper_fast.inference.recognizer import Recognizer
     from jasper_fast.training.runs import Ranks
 
-DESCRIPTION = """\
-Writes one line per file to the standard output: the path, a tab, and the text. With --json each line is a JSON object
-that also has the times of the words. Reads all formats of libsndfile (WAV, FLAC, OGG, MP3, ...), at any sample rate
-and with any number of channels. Lines are written in UTF-8, in the order of the files; a name in another encoding is
-written byte by byte (in JSON as \\udcXX).
-
-Messages go to the standard error. A file that cannot be used is reported there, with the reason, and left out. If a
-file is shorter than its header says, the audio that it has is transcribed, with a warning.
-
-To continue an interrupted run, repeat the command with --resume. Files that have a line in --out are not transcribed
-again, an incomplete last line is dropped, and files that could not be used are tried again. Under torchrun
-(torchrun --nproc-per-node 8 -m jasper_fast transcribe ...) the processes share the files, and the first one writes."""
 END = """\
 exit status: 0 if at least one file was transcribed (with --strict: if all were), 1 otherwise, 2 for a wrong command,
 checkpoint or configuration.
@@ -44,7 +45,6 @@ examples:
 
 
 _WINDOW = 8  # batches whose files are sorted by length: more of them save padding, fewer give earlier output
-HELP = "transcribe audio files"
 OPTIONS = {
     "": [
         option("files", nargs="*", metavar="FILE", help="audio files, or folders of them"),
@@ -63,7 +63,7 @@ _STDIN = {"/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"}
 
 
 def run(arguments: argparse.Namespace) -> int:
-    with ranks.joined(arguments) as share:
+    with common.joined(arguments) as share:
         return _run(arguments, share)
 
 
@@ -126,7 +126,7 @@ def _heard(
     size = _WINDOW * arguments.batch_size * share.world
     for start in range(0, len(utterances), size):
         part = utterances[start : start + size]
-        mine, found = ranks.share([u.seconds for u in part], share.rank, share.world), []
+        mine, found = common.share([u.seconds for u in part], share.rank, share.world), []
         if mine:
             *_, result = common.recognize(arguments, recognizer, [part[i] for i in mine])
             found = [(start + i, *each) for i, *each in zip(mine, result.transcripts, result.seconds, strict=True)]

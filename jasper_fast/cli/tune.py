@@ -1,4 +1,11 @@
-"""`jasper-fast tune`: measures in advance which kernels are fastest for a model on this GPU, and saves the choice."""
+"""`jasper-fast tune`: measure which kernels are fastest for a model on this GPU, and save the choice.
+
+Measures on this GPU which implementation and tile of each op is fastest at the shapes of a model, and saves the choice
+on disk for backend="auto". The first use of a model does the same; this command does it in advance, for all batches
+that you name. Contenders are compared with fp64 before they are timed. Shapes that were measured before are skipped. If
+the command is interrupted, the finished shapes are kept, and the same command continues. JASPER_FAST_TUNE=0 turns off
+the tuning at first use, but not this command.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +19,6 @@ from jasper_fast.cli import common
 from jasper_fast.extras import need
 from jasper_fast.options import option
 
-HELP = "measure which kernels are fastest for a model on this GPU, and save the choice"
-DESCRIPTION = """\
-Measures on this GPU which implementation and tile of each op is fastest at the shapes of a model, and saves the choice
-on disk for backend="auto". The first use of a model does the same; this command does it in advance, for all batches
-that you name. Contenders are compared with fp64 before they are timed. Shapes that were measured before are skipped. If
-the command is interrupted, the finished shapes are kept, and the same command continues. JASPER_FAST_TUNE=0 turns off
-the tuning at first use, but not this command."""
 END = """\
 exit status: 0 if all shapes are measured, 4 if the budget ran out first, 2 for a wrong command.
 
@@ -94,20 +94,12 @@ def cells_of(arguments: argparse.Namespace, dtype: Any) -> list[Any]:
 
 
 def _tune(device: Any, todo: list[Any], budget: float) -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from jasper_fast.dispatch import tuned
+    from jasper_fast.training.runs import talker, training_bar
 
-    errors = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors, transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("starting", total=len(todo))
-
-        def on_cell(session: Any, doing: str) -> None:
-            progress.update(task, completed=len(session.done), description=doing or "tuning")
-
+    with training_bar(talker(quiet=not sys.stderr.isatty()), 0, len(todo), "starting") as progress:
         try:
-            return tuned.tune(device, todo, budget, on_cell=on_cell)
+            show = lambda session, doing: progress(len(session.done), doing or "tuning")  # noqa: E731
+            return tuned.tune(device, todo, budget, on_cell=show)
         except tuned.CannotTune as error:
             raise common.UsageError(str(error)) from error

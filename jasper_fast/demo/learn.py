@@ -14,8 +14,7 @@ import torch
 
 from jasper_fast import Jasper, train
 from jasper_fast.nn.loading import load_model
-from jasper_fast.training.folder import Folder
-from jasper_fast.training.runs import StopRequest, read_log
+from jasper_fast.training.runs import Folder, StopRequest, read_log
 from jasper_fast.training.state import TrainingState
 
 CONFIG = Path(str(files("jasper_fast.configs") / "demo.yaml"))

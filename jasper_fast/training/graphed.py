@@ -22,8 +22,7 @@ from jasper_fast.data.batch import Batch
 from jasper_fast.kernels import capture
 from jasper_fast.nn.packs import Packs
 from jasper_fast.speech.features import LogMelFeatures
-from jasper_fast.training.ema import EMA
-from jasper_fast.training.optim import NovoGrad
+from jasper_fast.training.optim import EMA, NovoGrad
 from jasper_fast.training.step import BufferGuard, Frontend, StepResult, reads_no_lengths, train_step
 
 Shapes = tuple[tuple[tuple[int, ...], int], ...]  # for each micro-batch: the audio's shape, and labels per transcript

@@ -11,13 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from jasper_fast.nn.checkpoint import load
-from jasper_fast.training.console import talker
-from jasper_fast.training.folder import Folder
-from jasper_fast.training.meter import Diverged
 from jasper_fast.training.randomness import rng_state
-from jasper_fast.training.runs import Ranks, RunError, RunLog, StopRequest
+from jasper_fast.training.runs import Folder, Ranks, RunError, RunLog, StopRequest, talker
 from jasper_fast.training.schedules import Schedule
-from jasper_fast.training.state import TrainingState
+from jasper_fast.training.state import Diverged, TrainingState
 
 RETURNS = 3  # how many times a run may go back to the same best weights
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jasper_fast.options import Option, option
@@ -86,18 +86,22 @@ def optimisation(
     ]  # fmt: skip
 
 
-def wrong(args: argparse.Namespace, counts: Sequence[str] = COUNTS) -> str | None:
-    """Returns what is wrong with the options, or None. Sets `resume` if torchrun has restarted the run."""
-    for name in counts:
-        if (value := getattr(args, name)) is not None and value < 1:
-            return f"--{name.replace('_', '-')} must be at least 1"
+def wrong(args: argparse.Namespace, counts: Sequence[str] = (), faults: Iterable[tuple[bool, str]] = ()) -> str | None:
+    """Returns what is wrong with the options, or None. Sets `resume` if torchrun has restarted the run.
+
+    A command's own options: those in `counts` must be at least 1 or not set, and `faults` has, for each other fault,
+    whether it is there and a message.
+    """
     if int(os.environ.get(RESTARTED, 0)):  # `torchrun --max-restarts` has restarted this process
         args.resume = True
-    if (args.reload_best or 0) < 0:
-        return "--reload-best must not be negative"
-    if args.lr_by_clock and not args.max_minutes:
-        return "--lr-by-clock needs --max-minutes"
-    return None
+    low = [name for name in (*COUNTS, *counts) if (value := getattr(args, name)) is not None and value < 1]
+    found = (
+        *((True, f"--{name.replace('_', '-')} must be at least 1") for name in low),
+        ((args.reload_best or 0) < 0, "--reload-best must not be negative"),
+        (args.lr_by_clock and not args.max_minutes, "--lr-by-clock needs --max-minutes"),
+        *faults,
+    )
+    return next((message for is_there, message in found if is_there), None)
 
 
 def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
@@ -119,8 +123,7 @@ def make_learner(args: argparse.Namespace, model: Any, backend: str = "auto") ->
     """Returns the optimiser of a model's trainable parameters, and the moving average (None without `--ema`)."""
     import torch
 
-    from jasper_fast.training.ema import EMA
-    from jasper_fast.training.optim import NovoGrad
+    from jasper_fast.training.optim import EMA, NovoGrad
 
     ema = EMA(model, args.ema, warmup=args.ema_warmup) if args.ema else None
     learning = [p for p in model.parameters() if p.requires_grad]

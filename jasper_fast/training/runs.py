@@ -1,4 +1,4 @@
-"""The processes of a run, the signals that stop it, and its log."""
+"""What a training run has besides its model: processes, signals that stop it, messages, a log and checkpoints."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import math
 import os
 import signal
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from jasper_fast.extras import need
+from jasper_fast.nn.checkpoint import FORMAT, CheckpointError, load, save
 
 
 class RunError(RuntimeError):
@@ -122,6 +124,23 @@ class StopRequest:
             signal.signal(number, handler)
 
 
+def talker(quiet: bool = False) -> Any:
+    """Returns a rich Console that prints plain text to the standard error. Raises MissingExtra without rich."""
+    console = need("rich.console", "train").Console
+    return console(stderr=True, quiet=quiet, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def training_bar(console: Any, done: int, total: int, what: str = "training") -> Iterator[Any]:
+    """A context with a progress bar. It yields a function that takes the steps done and the text before the bar."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=console.quiet) as progress:
+        bar = progress.add_task(what, total=total, completed=done)
+        yield lambda step, text=None: progress.update(bar, completed=step, description=text)
+
+
 class RunLog:
     """Writes `log.jsonl` (one record per line, flushed) and TensorBoard files in `folder`.
 
@@ -177,3 +196,55 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
             if i + 1 < len(lines):
                 raise RunError(f"{path}, line {i + 1} is not JSON: remove the line or the file") from None
     return records
+
+
+class Folder:
+    """The checkpoints of one training run: the last `keep`, `best.pt`, and one for each epoch in `milestones`.
+
+    Raises ValueError if `keep` is less than 1.
+    """
+
+    def __init__(self, path: str | Path, keep: int = 2, milestones: Sequence[int] = ()):
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}: resuming needs a checkpoint")
+        self.path, self.keep, self.milestones = Path(path), keep, frozenset(milestones)
+
+    def save(self, state: dict[str, Any], name: str | None = None) -> None:
+        """Writes `state` as `name`.pt, or without a name under its step. Raises CheckpointError.
+
+        Of the checkpoints named by their step, only the last `keep` are kept.
+        """
+        save(self.path / f"{name or 'step_{:08d}'.format(state['step'])}.pt", state)
+        for old in self.steps()[: -self.keep]:
+            old.unlink()
+
+    def steps(self) -> list[Path]:
+        """Returns the checkpoints that are named by their step, oldest first."""
+        return sorted(self.path.glob("step_*.pt"), key=lambda p: int(p.stem.removeprefix("step_")))
+
+    def clean(self) -> None:
+        """Removes incomplete files, left by a process that was killed while it wrote them."""
+        for leftover in self.path.glob(".*.pt.tmp"):
+            leftover.unlink()
+
+    def latest(self, warn: Callable[[str], None] = warnings.warn) -> tuple[Path, dict[str, Any]] | None:
+        """Returns the path and contents of the newest checkpoint that can be read, or None in an empty folder.
+
+        A file that cannot be read is reported to `warn`, and the next older one is tried. Raises CheckpointError if
+        there are checkpoints but none can be read.
+        """
+        others = [p for p in (*sorted(self.path.glob("milestone_*.pt"))[::-1], self.path / "best.pt") if p.exists()]
+        candidates = [*self.steps()[::-1], *others]
+        for path in candidates:
+            try:
+                state = load(path)
+                if state.get("format") != FORMAT:
+                    raise CheckpointError(f"{path} was not written by a training run of jasper_fast")
+                return path, state
+            except CheckpointError as error:
+                warn(f"{error}; trying the next older one")
+        if candidates:
+            raise CheckpointError(
+                f"none of the {len(candidates)} checkpoints in {self.path} can be read: empty the folder to start again"
+            )
+        return None

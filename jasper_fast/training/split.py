@@ -23,8 +23,6 @@ from jasper_fast.training.runs import RunError
 from jasper_fast.training.state import TrainingState
 from jasper_fast.training.step import Frontend
 
-_CPU = torch.device("cpu")
-
 
 @dataclass
 class Split:
@@ -77,11 +75,6 @@ class Split:
         hours = sum(self.dataset.durations(0)) / 3600
         return f"{self.name}: {len(self.dataset)} utterances, {hours:.2f} hours, {self.dataset.skipped}"
 
-    @property
-    def device(self) -> torch.device:
-        """The device on which the front end computes features."""
-        return next((b.device for b in self.frontend.buffers()), _CPU) if self.frontend else _CPU
-
     def newly_skipped(self, most: int = 5) -> list[str]:
         """Returns why utterances were skipped since the last call: one line each for the first `most` of them."""
         items = self.dataset.skipped.items[self.told :]
@@ -131,17 +124,17 @@ class Split:
         return f"the batches have changed: {left} of {len(self.dataset)} utterances are left in this epoch"
 
     def micro_batches(
-        self, state: TrainingState, accumulation: int, pin_memory: bool, stopped: Callable[[], bool] = lambda: False
+        self, state: TrainingState, accumulation: int, device: torch.device, stopped: Callable[[], bool]
     ) -> Iterator[list[Batch]]:
-        """Yields the micro-batches of each step, from the position of `state` on, for any number of epochs.
+        """Yields the micro-batches of each step on `device`, from the position of `state` on, for any number of epochs.
 
         The caller must advance `state` after each step. A batch is empty if none of its files could be read. When
         `stopped` returns True, no more batches are read. The loading processes live over all epochs.
         """
         first = state.position * accumulation
-        how = (self.workers, pin_memory)
+        how = self.workers, device.type == "cuda"
         loader = load_batches(self.dataset, self.sampler, state.epoch, first, *how, endless=True)
-        loader = feed(loader, self.device, self.wait)
+        loader = feed(loader, device, self.wait)
         while True:
             epoch, steps = state.epoch, self.steps(state.epoch, accumulation)
             if state.position >= steps:

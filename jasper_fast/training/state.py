@@ -1,4 +1,7 @@
-"""The state of a training run: everything that a checkpoint needs so that the run continues exactly."""
+"""The state of a training run: everything that a checkpoint needs so that the run continues exactly.
+
+The meter collects the figures of steps on the device and reads many together, so that steps do not wait.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,93 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jasper_fast.training.ema import EMA
-from jasper_fast.training.meter import Meter
+from jasper_fast.training.optim import EMA
+from jasper_fast.training.runs import RunError
+from jasper_fast.training.step import StepResult
+
+_COUNTS = ("bad_in_a_row", "bad_losses", "overflows", "unread")
+ADVICE = (
+    "Check the audio of these files, lower the learning rate, lengthen the warm-up, or use bf16 or fp32",
+    "Check the paths in the manifests and that their drive is mounted; --data-dir sets the folder that they start from",
+)  # the first against NaN and infinity, the second against files that cannot be read
+
+
+class Diverged(RunError):
+    """Raised when too many steps in a row had a gradient that was not finite."""
+
+
+class Meter:
+    """Collects the figures of steps on the device, and reads those of many steps together.
+
+    It counts skipped steps by their cause, and stops the training after `max_bad` of them in a row. `bad_losses`: a
+    loss was NaN or infinite. `overflows`: only the gradient was. `unread`: a rank could read no file.
+    """
+
+    def __init__(self, max_bad: int = 20, advice: tuple[str, str] = ADVICE):
+        self.advice = advice
+        self.max_bad, self.bad_in_a_row, self.bad_losses, self.overflows, self.unread = max_bad, 0, 0, 0, 0
+        self._pending: list[StepResult] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts a new interval."""
+        self._sum, self._good, self._seen, self._norm = 0.0, 0, 0, math.nan
+        self._start = time.perf_counter()
+
+    def add(self, step: StepResult) -> None:
+        """Adds a step; nothing is read from the device yet."""
+        self._pending.append(step)
+
+    def read(self) -> list[str]:
+        """Waits for the device and returns one line for each cause of a skipped step since the last call.
+
+        For a bad loss, these are the utterances whose features are not finite, because batch norm spreads a NaN over
+        the whole batch. If there are none, they are all utterances whose loss is not finite. After `max_bad` skipped
+        steps in a row it raises an error that names the last cause: RunError if files could not be read, else Diverged.
+        """
+        if not self._pending:
+            return []
+        losses = torch.cat([loss for step in self._pending for loss in step.losses]).tolist()
+        heard = torch.cat([flag for step in self._pending for flag in step.heard]).tolist()
+        norms = torch.stack([step.grad_norm for step in self._pending]).tolist()
+        bad: list[str] = []  # since the last call
+        for step, norm in zip(self._pending, norms, strict=True):
+            count = len(step.names)
+            mine, losses, finite, heard = losses[:count], losses[count:], heard[:count], heard[count:]
+            wrong = [f"{n}: its loss is {v}" for n, v in zip(step.names, mine, strict=True) if not math.isfinite(v)]
+            deaf = [f"{n}: its features are not finite" for n, f in zip(step.names, finite, strict=True) if not f]
+            bad += (deaf or wrong) if wrong else [step.unread] if step.unread else []
+            self.bad_losses += bool(wrong)
+            self.unread += bool(step.unread)
+            self.overflows += not wrong and not step.unread and not math.isfinite(norm)
+            self.bad_in_a_row = 0 if math.isfinite(norm) else self.bad_in_a_row + 1
+            self._seen += len(mine)
+            if math.isfinite(norm):
+                self._sum, self._good, self._norm = self._sum + sum(mine), self._good + len(mine), norm
+        last, self._pending = self._pending[-1], []
+        if self.bad_in_a_row >= self.max_bad:
+            culprit = bad[-1] if bad else "the gradient has no finite norm"
+            advice = self.advice[bool(last.unread)]
+            kind = RunError if last.unread else Diverged
+            raise kind(f"{self.bad_in_a_row} steps in a row were skipped; the last: {culprit}. {advice}")
+        return bad
+
+    def figures(self) -> dict[str, float]:
+        """Returns the figures of the interval and starts a new one. Call it after `read`.
+
+        `loss` is the mean over the utterances of good steps. `grad_norm` is the norm of the last good step.
+        """
+        seconds = time.perf_counter() - self._start
+        loss = self._sum / self._good if self._good else math.nan
+        result = {"loss": loss, "grad_norm": self._norm, "utterances_per_s": self._seen / seconds}
+        self.restart()
+        return result | {name: getattr(self, name) for name in _COUNTS[1:]}
+
+    def state_dict(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in _COUNTS}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.__dict__.update(state)
 
 
 @dataclass

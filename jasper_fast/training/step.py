@@ -20,9 +20,8 @@ from jasper_fast.data.batch import Batch
 from jasper_fast.dispatch import choose
 from jasper_fast.speech.augment import Augment
 from jasper_fast.speech.features import LogMelFeatures
-from jasper_fast.training.compiling import inner
-from jasper_fast.training.ema import EMA
-from jasper_fast.training.optim import NovoGrad
+from jasper_fast.training.optim import EMA, NovoGrad
+from jasper_fast.training.runs import RunError
 
 AMP_DTYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -57,6 +56,31 @@ def batch_loss(losses: Tensor) -> Tensor:
     """
     bad = torch.where(torch.isfinite(losses).all(), 1.0, math.nan)
     return losses.mean() * bad
+
+
+def compiled(model: nn.Module, device: torch.device) -> nn.Module:
+    """Returns `model` compiled by `torch.compile` for batches of any length.
+
+    The result shares the parameters and draws the same dropout. `model` itself does not change: use it for validation
+    and checkpoints, whose names then have no prefix. Raises RunError if PyTorch finds no compiler.
+    """
+
+    def small(x: Tensor) -> Tensor:
+        return torch.sin(x) + 1
+
+    try:
+        torch.compile(small)(torch.zeros(8, device=device))
+    except RuntimeError as error:
+        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        what = "a C++ compiler (g++)" if device.type == "cpu" else "Triton and a C compiler (gcc)"
+        raise RunError(f"--compile: PyTorch cannot compile ({said}): install {what}, or omit --compile") from error
+    return torch.compile(model, dynamic=True, options={"fallback_random": True})
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """Returns the module that DistributedDataParallel or `torch.compile` or both have wrapped, or `model` itself."""
+    model = getattr(model, "module", model)
+    return getattr(model, "_orig_mod", model)
 
 
 class Frontend(nn.Module):

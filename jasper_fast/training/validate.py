@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from jasper_fast.data.batch import Batch
@@ -20,6 +19,8 @@ from jasper_fast.training.randomness import own_randomness
 from jasper_fast.training.runs import Ranks, RunError
 from jasper_fast.training.state import TrainingState
 from jasper_fast.training.step import Frontend, ctc_loss
+
+EXAMPLES = 3
 
 
 @dataclass
@@ -48,11 +49,8 @@ def validate(
     frontend: Frontend,
     batches: Iterable[Batch],
     vocabulary: Vocabulary,
-    *,
-    device: torch.device,
+    ranks: Ranks,
     amp_dtype: torch.dtype | None = None,
-    examples: int = 3,
-    ranks: Ranks | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Validation | None:
     """Returns loss, WER and CER of `model` by greedy decoding, over the batches of all ranks.
@@ -61,8 +59,7 @@ def validate(
     the mean loss. If an output has a NaN, its transcript counts as empty. Waits for the device. Returns None as soon as
     `stopped` returns True on any of `ranks`. Raises RunError if there is no utterance.
     """
-    core = getattr(model, "module", model)
-    modes = [(m, m.training) for m in (core, frontend)]
+    device, modes = ranks.device, [(module, module.training) for module in (model, frontend)]
     references, hypotheses, losses, bad = [], [], [], []
     for module, _ in modes:
         module.eval()
@@ -70,20 +67,17 @@ def validate(
         waiting = iter(batches)
         while True:
             batch = next(waiting, None)
-            flags = (stopped(), batch is not None)
-            stop, more = ranks.vote(*flags) if ranks else flags
+            stop, more = ranks.vote(stopped(), batch is not None)
             if stop:
                 return None
             if not more:
                 break
-            if (
-                not batch
-            ):  # Only other ranks have a batch left, or no file of it could be read (the dataset reports that).
+            if not batch:  # only other ranks have one left, or no file of it could be read (the dataset reports that)
                 continue
             features, lengths, frames = frontend(batch.audio.to(device, non_blocking=True), batch.audio_lengths)
             with torch.autocast(device.type, amp_dtype or torch.float32, enabled=amp_dtype is not None):
-                log_probs, out_lengths = core(features, lengths)
-            each = ctc_loss(log_probs, core.out_lengths(frames), batch.targets.to(device), batch.target_lengths)
+                log_probs, out_lengths = model(features, lengths)
+            each = ctc_loss(log_probs, model.out_lengths(frames), batch.targets.to(device), batch.target_lengths)
             values = each.tolist()
             losses += filter(math.isfinite, values)
             bad += [f"{n}: its loss is {v}" for n, v in zip(batch.names, values, strict=True) if not math.isfinite(v)]
@@ -96,10 +90,8 @@ def validate(
     finally:
         for module, training in modes:
             module.train(training)
-    if dist.is_initialized():
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, (references, hypotheses, losses, bad))
-        references, hypotheses, losses, bad = ([x for part in parts for x in part[i]] for i in range(4))
+    parts = ranks.gather((references, hypotheses, losses, bad))
+    references, hypotheses, losses, bad = (list(itertools.chain(*of)) for of in zip(*parts))
     if not references:
         raise RunError("the validation manifests have no usable utterance: see the report of skipped utterances")
     return Validation(
@@ -108,7 +100,7 @@ def validate(
         cer=cer(references, hypotheses),
         utterances=len(references),
         bad=bad,
-        examples=list(zip(references[:examples], hypotheses[:examples], strict=True)),
+        examples=list(zip(references[:EXAMPLES], hypotheses[:EXAMPLES], strict=True)),
     )
 
 
@@ -131,10 +123,7 @@ def validate_state(
     results = {}
     for weights in ("live", "ema") if state.ema else ("live",):
         with own_randomness(seed), state.ema.applied_to(state.model) if weights == "ema" else nullcontext():
-            results[weights] = validate(
-                state.model, frontend, batches(), vocabulary, device=ranks.device, amp_dtype=amp_dtype,
-                ranks=ranks, stopped=stopped,
-            )  # fmt: skip
+            results[weights] = validate(state.model, frontend, batches(), vocabulary, ranks, amp_dtype, stopped)
         if results[weights] is None:
             return None
     return results

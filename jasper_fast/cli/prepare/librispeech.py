@@ -1,4 +1,11 @@
-"""`jasper-fast prepare librispeech`: downloads and unpacks the corpus and writes its manifests."""
+"""`jasper-fast prepare librispeech`: download, verify and unpack LibriSpeech, and write its manifests.
+
+Downloads the sets of LibriSpeech (or takes archives from a folder), verifies the MD5 of each, unpacks it and writes a
+manifest, DIR/SET.jsonl: JSON lines with audio_filepath (relative to DIR), duration, text and speaker. FLAC files stay
+as they are. --speeds adds copies at other speeds; with ignore_offline_speed_perturbation: false in the audio_dataset of
+a configuration, training then picks one of the copies at random. The command first prints what it will download and
+write. If it is interrupted, at any point, the same command continues.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +16,6 @@ from pathlib import Path
 from jasper_fast.cli import common
 from jasper_fast.options import option
 
-HELP = "download, verify and unpack LibriSpeech, and write its manifests"
-DESCRIPTION = """\
-Downloads the sets of LibriSpeech (or takes archives from a folder), verifies the MD5 of each, unpacks it and writes a
-manifest, DIR/SET.jsonl: JSON lines with audio_filepath (relative to DIR), duration, text and speaker. FLAC files stay
-as they are. --speeds adds copies at other speeds; with ignore_offline_speed_perturbation: false in the audio_dataset of
-a configuration, training then picks one of the copies at random. The command first prints what it will download and
-write. If it is interrupted, at any point, the same command continues."""
 END = """\
 sets: dev-clean, dev-other, test-clean, test-other, train-clean-100, train-clean-360, train-other-500 (62 GB in all);
 from mini-LibriSpeech dev-clean-2 and train-clean-5 (0.5 GB). A set's archive is deleted after it is unpacked.

@@ -1,17 +1,6 @@
-"""`jasper-fast prepare manifest`: writes a manifest for a corpus in another format."""
+"""`jasper-fast prepare manifest`: write a manifest for a folder, Kaldi, CSV or TSV, NVIDIA's JSON array,
+Lhotse cuts or tar shards.
 
-from __future__ import annotations
-
-import argparse
-import os
-import sys
-from pathlib import Path
-
-from jasper_fast.cli import common
-from jasper_fast.options import option
-
-HELP = "write a manifest for a folder, Kaldi, CSV or TSV, NVIDIA's JSON array, Lhotse cuts or tar shards"
-DESCRIPTION = """\
 Writes a manifest: JSON lines with audio_filepath, duration, text and, if they are known, speaker and offset. Sources:
   folder   audio with a text beside each file (NAME.txt, .lab, .trn), LibriSpeech's *.trans.txt or a metadata.csv;
            the speaker is the name of the file's folder
@@ -24,7 +13,19 @@ Writes a manifest: JSON lines with audio_filepath, duration, text and, if they a
            which is of the kind lines
 For an utterance in a shard, the manifest has its byte range in the tar file. Paths below the manifest's folder are
 written relative to it. Utterances that cannot be used are reported and left out. This command does not check the audio
-itself; `jasper-fast check` does."""
+itself; `jasper-fast check` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from jasper_fast.cli import common
+from jasper_fast.options import option
+
 END = """\
 exit status: 0 for success, 1 if no utterance is left, 2 for a source that cannot be read.
 

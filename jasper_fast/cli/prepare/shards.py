@@ -1,4 +1,11 @@
-"""`jasper-fast prepare shards`: packs a manifest's utterances in tar files."""
+"""`jasper-fast prepare shards`: pack a manifest's utterances in tar files.
+
+Shuffles the utterances of manifests, packs them into DIR/audio_N.tar and writes DIR/tarred_audio_manifest.json.
+train.py, evaluate and check read this like any other manifest, and NeMo and WebDataset read the shards. A few large
+files suit network drives and object stores better than many small ones. Training takes its batches from a few shards at
+a time. Their order depends only on the seed, so a run can resume at any step. If the shards will be read from another
+place, such as s3://..., name it with --url (read by fsspec).
+"""
 
 from __future__ import annotations
 
@@ -10,13 +17,6 @@ from pathlib import Path
 from jasper_fast.cli import common
 from jasper_fast.options import option
 
-HELP = "pack a manifest's utterances in tar files"
-DESCRIPTION = """\
-Shuffles the utterances of manifests, packs them into DIR/audio_N.tar and writes DIR/tarred_audio_manifest.json.
-train.py, evaluate and check read this like any other manifest, and NeMo and WebDataset read the shards. A few large
-files suit network drives and object stores better than many small ones. Training takes its batches from a few shards at
-a time. Their order depends only on the seed, so a run can resume at any step. If the shards will be read from another
-place, such as s3://..., name it with --url (read by fsspec)."""
 END = "example: jasper-fast prepare shards train.jsonl --out shards"
 OPTIONS = {
     "": [

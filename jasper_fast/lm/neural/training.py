@@ -31,13 +31,10 @@ from jasper_fast.lm.neural.tokens import Tokens
 from jasper_fast.lm.texts import TextFile
 from jasper_fast.nn import checkpoint
 from jasper_fast.training import options
-from jasper_fast.training.console import talker, training_bar
-from jasper_fast.training.folder import Folder
 from jasper_fast.training.loop import Loop
-from jasper_fast.training.meter import Meter
 from jasper_fast.training.randomness import own_randomness, seed_everything, set_rng_state
-from jasper_fast.training.runs import Ranks, RunError, RunLog, StopRequest
-from jasper_fast.training.state import TrainingState
+from jasper_fast.training.runs import Folder, Ranks, RunError, RunLog, StopRequest, talker, training_bar
+from jasper_fast.training.state import Meter, TrainingState
 from jasper_fast.training.step import AMP_DTYPES, BufferGuard, StepResult, batch_loss, finish
 
 ADVICE = ("Lower the learning rate, lengthen the warm-up, give --clip-norm, or use bf16 or fp32", "")
@@ -289,7 +286,7 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[LMState],
 def train(args: argparse.Namespace) -> None:
     """Runs the command; on SIGINT or SIGTERM it saves and ends. Raises LanguageModelError, CheckpointError,
     MissingExtra or ValueError, each with a one-line message."""
-    if fault := options.wrong(args, (*options.COUNTS, "batch_size", "segment", "vocabulary")):
+    if fault := options.wrong(args, ("batch_size", "segment", "vocabulary")):
         raise ValueError(fault)
     stop = StopRequest()
     try:
