@@ -26,8 +26,8 @@ from jasper_fast.inference.engine import EncoderEngine
 from jasper_fast.nn.architecture import block_shapes, out_lengths
 from jasper_fast.nn.config import BlockConfig, ConfigError, EncoderConfig
 from jasper_fast.nn.fuse import STATE, Before, become, frames
-from jasper_fast.nn.recognise import Parts, Unfit, captures, parts
-from jasper_fast.nn.shared import sharing
+from jasper_fast.nn.recognise import Parts, SubBlock, Unfit, captures, parts
+from jasper_fast.nn.shared import Shared, sharing
 from jasper_fast.nn.watch import Watch
 
 Graphs = bool | Literal["auto"]
@@ -40,14 +40,11 @@ class Layer:
     b: BlockConfig
     found: Parts
 
-    def sub_blocks(self) -> list[tuple[nn.Conv1d, nn.BatchNorm1d]]:
-        return [(sub.conv, sub.bn) for sub in self.found.sub_blocks]
+    def sub_blocks(self) -> list[SubBlock]:
+        return self.found.sub_blocks
 
     def panes(self) -> list[tuple[nn.Conv1d, nn.BatchNorm1d]]:
         return self.found.panes
-
-    def depthwise(self) -> list[nn.Conv1d]:
-        return [sub.taps for sub in self.found.sub_blocks if sub.taps is not None]
 
     def refuse_hooks(self) -> None:
         """Does nothing: `parts` has already refused hooks."""
@@ -235,12 +232,10 @@ class FusedEncoder(Before):
 
     def sharing(self) -> contextlib.AbstractContextManager[None]:
         """Returns a context for the original forward. In training the blocks then share work on the same output."""
-        if not self.training or torch.compiler.is_compiling():
-            return contextlib.nullcontext()
-        try:
-            return sharing(self.blocks_of(self))
-        except Unfit:  # the block's forward raises the error
-            return contextlib.nullcontext()
+        if self.training and not torch.compiler.is_compiling():
+            with contextlib.suppress(Unfit):  # the block's forward raises the error
+                return sharing(Shared(self.blocks_of(self)))
+        return contextlib.nullcontext()
 
     def whole(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
         """Runs the engine. Returns the output (N, C, T') of the last block and its lengths, or None if the encoder's

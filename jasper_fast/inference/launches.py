@@ -113,7 +113,10 @@ class Launches:
 
     def _bound(self, n: int, t: int) -> Bound:
         """Returns the launches for a shape, bound to the buffers, which grow if they are too small."""
-        changes = [True, *(step.resizes for step in self._plan.steps[1:])]  # whether a step needs a new lengths buffer
+        changes = [
+            True,
+            *(step.b.resizes for step in self._plan.steps[1:]),
+        ]  # whether a step needs a new lengths buffer
 
         def sizes() -> dict[Buffers, dict[str, int]]:
             lengths = {f"lengths{i}": n for i in range(sum(changes))}

@@ -7,9 +7,10 @@ panes are a single sum of GEMMs with one bias.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 from math import prod
 from typing import Any, Protocol
 
@@ -20,8 +21,7 @@ from jasper_fast.dispatch import backends, choose
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths
 from jasper_fast.nn.block import fold, refuse_hooks
 from jasper_fast.nn.config import BlockConfig
-
-Pair = tuple[nn.Conv1d, nn.BatchNorm1d]
+from jasper_fast.nn.recognise import SubBlock
 
 
 class Layer(Protocol):
@@ -29,11 +29,9 @@ class Layer(Protocol):
 
     b: BlockConfig
 
-    def sub_blocks(self) -> list[Pair]: ...
+    def sub_blocks(self) -> list[SubBlock]: ...
 
-    def panes(self) -> list[Pair]: ...
-
-    def depthwise(self) -> list[nn.Conv1d]: ...
+    def panes(self) -> list[tuple[nn.Conv1d, nn.BatchNorm1d]]: ...
 
     def refuse_hooks(self) -> None: ...
 
@@ -50,7 +48,7 @@ class Network(Protocol):
 
 def weight_of(model: Network) -> Tensor:
     """Returns a weight that has the dtype and the device of the model."""
-    conv = model.decoder.layers[0] if model.decoder is not None else model.encoder.layers[0].sub_blocks()[0][0]
+    conv = model.decoder.layers[0] if model.decoder is not None else model.encoder.layers[0].sub_blocks()[0].conv
     return conv.weight
 
 
@@ -143,11 +141,6 @@ class Step:
     out: Place
     panes: Place | None
 
-    @property
-    def resizes(self) -> bool:
-        """Whether the step changes the number of frames: by a stride, or by padding other than half the kernel."""
-        return self.b.s != 1 or 2 * self.b.padding != self.b.d * (self.b.k - 1)
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -177,7 +170,7 @@ class Plan:
 
     @cached_property
     def _resizing(self) -> list[BlockConfig]:
-        return [step.b for step in self.steps if step.resizes]
+        return [step.b for step in self.steps if step.b.resizes]
 
     def out_frames(self, t: int | Tensor) -> int | Tensor:
         """Returns the number of frames of the log-probabilities for `t` frames of features; `t` may be a tensor."""
@@ -223,15 +216,19 @@ def make_plan(model: Network, conv: Callable[[Folded], FoldedConv], dtype: torch
     precise = torch.promote_types(weight_of(model).dtype, torch.float32)
     places = _places(layers, model.config.encoder.in_feats)
     steps = []
-    for i, layer in enumerate(layers):
-        for r, (folded, panes) in enumerate(_sub_blocks(layer, places[i], precise)):
-            filters = layer.b.filters
-            out = places[i + 1] if r == layer.b.repeat - 1 else Place(f"flip{r % 2}", filters, 0, filters)
-            if layer.b.separable:
-                taps, c = layer.depthwise()[r], folded.weight.shape[1]
-                between = DepthwiseConv(taps, layer.b, dtype, model.backend)
-                steps.append(Step(layer.b, between, Place("depthwise", c, 0, c), None))
-            steps.append(Step(folded.b, conv(folded), out, panes))
+    for layer, (source, to) in zip(layers, pairwise(places), strict=True):
+        b = layer.b
+        read = Place(source.buffer, source.width, 0 if b.residual_dense else source.begin, source.end)
+        for r, sub in enumerate(layer.sub_blocks()):
+            last = r == b.repeat - 1
+            panes = layer.panes() if last else []
+            if sub.taps is not None:
+                c = sub.taps.in_channels
+                taps = DepthwiseConv(sub.taps, b, dtype, model.backend)
+                steps.append(Step(b, taps, Place("depthwise", c, 0, c), None))
+            folded = _folded(sub, panes, POINTWISE if b.separable else b, precise)
+            out = to if last else Place(f"flip{r % 2}", b.filters, 0, b.filters)
+            steps.append(Step(folded.b, conv(folded), out, read if panes else None))
     head, channels = None, layers[-1].b.filters
     if model.decoder is not None:
         last = model.decoder.layers[0]
@@ -240,20 +237,15 @@ def make_plan(model: Network, conv: Callable[[Folded], FoldedConv], dtype: torch
     return Plan(places[0], tuple(steps), head, model.config.encoder.use_conv_masks, channels)
 
 
-def _sub_blocks(layer: Layer, source: Place, dtype: torch.dtype) -> Iterator[tuple[Folded, Place | None]]:
-    """Yields the folded sub-blocks of a block whose input lies at `source`, each with the place that its panes read.
-    Only the last one has panes."""
-    b = layer.b
-    for r, (conv, bn) in enumerate(layer.sub_blocks()):
-        scale, bias = fold(bn, dtype)
-        panes, joined = None, None
-        if r == b.repeat - 1 and layer.panes():
-            panes = Place(source.buffer, source.width, 0 if b.residual_dense else source.begin, source.end)
-            folded = [(fold(pane_bn, dtype), pane.weight.flatten(1)) for pane, pane_bn in layer.panes()]
-            joined = torch.cat([pane_scale[:, None] * weight for (pane_scale, _), weight in folded], 1)
-            bias = bias + sum(shift for (_, shift), _ in folded)
-        own = POINTWISE if b.separable else b
-        yield Folded(scale[:, None, None] * conv.weight, bias, joined, own, relu=True), panes
+def _folded(sub: SubBlock, panes: list[tuple[nn.Conv1d, nn.BatchNorm1d]], b: BlockConfig, dtype: torch.dtype) -> Folded:
+    """Returns the conv of `sub`, whose settings are `b`, and the `panes` that are added to it, folded in `dtype`."""
+    scale, bias = fold(sub.bn, dtype)
+    joined = None
+    if panes:
+        folded = [(fold(bn, dtype), conv.weight.flatten(1)) for conv, bn in panes]
+        joined = torch.cat([pane_scale[:, None] * weight for (pane_scale, _), weight in folded], 1)
+        bias = bias + sum(shift for (_, shift), _ in folded)
+    return Folded(scale[:, None, None] * sub.conv.weight, bias, joined, b, relu=True)
 
 
 def _places(layers: list[Layer], in_feats: int) -> list[Place]:
@@ -264,8 +256,7 @@ def _places(layers: list[Layer], in_feats: int) -> list[Place]:
     """
     spans: list[tuple[str, int, int]] = [("history0", 0, in_feats)]
     for i, layer in enumerate(layers):
-        dense = layer.b.residual and layer.b.residual_dense
-        buffer, begin = (spans[i][0], spans[i][2]) if dense else (f"history{i + 1}", 0)
+        buffer, begin = (spans[i][0], spans[i][2]) if layer.b.dense else (f"history{i + 1}", 0)
         spans.append((buffer, begin, begin + layer.b.filters))
     width = {buffer: end for buffer, _, end in spans}  # the last span of a buffer gives its width
     return [Place(buffer, width[buffer], begin, end) for buffer, begin, end in spans]

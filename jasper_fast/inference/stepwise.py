@@ -93,7 +93,7 @@ class Stepwise:
             x.masked_fill_(mask.beyond, 0.0)
         for step in plan.steps:
             lens_in = lens
-            if step.resizes:
+            if step.b.resizes:
                 t, lens = step.b.out_length(t), step.b.out_length(lens)
                 mask = Padding(lens, t, x.dtype) if plan.masks else None
             out = self.buffers.view(step.out, n, t)

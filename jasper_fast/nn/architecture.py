@@ -1,6 +1,8 @@
-"""What the fused and the eager Jasper share: block shapes, output lengths and initial weights."""
+"""What the fused and the eager Jasper share: block shapes, modules, output lengths and initial weights."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
@@ -9,33 +11,22 @@ from jasper_fast.nn.config import BlockConfig, JasperConfig
 BN_EPS, BN_MOMENTUM = 1e-3, 0.1
 
 
-def block_shapes(config: JasperConfig) -> list[tuple[int, BlockConfig, list[int]]]:
-    """Returns (input channels, block, channels of each pane) for every block. With dense residuals, a block has a pane
-    for every earlier block output."""
-    shapes, c_in, dense = [], config.encoder.in_feats, []
-    for b in config.encoder.blocks:
-        if b.residual and b.residual_dense:
-            dense = dense or [c_in]
-            shapes.append((c_in, b, list(dense)))
-            dense.append(b.filters)
-        else:
-            shapes.append((c_in, b, [c_in] if b.residual else []))
-            dense = []
-        c_in = b.filters
-    return shapes
-
-
-def pane_readers(config: JasperConfig) -> dict[int, list[tuple[int, int]]]:
-    """Returns the panes, as (block, pane), that read each source. Source 0 is the features, and j + 1 the output of
-    block j."""
-    found: dict[int, list[tuple[int, int]]] = {0: []}
-    sources = [0]
+def pane_sources(config: JasperConfig) -> list[list[int]]:
+    """Returns the sources that the panes of each block read. Source 0 is the features, and j + 1 the output of block j.
+    With dense residuals, a block has a pane for every earlier block output."""
+    found, sources = [], [0]
     for j, b in enumerate(config.encoder.blocks):
-        for pane, source in enumerate((sources if b.residual_dense else sources[-1:]) if b.residual else []):
-            found[source].append((j, pane))
-        found[j + 1] = []
-        sources = [*sources, j + 1] if b.residual and b.residual_dense else [j + 1]
+        found.append((sources if b.residual_dense else sources[-1:]) if b.residual else [])
+        sources = [*sources, j + 1] if b.dense else [j + 1]
     return found
+
+
+def block_shapes(config: JasperConfig) -> list[tuple[int, BlockConfig, list[int]]]:
+    """Returns (input channels, block, channels of each pane) for every block."""
+    blocks = config.encoder.blocks
+    channels = [config.encoder.in_feats, *(b.filters for b in blocks)]
+    panes = [[channels[source] for source in sources] for sources in pane_sources(config)]
+    return list(zip(channels, blocks, panes, strict=False))
 
 
 def out_lengths(config: JasperConfig, lengths: Tensor) -> Tensor:
@@ -46,8 +37,21 @@ def out_lengths(config: JasperConfig, lengths: Tensor) -> Tensor:
     return lengths
 
 
-def init_weights(model: nn.Module, config: JasperConfig) -> None:
-    """Initialises weights as the reference does: convs by `init` (gain 1), batch norm's gamma to 1 and beta to 0."""
+def convs_and_norm(c_in: int, c_out: int, b: BlockConfig | None, conv: type[nn.Conv1d]) -> list[nn.Module]:
+    """Makes the convs (of class `conv`) and the batch norm of a sub-block of `b`, or of a pane if `b` is None."""
+    geometry = (b.k, b.s, b.padding, b.d) if b else (1,)
+    convs = [conv(c_in, c_out, *geometry, bias=False)]
+    if b and b.separable:
+        convs = [conv(c_in, c_in, *geometry, groups=c_in, bias=False), conv(c_in, c_out, 1, bias=False)]
+    return [*convs, nn.BatchNorm1d(c_out, BN_EPS, BN_MOMENTUM)]
+
+
+def add_layers(model: nn.Module, config: JasperConfig, blocks: Iterable[nn.Module]) -> None:
+    """Adds encoder and decoder under the reference's names, and initialises their weights as the reference does: convs
+    by `init` (gain 1), batch norm's gamma to 1 and beta to 0."""
+    model.encoder, model.decoder = nn.Module(), nn.Module()
+    model.encoder.layers = nn.ModuleList(blocks)
+    model.decoder.layers = nn.ModuleList([nn.Conv1d(config.decoder.in_feats, config.decoder.n_classes, 1)])
     for part, init in ((model.encoder, config.encoder.init), (model.decoder, config.decoder.init)):
         for module in part.modules():
             if isinstance(module, nn.Conv1d):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -10,10 +12,10 @@ from torch import Tensor, nn
 
 from jasper_fast import ops
 from jasper_fast.dispatch import choose
-from jasper_fast.nn.architecture import BN_EPS, BN_MOMENTUM
+from jasper_fast.nn.architecture import convs_and_norm
 from jasper_fast.nn.config import BlockConfig
 from jasper_fast.nn.packs import Packs
-from jasper_fast.nn.recognise import hook_of
+from jasper_fast.nn.recognise import SubBlock, hook_of
 from jasper_fast.ops import sync
 from jasper_fast.ops.conv1d_op import autocast
 
@@ -41,33 +43,20 @@ class JasperBlock(nn.Module):
         if pane_form not in PANE_FORMS:
             raise ValueError(f"panes {pane_form!r} is not one of {', '.join(PANE_FORMS)}")
         self.b, self.backend, self.pane_form = b, backend, pane_form
-        # The conv's output is zero from `halo` frames beyond the length on. A pointwise conv, with one tap, adds none.
-        self.halo = 0 if b.separable else -(-max(0, b.d * (b.k - 1) - b.padding) // b.s)
         self.packs = Packs()
         self.conv = nn.ModuleDict()
         for i in range(b.repeat):
-            channels = c_in if i == 0 else b.filters
-            for j, module in enumerate(sub_block_modules(channels, b)):
-                self.conv[str((5 if b.separable else 4) * i + j)] = module
+            modules = convs_and_norm(c_in if i == 0 else b.filters, b.filters, b, nn.Conv1d)
+            self.conv.update({str((5 if b.separable else 4) * i + j): module for j, module in enumerate(modules)})
         if panes:
-            self.res = nn.ModuleList(
-                nn.ModuleList([nn.Conv1d(c, b.filters, 1, bias=False), nn.BatchNorm1d(b.filters, BN_EPS, BN_MOMENTUM)])
-                for c in panes
-            )
+            self.res = nn.ModuleList(nn.ModuleList(convs_and_norm(c, b.filters, None, nn.Conv1d)) for c in panes)
 
-    def sub_blocks(self) -> list[tuple[nn.Conv1d, nn.BatchNorm1d]]:
-        """Returns the R (conv, batch norm) pairs in order. In a separable sub-block the conv is the pointwise one."""
-        if self.b.separable:
-            return [(self.conv[str(5 * i + 1)], self.conv[str(5 * i + 2)]) for i in range(self.b.repeat)]
-        return [(self.conv[str(4 * i)], self.conv[str(4 * i + 1)]) for i in range(self.b.repeat)]
-
-    def depthwise(self) -> list[nn.Conv1d]:
-        """Returns the R depthwise convs of a separable block in order, or an empty list for another block."""
-        return [self.conv[str(5 * i)] for i in range(self.b.repeat)] if self.b.separable else []
-
-    def read_modules(self) -> list[nn.Module]:
-        """Returns the convs and norms. Their parameters are read, and they are never called."""
-        return [*self.depthwise(), *(m for pair in (*self.sub_blocks(), *self.panes()) for m in pair)]
+    def sub_blocks(self) -> list[SubBlock]:
+        """Returns the R sub-blocks in order."""
+        modules, p = list(self.conv.values()), self.b.dropout if self.training else 0.0
+        count = len(modules) // self.b.repeat
+        groups = (modules[i : i + count] for i in range(0, len(modules), count))
+        return [SubBlock(conv, bn, p, *taps) for *taps, conv, bn in groups]
 
     def panes(self) -> list[tuple[nn.Conv1d, nn.BatchNorm1d]]:
         """Returns the (1x1 conv, batch norm) pairs of the residual, in the order of their input blocks."""
@@ -75,7 +64,7 @@ class JasperBlock(nn.Module):
 
     def refuse_hooks(self) -> None:
         """Raises RuntimeError if one of the convs and norms has hooks or a forward of its own."""
-        refuse_hooks(*self.read_modules())
+        refuse_hooks(*self.conv.values(), *(m for pane in self.panes() for m in pane))
 
     def forward(
         self, x: Tensor, sources: list[Tensor], grams: list, lengths: list[Tensor] | None, seeds: Tensor | None
@@ -87,58 +76,85 @@ class JasperBlock(nn.Module):
         without masks. `seeds`: R int64 numbers.
         """
         self.refuse_hooks()
-        b, x = self.b, autocast(x)
-        y, stats = self._conv(0, x, lengths)
-        for i in range(b.repeat - 1):
-            if b.separable:
-                (conv, bn), taps = self.sub_blocks()[i + 1], self.depthwise()[i + 1]
-                following = of_the_batch(bn)
-                how = self._taps(i + 1, lengths) | {"next_stats": following}
-                out = self._fused(ops.separable_sub_block, y, stats, i, lengths, seeds, taps.weight, conv.weight, **how)
+        steps = lengths or [None] * (self.b.repeat + 1)
+        run = Pass(self.sub_blocks(), self.panes(), steps, seeds, self.backend, self.packs)
+        return run(autocast(x), sources, grams)
+
+    def reads_gram(self, pane: int, source: Tensor) -> bool:
+        """Returns whether `pane` takes its statistics from the Gram matrix of `source`."""
+        return reads_gram(self.panes()[pane][1], source, self.backend, self.pane_form)
+
+
+def reads_gram(bn: nn.Module, source: Tensor, backend: str, form: str) -> bool:
+    """Returns whether a pane with the norm `bn` takes its statistics from the Gram matrix of `source`, a block output.
+
+    `form`: as `JasperBlock.pane_form`.
+    """
+    if not of_the_batch(bn):
+        return False
+    # Ranks may have different numbers of rows, but must make the same choice.
+    if sync.group_of(bn) is None and source.shape[0] * source.shape[2] < FEW_ROWS:
+        return False
+    return (choose.pane_form(backend, source.device, source.dtype) if form == "auto" else form) == "gram"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass of a block, of this project or of another.
+
+    `steps`: frames at the input of each sub-block and at the end, R + 1 tensors (N,), or None for each without masks.
+    `seeds`: R int64 numbers; None draws them.
+    """
+
+    sub_blocks: list[SubBlock]
+    panes: list[tuple[nn.Conv1d, nn.BatchNorm1d]]
+    steps: list[Tensor | None]
+    seeds: Tensor | None
+    backend: str
+    packs: Packs
+
+    def __call__(self, x: Tensor, sources: list[Tensor], grams: list[ops.Gram | None]) -> Tensor:
+        """Computes `x` (N, C_in, T) to (N, C_out, T'). `sources` and `grams`: as for `JasperBlock.forward`."""
+        y, stats = self._conv(0, x)
+        for i, sub in enumerate(self.sub_blocks[1:]):
+            conv, following = sub.conv, of_the_batch(sub.bn)
+            if sub.taps is not None:
+                how = self._how(i + 1) | {"stride": sub.taps.stride[0], "out_lengths": self.steps[i + 2]}
+                weights = sub.taps.weight, conv.weight
+                out = self._fused(ops.separable_sub_block, y, stats, i, *weights, next_stats=following, **how)
                 y, stats = out if following else (out, None)
-            elif b.s == 1:
-                weight, following = self.sub_blocks()[i + 1][0].weight, of_the_batch(self.sub_blocks()[i + 1][1])
-                how = {"padding": b.padding, "dilation": b.d, "next_stats": following}
-                how["packed"] = partial(self.packs, i + 1)
-                out = self._fused(ops.sub_block, y, stats, i, lengths, seeds, weight, **how)
+            elif conv.stride == (1,):
+                how = self._how(i + 1) | {"next_stats": following}
+                out = self._fused(ops.sub_block, y, stats, i, conv.weight, **how)
                 y, stats = out if following else (out, None)
             else:
-                z = self._fused(ops.bn_relu_dropout, y, stats, i, lengths, seeds)
-                y, stats = self._conv(i + 1, z, lengths)
-        residual = self.pane_sum(sources, grams, lengths[0] if lengths else None) if sources else None
-        return self._fused(ops.bn_relu_dropout, y, stats, b.repeat - 1, lengths, seeds, residual=residual)
+                y, stats = self._conv(i + 1, self._fused(ops.bn_relu_dropout, y, stats, i))
+        residual = pane_sum(self.panes, sources, grams, self.steps[0], self.backend) if sources else None
+        return self._fused(ops.bn_relu_dropout, y, stats, len(self.sub_blocks) - 1, residual=residual)
 
-    def _conv(self, i: int, x: Tensor, lengths: list[Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    def _conv(self, i: int, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Returns conv `i` of `x`, with the statistics of its output if batch norm needs them."""
-        b, (conv, bn) = self.b, self.sub_blocks()[i]
-        stats = of_the_batch(bn)
-        if b.separable:
-            how = {"lengths": lengths[i] if lengths else None, "backend": self.backend, "stats": stats}
-            out = ops.separable_conv(x, self.depthwise()[i].weight, conv.weight, **how, **self._taps(i, lengths))
-            return out if stats else (out, None)
-        out = ops.conv1d(
-            x,
-            conv.weight,
-            lengths=lengths[i] if lengths else None,
-            stride=b.s,
-            padding=b.padding,
-            dilation=b.d,
-            backend=self.backend,
-            stats=stats,
-            packed=partial(self.packs, i),
-        )
+        sub, stats = self.sub_blocks[i], of_the_batch(self.sub_blocks[i].bn)
+        how = self._how(i) | {"stride": sub.in_time.stride[0], "stats": stats}
+        how |= {"lengths": self.steps[i], "backend": self.backend}
+        if sub.taps is not None:
+            out = ops.separable_conv(x, sub.taps.weight, sub.conv.weight, out_lengths=self.steps[i + 1], **how)
+        else:
+            out = ops.conv1d(x, sub.conv.weight, **how)
         return out if stats else (out, None)
 
-    def _taps(self, i: int, lengths: list[Tensor] | None) -> dict[str, object]:
-        """Returns the arguments of separable conv `i`, except the lengths of its input."""
-        out_lengths = lengths[i + 1] if lengths else None
-        geometry = {"stride": self.b.s, "padding": self.b.padding, "dilation": self.b.d}
-        return geometry | {"out_lengths": out_lengths, "packed": partial(self.packs, i)}
+    def _how(self, i: int) -> dict[str, object]:
+        """Returns the padding, the dilation and the packed weights of conv `i`, as arguments of an op."""
+        conv = self.sub_blocks[i].in_time
+        return {"padding": conv.padding[0], "dilation": conv.dilation[0], "packed": partial(self.packs, i)}
 
-    def _fused(self, op, y: Tensor, stats, i: int, lengths, seeds: Tensor | None, *args, **kwargs):
+    def _fused(self, op, y: Tensor, stats, i: int, *args, **kwargs):
         """Calls `op` with the batch norm, dropout and mask that follow conv `i`. `y` is the conv's output, and `stats`
         has its statistics."""
-        bn = self.sub_blocks()[i][1]
+        sub, lengths = self.sub_blocks[i], self.steps[i + 1]
+        bn, conv = sub.bn, sub.conv
+        # The conv's output is zero from `halo` frames beyond the length on. A pointwise conv, with one tap, adds none.
+        beyond = max(0, conv.dilation[0] * (conv.kernel_size[0] - 1) - conv.padding[0])
         return op(
             y,
             bn.weight,
@@ -146,85 +162,66 @@ class JasperBlock(nn.Module):
             bn.running_mean,
             bn.running_var,
             *args,
-            lengths=lengths[i + 1] if lengths else None,
+            lengths=lengths,
             stats=stats,
-            p=self.b.dropout if self.training else 0.0,
-            training=self.training or of_the_batch(bn),
+            p=sub.p,
             frozen=not of_the_batch(bn),
             momentum=momentum_of(bn),
             eps=bn.eps,
-            seed=None if seeds is None else seeds[i : i + 1],
+            seed=None if self.seeds is None else self.seeds[i : i + 1],
             backend=self.backend,
-            halo=self.halo if lengths else None,
+            halo=None if lengths is None else -(-beyond // conv.stride[0]),
             group=sync.group_of(bn),
             **kwargs,
         )
 
-    def gram(self, pane: int, source: Tensor) -> ops.Gram | None:
-        """Returns the Gram matrix of `source`, a block output; None if `pane` of this block needs none."""
-        return ops.gram(source, sync.group_of(self.panes()[pane][1])) if self.reads_gram(pane, source) else None
 
-    def reads_gram(self, pane: int, source: Tensor) -> bool:
-        """Returns whether `pane` takes its statistics from the Gram matrix of `source`."""
-        bn = self.panes()[pane][1]
-        return self._is_gram(source, bn) and of_the_batch(bn)
+def pane_sum(
+    panes: list[tuple[nn.Conv1d, nn.BatchNorm1d]],
+    sources: list[Tensor],
+    grams: list[ops.Gram | None],
+    lengths: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """Returns the sum over `panes` of BN(1x1 conv(source)), (N, C_out, T). Updates the running statistics.
 
-    def _is_gram(self, source: Tensor, bn: nn.Module) -> bool:
-        # Ranks may have different numbers of rows, but must make the same choice.
-        if sync.group_of(bn) is None and source.shape[0] * source.shape[2] < FEW_ROWS:
-            return False
-        if self.pane_form != "auto":
-            return self.pane_form == "gram"
-        return choose.pane_form(self.backend, source.device, source.dtype) == "gram"
-
-    def pane_sum(self, sources: list[Tensor], grams: list[ops.Gram | None], lengths: Tensor | None) -> Tensor:
-        """Returns the sum over the panes of BN(1x1 conv(source)), (N, C_out, T). Updates the running statistics.
-
-        `sources` are zero at t >= `lengths` (N,). Each pane has its own settings. Panes whose batch norms have the same
-        settings are computed in one call; as a rule, these are all panes.
-        """
-        alike: dict[tuple, list[int]] = {}
-        for k, (_, bn) in enumerate(self.panes()):
-            how = (bn.eps, bn.momentum, sync.group_of(bn)) if of_the_batch(bn) else None
-            alike.setdefault(how, []).append(k)
-        total = None
-        for how, which in alike.items():
-            convs, bns = zip(*(self.panes()[k] for k in which), strict=True)
-            xs, weights = [sources[k] for k in which], [conv.weight for conv in convs]
-            if how is None:
-                out = sum_folded(xs, weights, bns)
-            else:
-                out = self._batch_sum(xs, [grams[k] for k in which], weights, bns, lengths)
-            total = out if total is None else total + out
-        return total
-
-    def _batch_sum(self, xs, grams, weights, bns, lengths: Tensor | None) -> Tensor:
-        """Returns the pane sum with the statistics of the batch, and updates the running ones."""
-        gammas, betas, eps = [bn.weight for bn in bns], [bn.bias for bn in bns], bns[0].eps
-        if all(self._is_gram(x, bns[0]) for x in xs):
-            out, mean, var = ops.panes(xs, grams, weights, gammas, betas, eps=eps)
+    `sources` are zero at t >= `lengths` (N,). Each pane has its own settings. Panes whose batch norms have the same
+    settings are computed in one call; as a rule, these are all panes.
+    """
+    alike: dict[tuple | None, list[int]] = {}
+    for k, (_, bn) in enumerate(panes):
+        how = (bn.eps, bn.momentum, sync.group_of(bn)) if of_the_batch(bn) else None
+        alike.setdefault(how, []).append(k)
+    total = None
+    for how, which in alike.items():
+        convs, bns = zip(*(panes[k] for k in which), strict=True)
+        xs, weights = [sources[k] for k in which], [conv.weight for conv in convs]
+        if how is None:
+            out = sum_folded(xs, weights, bns)
         else:
-            how = {"lengths": lengths, "eps": eps, "backend": self.backend, "group": sync.group_of(bns[0])}
-            out, mean, var = ops.panes_plain(xs, weights, gammas, betas, **how)
-        with torch.no_grad():
-            for stats, running in ((mean, "running_mean"), (var, "running_var")):
-                kept = [(getattr(bn, running), stat) for bn, stat in zip(bns, stats, strict=True)]
-                kept = [(buffer, stat.to(buffer.dtype)) for buffer, stat in kept if buffer is not None]
-                if kept and bns[0].momentum is not None:
-                    torch._foreach_lerp_(*map(list, zip(*kept, strict=True)), bns[0].momentum)
-                elif kept:
-                    for bn, (buffer, stat) in zip(bns, kept, strict=True):
-                        buffer.lerp_(stat, momentum_of(bn).to(stat.dtype))
-        return out
+            out = _batch_sum(xs, [grams[k] for k in which], weights, bns, lengths, backend)
+        total = out if total is None else total + out
+    return total
 
 
-def sub_block_modules(c_in: int, b: BlockConfig) -> list[nn.Module]:
-    """Makes the convs of a sub-block of `b` with `c_in` input channels, and its batch norm."""
-    geometry = (b.k, b.s, b.padding, b.d)
-    convs = [nn.Conv1d(c_in, b.filters, *geometry, bias=False)]
-    if b.separable:
-        convs = [nn.Conv1d(c_in, c_in, *geometry, groups=c_in, bias=False), nn.Conv1d(c_in, b.filters, 1, bias=False)]
-    return [*convs, nn.BatchNorm1d(b.filters, BN_EPS, BN_MOMENTUM)]
+def _batch_sum(xs, grams, weights, bns, lengths: Tensor | None, backend: str) -> Tensor:
+    """Returns the pane sum with the statistics of the batch, and updates the running ones."""
+    gammas, betas, eps = [bn.weight for bn in bns], [bn.bias for bn in bns], bns[0].eps
+    if all(gram is not None for gram in grams):
+        out, mean, var = ops.panes(xs, grams, weights, gammas, betas, eps=eps)
+    else:
+        how = {"lengths": lengths, "eps": eps, "backend": backend, "group": sync.group_of(bns[0])}
+        out, mean, var = ops.panes_plain(xs, weights, gammas, betas, **how)
+    with torch.no_grad():
+        for stats, running in ((mean, "running_mean"), (var, "running_var")):
+            kept = [(getattr(bn, running), stat) for bn, stat in zip(bns, stats, strict=True)]
+            kept = [(buffer, stat.to(buffer.dtype)) for buffer, stat in kept if buffer is not None]
+            if kept and bns[0].momentum is not None:
+                torch._foreach_lerp_(*map(list, zip(*kept, strict=True)), bns[0].momentum)
+            elif kept:
+                for bn, (buffer, stat) in zip(bns, kept, strict=True):
+                    buffer.lerp_(stat, momentum_of(bn).to(stat.dtype))
+    return out
 
 
 def refuse_hooks(*modules: nn.Module) -> None:
@@ -258,6 +255,13 @@ def momentum_of(bn: nn.BatchNorm1d) -> float | Tensor:
     if bn.momentum is None and bn.num_batches_tracked is not None:
         return 1.0 / (bn.num_batches_tracked + 1)
     return bn.momentum or 0.0
+
+
+def count_batch(norms: Iterable[nn.BatchNorm1d]) -> None:
+    """Adds one to the batches that those of `norms` in training mode have seen."""
+    counters = [bn.num_batches_tracked for bn in norms if bn.training and bn.num_batches_tracked is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
 
 
 def fold(bn: nn.BatchNorm1d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

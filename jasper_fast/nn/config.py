@@ -64,6 +64,16 @@ class BlockConfig:
         """Frames of zero padding on each side: `(k // 2) * d`, as in the reference."""
         return (self.k // 2) * self.d
 
+    @property
+    def resizes(self) -> bool:
+        """Whether a conv changes the number of frames: by a stride, or by padding other than half the kernel."""
+        return self.s != 1 or 2 * self.padding != self.d * (self.k - 1)
+
+    @property
+    def dense(self) -> bool:
+        """Whether later blocks have a pane for the output of this one."""
+        return self.residual and self.residual_dense
+
     def out_length(self, length):
         """Returns the output frames for `length` input frames (an int or an integer tensor)."""
         return (length + 2 * self.padding - self.d * (self.k - 1) - 1) // self.s + 1

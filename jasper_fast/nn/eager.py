@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from jasper_fast.nn.architecture import BN_EPS, BN_MOMENTUM, block_shapes, init_weights, out_lengths
+from jasper_fast.nn.architecture import add_layers, block_shapes, convs_and_norm, out_lengths
 from jasper_fast.nn.config import BlockConfig, JasperConfig
 
 
@@ -25,15 +25,6 @@ class _MaskedConv1d(nn.Conv1d):
         return (lengths + 2 * p - d * (k - 1) - 1) // s + 1
 
 
-def _conv_bn(c_in: int, c_out: int, b: BlockConfig | None) -> list[nn.Module]:
-    geometry = (b.k, b.s, b.padding, b.d) if b else (1,)
-    convs = [_MaskedConv1d(c_in, c_out, *geometry, bias=False)]
-    if b and b.separable:
-        convs = [_MaskedConv1d(c_in, c_in, *geometry, groups=c_in, bias=False)]
-        convs.append(_MaskedConv1d(c_in, c_out, 1, bias=False))
-    return [*convs, nn.BatchNorm1d(c_out, BN_EPS, BN_MOMENTUM)]
-
-
 class EagerBlock(nn.Module):
     """R sub-blocks with their residual panes. `xs` is the list of block outputs so far."""
 
@@ -42,11 +33,11 @@ class EagerBlock(nn.Module):
         self.cfg = b
         self.conv = nn.ModuleList()
         for i in range(b.repeat):
-            self.conv += _conv_bn(c_in if i == 0 else b.filters, b.filters, b)
+            self.conv += convs_and_norm(c_in if i == 0 else b.filters, b.filters, b, _MaskedConv1d)
             if i < b.repeat - 1:
                 self.conv += [nn.ReLU(inplace=True), nn.Dropout(b.dropout)]
         if panes:
-            self.res = nn.ModuleList(nn.ModuleList(_conv_bn(c, b.filters, None)) for c in panes)
+            self.res = nn.ModuleList(nn.ModuleList(convs_and_norm(c, b.filters, None, _MaskedConv1d)) for c in panes)
         self.out = nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(b.dropout))
 
     def forward(self, xs: list[Tensor], lengths: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
@@ -61,8 +52,7 @@ class EagerBlock(nn.Module):
         for (conv, bn), pane in zip(getattr(self, "res", ()), panes, strict=False):
             x = x + bn(conv(pane, lengths))
         x = self.out(x)
-        dense = self.cfg.residual and self.cfg.residual_dense
-        return ([*xs, x] if dense else [x]), lens
+        return ([*xs, x] if self.cfg.dense else [x]), lens
 
 
 class EagerJasper(nn.Module):
@@ -71,11 +61,7 @@ class EagerJasper(nn.Module):
     def __init__(self, config: JasperConfig):
         super().__init__()
         self.config = config
-        self.encoder, self.decoder = nn.Module(), nn.Module()
-        layers = [EagerBlock(c_in, b, panes) for c_in, b, panes in block_shapes(config)]
-        self.encoder.layers = nn.ModuleList(layers)
-        self.decoder.layers = nn.ModuleList([nn.Conv1d(config.decoder.in_feats, config.decoder.n_classes, 1)])
-        init_weights(self, config)
+        add_layers(self, config, (EagerBlock(*shape) for shape in block_shapes(config)))
 
     def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         masks = self.config.encoder.use_conv_masks

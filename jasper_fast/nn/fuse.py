@@ -9,19 +9,16 @@ from __future__ import annotations
 import functools
 import weakref
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from jasper_fast import ops
 from jasper_fast.dispatch import backends
 from jasper_fast.kernels.layout import mask, ntc
-from jasper_fast.nn.block import JasperBlock, momentum_of, of_the_batch
+from jasper_fast.nn.block import JasperBlock, Pass, count_batch
 from jasper_fast.nn.packs import Packs
 from jasper_fast.nn.recognise import LOOKED_FOR, Parts, Unfit, candidates, parts
 from jasper_fast.nn.shared import Shared, shared
-from jasper_fast.ops import sync
 from jasper_fast.ops.conv1d_op import autocast
 
 STATE = "_jasper_fast"  # the attribute of a fused module with our state: (backend, Packs) for a block
@@ -158,7 +155,12 @@ def _run(
     if found.panes and (len(sources) != len(found.panes) or (len(xs) > len(sources) and not found.takes_last)):
         raise ValueError(f"a block with {len(found.panes)} residual convs was given {len(xs)} block outputs")
     sources = [known.ready(x, steps[0], _clean) if known else _clean(x, steps[0]) for x in sources]
-    out = _Computation(found, backend, packs, steps, known)(sources[-1], sources if found.panes else [])
+    read = sources if found.panes else []
+    grams = [known and known.gram(found, pane, x, backend) for pane, x in enumerate(read)]  # None: plain panes
+    device = found.sub_blocks[0].conv.weight.device
+    counts = [None if count is None else count.to(device, torch.int64) for count in steps]
+    out = Pass(found.sub_blocks, found.panes, counts, None, backend, packs)(sources[-1], read, grams)
+    count_batch([sub.bn for sub in found.sub_blocks] + [bn for _, bn in found.panes])
     if steps[-1] is not None and not torch.compiler.is_compiling() and not out.is_inference():
         out._jasper_fast_zero = (steps[-1], out._version)  # the next block then need not mask it
     passed = lengths if found.keeps_lengths and not found.masked else steps[-1]
@@ -186,94 +188,3 @@ def _known_zero(x: Tensor, lengths: Tensor) -> bool:
         return False
     known, version = getattr(x, "_jasper_fast_zero", (None, None))
     return known is lengths and version == x._version
-
-
-class _Computation:
-    """One forward pass of a block, as `JasperBlock` computes it. Panes are plain if the block shares nothing."""
-
-    pane_sum, _batch_sum, _is_gram = JasperBlock.pane_sum, JasperBlock._batch_sum, JasperBlock._is_gram
-
-    def __init__(self, found: Parts, backend: str, packs: Packs, steps: list[Tensor | None], known: Shared | None):
-        self.found, self.known, self.pane_form = found, known, "auto" if known else "plain"
-        self.subs, self.backend, self.packs, self._panes = found.sub_blocks, backend, packs, found.panes
-        self.steps = [None if n is None else n.to(found.sub_blocks[0].conv.weight.device, torch.int64) for n in steps]
-
-    def panes(self) -> list[tuple[nn.Conv1d, nn.BatchNorm1d]]:
-        return self._panes
-
-    def __call__(self, x: Tensor, sources: list[Tensor]) -> Tensor:
-        y, stats = self._conv(0, x)
-        for i, sub in enumerate(self.subs[1:]):
-            conv, following = sub.conv, of_the_batch(sub.bn)
-            if sub.taps is not None:
-                how = self._taps(i + 1) | {"next_stats": following}
-                weights = sub.taps.weight, conv.weight
-                out = self._fused(ops.separable_sub_block, y, stats, i, *weights, **how)
-                y, stats = out if following else (out, None)
-            elif conv.stride == (1,):
-                how = {"padding": conv.padding[0], "dilation": conv.dilation[0], "next_stats": following}
-                out = self._fused(ops.sub_block, y, stats, i, conv.weight, packed=partial(self.packs, i + 1), **how)
-                y, stats = out if following else (out, None)
-            else:
-                y, stats = self._conv(i + 1, self._fused(ops.bn_relu_dropout, y, stats, i))
-        grams = [self.known and self.known.gram(self.found, i, x, self._reads_gram) for i, x in enumerate(sources)]
-        residual = self.pane_sum(sources, grams, self.steps[0]) if sources else None
-        out = self._fused(ops.bn_relu_dropout, y, stats, len(self.subs) - 1, residual=residual)
-        for bn in (*(sub.bn for sub in self.subs), *(bn for _, bn in self._panes)):
-            if bn.training and bn.num_batches_tracked is not None:
-                bn.num_batches_tracked.add_(1)
-        return out
-
-    def _reads_gram(self, found: Parts, pane: int, x: Tensor) -> bool:
-        bn = found.panes[pane][1]
-        return self._is_gram(x, bn) and of_the_batch(bn)
-
-    def _conv(self, i: int, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        sub, conv, stats = self.subs[i], self.subs[i].conv, of_the_batch(self.subs[i].bn)
-        if sub.taps is not None:
-            how = {"lengths": self.steps[i], "backend": self.backend, "stats": stats}
-            out = ops.separable_conv(x, sub.taps.weight, conv.weight, **how, **self._taps(i))
-            return out if stats else (out, None)
-        out = ops.conv1d(
-            x,
-            conv.weight,
-            lengths=self.steps[i],
-            stride=conv.stride[0],
-            padding=conv.padding[0],
-            dilation=conv.dilation[0],
-            backend=self.backend,
-            stats=stats,
-            packed=partial(self.packs, i),
-        )
-        return out if stats else (out, None)
-
-    def _taps(self, i: int) -> dict[str, object]:
-        """Returns the arguments of separable conv `i`, except the lengths of its input."""
-        (s,), (p,), (d,) = self.subs[i].taps.stride, self.subs[i].taps.padding, self.subs[i].taps.dilation
-        geometry = {"stride": s, "padding": p, "dilation": d}
-        return geometry | {"out_lengths": self.steps[i + 1], "packed": partial(self.packs, i)}
-
-    def _fused(self, op, y: Tensor, stats, i: int, *args, **kwargs):
-        """Calls `op` with the batch norm, dropout and mask that follow conv `i`."""
-        sub, lengths = self.subs[i], self.steps[i + 1]
-        bn, conv, batch = sub.bn, sub.conv, of_the_batch(sub.bn)
-        beyond = max(0, conv.dilation[0] * (conv.kernel_size[0] - 1) - conv.padding[0])
-        return op(
-            y,
-            bn.weight,
-            bn.bias,
-            bn.running_mean,
-            bn.running_var,
-            *args,
-            lengths=lengths,
-            stats=stats,
-            p=sub.p,
-            training=sub.p > 0 or batch,
-            frozen=not batch,
-            momentum=momentum_of(bn),
-            eps=bn.eps,
-            backend=self.backend,
-            halo=None if lengths is None else -(-beyond // conv.stride[0]),
-            group=sync.group_of(bn),
-            **kwargs,
-        )

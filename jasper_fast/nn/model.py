@@ -10,11 +10,12 @@ from jasper_fast import ops
 from jasper_fast.dispatch import backends, tuned
 from jasper_fast.kernels import tables
 from jasper_fast.kernels.layout import mask, ntc
-from jasper_fast.nn.architecture import block_shapes, init_weights, pane_readers
+from jasper_fast.nn.architecture import add_layers, block_shapes, pane_sources
 from jasper_fast.nn.architecture import out_lengths as _out_lengths
-from jasper_fast.nn.block import JasperBlock, refuse_hooks
+from jasper_fast.nn.block import JasperBlock, count_batch, refuse_hooks
 from jasper_fast.nn.cells import cells
 from jasper_fast.nn.config import JasperConfig
+from jasper_fast.ops import sync
 from jasper_fast.ops.conv1d_op import autocast
 
 
@@ -44,11 +45,8 @@ class Jasper(nn.Module):
         super().__init__()
         self.config, self.backend, self.tune = config, backends.require(backend), tune
         self._met: set[tuple[str, torch.dtype, int]] = set()  # kinds of calls whose faces have been measured
-        self.encoder, self.decoder = nn.Module(), nn.Module()
-        self.encoder.layers = nn.ModuleList(JasperBlock(c, b, p, backend, panes) for c, b, p in block_shapes(config))
-        self.decoder.layers = nn.ModuleList([nn.Conv1d(config.decoder.in_feats, config.decoder.n_classes, 1)])
-        init_weights(self, config)
-        self.readers = pane_readers(config)
+        add_layers(self, config, (JasperBlock(*shape, backend, panes) for shape in block_shapes(config)))
+        self.pane_sources = pane_sources(config)
         self.encoder_frozen = False
 
     def freeze_encoder(self) -> None:
@@ -95,40 +93,38 @@ class Jasper(nn.Module):
         lengths = lengths.to(torch.int64)
         x = ntc(autocast(mask(features, lengths) if masks else features))  # masked_fill returns NCT memory
         seeds = self._seeds(x.device)
-        sources, ids, grams, lens = [x], [0], {}, lengths
+        sources, grams, lens = [x], {}, lengths
         for j, (layer, seed) in enumerate(zip(self.encoder.layers, seeds, strict=True)):
             b, x = layer.b, sources[-1]
             steps = [lens]
             for _ in range(b.repeat):
-                same = b.s == 1 and 2 * b.padding == b.d * (b.k - 1)  # lengths stay the same, without a kernel
-                steps.append(steps[-1] if same else b.out_length(steps[-1]))
-            reads = slice(0 if b.residual_dense else -1, None) if b.residual else slice(0)
-            taken = sources[reads]
-            x = layer(x, taken, self._grams(j, ids[reads], taken, grams), steps if masks else None, seed)
+                steps.append(b.out_length(steps[-1]) if b.resizes else steps[-1])
+            read = sources[len(sources) - len(self.pane_sources[j]) :]
+            x = layer(x, read, self._grams(j, read, grams), steps if masks else None, seed)
             lens = steps[-1]
-            dense = b.residual and b.residual_dense
-            sources, ids = ([*sources, x], [*ids, j + 1]) if dense else ([x], [j + 1])
-        self._count_batch()
+            sources = [*sources, x] if b.dense else [x]
+        count_batch(m for m in self.encoder.modules() if isinstance(m, (nn.BatchNorm1d, nn.SyncBatchNorm)))
         head = self.decoder.layers[0]
         logits = F.linear(sources[-1].transpose(1, 2), head.weight.flatten(1), head.bias)
         return logits.float().log_softmax(dim=2), lens
 
-    def _grams(self, j: int, ids: list[int], sources: list[Tensor], known: dict) -> list[ops.Gram | None]:
+    def _grams(self, j: int, sources: list[Tensor], known: dict) -> list[ops.Gram | None]:
         """Returns the Gram matrices that block `j` needs for its `sources`; None for a pane that needs none.
 
         `known` maps (block, pane) to the matrices made before. The first block that reads a source computes the
         statistics of all panes that will read it.
         """
-        for pane, (i, x) in enumerate(zip(ids, sources, strict=True)):
-            if (j, pane) in known:
+        layers = self.encoder.layers
+        for pane, x in enumerate(sources):
+            if (j, pane) in known or not layers[j].reads_gram(pane, x):
                 continue
-            known[j, pane] = gram = self.encoder.layers[j].gram(pane, x)
-            if gram is not None:
-                layers = self.encoder.layers
-                later = [(k, q) for k, q in self.readers[i] if k >= j and layers[k].reads_gram(q, x)]
-                weights = [layers[k].panes()[q][0].weight for k, q in later]
-                known.update(zip(later, ops.pane_stats(gram, weights), strict=True))
-        return [known[j, pane] for pane in range(len(sources))]
+            source = self.pane_sources[j][pane]
+            reads = [(k, of.index(source)) for k, of in enumerate(self.pane_sources) if k >= j and source in of]
+            later = [(k, q) for k, q in reads if layers[k].reads_gram(q, x)]
+            gram = ops.gram(x, sync.group_of(layers[j].panes()[pane][1]))
+            weights = [layers[k].panes()[q][0].weight for k, q in later]
+            known.update(zip(later, ops.pane_stats(gram, weights), strict=True))
+        return [known.get((j, pane)) for pane in range(len(sources))]
 
     def out_lengths(self, lengths: Tensor) -> Tensor:
         """Returns the frames of the log-probabilities for `lengths` (N,) frames of features."""
@@ -139,15 +135,6 @@ class Jasper(nn.Module):
         if not self.training or not any(layer.b.dropout for layer in self.encoder.layers):
             return [None] * len(repeats)
         return list(ops.draw_seeds(sum(repeats), device).split(repeats))  # one draw for the whole step
-
-    def _count_batch(self) -> None:
-        counters = [
-            m.num_batches_tracked
-            for m in self.encoder.modules()
-            if isinstance(m, (nn.BatchNorm1d, nn.SyncBatchNorm)) and m.training and m.num_batches_tracked is not None
-        ]
-        if counters:
-            torch._foreach_add_(counters, 1)
 
 
 def check_features(features: Tensor, lengths: Tensor | None, config: JasperConfig) -> tuple[int, int, int]:

@@ -21,21 +21,18 @@ class Unfit(Exception):
 
 @dataclass(frozen=True)
 class SubBlock:
-    """A conv with its batch norm and dropout. If `conv` is pointwise, `taps` may be the depthwise conv before it."""
+    """A conv with its batch norm and the present probability of dropout. If `conv` is pointwise, `taps` may be the
+    depthwise conv before it."""
 
     conv: nn.Conv1d
     bn: nn.BatchNorm1d
-    dropout: nn.Dropout | None
+    p: float
     taps: nn.Conv1d | None = None
 
     @property
     def in_time(self) -> nn.Conv1d:
         """The conv that decides the number of frames."""
         return self.conv if self.taps is None else self.taps
-
-    @property
-    def p(self) -> float:
-        return self.dropout.p if self.dropout is not None and self.dropout.training else 0.0
 
 
 @dataclass(frozen=True)
@@ -82,9 +79,10 @@ def parts(block: nn.Module) -> Parts:
         raise Unfit("it has no convs")
     subs, masks = [], []
     for group in (*groups[:-1], [*groups[-1], *last]):
-        taps, conv, bn, dropout = _sub_block(group)
-        subs.append(SubBlock(_inner(conv), bn, dropout, None if taps is None else _inner(taps)))
-        masks += [_masks(m) for m in (taps, conv) if m is not None]
+        *convs, bn, p = _sub_block(group)
+        *taps, conv = map(_inner, convs)
+        subs.append(SubBlock(conv, bn, p, *taps))
+        masks += map(_masks, convs)
     panes = []
     for pane in getattr(block, "res", None) or ():
         if len(pane) != 2:
@@ -92,7 +90,7 @@ def parts(block: nn.Module) -> Parts:
         _check_conv(pane[0])
         _check_norm(pane[1])
         conv = _inner(pane[0])
-        if conv.kernel_size != (1,) or conv.stride != (1,) or conv.padding != (0,):
+        if not _is_pointwise(conv):
             raise Unfit("it has a residual conv that is not 1x1 at stride 1 (residual_mode stride_add)")
         panes.append((conv, pane[1]))
         masks.append(_masks(pane[0]))
@@ -101,7 +99,7 @@ def parts(block: nn.Module) -> Parts:
     if panes and any(sub.in_time.stride != (1,) for sub in subs):
         raise Unfit("it has a residual and a stride above 1")
     own = getattr(block, "cfg", None) if type(block).__name__ == "EagerBlock" else None
-    dense = own.residual and own.residual_dense if own else len(panes) > 0 and getattr(block, "dense_residual", False)
+    dense = own.dense if own else len(panes) > 0 and getattr(block, "dense_residual", False)
     return Parts(subs, panes, masks[0], dense, hasattr(block, "mconv"), own is not None)
 
 
@@ -139,18 +137,18 @@ def captures(block: nn.Module) -> bool:
     return enabled is not None and bool(enabled(getattr(block, "model_guid", None)))
 
 
-def _sub_block(group: list[nn.Module]) -> tuple[nn.Module | None, nn.Module, nn.Module, nn.Dropout | None]:
-    """Returns (depthwise conv or None, conv, norm, dropout) from the modules of one sub-block, given in order."""
-    taps, (conv, *rest) = None, group
+def _sub_block(group: list[nn.Module]) -> tuple[nn.Module | float, ...]:
+    """Returns the conv, or the depthwise and the pointwise one, then the norm and the probability of dropout. `group`:
+    the modules of one sub-block in order."""
+    (conv, *rest), taps = group, []
     if _is_depthwise(conv):
-        taps = conv
-        _check_conv(taps, groups=_inner(taps).in_channels)
+        taps = [conv]
+        _check_conv(conv, groups=_inner(conv).in_channels)
         if not rest or not _is_conv(rest[0]):
             raise Unfit("it has a depthwise conv without a pointwise one after it")
         conv, *rest = rest
     _check_conv(conv)
-    inner = _inner(conv)
-    if taps is not None and (inner.kernel_size, inner.stride, inner.padding) != ((1,), (1,), (0,)):
+    if taps and not _is_pointwise(_inner(conv)):
         raise Unfit("it has a depthwise conv without a pointwise one after it")
     if not rest:
         raise Unfit("it has a conv without batch norm")
@@ -160,21 +158,25 @@ def _sub_block(group: list[nn.Module]) -> tuple[nn.Module | None, nn.Module, nn.
         raise Unfit(f"the activation is {type(rest[0]).__name__ if rest else 'missing'}, not ReLU")
     if [type(m) for m in rest[1:]] not in ([], [nn.Dropout]):
         raise Unfit(f"after its activation comes {', '.join(type(m).__name__ for m in rest[1:])}")
-    return taps, conv, norm, rest[1] if rest[1:] else None
+    return *taps, conv, norm, sum(dropout.p for dropout in rest[1:] if dropout.training)
 
 
 def _is_depthwise(conv: nn.Module) -> bool:
-    inner = conv if isinstance(conv, nn.Conv1d) else getattr(conv, "conv", None)
+    inner = _inner(conv)
     return isinstance(inner, nn.Conv1d) and 1 < inner.groups == inner.in_channels == inner.out_channels
+
+
+def _is_pointwise(conv: nn.Conv1d) -> bool:
+    return (conv.kernel_size, conv.stride, conv.padding) == ((1,), (1,), (0,))
 
 
 def _is_conv(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv1d) or "Conv" in type(module).__name__
 
 
-def _inner(conv: nn.Module) -> nn.Conv1d:
+def _inner(conv: nn.Module) -> nn.Module | None:
     """Returns the conv that has the weight: NeMo's MaskedConv1d wraps a conv, and NVIDIA's is one."""
-    return conv if isinstance(conv, nn.Conv1d) else conv.conv
+    return conv if isinstance(conv, nn.Conv1d) else getattr(conv, "conv", None)
 
 
 def _masks(conv: nn.Module) -> bool:
@@ -190,7 +192,7 @@ def _check_conv(conv: nn.Module, groups: int = 1) -> None:
     if pad is not None:
         raise Unfit("asymmetric padding (future_context)")
     masked = any("MaskedConv1d" in kind.__name__ for kind in type(conv).__mro__)
-    inner = conv if isinstance(conv, nn.Conv1d) else getattr(conv, "conv", None)
+    inner = _inner(conv)
     foreign = type(inner).forward is not nn.Conv1d.forward and not (inner is conv and masked)
     if not isinstance(inner, nn.Conv1d) or foreign or (inner is not conv and not masked):
         kind = type(conv if inner is None else inner).__name__

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from jasper_fast import ops
+from jasper_fast.nn.block import reads_gram
 from jasper_fast.nn.recognise import Parts, parts
 from jasper_fast.ops import sync
 
@@ -35,21 +36,21 @@ class Shared:
             self._ready[key] = x, lengths, make(x, lengths)  # kept alive, so that no other tensor gets their ids
         return self._ready[key][2]
 
-    def gram(self, found: Parts, pane: int, x: Tensor, reads: Callable[[Parts, int, Tensor], bool]) -> ops.Gram | None:
-        """Returns the Gram matrix of `x` with the statistics of `pane` of block `found`; None if `reads` is false for
-        that pane.
+    def gram(self, found: Parts, pane: int, x: Tensor, backend: str) -> ops.Gram | None:
+        """Returns the Gram matrix of `x` with the statistics of `pane` of block `found`; None if that pane needs none.
 
         The first block that asks computes the statistics for all later blocks that read `x`.
         """
-        if not reads(found, pane, x):
+        bn = found.panes[pane][1]
+        if not reads_gram(bn, x, backend, "auto"):
             return None
         key = id(x), id(found), pane
         if key not in self._grams:
-            group = sync.group_of(found.panes[pane][1])
+            group = sync.group_of(bn)
             later = [
                 of
                 for of in self._readers(found, pane)
-                if reads(of, pane, x)
+                if reads_gram(of.panes[pane][1], x, backend, "auto")
                 and of.panes[pane][0].in_channels == x.shape[1]
                 and sync.group_of(of.panes[pane][1]) is group
             ]
@@ -80,13 +81,9 @@ def shared() -> Shared | None:
     return _shared.get()
 
 
-def sharing(blocks: list[nn.Module]) -> contextlib.AbstractContextManager[None]:
-    """Returns a context for the forward pass of an encoder of `blocks`. Raises Unfit at once if one cannot be fused."""
-    return _sharing(Shared(blocks))
-
-
 @contextlib.contextmanager
-def _sharing(made: Shared) -> Iterator[None]:
+def sharing(made: Shared) -> Iterator[None]:
+    """A context for the forward pass of the encoder whose blocks share `made`."""
     token = _shared.set(made)
     try:
         yield
