@@ -182,7 +182,7 @@ def test_a_lower_instruction_set_says_so() -> None:
 def test_an_engine_in_bf16_multiplies_bf16(cpu) -> None:
     _, ours = pair(config(), "cpu")
     engine = InferenceEngine(ours, dtype=BF16)
-    convs = [step.conv for step in engine._run._plan.steps]
+    convs = [step.conv for step in engine._run.plan.steps]
     assert {conv.packed.data.dtype for conv in convs} == {BF16}
     assert {conv.packed_panes.data.dtype for conv in convs if conv.packed_panes is not None} == {BF16}
     features, lengths = batch([31, 17])

@@ -179,8 +179,8 @@ def test_the_steps_through_the_library_are_at_most_four_kernels_each():
     engine(features, lengths)
     with Ops() as ops:
         engine(features, lengths)
-    sub_blocks = len(engine._run._plan.steps)
-    panes = sum(step.panes is not None for step in engine._run._plan.steps)
+    sub_blocks = len(engine._run.plan.steps)
+    panes = sum(step.panes is not None for step in engine._run.plan.steps)
     of_steps = {name: ops.names.count(name) for name in ("convolution", "addmm_", "add_", "clamp")}
     assert of_steps == {"convolution": sub_blocks + 1, "addmm_": panes, "add_": sub_blocks, "clamp": sub_blocks}
     assert len(ops.names) == 40, f"62, and a bias in each of 8 convs, before: {ops.names}"

@@ -111,7 +111,7 @@ def test_an_engine_is_as_it_was_after_its_ranges(backend, monkeypatch):
         monkeypatch.setattr(launch, "run", lambda *args, **meta: None)
     config = models.config("small")
     engine = InferenceEngine(models.fused(config, models.weights(config, CPU), backend).eval(), graphs=False)
-    inputs, plan = models.features(config, 1, T, CPU, 0), engine._run._plan
+    inputs, plan = models.features(config, 1, T, CPU, 0), engine._run.plan
     before = engine(*inputs)[0]
     with profile.engine_ranges(engine, CPU), torch.profiler.profile() as trace:
         inside = engine(*inputs)[0]
@@ -119,6 +119,6 @@ def test_an_engine_is_as_it_was_after_its_ranges(backend, monkeypatch):
     assert sum(seen.values()) == len(plan.steps) + 1 and set(seen) == ENCODER | {profile.HEAD}
     with torch.profiler.profile() as trace:
         after = engine(*inputs)[0]
-    assert engine._run._plan is plan and not any(e.key.startswith(profile.LAYER) for e in trace.key_averages())
+    assert engine._run.plan is plan and not any(e.key.startswith(profile.LAYER) for e in trace.key_averages())
     if backend != "triton":  # triton's launches did nothing here
         assert torch.equal(before, inside) and torch.equal(before, after)

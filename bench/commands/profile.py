@@ -76,17 +76,17 @@ def engine_ranges(engine: InferenceEngine, device: torch.device) -> Iterator[Non
     The engine never calls the layers themselves, so `ranges` would name nothing.
     """
     runner = engine._run
-    plan, bound = runner._plan, runner.shapes.held
+    plan, bound = runner.plan, runner.shapes.held
     names = [
         f"encoder.layers.{i}" for i, layer in enumerate(engine._model.encoder.layers) for _ in range(layer.b.repeat)
     ]
     steps = [dataclasses.replace(s, conv=in_range(n, s.conv, device)) for n, s in zip(names, plan.steps, strict=True)]
     bound.clear()  # the engine prepares its calls once per shape; forget those that it prepared without ranges
-    runner._plan = dataclasses.replace(plan, steps=tuple(steps), head=in_range(HEAD, plan.head, device))
+    runner.plan = dataclasses.replace(plan, steps=tuple(steps), head=in_range(HEAD, plan.head, device))
     try:
         yield
     finally:
-        runner._plan = plan
+        runner.plan = plan
         bound.clear()
 
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import threading
 import weakref
+from collections import Counter
 from typing import Literal
 
 import torch
@@ -18,7 +19,7 @@ from jasper_fast.inference.plan import Network, weight_of
 from jasper_fast.inference.shapes import Shapes
 from jasper_fast.inference.stepwise import Stepwise
 from jasper_fast.kernels import precision, tables
-from jasper_fast.nn.cells import engine_convs
+from jasper_fast.nn.cells import convs
 from jasper_fast.nn.model import Jasper, check_features
 
 
@@ -61,7 +62,7 @@ class InferenceEngine:
 
     def __init__(
         self,
-        model: Jasper,
+        model: Jasper | Network,
         *,
         dtype: torch.dtype | None = None,
         graphs: bool | Literal["auto"] = "auto",
@@ -79,7 +80,7 @@ class InferenceEngine:
         self._graphs, self._bucket, self._limit = graphs, bucket, graph_limit
         self._lock = threading.Lock()
         self._turns: Turns | None = None
-        self._convs = engine_convs(model.config)
+        self._convs = tuple(Counter(conv.shape for conv in convs(model.config)).items())
         self.refresh()
 
     def refresh(self) -> None:
@@ -123,7 +124,7 @@ class InferenceEngine:
         if len(self._runs) == 1:
             return self._run
         with contextlib.nullcontext() if self._model.tune else tuned.off():
-            rows_log2 = tables.bucket(n * max(1, self._run.out_frames(t)))
+            rows_log2 = tables.bucket(n * max(1, self._run.plan.out_frames(t)))
             chosen = choose.fused_face(self._device, self._dtype, self._convs, rows_log2, tuple(self._runs))
             return self._runs[chosen]
 
@@ -158,9 +159,6 @@ class InferenceEngine:
 class EncoderEngine(InferenceEngine):
     """An engine for a model without a decoder: `engine(features, lengths) -> output of the last block (N, C, T')`, in
     NTC memory. Lengths outside [0, T] are clamped."""
-
-    def __init__(self, model: Network, **how: object):
-        super().__init__(model, **how)
 
     @torch.no_grad()
     def __call__(self, features: Tensor, lengths: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
@@ -20,9 +19,10 @@ from torch.nn import functional as F
 from jasper_fast.extras import need
 from jasper_fast.inference.engine import InferenceEngine
 from jasper_fast.nn.architecture import out_lengths
-from jasper_fast.nn.block import fold
+from jasper_fast.nn.block import JasperBlock, fold
 from jasper_fast.nn.config import BlockConfig
 from jasper_fast.nn.model import Jasper
+from jasper_fast.nn.recognise import parts
 
 INPUTS, OUTPUTS = ("audio_signal", "length"), ("logprobs", "encoded_lengths")
 TOLERANCE = 1e-3  # largest difference between log-probabilities of the graph and of the engine, both in fp32
@@ -67,18 +67,13 @@ class PlainJasper(nn.Module):
         self.config = model.config
         self.blocks, self.panes = nn.ModuleList(), nn.ModuleList()
         for layer, b in zip(model.encoder.layers, self.config.encoder.blocks, strict=True):
-            modules = [
-                _copy(m) for m in layer.conv.children() if isinstance(m, (nn.Conv1d, nn.BatchNorm1d, nn.SyncBatchNorm))
-            ]
-            convs, own = nn.ModuleList(), None if b.separable else b
-            for m, following in itertools.pairwise(modules):
-                if not isinstance(following, nn.Conv1d) and isinstance(m, nn.Conv1d):
-                    convs.append(_Conv.folded(m, following, own))
-                elif isinstance(m, nn.Conv1d):  # the depthwise conv of a separable sub-block
-                    convs.append(_Conv(m.weight.detach().clone(), None, b, m.groups))
+            convs = nn.ModuleList()
+            for sub in layer.sub_blocks() if isinstance(layer, JasperBlock) else parts(layer).sub_blocks:
+                if sub.taps is not None:
+                    convs.append(_Conv(sub.taps.weight.detach().clone(), None, b, sub.taps.groups))
+                convs.append(_Conv.folded(sub.conv, sub.bn, None if sub.taps is not None else b))
             self.blocks.append(convs)
-            panes = [map(_copy, pane) for pane in getattr(layer, "res", None) or ()]
-            self.panes.append(nn.ModuleList(_Conv.folded(conv, bn) for conv, bn in panes))
+            self.panes.append(nn.ModuleList(_Conv.folded(*pane) for pane in getattr(layer, "res", ())))
         head = model.decoder.layers[0]
         self.head = _Conv(head.weight.detach().clone(), head.bias.detach().clone())
 
@@ -93,7 +88,7 @@ class PlainJasper(nn.Module):
                     for pane, source in zip(panes, xs if b.residual_dense else xs[-1:], strict=False):
                         x = x + pane(source)
                 x = self._masked(x if conv.bias is None else x.relu(), lens)
-            xs = [*xs, x] if b.residual and b.residual_dense else [x]
+            xs = [*xs, x] if b.dense else [x]
         log_probs = self.head(xs[-1]).squeeze(2).transpose(1, 2).float().log_softmax(dim=2)
         return log_probs, lens
 
@@ -102,15 +97,6 @@ class PlainJasper(nn.Module):
             return x
         t = torch.arange(x.shape[3], device=x.device)
         return x.masked_fill((t >= lengths[:, None])[:, None, None], 0)
-
-
-def _copy(module: nn.Module) -> nn.Module:
-    """Returns a BatchNorm1d with the state of a batch norm of any kind, or a convolution as it is."""
-    if isinstance(module, nn.Conv1d):
-        return module
-    same = nn.BatchNorm1d(module.num_features, module.eps, device=module.weight.device, dtype=module.weight.dtype)
-    same.load_state_dict(module.state_dict())
-    return same
 
 
 def example(model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -198,8 +184,7 @@ def export_onnx(model: Jasper, labels: Sequence[str], folder: str | Path) -> flo
     the features. Raises ExportError, and writes nothing, for a folder that is not empty and for a graph that differs by
     more than TOLERANCE; MissingExtra without onnx, onnxscript and onnxruntime.
     """
-    for module in ("onnx", "onnxscript", "onnxruntime"):
-        need(module, "export")
+    need("onnx", "export"), need("onnxscript", "export"), need("onnxruntime", "export")
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"{folder} exists and is not an empty folder; choose another name")

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from jasper_fast.dispatch import backends
 from jasper_fast.inference.plan import Buffers, KernelConv, Network, make_plan, weight_of
-from jasper_fast.inference.shapes import Shapes
+from jasper_fast.inference.shapes import Bound, Shapes
 from jasper_fast.kernels.conv1d.gpu_shared import Chain
 from jasper_fast.kernels.operands import FULL, Lengths
 
 
 @dataclass
-class Bound:
+class Kernels(Bound):
     """The launches for one (N, T), bound to the buffers: `first`, which still needs the features and lengths, the
     launches `between`, and `last`, the input of the last launch."""
 
@@ -30,9 +30,6 @@ class Bound:
     between: list[Callable[[], None]]
     last: Tensor
     lengths: Tensor
-    called: bool = False
-    replay: Callable[[], None] | None = None
-    made_with: tuple[object, ...] = ()  # other objects on which the graph depends, kept alive as long as the graph
 
     def launch(self) -> None:
         """Runs all launches between the first and the last."""
@@ -52,16 +49,16 @@ class Launches:
         device = weight_of(model).device
         impl = backends.face("conv1d", face)
         self._workspace = impl.Workspace(device)
-        self._plan = make_plan(model, lambda folded: KernelConv(folded, dtype, face, workspace=self._workspace), dtype)
+        self.plan = make_plan(model, lambda folded: KernelConv(folded, dtype, face, workspace=self._workspace), dtype)
         self._dtype, self._turns, self.shapes = dtype, shapes.turns, shapes
         self._takes_tf32 = impl.takes_tf32
-        self._softmax = self._plan.channels <= impl.SOFTMAX_MAX  # whether the last launch does the log-softmax
-        self._span = self._plan.span(bucket)
+        self._softmax = self.plan.channels <= impl.SOFTMAX_MAX  # whether the last launch does the log-softmax
+        self._span = self.plan.span(bucket)
         self.buffers = Buffers(dtype, device)
         self.lengths = Buffers(torch.int64, device)
 
     def run(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        plan = self._plan
+        plan = self.plan
         if features.numel() == 0:
             return plan.nothing(features, lengths)
         n, _, t = features.shape
@@ -87,9 +84,9 @@ class Launches:
         out_lengths = torch.empty((n,), dtype=torch.int64, device=last.device)
         fused = self._softmax
         dtype = torch.float32 if fused else self._dtype
-        out = torch.empty((n, t, self._plan.channels), dtype=dtype, device=last.device)
+        out = torch.empty((n, t, self.plan.channels), dtype=dtype, device=last.device)
         told = Lengths(lengths, None, out_lengths, masked=False)
-        self._plan.head(last, out, lengths=told, clean=True, log_softmax=fused)
+        self.plan.head(last, out, lengths=told, clean=True, log_softmax=fused)
         return out if fused else out.float().log_softmax(dim=2), out_lengths
 
     def _readable(self, features: Tensor) -> Tensor:
@@ -101,31 +98,27 @@ class Launches:
             features, frames = features.contiguous(), True
         return features.to(torch.float32 if frames and not channels else self._dtype)
 
-    def out_frames(self, t: int) -> int:
-        """Returns the number of frames of the log-probabilities for `t` frames of features."""
-        return self._plan.out_frames(t)
-
     def _dependences(self) -> tuple[object, ...]:
         return *self._scratch(), self._dtype == torch.float32 and self._takes_tf32()
 
     def _scratch(self) -> tuple[Tensor, ...]:
         return self._workspace.part, self._workspace.arrived
 
-    def _bound(self, n: int, t: int) -> Bound:
+    def _bound(self, n: int, t: int) -> Kernels:
         """Returns the launches for a shape, bound to the buffers, which grow if they are too small."""
         changes = [
             True,
-            *(step.b.resizes for step in self._plan.steps[1:]),
+            *(step.b.resizes for step in self.plan.steps[1:]),
         ]  # whether a step needs a new lengths buffer
 
         def sizes() -> dict[Buffers, dict[str, int]]:
             lengths = {f"lengths{i}": n for i in range(sum(changes))}
-            return {self.buffers: self._plan.sizes(n, t, source=self._plan.reads_source), self.lengths: lengths}
+            return {self.buffers: self.plan.sizes(n, t, source=self.plan.reads_source), self.lengths: lengths}
 
-        return self.shapes.bound((n, t), sizes, lambda: self._bind(n, self._plan.frames(t), changes))
+        return self.shapes.bound((n, t), sizes, lambda: self._bind(n, self.plan.frames(t), changes))
 
-    def _bind(self, n: int, frames: list[int], changes: list[bool]) -> Bound:
-        plan, buffers = self._plan, self.buffers
+    def _bind(self, n: int, frames: list[int], changes: list[bool]) -> Kernels:
+        plan, buffers = self.plan, self.buffers
         source = buffers.view(plan.source, n, frames[0]) if plan.reads_source else None
         # A launch may fetch the weights of the next one ahead, and may begin before the previous one ends (`Chain`).
         # The first launch and the first of the graph do not begin early, because they follow the caller's work.
@@ -145,4 +138,4 @@ class Launches:
             call = partial(step.conv, out=out, panes=panes, clean=i > 0 and not plan.panes_read_source, chain=chain)
             calls.append(call if i == 0 else partial(call, x, lengths=told))
             x = out
-        return Bound(source, calls[0], calls[1:], x, lens)
+        return Kernels(source, calls[0], calls[1:], x, lens)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from operator import is_not
-from typing import Protocol
 
 from jasper_fast.inference.graphs import CudaGraphs, Turns
 from jasper_fast.inference.plan import Buffers
 
 
-class Bound(Protocol):
+@dataclass(kw_only=True)
+class Bound(ABC):
     """The launches for one (N, T), bound to the buffers. A graph captures `launch` and nothing else."""
 
-    called: bool
-    replay: Callable[[], None] | None
-    made_with: tuple[object, ...]  # other objects on which the graph depends, kept alive as long as the graph
+    called: bool = False
+    replay: Callable[[], None] | None = None
+    made_with: tuple[object, ...] = ()  # other objects on which the graph depends, kept alive as long as the graph
 
+    @abstractmethod
     def launch(self) -> None:
         """Runs the launches."""
 

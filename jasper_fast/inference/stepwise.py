@@ -16,23 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jasper_fast.inference.plan import Buffers, Folded, KernelConv, Network, make_plan, weight_of
-from jasper_fast.inference.shapes import Shapes
+from jasper_fast.inference.shapes import Bound, Shapes
 from jasper_fast.kernels import layout
 from jasper_fast.kernels.operands import FULL, Lengths
 
 
 @dataclass
-class Bound:
+class Steps(Bound):
     """The steps for one (N, T), as the function `body`; the buffers that they read; and their `results`,
     log-probabilities and lengths."""
 
     source: Tensor  # (N, T, C_in)
     lengths: Tensor
-    body: Callable[[Bound], tuple[Tensor, Tensor]]
+    body: Callable[[Steps], tuple[Tensor, Tensor]]
     results: tuple[Tensor, Tensor] | None = None
-    called: bool = False
-    replay: Callable[[], None] | None = None
-    made_with: tuple[object, ...] = ()
 
     def launch(self) -> None:
         """Runs all steps. The replay of a graph writes to the tensors that were the results of its capture."""
@@ -46,13 +43,13 @@ class Stepwise:
     def __init__(self, model: Network, dtype: torch.dtype, face: str, shapes: Shapes, *, bucket: int):
         conv = partial(KernelConv, face=face) if face == "cpu" else AtenConv
         held, self._device = torch.float32 if face == "cpu" else dtype, weight_of(model).device
-        self._plan = make_plan(model, lambda folded: conv(folded, dtype), held)
+        self.plan = make_plan(model, lambda folded: conv(folded, dtype), held)
         self._face, self._dtype, self.shapes = face, dtype, shapes
-        self._span = 1 if shapes.graphs is None else self._plan.span(bucket)
+        self._span = 1 if shapes.graphs is None else self.plan.span(bucket)
         self.buffers, self.lengths = Buffers(held, self._device), Buffers(torch.int64, self._device)
 
     def run(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        plan = self._plan
+        plan = self.plan
         if features.numel() == 0:
             return plan.nothing(features, lengths)
         n, _, t = features.shape
@@ -68,25 +65,21 @@ class Stepwise:
         # The next call overwrites the results of a graph, and an encoder's output, which lies in a buffer.
         return log_probs[:, : plan.out_frames(t)].clone(), out_lengths.clone()
 
-    def out_frames(self, t: int) -> int:
-        """Returns the number of frames of the log-probabilities for `t` frames of features."""
-        return self._plan.out_frames(t)
-
     def _dependences(self) -> tuple[object, ...]:
         precise = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
         return tuple(self._dtype == torch.float32 and of == "tf32" for of in precise)
 
-    def _bound(self, n: int, t: int) -> Bound:
-        def bind() -> Bound:
-            return Bound(self.buffers.view(self._plan.source, n, t), self.lengths.held["lengths"][:n], self._steps)
+    def _bound(self, n: int, t: int) -> Steps:
+        def bind() -> Steps:
+            return Steps(self.buffers.view(self.plan.source, n, t), self.lengths.held["lengths"][:n], self._steps)
 
-        sizes = lambda: {self.buffers: self._plan.sizes(n, t), self.lengths: {"lengths": n}}  # noqa: E731
+        sizes = lambda: {self.buffers: self.plan.sizes(n, t), self.lengths: {"lengths": n}}  # noqa: E731
         return self.shapes.bound((n, t), sizes, bind)
 
-    def _steps(self, bound: Bound) -> tuple[Tensor, Tensor]:
+    def _steps(self, bound: Steps) -> tuple[Tensor, Tensor]:
         """Runs every step on the input in the buffers. Returns the results, which lie in new memory if there is a
         decoder."""
-        plan, x, lens = self._plan, bound.source, bound.lengths
+        plan, x, lens = self.plan, bound.source, bound.lengths
         n, t, _ = x.shape
         mask = Padding(lens, t, x.dtype) if plan.masks else None
         if mask is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -50,14 +51,6 @@ def convs(config: JasperConfig, t: int = 2) -> Iterator[Conv]:
         yield Conv((c, config.decoder.n_classes, 1, 1, 1), t, "decoder")
 
 
-def engine_convs(config: JasperConfig) -> tuple[tuple[tuple[int, ...], int], ...]:
-    """Returns the distinct convs of an engine, the decoder included, each with the number of times it occurs."""
-    count: dict[tuple[int, ...], int] = {}
-    for conv in convs(config):
-        count[conv.shape] = count.get(conv.shape, 0) + 1
-    return tuple(count.items())
-
-
 def cells(config: JasperConfig, n: int, t: int, dtype: torch.dtype, mode: str) -> list[Cell]:
     """Returns the cells of `n` utterances of `t` frames of features in `mode`, one of MODES, sorted by falling work.
 
@@ -65,7 +58,7 @@ def cells(config: JasperConfig, n: int, t: int, dtype: torch.dtype, mode: str) -
     """
     if dtype not in tables.DTYPES:
         return []
-    work: dict[Cell, float] = {}
+    work: Counter[Cell] = Counter()
     for conv in convs(config, t):
         rows_log2 = tables.bucket(n * conv.frames)
         named = [(op, conv.shape, conv.products) for op in _ops(conv, mode)]
@@ -73,8 +66,7 @@ def cells(config: JasperConfig, n: int, t: int, dtype: torch.dtype, mode: str) -
             c = conv.shape[1]
             named += [(op, tuple(tables.shape_of_norm(c).values()), c * PRODUCTS_OF_NORM) for op in tables.NORM_OPS]
         for op, shape, products in named:
-            cell = Cell(op, tables.DTYPES[dtype], *shape, rows_log2)
-            work[cell] = work.get(cell, 0.0) + products
+            work[Cell(op, tables.DTYPES[dtype], *shape, rows_log2)] += products
     return sorted(work, key=lambda cell: (-work[cell], cell))
 
 

@@ -55,8 +55,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             f"another folder or a smaller number of kept checkpoints"
         ) from error
     finally:
-        if temporary.exists():
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -210,11 +211,8 @@ def load_model(
     weights = read_weights(path, ema=ema)
     if config is None:
         config = config_of(weights)
-    if strict:  # all tensors come from the file, so none need be allocated here
-        with torch.device("meta"):
-            model = Jasper(config, backend=backend)
-        load_weights(model, weights, labels=config.labels)
-    else:
+    # With `strict` all tensors come from the file, so none need be allocated here.
+    with torch.device("meta") if strict else contextlib.nullcontext():
         model = Jasper(config, backend=backend)
-        load_weights(model, weights, labels=config.labels, strict=False)
+    load_weights(model, weights, labels=config.labels, strict=strict)
     return model.eval()

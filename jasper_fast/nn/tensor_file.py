@@ -40,9 +40,10 @@ def read(path: str | Path) -> dict[str, Any]:
             about = json.loads(header[KEY])
             state |= {key: about[key] for key in ("format", "config", "labels")}
     except (safetensors.SafetensorError, RuntimeError, TypeError, ValueError, KeyError, RecursionError) as error:
+        said = (str(error) or type(error).__name__).partition("\n")[0]
         raise CheckpointError(
-            f"{path} is not a complete safetensors file ({os.path.getsize(path)} bytes, {_first_line(error)}); copy or "
-            f"download it again"
+            f"{path} is not a complete safetensors file ({os.path.getsize(path)} bytes, {said}); copy or download it "
+            f"again"
         ) from error
     return state
 
@@ -52,7 +53,3 @@ def write(file: BinaryIO, entries: dict[str, Tensor], config: dict[str, Any], la
     header."""
     about = {"format": FORMAT, "config": config, "labels": labels}
     file.write(need("safetensors.torch", "safetensors").save(entries, {KEY: json.dumps(about)}))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).partition("\n")[0]
