@@ -151,10 +151,7 @@ class Pass:
     def _fused(self, op, y: Tensor, stats, i: int, *args, **kwargs):
         """Calls `op` with the batch norm, dropout and mask that follow conv `i`. `y` is the conv's output, and `stats`
         has its statistics."""
-        sub, lengths = self.sub_blocks[i], self.steps[i + 1]
-        bn, conv = sub.bn, sub.conv
-        # The conv's output is zero from `halo` frames beyond the length on. A pointwise conv, with one tap, adds none.
-        beyond = max(0, conv.dilation[0] * (conv.kernel_size[0] - 1) - conv.padding[0])
+        sub, lengths, bn = self.sub_blocks[i], self.steps[i + 1], self.sub_blocks[i].bn
         return op(
             y,
             bn.weight,
@@ -170,7 +167,7 @@ class Pass:
             eps=bn.eps,
             seed=None if self.seeds is None else self.seeds[i : i + 1],
             backend=self.backend,
-            halo=None if lengths is None else -(-beyond // conv.stride[0]),
+            halo=None if lengths is None else sub.halo,
             group=sync.group_of(bn),
             **kwargs,
         )

@@ -34,6 +34,12 @@ class SubBlock:
         """The conv that decides the number of frames."""
         return self.conv if self.taps is None else self.taps
 
+    @property
+    def halo(self) -> int:
+        """The output of `conv` is zero from so many frames beyond the length on. A pointwise conv adds none."""
+        (k,), (s,), (p,), (d,) = self.conv.kernel_size, self.conv.stride, self.conv.padding, self.conv.dilation
+        return -(-max(0, d * (k - 1) - p) // s)
+
 
 @dataclass(frozen=True)
 class Parts:
