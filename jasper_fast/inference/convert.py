@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -156,9 +155,7 @@ def _compare(
     back: Weights, entries: dict[str, Tensor], average: dict[str, Tensor] | None, config: JasperConfig, to: str
 ) -> None:
     """Raises CheckpointError if the new file, read back, differs from what was to be written."""
-    for wanted, got in ((entries, back.state_dict), (average, back.average)):
-        if wanted is None and got is None:
-            continue
+    for wanted, got in ((entries, back.state_dict), (average or {}, back.average or {})):
         if wanted.keys() != got.keys():
             raise CheckpointError(f"{back.path} has other entries than were written")
         for name, tensor in wanted.items():
@@ -248,15 +245,13 @@ def _features(config: JasperConfig) -> dict[str, Any]:
 
 def _settings(config: JasperConfig) -> dict[str, Any]:
     """Returns all settings of the input by dotted names."""
+    return _leaves(config.input_val, "input_val") | _leaves(config.input_train, "input_train")
 
-    def leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                yield from leaves(inner, f"{name}.{key}")
-        else:
-            yield name, value
 
-    return {**dict(leaves(config.input_val, "input_val")), **dict(leaves(config.input_train, "input_train"))}
+def _leaves(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {name: value}
+    return {dotted: leaf for key, inner in value.items() for dotted, leaf in _leaves(inner, f"{name}.{key}").items()}
 
 
 def yaml_of(config: JasperConfig) -> str:

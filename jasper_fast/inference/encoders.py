@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from jasper_fast.inference.engine import EncoderEngine
 from jasper_fast.nn.architecture import block_shapes, out_lengths
 from jasper_fast.nn.config import BlockConfig, ConfigError, EncoderConfig
-from jasper_fast.nn.fuse import STATE, Before, become, frames
+from jasper_fast.nn.fuse import STATE, Before, counts
 from jasper_fast.nn.recognise import Parts, SubBlock, Unfit, captures, parts
 from jasper_fast.nn.shared import Shared, sharing
 from jasper_fast.nn.watch import Watch
@@ -76,14 +76,8 @@ class Encoder:
 
     def lengths(self, lengths: Tensor | None) -> Tensor | None:
         """Returns the lengths that the blocks would return if they ran one by one."""
-        for layer in self.layers if lengths is not None else ():
-            found, before = layer.found, lengths
-            for sub in found.sub_blocks:
-                lengths = frames(sub.in_time, lengths)
-            if not found.masked:
-                lengths = before if found.keeps_lengths else None
-                if lengths is None:
-                    break
+        for layer in self.layers:
+            _, lengths = counts(layer.found, lengths)
         return lengths
 
 
@@ -328,11 +322,3 @@ KINDS: dict[str, type[FusedEncoder]] = {
     "ConvASREncoder": NeMosEncoder,
     "EagerJasper": EagerModel,
 }
-
-
-def fuse_encoder(encoder: nn.Module, backend: str, graphs: Graphs) -> Whole:
-    """Replaces the class of `encoder`, whose name is in KINDS, by one whose forward calls an engine. Returns its
-    state."""
-    vars(encoder)[STATE] = whole = Whole(backend, graphs)
-    become(encoder, KINDS[type(encoder).__name__])
-    return whole

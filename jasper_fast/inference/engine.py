@@ -115,9 +115,8 @@ class InferenceEngine:
         wanted = turns.device.type == "cuda" if self._graphs == "auto" else self._graphs
         graphs = CudaGraphs(turns.device) if wanted else None
         shapes = Shapes(turns, graphs, patient=self._graphs == "auto", limit=self._limit)
-        if face in choose.CONVS:
-            return Launches(self._model, dtype, face, shapes, bucket=self._bucket)
-        return Stepwise(self._model, dtype, face, shapes, bucket=self._bucket)
+        kind = Launches if face in choose.CONVS else Stepwise
+        return kind(self._model, dtype, face, shapes, bucket=self._bucket)
 
     def _chosen(self, n: int, t: int) -> Launches | Stepwise:
         """Returns the runner for `n` utterances of `t` feature frames."""

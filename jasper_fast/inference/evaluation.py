@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ LENGTHS = (2.0, 5.0, 10.0, 15.0)  # the bounds, in seconds, between the classes 
 
 def length_of(row: Row) -> str:
     """Returns the name of the length class to which an utterance belongs."""
-    upper = next((i for i, bound in enumerate(LENGTHS) if row["duration"] < bound), len(LENGTHS))
+    upper = bisect_right(LENGTHS, row["duration"])
     low = f"{LENGTHS[upper - 1]:g}" if upper else "0"
     return f"{low} to {LENGTHS[upper]:g} s" if upper < len(LENGTHS) else f"{low} s and more"
 
@@ -40,18 +41,18 @@ def grouped(rows: Sequence[Row], key: Callable[[Row], str | None]) -> dict[str, 
 def totals(rows: Sequence[Row]) -> dict[str, Any]:
     """Returns counts and error rates of rows. If they have no words, the rate is the number of errors."""
     sums = {k: sum(row[k] for row in rows) for k in ("word_errors", "words", "character_errors", "characters")}
-    rates = {"wer": sums["word_errors"] / max(sums["words"], 1)}
-    rates["cer"] = sums["character_errors"] / max(sums["characters"], 1)
+    rates = {
+        "wer": sums["word_errors"] / max(sums["words"], 1),
+        "cer": sums["character_errors"] / max(sums["characters"], 1),
+    }
     return {"utterances": len(rows), "seconds": round(sum(r["duration"] for r in rows), 3)} | sums | rates
 
 
 def by_parts(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:
     """Returns ``totals`` by manifest, by length and by speaker."""
-    lengths = grouped(rows, length_of)
-    ranges = sorted(lengths, key=lambda name: float(name.split()[0]))
     return {
         "sets": grouped(rows, lambda row: row["manifest"]),
-        "lengths": {name: lengths[name] for name in ranges},
+        "lengths": dict(sorted(grouped(rows, length_of).items(), key=lambda item: float(item[0].split()[0]))),
         "speakers": grouped(rows, lambda row: row.get("speaker")),
     }
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from jasper_fast.inference.encoders import KINDS, Graphs, describe, fuse_encoder
-from jasper_fast.nn.fuse import ENCODER, Report, fuse_block, give_back, survey
+from jasper_fast.inference.encoders import KINDS, Graphs, Whole, describe
+from jasper_fast.nn.fuse import ENCODER, STATE, Before, FusedBlock, Report, become, survey
+from jasper_fast.nn.packs import Packs
 from jasper_fast.nn.recognise import Unfit
 
 
@@ -39,10 +40,11 @@ def fuse(model: nn.Module, backend: str = "auto", strict: bool = False, *, graph
     unfuse(model)  # an earlier call may have fused blocks that this call leaves unchanged
     for name, block in blocks:
         if name in report.fused:
-            fuse_block(block, backend)
+            become(block, FusedBlock, (backend, Packs()))
     for name, encoder in encoders.items():
+        become(encoder, KINDS[type(encoder).__name__], Whole(backend, graphs))
         report.whole.append(name)
-        report._wholes.append(weakref.ref(fuse_encoder(encoder, backend, graphs)))
+        report._wholes.append(weakref.ref(vars(encoder)[STATE]))
     return report
 
 
@@ -70,4 +72,7 @@ def _encoders(
 
 def unfuse(model: nn.Module) -> None:
     """Restores the original forward of every block and encoder in `model` that `fuse` changed."""
-    give_back(model)
+    for module in model.modules():
+        if isinstance(module, Before):
+            module.__class__ = type(module).__bases__[1]
+            del vars(module)[STATE]

@@ -82,12 +82,11 @@ class Launches:
         """Returns the log-probabilities of the last block's output, and a copy of the lengths."""
         n, t, _ = last.shape
         out_lengths = torch.empty((n,), dtype=torch.int64, device=last.device)
-        fused = self._softmax
-        dtype = torch.float32 if fused else self._dtype
+        dtype = torch.float32 if self._softmax else self._dtype
         out = torch.empty((n, t, self.plan.channels), dtype=dtype, device=last.device)
         told = Lengths(lengths, None, out_lengths, masked=False)
-        self.plan.head(last, out, lengths=told, clean=True, log_softmax=fused)
-        return out if fused else out.float().log_softmax(dim=2), out_lengths
+        self.plan.head(last, out, lengths=told, clean=True, log_softmax=self._softmax)
+        return out if self._softmax else out.float().log_softmax(dim=2), out_lengths
 
     def _readable(self, features: Tensor) -> Tensor:
         """Returns `features` in a form that the first launch can read: fp32 with unit stride over frames, or the dtype

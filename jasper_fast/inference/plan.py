@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import prod
 from typing import Any, Protocol
 
@@ -158,10 +158,7 @@ class Plan:
 
     def frames(self, t: int) -> list[int]:
         """Returns the numbers of frames at the input (index 0) and after each step, for `t` frames of features."""
-        found = [t]
-        for step in self.steps:
-            found.append(step.b.out_length(found[-1]))
-        return found
+        return list(accumulate(self.steps, lambda before, step: step.b.out_length(before), initial=t))
 
     def span(self, bucket: int) -> int:
         """Returns the T at which T' is `bucket`. If T is rounded up to a multiple of it, T' is a multiple of `bucket`.

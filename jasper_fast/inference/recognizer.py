@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -200,27 +201,26 @@ class Recognizer:
         if not places:
             return list
 
-        def keeping(first: int) -> Callable[[Tensor, Tensor], None] | None:
-            def kept(log_probs: Tensor, lengths: Tensor) -> None:
-                for place, item, length in zip(places[first:], log_probs, lengths.tolist(), strict=False):
-                    keep(place, item[:length])
-
-            return kept if keep is not None else None
-
         try:
-            return self.begin(batch.audio, batch.audio_lengths, keeping(0))
+            return self.begin(batch.audio, batch.audio_lengths, keep and partial(_keep_each, keep, places))
         except (NotFinite, torch.OutOfMemoryError, MemoryError):
             pass
         begun: list[Heard] = []
-        for i, (name, audio, length) in enumerate(zip(batch.names, batch.audio, batch.audio_lengths, strict=True)):
+        for name, place, audio, length in zip(batch.names, places, batch.audio, batch.audio_lengths, strict=True):
             try:
-                begun.append(self.begin(audio[None, :length], length[None], keeping(i)))
+                keep_it = keep and partial(_keep_each, keep, [place])
+                begun.append(self.begin(audio[None, :length], length[None], keep_it))
             except (NotFinite, torch.OutOfMemoryError, MemoryError) as error:
                 reason = "not_finite" if isinstance(error, NotFinite) else "out_of_memory"
                 cause = "the output of the model is NaN" if isinstance(error, NotFinite) else f"out of memory: {error}"
                 skipped.add([manifest.Skipped(name, reason, f"{name}: {cause}")])
                 begun.append(lambda: [None])
         return lambda: [transcript for heard in begun for transcript in heard()]
+
+
+def _keep_each(keep: Keep, places: list[int], log_probs: Tensor, lengths: Tensor) -> None:
+    for place, item, length in zip(places, log_probs, lengths.tolist(), strict=True):
+        keep(place, item[:length])
 
 
 def labels_of(config: Any) -> list[str]:

@@ -159,7 +159,7 @@ class JasperConfig:
         config = dict(_mapping(config, "the configuration"))
         top = {k: config.pop(k) for k in list(config) if k in _TOP_KEYS}
         model = dict(_mapping(top.pop("jasper", config), "jasper"))
-        if model is not config and (extra := set(config) - {"encoder", "decoder"}) and "encoder" not in config:
+        if (extra := set(config) - {"encoder", "decoder"}) and "encoder" not in config:
             raise ConfigError(f"unknown key {sorted(extra)[0]!r}; known keys: {', '.join(sorted(_TOP_KEYS))}")
         for key in ("encoder", "decoder"):
             if key not in model:

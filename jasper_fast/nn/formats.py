@@ -70,7 +70,9 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
     found = _named_ours(path, kind, entries, rules, drop)
     found.left_out += [str(k) for k, v in state.items() if entries is not state and k not in _READ and v is not None]
     if kind == "jasper_fast":
-        found.config, found.labels = state.get("config"), _labels(path, state.get("labels"))
+        found.config, found.labels = state.get("config"), state.get("labels")
+        if not (found.labels is None or _is_texts(found.labels)):
+            raise CheckpointError(f"{path}: its labels are not a list of texts")
     else:
         refuse_endless(state.get("hyper_parameters"), f"{path}: hyper_parameters")
         found.labels = _lightning_labels(state.get("hyper_parameters"))
@@ -84,10 +86,8 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
 _READ = ("format", "config", "labels", "state_dict", "ema_state_dict", "hyper_parameters")
 
 
-def _labels(path: Path, labels: Any) -> list[str] | None:
-    if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
-        raise CheckpointError(f"{path}: its labels are not a list of texts")
-    return labels
+def _is_texts(labels: Any) -> bool:
+    return isinstance(labels, (list, tuple)) and all(isinstance(label, str) for label in labels)
 
 
 def _is_state_dict(entries: Any) -> bool:
@@ -108,7 +108,7 @@ def _lightning_labels(settings: Any) -> list[str] | None:
         return None
     decoder = settings.get("decoder")
     found = (decoder.get("vocabulary") if isinstance(decoder, dict) else None) or settings.get("labels")
-    if isinstance(found, (list, tuple)) and all(isinstance(label, str) for label in found):
+    if _is_texts(found):
         return list(found)
     return next(filter(None, (_lightning_labels(settings.get(key)) for key in ("cfg", "config", "model"))), None)
 

@@ -82,23 +82,10 @@ def survey(model: nn.Module, backend: str) -> tuple[Report, list[tuple[str, nn.M
     return report, found
 
 
-def fuse_block(block: nn.Module, backend: str) -> None:
-    """Gives `block` the fused forward. `parts` must be able to take the block apart."""
-    vars(block)[STATE] = (backend, Packs())
-    become(block, FusedBlock)
-
-
-def become(module: nn.Module, kind: type[Before]) -> None:
-    """Replaces the class of `module` by a subclass of both `kind` and its own class."""
+def become(module: nn.Module, kind: type[Before], state: object) -> None:
+    """Replaces the class of `module` by a subclass of both `kind` and its own class, which keeps `state`."""
+    vars(module)[STATE] = state
     module.__class__ = _fused_class(kind, type(module))
-
-
-def give_back(model: nn.Module) -> None:
-    """Restores the original class of every module in `model` that `become` changed."""
-    for module in model.modules():
-        if isinstance(module, Before):
-            module.__class__ = type(module).__bases__[1]
-            del vars(module)[STATE]
 
 
 class Before:
@@ -148,9 +135,7 @@ def _run(
     found: Parts, backend: str, packs: Packs, xs: list[Tensor], lengths: Tensor | None, known: Shared | None
 ) -> tuple[list[Tensor], Tensor | None]:
     """Returns the outputs and lengths that the original block returns for block outputs `xs` and `lengths` (N,)."""
-    steps = [lengths if found.masked else None]
-    for sub in found.sub_blocks:
-        steps.append(frames(sub.in_time, steps[-1]))
+    steps, passed = counts(found, lengths)
     sources = xs if found.dense else xs[-1:]
     if found.panes and (len(sources) != len(found.panes) or (len(xs) > len(sources) and not found.takes_last)):
         raise ValueError(f"a block with {len(found.panes)} residual convs was given {len(xs)} block outputs")
@@ -158,16 +143,24 @@ def _run(
     read = sources if found.panes else []
     grams = [known and known.gram(found, pane, x, backend) for pane, x in enumerate(read)]  # None: plain panes
     device = found.sub_blocks[0].conv.weight.device
-    counts = [None if count is None else count.to(device, torch.int64) for count in steps]
-    out = Pass(found.sub_blocks, found.panes, counts, None, backend, packs)(sources[-1], read, grams)
+    on_device = [None if count is None else count.to(device, torch.int64) for count in steps]
+    out = Pass(found.sub_blocks, found.panes, on_device, None, backend, packs)(sources[-1], read, grams)
     count_batch([sub.bn for sub in found.sub_blocks] + [bn for _, bn in found.panes])
     if steps[-1] is not None and not torch.compiler.is_compiling() and not out.is_inference():
         out._jasper_fast_zero = (steps[-1], out._version)  # the next block then need not mask it
-    passed = lengths if found.keeps_lengths and not found.masked else steps[-1]
     return ([*xs, out] if found.dense else [out]), passed
 
 
-def frames(conv: nn.Conv1d, lengths: Tensor | None) -> Tensor | None:
+def counts(found: Parts, lengths: Tensor | None) -> tuple[list[Tensor | None], Tensor | None]:
+    """Returns (counts, passed) for a block: the frames at the input of each sub-block and at the end, which are None
+    without masks, and the lengths that the original block returns."""
+    steps = [lengths if found.masked else None]
+    for sub in found.sub_blocks:
+        steps.append(_frames(sub.in_time, steps[-1]))
+    return steps, lengths if found.keeps_lengths and not found.masked else steps[-1]
+
+
+def _frames(conv: nn.Conv1d, lengths: Tensor | None) -> Tensor | None:
     """Returns the frames of the conv's output; `lengths` itself if they do not change."""
     (k,), (s,), (d,), (p,) = conv.kernel_size, conv.stride, conv.dilation, conv.padding
     if lengths is None or (s == 1 and 2 * p == d * (k - 1)):

@@ -47,10 +47,9 @@ def load_weights(
     given, wrong, extra = compared(own, weights)
     if strict:
         refuse_misfits(weights, wrong, extra)
+        if labels is not None and weights.labels is not None and list(labels) != list(weights.labels):
+            raise CheckpointError(f"{weights.path} was trained with other labels; pass strict=False for a warm start")
     reasons = []
-    other = labels is not None and weights.labels is not None and list(labels) != list(weights.labels)
-    if strict and other:
-        raise CheckpointError(f"{weights.path} was trained with other labels; pass strict=False for a warm start")
     head = [name for name in own if name.startswith("decoder.")]
     if not strict:
         rows, reason = _decoder_rows(weights, labels, decoder, [wrong.get(name) for name in head], like or {})

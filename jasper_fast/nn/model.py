@@ -10,8 +10,7 @@ from jasper_fast import ops
 from jasper_fast.dispatch import backends, tuned
 from jasper_fast.kernels import tables
 from jasper_fast.kernels.layout import mask, ntc
-from jasper_fast.nn.architecture import add_layers, block_shapes, pane_sources
-from jasper_fast.nn.architecture import out_lengths as _out_lengths
+from jasper_fast.nn import architecture
 from jasper_fast.nn.block import JasperBlock, count_batch, refuse_hooks
 from jasper_fast.nn.cells import cells
 from jasper_fast.nn.config import JasperConfig
@@ -45,8 +44,10 @@ class Jasper(nn.Module):
         super().__init__()
         self.config, self.backend, self.tune = config, backends.require(backend), tune
         self._met: set[tuple[str, torch.dtype, int]] = set()  # kinds of calls whose faces have been measured
-        add_layers(self, config, (JasperBlock(*shape, backend, panes) for shape in block_shapes(config)))
-        self.pane_sources = pane_sources(config)
+        architecture.add_layers(
+            self, config, (JasperBlock(*shape, backend, panes) for shape in architecture.block_shapes(config))
+        )
+        self.pane_sources = architecture.pane_sources(config)
         self.encoder_frozen = False
 
     def freeze_encoder(self) -> None:
@@ -128,7 +129,7 @@ class Jasper(nn.Module):
 
     def out_lengths(self, lengths: Tensor) -> Tensor:
         """Returns the frames of the log-probabilities for `lengths` (N,) frames of features."""
-        return _out_lengths(self.config, lengths)
+        return architecture.out_lengths(self.config, lengths)
 
     def _seeds(self, device: torch.device) -> list[Tensor | None]:
         repeats = [layer.b.repeat for layer in self.encoder.layers]
