@@ -13,6 +13,14 @@ class ConfigError(ValueError):
     """A configuration that cannot be used. The message names the key and the file."""
 
 
+def _refuse(*faults: tuple[bool, str]) -> None:
+    """Raises ConfigError with the message of the first of `faults`, pairs of (whether it is one, message), that is
+    true."""
+    for is_one, message in faults:
+        if is_one:
+            raise ConfigError(message)
+
+
 @dataclass(frozen=True)
 class BlockConfig:
     """One block: `repeat` sub-blocks of conv, batch norm, ReLU and dropout. The keys are the reference's.
@@ -38,14 +46,14 @@ class BlockConfig:
             if len(value) != 1 or not isinstance(value[0], int) or value[0] < 1:
                 raise ConfigError(f"{name} must be a list of one positive integer such as [11], not {list(value)}")
             object.__setattr__(self, name, value)
-        if self.filters < 1 or self.repeat < 1:
-            raise ConfigError(f"filters and repeat must be at least 1, not {self.filters} and {self.repeat}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout must lie in [0, 1), not {self.dropout}")
-        if self.s > 1 and self.d > 1:
-            raise ConfigError("a block cannot have both stride > 1 and dilation > 1")
-        if self.residual and self.s > 1:
-            raise ConfigError("a residual block needs stride 1, because its panes are 1x1 convolutions at stride 1")
+        few = f"filters and repeat must be at least 1, not {self.filters} and {self.repeat}"
+        panes = "a residual block needs stride 1, because its panes are 1x1 convolutions at stride 1"
+        _refuse(
+            (self.filters < 1 or self.repeat < 1, few),
+            (not 0.0 <= self.dropout < 1.0, f"dropout must lie in [0, 1), not {self.dropout}"),
+            (self.s > 1 and self.d > 1, "a block cannot have both stride > 1 and dilation > 1"),
+            (self.residual and self.s > 1, panes),
+        )
 
     @property
     def k(self) -> int:
@@ -91,16 +99,14 @@ class EncoderConfig:
     blocks: tuple[BlockConfig, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.activation != "relu":
-            raise ConfigError(
-                f"activation {self.activation!r} has no fused kernel; use 'relu', as every published Jasper does"
-            )
-        if self.frame_splicing != 1:
-            raise ConfigError(f"frame_splicing must be 1, not {self.frame_splicing}: no other value is supported")
-        if self.init not in INITS:
-            raise ConfigError(f"init {self.init!r} is not one of {', '.join(INITS)}")
-        if not self.blocks:
-            raise ConfigError("blocks is empty: a Jasper needs at least one block")
+        kernels = f"activation {self.activation!r} has no fused kernel; use 'relu', as every published Jasper does"
+        splicing = f"frame_splicing must be 1, not {self.frame_splicing}: no other value is supported"
+        _refuse(
+            (self.activation != "relu", kernels),
+            (self.frame_splicing != 1, splicing),
+            (self.init not in INITS, f"init {self.init!r} is not one of {', '.join(INITS)}"),
+            (not self.blocks, "blocks is empty: a Jasper needs at least one block"),
+        )
 
     @property
     def stride(self) -> int:
@@ -117,8 +123,7 @@ class DecoderConfig:
     init: str = "xavier_uniform"
 
     def __post_init__(self) -> None:
-        if self.init not in INITS:
-            raise ConfigError(f"init {self.init!r} is not one of {', '.join(INITS)}")
+        _refuse((self.init not in INITS, f"init {self.init!r} is not one of {', '.join(INITS)}"))
 
 
 INITS = ("xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal")

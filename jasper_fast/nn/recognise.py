@@ -19,6 +19,13 @@ class Unfit(Exception):
     """A block that the fused ops cannot compute. The message is the reason."""
 
 
+def refuse(*faults: tuple[object, str]) -> None:
+    """Raises Unfit with the reason of the first of `faults`, pairs of (whether it is one, reason), that is true."""
+    for is_one, reason in faults:
+        if is_one:
+            raise Unfit(reason)
+
+
 @dataclass(frozen=True)
 class SubBlock:
     """A conv with its batch norm and the present probability of dropout. If `conv` is pointwise, `taps` may be the
@@ -100,28 +107,26 @@ def parts(block: nn.Module) -> Parts:
             raise Unfit("it has a residual conv that is not 1x1 at stride 1 (residual_mode stride_add)")
         panes.append((conv, pane[1]))
         masks.append(_masks(pane[0]))
-    if len(set(masks)) > 1:
-        raise Unfit("only some of its convs have masks")
-    if panes and any(sub.in_time.stride != (1,) for sub in subs):
-        raise Unfit("it has a residual and a stride above 1")
+    strided = any(sub.in_time.stride != (1,) for sub in subs)
+    refuse(
+        (len(set(masks)) > 1, "only some of its convs have masks"),
+        (panes and strided, "it has a residual and a stride above 1"),
+    )
     own = getattr(block, "cfg", None) if type(block).__name__ == "EagerBlock" else None
     dense = own.dense if own else len(panes) > 0 and getattr(block, "dense_residual", False)
     return Parts(subs, panes, masks[0], dense, hasattr(block, "mconv"), own is not None)
 
 
 def _check_kind(block: nn.Module) -> None:
-    kind = type(block).__name__
-    if kind not in NAMES:
-        raise Unfit(f"its class is {kind}, not one of {', '.join(NAMES)}, so its forward may do something else")
-    mode = getattr(block, "residual_mode", "add")
-    if mode not in ("add", "stride_add"):
-        raise Unfit(f"residual_mode {mode}")
-    if getattr(block, "se", False):
-        raise Unfit("squeeze-excite")
-    if getattr(block, "adapter_layer", None):
-        raise Unfit("adapters")
-    if captures(block):
-        raise Unfit("intermediate outputs are captured (InterCTC)")
+    kind, mode = type(block).__name__, getattr(block, "residual_mode", "add")
+    others = f"its class is {kind}, not one of {', '.join(NAMES)}, so its forward may do something else"
+    refuse(
+        (kind not in NAMES, others),
+        (mode not in ("add", "stride_add"), f"residual_mode {mode}"),
+        (getattr(block, "se", False), "squeeze-excite"),
+        (getattr(block, "adapter_layer", None), "adapters"),
+        (captures(block), "intermediate outputs are captured (InterCTC)"),
+    )
     for name, module in block.named_modules():
         if module is block:
             continue
@@ -193,26 +198,24 @@ def _masks(conv: nn.Module) -> bool:
 
 def _check_conv(conv: nn.Module, groups: int = 1) -> None:
     heads, pad = getattr(conv, "heads", -1), getattr(conv, "pad_layer", None)
-    if heads != -1:
-        raise Unfit(f"heads = {heads}")
-    if pad is not None:
-        raise Unfit("asymmetric padding (future_context)")
+    refuse((heads != -1, f"heads = {heads}"), (pad is not None, "asymmetric padding (future_context)"))
     masked = any("MaskedConv1d" in kind.__name__ for kind in type(conv).__mro__)
     inner = _inner(conv)
     foreign = type(inner).forward is not nn.Conv1d.forward and not (inner is conv and masked)
     if not isinstance(inner, nn.Conv1d) or foreign or (inner is not conv and not masked):
         kind = type(conv if inner is None else inner).__name__
         raise Unfit(f"quantised: its conv is a {kind}" if "Quant" in kind else f"its conv is a {kind}")
-    if inner.groups != groups:
-        raise Unfit(f"grouped convs (groups = {inner.groups})")
-    if inner.bias is not None:
-        raise Unfit("it has a conv with a bias")
-    if isinstance(inner.padding, str) or inner.padding_mode != "zeros":
-        raise Unfit(f"padding {inner.padding!r}, padding_mode {inner.padding_mode!r}")
+    padding, mode = inner.padding, inner.padding_mode
+    refuse(
+        (inner.groups != groups, f"grouped convs (groups = {inner.groups})"),
+        (inner.bias is not None, "it has a conv with a bias"),
+        (isinstance(padding, str) or mode != "zeros", f"padding {padding!r}, padding_mode {mode!r}"),
+    )
 
 
 def _check_norm(norm: nn.Module) -> None:
-    if type(norm).forward not in (nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward):
-        raise Unfit(f"its norm is {type(norm).__name__}, not batch norm")
-    if norm.weight is None:
-        raise Unfit("it has a batch norm without weights (affine=False)")
+    foreign = type(norm).forward not in (nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward)
+    refuse(
+        (foreign, f"its norm is {type(norm).__name__}, not batch norm"),
+        (not foreign and norm.weight is None, "it has a batch norm without weights (affine=False)"),
+    )
