@@ -16,9 +16,9 @@ from test_fuse import KINDS, LENGTHS, add, build, call, features, layers, pickle
 from torch import nn
 
 from jasper_fast import fuse, unfuse
-from jasper_fast.inference import encoders
 from jasper_fast.inference import engine as engine_module
-from jasper_fast.inference.encoders import EncoderEngine
+from jasper_fast.inference import fuse as fuse_module
+from jasper_fast.inference.engine import EncoderEngine
 from jasper_fast.nn.fuse import STATE
 from jasper_fast.nn.watch import Watch
 from jasper_fast.training.optim import EMA
@@ -412,6 +412,6 @@ def test_watching_is_undone_with_the_model():
     model = build("nvidia").eval()
     fuse(model)
     evaluate(model)
-    alive = len(encoders._live)
+    alive = len(fuse_module._live)
     del model
-    assert len(encoders._live) < alive
+    assert len(fuse_module._live) < alive

@@ -3,8 +3,8 @@ panes (the 1x1 convs of residual connections) read all earlier block outputs fro
 
 `engine` has the class for users. `plan` folds the model and decides in which buffers each sub-block reads and writes.
 `stepwise` runs the plan on ATen or the CPU kernels, and `launches` runs it on the Triton or CUDA kernels. On a GPU both
-use CUDA graphs (`graphs`, `shapes`). `fuse` makes models of other projects run on our kernels: block by block in
-training (`nn.fuse`), and as whole encoders in evaluation (`encoders`).
+use CUDA graphs (`graphs`). `fuse` makes models of other projects run on our kernels: block by block in training
+(`nn.fuse`), and as whole encoders in evaluation.
 """
 
 from jasper_fast.inference.engine import InferenceEngine

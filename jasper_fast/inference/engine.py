@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from jasper_fast.dispatch import choose, tuned
-from jasper_fast.inference.graphs import CudaGraphs, Turns
+from jasper_fast.inference.graphs import CudaGraphs, Shapes, Turns
 from jasper_fast.inference.launches import Launches
 from jasper_fast.inference.plan import Network, weight_of
-from jasper_fast.inference.shapes import Shapes
 from jasper_fast.inference.stepwise import Stepwise
 from jasper_fast.kernels import precision, tables
 from jasper_fast.nn.cells import convs
@@ -105,9 +104,8 @@ class InferenceEngine:
     def __reduce__(self) -> tuple:
         """Copies or pickles only the model and the settings. The copy folds the weights itself, and has its own lock,
         buffers and graphs."""
-        how = {"dtype": self._wanted, "graphs": self._graphs, "bucket": self._bucket, "graph_limit": self._limit}
-        how["fp32_precision"] = self._fp32
-        return functools.partial(type(self), **how), (self._model,)
+        shapes = {"graphs": self._graphs, "bucket": self._bucket, "graph_limit": self._limit}
+        return functools.partial(type(self), dtype=self._wanted, fp32_precision=self._fp32, **shapes), (self._model,)
 
     def _runner(self, face: str, dtype: torch.dtype, turns: Turns) -> Launches | Stepwise:
         if self._graphs is True and face == "cpu":

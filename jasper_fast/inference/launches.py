@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from jasper_fast.dispatch import backends
+from jasper_fast.inference.graphs import Bound, Shapes
 from jasper_fast.inference.plan import Buffers, KernelConv, Network, make_plan, weight_of
-from jasper_fast.inference.shapes import Bound, Shapes
 from jasper_fast.kernels.conv1d.gpu_shared import Chain
 from jasper_fast.kernels.operands import FULL, Lengths
 

@@ -33,8 +33,6 @@ class Layer(Protocol):
 
     def panes(self) -> list[tuple[nn.Conv1d, nn.BatchNorm1d]]: ...
 
-    def refuse_hooks(self) -> None: ...
-
 
 class Network(Protocol):
     """A model, as an engine reads it: a Jasper, or an encoder of another project, whose `decoder` is None."""
@@ -208,8 +206,6 @@ def make_plan(model: Network, conv: Callable[[Folded], FoldedConv], dtype: torch
     dtype: of the activations.
     """
     layers: list[Layer] = list(model.encoder.layers)
-    for layer in layers:
-        layer.refuse_hooks()
     precise = torch.promote_types(weight_of(model).dtype, torch.float32)
     places = _places(layers, model.config.encoder.in_feats)
     steps = []

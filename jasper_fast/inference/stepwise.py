@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jasper_fast.inference.graphs import Bound, Shapes
 from jasper_fast.inference.plan import Buffers, Folded, KernelConv, Network, make_plan, weight_of
-from jasper_fast.inference.shapes import Bound, Shapes
 from jasper_fast.kernels import layout
 from jasper_fast.kernels.operands import FULL, Lengths
 

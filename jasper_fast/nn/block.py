@@ -52,7 +52,9 @@ class JasperBlock(nn.Module):
             self.res = nn.ModuleList(nn.ModuleList(convs_and_norm(c, b.filters, None, nn.Conv1d)) for c in panes)
 
     def sub_blocks(self) -> list[SubBlock]:
-        """Returns the R sub-blocks in order."""
+        """Returns the R sub-blocks in order. Raises RuntimeError if one of the convs and norms, panes' included, has
+        hooks or a forward of its own."""
+        refuse_hooks(*self.conv.values(), *(m for pane in self.panes() for m in pane))
         modules, p = list(self.conv.values()), self.b.dropout if self.training else 0.0
         count = len(modules) // self.b.repeat
         groups = (modules[i : i + count] for i in range(0, len(modules), count))
@@ -61,10 +63,6 @@ class JasperBlock(nn.Module):
     def panes(self) -> list[tuple[nn.Conv1d, nn.BatchNorm1d]]:
         """Returns the (1x1 conv, batch norm) pairs of the residual, in the order of their input blocks."""
         return [tuple(pane) for pane in self.res] if hasattr(self, "res") else []
-
-    def refuse_hooks(self) -> None:
-        """Raises RuntimeError if one of the convs and norms has hooks or a forward of its own."""
-        refuse_hooks(*self.conv.values(), *(m for pane in self.panes() for m in pane))
 
     def forward(
         self, x: Tensor, sources: list[Tensor], grams: list, lengths: list[Tensor] | None, seeds: Tensor | None
@@ -75,7 +73,6 @@ class JasperBlock(nn.Module):
         the plain form). `lengths`: frames at the input of each sub-block and at the end, R + 1 tensors (N,); None
         without masks. `seeds`: R int64 numbers.
         """
-        self.refuse_hooks()
         steps = lengths or [None] * (self.b.repeat + 1)
         run = Pass(self.sub_blocks(), self.panes(), steps, seeds, self.backend, self.packs)
         return run(autocast(x), sources, grams)
