@@ -14,16 +14,8 @@ FEATS = 8
 
 
 def block(filters, repeat=1, k=5, s=1, d=1, dropout=0.0, residual=False, dense=False):
-    return {
-        "filters": filters,
-        "repeat": repeat,
-        "kernel_size": [k],
-        "stride": [s],
-        "dilation": [d],
-        "dropout": dropout,
-        "residual": residual,
-        "residual_dense": dense,
-    }
+    shape = {"filters": filters, "repeat": repeat, "kernel_size": [k], "stride": [s], "dilation": [d]}
+    return shape | {"dropout": dropout, "residual": residual, "residual_dense": dense}
 
 
 BLOCKS = {
@@ -43,8 +35,9 @@ BLOCKS = {
 }
 
 
-def config(kind="jasper", masks=True, classes=7, feats=FEATS):
-    blocks = BLOCKS[kind]
+def config(kind: str | list[dict] = "jasper", masks=True, classes=7, feats=FEATS):
+    """Returns the configuration of a model of these blocks, or of those that BLOCKS has under this name."""
+    blocks = BLOCKS[kind] if isinstance(kind, str) else kind
     last = blocks[-1]["filters"]
     encoder = {"in_feats": feats, "activation": "relu", "use_conv_masks": masks, "blocks": blocks}
     return JasperConfig.from_dict({"encoder": encoder, "decoder": {"in_feats": last, "n_classes": classes}})

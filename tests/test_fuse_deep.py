@@ -34,9 +34,10 @@ def deep(which: str, masks: bool) -> nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("masks", [True, False])
-@pytest.mark.parametrize("which", ["nvidia", "nemo"])
+@pytest.mark.parametrize(
+    ("which", "masks", "training"),
+    [("nvidia", True, True), ("nvidia", False, False), ("nemo", True, False), ("nemo", False, True)],
+)
 def test_steps(which, masks, training):
     """Shows that the fused model has the original's outputs, gradients, parameters and buffers, the same evaluation
     afterwards, and exchangeable state dicts.
@@ -44,7 +45,7 @@ def test_steps(which, masks, training):
     In evaluation one step is enough, because the statistics do not change.
     """
     single = deep(which, masks)
-    exact, fused, report = equal_steps(single, training, 4 if training else 1, rtol=1e-7)
+    exact, fused, report = equal_steps(single, training, 2 if training else 1, rtol=1e-7)
     assert len(report.fused) == 13 and report.whole == ["encoder"]
     single.load_state_dict(fused.state_dict())
     exact.load_state_dict(single.state_dict())

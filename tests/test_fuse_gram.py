@@ -6,10 +6,10 @@ import gc
 import weakref
 
 import pytest
+import test_fuse
 import torch
-from close import assert_close
 from standins import spied
-from test_fuse import KINDS, add, build, call, equal_steps, features, gradients_and_buffers, layers
+from test_fuse import KINDS, build, call, equal_steps, features, gradients_and_buffers, layers, twins
 from torch.utils.checkpoint import checkpoint
 
 from jasper_fast import fuse, ops
@@ -56,17 +56,6 @@ def test_nothing_of_a_forward_pass_remains(counted, monkeypatch):
     assert len(made) == 2 and [of() for of in made] == [None, None] and shared() is None
 
 
-def test_a_hook_that_changes_a_block_output_is_seen():
-    results = []
-    for fused in (False, True):
-        model = build("nvidia", "none").double().train()
-        if fused:
-            fuse(model, backend="reference")
-        model.encoder.layers[0].register_forward_hook(add)
-        results.append(call(model, features(torch.float64)))
-    torch.testing.assert_close(*results)
-
-
 def louder(module, given):
     given[0][0].mul_(2.0)
 
@@ -78,40 +67,26 @@ def shorter(module, given):
 @pytest.mark.parametrize("hook", [louder, shorter])
 def test_a_block_output_that_changes_between_two_readers_is_made_ready_again(hook):
     results = []
-    for fused in (False, True):
-        model = build("nvidia").double().train()
-        if fused:
-            fuse(model)
-        model.encoder.layers[2].register_forward_pre_hook(hook)
+    for model in twins("nvidia"):
+        model.double().train().encoder.layers[2].register_forward_pre_hook(hook)
         with torch.no_grad():
             (out,), lengths = model.encoder(features(torch.float64), torch.tensor([61, 40, 33]))
         results.append(out.masked_fill((torch.arange(31) >= lengths[:, None])[:, None], 0))
     torch.testing.assert_close(*results)
 
 
-def test_autocast():
-    exact, single, fused = build("nvidia").double(), build("nvidia"), build("nvidia")
-    fuse(fused)
-    results = []
-    for model in (single, fused, exact):
-        with torch.autocast("cpu", torch.bfloat16, enabled=model is not exact):
-            out = call(model.train(), features(next(model.parameters()).dtype))
-        out.to(torch.promote_types(out.dtype, torch.float32)).square().mean().backward()
-        results.append({"output": out.detach()} | {n: p.grad for n, p in model.named_parameters()})
-    for name, want in results[2].items():
-        assert_close(name, results[1][name], results[0][name], want, factor=3.0)
+def test_autocast(counted):
+    test_fuse.test_autocast("nvidia")
+    assert "panes" in counted and "panes_plain" not in counted
 
 
 def test_activation_checkpointing_of_a_block(counted, monkeypatch):
     """Shows that activation checkpointing of a block works. The second pass runs outside the encoder's forward and must
     save the same tensors."""
     results = []
-    for fused in (False, True):
-        model = build("nvidia").double().train()
-        if fused:
-            fuse(model)
-        real = type(model.encoder.layers[2]).__call__
-        kind = type(model.encoder.layers[2])
+    for model in twins("nvidia"):
+        kind = type(model.double().train().encoder.layers[2])
+        real = kind.__call__
         monkeypatch.setattr(
             kind,
             "__call__",

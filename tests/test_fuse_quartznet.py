@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engines import block, draw_statistics
+from engines import block, config, draw_statistics
 from lookalikes import nemo
 from standins import spied
 from test_fuse import call, equal_steps, features, layers
 from torch import nn
 
-from jasper_fast import JasperConfig, fuse, ops, unfuse
+from jasper_fast import fuse, ops, unfuse
 from jasper_fast.nn.eager import EagerJasper
 
 SEPARABLE = {"separable": True}
@@ -25,12 +25,8 @@ BLOCKS = [
 
 def build(which: str, masks: bool = True) -> nn.Module:
     torch.manual_seed(0)
-    if which == "nemo":
-        model = nemo.EncDecCTCModel(8, BLOCKS, 7, masks)
-    else:
-        encoder = {"in_feats": 8, "use_conv_masks": masks, "blocks": BLOCKS}
-        decoder = {"in_feats": 40, "n_classes": 7}
-        model = EagerJasper(JasperConfig.from_dict({"encoder": encoder, "decoder": decoder}))
+    eager = which == "eager"
+    model = EagerJasper(config(BLOCKS, masks)) if eager else nemo.EncDecCTCModel(8, BLOCKS, 7, masks)
     return draw_statistics(model)
 
 

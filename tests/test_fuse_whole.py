@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-import threading
+import io
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from conftest import settle
 from engines import Replays, block, poison
 from lookalikes import nvidia
 from standins import spied
-from test_fuse import KINDS, LENGTHS, add, build, call, features, layers, pickled
+from test_fuse import KINDS, LENGTHS, add, build, call, features, layers, twins
 from torch import nn
 
 from jasper_fast import fuse, unfuse
@@ -60,11 +62,9 @@ def test_an_engine_gives_what_the_model_gives(which, kind, masks, runs):
 @pytest.mark.parametrize("which", ["nvidia", "nemo"])
 def test_an_encoder_returns_what_it_did(which, masks, runs):
     """Shows that the encoder's outputs and lengths stay the same, also for lengths beyond the last frame."""
-    plain, fused = build(which, masks=masks).eval(), build(which, masks=masks).eval()
-    fuse(fused)
     lengths = torch.tensor([200, 40, 0], dtype=torch.int32)
     results = []
-    for model in (plain, fused):
+    for model in twins(which, masks=masks):
         with torch.no_grad():
             if which == "nvidia":
                 xs, out = model.encoder(features(), lengths)
@@ -84,8 +84,7 @@ def test_an_encoder_returns_what_it_did(which, masks, runs):
 
 
 def test_without_masks_nvidias_encoder_needs_no_lengths(runs):
-    plain, fused = build("nvidia", masks=False).eval(), build("nvidia", masks=False).eval()
-    fuse(fused)
+    plain, fused = twins("nvidia", masks=False)
     with torch.no_grad():
         torch.testing.assert_close(fused(features()), plain(features()), **CLOSE)
     assert len(runs) == 1
@@ -154,22 +153,24 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("change", "graphs"), [(change, True) for change in CHANGES] + [("in place", False)])
 def test_a_change_is_in_the_next_output(change, graphs, runs, monkeypatch):
+    """Shows that the next output has the change, on an engine, block by block, and in training."""
     monkeypatch.setattr(engine_module, "CudaGraphs", Replays)
-    model, plain = build("nvidia").eval(), build("nvidia").eval()
-    fuse(model, backend="reference", graphs=graphs)
+    plain, model = twins("nvidia", backend="reference", graphs=graphs)
     before = evaluate(model)
     evaluate(model)
     assert runs[0] is runs[1], "nothing has changed, so nothing is folded"
     assert (runs[0]._run.shapes.graphs is not None) == graphs
     for m in (model, plain):
+        call(m, features())
         with torch.no_grad():
             CHANGES[change](m)
     got = evaluate(model)
     torch.testing.assert_close(got, evaluate(plain), **CLOSE)
     assert not torch.allclose(got, before, **CLOSE) and runs[-1] is not runs[0]
+    for training in (False, True):
+        torch.testing.assert_close(*(call(m.train(training), features()) for m in (model, plain)), **CLOSE)
 
 
 def test_new_memory_never_lies_where_the_folded_weight_lay():
@@ -197,7 +198,7 @@ def test_a_parametrised_weight_is_folded_as_it_is_computed(runs):
 
 @pytest.mark.parametrize("fold_anew", ["refresh", "eval", "eval of the model"])
 def test_a_write_without_a_trace_is_seen_after_refresh_or_eval(fold_anew, runs):
-    model, plain = build("nvidia").eval(), build("nvidia").eval()
+    plain, model = build("nvidia").eval(), build("nvidia").eval()
     report = fuse(model)
     before = evaluate(model)
     for m in (model, plain):
@@ -210,8 +211,7 @@ def test_a_write_without_a_trace_is_seen_after_refresh_or_eval(fold_anew, runs):
 
 def test_training_between_two_evaluations(runs):
     """Shows that training drops the engine, and that the next evaluation uses the trained weights and statistics."""
-    model, plain = build("nemo"), build("nemo")
-    fuse(model)
+    plain, model = twins("nemo")
     results = []
     for m in (plain, model):
         found = []
@@ -225,12 +225,6 @@ def test_training_between_two_evaluations(runs):
     assert vars(model.encoder)[STATE]._engines == {} and len(set(map(id, runs))) == 3
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
-
-
-def forget_masks(model):
-    for m in model.modules():
-        if hasattr(m, "use_mask"):
-            m.use_mask = False
 
 
 OWN_FORWARD = {
@@ -277,19 +271,21 @@ def test_a_hook_on_the_encoder_is_called_and_one_on_a_block_may_go_again(runs):
 
 
 def test_masks_switched_off_are_followed(runs):
-    plain, fused = build("nemo").eval(), build("nemo").eval()
-    fuse(fused)
+    """Shows this for an engine and block by block."""
+    plain, fused = twins("nemo")
     evaluate(fused)
     for model in (plain, fused):
-        forget_masks(model)
+        for m in model.modules():
+            if hasattr(m, "use_mask"):
+                m.use_mask = False
     torch.testing.assert_close(evaluate(fused), evaluate(plain), **CLOSE)
+    torch.testing.assert_close(call(fused, features()), call(plain, features()), **CLOSE)
     assert len(runs) == 2
 
 
 @pytest.mark.parametrize("which", KINDS)
 def test_autocast_has_an_engine_of_its_own(which, runs):
-    exact, single, fused = build(which).double().eval(), build(which).eval(), build(which).eval()
-    fuse(fused)
+    exact, (single, fused) = build(which).double().eval(), twins(which)
     evaluate(fused)
     with torch.autocast("cpu", torch.bfloat16):
         got, low = evaluate(fused), evaluate(single)
@@ -325,19 +321,33 @@ def test_as_triton_launches(blocks, graphs, runs, monkeypatch):
     assert len(runs) == 2
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
-def test_copies_have_engines_of_their_own(copied, runs):
-    model = build("nemo").eval()
-    fuse(model)
-    want = evaluate(model)
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
+@pytest.mark.parametrize("which", KINDS)
+def test_copies_are_fused_and_independent(which, copied, runs):
+    """Shows that a copy has weights and an engine of its own, and runs on it and block by block as the original did."""
+    plain, model = twins(which)
+    want, by_blocks = evaluate(model), call(model, features())
     other = copied(model)
-    assert torch.equal(evaluate(other), want) and runs[0] is not runs[1]
-    with torch.no_grad():
-        next(model.parameters()).zero_()
-    assert torch.equal(evaluate(other), want)
+    assert type(layers(other)[0]) is type(layers(model)[0])
+    for _ in range(2):
+        assert torch.equal(evaluate(other), want) and torch.equal(call(other, features()), by_blocks)
+        with torch.no_grad():
+            next(model.parameters()).zero_()
+    assert runs[0] is not runs[1]
     unfuse(other)
     torch.testing.assert_close(evaluate(other), want, **CLOSE)
-    assert len(runs) == 3 and type(other.encoder) is type(build("nemo").encoder)
+    assert len(runs) == 3 and [type(m) for m in other.modules()] == [type(m) for m in plain.modules()]
 
 
 def test_inference_mode_and_after_it(runs):
@@ -351,15 +361,11 @@ def test_inference_mode_and_after_it(runs):
 def test_threads_share_a_fused_encoder():
     model = build("nvidia").eval()
     fuse(model)
-    want, found = evaluate(model), []
+    want = evaluate(model)
     with torch.no_grad():
         weight_of(model).add_(0)  # all threads find the folded weights out of date
-    threads = [threading.Thread(target=lambda: found.append(evaluate(model))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 4 and all(torch.equal(x, want) for x in found)
+    with ThreadPoolExecutor(4) as threads:
+        assert all(torch.equal(x, want) for x in threads.map(evaluate, [model] * 4))
 
 
 @pytest.mark.parametrize("x", [features()[:0], features().half(), features()[:, :5], features()[0]])

@@ -4,3 +4,25 @@ They have the class names, attributes, state-dict keys and call forms of the ori
 description. Golden results of NVIDIA's own system check its look-alike. A block is a dictionary with the keys of the
 reference's configuration files.
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+
+def with_panes(blocks: list[dict], c_in: int) -> Iterator[tuple[int, dict, list[int]]]:
+    """Yields (input channels, block, channels of each pane) for every block."""
+    dense: list[int] = []
+    for b in blocks:
+        if b["residual"]:
+            dense = [*dense, c_in] if b["residual_dense"] else []
+        yield c_in, b, (dense or [c_in]) if b["residual"] else []
+        c_in = b["filters"]
+
+
+def frames(conv: torch.nn.Conv1d, lens: torch.Tensor) -> torch.Tensor:
+    """Returns the frames of the conv's output."""
+    (k,), (s,), (p,), (d,) = conv.kernel_size, conv.stride, conv.padding, conv.dilation
+    return torch.div(lens + 2 * p - d * (k - 1) - 1, s, rounding_mode="floor") + 1

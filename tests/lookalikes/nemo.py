@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from . import frames, with_panes
+
 
 class MaskedConv1d(nn.Module):
     def __init__(self, *args, use_mask=True, heads=-1, **kwargs):
@@ -16,11 +18,10 @@ class MaskedConv1d(nn.Module):
         self.use_mask, self.heads, self.pad_layer = use_mask, heads, None
 
     def forward(self, x, lens):
-        (k,), (s,), (p,), (d,) = self.conv.kernel_size, self.conv.stride, self.conv.padding, self.conv.dilation
-        if self.use_mask:
-            x = x * (torch.arange(x.shape[2], device=x.device) < lens[:, None])[:, None].to(x.dtype)
-            lens = torch.div(lens + 2 * p - d * (k - 1) - 1, s, rounding_mode="floor") + 1
-        return self.conv(x), lens
+        if not self.use_mask:
+            return self.conv(x), lens
+        x = x * (torch.arange(x.shape[2], device=x.device) < lens[:, None])[:, None].to(x.dtype)
+        return self.conv(x), frames(self.conv, lens)
 
 
 class JasperBlock(nn.Module):
@@ -41,11 +42,8 @@ class JasperBlock(nn.Module):
             self.mconv.append(nn.BatchNorm1d(c, 1e-3, 0.1))
             if i < b["repeat"] - 1:
                 self.mconv += [activation, nn.Dropout(b["dropout"])]
-        self.res = None
-        if panes:
-            self.res = nn.ModuleList()
-            for pane in panes:
-                self.res.append(nn.ModuleList([self._conv(pane, c, 1), nn.BatchNorm1d(c, 1e-3, 0.1)]))
+        pairs = [nn.ModuleList([self._conv(pane, c, 1), nn.BatchNorm1d(c, 1e-3, 0.1)]) for pane in panes]
+        self.res = nn.ModuleList(pairs) if panes else None
         self.mout = nn.Sequential(activation, nn.Dropout(b["dropout"]))
 
     def _conv(self, *args, **kwargs):
@@ -71,15 +69,9 @@ class JasperBlock(nn.Module):
 class ConvASREncoder(nn.Module):
     def __init__(self, feat_in, jasper, conv_mask=True):
         super().__init__()
-        layers, dense, activation = [], [], nn.ReLU(inplace=True)
-        for i, b in enumerate(jasper):
-            panes = []
-            if b["residual"]:
-                dense = [*dense, feat_in] if b["residual_dense"] else []
-                panes = dense or [feat_in]
-            layers.append(JasperBlock(feat_in, b, panes, conv_mask, activation, i))
-            feat_in = b["filters"]
-        self.encoder = nn.Sequential(*layers)
+        activation = nn.ReLU(inplace=True)
+        shapes = enumerate(with_panes(jasper, feat_in))
+        self.encoder = nn.Sequential(*(JasperBlock(*shape, conv_mask, activation, i) for i, shape in shapes))
 
     def forward(self, audio_signal, length):
         xs, length = self.encoder(([audio_signal], length))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from . import frames, with_panes
+
 
 class MaskedConv1d(nn.Conv1d):
     def __init__(self, *args, masked=True, **kwargs):
@@ -18,9 +20,7 @@ class MaskedConv1d(nn.Conv1d):
         if not self.masked:
             return super().forward(x), x_lens
         padding = torch.arange(x.shape[2], device=x.device) >= x_lens[:, None]
-        (k,), (s,), (p,), (d,) = self.kernel_size, self.stride, self.padding, self.dilation
-        y = super().forward(x.masked_fill(padding[:, None], 0))
-        return y, torch.div(x_lens + 2 * p - d * (k - 1) - 1, s, rounding_mode="floor") + 1
+        return super().forward(x.masked_fill(padding[:, None], 0)), frames(self, x_lens)
 
 
 class JasperBlock(nn.Module):
@@ -35,12 +35,8 @@ class JasperBlock(nn.Module):
             self.conv += [conv, nn.BatchNorm1d(c, 1e-3, 0.1)]
             if i < b["repeat"] - 1:
                 self.conv += [act, nn.Dropout(b["dropout"])]
-        self.res = None
-        if panes:
-            self.res = nn.ModuleList()
-            for pane in panes:
-                conv = MaskedConv1d(pane, c, 1, bias=False, masked=masks)
-                self.res.append(nn.ModuleList([conv, nn.BatchNorm1d(c, 1e-3, 0.1)]))
+        convs = [MaskedConv1d(pane, c, 1, bias=False, masked=masks) for pane in panes]
+        self.res = nn.ModuleList(nn.ModuleList([conv, nn.BatchNorm1d(c, 1e-3, 0.1)]) for conv in convs) or None
         self.out = nn.Sequential(act, nn.Dropout(b["dropout"]))
 
     def forward(self, xs, xs_lens=None):
@@ -62,14 +58,8 @@ class JasperEncoder(nn.Module):
     def __init__(self, in_feats, blocks, use_conv_masks=True, activation=nn.ReLU):
         super().__init__()
         self.use_conv_masks = use_conv_masks
-        self.layers, dense = nn.ModuleList(), []
-        for b in blocks:
-            panes = []
-            if b["residual"]:
-                dense = [*dense, in_feats] if b["residual_dense"] else []
-                panes = dense or [in_feats]
-            self.layers.append(JasperBlock(in_feats, b, panes, use_conv_masks, activation))
-            in_feats = b["filters"]
+        shapes = with_panes(blocks, in_feats)
+        self.layers = nn.ModuleList(JasperBlock(*shape, use_conv_masks, activation) for shape in shapes)
 
     def forward(self, x, x_lens=None):
         xs, lens = [x], x_lens
