@@ -50,6 +50,12 @@ def trained_model():
     return model.eval()
 
 
+def own_document(model, **more):
+    """Returns what this project's checkpoint of `model` holds, with the entries `more` changed."""
+    document = {"format": checkpoint.FORMAT, "config": model.config.to_dict(), "labels": LABELS}
+    return document | {"state_dict": model.state_dict()} | more
+
+
 def outputs(model):
     with torch.no_grad():
         features = torch.linspace(-1, 1, 2 * 6 * 32).view(2, 6, 32)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 import warnings
 
+import nemo_files
 import pytest
 import torch
-import yaml
-from test_checkpoint import BLOCKS, LABELS, config, outputs, trained_model
+from test_checkpoint import BLOCKS, LABELS, config, outputs, own_document, trained_model
 
 from jasper_fast.inference.recognizer import Recognizer
-from jasper_fast.nn import checkpoint, loading
+from jasper_fast.nn import loading
 from jasper_fast.nn.checkpoint import CheckpointError, save
 from jasper_fast.nn.config import JasperConfig
 from jasper_fast.nn.formats import published_labels, read_weights
@@ -26,14 +24,13 @@ from jasper_fast.speech.features import LogMelFeatures, mel_filterbank
 def test_own_checkpoints_carry_their_configuration(tmp_path):
     model = trained_model()
     average = {k: v * 2 if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    state = {"format": checkpoint.FORMAT, "config": config().to_dict(), "labels": LABELS}
-    save(tmp_path / "a.pt", state | {"state_dict": model.state_dict(), "ema_state_dict": average})
+    save(tmp_path / "a.pt", own_document(model, ema_state_dict=average))
     again = load_model(tmp_path / "a.pt", backend="reference")
     assert not again.training and again.config == model.config
     assert torch.equal(outputs(again), outputs(model))
     doubled = load_model(tmp_path / "a.pt", ema=True, backend="reference")
     assert torch.equal(doubled.decoder.layers[0].bias, 2 * model.decoder.layers[0].bias)
-    save(tmp_path / "b.pt", state | {"state_dict": model.state_dict(), "ema_state_dict": None})
+    save(tmp_path / "b.pt", own_document(model, ema_state_dict=None))
     with pytest.raises(CheckpointError, match="no moving average"):
         load_model(tmp_path / "b.pt", ema=True)
 
@@ -68,18 +65,9 @@ def test_reference_checkpoints(tmp_path, kind, document, zipped):
     assert torch.equal(outputs(load_model(path, config=config(), backend="reference")), outputs(model))
 
 
-def nemo_archive(path, model, *, masked=True, mode="w", encoder=None, front=None, more=None):
-    entries = {"preprocessor.featurizer.fb": torch.ones(1, 6, 9)}
-    for name, tensor in model.state_dict().items():
-        new = name.replace("decoder.layers", "decoder.decoder_layers").replace("encoder.layers", "encoder.encoder")
-        new = new.replace(".conv.", ".mconv.")
-        if masked and new.startswith("encoder.") and tensor.dim() == 3:
-            new = new.removesuffix("weight") + "conv.weight"
-        entries[new] = tensor
-    jasper = [
-        {"separable": False, "dilation": [1], "dropout": 0.2, "stride": [1], **b, "kernel": b["kernel_size"]}
-        for b in BLOCKS
-    ]
+def nemo_archive(path, model, *, masked=True, compression="", encoder=None, front=None, more=None):
+    defaults = {"separable": False, "dilation": [1], "dropout": 0.2, "stride": [1]}
+    jasper = [defaults | b | {"kernel": b["kernel_size"]} for b in BLOCKS]
     for block in jasper:
         del block["kernel_size"]
     jasper[0]["dropout"] = "${model.model_defaults.dropout}"
@@ -91,23 +79,15 @@ def nemo_archive(path, model, *, masked=True, mode="w", encoder=None, front=None
         "encoder": {"feat_in": 6, "activation": "relu", "conv_mask": masked, "jasper": jasper} | (encoder or {}),
         "decoder": {"feat_in": 12, "num_classes": len(LABELS), "vocabulary": "${labels}"},
     } | (more or {})
-    weights = io.BytesIO()
-    torch.save(entries, weights)
-    with tarfile.open(path, mode) as archive:
-        for name, content in (
-            ("./model_config.yaml", yaml.safe_dump(document).encode()),
-            ("./model_weights.ckpt", weights.getvalue()),
-        ):
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
+    state = {"preprocessor.featurizer.fb": torch.ones(1, 6, 9)} | nemo_files.entries(model, masked)
+    nemo_files.write(path, document, state, compression)
 
 
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_nemo(tmp_path, masked, mode):
+@pytest.mark.parametrize("compression", ["", "gz"])
+def test_nemo(tmp_path, masked, compression):
     model = trained_model()
-    nemo_archive(tmp_path / "m.nemo", model, masked=masked, mode=mode)
+    nemo_archive(tmp_path / "m.nemo", model, masked=masked, compression=compression)
     loaded = load_model(tmp_path / "m.nemo", backend="reference")
     assert loaded.state_dict().keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
@@ -158,10 +138,10 @@ def test_a_nemo_model_of_pieces_of_words_is_refused(tmp_path):
 def test_nemo_archives_that_are_no_jasper(tmp_path):
     model = trained_model()
     citrinet = [{"filters": 8, "repeat": 1, "kernel": [5], "separable": True, "se": True}]
-    nemo_archive(tmp_path / "q.nemo", model, masked=True, mode="w", encoder={"jasper": citrinet})
+    nemo_archive(tmp_path / "q.nemo", model, encoder={"jasper": citrinet})
     with pytest.raises(CheckpointError, match=r"block 0 .*se=True, so it is neither a Jasper nor a QuartzNet"):
         load_model(tmp_path / "q.nemo")
-    nemo_archive(tmp_path / "m.nemo", model, masked=True, mode="w:gz")
+    nemo_archive(tmp_path / "m.nemo", model, compression="gz")
     whole = (tmp_path / "m.nemo").read_bytes()
     (tmp_path / "m.nemo").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match=r"m\.nemo is not a complete NeMo archive"):
@@ -184,8 +164,7 @@ def test_a_file_that_does_not_fit_lists_what_differs(tmp_path):
 @pytest.mark.parametrize("labels", [list(" abcdefghij"), list(" hijklmn")], ids=["more", "as many, but others"])
 def test_warm_start_with_other_labels(tmp_path, labels):
     model = trained_model()
-    state = {"format": checkpoint.FORMAT, "config": config().to_dict(), "labels": LABELS}
-    save(tmp_path / "a.pt", state | {"state_dict": model.state_dict()})
+    save(tmp_path / "a.pt", own_document(model))
     with pytest.raises(CheckpointError, match="strict=False"):
         load_model(tmp_path / "a.pt", config=config(labels), backend="reference")
     with pytest.warns(UserWarning, match=r"anew for other labels, but its rows for the blank and for \d+ of"):
@@ -204,8 +183,7 @@ def test_warm_start_with_other_labels(tmp_path, labels):
 
 def test_labels_of_a_warm_start_that_start_from_others(tmp_path):
     model, labels = trained_model(), [*LABELS[:3], "ä", "="]
-    state = {"format": checkpoint.FORMAT, "config": config().to_dict(), "labels": LABELS}
-    save(tmp_path / "a.pt", state | {"state_dict": model.state_dict()})
+    save(tmp_path / "a.pt", own_document(model))
     weights, warm = read_weights(tmp_path / "a.pt"), Jasper(config(labels), backend="reference")
     like = dict(map(loading.label_pair, (f"ä={LABELS[1]}", f"=={LABELS[5]}")))
     with pytest.warns(UserWarning, match="for 5 of the 5 labels are copied"):
@@ -276,21 +254,14 @@ def test_weights_of_compiled_models(tmp_path, wrap):
 
 def test_the_two_files_of_nemo_0(tmp_path):
     model = trained_model()
-    encoder, decoder = tmp_path / "JasperEncoder-STEP-100.pt", tmp_path / "JasperDecoderForCTC-STEP-100.pt"
-    entries = {}
-    for name, tensor in model.state_dict().items():
-        if name.startswith("encoder."):
-            name = name.replace("encoder.layers", "encoder").replace(".conv.", ".mconv.")
-            entries[name.removesuffix("weight") + "conv.weight" if tensor.dim() == 3 else name] = tensor
-    torch.save(entries, encoder)
-    with pytest.raises(CheckpointError, match=r"the JasperEncoder; put the other, JasperDecoderForCTC-STEP-100\.pt"):
-        load_model(encoder, config=config(), backend="reference")
-    head = model.decoder.layers[0]
-    torch.save({"decoder_layers.0.weight": head.weight, "decoder_layers.0.bias": head.bias}, decoder)
+    encoder, decoder = nemo_files.write_halves(tmp_path, model)
     for path in (encoder, decoder):
         assert torch.equal(outputs(load_model(path, config=config(), backend="reference")), outputs(model))
-    torch.save(entries, decoder)
+    decoder.write_bytes(encoder.read_bytes())
     with pytest.raises(CheckpointError, match="does not hold the JasperDecoderForCTC"):
+        load_model(encoder, config=config())
+    decoder.unlink()
+    with pytest.raises(CheckpointError, match=r"the JasperEncoder; put the other, JasperDecoderForCTC-STEP-100\.pt"):
         load_model(encoder, config=config())
 
 

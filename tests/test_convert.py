@@ -8,18 +8,19 @@ import os
 import tarfile
 from pathlib import Path
 
+import nemo_files
 import pytest
 import torch
 import yaml
 from conftest import raising
 from lookalikes import nemo, nvidia
-from test_checkpoint import BLOCKS, LABELS, config, outputs, trained_model
+from test_checkpoint import BLOCKS, LABELS, config, outputs, own_document, trained_model
 from test_checkpoint_models import nemo_archive, v1_entries
 
 from jasper_fast.inference import convert as conversion
 from jasper_fast.inference.convert import convert
 from jasper_fast.nn import checkpoint, nemo_file
-from jasper_fast.nn.checkpoint import FORMAT, CheckpointError
+from jasper_fast.nn.checkpoint import CheckpointError
 from jasper_fast.nn.config import JasperConfig
 from jasper_fast.nn.formats import read_weights
 from jasper_fast.nn.loading import load_model
@@ -61,8 +62,8 @@ def own(tmp_path, model) -> Path:
     """Writes a checkpoint as a training run saves it; returns its path."""
     state, average = odd(model.state_dict()), {k: v * 2 for k, v in model.state_dict().items()}
     more = {"optimizer": {"state": {}}, "scaler": {}, "step": 7, "rng": [torch.zeros(3)]}
-    document = {"format": FORMAT, "config": full_config().to_dict(), "labels": LABELS, "state_dict": state}
-    checkpoint.save(tmp_path / "own.pt", document | more | {"ema_state_dict": average})
+    document = own_document(model, config=full_config().to_dict(), state_dict=state, ema_state_dict=average)
+    checkpoint.save(tmp_path / "own.pt", document | more)
     return tmp_path / "own.pt"
 
 
@@ -93,25 +94,12 @@ def test_every_format_to_every_other_and_back(tmp_path, own, first, second):
     assert not list(tmp_path.glob(".*"))
 
 
-def halves(folder: Path, model) -> Path:
-    entries = {}
-    for name, tensor in model.state_dict().items():
-        if name.startswith("encoder."):
-            name = name.replace("encoder.layers", "encoder").replace(".conv.", ".mconv.")
-            entries[name.removesuffix("weight") + "conv.weight" if tensor.dim() == 3 else name] = tensor
-    torch.save(entries, folder / "JasperEncoder-STEP-1.pt")
-    head = model.decoder.layers[0]
-    named = {"decoder_layers.0.weight": head.weight.detach(), "decoder_layers.0.bias": head.bias.detach()}
-    torch.save(named, folder / "JasperDecoderForCTC-STEP-1.pt")
-    return folder / "JasperEncoder-STEP-1.pt"
-
-
 def foreign(folder: Path, kind: str, model) -> Path:
     path, state = folder / "in", model.state_dict()
     if kind == "halves":
-        return halves(folder, model)
+        return nemo_files.write_halves(folder, model)[0]
     if kind.startswith("nemo"):
-        nemo_archive(path, model, masked=kind != "nemo without masks", mode="w:gz" if "gz" in kind else "w")
+        nemo_archive(path, model, masked=kind != "nemo without masks", compression="gz" if "gz" in kind else "")
     elif kind == "safetensors of another":
         from safetensors.torch import save_file
 
@@ -149,9 +137,7 @@ def test_files_of_others_become_every_format(tmp_path, model, kind):
 def test_what_is_written_is_what_the_others_load(tmp_path, model, own):
     """Shows that look-alikes of NVIDIA's and NeMo's modules load the converted files strictly, with equal outputs."""
     clean = tmp_path / "clean.pt"
-    checkpoint.save(
-        clean, {"format": FORMAT, "config": full_config().to_dict(), "state_dict": trained_model().state_dict()}
-    )
+    checkpoint.save(clean, own_document(model, config=full_config().to_dict()))
     want = outputs(load_model(clean, backend="reference"))
     blocks = [{"dilation": [1], "stride": [1], "residual_dense": False, "dropout": 0.0, **b} for b in BLOCKS]
     head = {"in_feats": 12, "n_classes": 9}
@@ -190,10 +176,10 @@ def test_quartznets(tmp_path):
     document = full_config().to_dict()
     document["jasper"]["encoder"]["blocks"] = blocks
     given = JasperConfig.from_dict(document)
-    state = odd(Jasper(given, backend="reference").state_dict())
+    made = Jasper(given, backend="reference")
+    state = odd(made.state_dict())
     average = {name: tensor + 1 for name, tensor in state.items()}
-    about = {"format": FORMAT, "config": given.to_dict(), "state_dict": state, "ema_state_dict": average}
-    checkpoint.save(tmp_path / "own.pt", about)
+    checkpoint.save(tmp_path / "own.pt", own_document(made, state_dict=state, ema_state_dict=average))
     for to in TARGETS:
         convert(tmp_path / "own.pt", tmp_path / to, to)
         _, found = convert(tmp_path / to, tmp_path / "b", "safetensors", config=given, force=True)
@@ -230,7 +216,7 @@ def test_what_a_format_cannot_hold_is_a_warning(tmp_path, model):
     document = full_config(
         input_val={"filterbank_features": heard}, input_train={"filterbank_features": heard}
     ).to_dict()
-    checkpoint.save(tmp_path / "a.pt", {"format": FORMAT, "config": document, "state_dict": model.state_dict()})
+    checkpoint.save(tmp_path / "a.pt", own_document(model, config=document))
     report, _ = convert(tmp_path / "a.pt", tmp_path / "a.nemo", "nemo")
     assert report.settings_left_out == [f"{of}.filterbank_features.max_duration" for of in ("input_val", "input_train")]
     (warning,) = report.warnings

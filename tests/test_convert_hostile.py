@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint import BLOCKS, LABELS, config
+from nemo_files import saved, tarred
+from test_checkpoint import BLOCKS, LABELS, config, own_document
 from test_convert import TARGETS, full_config, model, own  # noqa: F401 (fixtures)
 
 from jasper_fast.cli import command
@@ -59,22 +60,6 @@ class Bomb:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
-
-
-def saved(state) -> bytes:
-    file = io.BytesIO()
-    torch.save(state, file)
-    return file.getvalue()
-
-
-def tarred(members: dict[str, bytes]) -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return file.getvalue()
 
 
 def untarred(content: bytes) -> dict[str, bytes]:
@@ -186,8 +171,7 @@ HOSTILE = (
 def forms(tmp_path_factory, model) -> dict[str, bytes]:
     """Returns a good file of each format."""
     folder = tmp_path_factory.mktemp("forms")
-    document = {"format": FORMAT, "config": full_config().to_dict(), "labels": LABELS, "state_dict": model.state_dict()}
-    checkpoint.save(folder / "in.pt", document)
+    checkpoint.save(folder / "in.pt", own_document(model, config=full_config().to_dict()))
     found = {}
     for to in TARGETS:
         convert(folder / "in.pt", folder / to, to)
@@ -210,7 +194,7 @@ def test_an_even_kernel_is_not_nemos(tmp_path, model):
     jasper = {"encoder": {"in_feats": 6, "blocks": blocks}, "decoder": {"in_feats": 12, "n_classes": 9}}
     state = model.state_dict()
     state["encoder.layers.3.conv.0.weight"] = torch.ones(12, 8, 4)
-    document = {"format": FORMAT, "config": {"labels": LABELS, "jasper": jasper}, "state_dict": state}
+    document = own_document(model, config={"labels": LABELS, "jasper": jasper}, state_dict=state)
     checkpoint.save(tmp_path / "a.pt", document)
     with pytest.raises(CheckpointError, match="block 3 has the even kernel 4"):
         convert(tmp_path / "a.pt", tmp_path / "a.nemo", "nemo")

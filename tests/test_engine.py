@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from close import assert_close
 from conftest import make_face
-from engines import BLOCKS, FEATS, batch, config, pair, poison, valid
+from engines import BLOCKS, FEATS, Replays, batch, config, pair, poison, valid
 
 from jasper_fast import InferenceEngine
+from jasper_fast.inference import engine as engine_module
 
 
 @pytest.fixture(params=["reference", "cpu", "triton"])
@@ -72,11 +73,11 @@ def test_without_lengths_all_frames_count(face):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jasper", "dense first"])
-def test_layout_and_dtype_of_the_features_do_not_matter(kind, face):
+def test_layout_and_dtype_of_the_arguments_do_not_matter(kind, face):
     _, engine = engine_of(face, config(kind))
     features, lengths = batch([29, 12], device=face.device)
     features = features.half().float()  # values that every dtype below can represent
-    want, _ = engine(features, lengths)
+    want, out = engine(features, lengths)
     wide = torch.empty(2, 2 * FEATS, 58, device=face.device)[:, ::2, ::2].copy_(features)
     forms = {
         "NTC": features.transpose(1, 2).contiguous().transpose(1, 2),
@@ -88,17 +89,9 @@ def test_layout_and_dtype_of_the_features_do_not_matter(kind, face):
     }
     for name, form in forms.items():
         assert torch.equal(engine(form, lengths)[0], want), name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
-def test_lengths_of_other_integers_and_strides(dtype, face):
-    _, engine = engine_of(face)
-    features, lengths = batch([29, 12], device=face.device)
-    want = engine(features, lengths)
-    strided = torch.stack([lengths, lengths], 1).to(dtype)[:, 0]
-    got = engine(features, strided)
-    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    for dtype in (torch.int32, torch.uint8):
+        got, frames = engine(features, torch.stack([lengths, lengths], 1).to(dtype)[:, 0])
+        assert torch.equal(got, want) and torch.equal(frames, out), dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -172,15 +165,20 @@ def test_results_are_memory_of_their_own(kind, face):
 
 
 @pytest.mark.slow
-def test_weights_are_copies_until_refresh(face):
+@pytest.mark.parametrize("graphs", [False, True])
+def test_weights_are_copies_until_refresh(face, graphs, monkeypatch):
+    """Shows that refresh folds the weights again and drops every graph."""
+    if graphs and face.device.type == "cpu":
+        if face.name == "cpu":
+            pytest.skip("the cpu face has no graphs")
+        monkeypatch.setattr(engine_module, "CudaGraphs", Replays)
     eager, ours = pair(config(), face.name, face.device)
-    engine = InferenceEngine(ours)
+    engine = InferenceEngine(ours, graphs=graphs)
     features, lengths = batch([31, 17], device=face.device)
     before, out = engine(features, lengths)
     with torch.no_grad():
-        for ours_too in (eager, ours):
-            for parameter in ours_too.parameters():
-                parameter.mul_(1.25)
+        for model in (eager, ours):
+            torch._foreach_mul_(list(model.parameters()), 1.25)
     assert torch.equal(engine(features, lengths)[0], before)
     engine.refresh()
     after, _ = engine(features, lengths)
@@ -206,19 +204,12 @@ def test_threads_share_an_engine(face):
     _, engine = engine_of(face, bucket=8)
     batches = [batch(lengths, device=face.device) for lengths in ([31, 17], [9], [40, 2, 5])]
     wanted = [engine(*b)[0] for b in batches]
-    wrong: list[int] = []
 
-    def call(i: int) -> None:
-        for _ in range(3):
-            if not torch.equal(engine(*batches[i])[0], wanted[i]):
-                wrong.append(i)
+    def right(i: int) -> bool:
+        return all(torch.equal(engine(*batches[i])[0], wanted[i]) for _ in range(3))
 
-    threads = [threading.Thread(target=call, args=(i,)) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    with ThreadPoolExecutor(3) as threads:
+        assert all(threads.map(right, range(3)))
 
 
 def test_bad_input_is_named(face):

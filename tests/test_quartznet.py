@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 from pathlib import Path
 
+import engines
+import nemo_files
 import pytest
 import torch
-import yaml
 from close import assert_close
 from conftest import make_face, settle
 from engines import block, pair, poison, valid
@@ -31,9 +30,7 @@ BLOCKS = [
 
 
 def config(masks: bool = True, blocks: list | None = None) -> JasperConfig:
-    encoder = {"in_feats": FEATS, "use_conv_masks": masks, "blocks": blocks or BLOCKS}
-    last = (blocks or BLOCKS)[-1]["filters"]
-    return JasperConfig.from_dict({"encoder": encoder, "decoder": {"in_feats": last, "n_classes": CLASSES}})
+    return engines.config(blocks or BLOCKS, masks)
 
 
 def batch(masks: bool, device: torch.device | None = None):
@@ -184,29 +181,13 @@ def test_a_hook_on_a_depthwise_conv_is_refused() -> None:
 
 def test_nemos_archive_of_a_quartznet_loads(tmp_path) -> None:
     _, ours = pair(config(), settle("cpu"))
-    entries = {}
-    for name, tensor in ours.state_dict().items():
-        new = name.replace("decoder.layers", "decoder.decoder_layers").replace("encoder.layers", "encoder.encoder")
-        new = new.replace(".conv.", ".mconv.")
-        masked = new.startswith("encoder.") and tensor.dim() == 3
-        entries[new.removesuffix("weight") + "conv.weight" if masked else new] = tensor
     names = {"kernel_size": "kernel"}
-    labels = list("abcdef")
     document = {
         "preprocessor": {"sample_rate": 16000, "features": FEATS, "n_fft": 512},
         "encoder": {"feat_in": FEATS, "jasper": [{names.get(k, k): v for k, v in b.items()} for b in BLOCKS]},
-        "decoder": {"feat_in": 16, "num_classes": CLASSES - 1, "vocabulary": labels},
+        "decoder": {"feat_in": 16, "num_classes": CLASSES - 1, "vocabulary": list("abcdef")},
     }
-    weights = io.BytesIO()
-    torch.save(entries, weights)
-    with tarfile.open(tmp_path / "q.nemo", "w") as archive:
-        for name, content in (
-            ("model_config.yaml", yaml.safe_dump(document).encode()),
-            ("model_weights.ckpt", weights.getvalue()),
-        ):
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
+    nemo_files.write(tmp_path / "q.nemo", document, nemo_files.entries(ours))
     loaded = load_model(tmp_path / "q.nemo")
     assert loaded.config.encoder.blocks[0].separable
     for name, tensor in ours.state_dict().items():
