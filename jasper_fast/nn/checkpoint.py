@@ -55,7 +55,8 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             f"another folder or a smaller number of kept checkpoints"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():  # unlink(missing_ok=True) would fail if a file lies where the folder should be
+            temporary.unlink()
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
