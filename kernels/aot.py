@@ -81,82 +81,47 @@ def _binder(kernel: object, arch: int) -> tuple[triton.JITFunction, object, Call
     return kernel, backend, create_function_from_signature(kernel.signature, kernel.params, backend)
 
 
+# What is counted in the PTX: a regular expression for each kind of instruction.
+_COUNTED = {
+    "wgmma": r"\bwgmma\.mma_async",  # warpgroup matrix instructions (sm_90)
+    "mma_sync": r"\bmma\.sync",  # warp matrix instructions (sm_80 to sm_89, and small tiles on later architectures)
+    "tcgen05": r"\btcgen05\.mma",  # tensor-memory matrix instructions (sm_100)
+    "tma": r"cp\.async\.bulk\.tensor",  # bulk tensor copies, which use a descriptor
+    "cp_async": r"cp\.async\.c[ag]\.",  # asynchronous copies of at most 16 bytes per thread into shared memory
+    "wide_loads": _WIDE.format("ld"),  # global loads of at least 16 bytes per thread
+    "wide_stores": _WIDE.format("st"),  # global stores of at least 16 bytes per thread
+    # fp32 maxima that return the other operand for a NaN: `max.f32`, but not `max.NaN.f32`
+    "nan_eaters": r"\bmax(?:\.ftz)?(?:\.xorsign\.abs)?\.f32",
+}
+_MATRIX = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)"
+
+
 @dataclass(frozen=True)
 class Facts:
-    """The resources that a compiled kernel uses, and its code.
+    """The resources that a compiled kernel uses, its code, and how often it contains some instructions.
 
     registers: per thread. spilled: bytes of stack and local memory per thread. shared: bytes of shared memory. dots:
     number of matrix products in the source. dot_rows: rows of the product with the fewest (0 without products).
+    narrow_loads: scalar 16-bit global loads in innermost loops. waiting_loads: wide global loads into registers in
+    innermost loops that also multiply matrices; nothing hides their latency. The other counts: see _COUNTED.
     """
 
     registers: int
     spilled: int
     shared: int
-    ptx: str
     dots: int
     dot_rows: int
     cubin: bytes
-
-    def count(self, pattern: str) -> int:
-        """Returns how often a regular expression matches in the PTX."""
-        return len(re.findall(pattern, self.ptx))
-
-    @property
-    def wide_loads(self) -> int:
-        """The number of global loads of at least 16 bytes per thread."""
-        return self.count(_WIDE.format("ld"))
-
-    @property
-    def wide_stores(self) -> int:
-        """The number of global stores of at least 16 bytes per thread."""
-        return self.count(_WIDE.format("st"))
-
-    @property
-    def wgmma(self) -> int:
-        """The number of warpgroup matrix instructions (sm_90)."""
-        return self.count(r"\bwgmma\.mma_async")
-
-    @property
-    def mma_sync(self) -> int:
-        """The number of warp matrix instructions (sm_80 to sm_89, and small tiles on later architectures)."""
-        return self.count(r"\bmma\.sync")
-
-    @property
-    def tcgen05(self) -> int:
-        """The number of tensor-memory matrix instructions (sm_100)."""
-        return self.count(r"\btcgen05\.mma")
-
-    @property
-    def tma(self) -> int:
-        """The number of bulk tensor copies, which use a descriptor."""
-        return self.count(r"cp\.async\.bulk\.tensor")
-
-    @property
-    def cp_async(self) -> int:
-        """The number of asynchronous copies of at most 16 bytes per thread into shared memory."""
-        return self.count(r"cp\.async\.c[ag]\.")
-
-    @property
-    def narrow_loads(self) -> int:
-        """The number of scalar 16-bit global loads in innermost loops."""
-        return sum(
-            len(re.findall(r"ld\.global(?:\.[a-z]\w*)*\.[busf]16\b", loop)) for loop in innermost_loops(self.ptx)
-        )
-
-    @property
-    def waiting_loads(self) -> int:
-        """The number of wide global loads into registers in innermost loops that also multiply matrices.
-
-        Nothing hides the latency of these loads.
-        """
-        matrix = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)"
-        loops = (loop for loop in innermost_loops(self.ptx) if re.search(matrix, loop))
-        return sum(len(re.findall(_WIDE.format("ld"), loop)) for loop in loops)
-
-    @property
-    def nan_eaters(self) -> int:
-        """The number of fp32 maxima that return the other operand for a NaN: `max.f32`, but not `max.NaN.f32`."""
-        return self.count(r"\bmax(?:\.ftz)?(?:\.xorsign\.abs)?\.f32")
+    narrow_loads: int
+    waiting_loads: int
+    wgmma: int
+    mma_sync: int
+    tcgen05: int
+    tma: int
+    cp_async: int
+    wide_loads: int
+    wide_stores: int
+    nan_eaters: int
 
     def sass(self) -> str:
         """Returns the machine code as text."""
@@ -172,12 +137,19 @@ def compile_for(source: Source, arch: int) -> Facts:
         target=GPUTarget("cuda", arch, 32),
         options=source.options,
     )
-    usage = _resource_usage(built.asm["cubin"])
+    cubin, ptx = built.asm["cubin"], built.asm["ptx"]
+    usage, loops = _resource_usage(cubin), innermost_loops(ptx)
     rows = [int(m) for m in re.findall(r"= tt\.dot .*-> tensor<(\d+)x\d+x", built.asm["ttir"])]
     return Facts(
-        usage["REG"], usage["STACK"] + usage["LOCAL"], built.metadata.shared, built.asm["ptx"],
-        len(rows), min(rows, default=0), built.asm["cubin"],
+        usage["REG"], usage["STACK"] + usage["LOCAL"], built.metadata.shared, len(rows), min(rows, default=0), cubin,
+        narrow_loads=sum(_count(r"ld\.global(?:\.[a-z]\w*)*\.[busf]16\b", loop) for loop in loops),
+        waiting_loads=sum(_count(_WIDE.format("ld"), loop) for loop in loops if re.search(_MATRIX, loop)),
+        **{name: _count(pattern, ptx) for name, pattern in _COUNTED.items()},
     )  # fmt: skip
+
+
+def _count(pattern: str, code: str) -> int:
+    return len(re.findall(pattern, code))
 
 
 def innermost_loops(ptx: str) -> list[str]:

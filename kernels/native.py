@@ -16,9 +16,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["Missing", "cpu", "cpu_available", "cpu_functions", "cpu_name", "cuda", "cuda_available", "cuda_library"]
-__all__ += ["explain"]
-
 BUILD = "run `make install`, or `python setup.py build_native` in a checkout"
 
 

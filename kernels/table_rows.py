@@ -71,7 +71,7 @@ class Row:
 
     tile: {"t", "n", "k", "num_warps", "num_stages", "splits"} of a Triton conv, None on other faces and ops. time_s:
     seconds of one call. registers: per thread. shared: bytes per program. spilled: bytes per thread. These three are
-    None if nothing was compiled. exact: False if the row was measured at another rows_log2 than a look-up asked for.
+    None if nothing was compiled.
     """
 
     op: str
@@ -89,7 +89,6 @@ class Row:
     registers: int | None = None
     shared: int | None = None
     spilled: int | None = None
-    exact: bool = True
 
     @property
     def key(self) -> tuple:

@@ -21,8 +21,8 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -56,6 +56,7 @@ __all__ = [
 
 
 _Index = dict[tuple, "_Nearest"]
+T = TypeVar("T")
 
 
 # ---- look-up ----
@@ -77,8 +78,8 @@ def lookup(
     """Returns the fastest measured configuration of `op` on `face`, or None if this GPU or shape was not measured.
 
     c_in, c_out: the channels of the conv's weight, also for gradients. rows: N*T' of the conv's output. If its power of
-    two was not measured, the row of the nearest measured one is returned, with `exact` False. The first look-up raises
-    TableError if the table of this GPU is faulty.
+    two was not measured, the row of the nearest measured one is returned. The first look-up raises TableError if the
+    table of this GPU is faulty.
     """
     if _forced and (row := _forced.get(op)) is not None:
         return row
@@ -146,15 +147,13 @@ def forced(op: str, tile: Mapping[str, int], face: str = "triton") -> Iterator[N
 
     This changes the whole process: do not use it while other threads launch kernels.
     """
-    before = _forced.get(op)
-    _forced[op] = Row(op, "", 0, 0, 0, 0, 0, 0, face, "direct", dict(tile), 0.0)
+    global _forced
+    before, row = _forced, Row(op, "", 0, 0, 0, 0, 0, 0, face, "direct", dict(tile), 0.0)
+    _forced = before | {op: row}
     try:
         yield
     finally:
-        if before is None:
-            del _forced[op]
-        else:
-            _forced[op] = before
+        _forced = before
 
 
 _forced: dict[str, Row] = {}
@@ -163,40 +162,27 @@ _forced: dict[str, Row] = {}
 class _Nearest:
     """The rows of one shape. It answers each rows_log2 with the rows of the nearest measured one."""
 
-    def __init__(self) -> None:
-        self._by_bucket: dict[int, dict[str, Row]] = {}
-        self.own: set[int] = set()  # the rows_log2 that were measured on this GPU itself
-
-    def add(self, row: Row, own: bool) -> None:
-        if own:
-            self.own.add(row.rows_log2)
-        faces = self._by_bucket.setdefault(row.rows_log2, {})
-        if row.face not in faces or row.time_s < faces[row.face].time_s:
-            faces[row.face] = row
-
-    def finish(self) -> None:
-        self.measured = sorted(self._by_bucket)
-        self._rows = {face: self._fill(face) for faces in self._by_bucket.values() for face in faces}
+    def __init__(self, rows: Sequence[tuple[Row, bool]]) -> None:
+        self.own = {row.rows_log2 for row, own in rows if own}  # measured on this GPU itself
+        best: dict[str, dict[int, Row]] = {}  # by face and rows_log2, of several algorithms the fastest
+        for row, _ in sorted(rows, key=lambda of: of[0].time_s):
+            best.setdefault(row.face, {}).setdefault(row.rows_log2, row)
+        self._rows = {face: _spread(found) for face, found in best.items()}
         # Faces are compared only at the same rows_log2.
-        self._times = [self._by_bucket[_near(self.measured, b)] for b in range(MAX_ROWS_LOG2 + 1)]
-
-    def _fill(self, face: str) -> list[Row]:
-        own = {b: faces[face] for b, faces in self._by_bucket.items() if face in faces}
-        return [
-            own[b] if b in own else replace(own[_near(sorted(own), b)], exact=False) for b in range(MAX_ROWS_LOG2 + 1)
-        ]
+        measured = {row.rows_log2 for row, _ in rows}
+        self._times = _spread({b: {f: of[b].time_s for f, of in best.items() if b in of} for b in measured})
 
     def nearest(self, face: str, rows: int) -> Row | None:
         found = self._rows.get(face)
         return None if found is None else found[min(bucket(rows), MAX_ROWS_LOG2)]
 
     def times(self, rows_log2: int) -> dict[str, float]:
-        return {face: row.time_s for face, row in self._times[min(rows_log2, MAX_ROWS_LOG2)].items()}
+        return self._times[min(rows_log2, MAX_ROWS_LOG2)]
 
 
-def _near(measured: list[int], wanted: int) -> int:
-    """Returns the value in `measured` that is nearest to `wanted`, the larger one if two are equally near."""
-    return min(measured, key=lambda b: (abs(b - wanted), -b))
+def _spread(measured: dict[int, T]) -> list[T]:
+    """Returns for each rows_log2 the value of the nearest one in `measured`, the larger one if two are equally near."""
+    return [measured[min(measured, key=lambda m: (abs(m - b), -m))] for b in range(MAX_ROWS_LOG2 + 1)]
 
 
 def _index_of(device: torch.device) -> _Index | None:
@@ -213,16 +199,14 @@ def _gpu_name(index: int) -> str:
 
 @functools.cache
 def _index(gpu: str, where: str | None, device: int) -> _Index | None:
-    index: _Index = {}
+    by_shape: dict[tuple, list[tuple[Row, bool]]] = {}
     filled: set[Cell] = set()
     for rows, own in _layers(gpu, Path(where) if where else folder(), device):
         new = [row for row in rows if row.cell not in filled]
         filled |= {row.cell for row in new}
         for row in new:
-            index.setdefault(row.shape, _Nearest()).add(row, own)
-    for near in index.values():
-        near.finish()
-    return index or None
+            by_shape.setdefault(row.shape, []).append((row, own))
+    return {shape: _Nearest(found) for shape, found in by_shape.items()} or None
 
 
 def _layers(gpu: str, where: Path, device: int) -> Iterator[tuple[Sequence[Row], bool]]:

@@ -13,20 +13,22 @@ from typing import IO
 SPACE = "<space>"  # how a model of characters writes the space
 SPECIAL = ("<s>", "</s>", "<unk>")
 _MOST_ORDERS = 32
+_GZIP = b"\x1f\x8b"
 
 
 class LanguageModelError(ValueError):
     """A language model or lexicon that cannot be read or does not fit. The message names the file and the fix."""
 
 
-def is_gzip(path: str | os.PathLike) -> bool:
+def begins_with(path: str | os.PathLike, magic: bytes) -> bool:
+    """Returns whether the first bytes of a file are those by which a format is recognised."""
     with open(path, "rb") as file:
-        return file.read(2) == b"\x1f\x8b"
+        return file.read(len(magic)) == magic
 
 
 def open_plain(path: str | os.PathLike) -> IO[bytes]:
     """Opens a file for reading, and unpacks it if it is gzipped."""
-    return gzip.open(path, "rb") if is_gzip(path) else open(path, "rb")
+    return gzip.open(path, "rb") if begins_with(path, _GZIP) else open(path, "rb")
 
 
 class Arpa:
@@ -45,7 +47,7 @@ class Arpa:
             raise LanguageModelError(f"{path}: no such language model") from None
         except (OSError, EOFError) as error:
             raise LanguageModelError(f"{path}: cannot be read as a language model ({error})") from None
-        if not is_gzip(path) and sum(self.counts) * 4 > self.path.stat().st_size:
+        if not begins_with(path, _GZIP) and sum(self.counts) * 4 > self.path.stat().st_size:
             raise LanguageModelError(
                 f"{path}: the header promises {sum(self.counts)} n-grams, and the file is too short for them"
             )
@@ -125,12 +127,8 @@ class Arpa:
 
     def words(self) -> list[str]:
         """Returns the words of the 1-grams, without <s>, </s> and <unk>."""
-        found = []
-        for _, words, _ in self:
-            if len(words) > 1:
-                break
-            if words[0].lower() not in SPECIAL:
-                found.append(words[0])
+        unigrams = itertools.islice(self, self.counts[0])
+        found = [word for _, (word,), _ in unigrams if word.lower() not in SPECIAL]
         if not found:
             raise LanguageModelError(f"{self.path}: contains no words")
         return found

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,10 +16,10 @@ from torch import Tensor
 from jasper_fast.lm.align import best_path
 from jasper_fast.lm.arpa import Arpa, LanguageModelError
 from jasper_fast.lm.pool import Pool
-from jasper_fast.lm.search import beam_search, check, check_weights
+from jasper_fast.lm.search import NOTHING, beam_search, check, check_weights
 from jasper_fast.lm.spelt import SpeltLM, hot_words_alone
 from jasper_fast.lm.symbols import SymbolLM, fits
-from jasper_fast.lm.words import WordLM, has_wheels, is_binary, symbols_of, word_lm
+from jasper_fast.lm.words import WordLM, has_wheels, is_binary, word_lm
 from jasper_fast.speech.decoding import Hypothesis, Transcript, path_transcript
 from jasper_fast.speech.text import Vocabulary
 
@@ -52,8 +51,6 @@ def load_lm(
     With ``unknown``, a model of words also accepts words that it does not list; ``unknown`` is added to the score for
     each of them. Raises LanguageModelError for a file that cannot be read or does not fit.
     """
-    if not Path(path).is_file():
-        raise LanguageModelError(f"{path}: no such language model")
     if lexicon is None and not is_binary(path) and fits(Arpa(path), vocabulary):
         if unknown is not None:
             raise LanguageModelError(f"{path}: is a model of symbols, always open; leave --open-vocabulary out")
@@ -155,8 +152,7 @@ class WordDecoder:
         def finish() -> list[Transcript]:
             made = []
             for item, (found, path) in zip(items, answers(), strict=True):
-                hypotheses = [Hypothesis(f.text, f.score, f.log_prob, symbols_of(f.text, self._vocabulary.labels))
-                              for f in found] or [Hypothesis("", -math.inf, -math.inf, ())]  # fmt: skip
+                hypotheses = [Hypothesis(*text) for text in found] or [NOTHING]
                 made.append(transcript_of(item, hypotheses, path, self._vocabulary, frame_seconds))
             return made
 

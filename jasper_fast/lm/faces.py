@@ -23,20 +23,15 @@ def choose(backend: str, log_probs: Tensor, beam: int, ngram: Ngram | None, word
     if backend not in FACES:
         raise ValueError(f"backend {backend!r} must be one of {', '.join(FACES)}")
     if backend == "triton" or (backend == "auto" and log_probs.is_cuda):
-        why = backends.why_missing("triton", log_probs.device) or _why_not(log_probs.shape[2], beam, ngram, words)
-        if why is None and (backend == "triton" or trusted(log_probs.device)):
+        if (why := backends.why_missing("triton", log_probs.device)) is None:
             from jasper_fast.kernels.prefix_beam import triton_impl
 
+            why = triton_impl.why_not(log_probs.shape[2], beam, ngram, words)
+        if why is None and (backend == "triton" or trusted(log_probs.device)):
             return triton_impl
         if backend == "triton":
             raise ValueError(f"backend 'triton': {why}")
     return reference if backend == "reference" or (backend == "auto" and not native.cpu_available()) else cpu_impl
-
-
-def _why_not(classes: int, beam: int, ngram: Ngram | None, words: Words | None) -> str | None:
-    from jasper_fast.kernels.prefix_beam import triton_impl
-
-    return triton_impl.why_not(classes, beam, ngram, words)
 
 
 @functools.cache

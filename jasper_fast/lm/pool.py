@@ -3,6 +3,7 @@ process. Nothing here imports torch, so these processes start fast and stay smal
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -14,12 +15,11 @@ import numpy as np
 
 from jasper_fast.lm.align import best_path
 from jasper_fast.lm.arpa import LanguageModelError
-from jasper_fast.lm.words import Found, WordLM, WordSearch, symbols_of
+from jasper_fast.lm.words import Found, WordLM, WordSearch
 
 Answer = tuple[list[Found], np.ndarray | None]  # what a search found, and the best CTC path of its first text
 
 _settings: tuple[WordLM, dict[str, Any]]
-_search: WordSearch | None = None
 
 
 class Pool:
@@ -30,7 +30,7 @@ class Pool:
         self._path = lm.path
         context = multiprocessing.get_context("spawn")
         self._executor = ProcessPoolExecutor(processes, context, _start, (lm, settings))
-        self._result(self._executor.submit(_load))
+        self._result(self._executor.submit(_check))
 
     def submit(self, log_probs: Sequence[np.ndarray], weights: tuple[float, float]) -> Callable[[], list[Answer]]:
         """Starts a search in each (T, V) array, with ``weights`` (alpha, beta). Call the result to get the answers."""
@@ -56,19 +56,20 @@ def _start(lm: WordLM, settings: dict[str, Any]) -> None:
     _settings = lm, settings
 
 
-def _load() -> None:
-    global _search
-    if _search is None:
-        lm, settings = _settings
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hides KenLM's progress and crash messages
-        _search = WordSearch(lm, **settings)
+@functools.cache
+def _search() -> WordSearch:
+    lm, settings = _settings
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hides KenLM's progress and crash messages
+    return WordSearch(lm, **settings)
+
+
+def _check() -> None:
+    _search()  # not returned, because it cannot be pickled
 
 
 def _decode(log_probs: np.ndarray, weights: tuple[float, float]) -> Answer:
-    _load()
-    assert _search is not None
-    if weights != (_search.alpha, _search.beta):
-        _search.weigh(*weights)
-    found = _search(log_probs)
-    path = best_path(log_probs, symbols_of(found[0].text, _settings[0].labels)) if found else None
-    return found, path
+    search = _search()
+    if weights != (search.alpha, search.beta):
+        search.weigh(*weights)
+    found = search(log_probs)
+    return found, best_path(log_probs, found[0].symbols) if found else None

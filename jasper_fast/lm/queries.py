@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jasper_fast.extras import need
-from jasper_fast.lm.arpa import SPACE, Arpa, LanguageModelError
+from jasper_fast.lm.arpa import SPACE, SPECIAL, Arpa, LanguageModelError
 from jasper_fast.lm.neural.files import is_neural
 from jasper_fast.lm.perplexity import Perplexity
 from jasper_fast.lm.texts import TextFile, token
@@ -34,8 +33,6 @@ def load(path: str | os.PathLike) -> Any:
     """Returns the model as KenLM reads it. Raises LanguageModelError if it cannot be read, and MissingExtra without the
     extra `lm`."""
     kenlm = need("kenlm", "lm")
-    if not Path(path).is_file():
-        raise LanguageModelError(f"{path}: no such language model")
     if not is_binary(path):
         Arpa(path)  # its error about a bad header is shorter than KenLM's
     try:
@@ -49,8 +46,6 @@ def load(path: str | os.PathLike) -> Any:
 def perplexity(path: str | os.PathLike, text: str | os.PathLike, lower_case: bool = False) -> Perplexity:
     """Returns the perplexity of a text with one sentence per line. A model that lists <space> is one of characters, and
     scores characters. Raises LanguageModelError if either file cannot be read, or if the text has no words."""
-    if not Path(text).is_file():
-        raise LanguageModelError(f"{text}: no such text")
     if is_neural(path):
         from jasper_fast.lm.neural import scoring
 
@@ -81,27 +76,21 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
         from jasper_fast.lm.neural import scoring
 
         return scoring.describe(path)
-    if not Path(path).is_file():
-        raise LanguageModelError(f"{path}: no such language model")
-    size = Path(path).stat().st_size
-    if is_binary(path):
-        return {"file": str(path), "form": "KenLM binary", "bytes": size, "order": load(path).order}
-    arpa = Arpa(path)
-    specials, characters, least = set(), False, 0.0
+    form = "KenLM binary" if is_binary(path) else "ARPA"
+    found = {"file": str(path), "form": form, "bytes": Path(path).stat().st_size}
+    if form != "ARPA":
+        return found | {"order": load(path).order}
+    arpa, special, least = Arpa(path), set(), 0.0
     for log10, words, _ in arpa:
         if len(words) == 1:
-            characters = characters or words[0] == SPACE
-            specials |= {words[0]} & {"<s>", "</s>", "<unk>"}
-        if math.isfinite(log10) and words != ("<s>",):
+            special |= {*words} & {*SPECIAL, SPACE}
+        if words != ("<s>",):
             least = min(least, log10)
-    return {
-        "file": str(path),
-        "form": "ARPA",
-        "bytes": size,
+    return found | {
         "order": arpa.order,
         "ngrams": arpa.counts,
-        "of": "characters" if characters else "words",
-        "vocabulary": arpa.counts[0] - len(specials),
-        "open": "<unk>" in specials,
+        "of": "characters" if SPACE in special else "words",
+        "vocabulary": arpa.counts[0] - len(special - {SPACE}),
+        "open": "<unk>" in special,
         "least_log10": least,
     }

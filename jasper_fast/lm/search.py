@@ -15,6 +15,7 @@ from jasper_fast.speech.decoding import Hypothesis, NotFinite
 from jasper_fast.speech.text import Vocabulary
 
 _MOST = 1 << 20  # a wider beam is a mistake
+NOTHING = Hypothesis("", -math.inf, -math.inf, ())  # stands for an utterance that no text fits
 
 
 def check(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> None:
@@ -100,4 +101,4 @@ def _hypotheses(symbols: Tensor, counts: Tensor, scores: Tensor, vocabulary: Voc
         for row, count, (score, acoustic) in zip(symbols, counts.tolist(), scores.tolist(), strict=True)
         if count >= 0
     ]
-    return made or [Hypothesis("", -math.inf, -math.inf, ())]
+    return made or [NOTHING]

@@ -65,9 +65,9 @@ class SpeltLM:
         key = alpha, beta, tuple((hot_words or {}).items())
         if self._made is None or self._made[0] != key:
             hot = _hot(hot_words or {}, self.vocabulary)
-            spellings = dict.fromkeys((e.symbols for e in self.entries), len(self._classes))
-            for e in reversed(self.entries):  # if words share a spelling, the first wins
-                spellings[e.symbols] = self._classes.get(e.token, len(self._classes))
+            of = self._classes
+            # if words share a spelling, the first wins
+            spellings = {e.symbols: of.get(e.token, len(of)) for e in reversed(self.entries)}
             for e in hot:
                 if e.symbols not in spellings and not self._has_unknown:
                     raise LanguageModelError(f"hot word {e.token!r} is not in {self.path}, which has no <unk> either")

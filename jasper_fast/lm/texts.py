@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Container, Iterator
+from pathlib import Path
 from typing import IO
 
 from jasper_fast.lm.arpa import SPACE, SPECIAL, LanguageModelError, open_plain
@@ -11,14 +12,23 @@ from jasper_fast.lm.arpa import SPACE, SPECIAL, LanguageModelError, open_plain
 _LONGEST = 64 << 20  # bytes that a line may have
 
 
-class TextFile:
-    """Yields the words of each line of a file, or its characters, with the space as one of them. Skips empty lines.
+def pieces(line: str, characters: bool, lower_case: bool) -> list[str]:
+    """Returns the words of a line, or its characters, with the space as one of them."""
+    words = (line.lower() if lower_case else line).split()
+    return [*" ".join(words)] if characters else words
 
-    Raises LanguageModelError, naming file and line, if it cannot be read as text.
+
+class TextFile:
+    """Yields the ``pieces`` of each line of a file. Skips empty lines. ``size``: the file's bytes on disk.
+
+    Raises LanguageModelError, naming file and line, if it does not exist or cannot be read as text.
     """
 
     def __init__(self, path: str | os.PathLike, characters: bool = False, lower_case: bool = False) -> None:
+        if not Path(path).is_file():
+            raise LanguageModelError(f"{path}: no such text")
         self.path, self.characters, self.lower_case = path, characters, lower_case
+        self.size = Path(path).stat().st_size
         self._raw: IO[bytes] | None = None
 
     def position(self) -> int:
@@ -38,9 +48,8 @@ class TextFile:
                     text = line.decode()
                     if "\0" in text:
                         raise LanguageModelError(f"{self.path}, line {number}: holds a null byte; this is no text")
-                    words = (text.lower() if self.lower_case else text).split()
-                    if words:
-                        yield [*" ".join(words)] if self.characters else words
+                    if found := pieces(text, self.characters, self.lower_case):
+                        yield found
         except UnicodeDecodeError:
             raise LanguageModelError(f"{self.path}, line {number}: not UTF-8; convert the text to UTF-8") from None
         except (OSError, EOFError) as error:

@@ -6,10 +6,13 @@ lack `lmplz`. Libraries in Python stop at order 5 or have no modified Kneser-Ney
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import itertools
 import os
 import tempfile
 from array import array
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,14 +46,6 @@ class Trained:
     words: int
     vocabulary: int
     orders: tuple[Order, ...]
-
-
-class _Numbers(dict):
-    """Maps each word to its id, in order of first appearance."""
-
-    def __missing__(self, word: str) -> int:
-        self[word] = number = len(self) + _FIRST
-        return number
 
 
 class _Trainer:
@@ -107,38 +102,32 @@ def train(
     or unusable thresholds, LanguageModelError for a text that cannot be read or is empty, and OSError if the disk is
     full.
     """
-    for path in texts:
-        if not Path(path).is_file():
-            raise LanguageModelError(f"{path}: no such text")
+    files = [TextFile(path, characters, lower_case) for path in texts]
     if not 1 <= order <= MOST_WORDS:
         raise ValueError(f"--order {order} is not from 1 to {MOST_WORDS}, the orders that KenLM reads")
-    out = Path(out)
-    with tempfile.TemporaryDirectory(prefix=".ngrams-", dir=out.resolve().parent) as folder:
-        trainer = _Trainer(order, folder, memory, thresholds(order, prune))
-        try:
-            files = [TextFile(path, characters, lower_case) for path in texts]
-            numbers, sentences, words = _feed(trainer, files, progress)
-            if not words:
-                raise LanguageModelError(f"{', '.join(map(str, texts))}: has no words")
-            for step in range(order + 1):
-                progress("counting", step / (2 * order + 1))
-                trainer.call("step", step)
-            names = ["<unk>", "<s>", "</s>", *map(token, numbers)]
-            encoded = [name.encode() for name in names]
-            offsets = np.concatenate(([0], np.cumsum([len(e) for e in encoded]))).astype(np.int64)
-            blob = b"".join(encoded)
-            temporary = out.with_name(f".{out.name}.tmp")
-            pointer = offsets.ctypes.data_as(ctypes.c_void_p)
-            trainer.call("begin_file", os.fsencode(temporary), ctypes.c_char_p(blob), pointer)
-            for n in range(1, order + 1):
-                progress("writing", (order + n) / (2 * order + 1))
-                trainer.call("step", order + n)
-            trainer.call("end_file")
-            os.replace(temporary, out)
-            progress("writing", 1.0)
-            return Trained(sentences, words, len(names), tuple(_order(trainer, n) for n in range(1, order + 1)))
-        finally:
-            trainer.close()
+    out, counts = Path(out), thresholds(order, prune)
+    with (
+        tempfile.TemporaryDirectory(prefix=".ngrams-", dir=out.resolve().parent) as folder,
+        contextlib.closing(_Trainer(order, folder, memory, counts)) as trainer,
+    ):
+        numbers, sentences, words = _feed(trainer, files, progress)
+        if not words:
+            raise LanguageModelError(f"{', '.join(map(str, texts))}: has no words")
+        for step in range(order + 1):
+            progress("counting", step / (2 * order + 1))
+            trainer.call("step", step)
+        names = [b"<unk>", b"<s>", b"</s>", *(token(word).encode() for word in numbers)]
+        blob, offsets = b"".join(names), np.cumsum([0, *map(len, names)], dtype=np.int64)  # read until "end_file"
+        temporary = out.with_name(f".{out.name}.tmp")
+        pointer = offsets.ctypes.data_as(ctypes.c_void_p)
+        trainer.call("begin_file", os.fsencode(temporary), ctypes.c_char_p(blob), pointer)
+        for n in range(1, order + 1):
+            progress("writing", (order + n) / (2 * order + 1))
+            trainer.call("step", order + n)
+        trainer.call("end_file")
+        os.replace(temporary, out)
+        progress("writing", 1.0)
+        return Trained(sentences, words, len(names), tuple(_order(trainer, n) for n in range(1, order + 1)))
 
 
 def _order(trainer: _Trainer, n: int) -> Order:
@@ -146,11 +135,11 @@ def _order(trainer: _Trainer, n: int) -> Order:
     return Order(int(kept) + 2 * (n == 1), (abs(d1), abs(d2), abs(d3)), d1 < 0)
 
 
-def _feed(trainer: _Trainer, texts: Sequence[TextFile], progress: Progress) -> tuple[_Numbers, int, int]:
+def _feed(trainer: _Trainer, texts: Sequence[TextFile], progress: Progress) -> tuple[dict[str, int], int, int]:
     """Feeds the texts to the trainer as ids. Returns the ids of the words, and the numbers of sentences and words."""
-    numbers, chunk = _Numbers(), array("i")
+    numbers: dict[str, int] = defaultdict(itertools.count(_FIRST).__next__)  # a new word gets the next id
+    chunk, total = array("i"), sum(text.size for text in texts) or 1
     sentences = words = before = 0
-    total = sum(size_of(text) for text in texts) or 1
 
     def hand_over(text: TextFile) -> None:
         nonlocal words
@@ -167,10 +156,6 @@ def _feed(trainer: _Trainer, texts: Sequence[TextFile], progress: Progress) -> t
             if len(chunk) > _CHUNK:
                 progress("reading", min(1.0, (before + text.position()) / total))
                 hand_over(text)
-        before += size_of(text)
+        before += text.size
         hand_over(text)
     return numbers, sentences, words - sentences
-
-
-def size_of(text: TextFile) -> int:
-    return Path(text.path).stat().st_size

@@ -10,17 +10,18 @@ import math
 import os
 import sys
 import unicodedata
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from jasper_fast.extras import need
-from jasper_fast.lm.arpa import SPECIAL, Arpa, LanguageModelError
+from jasper_fast.lm.arpa import SPECIAL, Arpa, LanguageModelError, begins_with
 from jasper_fast.speech.text import Vocabulary
 
 _TOKENS = 40  # only this many of a frame's likeliest symbols may extend a hypothesis, as in the paper's decoder
+_THRESHOLD = 50.0  # hypotheses with a score further below the best one are dropped
 _NEVER = -1e30  # used in place of -inf, because sums of it stay finite
 _KENLM = b"mmap lm http://kheafield.com/code"  # the first bytes of a KenLM binary
 _LONGEST = 512  # symbols that a word may have
@@ -45,13 +46,13 @@ class WordLM:
     left_out: tuple[str, ...] = ()  # words that the labels cannot spell
 
 
-@dataclass(frozen=True)
-class Found:
-    """A text that a search found, with its score and log p_CTC, both natural logarithms."""
+class Found(NamedTuple):
+    """A text that a search found, its score and log p_CTC, both natural logarithms, and its symbols as classes."""
 
     text: str
     score: float
     log_prob: float
+    symbols: tuple[int, ...]
 
 
 def has_wheels() -> bool:
@@ -60,8 +61,10 @@ def has_wheels() -> bool:
 
 
 def is_binary(path: str | os.PathLike) -> bool:
-    with open(path, "rb") as file:
-        return file.read(len(_KENLM)) == _KENLM
+    """Returns whether a language model is a KenLM binary. Raises LanguageModelError if there is no such file."""
+    if not Path(path).is_file():
+        raise LanguageModelError(f"{path}: no such language model")
+    return begins_with(path, _KENLM)
 
 
 def word_lm(path: str | os.PathLike, vocabulary: Vocabulary, lexicon: str | os.PathLike | None = None) -> WordLM:
@@ -74,33 +77,21 @@ def word_lm(path: str | os.PathLike, vocabulary: Vocabulary, lexicon: str | os.P
     """
     if vocabulary.of_words or " " not in vocabulary.characters:
         raise LanguageModelError("a word language model needs labels that are characters and include the space")
-    if not Path(path).is_file():
-        raise LanguageModelError(f"{path}: no such language model")
-    if Path(path).stat().st_size == 0:
-        raise LanguageModelError(f"{path}: the language model is empty")
-    words: Iterable[tuple[str, list[str] | None]]
-    if is_binary(path):
-        if lexicon is None:
-            raise LanguageModelError(f"{path}: the words of a KenLM binary cannot be listed; give them with --lexicon")
-        words = _lexicon(lexicon)
-    else:
-        arpa = Arpa(path)
-        if arpa.order == 1:
-            raise LanguageModelError(f"{path}: has only 1-grams, but KenLM needs order 2 or higher")
-        words = [(word, None) for word in arpa.words()] if lexicon is None else _lexicon(lexicon)
-    entries: dict[Entry, None] = {}
-    left_out = []
-    for word, spelling in words:
-        if made := entry(word, spelling, vocabulary):
-            entries[made] = None
-        else:
-            left_out.append(word)
+    arpa = None if is_binary(path) else Arpa(path)
+    if arpa is None and lexicon is None:
+        raise LanguageModelError(f"{path}: the words of a KenLM binary cannot be listed; give them with --lexicon")
+    if arpa and arpa.order == 1:
+        raise LanguageModelError(f"{path}: has only 1-grams, but KenLM needs order 2 or higher")
+    words = [(word, None) for word in arpa.words()] if lexicon is None else _lexicon(lexicon)
+    spelt = [(word, entry(word, spelling, vocabulary)) for word, spelling in words]
+    entries = tuple(dict.fromkeys(made for _, made in spelt if made))
     if not entries:
         raise LanguageModelError(f"{lexicon or path}: none of its words can be spelt with the labels of the model")
-    return WordLM(str(path), tuple(entries), tuple(vocabulary.labels), tuple(left_out))
+    left_out = tuple(word for word, made in spelt if made is None)
+    return WordLM(str(path), entries, tuple(vocabulary.labels), left_out)
 
 
-def _lexicon(path: str | os.PathLike) -> Iterable[tuple[str, list[str] | None]]:
+def _lexicon(path: str | os.PathLike) -> list[tuple[str, list[str] | None]]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -123,42 +114,35 @@ def entry(word: str, spelling: list[str] | None, vocabulary: Vocabulary) -> Entr
 class WordSearch:
     """flashlight's lexicon decoder over a WordLM. It sums the probabilities of paths; alpha multiplies log10 p.
 
-    ``threshold``: hypotheses with a score further below the best one are dropped. Raises LanguageModelError if KenLM
-    cannot read the model, and MissingExtra if the packages of the extra `lm` are not installed.
+    Raises LanguageModelError if KenLM cannot read the model, and MissingExtra if the packages of the extra `lm` are not
+    installed.
     """
 
-    def __init__(
-        self, lm: WordLM, beam: int, alpha: float, beta: float, n_best: int = 1, threshold: float = 50.0
-    ) -> None:
+    def __init__(self, lm: WordLM, beam: int, alpha: float, beta: float, n_best: int = 1) -> None:
         if not has_wheels():
             raise LanguageModelError(
                 f"{lm.path}: flashlight-text searches over words, and has wheels only for Python 3.11 and 3.12; use "
                 "one of these, or a model of symbols (`jasper-fast lm train --characters`)"
             )
         decoder = need("flashlight.lib.text.decoder", "lm")
-        dictionary = need("flashlight.lib.text.dictionary", "lm").Dictionary()
         kenlm = need("flashlight.lib.text.decoder.kenlm", "lm")
-        self.n_best, self._beam, self._threshold = n_best, beam, threshold
-        self.entries, self._blank = lm.entries, len(lm.labels)
-        space = lm.labels.index(" ")
+        self.n_best, self._beam = n_best, beam
+        self.entries, self._labels, self._space = lm.entries, lm.labels, lm.labels.index(" ")
         text_of = {entry.token: entry.text for entry in reversed(lm.entries)}  # of several spellings the first wins
-        for token in [*text_of, "<unk>"]:
-            dictionary.add_entry(token)
-        unknown = dictionary.get_index("<unk>")
+        dictionary = need("flashlight.lib.text.dictionary", "lm").Dictionary([*text_of, "<unk>"])
+        self._unknown = dictionary.get_index("<unk>")
         self._texts = {dictionary.get_index(token): text for token, text in text_of.items()}
         try:
             self._model = kenlm.KenLM(lm.path, dictionary)
         except (RuntimeError, ValueError, OSError, MemoryError) as error:
             reason = " ".join(str(error).split()).rpartition(" threw ")[2]
             raise LanguageModelError(f"{lm.path}: KenLM cannot read it: {reason[:200]}") from None
-        classes = self._blank + 1
-        trie, start = decoder.Trie(classes, space), self._model.start(False)
+        self._trie, start = decoder.Trie(len(lm.labels) + 1, self._space), self._model.start(False)
         for entry in lm.entries:
             word = dictionary.get_index(entry.token)
             _, score = self._model.score(start, word)
-            trie.insert([*entry.symbols, space], word, score)
-        trie.smear(decoder.SmearingMode.MAX)
-        self._trie, self._space, self._unknown = trie, space, unknown
+            self._trie.insert([*entry.symbols, self._space], word, score)
+        self._trie.smear(decoder.SmearingMode.MAX)
         self.weigh(alpha, beta)
 
     def weigh(self, alpha: float, beta: float) -> None:
@@ -167,8 +151,8 @@ class WordSearch:
         decoder = need("flashlight.lib.text.decoder", "lm")
         options = decoder.LexiconDecoderOptions(
             beam_size=self._beam,
-            beam_size_token=min(_TOKENS, self._blank + 1),
-            beam_threshold=self._threshold,
+            beam_size_token=min(_TOKENS, len(self._labels) + 1),
+            beam_threshold=_THRESHOLD,
             lm_weight=alpha,
             word_score=beta,
             unk_score=-math.inf,
@@ -176,7 +160,7 @@ class WordSearch:
             log_add=True,
             criterion_type=decoder.CriterionType.CTC,
         )
-        places = self._space, self._blank, self._unknown
+        places = self._space, len(self._labels), self._unknown
         self._decoder = decoder.LexiconDecoder(options, self._trie, self._model, *places, [], False)
 
     def __call__(self, log_probs: np.ndarray) -> list[Found]:
@@ -191,12 +175,7 @@ class WordSearch:
             text = " ".join(words)
             log_prob = result.score - self.alpha * result.lmScore - self.beta * len(words)
             if text not in best and result.score > _NEVER / 2:
-                best[text] = Found(text, result.score, log_prob)
+                best[text] = Found(text, result.score, log_prob, tuple(map(self._labels.index, text)))
             if len(best) == self.n_best:
                 break
         return [*best.values()]
-
-
-def symbols_of(text: str, labels: Sequence[str]) -> tuple[int, ...]:
-    """Returns the classes of a text that a search found."""
-    return tuple(labels.index(c) for c in text)

@@ -17,23 +17,21 @@ PROGRAMS = 4096  # approximate number: in the largest model, all partial sums ar
 SHORTEST = 8192  # minimum elements of a run, so that a program has enough work
 COLUMNS = ("grad", "moment", "param", "mean", "square", "numel", "group", "kind", "first", "end")
 UPDATE, AVERAGE, COPY = 0, 1, 2  # kinds of rows
-KEYS = ("table", "runs", "size", "partials", "programs", "aligned")
 
 
 def keep(
     tensors: Tensors, watched: Watched, device: torch.device, held: dict
 ) -> tuple[Tensor, Tensor, int, int, int, bool]:
-    """Returns, in the order of KEYS: the table, int64 (tensors, COLUMNS), and the runs, int64 (programs, 2), on the
-    device; the elements of a run, the number of runs that are updates, the number of all runs, and whether all tensors
-    are aligned to 16 bytes.
+    """Returns the table, int64 (tensors, COLUMNS), and the runs, int64 (programs, 2), on the device; the elements of a
+    run, the number of runs that are updates, the number of all runs, and whether all tensors are aligned to 16 bytes.
 
     `held` keeps them between calls; they are made again only if a row has changed. Addresses in the table are distances
     from the first parameter, in fp32 elements. A run is a tensor's number and a first element; updates come first.
     """
     rows = rows_of(tensors, watched)
     if held.get("rows") != rows:
-        held.update(_made(rows, device), rows=rows)
-    return tuple(held[key] for key in KEYS)
+        held.update(rows=rows, made=_made(rows, device))
+    return held["made"]
 
 
 def rows_of(tensors: Tensors, watched: Watched) -> list[tuple[int, ...]]:
@@ -49,7 +47,7 @@ def rows_of(tensors: Tensors, watched: Watched) -> list[tuple[int, ...]]:
     return rows
 
 
-def _made(rows: list[tuple[int, ...]], device: torch.device) -> dict[str, object]:
+def _made(rows: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor, int, int, int, bool]:
     total = sum(row[5] for row in rows)
     size = max(SHORTEST, -(-total // (PROGRAMS * BLOCK)) * BLOCK)
     table, runs, partials, anchor = [], [], 0, rows[0][2]
@@ -59,5 +57,5 @@ def _made(rows: list[tuple[int, ...]], device: torch.device) -> dict[str, object
         table.append((*((address - anchor) // 4 for address in row[:5]), *row[5:], first, len(runs)))
         partials = len(runs) if row[7] == UPDATE else partials
     aligned = all(address % 16 == 0 for row in rows for address in row[:4])
-    sent = [capture.sent(numbers, torch.int64, device) for numbers in (table, runs)]
-    return dict(zip(KEYS, (*sent, size, partials, len(runs), aligned), strict=True))
+    sent = (capture.sent(numbers, torch.int64, device) for numbers in (table, runs))
+    return *sent, size, partials, len(runs), aligned

@@ -5,18 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from jasper_fast.lm.arpa import LanguageModelError
+from jasper_fast.lm.arpa import LanguageModelError, begins_with
 
 
 def is_neural(path: str | os.PathLike) -> bool:
     """Returns whether ``path`` is a folder or a PyTorch checkpoint. An ARPA file or KenLM binary is neither."""
     path = Path(path)
-    if path.is_dir():
-        return True
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return file.read(2) == b"PK"  # the signature of a zip archive
+    return path.is_dir() or (path.is_file() and begins_with(path, b"PK"))  # the signature of a zip archive
 
 
 def checkpoint_of(path: str | os.PathLike) -> Path:
@@ -27,7 +22,7 @@ def checkpoint_of(path: str | os.PathLike) -> Path:
         return path
     if (path / "best.pt").is_file():
         return path / "best.pt"
-    steps = {p.stem.removeprefix("step_"): p for p in path.glob("step_*.pt")}
-    if not any(map(str.isdigit, steps)):
+    steps = [p for p in path.glob("step_*.pt") if p.stem.removeprefix("step_").isdigit()]
+    if not steps:
         raise LanguageModelError(f"{path}: the folder holds no language model; `jasper-fast lm train-neural` makes one")
-    return steps[max(filter(str.isdigit, steps), key=int)]
+    return max(steps, key=lambda p: int(p.stem.removeprefix("step_")))

@@ -137,12 +137,6 @@ class TransformerXL(nn.Module):
             rows = hidden.flatten(0, 1).to(self.embedding.weight.dtype)
             return self.softmax(rows, targets.flatten()).output.view_as(targets)
 
-    def distribution(self, hidden: Tensor) -> Tensor:
-        """Returns the log-probabilities of all tokens, (N, L, V)."""
-        if not self.config.cutoffs:
-            return F.linear(hidden, self.embedding.weight, self.bias).log_softmax(-1)
-        return self.softmax.log_prob(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
-
 
 def _sinusoids(count: int, width: int, like: Tensor) -> Tensor:
     """Returns the sinusoids of the distances count - 1 down to 0, (count, width)."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from jasper_fast.lm.neural.files import checkpoint_of
 from jasper_fast.lm.neural.model import BOUNDARY, UNKNOWN, TransformerXL
 from jasper_fast.lm.neural.tokens import Tokens
 from jasper_fast.lm.perplexity import Perplexity
+from jasper_fast.lm.texts import TextFile
 from jasper_fast.nn import checkpoint
 
 _TOKENS = 1 << 14  # tokens per batch
@@ -86,24 +88,20 @@ class NeuralLM:
         pairs = zip(hidden.flatten(0, 1).split(size), targets.flatten().split(size), strict=True)
         return torch.cat([self.model.log_probs(h[None], t[None])[0] for h, t in pairs]).view_as(targets)
 
-    def rows(self, lines: Iterator[Sequence[str]]) -> list[array]:
-        """Returns the token rows of a text: one per line, or a single row if the model joins lines."""
-        made = [array("i", [BOUNDARY, *self.tokens.encode(pieces), BOUNDARY]) for pieces in lines]
-        if not self.model.config.joined or not made:
+    def rows(self, text: TextFile) -> list[array]:
+        """Returns the token rows of a text: one per line, or a single row if the model joins lines. Raises
+        LanguageModelError if the text has no words."""
+        made = [array("i", [BOUNDARY, *self.tokens.encode(pieces), BOUNDARY]) for pieces in text]
+        if not made:
+            raise LanguageModelError(f"{text.path}: has no words")
+        if not self.model.config.joined:
             return made
-        whole = array("i", [BOUNDARY])
-        for row in made:
-            whole.extend(row[1:])
-        return [whole]
+        return [array("i", itertools.chain([BOUNDARY], *(row[1:] for row in made)))]
 
     def perplexity(self, text: str | os.PathLike, lower_case: bool = False) -> Perplexity:
         """Measures how well the model predicts a text with one sentence per line. Raises LanguageModelError if the text
         cannot be read or has no words."""
-        file = self.tokens.file(text)
-        file.lower_case |= lower_case
-        rows = self.rows(iter(file))
-        if not rows:
-            raise LanguageModelError(f"{text}: has no words")
+        rows = self.rows(TextFile(text, self.tokens.characters, self.tokens.lower_case or lower_case))
         return figures(rows, self.log_probs(rows))
 
 

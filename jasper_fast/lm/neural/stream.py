@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import zlib
 from array import array
@@ -74,7 +73,7 @@ def write(texts: Iterable[TextFile], tokens: Tokens, folder: Path, progress: Pro
                 if len(chunk) > _CHUNK:
                     progress(before + text.position())
                     hand_over()
-            before += os.path.getsize(text.path)
+            before += text.size
         hand_over()
         file.flush()
         return np.memmap(file, np.int32, "r"), f"{count} tokens, crc32 {checksum:08x}"
@@ -86,8 +85,6 @@ class Held(nn.Module):
 
     def __init__(self, config: LMConfig, rows: int) -> None:
         super().__init__()
-        self.hidden: Tensor
-        self.lines: Tensor
         self.register_buffer("hidden", torch.zeros(config.layers, rows, config.memory, config.width))
         self.register_buffer("lines", torch.full((rows, config.memory), -1))
 

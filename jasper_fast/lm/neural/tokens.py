@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 
 from jasper_fast.lm.arpa import LanguageModelError
 from jasper_fast.lm.neural.model import UNKNOWN
-from jasper_fast.lm.texts import TextFile, refuse_reserved
+from jasper_fast.lm.texts import TextFile, pieces, refuse_reserved
 
 NAMES = ("</s>", "<unk>")  # names of BOUNDARY and UNKNOWN
 _CROWD = 5_000_000  # distinct words to count before words seen only once are dropped
@@ -43,29 +42,24 @@ class Tokens:
         read or has no words.
         """
         counts: Counter[str] = Counter()
-        text, bytes_before = None, 0
+        bytes_before = 0
         for text in texts:
-            for number, pieces in enumerate(text):
-                counts.update(pieces)
+            for number, found in enumerate(text):
+                counts.update(found)
                 if number % _OFTEN == 0:
                     progress(bytes_before + text.position())
                 if len(counts) > _CROWD:
                     counts = Counter({word: n for word, n in counts.items() if n > 1})
-            bytes_before += os.path.getsize(text.path)
+            bytes_before += text.size
             refuse_reserved(text.path, counts)
-        if text is None or not counts:
-            raise LanguageModelError(f"{text.path if text else 'no text'}: has no words")
+        if not counts:
+            raise LanguageModelError(f"{text.path}: has no words")
         found = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]]
         return cls([*NAMES, *found], text.characters, text.lower_case)
 
     def pieces(self, text: str) -> list[str]:
         """Returns the words or characters of one line."""
-        words = (text.lower() if self.lower_case else text).split()
-        return [*" ".join(words)] if self.characters else words
+        return pieces(text, self.characters, self.lower_case)
 
     def encode(self, pieces: Iterable[str]) -> Any:
         return array("i", [self._number.get(piece, UNKNOWN) for piece in pieces])
-
-    def file(self, path: Any) -> TextFile:
-        """Returns a text file that is read as this model's settings say."""
-        return TextFile(path, self.characters, self.lower_case)

@@ -75,10 +75,11 @@ class LMRun(Loop):
         """Logs the figures since the last call, and returns the text for the progress bar."""
         state, found = self.state, self.state.meter.figures()
         found["tokens_per_s"] = found.pop("utterances_per_s") * self.text.length
-        found |= {"perplexity": _perplexity(found["loss"]), "lr": lr, "epoch": epochs, "minutes": state.minutes}
+        perplexity = math.exp(min(found["loss"], 700.0))
+        found |= {"perplexity": perplexity, "lr": lr, "epoch": epochs, "minutes": state.minutes}
         self.log.write(state.step, "train", **found)
         self.console.print(f"step {state.step}: {STEP.format(**found)}")
-        return f"epoch {epoch}, perplexity {found['perplexity']:.2f}"
+        return f"epoch {epoch}, perplexity {perplexity:.2f}"
 
     def judge(self) -> None:
         """Measures the perplexity of the validation text, also with the moving average if there is one."""
@@ -94,10 +95,6 @@ class LMRun(Loop):
             self.log.write(state.step, f"val_{weights}", perplexity=found.value, known=found.known)
             self.console.print(f"validation, {weights}: perplexity {found.value:.2f}, {found.unknown} unknown words")
         self.keep_best(found.value)
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))
 
 
 def train_step(
@@ -125,13 +122,6 @@ def train_step(
     return StepResult([each], [torch.ones_like(each, dtype=torch.bool)], list(names), norm, nothing, nothing, [])
 
 
-def _texts(args: argparse.Namespace) -> list[TextFile]:
-    for path in (*args.texts, *([args.val] if args.val else [])):
-        if not Path(path).is_file():
-            raise LanguageModelError(f"{path}: no such text")
-    return [TextFile(path, args.characters, args.lower_case) for path in args.texts]
-
-
 def make_config(args: argparse.Namespace, tokens: Tokens) -> LMConfig:
     """Returns the model's configuration that the options describe. Raises ValueError naming an impossible setting."""
     cuts = () if args.characters or args.plain_softmax else cutoffs(len(tokens))
@@ -145,8 +135,8 @@ def read_texts(
     args: argparse.Namespace, folder: Path, saved: dict[str, Any] | None, console: Any, stop: StopRequest
 ) -> tuple[Tokens, Stream]:
     """Returns the vocabulary (a resumed run keeps its own) and the stream of the texts."""
-    texts = _texts(args)
-    total = sum(Path(text.path).stat().st_size for text in texts)
+    texts = [TextFile(path, args.characters, args.lower_case) for path in args.texts]
+    total = sum(text.size for text in texts)
     with training_bar(console, 0, total) as show:
 
         def progress(what: str, done: int) -> None:
@@ -210,6 +200,7 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[LMRun, Any]:
     folder.clean()
     if found and "language_model" not in found[1]:
         raise RunError(f"{found[0]} holds no language model; choose another --out")
+    val = TextFile(args.val, args.characters, args.lower_case) if args.val else None  # before long work, to fail early
     tokens, text = read_texts(args, folder.path, found and found[1], console, stop)
     seed_everything(args.seed)
     config = make_config(args, tokens)
@@ -224,9 +215,7 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[LMRun, Any]:
         console.print(*notes, f"resuming from {found[0]}: epoch {state.epoch + 1}, step {state.step}", sep="\n")
     schedule, log = options.make_schedule(args, text.steps), RunLog(folder.path, state.step)
     scorer = NeuralLM(model, tokens)
-    val = scorer.rows(iter(tokens.file(args.val))) if args.val else []
-    if args.val and not val:
-        raise LanguageModelError(f"{args.val}: has no words")
+    rows = scorer.rows(val) if val else []
     settings = _settings(args)
     versions = {"jasper_fast": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}
     about = {"format": checkpoint.FORMAT, "language_model": vars(config), "names": tokens.names}
@@ -237,7 +226,7 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[LMRun, Any]:
     console.print(f"{text.print_of_data}; {len(tokens) - 2} {kind}; {size:,} parameters on {ranks.place}; "
                   f"{schedule.steps_per_epoch} steps per epoch, {schedule.total_steps} in all")  # fmt: skip
     parts = (args, ranks, console, state, schedule, folder, about, stop, log, state.step, state.step)
-    return LMRun(*parts, text=text, val=val, scorer=scorer), generators
+    return LMRun(*parts, text=text, val=rows, scorer=scorer), generators
 
 
 def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[LMState], None] | None = None) -> None:
