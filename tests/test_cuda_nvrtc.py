@@ -14,6 +14,7 @@ import conv_cases
 import cuda_host
 import pytest
 import torch
+from conftest import raising
 from test_conv1d_cuda import DIRECTIONS, FUSED, Face, check_inference
 from test_cuda_emulated import Emulated, norm_of, tensors
 from test_novograd import emulated as emulated_steps
@@ -34,18 +35,15 @@ THREADS = {"conv_75": 128, "conv_80": 128, "conv_90": 384, "wgrad_75": 128, "wgr
 DTYPES = {"float": 0, "__half": 1, "__nv_bfloat16": 2}
 
 
-class NVRTCError(RuntimeError):
-    pass
-
-
 class Nvrtc:
     """A stand-in for NVRTC whose compiled code is the kernel's name; it counts the compiles."""
 
-    NVRTCError = NVRTCError
+    class NVRTCError(RuntimeError):
+        """As NVRTC's module has one."""
 
-    def __init__(self) -> None:
+    def __init__(self, fails: bool = False) -> None:
         self.compiled: list[tuple[str, str]] = []
-        self.fails = False
+        self.fails = fails
 
     def getVersion(self) -> tuple[int, int]:
         return 13, 0
@@ -59,7 +57,7 @@ class Nvrtc:
 
     def compileProgram(self, program: SimpleNamespace, options: list[str]) -> None:
         if self.fails:
-            raise NVRTCError("NVRTC_ERROR_COMPILATION")
+            raise self.NVRTCError("NVRTC_ERROR_COMPILATION")
         self.compiled.append((program.name, options[0]))
 
     def getProgramLog(self, program: SimpleNamespace) -> str:
@@ -75,12 +73,20 @@ class Nvrtc:
         pass
 
 
+def values(places, *kinds: type) -> list:
+    """Returns the arguments of a launch, which `places` point to."""
+    return [ctypes.cast(places[i], ctypes.POINTER(kind)).contents for i, kind in enumerate(kinds)]
+
+
 class Driver:
-    """A stand-in for the driver: runs the emulated kernel with the arguments that a launch points to."""
+    """A stand-in for the driver: runs emulated kernels with the arguments that a launch points to.
+
+    `functions` are those of the emulated face of conv1d or NovoGrad, or the library of the emulated batch norms.
+    """
 
     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 
-    def __init__(self, functions: cuda_launch.Functions) -> None:
+    def __init__(self, functions: object) -> None:
         self.functions, self.names, self.shared = functions, [], {}
         self.cooperative = 0
 
@@ -108,34 +114,42 @@ class Driver:
         self._launch(*how, cooperative=0)
 
     def _launch(self, f, gx, gy, gz, bx, by, bz, shared, stream, params, cooperative) -> None:
-        kernel, words = re.fullmatch(r"jf::conv::(\w+?)(?:<(.*)>)?", self.names[f]).groups()
+        of, kernel, words = re.fullmatch(r"jf::(\w+)::(\w+?)(?:<(.*)>)?", self.names[f]).groups()
+        assert (gy, gz, by, bz, stream) == (1, 1, 1, 1, 0)
+        assert shared == self.shared[f] and bx == THREADS.get(kernel, 256) and (of == "conv" or shared == 0)
         words = [word.strip() for word in (words or "").split(",")]
-        assert (gy, gz, by, bz, stream) == (1, 1, 1, 1, 0) and shared == self.shared[f] and bx == THREADS[kernel]
-        places = ctypes.cast(params, ctypes.POINTER(ctypes.c_void_p))
+        launch = Launch(int(kernel[-2:]) if kernel[-2:].isdigit() else 80, gx, shared, cooperative, 0, None)
+        error = getattr(self, of)(kernel, words, launch, ctypes.cast(params, ctypes.POINTER(ctypes.c_void_p)))
+        assert error is None, error
 
-        def values(*kinds: type) -> list:
-            return [ctypes.cast(places[i], ctypes.POINTER(kind)).contents for i, kind in enumerate(kinds)]
-
+    def conv(self, kernel: str, words: list[str], launch: Launch, places) -> bytes | None:
         def plain(*kinds: type) -> list[int]:
-            return [value.value for value in values(*kinds)]
+            return [value.value for value in values(places, *kinds)]
 
-        pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-        loop = int(kernel[-2:]) if kernel[-2:].isdigit() else 80
-        launch, call = Launch(loop, gx, shared, cooperative, 0, None), self.functions
+        pointer, number, long, call = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, self.functions
         if kernel.startswith("conv_"):
             dtype, mode, block, transposed = words
-            args = DTYPES[dtype], int(mode), transposed == "true", int(block), *values(Args)
-            error = call.jf_conv1d(launch, *args)
-        elif kernel == "merge_kernel":
-            error = call.jf_conv1d_merge(launch, *plain(*[pointer] * 4, *[number] * 6))
-        elif kernel == "wgrad_merge_kernel":
-            error = call.jf_conv1d_wgrad_merge(launch, DTYPES[words[0]], *plain(pointer, pointer, number, number, long))
-        elif kernel == "pack_kernel":
+            how = DTYPES[dtype], int(mode), transposed == "true", int(block)
+            return call.jf_conv1d(launch, *how, *values(places, Args))
+        if kernel == "merge_kernel":
+            return call.jf_conv1d_merge(launch, *plain(*[pointer] * 4, *[number] * 6))
+        if kernel == "wgrad_merge_kernel":
+            sizes = plain(pointer, pointer, number, number, long)
+            return call.jf_conv1d_wgrad_merge(launch, DTYPES[words[0]], *sizes)
+        if kernel == "pack_kernel":
             sizes = plain(pointer, pointer, number, number, number)
-            error = call.jf_conv1d_pack(launch, DTYPES[words[0]], DTYPES[words[1]], *sizes)
-        else:
-            error = call.jf_conv1d_wgrad(launch, DTYPES[words[0]], int(words[1]), *values(WgradArgs))
-        assert error is None, error
+            return call.jf_conv1d_pack(launch, DTYPES[words[0]], DTYPES[words[1]], *sizes)
+        return call.jf_conv1d_wgrad(launch, DTYPES[words[0]], int(words[1]), *values(places, WgradArgs))
+
+    def bn(self, kernel: str, words: list[str], launch: Launch, places) -> bytes | None:
+        args = places[0] and ctypes.c_void_p(places[0])
+        outs = values(places, *[ctypes.c_void_p] * 3)[1:] if kernel == "merge_kernel" else (None, None)
+        how = DTYPES[words[0]], " ".join(words[1:]).encode(), ctypes.c_int64(launch.grid), args
+        return self.functions.jf_bn_kernel(kernel.removesuffix("_kernel").encode(), *how, *outs)
+
+    def novograd(self, kernel: str, words: list[str], launch: Launch, places) -> bytes | None:
+        launched = getattr(self.functions, f"jf_novograd_{kernel.removesuffix('_kernel')}")
+        return launched(0, launch.grid, *values(places, steps.Args))
 
 
 @pytest.fixture
@@ -174,58 +188,30 @@ def test_launches_through_the_driver(monkeypatch: pytest.MonkeyPatch, functions,
 
 
 def test_a_compile_that_fails_says_what_nvrtc_said(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    compiler = Nvrtc()
-    compiler.fails = True
     with pytest.raises(RuntimeError, match=r"NVRTC 13\.0 does not compile f<1> for sm_80.*\n.*expected a semicolon"):
-        nvrtc.compile_kernel("conv1d_launch.cuh", "f<1>", "sm_80", compiler)
+        nvrtc.compile_kernel("conv1d_launch.cuh", "f<1>", "sm_80", Nvrtc(fails=True))
     assert not cache.exists() or not any(cache.iterdir())
 
 
 def test_without_library_and_without_cupy_both_ways_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> None:
-        raise native.Missing("backend 'cuda': not built")
-
-    monkeypatch.setattr(native, "cuda_library", missing)
-    monkeypatch.setattr(native, "cuda", missing)
+    for library in ("cuda_library", "cuda"):
+        monkeypatch.setattr(native, library, raising(native.Missing("backend 'cuda': not built")))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(nvrtc, "missing", lambda: "CuPy is not installed: pip install 'jasper-fast[cuda]'")
-    with pytest.raises(native.Missing, match=r"not built; or use NVRTC, .*: CuPy is not installed: pip install"):
-        cuda_launch.functions.__wrapped__()
-    with pytest.raises(native.Missing, match=r"not built; or use NVRTC, .*: CuPy is not installed: pip install"):
-        norms._ops.__wrapped__()
+    for way in (cuda_launch.functions, norms._ops):
+        with pytest.raises(native.Missing, match=r"not built; or use NVRTC, .*: CuPy is not installed: pip install"):
+            way.__wrapped__()
 
 
 # ---- batch norms ---------------------------------------------------------------------------------------------------
 
 
-class NormDriver(Driver):
-    """A stand-in for the driver that runs the emulated kernels of bn_relu_dropout."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        super().__init__(library)
-
-    def _launch(self, f, gx, gy, gz, bx, by, bz, shared, stream, params, cooperative) -> None:
-        kernel, words = re.fullmatch(r"jf::bn::(\w+)_kernel<(.*)>", self.names[f]).groups()
-        dtype, *flags = (word.strip() for word in words.split(","))
-        assert (gy, gz, bx, by, bz, shared, stream) == (1, 1, 256, 1, 1, 0, 0)
-        places = ctypes.cast(params, ctypes.POINTER(ctypes.c_void_p))
-        outs = [None, None]
-        if kernel == "merge":
-            outs = [ctypes.cast(places[i], ctypes.POINTER(ctypes.c_void_p)).contents for i in (1, 2)]
-        error = self.functions.jf_bn_kernel(
-            kernel.encode(),
-            DTYPES[dtype],
-            " ".join(flags).encode(),
-            ctypes.c_int64(gx),
-            places[0] and ctypes.c_void_p(places[0]),
-            *outs,
-        )
-        assert error is None, error
+NORMS = cuda_host.CSRC / "cuda/emulate/bn_relu_dropout.cpp"
 
 
 @pytest.fixture
 def norm_library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(cuda_host.build([cuda_host.CSRC / "cuda/emulate/bn_relu_dropout.cpp"])))
+    library = ctypes.CDLL(str(cuda_host.build([NORMS])))
     library.jf_bn_kernel.restype = ctypes.c_char_p
     return library
 
@@ -238,26 +224,21 @@ NORM_SHAPES = [(2, 64, 37, torch.float16), (2, 29, 19, torch.float32), (3, 200, 
 def test_norms_through_the_driver(monkeypatch, norm_library, cache, n, c, t, dtype, full) -> None:
     """Shows that launches through NVRTC give the same bits as the emulated face, whose launches are planned in C++."""
     compiler = Nvrtc()
-    ops = norms_nvrtc.Compiled(compiler, NormDriver(norm_library))
+    ops = norms_nvrtc.Compiled(compiler, Driver(norm_library))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(norms, "_ops", lambda: ops)
     monkeypatch.setattr(norms_nvrtc, "_sms", lambda y: 2)
-    emulated = Emulated(cuda_host.build([cuda_host.CSRC / "cuda/emulate/bn_relu_dropout.cpp"]))
+    emulated = Emulated(cuda_host.build([NORMS]))
     x = tensors(n, c, t, dtype)
     p, lengths = (0.3, torch.tensor([t, 5, 0][:n])) if full else (0.0, None)
     y, dz, norm, masked = x["y"], x["dz"], norm_of(x), Mask(lengths, torch.tensor([11]) if full else None, p)
     residual = x["residual"] if full else None
-    z = norms.forward(y, norm, residual, masked)
     means = (torch.randn(c), torch.randn(c)) if full else None
-    kept = z if full else None
-    got = (
-        *norms.stats(y), z, *norms.backward_reduce(dz, y, kept, norm, masked),
-        *norms.backward_apply(dz, y, kept, norm, means, masked, full),
-    )  # fmt: skip
-    want = (
-        *emulated.stats(y), emulated.forward(y, norm, residual, masked),
-        *emulated.backward_reduce(dz, y, kept, norm, masked),
-        *emulated.backward_apply(dz, y, kept, norm, means, masked, full),
+    kept = norms.forward(y, norm, residual, masked) if full else None
+    got, want = (
+        (*face.stats(y), face.forward(y, norm, residual, masked), *face.backward_reduce(dz, y, kept, norm, masked),
+         *face.backward_apply(dz, y, kept, norm, means, masked, full))
+        for face in (norms, emulated)
     )  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True) if a is not None)
     assert {options for _, options in compiler.compiled} == {"-arch=sm_90a"}
@@ -288,22 +269,11 @@ def test_norms_refuse_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None
 # ---- NovoGrad ------------------------------------------------------------------------------------------------------
 
 
-class StepDriver(Driver):
-    """A driver that runs the emulated kernels of NovoGrad."""
-
-    def _launch(self, f, gx, gy, gz, bx, by, bz, shared, stream, params, cooperative) -> None:
-        name = re.fullmatch(r"jf::novograd::(\w+)_kernel", self.names[f]).group(1)
-        assert (gy, gz, bx, by, bz, shared, stream, cooperative) == (1, 1, steps.THREADS, 1, 1, 0, 0, 0)
-        places = ctypes.cast(params, ctypes.POINTER(ctypes.c_void_p))
-        args = ctypes.cast(places[0], ctypes.POINTER(steps.Args)).contents
-        assert getattr(self.functions, f"jf_novograd_{name}")(stream, gx, args) is None
-
-
 def test_a_step_through_the_driver(monkeypatch, cache) -> None:
     """Shows that a step with kernels from NVRTC gives the same bits as a step with the library's functions."""
     compiler, library, results = Nvrtc(), emulated_steps(), []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    for functions in (steps.Compiled(compiler, StepDriver(library)), library):
+    for functions in (steps.Compiled(compiler, Driver(library)), library):
         monkeypatch.setattr(steps, "functions", lambda functions=functions: functions)
         tensors, watched = make(torch.device("cpu"))
         outcome = run(novograd.step, tensors, watched, [settings(beta2=0.5)], scale=4.0, clip=1.0)

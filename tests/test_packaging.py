@@ -66,6 +66,7 @@ def test_data_that_bench_reads_is_packed(described: dict) -> None:
         folder = ROOT / package.replace(".", "/")
         found = {p for pattern in described["package_data"][f"jasper_fast.{package}"] for p in folder.glob(pattern)}
         assert found and found == set(ROOT.glob(wanted))
+    assert {"tables/*.json", "tables/README.md"} <= {*described["package_data"]["jasper_fast.kernels"]}
 
 
 def test_a_wheel_has_the_sources_that_nvrtc_compiles(described: dict) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -34,8 +35,8 @@ def test_words_split_counter_and_seed_in_halves():
     got = philox.words(start, 2, torch.tensor([seed]))
     key = (seed & ONES, (seed >> 32) & ONES)
     for row, c in zip(got, (start, start + 1), strict=True):
-        want = philox.philox4x32(tuple(torch.tensor(v) for v in (c & ONES, c >> 32, 0, 0)), key)
-        assert row.tolist() == [int(w) for w in want]
+        want = philox.philox4x32(tuple(map(torch.tensor, (c & ONES, c >> 32, 0, 0))), key)
+        assert row.tolist() == list(map(int, want))
     assert torch.equal(got, philox.words(start, 2, seed))
 
 
@@ -43,29 +44,20 @@ def test_keep_mask_follows_the_counter_rule():
     n, c, t, p, seed = 2, 5, 3, 0.3, 1234
     keep = philox.keep_mask(n, c, t, p, seed)
     drawn = philox.words(0, 8, seed)
-    for i in range(n):
-        for j in range(c):
-            for k in range(t):
-                e = (i * t + k) * c + j
-                assert bool(keep[i, j, k]) == (int(drawn[e // 4, e % 4]) >= p * 2**32)
+    for i, j, k in itertools.product(range(n), range(c), range(t)):
+        e = (i * t + k) * c + j
+        assert bool(keep[i, j, k]) == (int(drawn[e // 4, e % 4]) >= p * 2**32)
 
 
 @pytest.mark.parametrize("p", [0.05, 0.2, 0.5])
 def test_keep_rate_and_independence_of_seeds(p):
-    n, c, t = 4, 64, 500
-    keep = philox.keep_mask(n, c, t, p, 1).double()
-    other = philox.keep_mask(n, c, t, p, 2).double()
-    total = n * c * t
-    assert abs(keep.mean() - (1 - p)) <= 5 * math.sqrt(p * (1 - p) / total)
-    both = (keep * other).mean()
-    rate = (1 - p) ** 2
-    assert abs(both - rate) <= 5 * math.sqrt(rate * (1 - rate) / total)
+    keep, other = (philox.keep_mask(4, 64, 500, p, seed).double() for seed in (1, 2))
+    for kept, rate in ((keep, 1 - p), (keep * other, (1 - p) ** 2)):
+        assert abs(kept.mean() - rate) <= 5 * math.sqrt(rate * (1 - rate) / kept.numel())
 
 
 def test_threshold_is_exact_and_bounded():
-    assert philox.threshold(0.0) == 0
-    assert philox.threshold(0.5) == 2**31
-    assert philox.threshold(0.1) == math.ceil(0.1 * 2**32)
+    assert [philox.threshold(p) for p in (0.0, 0.1, 0.5)] == [0, math.ceil(0.1 * 2**32), 2**31]
     for p in (-0.1, 1.0, 1 - 2.0**-40, float("nan")):
         with pytest.raises(ValueError, match="dropout p"):
             philox.threshold(p)
