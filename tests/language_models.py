@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from pathlib import Path
 
+import pytest
 import torch
 
 from jasper_fast.lm.neural.config import LMConfig
 from jasper_fast.lm.neural.model import TransformerXL
+
+needs_kenlm = pytest.mark.skipif(importlib.util.find_spec("kenlm") is None, reason="ufal-kenlm is not installed")
 
 
 def random_arpa(path: Path, words: list[str], order: int, rng: random.Random, unknown: bool = True) -> Path:

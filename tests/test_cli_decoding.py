@@ -139,29 +139,23 @@ def test_errors_are_one_line(folder, tmp_path, capsys):
         assert message in error and error.count("\n") == 1 and error.startswith("jasper-fast transcribe: error: ")
 
 
-@pytest.mark.parametrize("change", ["index", "missing", "shape", "garbage"])
-def test_a_folder_of_log_probs_that_is_not_whole(change, tmp_path):
-    class Recognizer:
-        vocabulary, frame_seconds = Vocabulary("ab"), 0.02
-
-    saved = Saved.begin(tmp_path / "saved", Recognizer)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda saved: (saved.folder / "index.json").write_text('{"format": 3}'), "index.json: not an index"),
+        (lambda saved: (saved.folder / "000000.npy").unlink(), "000000.npy: cannot be read as log-probs"),
+        (lambda saved: (saved.folder / "000000.npy").write_bytes(b"x"), "000000.npy: cannot be read as log-probs"),
+        (lambda saved: saved.keep(0, torch.zeros(4, 5)), "000000.npy: expected float32"),
+    ],
+)
+def test_a_folder_of_log_probs_that_is_not_whole(change, message, tmp_path):
+    saved = Saved(tmp_path, Vocabulary("ab"), 0.02)
     saved.keep(0, torch.zeros(4, 3))
     saved.finish(["a.wav"], ["ab"])
-    file = tmp_path / "saved" / "000000.npy"
-    assert Saved.open(tmp_path / "saved").log_probs(0).shape == (4, 3)
-    if change == "index":
-        (tmp_path / "saved" / "index.json").write_text('{"format": 3}')
-        with pytest.raises(ValueError, match=r"index\.json: not an index of log-probs"):
-            Saved.open(tmp_path / "saved")
-        return
-    if change == "missing":
-        file.unlink()
-    elif change == "shape":
-        np.save(file, np.zeros((4, 5), np.float32))
-    else:
-        file.write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"000000\.npy"):
-        Saved.open(tmp_path / "saved").log_probs(0)
+    assert Saved.open(tmp_path).log_probs(0).shape == (4, 3)
+    change(saved)
+    with pytest.raises(ValueError, match=message):
+        Saved.open(tmp_path).log_probs(0)
 
 
 def test_hot_words_and_an_open_vocabulary(folder, tmp_path, capsys):

@@ -4,10 +4,12 @@ import json
 import math
 import random
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from kneser_ney import KneserNey
+from language_models import needs_kenlm
 
 from jasper_fast.cli import command
 from jasper_fast.kernels import native
@@ -30,8 +32,8 @@ def text(tmp_path):
     return tmp_path / "text"
 
 
+@needs_kenlm
 def test_train_info_and_perplexity(text, tmp_path, capsys):
-    pytest.importorskip("kenlm", reason="ufal-kenlm is not installed")
     lm = tmp_path / "lm.arpa"
     assert run("lm", "train", text, "--order", 3, "--out", lm) == 0
     assert "5 sentences, 24 words, vocabulary 12" in capsys.readouterr().out
@@ -52,8 +54,8 @@ def test_train_info_and_perplexity(text, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("perplexity ")
 
 
+@needs_kenlm
 def test_models_of_characters_are_asked_for_characters(text, tmp_path, capsys):
-    pytest.importorskip("kenlm", reason="ufal-kenlm is not installed")
     lm = tmp_path / "lm.arpa"
     assert run("lm", "train", text, "--order", 5, "--out", lm, "--characters", "--prune", 0, 0, 1) == 0
     assert f"{sum(map(len, SENTENCES))} characters" in capsys.readouterr().out
@@ -66,13 +68,9 @@ def test_models_of_characters_are_asked_for_characters(text, tmp_path, capsys):
 @pytest.fixture
 def saved(tmp_path):
     """Saves log-probs of sentences in which some letters are misheard; returns their folder."""
-
-    class Recognizer:
-        vocabulary, frame_seconds = V, 0.02
-
     torch.manual_seed(0)
     rng = random.Random(0)
-    folder = Saved.begin(tmp_path / "saved", Recognizer)
+    folder = Saved.begin(tmp_path / "saved", SimpleNamespace(vocabulary=V, frame_seconds=0.02))
     for i, sentence in enumerate(SENTENCES):
         ids = [x for c in V.encode(sentence) for x in (c, V.blank)]
         log_probs = 0.5 * torch.randn(len(ids), V.n_classes)
@@ -108,20 +106,8 @@ def test_tune_finds_weights_that_help(kind, text, saved, tmp_path, capsys):
 
 def test_tune_finds_the_weight_of_a_second_pass(text, saved, tmp_path, capsys):
     small = ("--layers", 1, "--width", 16, "--heads", 2, "--memory", 16, "--segment", 16, "--batch-size", 4)
-    options = (
-        "--characters",
-        "--out",
-        tmp_path / "neural",
-        *small,
-        "--steps",
-        80,
-        "--lr",
-        0.02,
-        "--device",
-        "cpu",
-        "-q",
-    )
-    assert run("lm", "train-neural", text, *options, "--device", "cpu") == 0
+    options = ("--characters", "--out", tmp_path / "neural", "--steps", 80, "--lr", 0.02, "--device", "cpu", "-q")
+    assert run("lm", "train-neural", text, *small, *options) == 0
     out = tmp_path / "best.yaml"
     weights = ("--rescore", tmp_path / "neural", "--rescore-weight", "0,0.5,1", "--beta", "0,0.5", "--beam", 64)
     report = ("--out", out, "--report", tmp_path / "tune.html", "--device", "cpu")
@@ -137,8 +123,11 @@ def test_tune_finds_the_weight_of_a_second_pass(text, saved, tmp_path, capsys):
     assert "no language model to tune; name one with --lm" in capsys.readouterr().err
 
 
+@needs_kenlm
 def test_errors_are_one_line(text, saved, tmp_path, capsys):
-    cases = [
+    assert run("lm", "train", text, "--order", 1, "--out", tmp_path / "unigrams.arpa") == 0
+    capsys.readouterr()
+    for argv, message in [
         (("train", tmp_path / "gone", "--order", 2, "--out", tmp_path / "x"), "gone: no such text"),
         (("train", text, "--order", 9, "--out", tmp_path / "x"), "--order 9"),
         (("train", text, "--order", 2, "--out", tmp_path / "no" / "x"), "does not exist"),
@@ -146,23 +135,12 @@ def test_errors_are_one_line(text, saved, tmp_path, capsys):
         (("info", text), "this is no ARPA file"),
         (("perplexity", tmp_path / "gone", text), "gone: no such language model"),
         (("perplexity", text, text), "this is no ARPA file"),
+        (("perplexity", tmp_path / "unigrams.arpa", text), "unigrams.arpa: KenLM cannot read it"),
         (("tune", "--log-probs", tmp_path, "--lm", text, "--out", tmp_path / "x.yaml"), "not an index of log-probs"),
         (("tune", "--log-probs", saved, "--lm", text, "--out", tmp_path / "x.yaml"), "this is no ARPA file"),
         (("tune", "--log-probs", saved, "--lm", text, "--out", tmp_path / "x"), "must end in .yaml"),
         (("tune", "--log-probs", saved, "--lm", text, "--out", tmp_path / "x.yaml", "--alpha", "-1"), "alpha -1"),
-    ]
-    for argv, message in cases:
-        if argv[0] == "perplexity":
-            pytest.importorskip("kenlm", reason="ufal-kenlm is not installed")
+    ]:
         assert run("lm", *argv) == 2, argv
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1 and error.startswith("jasper-fast lm: error: ")
-
-
-def test_a_model_that_kenlm_cannot_read_is_one_line(text, tmp_path, capsys):
-    pytest.importorskip("kenlm", reason="ufal-kenlm is not installed")
-    assert run("lm", "train", text, "--order", 1, "--out", tmp_path / "lm.arpa") == 0
-    capsys.readouterr()
-    assert run("lm", "perplexity", tmp_path / "lm.arpa", text) == 2
-    error = capsys.readouterr().err
-    assert "lm.arpa: KenLM cannot read it" in error and error.count("\n") == 1

@@ -51,6 +51,14 @@ def torchs(log_probs: Tensor, lengths, targets, counts, up: Tensor, blank: int, 
     return losses.detach(), torch.autograd.grad(losses, leaf, up.cpu())[0]
 
 
+def ours(face: Face, log_probs: Tensor, *given: Tensor, up: Tensor | None = None, **settings) -> tuple[Tensor, Tensor]:
+    """Returns the face's losses, and their gradient for the upstream gradient `up` (default: ones)."""
+    leaf = log_probs.detach().requires_grad_()
+    losses = ops.ctc_loss(leaf, *given, backend=face.name, **settings)
+    (dx,) = torch.autograd.grad(losses, leaf, torch.ones_like(losses) if up is None else up)
+    return losses.detach(), dx
+
+
 @pytest.mark.parametrize("blank", [V - 1, 0])
 @pytest.mark.parametrize("zero_infinity", [False, True])
 def test_it_is_pytorchs(face, blank, zero_infinity):
@@ -59,17 +67,13 @@ def test_it_is_pytorchs(face, blank, zero_infinity):
     want = torchs(*exact, up, blank, zero_infinity)
     theirs = torchs(low[0], *low[1:], up.float(), blank, zero_infinity)
     for dtype, given in ((torch.float32, low), (torch.float64, exact)):
-        leaf = given[0].requires_grad_()
-        losses = ops.ctc_loss(leaf, *given[1:], blank=blank, zero_infinity=zero_infinity, backend=face.name)
+        losses, dx = ours(face, *given, up=up.to(dtype), blank=blank, zero_infinity=zero_infinity)
         assert losses.dtype == dtype
-        (dx,) = torch.autograd.grad(losses, leaf, up.to(dtype))
-        for name, got, plain, ref in zip(("loss", "dx"), (losses, dx), theirs, want, strict=True):
-            got = got.detach().cpu()
+        for name, got, plain, ref in zip(("loss", "dx"), (losses.cpu(), dx.cpu()), theirs, want, strict=True):
             assert torch.equal(got.isnan(), ref.isnan()) and torch.equal(got.isinf(), ref.isinf()), name
             got, plain, ref = (x.nan_to_num(0.0, 0.0, 0.0) for x in (got, plain, ref))
             assert_close(name, got, plain.to(dtype), ref, factor=4.0)
-    bad = [zero_infinity or n not in (3, 4) for n in range(N)]
-    assert losses.isfinite().tolist() == bad
+    assert losses.isfinite().tolist() == [zero_infinity or n not in (3, 4) for n in range(N)]
 
 
 def test_it_is_right_through_a_softmax():
@@ -96,11 +100,9 @@ def test_it_is_the_same_in_any_memory_order_and_amid_others(face):
     ]
     found = []
     for form, labels in forms:
-        leaf = form.detach().requires_grad_()
-        losses = ops.ctc_loss(leaf, lengths, labels, counts, zero_infinity=True, backend=face.name)
-        (dx,) = torch.autograd.grad(losses, leaf, torch.ones_like(losses))
+        losses, dx = ours(face, form, lengths, labels, counts, zero_infinity=True)
         assert not dx[:, T:].any()
-        found.append((losses.detach(), dx[:, :T]))
+        found.append((losses, dx[:, :T]))
     for losses, dx in found[1:]:
         assert torch.equal(losses, found[0][0])
         torch.testing.assert_close(dx, found[0][1], rtol=1e-5, atol=1e-6)  # these sums have more terms, some of them 0
@@ -115,21 +117,18 @@ def test_more_labels_than_a_program_has_threads(face):
     targets = torch.randint(0, 44, (2, 68), generator=draw).to(face.device)
     given = torch.tensor([75, 71], device=face.device), targets, torch.tensor([66, 40], device=face.device)
     up = torch.tensor([1.0, -2.0], device=face.device)
-    losses = ops.ctc_loss(leaf := log_probs.requires_grad_(), *given, backend=face.name)
-    (dx,) = torch.autograd.grad(losses, leaf, up)
+    losses, dx = ours(face, log_probs, *given, up=up)
     plain = torchs(log_probs, *given, up, 44, False)
     exact = torchs(log_probs.double(), *given, up.double(), 44, False)
     assert losses.isfinite().all()
     for name, got, low, ref in zip(("loss", "dx"), (losses, dx), plain, exact, strict=True):
-        assert_close(name, got.detach().cpu(), low, ref, factor=4.0)
+        assert_close(name, got.cpu(), low, ref, factor=4.0)
 
 
 def test_a_nan_in_one_utterance_is_its_own(face):
-    log_probs, lengths, targets, counts = inputs(face.device)
+    log_probs, *given = inputs(face.device)
     log_probs[1, 4] = math.nan
-    leaf = log_probs.requires_grad_()
-    losses = ops.ctc_loss(leaf, lengths, targets, counts, backend=face.name)
-    (dx,) = torch.autograd.grad(losses, leaf, torch.ones_like(losses))
+    losses, dx = ours(face, log_probs, *given)
     assert losses.isnan().tolist() == [n == 1 for n in range(N)]
     assert dx[1, : LENGTHS[1]].isnan().any() and not dx[[0, 2, 5, 6]].isnan().any()
 
@@ -151,12 +150,11 @@ def test_wrong_arguments_are_named():
 def test_the_op_is_registered_well(face):
     log_probs, *given = inputs(face.device)
     losses, alpha = torch.ops.jasper_fast.ctc_loss(log_probs, *given, V - 1, True, face.name)
-    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(
-        torch.ops.jasper_fast.ctc_loss.default, (log_probs, *given, V - 1, True, face.name), test_utils=checks[:2]
-    )
-    saved = torch.rand(N, device=face.device), log_probs, *given, losses, alpha, V - 1, True, face.name
-    torch.library.opcheck(torch.ops.jasper_fast.ctc_loss_backward.default, saved, test_utils=checks[:2])
+    how = V - 1, True, face.name
+    saved = torch.rand(N, device=face.device), log_probs, *given, losses, alpha
+    for op, args in (("ctc_loss", (log_probs, *given)), ("ctc_loss_backward", saved)):
+        checked = getattr(torch.ops.jasper_fast, op).default
+        torch.library.opcheck(checked, (*args, *how), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_the_loss_of_a_step_takes_the_one_that_reads_no_lengths(monkeypatch):

@@ -44,9 +44,8 @@ def test_a_shift_gives_each_key_the_score_of_its_distance():
     x = torch.randn(2, 3, 4, 7)
     found = shifted(x)
     for i in range(4):
-        for j in range(4 + i):  # of 7 keys, the query is number 3 + i
-            distance = 3 + i - j
-            assert torch.equal(found[:, :, i, j], x[:, :, i, 6 - distance])
+        for j in range(4 + i):  # of 7 keys, the query is number 3 + i, so the distance is 3 + i - j
+            assert torch.equal(found[:, :, i, j], x[:, :, i, 6 - (3 + i - j)])
 
 
 @torch.no_grad()
@@ -77,8 +76,7 @@ def test_segments_with_memory_equal_the_whole(joined):
     made, tokens = model(joined=joined), lines(3, 41)
     whole, _ = log_probs(made, tokens)
     found, memory = [], None
-    for first in (0, 7, 8, 21, 33):  # segments of several lengths
-        last = {0: 7, 7: 8, 8: 21, 21: 33, 33: 40}[first]
+    for first, last in itertools.pairwise((0, 7, 8, 21, 33, 40)):  # segments of several lengths
         part, memory = log_probs(made, tokens[:, first : last + 1], memory)
         found.append(part)
     torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-10, atol=1e-10)
@@ -91,13 +89,13 @@ def test_segments_with_memory_equal_the_whole(joined):
     assert not torch.allclose(rest, whole[:, 20:])
 
 
+@pytest.mark.parametrize("joined", [False, True])
 @torch.no_grad()
-def test_an_empty_memory_changes_nothing():
-    for joined in (False, True):
-        made, tokens = model(joined=joined), lines(3, 20)
-        tokens[0, 0] = 5  # starts in the middle of a line
-        held = Held(made.config, 3).double()
-        torch.testing.assert_close(log_probs(made, tokens, held.memory)[0], log_probs(made, tokens)[0])
+def test_an_empty_memory_changes_nothing(joined):
+    made, tokens = model(joined=joined), lines(3, 20)
+    tokens[0, 0] = 5  # starts in the middle of a line
+    held = Held(made.config, 3).double()
+    torch.testing.assert_close(log_probs(made, tokens, held.memory)[0], log_probs(made, tokens)[0])
 
 
 @pytest.mark.parametrize("cutoffs", [(), (3, 7)])
@@ -191,7 +189,6 @@ def test_perplexity_counts_ends_and_unknown_words(tmp_path):
 
 
 def test_a_training_reads_each_token_once_an_epoch():
-
     stream = Stream(np.arange(64, dtype=np.int32), 4, 5, seed=1)
     assert stream.steps == 3
     seen = [stream.segment(2, position) for position in range(3)]
