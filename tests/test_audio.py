@@ -1,11 +1,9 @@
 """Audio files of any rate and shape are read, and each kind of bad file gets its own error."""
 
-import io
 import itertools
 import os
 import pickle
 import socket
-import threading
 
 import numpy as np
 import pytest
@@ -55,19 +53,15 @@ def test_offset_and_duration(tmp_path):
 
 
 def bad_files(tmp_path):
-    write(tmp_path / "good.flac", np.random.default_rng(0).uniform(-1, 1, 16000))
-    data = (tmp_path / "good.flac").read_bytes()
-    (tmp_path / "truncated.flac").write_bytes(data[: len(data) // 2])
-    (tmp_path / "text.wav").write_text("this is no audio at all, whatever its name")
-    (tmp_path / "zero.wav").write_bytes(b"")
+    data = write(tmp_path / "good.flac", np.random.default_rng(0).uniform(-1, 1, 16000)).read_bytes()
+    contents = {"truncated.flac": data[: len(data) // 2], "text.wav": b"this is no audio at all, whatever its name"}
+    for name, content in (contents | {"zero.wav": b"", "headerless.raw": bytes(1000)}).items():
+        (tmp_path / name).write_bytes(content)
     write(tmp_path / "none.wav", np.zeros(0))
-    nan = tone()
-    nan[[5, 7]] = np.nan, np.inf
-    write(tmp_path / "nan.wav", nan, subtype="FLOAT")
-    (tmp_path / "folder.wav").mkdir()
-    write(tmp_path / "loud.wav", np.array([0.1, -1e19]), subtype="FLOAT")
-    (tmp_path / "headerless.raw").write_bytes(bytes(1000))
+    write(tmp_path / "nan.wav", [0.0, np.nan, 0.1, np.inf], subtype="FLOAT")
+    write(tmp_path / "loud.wav", [0.1, -1e19], subtype="FLOAT")
     write(tmp_path / "slow.wav", tone(), 8)
+    (tmp_path / "folder.wav").mkdir()
     os.mkfifo(tmp_path / "pipe.wav")
     (tmp_path / "loop.wav").symlink_to(tmp_path / "loop.wav")
 
@@ -90,7 +84,7 @@ def bad_files(tmp_path):
         (f"{'n' * 256}.wav", "File name too long"),
         ("nul\0.wav", "null"),
         ("half\ud800.wav", "not valid text"),
-        ("nan.wav", "2 of 16000 samples are NaN or infinite"),
+        ("nan.wav", "2 of 4 samples are NaN or infinite"),
     ],
 )
 def test_bad_files_say_what_is_wrong(tmp_path, name, cause):
@@ -118,30 +112,22 @@ def test_a_socket_and_a_locked_folder_are_named(tmp_path, monkeypatch):
 
 
 def test_names_of_any_bytes_and_raw_ones_with_a_header(tmp_path):
+    data = write(tmp_path / "a.wav", tone()).read_bytes()
     for name in (b"\xff\xe9.wav", "é\u2028.wav".encode(), b"wav.raw"):
-        path = os.fsdecode(os.fsencode(tmp_path) + b"/" + name)
-        buffer = io.BytesIO()
-        soundfile.write(buffer, tone(), 16000, format="WAV")
-        with open(path, "wb") as file:
-            file.write(buffer.getvalue())
+        path = tmp_path / os.fsdecode(name)
+        path.write_bytes(data)
         assert len(audio.load(path)) == 16000 and audio.duration(path) == 1.0
 
 
 def test_reads_a_pipe(tmp_path):
     data = write(tmp_path / "a.wav", tone()).read_bytes()
     out, into = os.pipe()
-
-    def feed():
-        with open(into, "wb") as file:
-            file.write(data)
-
-    thread = threading.Thread(target=feed)
-    thread.start()
+    assert os.write(into, data) == len(data)  # a pipe has room for 64 KiB
+    os.close(into)
     path = f"/dev/fd/{out}"
     with pytest.raises(AudioError, match="is a pipe"):
         audio.duration(path)
     assert np.array_equal(audio.load(path), audio.load(tmp_path / "a.wav"))
-    thread.join()
     os.close(out)
 
 
@@ -234,10 +220,8 @@ def test_change_speed(speed):
     assert len(audio.change_speed(x[:0], speed)) == 0
 
 
-def test_trim_silence():
-    x = np.concatenate([np.zeros(16000), tone(0.5), np.zeros(8000)]).astype(np.float32)
-    got = audio.trim_silence(x)
-    assert 8000 <= len(got) <= 8000 + 2 * 2048 and np.abs(got).max() == np.abs(x).max()
-    silent = np.zeros(1000, np.float32)
-    assert len(audio.trim_silence(silent)) == 1000 and len(audio.trim_silence(silent[:0])) == 0
-    assert len(audio.trim_silence(tone(0.01))) == 160
+def test_silence_bounds():
+    first, end = audio.silence_bounds(np.concatenate([np.zeros(16000), tone(0.5), np.zeros(8000)]))
+    assert 16000 - 2048 <= first <= 16000 and 24000 <= end <= 24000 + 2048
+    for samples in (np.zeros(1000), np.zeros(0), tone(0.01)):
+        assert audio.silence_bounds(samples) == (0, len(samples))
