@@ -100,8 +100,7 @@ def of_check(folder: Path) -> str:
     for reason in check.REASONS:
         utterance = Utterance(HOSTILE, 1.0, HOSTILE)
         found.append(check.Found({}, utterance, [check.Fault(reason, HOSTILE)], 1.0, -3.0, -20.0, 10))
-    check.write_html(folder / "page.html", HOSTILE, found, check.Rules())
-    return (folder / "page.html").read_text(encoding="utf-8")
+    return check.html(HOSTILE, found, check.Rules())
 
 
 def of_tuning(folder: Path) -> str:

@@ -168,7 +168,7 @@ def test_a_full_disk_is_a_one_line_error_and_the_run_goes_on_later(tmp_path: Pat
             assert main(given) == 2
         assert "are free" in capsys.readouterr().err.splitlines()[-1] and server.asked == []
 
-        for module, name in ((unpack.shutil, "copyfileobj"), (fetch.os, "replace")):
+        for module, name in ((unpack.shutil, "copyfileobj"), (writing.os, "replace")):
             with monkeypatch.context() as patched:
                 patched.setattr(module, name, raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
                 assert main(given) == 2

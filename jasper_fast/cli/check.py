@@ -9,6 +9,7 @@ unless --strict is given. --config takes the alphabet, the bounds and the frame 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,10 @@ def run(arguments: argparse.Namespace) -> int:
         entries = check.clean_entries(results, arguments.manifest, clean, arguments.data_dir, rules.strict)
         print(f"{arguments.clean}: {writing.write_manifest(clean, entries)} utterances", file=sys.stderr)
     if arguments.html:
-        check.write_html(Path(arguments.html), arguments.manifest, results, rules)
+        common.write(arguments.html, check.html(arguments.manifest, results, rules))
     if arguments.out:
-        check.write_json(Path(arguments.out), arguments.manifest, results, rules.strict)
+        record = check.record(arguments.manifest, results, rules.strict)
+        common.write(arguments.out, json.dumps(record, indent=1) + "\n")
     return int(told["good"] < told["entries"] or not told["entries"])
 
 

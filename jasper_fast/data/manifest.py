@@ -62,6 +62,12 @@ class Utterance:
         return self.duration if math.isfinite(self.duration) else 0.0
 
 
+def entry(audio_filepath: str | os.PathLike, duration: float, text: str, **known: Any) -> dict[str, Any]:
+    """Returns an entry of a manifest. Values of ``known`` (speaker, offset, files) that are empty or 0 are left out."""
+    plain = {"audio_filepath": os.fspath(audio_filepath), "duration": duration, "text": text}
+    return plain | {name: value for name, value in known.items() if value}
+
+
 def read_manifest(
     path: str | os.PathLike, data_dir: str | os.PathLike | None = None, offline_speeds: bool = False
 ) -> list[Utterance]:

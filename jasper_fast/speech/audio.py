@@ -178,9 +178,9 @@ def _load(path: str | os.PathLike | Memory, sample_rate: int, offset: float, dur
             raise AudioError(path, "has no samples")
         if rate < _LOWEST_RATE:
             raise AudioError(path, f"a sample rate of {rate} Hz is too low for speech")
-        first = int(offset * rate)
-        if first >= frames:
+        if offset * rate >= frames:
             raise AudioError(path, f"offset {offset} s is past the end ({frames / rate:.3f} s)")
+        first = int(offset * rate)
         wanted = promised - first
         if duration:
             wanted = min(wanted, max(1, round(min(duration * rate, promised))))
@@ -262,9 +262,3 @@ def silence_bounds(samples: np.ndarray, top_db: float = 60.0, frame: int = 2048,
     if not len(loud):
         return 0, len(samples)
     return int(loud[0]) * hop, min(len(samples), (int(loud[-1]) + 1) * hop)
-
-
-def trim_silence(samples: np.ndarray, top_db: float = 60.0) -> np.ndarray:
-    """Returns the samples within ``silence_bounds``."""
-    first, end = silence_bounds(samples, top_db)
-    return samples[first:end]

@@ -10,7 +10,6 @@ place, such as s3://..., name it with --url (read by fsspec).
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -37,9 +36,9 @@ def run(arguments: argparse.Namespace) -> int:
     from jasper_fast.data.prepare import packing, writing
 
     utterances = [u for path in arguments.manifest for u in read_manifest(path, arguments.data_dir)]
-    out, jobs = Path(arguments.out), arguments.jobs or os.cpu_count() or 1
+    out = Path(arguments.out)
     with writing.alone_in(out), common.bars(arguments.quiet) as progress:
         size = int(arguments.shard_mb * 2**20)
-        path, count = packing.pack(utterances, out, size, arguments.seed, arguments.url, jobs, progress)
+        path, count = packing.pack(utterances, out, size, arguments.seed, arguments.url, arguments.jobs, progress)
     print(f"{path}: {len(utterances)} utterances in {count} shards", file=sys.stderr)
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from collections import Counter
@@ -19,8 +18,8 @@ from jasper_fast.data import places
 from jasper_fast.data.dataset import ctc_frames
 from jasper_fast.data.manifest import ManifestError, Utterance, each_utterance
 from jasper_fast.data.prepare.copies import in_parallel
-from jasper_fast.data.prepare.writing import Progress, silent, whole
-from jasper_fast.speech import audio
+from jasper_fast.data.prepare.writing import Progress
+from jasper_fast.data.reading import AudioReader
 from jasper_fast.speech.audio import AudioError, ShortAudio
 from jasper_fast.speech.text import UnknownSymbolError, Vocabulary, normalize_and_lost
 
@@ -78,6 +77,9 @@ class Found:
     symbols: int = 0
     print_of_samples: bytes = b""
 
+    def fault(self, reason: str, detail: str) -> None:
+        self.faults.append(Fault(reason, detail))
+
     def good(self, strict: bool = False) -> bool:
         """Returns whether the entry belongs in the clean manifest."""
         return all(f.reason in _WARNINGS and not strict for f in self.faults)
@@ -87,42 +89,37 @@ class Found:
         return self.utterance.name if self.utterance else ""
 
 
-def look(utterance: Utterance, rules: Rules) -> Found:
+def look(entry: Any, utterance: Utterance, rules: Rules) -> Found:
     """Reads the audio of an utterance, and checks audio and text against the rules."""
-    found = Found(None, utterance)
-    fault = lambda reason, detail: found.faults.append(Fault(reason, detail))  # noqa: E731
+    found = Found(entry, utterance)
     text, lost = utterance.text, []
     if rules.normalize_text:
         text, lost = normalize_and_lost(text, rules.vocabulary)
     try:
         target = rules.vocabulary.encode(text)
-        if lost:
-            fault("out_of_alphabet", " ".join(lost))
     except UnknownSymbolError as error:
-        target = []
-        fault("out_of_alphabet", str(error))
+        target, lost = [], [str(error)]
+    if lost:
+        found.fault("out_of_alphabet", " ".join(lost))
     found.symbols = len(target)
     if not target:
-        fault("empty_text", repr(utterance.text[:80]))
+        found.fault("empty_text", repr(utterance.text[:80]))
     try:
-        samples = audio.load(utterance.source(), rules.sample_rate, utterance.offset, utterance.seconds)
-        held, said = len(samples) / rules.sample_rate, utterance.seconds
-        if said > held * 1.01 + 0.1:
-            fault("wrong_duration", f"the manifest says {said:.2f} s, but the file has {held:.2f} s")
-    except ShortAudio as error:
+        samples, _ = AudioReader(rules.sample_rate).read(utterance)
+    except AudioError as error:
+        found.fault(error.reason, error.cause)
+        if not isinstance(error, ShortAudio):
+            return found
         samples = error.samples
-        fault(error.reason, error.cause)
-    except (AudioError, ValueError, OverflowError) as error:
-        fault("unreadable", getattr(error, "cause", str(error)))
-        return found
-    _listen(found, samples, rules, fault)
+    _listen(found, samples, rules)
     needed, frames = ctc_frames(target), -(-len(samples) // rules.frame_samples)
     if frames < needed:
-        fault("too_short_for_ctc", f"{frames} output frames, but CTC needs {needed} for its {len(target)} symbols")
+        detail = f"{frames} output frames, but CTC needs {needed} for its {len(target)} symbols"
+        found.fault("too_short_for_ctc", detail)
     return found
 
 
-def _listen(found: Found, samples: np.ndarray, rules: Rules, fault: Any) -> None:
+def _listen(found: Found, samples: np.ndarray, rules: Rules) -> None:
     """Fills in length, levels and digest of the samples, and reports their faults."""
     found.seconds = len(samples) / rules.sample_rate
     found.print_of_samples = hashlib.blake2b(samples.tobytes(), digest_size=16).digest()
@@ -130,23 +127,23 @@ def _listen(found: Found, samples: np.ndarray, rules: Rules, fault: Any) -> None
     peak, level = float(size.max()), math.sqrt(float(np.mean(np.square(samples, dtype=np.float64))))
     found.peak_db, found.level_db = (20 * math.log10(v) if v > 0 else -math.inf for v in (peak, level))
     if found.peak_db < SILENT_DB:
-        fault("silent", f"the loudest sample is at {found.peak_db:.0f} dB")
+        found.fault("silent", f"the loudest sample is at {found.peak_db:.0f} dB")
     elif (part := float(np.mean(size >= _FULL))) > CLIPPED:
-        fault("clipped", f"{part:.2%} of the samples are at full scale")
+        found.fault("clipped", f"{part:.2%} of the samples are at full scale")
     for reason, holds in (
         ("too_long", found.seconds > rules.max_duration),
         ("too_short", found.seconds < rules.min_duration),
     ):
         if holds:
-            fault(reason, f"{found.seconds:.2f} s")
+            found.fault(reason, f"{found.seconds:.2f} s")
 
 
 def check(
     manifest: str | os.PathLike,
     rules: Rules,
-    data_dir: str | os.PathLike | None = None,
-    jobs: int = 0,
-    progress: Progress = silent,
+    data_dir: str | os.PathLike | None,
+    jobs: int,
+    progress: Progress,
 ) -> list[Found]:
     """Checks every entry of a manifest, and returns what was found. Raises ManifestError if the file itself cannot be
     read."""
@@ -155,18 +152,14 @@ def check(
     def work(entry: Any) -> Found:
         if isinstance(entry, ManifestError):
             return Found(None, None, [Fault("bad_entry", str(entry))])
-        found = look(entry[1], rules)
-        found.entry = entry[0]
-        return found
+        return look(*entry, rules)
 
-    jobs = jobs or os.cpu_count() or 1
+    results = list(in_parallel(work, entries, jobs, "check", progress))
     first: dict[bytes, Found] = {}
-    results = list(in_parallel(work, entries, jobs, "check", len(entries), progress))
     for found in results:
-        if found.print_of_samples:
-            original = first.setdefault(found.print_of_samples, found)
-            if original is not found:
-                found.faults.append(Fault("duplicate", f"the same as {original.name}"))
+        original = first.setdefault(found.print_of_samples, found)
+        if found.print_of_samples and original is not found:
+            found.fault("duplicate", f"the same as {original.name}")
     return results
 
 
@@ -212,8 +205,8 @@ def figures(results: Sequence[Found], strict: bool) -> dict[str, Any]:
     }
 
 
-def write_html(path: Path, manifest: str, results: Sequence[Found], rules: Rules, most: int = 200) -> None:
-    """Writes a page with histograms and the faulty utterances, at most ``most`` per kind of fault."""
+def html(manifest: str, results: Sequence[Found], rules: Rules, most: int = 200) -> str:
+    """Returns a page with histograms and the faulty utterances, at most ``most`` per kind of fault."""
     heard = [f for f in results if f.seconds]
     histograms = {
         "seconds": page.histogram([f.seconds for f in heard]),
@@ -227,21 +220,17 @@ def write_html(path: Path, manifest: str, results: Sequence[Found], rules: Rules
             text = found.utterance.text[:200] if found.utterance else ""
             culprits.setdefault(fault.reason, []).append((found.name, fault.detail, text))
     told = figures(results, rules.strict)
-    html = page.render(
+    return page.render(
         Path(__file__).parent, "check.html.j2", manifest=manifest, told=told, reasons=REASONS, histograms=histograms,
         culprits={r: culprits[r] for r in told["faults"]}, most=most, rules=rules, warnings=_WARNINGS,
     )  # fmt: skip
-    with whole(path) as temporary:
-        temporary.write_text(html, encoding="utf-8", errors="backslashreplace")
 
 
-def write_json(path: Path, manifest: str, results: Sequence[Found], strict: bool) -> None:
-    """Writes counts and faulty utterances as JSON."""
+def record(manifest: str, results: Sequence[Found], strict: bool) -> dict[str, Any]:
+    """Returns counts and faulty utterances as values that JSON can store."""
     rows = [
         {"name": f.name, "seconds": round(f.seconds, 3), "faults": [fault._asdict() for fault in f.faults]}
         for f in results
         if f.faults
     ]
-    with whole(path) as temporary:
-        text = json.dumps(figures(results, strict) | {"manifest": manifest, "culprits": rows}, indent=1)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    return figures(results, strict) | {"manifest": manifest, "culprits": rows}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,15 +57,16 @@ def make(file: Path, copy: Copy, target: Path, work: Path) -> float:
 
 
 def in_parallel(
-    work: Callable[[Any], Any], items: Iterable[Any], jobs: int, what: str, total: int, progress: Progress
+    work: Callable[[Any], Any], items: Sequence[Any], jobs: int, what: str, progress: Progress
 ) -> Iterator[Any]:
-    """Yields the result of ``work`` for each item, in order, computed by ``jobs`` threads. Threads are enough, because
-    decoding and resampling release Python's lock. Unlike processes, they cannot outlive a run that is killed."""
-    with ThreadPoolExecutor(jobs) as pool:
+    """Yields the result of ``work`` for each item, in order, computed by ``jobs`` threads (0: one per core). Threads
+    are enough, because decoding and resampling release Python's lock. Unlike processes, they cannot outlive a run that
+    is killed."""
+    with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
         results = pool.map(work, items)
         try:
             for done, result in enumerate(results, 1):
-                progress(what, done, total)
+                progress(what, done, len(items))
                 yield result
         finally:
             pool.shutdown(cancel_futures=True)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import os
 import re
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
-from jasper_fast.data.prepare.writing import PrepareError, Progress, silent, writing
+from jasper_fast.data.prepare.writing import PrepareError, Progress, move, writing
 
 TRIES = 8  # give up after this many attempts in a row that received nothing
 PAUSE = 1.0  # seconds before the second attempt; doubled for each further one
@@ -21,25 +20,20 @@ _CHUNK = 1 << 20
 _LATER = {408, 425, 429}  # the 4xx statuses that ask the client to try again
 
 
-def md5_of(path: Path, progress: Progress = silent) -> str:
-    """Returns the MD5 of a file in hexadecimal digits."""
+def verify(path: Path, md5: str, progress: Progress) -> None:
+    """Raises PrepareError unless the file has this MD5, given in hexadecimal digits."""
     digest, done, total = hashlib.md5(usedforsecurity=False), 0, path.stat().st_size
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
             done += len(chunk)
             progress(f"verify {path.name}", done, total)
-    return digest.hexdigest()
+    if (found := digest.hexdigest()) != md5.lower():
+        expected = f"expected {md5.lower()}: damaged, or another file"
+        raise PrepareError(f"{path}: its MD5 is {found}, {expected}; get another copy")
 
 
-def verify(path: Path, md5: str, progress: Progress = silent, advice: str = "get another copy") -> None:
-    """Raises PrepareError unless the file has this MD5."""
-    found = md5_of(path, progress)
-    if found != md5.lower():
-        raise PrepareError(f"{path}: its MD5 is {found}, expected {md5.lower()}: damaged, or another file; {advice}")
-
-
-def fetch(url: str, target: Path, md5: str, progress: Progress = silent) -> None:
+def fetch(url: str, target: Path, md5: str, progress: Progress) -> None:
     """Downloads ``url``, verifies its MD5, and only then creates ``target``.
 
     A ``target.part`` from an earlier run is continued. If the connection breaks or is silent for a minute, or if the
@@ -71,8 +65,7 @@ def fetch(url: str, target: Path, md5: str, progress: Progress = silent) -> None
     except PrepareError as error:
         part.unlink()
         raise PrepareError(f"{url}: {str(error).partition(': ')[2]}; it was deleted") from error
-    with writing(target):
-        os.replace(part, target)
+    move(part, target)
 
 
 def _receive(url: str, part: Path, progress: Progress) -> None:

@@ -3,7 +3,6 @@ continues where it stopped."""
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from jasper_fast.data import manifest
 from jasper_fast.data.prepare import copies
 from jasper_fast.data.prepare.copies import Copy
 from jasper_fast.data.prepare.fetch import fetch, verify
-from jasper_fast.data.prepare.unpack import HostileArchive, move, unpack
-from jasper_fast.data.prepare.writing import PrepareError, Progress, alone_in, silent, write_manifest
+from jasper_fast.data.prepare.unpack import HostileArchive, unpack
+from jasper_fast.data.prepare.writing import PrepareError, Progress, alone_in, move, write_manifest
 
 HOME = "https://www.openslr.org/resources"
 WORK = ".prepare"  # folder within the corpus for everything that is not complete yet
@@ -65,11 +65,6 @@ class Corpus:
     checksums: dict[str, str] | None = None
     keep_archives: bool = False
 
-    @property
-    def local(self) -> bool:
-        """Whether the archives are on this machine."""
-        return self.source is not None and not re.match(r"https?://", self.source)
-
     def forms(self) -> list[Copy]:
         """Returns the kinds of copy of every utterance, speed 1 first."""
         suffix = ".wav" if self.wav else ".flac"
@@ -88,8 +83,8 @@ class Corpus:
     def place(self, name: str) -> tuple[str, Path]:
         """Returns the URL of a set's archive ("" if it is on this machine), and its local path."""
         file = f"{name}.tar.gz"
-        if self.local:
-            return "", Path(self.source or "", file)
+        if self.source is not None and not re.match(r"https?://", self.source):
+            return "", Path(self.source, file)
         base = self.source or f"{HOME}/{_KNOWN[name].resource}"
         return f"{base.rstrip('/')}/{quote(file)}", self.out / WORK / file
 
@@ -138,13 +133,11 @@ def needed(corpus: Corpus) -> tuple[int, int]:
     return fetched, kept + (0 if corpus.keep_archives else largest)
 
 
-def prepare(
-    corpus: Corpus, jobs: int = 0, say: Callable[[str], None] = print, progress: Progress = silent
-) -> dict[str, Path]:
-    """Prepares every set, and returns the path of each manifest (JSON lines: audio_filepath, duration, text, speaker,
-    and ``files`` if there are copies at other speeds).
+def prepare(corpus: Corpus, jobs: int, say: Callable[[str], None], progress: Progress) -> None:
+    """Prepares every set, and writes a manifest of it (JSON lines: audio_filepath, duration, text, speaker, and
+    ``files`` if there are copies at other speeds).
 
-    First prints what will be downloaded and written. Copies are made by ``jobs`` threads (0: one per core). Complete
+    First says what will be downloaded and written. Copies are made by ``jobs`` threads (0: one per core). Complete
     files are never made again, so the same call continues an interrupted run, with the same result. Raises
     PrepareError for a wrong MD5, a damaged or hostile archive, too little space, or a server that does not answer.
     """
@@ -167,13 +160,11 @@ def prepare(
                 f"{corpus.out}: about {space / 1e9:.2f} GB are needed, but only {free / 1e9:.2f} GB are free; make "
                 "room or name fewer --sets"
             )
-        manifests = {}
         for name in corpus.sets:
             _unpacked(corpus, name, progress)
-            manifests[name] = corpus.out / f"{name}.jsonl"
-            entries = _entries(corpus, name, jobs or os.cpu_count() or 1, progress)
-            count = write_manifest(manifests[name], entries, corpus.out / WORK)
-            say(f"{manifests[name]}: {count} utterances")
+            path = corpus.out / f"{name}.jsonl"
+            count = write_manifest(path, _entries(corpus, name, jobs, progress), corpus.out / WORK)
+            say(f"{path}: {count} utterances")
         for left in [*(corpus.out / WORK).iterdir()]:
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
@@ -181,7 +172,6 @@ def prepare(
                 left.unlink()
         if not any((corpus.out / WORK).iterdir()):
             (corpus.out / WORK).rmdir()
-    return manifests
 
 
 def _unpacked(corpus: Corpus, name: str, progress: Progress) -> None:
@@ -203,16 +193,9 @@ def _unpacked(corpus: Corpus, name: str, progress: Progress) -> None:
         archive.unlink(missing_ok=True)
 
 
-class Spoken(NamedTuple):
-    """An utterance of the corpus: its file and text."""
-
-    file: Path
-    text: str
-
-
-def spoken(folder: Path) -> list[Spoken]:
-    """Returns the utterances of an unpacked set, sorted by name. Raises PrepareError if a text or an audio file is
-    missing."""
+def spoken(folder: Path) -> list[tuple[Path, str]]:
+    """Returns file and text of each utterance of an unpacked set, sorted by name. Raises PrepareError if a text or an
+    audio file is missing."""
     texts: dict[str, str] = {}
     for listing in sorted(folder.rglob("*.trans.txt")):
         try:
@@ -226,22 +209,20 @@ def spoken(folder: Path) -> list[Spoken]:
     for kind, lone in (("text", files.keys() - texts.keys()), ("audio", texts.keys() - files.keys())):
         if lone:
             raise PrepareError(f"{folder}: {len(lone)} utterances have no {kind}, e.g. {min(lone)}; remove the folder")
-    return [Spoken(files[name], texts[name]) for name in sorted(files)]
+    return [(files[name], texts[name]) for name in sorted(files)]
 
 
 def _entries(corpus: Corpus, name: str, jobs: int, progress: Progress) -> Iterator[dict[str, Any]]:
     """Makes the copies of a set's utterances, and yields their manifest entries."""
     folder, forms, work = corpus.folder(name), corpus.forms(), corpus.out / WORK / "copies"
-    found = spoken(folder)
 
-    def entry(one: Spoken) -> dict[str, Any]:
-        files = []
+    def entry(one: tuple[Path, str]) -> dict[str, Any]:
+        (file, text), files = one, []
         for form in forms:
-            path = form.path(one.file, folder)
-            seconds = round(copies.make(one.file, form, path, work), 6)
+            path = form.path(file, folder)
+            seconds = round(copies.make(file, form, path, work), 6)
             files.append({"fname": path.relative_to(corpus.out).as_posix(), "speed": form.speed, "duration": seconds})
-        told = {"audio_filepath": files[0]["fname"], "duration": files[0]["duration"], "text": one.text}
-        told["speaker"] = one.file.name.partition("-")[0]
-        return told | ({"files": files} if len(files) > 1 else {})
+        speaker, more = file.name.partition("-")[0], files if len(files) > 1 else None
+        return manifest.entry(files[0]["fname"], files[0]["duration"], text, speaker=speaker, files=more)
 
-    yield from copies.in_parallel(entry, found, jobs, f"{name}: audio", len(found), progress)
+    yield from copies.in_parallel(entry, spoken(folder), jobs, f"{name}: audio", progress)

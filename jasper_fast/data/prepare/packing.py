@@ -10,35 +10,27 @@ import re
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import soundfile
 
-from jasper_fast.data.manifest import Utterance
+from jasper_fast.data.manifest import Utterance, entry
 from jasper_fast.data.prepare.copies import in_parallel
-from jasper_fast.data.prepare.writing import PrepareError, Progress, silent, whole, write_manifest
+from jasper_fast.data.prepare.writing import PrepareError, Progress, whole, write_manifest
 from jasper_fast.speech import audio
 from jasper_fast.speech.audio import AudioError
 
 MANIFEST = "tarred_audio_manifest.json"  # the name that NeMo uses
-_BLOCK = tarfile.BLOCKSIZE
-
-
-class Member(NamedTuple):
-    """An utterance to pack, and its unique name in the shard."""
-
-    utterance: Utterance
-    name: str
 
 
 def pack(
     utterances: Sequence[Utterance],
     out: Path,
-    shard_bytes: int = 256 << 20,
-    seed: int = 0,
-    url: str | None = None,
-    jobs: int = 1,
-    progress: Progress = silent,
+    shard_bytes: int,
+    seed: int,
+    url: str | None,
+    jobs: int,
+    progress: Progress,
 ) -> tuple[Path, int]:
     """Writes utterances, in random order, to shards ``audio_N.tar`` of similar size and a manifest. Returns the path of
     the manifest and the number of shards.
@@ -50,7 +42,7 @@ def pack(
     order = list(utterances)
     random.Random(seed).shuffle(order)
     taken: set[str] = set()
-    named = [Member(u, _name(u, taken)) for u in order]
+    named = [(u, _name(u, taken)) for u in order]
     total = sum(_size(u) for u in order)
     count = max(1, min(len(named), math.ceil(total / shard_bytes)))
     shares = [named[i * len(named) // count : (i + 1) * len(named) // count] for i in range(count)]
@@ -58,7 +50,7 @@ def pack(
     def write(number: int) -> list[dict[str, Any]]:
         return _write(out / f"audio_{number}.tar", number, shares[number], url)
 
-    lines = list(in_parallel(write, range(count), jobs, "shards", count, progress))
+    lines = list(in_parallel(write, range(count), jobs, "shards", progress))
     for old in out.glob("audio_*.tar"):  # left by an earlier run with more shards
         if re.fullmatch(r"audio_\d+\.tar", old.name) and int(old.stem[6:]) >= count:
             old.unlink()
@@ -81,11 +73,9 @@ def _name(utterance: Utterance, taken: set[str]) -> str:
     """Returns a unique file name whose only dot is before the suffix, because WebDataset splits names at the first
     dot."""
     path = Path(utterance.path)
-    stem = first = re.sub(r"[^A-Za-z0-9_-]", "_", path.stem)[:80] or "utterance"
-    for number in itertools.count(1):
-        if stem not in taken:
-            break
-        stem = f"{first}_{number}"
+    first = re.sub(r"[^A-Za-z0-9_-]", "_", path.stem)[:80] or "utterance"
+    more = (f"{first}_{number}" for number in itertools.count(1))
+    stem = next(name for name in itertools.chain([first], more) if name not in taken)
     taken.add(stem)
     return f"{stem}{'.flac' if utterance.offset else path.suffix.lower() or '.wav'}"
 
@@ -104,8 +94,8 @@ def _content(utterance: Utterance) -> tuple[bytes, float]:
     return file.getvalue(), len(samples) / 16000
 
 
-def _write(path: Path, number: int, share: Sequence[Member], url: str | None) -> list[dict[str, Any]]:
-    """Writes one shard, and returns its lines of the manifest."""
+def _write(path: Path, number: int, share: Sequence[tuple[Utterance, str]], url: str | None) -> list[dict[str, Any]]:
+    """Writes one shard of utterances under their names in it, and returns its lines of the manifest."""
     lines = []
     with whole(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
         for utterance, name in share:
@@ -116,9 +106,8 @@ def _write(path: Path, number: int, share: Sequence[Member], url: str | None) ->
             member = tarfile.TarInfo(name)
             member.size, member.mode = len(data), 0o644
             tar.addfile(member, io.BytesIO(data))
-            start = tar.offset - math.ceil(len(data) / _BLOCK) * _BLOCK
-            line = {"audio_filepath": name, "duration": round(seconds, 6), "text": utterance.text}
-            line |= {"speaker": utterance.speaker} if utterance.speaker else {}
+            start = tar.offset - math.ceil(len(data) / tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            line = entry(name, round(seconds, 6), utterance.text, speaker=utterance.speaker)
             line |= {"shard_id": number, "tar": f"{url.rstrip('/')}/{path.name}" if url else path.name}
             lines.append(line | {"tar_start": start, "tar_size": len(data)})
     return lines

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from jasper_fast.data import places
-from jasper_fast.data.manifest import ManifestError, read_manifest
+from jasper_fast.data.manifest import ManifestError, entry, read_manifest
 from jasper_fast.data.prepare import tars
 from jasper_fast.data.prepare.writing import PrepareError
 from jasper_fast.speech import audio
 from jasper_fast.speech.audio import SOUNDS, AudioError
 
 TEXTS = (".txt", ".lab", ".trn")
-KINDS = ("folder", "kaldi", "csv", "lines", "lhotse", "shards")
 Entry = dict[str, Any]
 Report = Callable[[str], None]  # called with a message for each utterance that is left out
 
@@ -30,7 +29,8 @@ _LONGEST_FIELD = 1 << 24
 
 
 def kind_of(name: str) -> str:
-    """Returns which of KINDS a source is. Raises PrepareError if it does not exist."""
+    """Returns the kind of a source: "folder", "kaldi", "csv", "lines", "lhotse" or "shards". Raises PrepareError if it
+    does not exist."""
     source = Path(name)
     if tars.named(name) and not (source / "wav.scp").is_file():
         return "shards"
@@ -76,10 +76,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _text_of(path: Path) -> str:
-    try:
-        return " ".join(path.read_text(encoding="utf-8-sig").split())
-    except (OSError, UnicodeDecodeError) as error:
-        raise PrepareError(f"{path}: cannot be read as text: {error}") from error
+    return " ".join(word for _, line in _lines(path) for word in line.split())
 
 
 def _seconds(path: Path, report: Report) -> float | None:
@@ -121,8 +118,7 @@ def _folder(source: Path, audio_dir: Path | None, report: Report) -> Iterator[En
             if text is None:
                 report(f"{path}: no text for it in {path.stem}.txt, .lab or .trn, *.trans.txt or metadata.csv")
             elif (seconds := _seconds(path, report)) is not None:
-                entry: Entry = {"audio_filepath": str(path), "duration": seconds, "text": text}
-                yield entry | ({"speaker": here.name} if here != source else {})
+                yield entry(path, seconds, text, speaker=here.name if here != source else None)
     if not found:
         raise PrepareError(f"{source}: there is no audio ({', '.join(sorted(SOUNDS))}) and no wav.scp of Kaldi in it")
 
@@ -174,11 +170,10 @@ def _kaldi(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Ent
         if whole is None:
             continue
         seconds = (min(end, whole) if end > 0 else whole) - start  # -1 means the end of the recording
-        entry: Entry = {"audio_filepath": str(path), "duration": round(seconds, 6), "text": texts[name]}
         if not (seconds > 0 and start >= 0):
             report(f"{source}: {name}: {start} s to {end} s is not within the audio, which has {whole} s")
             continue
-        yield entry | ({"offset": start} if start else {}) | ({"speaker": speakers[name]} if name in speakers else {})
+        yield entry(path, round(seconds, 6), texts[name], offset=start, speaker=speakers.get(name))
 
 
 def _kaldi_path(place: str, source: Path, audio_dir: Path | None) -> Path | None:
@@ -225,8 +220,7 @@ def _csv(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Entry
                 continue
             path = _beside(name, source, audio_dir)
             if (seconds := _seconds(path, report)) is not None:
-                entry: Entry = {"audio_filepath": str(path), "duration": seconds, "text": said.strip()}
-                yield entry | ({"speaker": row[speaker]} if speaker and row[speaker] else {})
+                yield entry(path, seconds, said.strip(), speaker=speaker and row[speaker])
     except csv.Error as error:
         raise PrepareError(f"{source}, line {rows.line_num}: not a valid table: {error}") from error
 
@@ -254,12 +248,12 @@ def _manifest(source: str, audio_dir: Path | None, report: Report) -> Iterator[E
         if not (u.duration > 0 and math.isfinite(u.duration)):
             report(f"{u.name}: its duration is {u.duration} s")
             continue
-        entry: Entry = {"audio_filepath": u.path, "duration": u.duration, "text": u.text}
+        path, place = u.path, {}
         if u.packed:
             tar, start, size = u.packed
-            entry |= {"audio_filepath": u.path.removeprefix(f"{tar}/"), "shard_id": shards.setdefault(tar, len(shards))}
-            entry |= {"tar": tar, "tar_start": start, "tar_size": size}
-        yield entry | ({"offset": u.offset} if u.offset else {}) | ({"speaker": u.speaker} if u.speaker else {})
+            path, number = path.removeprefix(f"{tar}/"), shards.setdefault(tar, len(shards))
+            place = {"shard_id": number, "tar": tar, "tar_start": start, "tar_size": size}
+        yield entry(path, u.duration, u.text, offset=u.offset, speaker=u.speaker) | place
 
 
 def _lhotse(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Entry]:
@@ -276,13 +270,12 @@ def _lhotse(source: Path, audio_dir: Path | None, report: Report) -> Iterator[En
             path, text = Path(sources[0]["source"]), told[0]["text"]
             if not isinstance(text, str) or not (start >= 0 and 0 < seconds < math.inf):
                 raise ValueError(f"text {text!r}, start {start}, duration {seconds}")
-            entry: Entry = {"audio_filepath": str(audio_dir / path if audio_dir else path), "duration": seconds}
-            entry |= {"text": text} | ({"offset": start} if start else {})
-            entry |= {"speaker": str(told[0]["speaker"])} if told[0].get("speaker") else {}
+            path = audio_dir / path if audio_dir else path
+            speaker = str(told[0].get("speaker") or "")
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise PrepareError(f"{where}: not a valid cut of Lhotse: {what}") from error
-        yield entry
+        yield entry(path, seconds, text, offset=start, speaker=speaker)
 
 
 _READERS = {"folder": _folder, "kaldi": _kaldi, "csv": _csv, "lines": _manifest, "lhotse": _lhotse}

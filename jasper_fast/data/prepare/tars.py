@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jasper_fast.data import places
+from jasper_fast.data import manifest, places
 from jasper_fast.data.prepare.writing import PrepareError
 from jasper_fast.speech import audio
 from jasper_fast.speech.audio import SOUNDS, AudioError
@@ -48,8 +48,7 @@ def _of_tar(tar: str, shard: int, file: BinaryIO, report: Callable[[str], None])
         members = (m for m in opened if m.isreg())
         for key, sample in itertools.groupby(members, lambda m: _split(m.name)[0]):
             parts = {_split(m.name)[1]: (m, opened.extractfile(m).read()) for m in sample}
-            entry = _entry(f"{tar}/{key}", parts, report)
-            if entry is not None:
+            if (entry := _entry(f"{tar}/{key}", parts, report)) is not None:
                 yield entry | {"shard_id": shard, "tar": tar}
 
 
@@ -81,7 +80,6 @@ def _entry(
     except AudioError as error:
         report(str(error))
         return None
-    entry = {"audio_filepath": member.name, "duration": round(seconds, 6), "text": " ".join(text.split())}
-    speaker = told.get("speaker") or told.get("speaker_id")
-    entry |= {"speaker": str(speaker)} if speaker else {}
+    speaker = str(told.get("speaker") or told.get("speaker_id") or "")
+    entry = manifest.entry(member.name, round(seconds, 6), " ".join(text.split()), speaker=speaker)
     return entry | {"tar_start": member.offset_data, "tar_size": member.size}

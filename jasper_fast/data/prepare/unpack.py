@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import gzip
-import os
 import shutil
 import tarfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-from jasper_fast.data.prepare.writing import PrepareError, Progress, silent, whole, writing
+from jasper_fast.data.prepare.writing import PrepareError, Progress, whole
 
 
 class HostileArchive(PrepareError):
     """An archive would write outside its folder, or holds links or devices."""
-
-
-_BAD = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
 
 
 def parts_of(member: tarfile.TarInfo, archive: Path) -> tuple[str, ...]:
@@ -30,10 +26,10 @@ def parts_of(member: tarfile.TarInfo, archive: Path) -> tuple[str, ...]:
     return tuple(part for part in name.parts if part != ".")
 
 
-def unpack(archive: Path, inside: str, folder: Path, progress: Progress = silent) -> int:
-    """Unpacks the files under the path ``inside`` of a tar (plain or compressed) into ``folder``, and returns their
-    number. Files from an earlier run are kept. Until a file is complete, it lies beside ``folder``. Raises PrepareError
-    for a damaged or hostile archive."""
+def unpack(archive: Path, inside: str, folder: Path, progress: Progress) -> None:
+    """Unpacks the files under the path ``inside`` of a tar (plain or compressed) into ``folder``. Files from an earlier
+    run are kept. Until a file is complete, it lies beside ``folder``. Raises PrepareError for a damaged or hostile
+    archive."""
     wanted, count, size = PurePosixPath(inside).parts, 0, archive.stat().st_size
     try:
         with open(archive, "rb") as raw, tarfile.open(fileobj=raw, mode="r:*") as tar:
@@ -47,26 +43,15 @@ def unpack(archive: Path, inside: str, folder: Path, progress: Progress = silent
                 if not (target.is_file() and target.stat().st_size == member.size):
                     _write(tar, member, target, folder)
                 tar.members.clear()  # tarfile would keep all 150,000 members in memory
-    except _BAD as error:
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         why = " ".join(str(error).split())[:200]
         raise PrepareError(f"{archive}: not a complete tar archive ({why}); get another copy") from error
     if not count:
         raise PrepareError(f"{archive}: the archive has no file under {inside}")
-    return count
 
 
 def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, folder: Path) -> None:
-    source = tar.extractfile(member)
-    if source is None:
-        raise tarfile.ReadError(f"{member.name} has no content")
     with whole(target, folder.parent) as temporary, open(temporary, "wb") as file:
-        shutil.copyfileobj(source, file, 1 << 20)
+        shutil.copyfileobj(tar.extractfile(member), file, 1 << 20)
         if file.tell() != member.size:
             raise tarfile.ReadError(f"{member.name} is cut off")
-
-
-def move(folder: Path, target: Path) -> None:
-    """Moves a finished folder to its place."""
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(folder, target)

@@ -18,10 +18,6 @@ class PrepareError(ValueError):
     """Data cannot be prepared; the message names the file and what to do."""
 
 
-def silent(what: str, done: int, total: int | None) -> None:
-    """A Progress that shows nothing."""
-
-
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Raises PrepareError, which names ``path``, for an error of the file system (full disk, no permission) in its
@@ -36,6 +32,13 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def move(path: Path, target: Path) -> None:
+    """Moves a complete file or folder to its place."""
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+
+
 @contextmanager
 def whole(path: Path, folder: Path | None = None) -> Iterator[Path]:
     """Yields a temporary path in ``folder`` (default: the folder of ``path``). At the end of the block it is renamed to
@@ -45,8 +48,7 @@ def whole(path: Path, folder: Path | None = None) -> Iterator[Path]:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary, path)
+            move(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
