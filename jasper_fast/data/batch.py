@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -37,14 +35,8 @@ class Batch:
     def __len__(self) -> int:
         return len(self.names)
 
-    def _map(self, f: Callable[[Tensor], Tensor]) -> Batch:
-        self.audio, self.audio_lengths = f(self.audio), f(self.audio_lengths)
-        self.targets, self.target_lengths = f(self.targets), f(self.target_lengths)
-        return self
-
     def pin_memory(self) -> Batch:
-        return self._map(Tensor.pin_memory)
-
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """Moves the tensors to the device, in place."""
-        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+        """Moves the tensors to pinned memory, in place. PyTorch's DataLoader calls this."""
+        self.audio, self.audio_lengths = self.audio.pin_memory(), self.audio_lengths.pin_memory()
+        self.targets, self.target_lengths = self.targets.pin_memory(), self.target_lengths.pin_memory()
+        return self

@@ -102,9 +102,8 @@ class BatchSampler:
             return found
         with self._making:
             if epoch not in self._kept:
-                made = self._make(epoch)
                 newest = dict(list(self._kept.items())[-1:])
-                self._kept = newest | {epoch: made}
+                self._kept = newest | {epoch: self._make(epoch)}
             return self._kept[epoch]
 
     def prepare(self, epoch: int) -> None:
@@ -114,9 +113,6 @@ class BatchSampler:
 
     def steps(self, epoch: int = 0) -> int:
         return len(self.batches(epoch))
-
-    def __len__(self) -> int:
-        return self.steps(0)
 
     def _make(self, epoch: int) -> list[list[int]]:
         seconds = np.asarray(self._durations(epoch) if callable(self._durations) else self._durations, dtype=float)
@@ -244,6 +240,5 @@ def _alone(dataset: SpeechDataset, items: list[int], epoch: int, pin_memory: boo
 
 def _told(dataset: SpeechDataset, batch: Batch, place: tuple[int, int]) -> Batch:
     batch.epoch, batch.step = place
-    dataset.skipped.add(batch.skipped)
-    dataset.skipped.warn(batch.warned)
+    dataset.skipped.add(batch.skipped, batch.warned)
     return batch

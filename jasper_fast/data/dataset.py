@@ -200,18 +200,18 @@ class SpeechDataset(Dataset):
         clips, change = self._draw(epoch, index)
         if self.settings.join is not None:
             return self._joined(index, clips, change, np.random.default_rng((self.seed, epoch, index, 1)))
-        item = self._single(index, change)
+        item, skipped = self._single(index, change), []
         if item.audio is not None or not self.training:
             return item
         order = sorted(range(len(self.utterances)), key=self._seconds.__getitem__)
-        rank, skipped = order.index(index), item.skipped
+        rank = order.index(index)
         neighbours = order[:rank][::-1] + order[rank + 1 :]  # shorter ones first, which do not make the batch longer
         for neighbour in neighbours[:_SUBSTITUTES]:
-            item = self._single(neighbour, change)
             skipped += item.skipped
+            item = self._single(neighbour, change)
             if item.audio is not None:
                 break
-        item.skipped = skipped
+        item.skipped = skipped + item.skipped
         return item
 
     def _read(

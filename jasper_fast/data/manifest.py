@@ -130,8 +130,7 @@ def _entries(path: str, content: str) -> Iterator[tuple[str, Any]]:
             raise ManifestError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
         except (ValueError, RecursionError) as error:  # a number with too many digits, or brackets nested too deep
             raise ManifestError(f"{path}: not valid JSON: {error}") from error
-        for i, entry in enumerate(entries):
-            yield f"entry {i}", entry
+        yield from ((f"entry {i}", entry) for i, entry in enumerate(entries))
         return
     for number, line in enumerate(content.split("\n"), 1):  # splitlines() also splits at U+2028, which JSON allows
         if line.strip():
@@ -154,8 +153,7 @@ def _utterance(entry: Any, root: str, offline_speeds: bool) -> Utterance:
         text = places.read_text(places.joined(root, entry["text_filepath"])).replace("\n", " ")
     if not isinstance(text, str):
         raise TypeError(f"the text must be a string, got {text!r}")
-    alternatives: tuple[str, ...] = ()
-    packed = None
+    alternatives, packed = (), None
     if "files" in entry:
         files = entry["files"]
         if not isinstance(files, list) or not all(isinstance(f, dict) for f in files):
@@ -173,19 +171,15 @@ def _utterance(entry: Any, root: str, offline_speeds: bool) -> Utterance:
     path = places.joined(root, file)
     if "shard_id" in entry and "files" not in entry:
         path, packed = locate(entry, root)
-    speaker = entry.get("speaker")
-    speaker = None if speaker is None else str(speaker)
+    speaker = None if entry.get("speaker") is None else str(entry["speaker"])
     known = math.nan if duration is None else float(duration)
     found = Utterance(path, known, text, offset, speaker, alternatives, packed=packed)
-    return found if duration is not None else replace(found, duration=_measured(found) - offset)
-
-
-def _measured(utterance: Utterance) -> float:
-    """Returns the seconds in the file's header, or NaN if it cannot be read, which the dataset reports."""
+    if duration is not None:
+        return found
     try:
-        return audio.duration(utterance.source())
+        return replace(found, duration=audio.duration(found.source()) - offset)
     except AudioError:
-        return math.nan
+        return found  # its duration stays NaN, which the dataset reports
 
 
 class Skipped(NamedTuple):
@@ -208,10 +202,6 @@ class SkipReport:
         self._warned: dict[tuple[str, str], Skipped] = {}
         self.lost: dict[str, tuple[int, list[str]]] = {}
 
-    def warn(self, used: Sequence[Skipped]) -> None:
-        for item in used:
-            self._warned.setdefault((item.name, item.reason), item)
-
     def lose(self, manifest: str, symbols: Sequence[str], texts: int = 1) -> None:
         """Counts ``texts`` more texts from which normalisation dropped these symbols."""
         count, known = self.lost.get(manifest, (0, []))
@@ -231,14 +221,14 @@ class SkipReport:
             lines.append(f"{texts} lost symbols: {' '.join(symbols[:_SHOWN])}{more}")
         return lines
 
-    def add(self, skipped: Sequence[Skipped]) -> None:
-        for item in skipped:
-            self._found.setdefault((item.name, item.reason), item)
+    def add(self, skipped: Sequence[Skipped], warned: Sequence[Skipped] = ()) -> None:
+        for known, new in ((self._found, skipped), (self._warned, warned)):
+            for item in new:
+                known.setdefault((item.name, item.reason), item)
 
     def merge(self, other: SkipReport) -> None:
         """Adds the report of another process, which has read other utterances."""
-        self.add(other.items)
-        self.warn(other.warned)
+        self.add(other.items, other.warned)
         for manifest, (count, symbols) in other.lost.items():
             self.lose(manifest, symbols, count)
 

@@ -52,19 +52,11 @@ def expanded(pattern: str) -> list[str]:
     return ["".join(words) for words in itertools.product(*parts, [braces[end:]])]
 
 
-class _numbers:
-    """The numbers from ``first`` to ``last`` as strings, padded with zeros to the width of ``first`` if that begins
-    with 0."""
-
-    def __init__(self, first: str, last: str) -> None:
-        last = min(int(last), int(first) + _MOST)  # enough to exceed _MOST, and a length that Python can represent
-        self.range, self.width = range(int(first), last + 1), len(first) if first.startswith("0") else 0
-
-    def __len__(self) -> int:
-        return len(self.range)
-
-    def __iter__(self) -> Iterator[str]:
-        return (f"{i:0{self.width}d}" for i in self.range)
+def _numbers(first: str, last: str) -> list[str]:
+    """Returns the numbers from ``first`` to ``last``, padded with zeros to the width of ``first`` if that begins with
+    0. Of more than _MOST numbers it returns _MOST + 1."""
+    width = len(first) if first.startswith("0") else 0
+    return [f"{i:0{width}d}" for i in range(int(first), min(int(last), int(first) + _MOST) + 1)]
 
 
 @contextmanager
@@ -97,15 +89,10 @@ def read_text(place: str) -> str:
     return read(place).decode("utf-8-sig") if is_url(place) else Path(place).read_text(encoding="utf-8-sig")
 
 
-@contextmanager
-def opened(place: str) -> Iterator[BinaryIO]:
+def opened(place: str) -> BinaryIO:
     """Opens a file or URL for reading from front to back. Raises OSError."""
     if not is_url(place):
-        with open(place, "rb") as file:
-            yield file
-        return
+        return open(place, "rb")
     files, path = files_of(place)
     with _remote():
-        file = files.open(path, "rb")
-    with file:
-        yield file
+        return files.open(path, "rb")

@@ -29,18 +29,16 @@ class Packed(NamedTuple):
     def read(self, name: str) -> Memory:
         """Reads the file into memory. Raises AudioError if the shard cannot be read or ends too early."""
         try:
-            remote = places.is_url(self.tar)
-            data = places.read(self.tar, self.start, self.start + self.size) if remote else _read_file(self)
+            if places.is_url(self.tar):
+                data = places.read(self.tar, self.start, self.start + self.size)
+            else:
+                with open(self.tar, "rb", buffering=0) as file:
+                    data = os.pread(file.fileno(), self.size, self.start)
         except (OSError, ValueError) as error:
             raise AudioError(name, f"the shard cannot be read: {getattr(error, 'strerror', None) or error}") from error
         if len(data) < self.size:
             raise AudioError(name, f"the shard ends {self.size - len(data)} bytes before the utterance does")
         return Memory(name, data)
-
-
-def _read_file(packed: Packed) -> bytes:
-    with open(packed.tar, "rb", buffering=0) as file:
-        return os.pread(file.fileno(), packed.size, packed.start)
 
 
 def fetch(packed: Iterable[Packed]) -> dict[Packed, bytes]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 from jasper_fast.extras import need
 
 _LONGEST = 21  # digits; longer numbers are written digit by digit
-_engine = None
+
+
+@functools.cache
+def _engine():
+    return need("inflect", "train").engine()  # its import takes seconds, and texts without digits do not need it
 
 
 def _words(number: int | str, andword: str = "", **settings: object) -> str:
-    global _engine
-    if _engine is None:  # importing inflect takes seconds, and texts without digits do not need it
-        _engine = need("inflect", "train").engine()
-    return _engine.number_to_words(number, andword=andword, **settings).replace(",", "")
+    return _engine().number_to_words(number, andword=andword, **settings).replace(",", "")
 
 
 def _ordinal(match: re.Match[str]) -> str:

@@ -83,13 +83,10 @@ class Vocabulary:
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ``ids`` without blanks. Raises ValueError for an id that is not a class of this
         vocabulary."""
-        out = []
-        for i in ids:
-            if not 0 <= i <= self.blank:
-                raise ValueError(f"class {i} is not in 0..{self.blank}: it must come from another vocabulary")
-            if i != self.blank:
-                out.append(self.labels[i])
-        return (" " if self.of_words else "").join(out)
+        ids = list(ids)
+        if wrong := [i for i in ids if not 0 <= i <= self.blank]:
+            raise ValueError(f"class {wrong[0]} is not in 0..{self.blank}: it must come from another vocabulary")
+        return (" " if self.of_words else "").join(self.labels[i] for i in ids if i != self.blank)
 
 
 def _is_word(label: str) -> bool:
@@ -141,11 +138,9 @@ def normalize_and_lost(
     if english:
         if keep.isdisjoint(string.digits):
             text = expand_numbers(text)
-        text = expand_abbreviations(text)
-        if "&" not in keep:
-            text = text.replace("&", " and ")
-        if "+" not in keep:
-            text = text.replace("+", " plus ")
+        text = _ABBREVIATION.sub(lambda m: _ABBREVIATIONS[m[1].lower()], text)
+        for sign, word in (("&", " and "), ("+", " plus ")):
+            text = text if sign in keep else text.replace(sign, word)
     if not _has_case(keep, str.lower) and _has_case(keep, str.upper):
         text = "".join(c if c in keep else c.upper() for c in text)  # the words inserted above
     punctuation = {ord(c): " " for c in string.punctuation if c not in keep}
@@ -211,8 +206,3 @@ _ABBREVIATIONS = {
     "ft": "fort",
 }
 _ABBREVIATION = re.compile(rf"\b({'|'.join(_ABBREVIATIONS)})\.", re.IGNORECASE)
-
-
-def expand_abbreviations(text: str) -> str:
-    """Writes titles and other abbreviations in full: 'dr.' -> 'doctor'."""
-    return _ABBREVIATION.sub(lambda m: _ABBREVIATIONS[m[1].lower()], text)
