@@ -22,7 +22,7 @@ def model(text: str) -> str:
     try:
         models.config(text)
     except (ConfigError, OSError, UnicodeDecodeError) as error:
-        raise argparse.ArgumentTypeError(f"{_line(error)}; {known}") from None
+        raise argparse.ArgumentTypeError(f"{' '.join(str(error).split())}; {known}") from None
     return text
 
 
@@ -48,8 +48,3 @@ def rivals(text: str) -> str:
     if text not in ("default", "all") and (unknown := [name for name in text.split(",") if name not in known]):
         raise argparse.ArgumentTypeError(f"no rival {unknown[0]!r}; use default, all, or some of {','.join(known)}")
     return text
-
-
-def _line(error: Exception) -> str:
-    """Returns an error's message as one line."""
-    return " ".join(str(error).split())

@@ -173,11 +173,10 @@ def within(event, prefix: str) -> str | None:
     return None if event is None else event.name
 
 
-def show(title: str, records: list[dict], limit: int = 25) -> None:
+def show(title: str, records: list[dict]) -> None:
     """Prints tables of the time per layer, forward and backward, and of the time per op."""
-    for kind, mine in words.profiled(records):
-        heads, lines = words.profile_lines(mine, limit)
-        table = terminal.table(f"{title}\ntime per {kind}", (kind.partition(",")[0], *heads), 1)
+    for kind, lines in words.profiled(records, 25):
+        table = terminal.table(f"{title}\ntime per {kind}", (kind.partition(",")[0], *words.PROFILE), 1)
         for line in lines:
             table.add_row(*line)
         terminal.console.print(table)

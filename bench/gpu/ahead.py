@@ -20,18 +20,10 @@ def compilers(run: Run, titles: Sequence[str]) -> Iterator[None]:
     The end of the context waits for these processes, until shortly before the deadline of the run.
     """
     count = max(1, min(12, len(os.sched_getaffinity(0)) - 2))
-    command = [
-        sys.executable,
-        "-m",
-        "jasper_fast.bench.gpu.warm",
-        str(run.device),
-        run.dtype_name,
-        run.backend,
-        *titles,
-    ]
+    command = [sys.executable, "-m", "jasper_fast.bench.gpu.warm", str(run.device), run.dtype_name, run.backend]
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     children = [
-        subprocess.Popen([*command, "--take", f"{i},{count}"], cwd=paths.CHECKOUT, **quiet) for i in range(count)
+        subprocess.Popen([*command, str(i), str(count), *titles], cwd=paths.CHECKOUT, **quiet) for i in range(count)
     ]
     try:
         yield

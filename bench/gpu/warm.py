@@ -5,7 +5,6 @@ processes. So each of these processes runs our contender once for some of the ca
 again when the case is measured, and are reported then.
 """
 
-import argparse
 import contextlib
 import os
 import sys
@@ -33,28 +32,25 @@ class Collector(Run):
         return []
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Compiles the kernels of some cases; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("device", "dtype", "backend"):
-        parser.add_argument(name)
-    parser.add_argument("titles", nargs="+")
-    parser.add_argument("--take", default="0,1", metavar="I,N", help="compile every Nth case from the Ith on")
-    args = parser.parse_args(arguments)
-    results, device = result_file.Results(Path(os.devnull), {}), torch.device(args.device)
-    if device.index is not None:
-        torch.cuda.set_device(device)  # an engine makes streams and graphs on the current device
-    run = Collector(device, getattr(torch, args.dtype), args.backend, False, results)
+def main(device: str, dtype: str, backend: str, first: str, step: str, *titles: str) -> None:
+    """Compiles the kernels of every `step`-th case of the parts `titles`, from the `first` on."""
+    run = Collector(
+        torch.device(device),
+        getattr(torch, dtype),
+        backend,
+        quick=False,
+        results=result_file.Results(Path(os.devnull), {}),
+    )
+    if run.device.index is not None:
+        torch.cuda.set_device(run.device)  # an engine makes streams and graphs on the current device
     for part in agenda.plan(run):
-        if part.title in args.titles:
+        if part.title in titles:
             part.measure(run)
-    first, step = (int(v) for v in args.take.split(","))
-    for case in run.found[first::step]:
+    for case in run.found[int(first) :: int(step)]:
         with contextlib.suppress(Exception):
             case.contenders[0].build().run()
             devices.synchronize(run.device)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(*sys.argv[1:])

@@ -17,14 +17,11 @@ class Agreement:
     apart: tuple[str, ...]
     too_few: int = 0
 
-    @property
-    def share(self) -> float:
-        """The share of the rows whose intervals overlap, or 0 if there are no such rows."""
-        return (self.rows - len(self.apart)) / self.rows if self.rows else 0.0
-
     def __str__(self) -> str:
-        told = f"intervals of the ratios overlap in {self.rows - len(self.apart)} of {self.rows} rows"
-        told = f"{told} ({100 * self.share:.0f} %)" if self.rows else "no row with an interval is in both results"
+        told = "no row with an interval is in both results"
+        if self.rows:
+            same = self.rows - len(self.apart)
+            told = f"intervals of the ratios overlap in {same} of {self.rows} rows ({100 * same / self.rows:.0f} %)"
         few = f"{self.too_few} row{'s have' if self.too_few > 1 else ' has'} too few pairs"
         return f"{told}; {few}" if self.too_few else told
 

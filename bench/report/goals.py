@@ -20,10 +20,6 @@ class Goal:
     goal: float
     at_most: bool = False
 
-    def met_by(self, value: float) -> bool:
-        """Whether `value` reaches the goal."""
-        return value <= self.goal if self.at_most else value >= self.goal
-
     def matches(self, row: dict) -> bool:
         """Whether the goal is about the case of this row."""
         return row["bench"] == self.bench and all(row["key"].get(k) == v for k, v in self.key.items())
@@ -44,8 +40,9 @@ class Goal:
         result = {"name": self.name, "goal": self.goal, "at_most": self.at_most, "row": row_id, "kind": kind}
         if value is None:
             return result | {"measured": None, "met": False}
-        spread = {k: value[k] for k in ("low", "high") if k in value}
-        return result | {"measured": value["median"], **spread, "met": self.met_by(value["median"])}
+        found, spread = value["median"], {k: value[k] for k in ("low", "high") if k in value}
+        met = found <= self.goal if self.at_most else found >= self.goal
+        return result | {"measured": found, **spread, "met": met}
 
 
 class ShareOfLimit(Goal):

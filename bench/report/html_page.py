@@ -63,6 +63,11 @@ def load(path: Path) -> dict:
 
 def page(results: Sequence[dict]) -> str:
     """Returns the page. Raises SystemExit if Jinja2 is missing."""
+    return _template().render(results=results)
+
+
+@functools.cache
+def _template():
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError:
@@ -75,7 +80,7 @@ def page(results: Sequence[dict]) -> str:
     environment.globals |= {function.__name__: function for function in known}
     environment.globals |= {"words": words, "published": published, "same": SAME, "titles": TITLES}
     environment.globals |= {"forms": (svg.WIDE, svg.NARROW), "style": STYLE.read_text()}
-    return environment.get_template("page.html.j2").render(results=results)
+    return environment.get_template("page.html.j2")
 
 
 # ------------------------------------------------------------------ rows
@@ -225,12 +230,9 @@ def state(clocks: dict) -> str:
     if "sm_mhz" in clocks:
         found = [text.format(clocks[name]) for name, text in GPU_STATE.items() if name in clocks]
         return ", ".join(found + [f"held by {why}" for why in clocks.get("held_by", ())])
-    if "cpu_mhz" in clocks or "temperature_c" in clocks:
-        mhz = ", ".join(str(v) for v in clocks.get("cpu_mhz", ()))
-        degrees = f"{clocks['temperature_c']:.0f} °C" if "temperature_c" in clocks else ""
-        return "; ".join(filter(None, [mhz and f"{mhz} MHz", degrees]))
-    units = {"temperature.gpu": " °C"}  # in old results, the only reading of nvidia-smi without a unit
-    return ", ".join(f"{name} {value}{units.get(name, '')}" for name, value in clocks.items())
+    mhz = ", ".join(map(str, clocks.get("cpu_mhz", ())))
+    degrees = f"{clocks['temperature_c']:.0f} °C" if "temperature_c" in clocks else ""
+    return "; ".join(filter(None, [mhz and f"{mhz} MHz", degrees]))
 
 
 def verdict_lines(result: dict) -> Lines:

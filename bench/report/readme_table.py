@@ -23,16 +23,10 @@ def write(results: Iterable[dict], readme: Path | None = None) -> int:
         machines.setdefault(result["machine"]["name"], []).append(result)
     if not machines:
         raise SystemExit("there is no result in bench/results; commit one, or name JSON files")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n{''.join(table(r) for r in machines.values())}{END}{after}")
+    made = f"{BEGIN}\n{''.join(map(table, machines.values()))}{END}"
+    readme.write_text(text[: text.index(BEGIN)] + made + text[text.index(END) + len(END) :])
     terminal.console.print(f"wrote the table in {readme.name}")
     return 0
-
-
-def quick(result: dict) -> bool:
-    """Whether a result was measured with --quick, and so with few pairs per row."""
-    return result.get("arguments", {}).get("quick") == "True"
 
 
 def chosen_goals(results: Sequence[dict]) -> list[tuple[dict, dict]]:
@@ -43,7 +37,8 @@ def chosen_goals(results: Sequence[dict]) -> list[tuple[dict, dict]]:
     """
     order = dict.fromkeys(goal["name"] for result in reversed(results) for goal in result["goals"])
     chosen = {}
-    for result in sorted(results, key=lambda r: not quick(r)):  # quick results first, so that full ones replace them
+    # Quick results come first, so that full ones replace them.
+    for result in sorted(results, key=lambda r: r.get("arguments", {}).get("quick") != "True"):
         chosen |= {goal["name"]: (goal, result) for goal in result["goals"]}
     return [chosen[name] for name in order]
 

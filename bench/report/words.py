@@ -36,6 +36,7 @@ DASH = "–"
 FEW = f"{DASH} too few samples for this percentile: P90 needs 10, P95 needs 20, P99 needs 100."
 SLOWED = "‡ while this was timed, the clock was more than 5 % below the highest of the run."
 HURRIED = "† timed in fewer rounds than usual, because one round takes much of the time for a case."
+MARKED = {"throttled": SLOWED, "hurried": HURRIED}  # by field of a row, the note whose first character marks the row
 # A ratio with fewer pairs has no interval. With n pairs even the range from the smallest to the largest contains the
 # median only at a confidence of 1 - 2^(1 - n), which is below 95 % for n < 6.
 PAIRS = 6
@@ -48,8 +49,8 @@ def quantile(row: dict, key: str) -> float | None:
 
 
 def marks(row: dict) -> str:
-    """Returns the marks after a row's median. The notes SLOWED and HURRIED explain them."""
-    return "".join(f" {mark}" for field, mark in (("throttled", SLOWED[0]), ("hurried", HURRIED[0])) if row.get(field))
+    """Returns the marks after a row's median. The notes in MARKED explain them."""
+    return "".join(f" {note[0]}" for field, note in MARKED.items() if row.get(field))
 
 
 def few(rows: Iterable[dict], keys: Iterable[str]) -> bool:
@@ -83,11 +84,6 @@ FOOTNOTE = (
 )
 
 
-def starred(rows: Iterable[dict]) -> bool:
-    """Whether FOOTNOTE is needed for these rows."""
-    return any(row.get("limit", {}).get("share", 0) > 1 for row in rows)
-
-
 Column = tuple[str, Callable[[dict], str]]  # heading, and a function that returns the text of a row's cell
 # The columns of subcommands that measure waiting time.
 WAITS = {"mean": "mean", "p50": "P50", "p90": "P90", "p95": "P95", "p99": "P99"}
@@ -101,13 +97,21 @@ def waited(rows: Iterable[dict]) -> bool:
 def notes(rows: Sequence[dict]) -> list[str]:
     """Returns the notes to print below a table of these rows."""
     timed = [row for row in rows if "time_s" in row]
-    found = [FOOTNOTE] if starred(timed) else []
-    found += [SLOWED] if any(row.get("throttled") for row in timed) else []
-    found += [HURRIED] if any(row.get("hurried") for row in timed) else []
+    found = [FOOTNOTE] if any(row.get("limit", {}).get("share", 0) > 1 for row in timed) else []
+    found += [note for field, note in MARKED.items() if any(row.get(field) for row in timed)]
     found += [f"{r['contender']}, {r['precision']}: {r['rule']}" for r in rows if "rule" in r]
     return list(dict.fromkeys(found)) + (
         [FEW] if few(timed, ratios.SAMPLES if waited(timed) else ("p20", "p80", "p99")) else []
     )
+
+
+OPTIONAL: list[Column] = [  # columns that a table has if one of its cells has a text
+    ("host", lambda row: duration(row["host_s"]) if "host_s" in row else ""),
+    ("utterances/s", lambda row: plain(row["items_per_s"]) if "items_per_s" in row else ""),
+    ("RTFx", lambda row: plain(row["items_per_s"] * row["key"]["audio_s"]) if "audio_s" in row["key"] else ""),
+    ("rate", rate),
+    ("of limit", share),
+]
 
 
 def columns(rows: Sequence[dict]) -> list[Column]:
@@ -126,16 +130,7 @@ def columns(rows: Sequence[dict]) -> list[Column]:
         found: list[Column] = [(heading, cell(key)) for key, heading in WAITS.items()]
     else:
         found = [("median", cell("median")), ("p20 to p80", cell("p20", "p80")), ("p99", cell("p99"))]
-    if any("host_s" in row for row in timed):
-        found.append(("host", lambda row: duration(row["host_s"]) if "host_s" in row else ""))
-    if any("items_per_s" in row for row in timed):
-        found.append(("utterances/s", lambda row: plain(row["items_per_s"]) if "items_per_s" in row else ""))
-    if any("audio_s" in row["key"] for row in timed):
-        found.append(("RTFx", lambda row: plain(row["items_per_s"] * row["key"]["audio_s"]) if "time_s" in row else ""))
-    if any(rate(row) for row in timed):
-        found.append(("rate", rate))
-    if any(share(row) for row in timed):
-        found.append(("of limit", share))
+    found += [(heading, cell) for heading, cell in OPTIONAL if any(map(cell, timed))]
     found.append(("its time / ours [95 %]", lambda row: span(row["ratio"]) if "ratio" in row else ""))
     return [*launch_columns(timed), *found]
 
@@ -151,22 +146,22 @@ def launch_columns(rows: Sequence[dict]) -> list[Column]:
 
 
 PROFILE_TITLES = {"layer": "layer, forward", "backward": "layer, backward", "op": "op, its own time"}
+PROFILE = ("time", "share", "calls")  # the columns after the name
 
 
-def profiled(records: Sequence[dict]) -> list[tuple[str, list[dict]]]:
-    """Returns (title, records) for each kind of record that a profile has."""
-    kinds = ((title, [r for r in records if r["kind"] == kind]) for kind, title in PROFILE_TITLES.items())
-    return [(title, mine) for title, mine in kinds if mine]
-
-
-def profile_lines(records: Sequence[dict], limit: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Returns the headings after the name, and one line per record: name, time, share of all records, calls."""
-    whole = sum(r["seconds"] for r in records)
-    lines = [
-        (r["name"], duration(r["seconds"]), f"{100 * r['seconds'] / whole:.1f} %", str(r["calls"]))
-        for r in records[:limit]
-    ]
-    return ("time", "share", "calls"), lines
+def profiled(records: Sequence[dict], limit: int) -> list[tuple[str, list[tuple[str, ...]]]]:
+    """Returns (title, lines) for each kind of record that a profile has. A line is a name and its cells of PROFILE, and
+    there are at most `limit` of them."""
+    found = []
+    for kind, title in PROFILE_TITLES.items():
+        mine = [r for r in records if r["kind"] == kind]
+        whole = sum(r["seconds"] for r in mine)
+        lines = [
+            (r["name"], duration(r["seconds"]), f"{100 * r['seconds'] / whole:.1f} %", str(r["calls"]))
+            for r in mine[:limit]
+        ]
+        found += [(title, lines)] if lines else []
+    return found
 
 
 def _mib(kind: str) -> Callable[[dict], str]:
