@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from jasper_fast.bench import cli
 from jasper_fast.bench.compile import cuda
 from jasper_fast.bench.compile.table import COMMITTED
 
@@ -187,34 +188,49 @@ def test_the_cache_key_is_that_of_the_code(made):
 
 # ------------------------------------------------------------------ the command
 
-PART = ["-m", "bench", "compile", "--arch", "90", "--dtype", "float16", "--kernel", "^conv1d (forward|fused)$"]
-PART += ["--processes", "1"]
+KERNELS = ("conv1d forward", "conv1d fused")
+PART = ["compile", "--arch", "90", "--dtype", "fp16", "--kernel", f"^({'|'.join(KERNELS)})$", "--processes", "1"]
 
 
 @pytest.mark.slow
-def test_part_of_the_committed_table_holds():
+def test_part_of_the_committed_table_holds(tmp_path):
     """Shows that part of the committed table is up to date; `make compile` checks all of it."""
-    if not (COMMITTED / f"triton-{triton.__version__}.json").exists():
-        pytest.skip(f"no table for Triton {triton.__version__}")
-    done = run([*PART, "--no-cache"])
-    assert done.returncode == 0, done.stdout
-    assert "sm_90 float16 conv1d fused" in done.stdout and "0 broken rules, 0 changes" in done.stdout
-
-
-@pytest.mark.slow
-def test_a_table_that_differs_fails_and_update_puts_it_right(tmp_path):
     table = tmp_path / "table.json"
-    command = [*PART, "--table", str(table)]
-    missing = run(command)
-    assert missing.returncode == 1 and "no table for Triton" in missing.stdout
-    run([*command, "--update"], TRITON_INTERPRET="1")  # the command starts another process, in which Triton compiles
-    rows = list(TABLE.read(table.read_text()).values())
-    assert {row["kernel"] for row in rows} == {"conv1d forward", "conv1d fused"}
-    elsewhere = rows[0] | {"arch": 80}
-    new, old = rows[0]["registers"], rows[0]["registers"] + 1
-    changed = TABLE.by_key([rows[0] | {"registers": old}, *rows[1:], elsewhere])
+    options = ["--no-cache", "--update", "--table", str(table)]
+    done = run(["-m", "bench", *PART, *options], TRITON_INTERPRET="1")  # it starts a process in which Triton compiles
+    assert done.returncode == 0 and "sm_90 float16 conv1d fused" in done.stdout and "0 broken rules" in done.stdout
+    found = TABLE.read(table.read_text())
+    committed = COMMITTED / f"triton-{triton.__version__}.json"
+    if not committed.exists():
+        pytest.skip(f"no table for Triton {triton.__version__}")
+    known = TABLE.read(committed.read_text()).items()
+    assert (
+        TABLE.differences({key: row for key, row in known if key[:2] == (90, "float16") and key[2] in KERNELS}, found)
+        == []
+    )
+
+
+def test_a_table_that_differs_fails_and_update_puts_it_right(tmp_path, monkeypatch, capsys):
+    def command(*options: str) -> tuple[int, str]:
+        return cli.main([*PART, "--table", str(table), "--out", str(tmp_path), *options]), capsys.readouterr().out
+
+    monkeypatch.setattr(gate, "os", SimpleNamespace(environ={}))  # TRITON_INTERPRET would start another process
+    facts = dict(GOOD)
+    monkeypatch.setattr(gate.Job, "digest", gate.Job.key)  # an interpreted kernel has no digest
+    monkeypatch.setattr(gate, "compiled", lambda todo, *_: {job.digest: facts for job in todo})
+    table = tmp_path / "table.json"
+    status, told = command()
+    assert status == 1 and "FAILED there is no table for Triton" in told
+    assert command("--update")[0] == command()[0] == 0
+    rows = TABLE.read(table.read_text())
+    first, elsewhere = next(iter(rows.values())), {"arch": 80}
+    changed = TABLE.by_key([first | {"registers": 129}, *list(rows.values())[1:], first | elsewhere])
     table.write_text(TABLE.text(triton.__version__, changed))
-    done = run(command)
-    assert done.returncode == 1 and f"registers {old} -> {new}" in done.stdout and "1 changes" in done.stdout
-    run([*command, "--update"])
-    assert list(TABLE.read(table.read_text()).values()) == [elsewhere, *rows]  # rows that were not asked for stay
+    status, told = command()
+    assert status == 1 and "registers 129 -> 128" in told and "0 broken rules, 1 changes" in told
+    assert command("--update")[0] == 0
+    assert TABLE.read(table.read_text()) == rows | TABLE.by_key([first | elsewhere]), "rows not asked for stay"
+    facts["spilled"] = 8
+    assert command("--update")[0] == 1
+    (written,) = tmp_path.glob("compile_*.json")
+    assert all("no spill: 8 bytes" in line for line in json.loads(written.read_text())["broken"])
