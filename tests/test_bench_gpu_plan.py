@@ -143,7 +143,7 @@ def test_other_processes_run_ours_once_and_end_with_the_time(tmp_path, monkeypat
 
     wrap(monkeypatch, bn_relu_dropout, "fused", counted)
     monkeypatch.setattr(common, "eager_chain", lambda *a: pytest.fail("no rival has to be compiled"))
-    assert warm.main(["cpu", "float32", "reference", "bn_relu_dropout", "--take", "1,2"]) == 0
+    warm.main("cpu", "float32", "reference", "1", "2", "bn_relu_dropout")
     assert ran == [(2, 96, 100)]
 
     started: list[subprocess.Popen] = []
@@ -175,38 +175,26 @@ def test_other_processes_run_on_the_run_s_own_gpu(monkeypatch):
     chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     for device in ("cuda:1", "cpu", "cuda"):
-        assert warm.main([device, "float16", "triton", "no part"]) == 0
+        warm.main(device, "float16", "triton", "0", "1", "no part")
     assert chosen == [torch.device("cuda", 1)]
 
 
 @pytest.mark.slow
-def test_a_machine_that_only_measures_needs_nothing_for_sound_and_text():
-    """Shows that measuring needs no package for sound and text, because many GPU machines have only PyTorch and
-    Triton. On a CPU it does not need Triton either, which few platforms have."""
-    absent = ("soundfile", "soxr", "anyascii", "jiwer", "openvino", "jinja2", "markupsafe", "pynvml", "triton")
-    python(f"""
-import sys; sys.modules |= dict.fromkeys({absent})
-import jasper_fast.selfcheck.show; from jasper_fast.bench.gpu import gpu, warm
-from jasper_fast.bench import cli; cli.parser().parse_args(["kernels"])
-from jasper_fast.bench.tune import tune; from jasper_fast.bench.commands import profile
-from jasper_fast.bench.report import html_page
-""")
-
-
-@pytest.mark.slow
-def test_a_run_without_jinja_and_pynvml_has_its_numbers_and_a_line_for_each(tmp_path):
-    """Shows that a run without these packages writes its numbers and no page, and exits with 0. An import finder hides
-    the packages."""
+def test_a_machine_with_only_pytorch_has_its_numbers_and_a_line_for_what_is_missing(tmp_path):
+    """Shows that measuring needs no package for sound, text or pages, because many GPU machines have only PyTorch and
+    Triton. On a CPU it does not need Triton either, which few platforms have. Such a run writes its numbers and no
+    page, and exits with 0. An import finder hides the packages."""
     script = """
 import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("jinja2", "markupsafe", "pynvml"):
+        if name.partition(".")[0] in {"soundfile", "soxr", "anyascii", "jiwer", "openvino", "jinja2", "markupsafe",
+                                      "pynvml", "triton"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Blocked())
-import torch
+import torch, jasper_fast.selfcheck.show
 from jasper_fast.bench import cli
-from jasper_fast.bench.gpu import agenda
+from jasper_fast.bench.gpu import agenda, warm
 from jasper_fast.bench.harness import limits, machine
 agenda.plan = lambda run: []
 limits.measure = lambda *_: {}

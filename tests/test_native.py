@@ -22,32 +22,26 @@ def test_importing_loads_no_library() -> None:
     assert done.stdout.strip() == "False"
 
 
-def test_a_missing_library_says_what_to_run(tmp_path: Path) -> None:
-    library = native.Library("cpu", tmp_path)
-    for _ in range(2):
-        with pytest.raises(native.Missing, match=r"libjasper_fast_cpu\.so is not built.*make install"):
-            library.ops()
-    assert "build_native" in library.why_not()
-
-
-def test_a_broken_library_gives_the_loader_s_reason(tmp_path: Path) -> None:
-    (tmp_path / "libjasper_fast_cpu.so").write_bytes(b"not a library")
-    with pytest.raises(native.Missing, match=rf"does not load with torch {torch.__version__[:4]}.*(ELF|too short)"):
-        native.Library("cpu", tmp_path).ops()
-
-
-def test_the_cuda_library_is_not_touched_where_torch_has_no_cuda(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(torch.version, "cuda", None)
-    (tmp_path / "libjasper_fast_cuda.so").write_bytes(b"not a library")
-    with pytest.raises(native.Missing, match="built without CUDA; install a CUDA build of torch"):
-        native.Library("cuda", tmp_path).ops()
-
-
-def test_no_gpu_is_the_reason_where_torch_has_cuda(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+@pytest.mark.parametrize(
+    ("name", "content", "cuda", "why"),
+    [
+        ("cpu", None, None, r"libjasper_fast_cpu\.so is not built.*make install"),
+        ("cpu", b"not a library", None, rf"does not load with torch {torch.__version__[:4]}.*(ELF|too short)"),
+        ("cuda", b"not a library", None, "built without CUDA; install a CUDA build of torch"),
+        ("cuda", None, "13.0", "no NVIDIA GPU"),
+    ],
+    ids=["missing", "broken", "torch without CUDA", "no GPU"],
+)
+def test_a_library_that_cannot_be_used_says_why(name, content, cuda, why, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(native.Missing, match="no NVIDIA GPU"):
-        native.Library("cuda", tmp_path).ops()
+    if content is not None:
+        (tmp_path / f"libjasper_fast_{name}.so").write_bytes(content)
+    library = native.Library(name, tmp_path)
+    for _ in range(2):
+        with pytest.raises(native.Missing, match=why):
+            library.ops()
+    assert re.search(why, library.why_not())
 
 
 def test_explain_agrees_with_available() -> None:
