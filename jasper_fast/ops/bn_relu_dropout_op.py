@@ -6,45 +6,40 @@ import operator
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from jasper_fast.dispatch import choose
-from jasper_fast.dispatch.backends import face as _face
+from jasper_fast.dispatch import backends, choose
 from jasper_fast.kernels import tables
 from jasper_fast.kernels.layout import empty_ntc, ntc, wide_dtype
 from jasper_fast.kernels.operands import Mask, Norm
 from jasper_fast.ops import sync
-from jasper_fast.ops.registration import lib, register_autograd, without_autocast
+from jasper_fast.ops.registration import lib, op, register_autograd
 
-_OP = "bn_relu_dropout"
 
-lib.define("bn_stats(Tensor y, str face) -> (Tensor, Tensor)")
-lib.define("bn_sync_stats(Tensor mean, Tensor m2, SymInt rows, str group) -> (Tensor, Tensor, Tensor)")
-lib.define(
+@op("bn_stats(Tensor y, str face) -> (Tensor, Tensor)")
+def _stats(y, face):
+    return backends.face(backends.NORM, face).stats(ntc(y))
+
+
+@op(
     "bn_relu_dropout(Tensor y, Tensor mean, Tensor rstd, Tensor gamma, Tensor beta, Tensor? residual, Tensor? lengths, "
     "Tensor? seed, Tensor? rows, float p, bool batch_stats, int? halo, str group, str face) -> Tensor"
 )
-lib.define(
+def _forward(y, mean, rstd, gamma, beta, residual, lengths, seed, rows, p, batch_stats, halo, group, face):
+    residual = None if residual is None else ntc(residual)
+    norm, mask = Norm(mean, rstd, gamma, beta), Mask(lengths, seed, p)
+    return backends.face(backends.NORM, face).forward(ntc(y), norm, residual, mask)
+
+
+@op(
     "bn_relu_dropout_backward(Tensor dz, Tensor y, Tensor? z, Tensor mean, Tensor rstd, Tensor gamma, Tensor beta, "
     "Tensor? lengths, Tensor? seed, Tensor? rows, float p, bool batch_stats, int? halo, bool has_residual, str group, "
     "str face) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-
-
-def _stats(y, face):
-    return _face(_OP, face).stats(ntc(y))
-
-
-def _forward(y, mean, rstd, gamma, beta, residual, lengths, seed, rows, p, batch_stats, halo, group, face):
-    residual = None if residual is None else ntc(residual)
-    return _face(_OP, face).forward(ntc(y), Norm(mean, rstd, gamma, beta), residual, Mask(lengths, seed, p))
-
-
 def _backward(
     dz, y, z, mean, rstd, gamma, beta, lengths, seed, rows, p, batch_stats, halo, has_residual, group, face
 ):  # fmt: skip
-    impl = _face(_OP, face)
+    impl = backends.face(backends.NORM, face)
     saved = (ntc(dz), ntc(y), None if z is None else ntc(z), Norm(mean, rstd, gamma, beta))
     mask = Mask(lengths, seed, p)
     dbeta, dgamma = impl.backward_reduce(*saved, mask)
@@ -62,10 +57,7 @@ def mean_sums(dbeta: Tensor, dgamma: Tensor, y: Tensor, rows: Tensor | None, gro
     return tuple(sync.all_reduce(torch.stack([dbeta, dgamma]), group) / rows)
 
 
-lib.impl("bn_stats", without_autocast(_stats), "CompositeExplicitAutograd")
-lib.impl("bn_sync_stats", sync.merge_stats, "CompositeExplicitAutograd")
-lib.impl("bn_relu_dropout", without_autocast(_forward), "CompositeExplicitAutograd")
-lib.impl("bn_relu_dropout_backward", without_autocast(_backward), "CompositeExplicitAutograd")
+op("bn_sync_stats(Tensor mean, Tensor m2, SymInt rows, str group) -> (Tensor, Tensor, Tensor)")(sync.merge_stats)
 
 
 @torch.library.register_fake("jasper_fast::bn_stats", lib=lib)
@@ -98,14 +90,12 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(norm[0], output if ctx.has_residual else None, *norm[1:], lengths, seed, rows)
 
 
+@register_autograd("bn_relu_dropout", _save)
 def _grad(ctx, dz):
     dy, dgamma, dbeta, dres = torch.ops.jasper_fast.bn_relu_dropout_backward(
         dz, *ctx.saved_tensors, ctx.p, ctx.batch_stats, ctx.halo, ctx.has_residual, ctx.group, ctx.face
     )
     return dy, None, None, dgamma, dbeta, dres if ctx.has_residual else None, *(None,) * 8
-
-
-register_autograd("bn_relu_dropout", _grad, _save)
 
 
 def norm_face(y: Tensor, backend: str) -> str:
@@ -116,7 +106,7 @@ def norm_face(y: Tensor, backend: str) -> str:
 def norm_face_of(x: Tensor, channels: int, frames: int, backend: str) -> str:
     """Returns the face of the op for a tensor (N, `channels`, `frames`) with the N, device and dtype of `x`."""
     if not x.is_cuda:
-        return choose.resolve(backend, x.device, _OP, x.dtype)
+        return choose.resolve(backend, x.device, backends.NORM, x.dtype)
     channels = operator.index(channels)  # makes it a constant in a traced graph
     rows_log2 = None if torch.compiler.is_compiling() else tables.bucket(x.shape[0] * frames)
     return choose.norm_face(backend, x.device, x.dtype, channels, rows_log2)
@@ -157,7 +147,7 @@ def bn_relu_dropout(
     backend: str = "auto",
     frozen: bool = False,
     halo: int | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
     """Computes batch norm, residual sum, ReLU, dropout and zeroing of the padding in one pass.
 
@@ -217,16 +207,15 @@ def normaliser(
     momentum: float,
     eps: float,
     backend: str,
-    group: dist.ProcessGroup | None,
+    group: torch.distributed.ProcessGroup | None,
 ) -> Normaliser:
     """Returns the batch's statistics and updates the running ones with them, or returns the running statistics."""
     wide = wide_dtype(y)
     batch_stats = training and not frozen
     rows, name = None, sync.name(group) if batch_stats else ""
     if batch_stats:
+        check_rows(y, name)
         m = y.shape[0] * y.shape[2]
-        if m == 1 and not name:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")
         mean, m2 = bn_stats(y, backend) if stats is None else (s.detach() for s in stats)
         if name:
             mean, m2, rows = torch.ops.jasper_fast.bn_sync_stats(mean, m2, m, name)
@@ -281,6 +270,12 @@ def check(y, gamma, beta, running_mean, running_var, residual, lengths, p, halo)
         raise ValueError(f"p must lie in [0, 1), got {p}")
     if halo is not None and halo < 0:
         raise ValueError(f"halo, the number of frames beyond the length that y fills, must be at least 0, got {halo}")
+
+
+def check_rows(x: Tensor, synced: bool | str) -> None:
+    """Raises ValueError if `x` (N, C, T) has one row and no other rank has any, because one row has no variance."""
+    if not synced and x.shape[0] * x.shape[2] == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
 
 
 def check_lengths(lengths: Tensor | None, n: int) -> None:

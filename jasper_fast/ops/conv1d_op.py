@@ -8,24 +8,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from jasper_fast.dispatch import choose
-from jasper_fast.dispatch.backends import face as _face
+from jasper_fast.dispatch import backends, choose
 from jasper_fast.kernels import tables
 from jasper_fast.kernels.layout import empty_ntc, ntc, wide_dtype
 from jasper_fast.kernels.operands import Geometry
 from jasper_fast.ops.bn_relu_dropout_op import check_lengths, norm_face_of
-from jasper_fast.ops.registration import lib, register_autograd, without_autocast
+from jasper_fast.ops.registration import lib, op, register_autograd
 
 Pack = Callable[[Tensor, torch.dtype, str], Tensor | None]  # (weight, dtype, face) -> the packed weight
-
-lib.define(
-    "conv1d(Tensor x, Tensor weight, Tensor? lengths, Tensor? packed, int stride, int padding, int dilation, "
-    "bool stats, str bn_face, str face) -> (Tensor, Tensor, Tensor)"
-)
-lib.define(
-    "conv1d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? lengths, Tensor? packed, int stride, int padding, "
-    "int dilation, bool need_dx, str face) -> (Tensor, Tensor)"
-)
 
 
 def conv_forward(
@@ -50,27 +40,30 @@ def conv_forward(
     return y, mean, m2
 
 
+@op(
+    "conv1d(Tensor x, Tensor weight, Tensor? lengths, Tensor? packed, int stride, int padding, int dilation, "
+    "bool stats, str bn_face, str face) -> (Tensor, Tensor, Tensor)"
+)
 def _forward(x, weight, lengths, packed, stride, padding, dilation, stats, bn_face, face):
-    faces = _face("conv1d", face), _face("bn_relu_dropout", bn_face)
+    faces = backends.face("conv1d", face), backends.face(backends.NORM, bn_face)
     return conv_forward(*faces, ntc(x), weight, Geometry(stride, padding, dilation), lengths, packed, stats)
 
 
+@op(
+    "conv1d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? lengths, Tensor? packed, int stride, int padding, "
+    "int dilation, bool need_dx, str face) -> (Tensor, Tensor)"
+)
 def _backward(dy, x, weight, lengths, packed, stride, padding, dilation, need_dx, face):
-    impl, geometry, dy, x = _face("conv1d", face), Geometry(stride, padding, dilation), ntc(dy), ntc(x)
+    impl, geometry, dy, x = backends.face("conv1d", face), Geometry(stride, padding, dilation), ntc(dy), ntc(x)
     dw = impl.wgrad(x, dy, weight.shape[2], geometry, lengths, weight.dtype, clean=True)
     dx = impl.dgrad(dy, weight, x.shape[2], geometry, lengths, packed) if need_dx else dy.new_empty(0)
     return dx, dw
 
 
-lib.impl("conv1d", without_autocast(_forward), "CompositeExplicitAutograd")
-lib.impl("conv1d_backward", without_autocast(_backward), "CompositeExplicitAutograd")
-
-
 def fake_stats(y: Tensor, c: int, stats: bool) -> tuple[Tensor, Tensor]:
     """Returns mean and M2 of `c` channels as fake tensors, for a fake `y`."""
-    if not stats:
-        return y.new_empty(0), y.new_empty(0)
-    return y.new_empty(c, dtype=wide_dtype(y)), y.new_empty(c, dtype=wide_dtype(y))
+    empty = y.new_empty(c, dtype=wide_dtype(y)) if stats else y.new_empty(0)
+    return empty, torch.empty_like(empty)
 
 
 @torch.library.register_fake("jasper_fast::conv1d", lib=lib)
@@ -91,21 +84,15 @@ def _save(ctx, inputs, output):
     x, weight, lengths, ctx.packed, ctx.stride, ctx.padding, ctx.dilation, _, _, ctx.face = inputs
     ctx.save_for_backward(x, weight, lengths)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
 
 
+@register_autograd("conv1d", _save)
 def _grad(ctx, dy, _dmean, _dm2):
-    if dy is None:
-        return (None,) * 10
-    x, weight, lengths = ctx.saved_tensors
     need_dx = ctx.needs_input_grad[0]
     dx, dw = torch.ops.jasper_fast.conv1d_backward(
-        dy, x, weight, lengths, ctx.packed, ctx.stride, ctx.padding, ctx.dilation, need_dx, ctx.face
+        dy, *ctx.saved_tensors, ctx.packed, ctx.stride, ctx.padding, ctx.dilation, need_dx, ctx.face
     )
     return dx if need_dx else None, dw, *(None,) * 8
-
-
-register_autograd("conv1d", _grad, _save)
 
 
 def conv1d(
@@ -181,10 +168,9 @@ def conv_face(
     channels-last memory unless a measured table has a faster face for this shape. `stats` and `norm` tell which calls
     of the conv to compare (see `choose.conv_face`).
     """
-    rows_log2, grad = None, torch.is_grad_enabled()
-    c_out, c_in, taps = weight.shape
-    if not torch.compiler.is_compiling():  # a traced batch has no fixed size
-        rows_log2 = tables.bucket(x.shape[0] * -(-x.shape[2] // geometry.stride))
+    grad, (c_out, c_in, taps) = torch.is_grad_enabled(), weight.shape
+    rows = x.shape[0] * -(-x.shape[2] // geometry.stride)
+    rows_log2 = None if torch.compiler.is_compiling() else tables.bucket(rows)  # a traced batch has no fixed size
     dx, dw = grad and x.requires_grad, grad and weight.requires_grad
     face = choose.conv_face(
         backend, x.device, x.dtype,

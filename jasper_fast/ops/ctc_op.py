@@ -7,31 +7,25 @@ import math
 import torch
 from torch import Tensor
 
-from jasper_fast.dispatch import choose
-from jasper_fast.dispatch.backends import face as _face
-from jasper_fast.ops.registration import lib, register_autograd, without_autocast
+from jasper_fast.dispatch import backends, choose
+from jasper_fast.ops.registration import lib, op, register_autograd
 
-lib.define(
+
+@op(
     "ctc_loss(Tensor log_probs, Tensor lengths, Tensor targets, Tensor target_lengths, int blank, bool zero_infinity, "
     "str face) -> (Tensor, Tensor)"
 )
-lib.define(
+def _forward(log_probs, lengths, targets, target_lengths, blank, zero_infinity, face):
+    return backends.face("ctc", face).forward(log_probs, lengths, targets, target_lengths, blank)
+
+
+@op(
     "ctc_loss_backward(Tensor dlosses, Tensor log_probs, Tensor lengths, Tensor targets, Tensor target_lengths, "
     "Tensor losses, Tensor alpha, int blank, bool zero_infinity, str face) -> Tensor"
 )
-
-
-def _forward(log_probs, lengths, targets, target_lengths, blank, zero_infinity, face):
-    return _face("ctc", face).forward(log_probs, lengths, targets, target_lengths, blank)
-
-
 def _backward(dlosses, log_probs, lengths, targets, target_lengths, losses, alpha, blank, zero_infinity, face):
     saved = log_probs, lengths, targets, target_lengths, losses, alpha
-    return _face("ctc", face).backward(dlosses, *saved, blank, zero_infinity)
-
-
-lib.impl("ctc_loss", without_autocast(_forward), "CompositeExplicitAutograd")
-lib.impl("ctc_loss_backward", without_autocast(_backward), "CompositeExplicitAutograd")
+    return backends.face("ctc", face).backward(dlosses, *saved, blank, zero_infinity)
 
 
 @torch.library.register_fake("jasper_fast::ctc_loss", lib=lib)
@@ -50,17 +44,12 @@ def _save(ctx, inputs, output):
     *tensors, ctx.blank, ctx.zero_infinity, ctx.face = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
 
 
+@register_autograd("ctc_loss", _save)
 def _grad(ctx, dlosses, _dalpha):
-    if dlosses is None:
-        return (None,) * 7
     how = ctx.blank, ctx.zero_infinity, ctx.face
     return torch.ops.jasper_fast.ctc_loss_backward(dlosses, *ctx.saved_tensors, *how), *(None,) * 6
-
-
-register_autograd("ctc_loss", _grad, _save)
 
 
 def ctc_loss(

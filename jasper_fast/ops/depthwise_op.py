@@ -5,30 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jasper_fast.dispatch import choose
-from jasper_fast.dispatch.backends import DEPTHWISE
-from jasper_fast.dispatch.backends import face as _face
+from jasper_fast.dispatch import backends, choose
 from jasper_fast.kernels.layout import empty_ntc, ntc
 from jasper_fast.kernels.operands import Geometry, Lengths
 from jasper_fast.ops.bn_relu_dropout_op import check_lengths
 from jasper_fast.ops.conv1d_op import autocast
-from jasper_fast.ops.registration import lib, register_autograd, without_autocast
+from jasper_fast.ops.registration import lib, op, register_autograd
 
-lib.define(
+
+@op(
     "depthwise(Tensor x, Tensor weight, Tensor? lengths, Tensor? out_lengths, int stride, int padding, int dilation, "
     "str face) -> Tensor"
 )
-lib.define(
+def _forward(x, weight, lengths, out_lengths, stride, padding, dilation, face):
+    geometry = Geometry(stride, padding, dilation)
+    return backends.face("depthwise", face).forward(ntc(x), weight, geometry, Lengths(lengths, out_lengths))
+
+
+@op(
     "depthwise_backward(Tensor dy, Tensor x, Tensor weight, Tensor? lengths, Tensor? out_lengths, int stride, "
     "int padding, int dilation, bool need_dx, str face) -> (Tensor, Tensor)"
 )
-
-
-def _forward(x, weight, lengths, out_lengths, stride, padding, dilation, face):
-    geometry = Geometry(stride, padding, dilation)
-    return _face(DEPTHWISE, face).forward(ntc(x), weight, geometry, Lengths(lengths, out_lengths))
-
-
 def _backward(dy, x, weight, lengths, out_lengths, stride, padding, dilation, need_dx, face):
     return backward(
         face, ntc(dy), ntc(x), weight, Geometry(stride, padding, dilation), Lengths(lengths, out_lengths), need_dx
@@ -39,13 +36,9 @@ def backward(
     face: str, dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, lengths: Lengths, need_dx: bool
 ) -> tuple[Tensor, Tensor]:
     """Computes (dx, dweight) on `face`. dx is empty unless `need_dx`."""
-    impl = _face(DEPTHWISE, face)
+    impl = backends.face("depthwise", face)
     dw = impl.wgrad(x, dy, weight.shape[2], geometry, lengths, weight.dtype)
     return impl.dgrad(dy, weight, x.shape[2], geometry, lengths) if need_dx else dy.new_empty(0), dw
-
-
-lib.impl("depthwise", without_autocast(_forward), "CompositeExplicitAutograd")
-lib.impl("depthwise_backward", without_autocast(_backward), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("jasper_fast::depthwise", lib=lib)
@@ -65,15 +58,13 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
+@register_autograd("depthwise", _save)
 def _grad(ctx, dy):
     need_dx = ctx.needs_input_grad[0]
     dx, dw = torch.ops.jasper_fast.depthwise_backward(
         dy, *ctx.saved_tensors, ctx.stride, ctx.padding, ctx.dilation, need_dx, ctx.face
     )
     return dx if need_dx else None, dw, *(None,) * 6
-
-
-register_autograd("depthwise", _grad, _save)
 
 
 def depthwise(

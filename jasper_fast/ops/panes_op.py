@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from jasper_fast.kernels.layout import empty_ntc, wide_dtype
 from jasper_fast.kernels.panes import gram as impl
 from jasper_fast.ops import sync
-from jasper_fast.ops.registration import lib, register_autograd, without_autocast
-
-lib.define("gram(Tensor x, str group) -> (Tensor, Tensor, Tensor)")
-lib.define("gram_backward(Tensor x, Tensor mean, Tensor rows, Tensor dmean, Tensor dcov, str group) -> Tensor")
-lib.define("pane_stats(Tensor mean, Tensor cov, Tensor[] weights) -> (Tensor, Tensor)")
-lib.define("pane_stats_backward(Tensor dvar, Tensor cov, Tensor[] weights) -> (Tensor, Tensor)")
-lib.define(
-    "panes_given(Tensor[] xs, Tensor[] means, Tensor[] pane_vars, Tensor[] weights, Tensor[] gammas, Tensor[] betas, "
-    "float eps, bool synced) -> Tensor"
-)
-lib.define(
-    "panes_given_backward(Tensor g, Tensor[] xs, Tensor[] means, Tensor[] pane_vars, Tensor[] weights, "
-    "Tensor[] gammas, float eps, bool synced) -> (Tensor[], Tensor, Tensor, Tensor[], Tensor, Tensor)"
-)
-lib.define(
-    "panes(Tensor[] xs, Tensor[] means, Tensor[] covs, Tensor[] weights, Tensor[] gammas, Tensor[] betas, float eps, "
-    "bool synced) -> (Tensor, Tensor, Tensor)"
-)
-lib.define(
-    "panes_backward(Tensor g, Tensor[] xs, Tensor[] means, Tensor[] covs, Tensor[] weights, Tensor[] gammas, "
-    "Tensor pane_mean, Tensor pane_var, float eps, bool synced) "
-    "-> (Tensor[], Tensor[], Tensor[], Tensor[], Tensor[], Tensor)"
-)
+from jasper_fast.ops.bn_relu_dropout_op import check_rows
+from jasper_fast.ops.registration import lib, op, register_autograd
 
 
+@op("gram(Tensor x, str group) -> (Tensor, Tensor, Tensor)")
 def _gram(x, group):
     mean, cov = impl.gram(x)
     if group:
@@ -43,6 +23,7 @@ def _gram(x, group):
     return mean, cov, mean.new_empty(0)
 
 
+@op("gram_backward(Tensor x, Tensor mean, Tensor rows, Tensor dmean, Tensor dcov, str group) -> Tensor")
 def _gram_backward(x, mean, rows, dmean, dcov, group):
     n, c, t = x.shape
     if group:
@@ -51,10 +32,18 @@ def _gram_backward(x, mean, rows, dmean, dcov, group):
     return impl.gram_backward(x, mean, dmean, dcov, rows if group else n * t)
 
 
+@op(
+    "panes_given(Tensor[] xs, Tensor[] means, Tensor[] pane_vars, Tensor[] weights, Tensor[] gammas, Tensor[] betas, "
+    "float eps, bool synced) -> Tensor"
+)
 def _panes_given(xs, means, pane_vars, weights, gammas, betas, eps, synced):
     return impl.forward(xs, means, pane_vars, weights, gammas, betas, eps)
 
 
+@op(
+    "panes(Tensor[] xs, Tensor[] means, Tensor[] covs, Tensor[] weights, Tensor[] gammas, Tensor[] betas, float eps, "
+    "bool synced) -> (Tensor, Tensor, Tensor)"
+)
 def _panes(xs, means, covs, weights, gammas, betas, eps, synced):
     """Computes `pane_stats` of each pane, then `panes_given`."""
     stats = [impl.statistics(m, s, [w]) for m, s, w in zip(means, covs, weights, strict=True)]
@@ -62,6 +51,11 @@ def _panes(xs, means, covs, weights, gammas, betas, eps, synced):
     return impl.forward(xs, means, list(var), weights, gammas, betas, eps), mean, var
 
 
+@op(
+    "panes_backward(Tensor g, Tensor[] xs, Tensor[] means, Tensor[] covs, Tensor[] weights, Tensor[] gammas, "
+    "Tensor pane_mean, Tensor pane_var, float eps, bool synced) "
+    "-> (Tensor[], Tensor[], Tensor[], Tensor[], Tensor[], Tensor)"
+)
 def _panes_backward(g, xs, means, covs, weights, gammas, pane_mean, pane_var, eps, synced):
     given = impl.backward(g, xs, means, list(pane_var), weights, gammas, eps, synced)
     dxs, dmeans, dvars, dweights, dgammas, dbetas = given
@@ -74,24 +68,18 @@ def _panes_backward(g, xs, means, covs, weights, gammas, pane_mean, pane_var, ep
     return dxs, dmeans, dcovs, dweights, [dgamma.clone() for dgamma in dgammas], dbetas[0].clone()
 
 
-lib.impl("gram", without_autocast(_gram), "CompositeExplicitAutograd")
-lib.impl("gram_backward", without_autocast(_gram_backward), "CompositeExplicitAutograd")
-lib.impl("pane_stats", without_autocast(impl.statistics), "CompositeExplicitAutograd")
-lib.impl("pane_stats_backward", without_autocast(impl.statistics_backward), "CompositeExplicitAutograd")
-lib.impl("panes_given", without_autocast(_panes_given), "CompositeExplicitAutograd")
-lib.impl("panes_given_backward", without_autocast(impl.backward), "CompositeExplicitAutograd")
-lib.impl("panes", without_autocast(_panes), "CompositeExplicitAutograd")
-lib.impl("panes_backward", without_autocast(_panes_backward), "CompositeExplicitAutograd")
+op("pane_stats(Tensor mean, Tensor cov, Tensor[] weights) -> (Tensor, Tensor)")(impl.statistics)
+op("pane_stats_backward(Tensor dvar, Tensor cov, Tensor[] weights) -> (Tensor, Tensor)")(impl.statistics_backward)
+op(
+    "panes_given_backward(Tensor g, Tensor[] xs, Tensor[] means, Tensor[] pane_vars, Tensor[] weights, "
+    "Tensor[] gammas, float eps, bool synced) -> (Tensor[], Tensor, Tensor, Tensor[], Tensor, Tensor)"
+)(impl.backward)
 
 
 @torch.library.register_fake("jasper_fast::gram", lib=lib)
 def _(x, group):
     c, wide = x.shape[1], wide_dtype(x)
-    return (
-        x.new_empty(c, dtype=wide),
-        x.new_empty(impl.kept(c), dtype=wide),
-        x.new_empty(() if group else 0, dtype=wide),
-    )
+    return tuple(x.new_empty(size, dtype=wide) for size in (c, impl.kept(c), () if group else 0))
 
 
 @torch.library.register_fake("jasper_fast::gram_backward", lib=lib)
@@ -143,66 +131,53 @@ def _gram_save(ctx, inputs, output):
     ctx.group = inputs[1]
     ctx.save_for_backward(inputs[0], output[0], output[2])
     ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(True)  # the gradient of the mean or of the covariance may be missing
 
 
+@register_autograd("gram", _gram_save)
 def _gram_grad(ctx, dmean, dcov, _drows):
     return torch.ops.jasper_fast.gram_backward(*ctx.saved_tensors, dmean, dcov, ctx.group), None
 
 
 def _panes_save(ctx, inputs, output):
     *lists, _, ctx.eps, ctx.synced = inputs
-    ctx.count = len(lists[0])
-    ctx.save_for_backward(*(t for tensors in lists for t in tensors), output[1], output[2])
-    ctx.mark_non_differentiable(output[1], output[2])
-    ctx.set_materialize_grads(False)
+    ctx.count, stats = len(lists[0]), output[1:] if isinstance(output, tuple) else ()
+    ctx.save_for_backward(*itertools.chain(*lists), *stats)
+    ctx.mark_non_differentiable(*stats)
 
 
+def _saved(ctx):
+    """Returns what `_panes_save` has saved: a list for each list of tensors, then the statistics."""
+    saved, n = ctx.saved_tensors, ctx.count
+    return *(list(saved[i * n : (i + 1) * n]) for i in range(5)), *saved[5 * n :]
+
+
+@register_autograd("panes", _panes_save)
 def _panes_grad(ctx, g, _dmean, _dvar):
-    n = ctx.count
-    if g is None:
-        return *([None] * n for _ in range(6)), None, None
-    saved = list(ctx.saved_tensors)
-    lists = [saved[i * n : (i + 1) * n] for i in range(5)]
-    dxs, dmeans, dcovs, dweights, dgammas, dbeta = torch.ops.jasper_fast.panes_backward(
-        g, *lists, *saved[-2:], ctx.eps, ctx.synced
-    )
-    return dxs, dmeans, dcovs, dweights, dgammas, [dbeta.clone() for _ in range(n)], None, None
+    *grads, dbeta = torch.ops.jasper_fast.panes_backward(g, *_saved(ctx), ctx.eps, ctx.synced)
+    return *grads, [dbeta.clone() for _ in range(ctx.count)], None, None
 
 
 def _stats_save(ctx, inputs, output):
     ctx.save_for_backward(inputs[1], *inputs[2])
     ctx.mark_non_differentiable(output[0])
-    ctx.set_materialize_grads(False)
 
 
+@register_autograd("pane_stats", _stats_save)
 def _stats_grad(ctx, _dmean, dvar):
     cov, *weights = ctx.saved_tensors
-    if dvar is None:
-        return None, None, [None] * len(weights)
     dcov, dweights = torch.ops.jasper_fast.pane_stats_backward(dvar, cov, weights)
     parts = dweights.split([w.shape[0] for w in weights])
     return None, dcov, [dw.view(w.shape).to(w.dtype) for dw, w in zip(parts, weights, strict=True)]
 
 
-def _given_save(ctx, inputs, output):
-    *lists, _, ctx.eps, ctx.synced = inputs
-    ctx.count = len(lists[0])
-    ctx.save_for_backward(*(t for tensors in lists for t in tensors))
-
-
+@register_autograd("panes_given", _panes_save)
 def _given_grad(ctx, g):
-    n, saved = ctx.count, ctx.saved_tensors
-    lists = [list(saved[i * n : (i + 1) * n]) for i in range(5)]
-    grads = torch.ops.jasper_fast.panes_given_backward(g, *lists, ctx.eps, ctx.synced)
+    saved = _saved(ctx)
+    grads = torch.ops.jasper_fast.panes_given_backward(g, *saved, ctx.eps, ctx.synced)
     dxs, dmeans, dvars, dweights, dgammas, dbetas = grads
-    dmeans = list(dmeans.split([m.shape[0] for m in lists[1]]))
+    dmeans = list(dmeans.split([m.shape[0] for m in saved[1]]))
     return dxs, dmeans, list(dvars.unbind()), dweights, list(dgammas.unbind()), list(dbetas.unbind()), None, None
-
-
-register_autograd("gram", _gram_grad, _gram_save)
-register_autograd("pane_stats", _stats_grad, _stats_save)
-register_autograd("panes_given", _given_grad, _given_save)
-register_autograd("panes", _panes_grad, _panes_save)
 
 
 class Gram(NamedTuple):
@@ -218,7 +193,7 @@ class Gram(NamedTuple):
     stats: tuple[Tensor, Tensor] | None = None
 
 
-def gram(x: Tensor, group: dist.ProcessGroup | None = None) -> Gram:
+def gram(x: Tensor, group: torch.distributed.ProcessGroup | None = None) -> Gram:
     """Returns the mean (C,) and L of the covariance of the rows of `x` (N, C, T), fp32 (fp64 for fp64), differentiable.
 
     With `group`, the statistics are over the rows of all its ranks (N*T may differ), and backward adds up the gradients
@@ -270,12 +245,6 @@ def panes(
         covs = [g.cov for g in grams]
         out, mean, var = torch.ops.jasper_fast.panes(list(xs), means, covs, list(weights), *norms, *how)
     return out, mean, unbiased(var, xs[0], rows)
-
-
-def check_rows(x: Tensor, synced: bool | str) -> None:
-    """Raises ValueError if `x` (N, C, T) has one row and no other rank has any, because one row has no variance."""
-    if not synced and x.shape[0] * x.shape[2] == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
 
 
 def unbiased(var: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:

@@ -10,27 +10,15 @@ the gradient of the sum, which is the same for every pane:
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from jasper_fast.dispatch.backends import face as _face
-from jasper_fast.dispatch.choose import conv_face
+from jasper_fast.dispatch import backends, choose
 from jasper_fast.kernels.layout import empty_ntc, ntc, wide_dtype
 from jasper_fast.kernels.layout import rows as _rows
 from jasper_fast.ops import sync
-from jasper_fast.ops.bn_relu_dropout_op import check_lengths, norm_face_of
-from jasper_fast.ops.panes_op import check_rows, unbiased
-from jasper_fast.ops.registration import lib, register_autograd, without_autocast
-
-lib.define(
-    "panes_plain(Tensor[] xs, Tensor[] weights, Tensor gamma, Tensor beta, Tensor? lengths, float eps, int keep, "
-    "str group, str face) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-lib.define(
-    "panes_plain_backward(Tensor g, Tensor[] xs, Tensor[] weights, Tensor gamma, Tensor? lengths, Tensor pane_mean, "
-    "Tensor pane_var, Tensor rows, Tensor kept, float eps, str group, str face) "
-    "-> (Tensor[], Tensor[], Tensor, Tensor)"
-)
+from jasper_fast.ops.bn_relu_dropout_op import check_lengths, check_rows, norm_face_of
+from jasper_fast.ops.panes_op import unbiased
+from jasper_fast.ops.registration import lib, op, register_autograd
 
 KEPT = 7  # pane outputs that a block saves on a CPU; the newest inputs are the widest
 
@@ -43,8 +31,8 @@ def _impl_name(face: str, weights: list[Tensor], *activations: Tensor) -> str:
     dtype = activations[0].dtype
     if face != "cpu" or any(w.dtype not in (dtype, torch.float32) for w in weights):
         return "reference"
-    ours = conv_face("cpu", torch.device("cpu"), dtype) == "cpu" and _face("panes", "cpu").takes(*activations)
-    return "cpu" if ours else "reference"
+    takes = backends.face("panes", "cpu").takes(*activations)
+    return "cpu" if takes and choose.conv_face("cpu", torch.device("cpu"), dtype) == "cpu" else "reference"
 
 
 def _saved(keep: int, face: str, xs: list[Tensor], weights: list[Tensor]) -> int:
@@ -65,9 +53,13 @@ def _groups(panes, kept):
         yield slice(passing, None), kept
 
 
+@op(
+    "panes_plain(Tensor[] xs, Tensor[] weights, Tensor gamma, Tensor beta, Tensor? lengths, float eps, int keep, "
+    "str group, str face) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 def _forward(xs, weights, gamma, beta, lengths, eps, keep, group, face):
     n, _, t = xs[0].shape
-    bn, impl = _face("bn_relu_dropout", face), _face("panes", _impl_name(face, weights, *xs))
+    bn, impl = backends.face("bn_relu_dropout", face), backends.face("panes", _impl_name(face, weights, *xs))
     out = beta.sum(0)  # in a wide dtype, so that the sum is rounded only once
     kept, total = xs[0].new_empty((_saved(keep, face, xs, weights), n * t, len(out))), out.new_empty(0)
     means, variances = [], []
@@ -84,8 +76,13 @@ def _forward(xs, weights, gamma, beta, lengths, eps, keep, group, face):
     return out, torch.cat(means), torch.cat(variances), total, kept
 
 
+@op(
+    "panes_plain_backward(Tensor g, Tensor[] xs, Tensor[] weights, Tensor gamma, Tensor? lengths, Tensor pane_mean, "
+    "Tensor pane_var, Tensor rows, Tensor kept, float eps, str group, str face) "
+    "-> (Tensor[], Tensor[], Tensor, Tensor)"
+)
 def _backward(g, xs, weights, gamma, lengths, pane_mean, pane_var, rows, kept, eps, group, face):
-    impl = _face("panes", _impl_name(face, weights, g, *xs))
+    impl = backends.face("panes", _impl_name(face, weights, g, *xs))
     m, g = rows if group else g.shape[0] * g.shape[2], _rows(ntc(g))
     dbeta = g.sum(0, dtype=pane_mean.dtype)
     mean_g = sync.all_reduce(dbeta.clone(), group) / m
@@ -102,10 +99,6 @@ def _backward(g, xs, weights, gamma, lengths, pane_mean, pane_var, rows, kept, e
         dweights += dw
         dgammas.append(dgamma)
     return dxs, dweights, torch.cat(dgammas), dbeta
-
-
-lib.impl("panes_plain", without_autocast(_forward), "CompositeExplicitAutograd")
-lib.impl("panes_plain_backward", without_autocast(_backward), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("jasper_fast::panes_plain", lib=lib)
@@ -128,22 +121,17 @@ def _save(ctx, inputs, output):
     xs, weights, gamma, _, lengths, ctx.eps, _, ctx.group, ctx.face = inputs
     ctx.save_for_backward(*xs, *weights, gamma, lengths, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
 
 
+@register_autograd("panes_plain", _save)
 def _grad(ctx, g, *_):
     *lists, gamma, lengths, mean, var, rows, kept = ctx.saved_tensors
     n = len(lists) // 2
-    if g is None:
-        return [None] * n, [None] * n, *(None,) * 7
     dxs, dweights, dgamma, dbeta = torch.ops.jasper_fast.panes_plain_backward(
         g, lists[:n], lists[n:], gamma, lengths, mean, var, rows, kept, ctx.eps, ctx.group, ctx.face
     )
     # Each beta needs a gradient in its own memory, because gradients may be changed in place.
     return dxs, dweights, dgamma, dbeta.repeat(n, 1), *(None,) * 5
-
-
-register_autograd("panes_plain", _grad, _save)
 
 
 def panes_plain(
@@ -155,7 +143,7 @@ def panes_plain(
     lengths: Tensor | None = None,
     eps: float = 1e-3,
     backend: str = "auto",
-    group: dist.ProcessGroup | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the sum of a block's panes in training, pane by pane: the result of `panes`, without Gram matrices.
 

@@ -7,60 +7,58 @@ separable sub-block keeps one tensor, the output of its pointwise conv, while ea
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from jasper_fast.dispatch import choose
-from jasper_fast.dispatch.backends import DEPTHWISE, NORM
-from jasper_fast.dispatch.backends import face as _face
+from jasper_fast.dispatch import backends, choose
 from jasper_fast.kernels import tables
 from jasper_fast.kernels.layout import empty_ntc, ntc
 from jasper_fast.kernels.operands import Geometry, Lengths, Mask, Norm
 from jasper_fast.ops import depthwise_op
 from jasper_fast.ops.bn_relu_dropout_op import check, check_lengths, dropout_seed, mean_sums, norm_face_of, normaliser
 from jasper_fast.ops.conv1d_op import Pack, autocast, conv_forward, fake_stats
-from jasper_fast.ops.registration import lib, register_autograd, without_autocast
+from jasper_fast.ops.registration import lib, op, register_autograd
 
 POINTWISE = Geometry()
 
-lib.define(
+
+def _input(x, norm: tuple, lengths, seed, p, bn_face) -> Tensor:
+    """Returns the input of the depthwise conv: `x` itself, or batch norm, ReLU, dropout and mask of it."""
+    x, bn = ntc(x), backends.face(backends.NORM, bn_face)
+    return x if norm[0] is None else bn.forward(x, Norm(*norm), None, Mask(lengths, seed, p))
+
+
+@op(
     "separable(Tensor x, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, Tensor? lengths, Tensor? seed, "
     "Tensor? rows, Tensor depthwise, Tensor weight, Tensor? packed, Tensor? out_lengths, float p, bool batch_stats, "
     "int? halo, int stride, int padding, int dilation, bool stats, str group, str bn_face, str taps_face, str face) "
     "-> (Tensor, Tensor, Tensor)"
 )
-lib.define(
-    "separable_backward(Tensor dout, Tensor x, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, "
-    "Tensor? lengths, Tensor? seed, Tensor? rows, Tensor depthwise, Tensor weight, Tensor? packed, "
-    "Tensor? out_lengths, float p, bool batch_stats, int? halo, int stride, int padding, int dilation, bool need_dx, "
-    "str group, str bn_face, str taps_face, str face) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-
-
-def _input(x, norm: tuple, lengths, seed, p, bn_face) -> Tensor:
-    """Returns the input of the depthwise conv: `x` itself, or batch norm, ReLU, dropout and mask of it."""
-    x = ntc(x)
-    return x if norm[0] is None else _face(NORM, bn_face).forward(x, Norm(*norm), None, Mask(lengths, seed, p))
-
-
 def _forward(
     x, mean, rstd, gamma, beta, lengths, seed, rows, depthwise, weight, packed, out_lengths,
     p, batch_stats, halo, stride, padding, dilation, stats, group, bn_face, taps_face, face,
 ):  # fmt: skip
     z = _input(x, (mean, rstd, gamma, beta), lengths, seed, p, bn_face)
-    taps, geometry = _face(DEPTHWISE, taps_face), Geometry(stride, padding, dilation)
+    taps, geometry = backends.face("depthwise", taps_face), Geometry(stride, padding, dilation)
     d = taps.forward(z, depthwise, geometry, Lengths(lengths, out_lengths))
-    return conv_forward(_face("conv1d", face), _face(NORM, bn_face), d, weight, POINTWISE, out_lengths, packed, stats)
+    faces = backends.face("conv1d", face), backends.face(backends.NORM, bn_face)
+    return conv_forward(*faces, d, weight, POINTWISE, out_lengths, packed, stats)
 
 
+@op(
+    "separable_backward(Tensor dout, Tensor x, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, "
+    "Tensor? lengths, Tensor? seed, Tensor? rows, Tensor depthwise, Tensor weight, Tensor? packed, "
+    "Tensor? out_lengths, float p, bool batch_stats, int? halo, int stride, int padding, int dilation, bool need_dx, "
+    "str group, str bn_face, str taps_face, str face) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 def _backward(
     dout, x, mean, rstd, gamma, beta, lengths, seed, rows, depthwise, weight, packed, out_lengths,
     p, batch_stats, halo, stride, padding, dilation, need_dx, group, bn_face, taps_face, face,
 ):  # fmt: skip
-    conv, bn, norm, dout = _face("conv1d", face), _face(NORM, bn_face), (mean, rstd, gamma, beta), ntc(dout)
+    conv, bn = backends.face("conv1d", face), backends.face(backends.NORM, bn_face)
+    norm, dout = (mean, rstd, gamma, beta), ntc(dout)
     geometry, told = Geometry(stride, padding, dilation), Lengths(lengths, out_lengths)
     z = _input(x, norm, lengths, seed, p, bn_face)
-    d = _face(DEPTHWISE, taps_face).forward(z, depthwise, geometry, told)
+    d = backends.face("depthwise", taps_face).forward(z, depthwise, geometry, told)
     dw = conv.wgrad(d, dout, 1, POINTWISE, out_lengths, weight.dtype, clean=True)
     dd = conv.dgrad(dout, weight, d.shape[2], POINTWISE, out_lengths, packed)
     del d
@@ -72,10 +70,6 @@ def _backward(
     means = mean_sums(dbeta, dgamma, x, rows, group) if batch_stats else None
     dx, _ = bn.backward_apply(dz, x, None, Norm(*norm), means, mask, False, halo)
     return dx, dgamma, dbeta, dtaps, dw
-
-
-lib.impl("separable", without_autocast(_forward), "CompositeExplicitAutograd")
-lib.impl("separable_backward", without_autocast(_backward), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("jasper_fast::separable", lib=lib)
@@ -103,12 +97,10 @@ def _save(ctx, inputs, output):
     *ctx.before, _, group, bn_face, taps_face, face = inputs[12:]
     ctx.after = group, bn_face, taps_face, face
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
 
 
+@register_autograd("separable", _save)
 def _grad(ctx, dout, _dmean, _dm2):
-    if dout is None:
-        return (None,) * 23
     *tensors, out_lengths = ctx.saved_tensors
     normed = tensors[1] is not None
     need_dx = normed or ctx.needs_input_grad[0]
@@ -117,9 +109,6 @@ def _grad(ctx, dout, _dmean, _dm2):
     )
     vectors = (dgamma, dbeta) if normed else (None, None)
     return dx if need_dx else None, None, None, *vectors, None, None, None, dtaps, dw, *(None,) * 13
-
-
-register_autograd("separable", _grad, _save)
 
 
 def separable_conv(
@@ -176,7 +165,7 @@ def separable_sub_block(
     backend: str = "auto",
     frozen: bool = False,
     halo: int | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
     next_stats: bool = False,
     packed: Tensor | Pack | None = None,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:

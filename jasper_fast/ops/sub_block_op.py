@@ -7,42 +7,40 @@ conv computes the statistics of its output, they are passed along with the outpu
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from jasper_fast.dispatch.backends import face as _face
+from jasper_fast.dispatch import backends
 from jasper_fast.kernels.layout import empty_ntc, ntc
 from jasper_fast.kernels.operands import Geometry, Mask, Norm
 from jasper_fast.ops.bn_relu_dropout_op import check, dropout_seed, mean_sums, norm_face, normaliser
 from jasper_fast.ops.conv1d_op import Pack, check_channels, conv_face, conv_forward, fake_stats
-from jasper_fast.ops.registration import lib, register_autograd, without_autocast
+from jasper_fast.ops.registration import lib, op, register_autograd
 
-lib.define(
+
+@op(
     "sub_block(Tensor y, Tensor mean, Tensor rstd, Tensor gamma, Tensor beta, Tensor? lengths, Tensor? seed, "
     "Tensor? rows, Tensor weight, Tensor? packed, float p, bool batch_stats, int? halo, int padding, int dilation, "
     "bool stats, str group, str bn_face, str conv) -> (Tensor, Tensor, Tensor)"
 )
-lib.define(
-    "sub_block_backward(Tensor dout, Tensor y, Tensor mean, Tensor rstd, Tensor gamma, Tensor beta, Tensor? lengths, "
-    "Tensor? seed, Tensor? rows, Tensor weight, Tensor? packed, float p, bool batch_stats, int? halo, int padding, "
-    "int dilation, str group, str bn_face, str conv) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-
-
 def _forward(
     y, mean, rstd, gamma, beta, lengths, seed, rows, weight, packed,
     p, batch_stats, halo, padding, dilation, stats, group, bn_face, conv,
 ):  # fmt: skip
-    bn = _face("bn_relu_dropout", bn_face)
+    impl, bn = backends.face("conv1d", conv), backends.face(backends.NORM, bn_face)
     z = bn.forward(ntc(y), Norm(mean, rstd, gamma, beta), None, Mask(lengths, seed, p))
-    return conv_forward(_face("conv1d", conv), bn, z, weight, Geometry(1, padding, dilation), lengths, packed, stats)
+    return conv_forward(impl, bn, z, weight, Geometry(1, padding, dilation), lengths, packed, stats)
 
 
+@op(
+    "sub_block_backward(Tensor dout, Tensor y, Tensor mean, Tensor rstd, Tensor gamma, Tensor beta, Tensor? lengths, "
+    "Tensor? seed, Tensor? rows, Tensor weight, Tensor? packed, float p, bool batch_stats, int? halo, int padding, "
+    "int dilation, str group, str bn_face, str conv) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 def _backward(
     dout, y, mean, rstd, gamma, beta, lengths, seed, rows, weight, packed,
     p, batch_stats, halo, padding, dilation, group, bn_face, conv,
 ):  # fmt: skip
-    impl, bn, dout, y = _face("conv1d", conv), _face("bn_relu_dropout", bn_face), ntc(dout), ntc(y)
+    impl, bn, dout, y = backends.face("conv1d", conv), backends.face(backends.NORM, bn_face), ntc(dout), ntc(y)
     norm, mask, geometry = Norm(mean, rstd, gamma, beta), Mask(lengths, seed, p), Geometry(1, padding, dilation)
     z = bn.forward(y, norm, None, mask)
     dw = impl.wgrad(z, dout, weight.shape[2], geometry, lengths, weight.dtype, clean=True)
@@ -56,10 +54,6 @@ def _backward(
     means = mean_sums(dbeta, dgamma, y, rows, group) if batch_stats else None
     dy, _ = bn.backward_apply(g, y, None, norm, means, mask, False, halo)
     return dy, dgamma, dbeta, dw
-
-
-lib.impl("sub_block", without_autocast(_forward), "CompositeExplicitAutograd")
-lib.impl("sub_block_backward", without_autocast(_backward), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("jasper_fast::sub_block", lib=lib)
@@ -84,17 +78,12 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
     ctx.rest = (*before, group, bn, conv)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
 
 
+@register_autograd("sub_block", _save)
 def _grad(ctx, dout, _dmean, _dm2):
-    if dout is None:
-        return (None,) * 19
     dy, dgamma, dbeta, dw = torch.ops.jasper_fast.sub_block_backward(dout, *ctx.saved_tensors, ctx.packed, *ctx.rest)
     return dy, None, None, dgamma, dbeta, None, None, None, dw, *(None,) * 10
-
-
-register_autograd("sub_block", _grad, _save)
 
 
 def sub_block(
@@ -117,7 +106,7 @@ def sub_block(
     backend: str = "auto",
     frozen: bool = False,
     halo: int | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
     next_stats: bool = False,
     packed: Tensor | Pack | None = None,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
