@@ -26,7 +26,7 @@ from typing import TypeVar
 
 import torch
 
-from jasper_fast.kernels import likeness
+from jasper_fast.kernels import files, likeness
 from jasper_fast.kernels.table_rows import (
     ALGORITHMS,
     DTYPES,
@@ -298,7 +298,4 @@ def write(path: Path, header: Mapping[str, str], rows: Iterable[Row]) -> None:
     parse(data, str(path))
     lines = ",\n".join(f"  {json.dumps(row)}" for row in data["rows"])
     text = f'{{\n "header": {json.dumps(data["header"], indent=1)},\n "rows": [\n{lines}\n ]\n}}\n'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    files.write(path, text)

@@ -82,15 +82,15 @@ class Tuning:
     now: float = 0.0
 
     def warm(self, call: str) -> None:
-        """As `timing.Clock.warm`."""
+        """As `timing.Wall.warm`."""
         self.now += 1.0
 
     def prepare(self, call: str) -> str:
-        """As `timing.Clock.prepare`."""
+        """As `timing.Wall.prepare`."""
         return call
 
     def seconds_of(self, call: str, times: int) -> float:
-        """As `timing.Clock.seconds`."""
+        """As `timing.Wall.seconds`."""
         self.now += times * self.seconds[call]
         return times * self.seconds[call]
 
@@ -157,7 +157,8 @@ def tuning_on_an_imaginary_gpu(own_cache, monkeypatch, tmp_path):
     monkeypatch.setenv("JASPER_FAST_TUNE", "1")
     monkeypatch.setenv("JASPER_FAST_TABLES", str(tmp_path / "tables"))
     monkeypatch.setattr(children, "talk", made.talk)
-    monkeypatch.setattr(tuned, "_there", lambda: True)
+    monkeypatch.setattr(tuned, "rows", lambda index: tuned.read(GPU))
+    monkeypatch.setattr(tables, "_over", tuned.rows)
     monkeypatch.setattr(backends, "why_missing", lambda backend, device: None)
     monkeypatch.setattr(cuda_launch, "gpu", lambda device: cuda_tiles.Gpu(90, 132, 232448))
     monkeypatch.setattr(likeness, "traits", lambda index: TRAITS)

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jasper_fast import ops
-from jasper_fast.dispatch import backends, choose, rules, tuned, verdicts
+from jasper_fast.dispatch import backends, choose, rules, verdicts
 from jasper_fast.dispatch.verdict import BAD, GOOD, UNCHECKED, Verdict
 from jasper_fast.kernels import likeness, tables
 from jasper_fast.kernels.conv1d import cuda_launch, cuda_tiles
@@ -61,7 +61,6 @@ def gpu(monkeypatch):
     monkeypatch.setattr(tables, "_gpu_name", lambda index: GPU_NAME)
     monkeypatch.setattr(tables, "forget", tables._index.cache_clear)
     monkeypatch.setattr(likeness, "traits", lambda index: None)
-    monkeypatch.setattr(tuned, "_there", lambda: False)
     rules.traits.cache_clear()
     return SimpleNamespace(found=found, checked=checked)
 

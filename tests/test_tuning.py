@@ -118,8 +118,7 @@ def test_a_kill_at_twenty_random_points_loses_nothing(tuning, monkeypatch, own_c
     """Shows that SIGKILL between cells, inside one or while the file is written loses no finished cell."""
     seen = []
     tuning.happen = seen.append
-    for name in ("replace",):
-        wrap(monkeypatch, tables.os, name, lambda right, *args: (tuning.happen("replace"), right(*args))[1])
+    wrap(monkeypatch, os, "replace", lambda right, *args: (tuning.happen("replace"), right(*args))[1])
     tuned.tune(GPU, CELLS, 1000.0, clock=lambda: tuning.now)
     whole = kept()
     points = random.Random(0).choices(range(1, len(seen) + 1), k=20)

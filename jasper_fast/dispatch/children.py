@@ -75,10 +75,10 @@ def talk(argv: Sequence[str], wanted: object, hear: Callable[[str, Any], bool], 
             for kind, value in _lines(process.stdout, START_SECONDS, seconds):
                 spoke = True
                 if hear(kind, value):
-                    ended = told = True
+                    told = True
                     break
             ended = True
-        except TimeoutError:
+        except queue.Empty:
             hung = True
         finally:  # after another exception, such as a KeyboardInterrupt, the process is killed without waiting
             code = _end(process, before=10.0 if ended else 0.0, after=30.0 if ended or hung else 5.0)
@@ -91,7 +91,7 @@ def talk(argv: Sequence[str], wanted: object, hear: Callable[[str, Any], bool], 
 
 
 def _lines(stream: IO[str], start: float, each: float) -> Iterator[tuple[str, Any]]:
-    """Yields the messages of a process until it ends. Raises TimeoutError if it is silent for too long."""
+    """Yields the messages of a process until it ends. Raises queue.Empty if it is silent for too long."""
     lines: queue.Queue[str | None] = queue.Queue()
 
     def pump() -> None:
@@ -99,15 +99,12 @@ def _lines(stream: IO[str], start: float, each: float) -> Iterator[tuple[str, An
             lines.put(line)
         lines.put(None)
 
+    def receive() -> str | None:
+        return lines.get(timeout=limit)
+
     threading.Thread(target=pump, daemon=True).start()
     limit = start
-    while True:
-        try:
-            line = lines.get(timeout=limit)
-        except queue.Empty:
-            raise TimeoutError from None
-        if line is None:
-            return
+    for line in iter(receive, None):
         if line.startswith(MARK):
             limit = each
             yield json.loads(line.removeprefix(MARK))

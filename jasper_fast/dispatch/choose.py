@@ -18,6 +18,12 @@ from jasper_fast.kernels import tables
 from jasper_fast.kernels.conv1d import cuda_launch
 from jasper_fast.kernels.tables import Cell
 
+CONVS = ("triton", "cuda")  # faces whose convs run on a GPU
+
+# the end of a warning: what "auto" does if a verdict is not good
+PLAIN = "backend='auto' uses plain PyTorch for it instead, which is slower"
+LIBRARY = "backend='auto' uses PyTorch's own conv instead, which is slower here"
+
 
 @torch.compiler.assume_constant_result
 def resolve(backend: str, device: torch.device | str, op: str | None = None, dtype: torch.dtype | None = None) -> str:
@@ -40,17 +46,13 @@ def _resolve(backend: str, device: torch.device | str, op: str | None, dtype: to
         if backend == "cuda" and op == DEPTHWISE:  # the cuda backend has no depthwise kernel
             return "reference" if backends.why_missing("triton", device) else "triton"
         return backend
-    first, reasons, gpu = None, [], ("triton", "cuda")
-    if op == DEPTHWISE:
-        gpu = ("triton",)
-    for name in {"cpu": ("cpu",), "cuda": gpu}.get(device.type, ()):
-        reason = backends.why_missing(name, device)
-        first = first or (name if reason is None else None)
-        reasons += [] if reason is None else [backends.named(name, reason)]
+    names = {"cpu": ("cpu",), "cuda": ("triton",) if op == DEPTHWISE else CONVS}.get(device.type, ())
+    missing = {name: backends.why_missing(name, device) for name in names}
+    first = next((name for name, reason in missing.items() if reason is None), None)
     if first is None:
-        if reasons:
-            said = f"jasper_fast uses plain PyTorch on {device.type}: {'; '.join(reasons)}"
-            warnings.warn(said, RuntimeWarning, stacklevel=3)
+        if missing:
+            reasons = "; ".join(backends.named(name, reason) for name, reason in missing.items())
+            warnings.warn(f"jasper_fast uses plain PyTorch on {device.type}: {reasons}", RuntimeWarning, stacklevel=3)
         return "reference"
     if op is not None and dtype is not None and dtype not in tables.DTYPES:  # fp64, for instance, has no kernel
         return "reference"
@@ -175,9 +177,7 @@ def _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2) -> s
 
 def _takes(face: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> bool:
     """Returns whether `face`, one of CONVS, has convs for `dtype` on `device`, and for `shape` if given."""
-    if face == "triton":
-        return dtype in tables.DTYPES
-    return cuda_launch.takes(device, dtype, shape)
+    return dtype in tables.DTYPES if face == "triton" else cuda_launch.takes(device, dtype, shape)
 
 
 Convs = tuple[tuple[tuple[int, ...], int], ...]  # shapes (c_in, c_out, taps, stride, dilation), each with its count
@@ -224,10 +224,8 @@ def _faster(calls: list[tuple[str, tuple[int, ...], int]], device, dtype, rows_l
     """Returns the one of `faces` and "aten" on which `calls`, each (op, shape, count), take the least measured time, or
     the least estimated time if none was measured."""
     rows = None if rows_log2 is None else 1 << rows_log2
-    measured = {
-        f: time for f, time in (tables.times(calls, device, dtype, rows) or {}).items() if f in (*faces, "aten")
-    }
-    if measured:
+    times = tables.times(calls, device, dtype, rows) or {}
+    if measured := {face: time for face, time in times.items() if face in (*faces, "aten")}:
         return min(sorted(measured), key=measured.__getitem__)
     found = rules.fastest(calls, device, dtype, rows)
     return found if found in faces else "aten"
@@ -271,35 +269,25 @@ def _has_amx(dtype: torch.dtype) -> bool:
     return dtype in known and known[dtype]()
 
 
-CONVS = ("triton", "cuda")  # faces whose convs run on a GPU
-
-# the end of a warning: what "auto" does if a verdict is not good
-PLAIN = "backend='auto' uses plain PyTorch for it instead, which is slower"
-LIBRARY = "backend='auto' uses PyTorch's own conv instead, which is slower here"
-
-
 def _trusted(op: str, face: str, device: torch.device, dtype: torch.dtype, instead: str) -> bool:
     """Returns whether the verdict on a GPU kernel is good. If not, warns once per kernel."""
-    if device.index is None:
-        device = torch.device(device.type, torch.cuda.current_device())
+    device = tuned.indexed(device)
     found = verdicts.verdict(op, face, device, tables.DTYPES[dtype])
-    if found.status == GOOD:
-        return True
-    if (op, face, device, dtype) not in _warned:
-        _warned.add((op, face, device, dtype))
-        warnings.warn(verdicts.why_not(found, device, instead), RuntimeWarning, stacklevel=4)
-    return False
+    if found.status != GOOD:
+        _warn(verdicts.why_not(found, device, instead))
+    return found.status == GOOD
 
 
-_warned: set[tuple[str, str, torch.device, torch.dtype]] = set()
+@functools.cache
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=5)
 
 
 def forget() -> None:
     """Drops all cached choices. Call this after a verdict or a table has changed."""
     _drop()
-    for cached in (_resolve, _pane_form, fused_faces):
+    for cached in (_resolve, _pane_form, fused_faces, _warn):
         cached.cache_clear()
-    _warned.clear()
     verdicts.forget()
     tables.forget()
     tuned.forget()

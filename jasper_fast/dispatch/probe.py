@@ -59,7 +59,6 @@ def supervise(
     dtypes: Sequence[str] = (),
     seconds: float = CHECK_SECONDS,
     on_row: Callable[[dict, int], None] = lambda row, total: None,
-    argv: Sequence[str] | None = None,
     report: Report | None = None,
 ) -> list[dict[str, Any]]:
     """Performs all checks for `device` in child processes, and returns their rows. The statuses are those of
@@ -67,23 +66,22 @@ def supervise(
 
     `ops`, `faces`, `dtypes` ("float16", ...): what to check, as in `checks.plan`. After a kernel has died or hung, the
     other checks of its op, face and dtype are skipped, because the verdict on them is known. `seconds` limits each
-    check. `on_row(row, total)` is called for each new row. `argv` replaces the command line of the child. Any exception
-    kills the child at once, and `report` then has the results so far. Raises CannotCheck if the child does not reach
-    the first check.
+    check. `on_row(row, total)` is called for each new row. Any exception kills the child at once, and `report` then has
+    the results so far. Raises CannotCheck if the child does not reach the first check.
     """
     report = report or Report()
     which = {"ops": list(ops), "faces": list(faces), "dtypes": list(dtypes)}
     while True:
         wanted = {"device": str(device), "quick": quick, **which, "done": list(report.found)}
         try:
-            fault = _watch(argv or command(), wanted, seconds, report, on_row)
+            fault = _watch(wanted, seconds, report, on_row)
             after, skipped = "an earlier check ended the process", fault and group_of(fault)
+            if fault is not None:
+                _note(report, fault, on_row)
         except CannotCheck as error:
             if not report.planned:
                 raise
-            fault, after, skipped = None, str(error), None  # the remaining checks cannot be made
-        if fault is not None:
-            _note(report, fault, on_row)
+            after, skipped = str(error), None  # the remaining checks cannot be made
         for check in report.planned:
             if check["id"] not in report.found and skipped in (None, group_of(check)):
                 _note(report, check | {"status": "skipped", "detail": after}, on_row)
@@ -96,10 +94,9 @@ def _note(report: Report, row: dict, on_row: Callable) -> None:
     on_row(report.found[row["id"]], len(report.planned))
 
 
-def _watch(argv, wanted, seconds, report, on_row) -> dict | None:
+def _watch(wanted, seconds, report, on_row) -> dict | None:
     """Runs one child process until it ends. Returns the row of the check that ended it, or None if it finished."""
-    current: str | None = None
-    fault: dict | None = None
+    current = fault = None
 
     def hear(kind: str, value: Any) -> bool:
         nonlocal current, fault
@@ -110,12 +107,11 @@ def _watch(argv, wanted, seconds, report, on_row) -> dict | None:
         elif kind == "result":
             _note(report, value, on_row)
             current = None
-        else:
-            fault = value if kind == "fatal" else None
-            return True
-        return False
+        elif kind == "fatal":
+            fault = value
+        return kind in ("fatal", "end")
 
-    ended = children.talk(argv, wanted, hear, seconds)
+    ended = children.talk(command(), wanted, hear, seconds)
     if ended.told:
         return fault
     if current is None:

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from jasper_fast.dispatch import backends, children, verdicts
-from jasper_fast.kernels import likeness, tables
+from jasper_fast.kernels import files, likeness, tables
 from jasper_fast.kernels.tables import Cell, Row
 
 SWITCH = "JASPER_FAST_TUNE"
@@ -40,15 +40,11 @@ PATIENCE = 300.0  # seconds that a process waits while another one tunes
 CONTENDER = 90.0  # seconds that the child may be silent, including compilation
 GRACE = 5.0  # seconds beyond the budget, in which the child may finish its current measurement
 LOCK = "tuning.lock"
+COMMAND = (sys.executable, "-W", "ignore", "-m", "jasper_fast.tuning.child")
 
 
 class CannotTune(RuntimeError):
     """The child process that tunes failed outside any measurement. The message says why."""
-
-
-def command() -> list[str]:
-    """Returns the command line of the child process that tunes."""
-    return [sys.executable, "-W", "ignore", "-m", "jasper_fast.tuning.child"]
 
 
 # ------------------------------------------------------------------------------------------------ what is kept on disk
@@ -64,10 +60,8 @@ def path(device: torch.device) -> Path:
 def read(device: torch.device) -> tuple[Row, ...]:
     """Reads the saved rows for `device`. If the file cannot be used, prints why and returns none."""
     file = path(device)
-    if not file.is_file():
-        return ()
     try:
-        return tables.load(file).rows
+        return tables.load(file).rows if file.is_file() else ()
     except (OSError, tables.TableError) as error:
         verdicts.say(f"cannot use the saved times ({error}): tuning again")
         return ()
@@ -111,26 +105,14 @@ def _faults(device: torch.device) -> dict[str, list[str]]:
 
 def _keep_fault(device: torch.device, cell: Cell, contender: str) -> None:
     found = _faults(device)
-    found.setdefault(_name(cell), []).append(contender)
-    file = path(device).with_suffix(".faults")
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    found.setdefault(" ".join(map(str, cell)), []).append(contender)
     with contextlib.suppress(OSError):  # keep() reports a folder that cannot be written
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(found, indent=1), encoding="utf-8")
-        os.replace(part, file)
-
-
-def _name(cell: Cell) -> str:
-    return " ".join(map(str, cell))
-
-
-def _there() -> bool:
-    return torch.cuda.is_available()
+        files.write(path(device).with_suffix(".faults"), json.dumps(found, indent=1))
 
 
 def rows(index: int) -> Sequence[Row]:
     """Returns the tuned rows for the CUDA device `index`. `tables` asks for them before it looks in its own files."""
-    return read(torch.device("cuda", index)) if _there() else ()
+    return read(torch.device("cuda", index)) if torch.cuda.is_available() else ()
 
 
 tables.lay_over(rows)
@@ -190,7 +172,7 @@ def tune(
             return kind == "end"
 
         wanted = {"device": str(device), "cells": todo, "budget": left, "without": _faults(device), "seconds": seconds}
-        ended = children.talk(command(), wanted, hear, min(CONTENDER, left + GRACE))
+        ended = children.talk(COMMAND, wanted, hear, min(CONTENDER, left + GRACE))
         if ended.told or clock() >= end:
             session.out_of_time = len(session.done) < len(session.cells)
             return session
@@ -228,11 +210,14 @@ not_now = functools.partial(_more, "not_now")
 
 def good_moment(device: torch.device) -> bool:
     """Returns whether tuning may run now: nothing is being captured or traced, and no `not_now()` is open."""
-    if getattr(_local, "not_now", 0) or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if torch._guards.TracingContext.try_get() is not None:  # in torch 2.11 is_compiling() is False here while tracing
-        return False
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+    not_now = (
+        getattr(_local, "not_now", 0),
+        torch.compiler.is_compiling(),
+        torch.jit.is_tracing(),
+        torch._guards.TracingContext.try_get() is not None,  # in torch 2.11 is_compiling() is False here while tracing
+        torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None,
+    )
+    if any(not_now):
         return False
     capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)  # None if PyTorch was built without CUDA
     return capturing is None or not torch.cuda.is_available() or not capturing()
@@ -301,11 +286,9 @@ def _tell_and_tune(device: torch.device, cells: Sequence[Cell], what: str) -> No
     except (CannotTune, OSError, tables.TableError) as error:
         told = f" not possible ({error}); using times of similar GPUs, or estimates"
     else:
-        left = len(cells) - len(session.done)
-        told = f": {time.monotonic() - started:.0f} s"
-        told += (
-            f" (time for {len(session.done)} of {len(cells)} shapes; `jasper-fast tune` does the rest)" if left else ""
-        )
+        done, of = len(session.done), len(cells)
+        rest = f" (time for {done} of {of} shapes; `jasper-fast tune` does the rest)" if done < of else ""
+        told = f": {time.monotonic() - started:.0f} s{rest}"
     print(told, file=sys.stderr, flush=True)
 
 

@@ -38,6 +38,11 @@ class Verdict:
     date: str = ""
 
 
+class PlainPyTorchFailed(RuntimeError):
+    """Plain PyTorch, with which a kernel is compared, failed. If the kernel caused that, the next synchronisation with
+    the device raises the kernel's error."""
+
+
 # (text of an error, what to do about it), for errors that are the machine's fault
 FIXES = (
     ("failed to find c compiler", "Triton compiles its launcher in C: install a C compiler (gcc), or set CC to one"),
@@ -51,6 +56,14 @@ FIXES = (
     ("busy or unavailable", "another process uses the GPU exclusively: see nvidia-smi"),
     ("driver version is insufficient", "update the NVIDIA driver"),
 )
+# the same by the kind of error, if no text fits
+FIXES_OF_KINDS = (
+    (subprocess.SubprocessError,  # the C compiler failed (ptxas: PTXASError)
+     "Triton compiles its launcher in C: it needs gcc, Python's headers (python3-dev) and space in TMPDIR"),
+    ((OSError, ImportError),  # a kernel itself uses no files
+     "this user must be allowed to read and run the files of Triton, and to write its cache"),
+    (PlainPyTorchFailed, "without its result the kernel cannot be checked"),
+)  # fmt: skip
 NO_MEMORY = ("out of memory", "alloc_failed", "cannot allocate memory")
 FREE_MEMORY = "another process may use the memory: look at nvidia-smi, and try again when memory is free"
 
@@ -63,21 +76,11 @@ def blame(error: BaseException) -> dict[str, str]:
         return {"status": "no memory", "detail": f"{detail} ({FREE_MEMORY})"}
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         text += " no space left on device"
-    fix = next((fix for what, fix in FIXES if what in text.lower()), None)
-    if fix is None and isinstance(error, subprocess.SubprocessError):  # the C compiler failed (ptxas: PTXASError)
-        fix = "Triton compiles its launcher in C: it needs gcc, Python's headers (python3-dev) and space in TMPDIR"
-    if fix is None and isinstance(error, (OSError, ImportError)):  # a kernel itself uses no files
-        fix = "this user must be allowed to read and run the files of Triton, and to write its cache"
-    if fix is None and isinstance(error, PlainPyTorchFailed):
-        fix = "without its result the kernel cannot be checked"
-    if fix is None:
+    fixes = [fix for what, fix in FIXES if what in text.lower()]
+    fixes += [fix for kind, fix in FIXES_OF_KINDS if isinstance(error, kind)]
+    if not fixes:
         return {"status": "failed", "detail": detail}
-    return {"status": "environment", "detail": f"{detail} ({fix})"}
-
-
-class PlainPyTorchFailed(RuntimeError):
-    """Plain PyTorch, with which a kernel is compared, failed. If the kernel caused that, the next synchronisation with
-    the device raises the kernel's error."""
+    return {"status": "environment", "detail": f"{detail} ({fixes[0]})"}
 
 
 def in_a_line(error: BaseException) -> str:

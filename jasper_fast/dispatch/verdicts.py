@@ -27,7 +27,7 @@ import torch
 from jasper_fast import __version__
 from jasper_fast.dispatch import probe
 from jasper_fast.dispatch.verdict import BAD, GOOD, UNCHECKED, Verdict
-from jasper_fast.kernels import native, tables
+from jasper_fast.kernels import files, native, tables
 
 SCHEMA = 2
 LOCK_SECONDS = 300.0
@@ -108,17 +108,15 @@ def read(device: torch.device) -> dict[tuple[str, str, str], Verdict]:
     none."""
     file = path(device)
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        return _parse(json.loads(file.read_text(encoding="utf-8")), device)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        say(f"cannot read {file} ({error}): checking again")
-        return {}
-    try:
-        return _parse(data, device)
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        why = f"cannot read {file} ({error})"
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        say(f"{file} has no valid verdicts ({type(error).__name__}: {error}): checking again")
-        return {}
+        why = f"{file} has no valid verdicts ({type(error).__name__}: {error})"
+    say(f"{why}: checking again")
+    return {}
 
 
 def _parse(data: dict, device: torch.device) -> dict[tuple[str, str, str], Verdict]:
@@ -143,22 +141,15 @@ def keep(device: torch.device, verdicts: Iterable[Verdict]) -> None:
     kept = read(device)
     for verdict in verdicts:
         name = (verdict.op, verdict.face, verdict.dtype)
-        before = kept.get(name)
-        if verdict.status == UNCHECKED:
-            _memory[device, *name] = verdict
-            continue
-        if before is None or verdict.status == BAD or not verdict.quick:
+        if verdict.status != UNCHECKED and (name not in kept or verdict.status == BAD or not verdict.quick):
             kept[name] = verdict
-        _memory[device, *name] = kept[name]
+        _memory[device, *name] = verdict if verdict.status == UNCHECKED else kept[name]
     if not kept:
         return
     data = {"schema": SCHEMA, "key": key(device), "verdicts": [asdict(v) for v in kept.values()]}
     file = path(device)
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, file)
+        files.write(file, json.dumps(data, indent=1) + "\n")
     except OSError as error:
         say(f"cannot save the verdict in {file} ({error}); set JASPER_FAST_CACHE to a folder that can be written")
 
@@ -229,13 +220,10 @@ def _check_now(device: torch.device, op: str, face: str, dtype: str) -> Verdict:
 
 def why_not(found: Verdict, device: torch.device, instead: str) -> str:
     """Returns the warning for a kernel that is not used. `instead` says what "auto" uses in its place."""
-    name = key(device)["device"]
     what = f"{found.op} ({found.face}, {found.dtype})"
-    if found.status == UNCHECKED:
-        begin = f"{what} could not be checked on {name}"
-    else:
-        begin = f"{what} is WRONG on {name}"
-    return f"{begin}: {found.failure}. {instead}; `jasper-fast selfcheck` shows every kernel"
+    begin = f"{what} could not be checked" if found.status == UNCHECKED else f"{what} is WRONG"
+    on = f"on {key(device)['device']}: {found.failure}"
+    return f"{begin} {on}. {instead}; `jasper-fast selfcheck` shows every kernel"
 
 
 def say(text: str) -> None:
