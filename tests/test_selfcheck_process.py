@@ -35,8 +35,9 @@ def run_child(code: str, *, seconds: float = 60.0, ops=("conv1d", "bn_relu_dropo
     """Runs the self-check of the CPU face in a supervised process that first executes `code`; returns its rows."""
     make_face("cpu")
     full = f"{MODULES}\n{code}\nchild.child()"
-    argv = [sys.executable, "-c", full]
-    return probe.supervise(CPU, quick=True, ops=ops, faces=("cpu",), seconds=seconds, argv=argv, **more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "command", lambda: [sys.executable, "-c", full])
+        return probe.supervise(CPU, quick=True, ops=ops, faces=("cpu",), seconds=seconds, **more)
 
 
 BREAK = """

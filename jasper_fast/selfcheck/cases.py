@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,15 +39,16 @@ def case(check: Check, device: torch.device, seed: int, *, timed: bool = False) 
     batch is padding, and a conv's weight is already packed.
     """
     draw = _Draw(device, DTYPES[check.dtype], seed, timed, check.variant == WAVE)
-    conv = _fused_case if check.function == "fused" else _conv_case
     makers = {
+        "conv1d": _conv_case,
+        "conv1d.fused": _fused_case,
         "bn_relu_dropout": _norm_case,
         "depthwise": _depthwise_case,
         "panes": _panes_case,
         "novograd": _step_case,
         "ctc": _loss_case,
     }
-    return makers.get(check.op, conv)(check, draw)
+    return makers[check.op](check, draw)
 
 
 class _Draw:
@@ -89,6 +89,11 @@ def _wide(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None or not t.is_floating_point() else t.double() for t in tensors]
 
 
+# the names of what each function of a conv returns
+RESULTS = {"forward": ("y",), "forward_stats": ("y", "mean", "m2"), "dgrad": ("dx",), "wgrad": ("dw",),
+           "dgrad_bn": ("g", "dbeta", "dgamma")}  # fmt: skip
+
+
 def _conv_case(check: Check, draw: _Draw) -> Case:
     s, function, p = check.shape, check.function, 0.2
     x, dy = draw.activation(s.n, s.c_in, s.t), draw.activation(s.n, s.c_out, s.t_out)
@@ -101,23 +106,21 @@ def _conv_case(check: Check, draw: _Draw) -> Case:
     given = zero if clean else ntc(mask(x, lengths, float("nan")))
     impl = backends.face("conv1d", check.face)
     packed = impl.pack(weight, draw.dtype).data if draw.timed and hasattr(impl, "pack") else None
-    names = {"forward": ("y",), "forward_stats": ("y", "mean", "m2"), "dgrad": ("dx",)}
-    names |= {"dgrad_bn": ("g", "dbeta", "dgamma"), "wgrad": ("dw",)}
 
     def named(*out: Tensor) -> dict[str, Tensor]:
-        return dict(zip(names[function], out, strict=True))
+        return dict(zip(RESULTS[function], out, strict=True))
 
     def results(face: str, x: Tensor, dy: Tensor, weight: Tensor, y: Tensor, z: Tensor, *norm: Tensor):
-        impl = backends.face("conv1d", face)
-        if function == "forward":
-            return named(impl.forward(x, weight, s.geometry, lengths, packed, clean))
-        if function == "forward_stats":
-            return named(*impl.forward_stats(x, weight, s.geometry, lengths, packed, clean))
-        if function == "dgrad":
-            return named(impl.dgrad(dy, weight, s.t, s.geometry, lengths, packed))
-        if function == "dgrad_bn":
-            return named(*impl.dgrad_bn(dy, weight, s.geometry, y, z, Norm(*norm), zeroed, packed))
-        return named(impl.wgrad(x, dy, s.k, s.geometry, lengths, wide_dtype(x), clean))
+        forward = x, weight, s.geometry, lengths, packed, clean
+        arguments = {
+            "forward": forward,
+            "forward_stats": forward,
+            "dgrad": (dy, weight, s.t, s.geometry, lengths, packed),
+            "dgrad_bn": (dy, weight, s.geometry, y, z, Norm(*norm), zeroed, packed),
+            "wgrad": (x, dy, s.k, s.geometry, lengths, wide_dtype(x), clean),
+        }
+        out = getattr(backends.face("conv1d", face), function)(*arguments[function])
+        return named(*(out if isinstance(out, tuple) else (out,)))
 
     def low() -> dict[str, Tensor]:
         aten = backends.face("conv1d", "aten")
@@ -155,12 +158,12 @@ def _depthwise_case(check: Check, draw: _Draw) -> Case:
     given, given_dy = (ntc(mask(v, of, float("nan"))) for v, of in ((x, told.before), (dy, told.after)))
 
     def results(face: str, x: Tensor, dy: Tensor, weight: Tensor) -> dict[str, Tensor]:
-        impl = backends.face("depthwise", face)
-        if function == "forward":
-            return {"y": impl.forward(x, weight, s.geometry, told)}
-        if function == "dgrad":
-            return {"dx": impl.dgrad(dy, weight, s.t, s.geometry, told)}
-        return {"dw": impl.wgrad(x, dy, s.k, s.geometry, told, wide_dtype(x))}
+        arguments = {
+            "forward": (x, weight, s.geometry, told),
+            "dgrad": (dy, weight, s.t, s.geometry, told),
+            "wgrad": (x, dy, s.k, s.geometry, told, wide_dtype(x)),
+        }
+        return {RESULTS[function][0]: getattr(backends.face("depthwise", face), function)(*arguments[function])}
 
     return Case(
         lambda: results(check.face, given, given_dy, weight),
@@ -193,11 +196,9 @@ def _fused_case(check: Check, draw: _Draw) -> Case:
         told = Lengths(lengths, made=torch.empty_like(lengths))
     if check.face == "cpu":  # the inference engine keeps activations in fp32 on a CPU
         given, given2 = given.float(), None if x2 is None else given2.float()
-    more: dict[str, Any] = {"clean": True} if clean else {}
-    if not relu:
-        more["log_softmax"] = True
-    if "splits" in words:
-        more["workspace"] = impl.Workspace(x.device)
+    workspace = impl.Workspace(x.device) if "splits" in words else None
+    wished = {"clean": clean, "log_softmax": not relu, "workspace": workspace}
+    more = {name: value for name, value in wished.items() if value}  # the CPU face has none of them
     pack = impl.pack_once(weight, x.dtype, s.stride)
     panes = None if x2 is None else (given2, impl.pack_once(weight2, x.dtype))
 
@@ -212,10 +213,9 @@ def _fused_case(check: Check, draw: _Draw) -> Case:
         return finish(z + bias.to(x.dtype))
 
     def reference() -> dict[str, Tensor]:
-        impl = backends.face("conv1d", "reference")
         wide_x, wide_w, wide_b, *wide_panes = _wide(masked(x, 0.0), weight, bias, masked(x2, 0.0), weight2)
-        wide_panes = None if x2 is None else wide_panes
-        return finish(impl.fused(wide_x, wide_w, s.geometry, bias=wide_b, panes=wide_panes))
+        how = {"bias": wide_b, "panes": None if x2 is None else wide_panes}
+        return finish(backends.face("conv1d", "reference").fused(wide_x, wide_w, s.geometry, **how))
 
     def finish(z: Tensor) -> dict[str, Tensor]:
         z = z.relu() if relu else (z if z.dtype == torch.float64 else z.float()).log_softmax(2)
@@ -243,9 +243,8 @@ def _norm_case(check: Check, draw: _Draw) -> Case:
     zeroed = Mask(lengths, torch.tensor([987654321], device=draw.device) if p else None, p)
 
     # All faces get the same z, which the reference's forward computes.
-    z = None
-    if residual is not None:
-        z = backends.face("bn_relu_dropout", "reference").forward(y, norm, residual, zeroed)
+    reference = backends.face("bn_relu_dropout", "reference")
+    z = None if residual is None else reference.forward(y, norm, residual, zeroed)
 
     def results(face: str, y: Tensor, dz: Tensor, residual, z, *vectors: Tensor) -> dict[str, Tensor]:
         impl, norm = backends.face("bn_relu_dropout", face), Norm(*vectors[:4])
@@ -255,12 +254,8 @@ def _norm_case(check: Check, draw: _Draw) -> Case:
             dy, dres = impl.backward_apply(dz, y, z, norm, means, zeroed, residual is not None, halo)
             both = dict(zip(("dbeta", "dgamma"), sums, strict=True)) | {"dy": dy}
             return both | ({} if dres is None else {"dres": dres})
-        found = {}
-        if function in ("stats", "stats_forward"):
-            found |= zip(("mean", "m2"), impl.stats(y), strict=True)
-        if function in ("forward", "stats_forward"):
-            found["z"] = impl.forward(y, norm, residual, zeroed)
-        return found
+        stats = zip(("mean", "m2"), impl.stats(y), strict=True) if function.startswith("stats") else ()
+        return dict(stats) | ({"z": impl.forward(y, norm, residual, zeroed)} if function.endswith("forward") else {})
 
     tensors = {"residual": residual, "z": z, **norm._asdict(), "mean_g": means[0], "mean_gy": means[1]}
     named = {"y": y, "dz": dz, "poisoned": poisoned, "lengths": lengths, "seed": zeroed.seed, **tensors}

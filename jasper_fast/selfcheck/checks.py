@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -152,25 +154,21 @@ def plan(
             continue
         large = device.type == "cuda" or face == "cpu"  # Triton's interpreter takes minutes for a model's real shape
         for dtype in _dtypes(face, device, quick, dtypes):
-            if "panes" in ops:
-                found += _panes(face, dtype, quick, device.type == "cuda")
-            if face == "aten":
-                continue
-            if "bn_relu_dropout" in ops:
-                found += _norms(face, dtype, quick, large)
-            if dtype == "float32" and "novograd" in ops:
-                found += _steps(face, quick, large)
-            if face == "triton" and dtype == "float32" and "ctc" in ops:
-                found += _losses(quick, large)
-            if face != "cuda" and "depthwise" in ops:
-                found += _depthwise(face, dtype, quick, large)
-            if face == "cuda" and dtype == "float32":
-                continue  # the CUDA face has no fp32 convs
-            if "conv1d" in ops:
-                found += _convs(face, dtype, quick, large, device)
-            if "conv1d.fused" in ops:
-                found += _fused(face, dtype, quick, large, device)
+            for op in _PLANS:
+                if op in ops and _has(face, op, dtype):
+                    found += _PLANS[op](op, face, dtype, quick, large, device)
     return found
+
+
+def _has(face: str, op: str, dtype: str) -> bool:
+    """Returns whether `face` has kernels of `op` in `dtype`."""
+    if face == "aten":
+        return op == "panes"
+    if op in ("novograd", "ctc"):
+        return dtype == "float32" and (op == "novograd" or face == "triton")
+    if op == "panes":
+        return face == "cpu" and dtype == "float32"
+    return face != "cuda" or op == "bn_relu_dropout" or (op != "depthwise" and dtype != "float32")
 
 
 def _dtypes(face: str, device: torch.device, quick: bool, wanted: tuple[str, ...]) -> tuple[str, ...]:
@@ -183,90 +181,79 @@ def _dtypes(face: str, device: torch.device, quick: bool, wanted: tuple[str, ...
     return ("bfloat16",) if quick else ("bfloat16", "float16", "float32")
 
 
-def _panes(face: str, dtype: str, quick: bool, large: bool) -> Iterator[Check]:
-    """Yields checks of the Gram form, whose products are ATen's, and in fp32 also of the plain form in C++."""
-    if face == "aten":
-        for shape in (QUICK_GRAM if quick else SMALL_GRAM + REAL_GRAM) if large else SMALL_GRAM:
-            yield Check("panes", face, "panes", "default", shape, dtype)
-    elif face == "cpu" and dtype == "float32":
-        for shape in QUICK_GRAM if quick else SMALL_GRAM + REAL_GRAM[:1]:
-            yield Check("panes", face, "plain", "default", shape, dtype)
+# Each of these functions yields the checks of an op on a face in a dtype.
 
 
-def _norms(face: str, dtype: str, quick: bool, large: bool) -> Iterator[Check]:
+def _panes(op: str, face: str, dtype: str, quick: bool, large: bool, device: torch.device) -> Iterator[Check]:
+    """These check the Gram form, whose products are ATen's, and on the CPU face the plain form in C++."""
+    real = REAL_GRAM[:1] if face == "cpu" else REAL_GRAM
+    shapes = QUICK_GRAM if quick else SMALL_GRAM + real
+    for shape in shapes if large else SMALL_GRAM:
+        yield Check(op, face, "plain" if face == "cpu" else "panes", "default", shape, dtype)
+
+
+def _norms(op: str, face: str, dtype: str, quick: bool, large: bool, device: torch.device) -> Iterator[Check]:
     # On a CPU plain PyTorch takes minutes for the real shapes in 16 bits.
-    real = QUICK_NORM[1:] if face == "cpu" and dtype != "float32" else REAL_NORM
-    shapes = QUICK_NORM if quick else SMALL_NORM + (real if large else ())
-    for shape in shapes if large else shapes[:3]:
-        if not large and shape.c > 64:
-            continue
-        yield Check("bn_relu_dropout", face, "stats", "default", shape, dtype)
-        for variant in ("batch", "residual") if quick else NORM_VARIANTS:
-            yield Check("bn_relu_dropout", face, "forward", "default", shape, dtype, variant)
-            yield Check("bn_relu_dropout", face, "backward", "default", shape, dtype, variant)
+    real = QUICK_NORM[1:] if quick or (face == "cpu" and dtype != "float32") else REAL_NORM
+    for shape in (QUICK_NORM[:1] if quick else SMALL_NORM) + (real if large else ()):
+        yield Check(op, face, "stats", "default", shape, dtype)
+        for variant, function in product(("batch", "residual") if quick else NORM_VARIANTS, ("forward", "backward")):
+            yield Check(op, face, function, "default", shape, dtype, variant)
 
 
-def _depthwise(face: str, dtype: str, quick: bool, large: bool) -> Iterator[Check]:
+def _depthwise(op: str, face: str, dtype: str, quick: bool, large: bool, device: torch.device) -> Iterator[Check]:
     shapes = QUICK_DEPTHWISE if quick else SMALL_DEPTHWISE + (REAL_DEPTHWISE if face != "cpu" else QUICK_DEPTHWISE[1:])
-    for shape in shapes if large else SMALL_DEPTHWISE[: 1 if quick else None]:
-        for function in DEPTHWISE:
-            yield Check("depthwise", face, function, "default", shape, dtype)
+    for shape, function in product(shapes if large else SMALL_DEPTHWISE[: 1 if quick else None], DEPTHWISE):
+        yield Check(op, face, function, "default", shape, dtype)
 
 
-def _steps(face: str, quick: bool, large: bool) -> Iterator[Check]:
-    """Yields checks of NovoGrad's step on the parameters of a sub-block."""
-    for shape in (QUICK_CONV if quick else (*SMALL_CONV[:3], REAL_CONV[-1])) if large else SMALL_CONV[:2]:
-        for variant in STEP_VARIANTS:
-            yield Check("novograd", face, "step", "default", shape, "float32", variant)
+def _steps(op: str, face: str, dtype: str, quick: bool, large: bool, device: torch.device) -> Iterator[Check]:
+    """These check NovoGrad's step on the parameters of a sub-block."""
+    shapes = (QUICK_CONV if quick else (*SMALL_CONV[:3], REAL_CONV[-1])) if large else SMALL_CONV[:2]
+    for shape, variant in product(shapes, STEP_VARIANTS):
+        yield Check(op, face, "step", "default", shape, dtype, variant)
 
 
-def _losses(quick: bool, large: bool) -> Iterator[Check]:
-    """Yields checks of the CTC loss and its gradient."""
+def _losses(op: str, face: str, dtype: str, quick: bool, large: bool, device: torch.device) -> Iterator[Check]:
+    """These check the CTC loss and its gradient."""
     for shape in SMALL_CTC + (REAL_CTC[: 1 if quick else None] if large else ()):
-        yield Check("ctc", "triton", "loss", "default", shape, "float32")
+        yield Check(op, face, "loss", "default", shape, dtype)
+
+
+def _convs(op: str, face: str, dtype: str, quick: bool, large: bool, device: torch.device) -> Iterator[Check]:
+    impl = backends.face("conv1d", face)
+    for function in ("fused",) if op == "conv1d.fused" else [name for name in CONV if hasattr(impl, name)]:
+        for shape in _conv_shapes(quick, large, face):
+            for variant in _variants(function, shape, unclean=face == "triton" and not quick, fast=face == "cpu"):
+                yield Check(op, face, function, "default", shape, dtype, variant)
+        if face != "cpu" and large:
+            yield Check(op, face, function, "default", WAVE_CONV, dtype, WAVE)
+        if face == "triton":
+            for shape in QUICK_CONV if large and dtype == "float32" else ():
+                exact = f"panes splits {EXACT}" if function == "fused" else EXACT
+                yield Check(op, face, function, "default", shape, dtype, exact)
+            yield from _measured(op, function, dtype, quick, device)
 
 
 def _conv_shapes(quick: bool, large: bool, face: str) -> tuple[Conv, ...]:
-    if not large:
-        return SMALL_CONV[:2] if quick else SMALL_CONV
-    if face == "cpu":
-        return QUICK_CONV if quick else (*SMALL_CONV, QUICK_CONV[1])
-    return QUICK_CONV if quick else SMALL_CONV + REAL_CONV
+    if quick:
+        return QUICK_CONV if large else SMALL_CONV[:2]
+    return SMALL_CONV + ((QUICK_CONV[1:] if face == "cpu" else REAL_CONV) if large else ())
 
 
-def _convs(face: str, dtype: str, quick: bool, large: bool, device: torch.device) -> Iterator[Check]:
-    triton = face == "triton"
-    impl = backends.face("conv1d", face)
-    for function in (function for function in CONV if hasattr(impl, function)):
-        for shape in _conv_shapes(quick, large, face):
-            if shape.stride == 1 or not function.startswith("dgrad"):
-                yield Check("conv1d", face, function, "default", shape, dtype)
-                if triton and not quick and function in CLEAN_FUNCTIONS and shape in SMALL_CONV:
-                    yield Check("conv1d", face, function, "default", shape, dtype, UNCLEAN)
-        if face != "cpu" and large:
-            yield Check("conv1d", face, function, "default", WAVE_CONV, dtype, WAVE)
-        if triton:
-            for shape in QUICK_CONV if large and dtype == "float32" else ():
-                yield Check("conv1d", face, function, "default", shape, dtype, EXACT)
-            yield from _measured("conv1d", function, dtype, quick, device)
-
-
-def _fused(face: str, dtype: str, quick: bool, large: bool, device: torch.device) -> Iterator[Check]:
-    triton = face == "triton"
-    for shape in _conv_shapes(quick, large, face):
-        variants = FUSED_VARIANTS[:2] if face == "cpu" else FUSED_VARIANTS
-        if triton and not quick and shape in SMALL_CONV:
-            variants += (f"plain {UNCLEAN}", f"panes {UNCLEAN}")
-        for variant in variants:
-            wanted = {"features": shape.c_in <= 64, "log-softmax": shape.c_out <= 128, "panes": shape.stride == 1}
-            if wanted.get(variant.split()[0], True):
-                yield Check("conv1d.fused", face, "fused", "default", shape, dtype, variant)
-    if face != "cpu" and large:
-        yield Check("conv1d.fused", face, "fused", "default", WAVE_CONV, dtype, WAVE)
-    if triton:
-        for shape in QUICK_CONV if large and dtype == "float32" else ():
-            yield Check("conv1d.fused", face, "fused", "default", shape, dtype, f"panes splits {EXACT}")
-        yield from _measured("conv1d.fused", "fused", dtype, quick, device)
+def _variants(function: str, shape: Conv, *, unclean: bool, fast: bool) -> Iterator[str]:
+    """Yields the variants in which a function of a conv is checked on `shape`: with `unclean` on small shapes also
+    those, and with `fast` only two of the fused ones."""
+    unclean = unclean and shape in SMALL_CONV and function in CLEAN_FUNCTIONS
+    if function != "fused":
+        variants = ("", UNCLEAN) if unclean else ("",)
+        yield from variants if shape.stride == 1 or not function.startswith("dgrad") else ()
+        return
+    wanted = {"features": shape.c_in <= 64, "log-softmax": shape.c_out <= 128, "panes": shape.stride == 1}
+    more = (f"plain {UNCLEAN}", f"panes {UNCLEAN}") if unclean else ()
+    for variant in (*FUSED_VARIANTS[: 2 if fast else None], *more):
+        if wanted.get(variant.split()[0], True):
+            yield variant
 
 
 def _measured(op: str, function: str, dtype: str, quick: bool, device: torch.device) -> Iterator[Check]:
@@ -274,27 +261,29 @@ def _measured(op: str, function: str, dtype: str, quick: bool, device: torch.dev
 
     A quick plan checks only the most frequent of them.
     """
-    known: dict[tuple, tables.Row] = {}
-    if device.type == "cuda":
-        table = tables.for_gpu(torch.cuda.get_device_name(device))
-        for row in (*(table.rows if table else ()), *tuned.rows(device.index or 0)):
-            known[row.key] = row
+    if device.type != "cuda":
+        return
+    table = tables.for_gpu(torch.cuda.get_device_name(device))
+    known = {row.key: row for row in (*(table.rows if table else ()), *tuned.rows(device.index or 0))}
     rows = [r for r in known.values() if r.op == f"conv1d.{function}" and r.dtype == dtype and r.tile]
     if quick:
-        count: dict[str, int] = {}
-        for row in rows:
-            count[row.label()] = count.get(row.label(), 0) + 1
-        kept = sorted(count, key=lambda label: -count[label])[:QUICK_TILES]
-        rows = [next(r for r in rows if r.label() == label) for label in kept]
+        frequent = Counter(row.label() for row in rows).most_common(QUICK_TILES)
+        rows = [next(r for r in rows if r.label() == label) for label, _ in frequent]
     for row in rows:
         frames = max(1, min(1 << row.rows_log2, TABLE_ROWS) * row.stride)
         n = 1 if row.rows_log2 <= 10 else 4
         shape = Conv(n, max(1, frames // n - 3), row.c_in, row.c_out, row.taps, row.stride, row.dilation)
-        variants: tuple[str, ...] = ("",)
+        variants = ("",)
         if function == "fused":
-            variants = ("splits",) if row.tile["splits"] > 1 else ("plain",)
-            if not quick and shape.stride == 1:  # A block's last conv adds panes with the same tile, so check that too.
-                variants += ("panes splits",) if row.tile["splits"] > 1 else ("panes",)
+            variants = ("splits", "panes splits") if row.tile["splits"] > 1 else ("plain", "panes")
+            # A block's last conv adds panes with the same tile, so check that too.
+            variants = variants[: 1 if quick or shape.stride > 1 else 2]
         configuration = f"table 2^{row.rows_log2} {row.label().removeprefix('triton ')}"
         for variant in variants:
             yield Check(op, row.face, function, configuration, shape, dtype, variant, dict(row.tile))
+
+
+_PLANS = {
+    "panes": _panes, "bn_relu_dropout": _norms, "novograd": _steps, "ctc": _losses, "depthwise": _depthwise,
+    "conv1d": _convs, "conv1d.fused": _convs,
+}  # fmt: skip

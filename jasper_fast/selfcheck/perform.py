@@ -7,9 +7,8 @@ NaN. Kernels are called as dispatch calls them. For example, Triton's convs are 
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from jasper_fast.dispatch import backends
 from jasper_fast.dispatch.verdict import PlainPyTorchFailed, blame, in_a_line
-from jasper_fast.kernels import tables
+from jasper_fast.kernels import precision, tables
 from jasper_fast.selfcheck.cases import Case, case
 from jasper_fast.selfcheck.checks import EXACT, WAVE, Check
 from jasper_fast.selfcheck.tolerance import Compared, Tolerance, compare
@@ -41,27 +40,11 @@ def perform(check: Check, device: torch.device) -> dict[str, Any]:
     started = time.perf_counter()
     row = check.plain() | {"status": "ok", "ours": None, "theirs": None, "share": None, "detail": ""}
     try:
-        with _exactly(EXACT in check.variant.split()):
+        with precision.fp32("ieee" if EXACT in check.variant.split() else None):
             found = _compare_all(check, device)
     except Exception as error:  # whatever a kernel raises is the result of its check
-        row |= blame(error)
-    else:
-        row |= found
-    return row | {"seconds": round(time.perf_counter() - started, 3)}
-
-
-@contextmanager
-def _exactly(wanted: bool) -> Iterator[None]:
-    """A context in which, if `wanted`, no conv (PyTorch's or ours) rounds fp32 to TF32."""
-    conv = torch.backends.cudnn.conv
-    before = conv.fp32_precision
-    if wanted:
-        conv.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        if wanted:
-            conv.fp32_precision = before
+        found = blame(error)
+    return row | found | {"seconds": round(time.perf_counter() - started, 3)}
 
 
 def _compare_all(check: Check, device: torch.device) -> dict[str, Any]:
@@ -92,9 +75,7 @@ def _compare_all(check: Check, device: torch.device) -> dict[str, Any]:
 
 
 def _ours(check: Check, drawn: Case) -> dict[str, Tensor]:
-    if check.tile is None:
-        return drawn.ours()
-    with tables.forced(f"conv1d.{check.function}", check.tile):
+    with tables.forced(f"conv1d.{check.function}", check.tile) if check.tile else contextlib.nullcontext():
         return drawn.ours()
 
 

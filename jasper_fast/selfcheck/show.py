@@ -52,7 +52,7 @@ def show(rows: Sequence[dict[str, Any]], found: Sequence[Verdict], device: torch
 
 
 def main(device: torch.device, *, quick: bool, as_json: bool, cache: bool, dtypes: Sequence[str] = (),
-         seconds: float = CHECK_SECONDS, argv: Sequence[str] | None = None) -> int:  # fmt: skip
+         seconds: float = CHECK_SECONDS) -> int:  # fmt: skip
     """Checks `device`, prints the results and saves the verdicts. Returns 0 if every check passed, else 1.
 
     If it is stopped early, for example by Ctrl-C, it prints and saves the results so far.
@@ -71,8 +71,7 @@ def main(device: torch.device, *, quick: bool, as_json: bool, cache: bool, dtype
                 what = f"{row['op']} {row['face']} {row['function']}"
                 progress.update(task, total=total, advance=1, description=what)
 
-            more = {"seconds": seconds, "on_row": on_row, "argv": argv, "report": report}
-            supervise(device, quick=quick, dtypes=dtypes, **more)
+            supervise(device, quick=quick, dtypes=dtypes, seconds=seconds, on_row=on_row, report=report)
         finished = True
     finally:
         rows = report.rows
