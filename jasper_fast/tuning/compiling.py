@@ -76,14 +76,14 @@ def _call(cell: Cell) -> None:
         more = {"log_softmax": True} if is_decoder(cell) else {"workspace": conv.Workspace(META)}
         more |= {"bias": torch.empty(cell.c_out, device=META), "relu": not is_decoder(cell), "clean": True}
         conv.fused(x.transpose(1, 2), conv.pack(weight, dtype), how, lengths=Lengths(lengths, lengths), **more)
-    elif cell.op == "conv1d.wgrad":
-        conv.wgrad(x, dy, cell.taps, how, lengths, torch.float32, True)
-    elif cell.op == "conv1d.dgrad":
-        conv.dgrad(dy, weight, t, how, lengths)
-    elif cell.op == "conv1d.dgrad_bn":
-        conv.dgrad_bn(dy, weight, how, x, x, norm, zeroed)
-    else:
-        getattr(conv, cell.op.removeprefix("conv1d."))(x, weight, how, lengths, clean=True)
+        return
+    arguments = {
+        "conv1d.dgrad": (dy, weight, t, how, lengths),
+        "conv1d.dgrad_bn": (dy, weight, how, x, x, norm, zeroed),
+        "conv1d.wgrad": (x, dy, cell.taps, how, lengths, torch.float32, True),
+    }
+    forward = x, weight, how, lengths, None, True
+    getattr(conv, cell.op.removeprefix("conv1d."))(*arguments.get(cell.op, forward))
 
 
 def build(what: tuple[str, Job, int]) -> tuple[str, Facts]:

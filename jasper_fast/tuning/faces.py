@@ -1,11 +1,10 @@
-"""The contenders that each face proposes for a cell. A face takes part by registering one function per op here.
+"""The contenders that each face proposes for a cell. A face takes part by a function in FACES:
 
-    @contends("conv1d")
     def face(cell, device):
         return [Proposal("face", "direct", tile) for tile in ...]
 
-A registered function returns an empty list if its face cannot run the cell. Proposals are tried in the order of
-registration, which matters only if the time runs out.
+The function returns an empty list if its face cannot run the cell. Proposals are tried in the order of FACES, which
+matters only if the time runs out.
 """
 
 from __future__ import annotations
@@ -45,32 +44,6 @@ class Proposal:
         return self.row(cell, 1.0, {}).label()
 
 
-Face = Callable[[Cell, torch.device], list[Proposal]]
-_registered: dict[str, list[Face]] = {"conv1d": [], "bn_relu_dropout": []}
-
-
-def contends(op: str) -> Callable[[Face], Face]:
-    """Decorates a function that returns a face's proposals for an op."""
-
-    def register(face: Face) -> Face:
-        _registered[op].append(face)
-        return face
-
-    return register
-
-
-def proposals(cell: Cell, device: torch.device) -> Iterator[Proposal]:
-    """Yields the proposals of all faces for `cell`."""
-    for face in _registered[cell.op.split(".")[0]]:
-        yield from face(cell, device)
-
-
-def capability(device: torch.device) -> str:
-    """Returns the device's compute capability, such as sm_80. For the stand-in device of the tests it is sm_90."""
-    return f"sm_{launch.architecture(device) or 90}"
-
-
-@contends("conv1d")
 def triton(cell: Cell, device: torch.device) -> list[Proposal]:
     """The Triton face, with its default tile and the tiles that arithmetic ranks best. All fit the shared memory."""
     if backends.why_missing("triton", device) is not None:
@@ -79,13 +52,13 @@ def triton(cell: Cell, device: torch.device) -> list[Proposal]:
 
     op, dtype, (n, frames) = cell.op.removeprefix("conv1d."), DTYPES[cell.dtype], cell.batch
     shape = triton_tiles.Shape(*cell[2:7], n * frames)
-    limit = tables.SHARED_LIMIT.get(capability(device), max(tables.SHARED_LIMIT.values()))
+    arch = launch.architecture(device) or 90  # the interpreter has none
+    limit = tables.SHARED_LIMIT.get(f"sm_{arch}", max(tables.SHARED_LIMIT.values()))
     tiles = (tile._asdict() for tile in triton_tiles.shortlist(op, dtype, shape, frames))
     fit = [tile for tile in tiles if tables.tile_fault(cell.op, cell.dtype, tile, limit) is None]
     return [Proposal("triton", tile=tile) for tile in fit[: ON_CPU if device.type == "cpu" else MOST]]
 
 
-@contends("conv1d")
 def cuda(cell: Cell, device: torch.device) -> list[Proposal]:
     """The CUDA face, which plans its own tiles."""
     if backends.why_missing("cuda", device) is not None:
@@ -95,25 +68,27 @@ def cuda(cell: Cell, device: torch.device) -> list[Proposal]:
     return [Proposal("cuda")] if cuda_launch.takes(device, DTYPES[cell.dtype], cell[2:7]) else []
 
 
-@contends("conv1d")
 def aten(cell: Cell, device: torch.device) -> list[Proposal]:
     """PyTorch's conv in channels-last memory; on a GPU that is cuDNN."""
     return [Proposal("aten", "library")]
 
 
-@contends("bn_relu_dropout")
-def cuda_norm(cell: Cell, device: torch.device) -> list[Proposal]:
-    """The CUDA face, registered first because it is likely to be the fastest where it is built."""
-    return [] if backends.why_missing("cuda", device) else [Proposal("cuda")]
+def norm(cell: Cell, device: torch.device) -> list[Proposal]:
+    """The CUDA face first, because it is likely to be the fastest where it is built, then Triton, then plain PyTorch.
+
+    Each chooses its own tile.
+    """
+    ours = [Proposal(face) for face in ("cuda", "triton") if backends.why_missing(face, device) is None]
+    return [*ours, Proposal("reference", "library")]
 
 
-@contends("bn_relu_dropout")
-def triton_norm(cell: Cell, device: torch.device) -> list[Proposal]:
-    """The Triton face, which chooses its own tile."""
-    return [Proposal("triton")] if backends.why_missing("triton", device) is None else []
+# for each op the functions that propose contenders
+FACES: dict[str, list[Callable[[Cell, torch.device], list[Proposal]]]] = {
+    "conv1d": [triton, cuda, aten], "bn_relu_dropout": [norm],
+}  # fmt: skip
 
 
-@contends("bn_relu_dropout")
-def reference_norm(cell: Cell, device: torch.device) -> list[Proposal]:
-    """Plain PyTorch."""
-    return [Proposal("reference", "library")]
+def proposals(cell: Cell, device: torch.device) -> Iterator[Proposal]:
+    """Yields the proposals of all faces for `cell`."""
+    for face in FACES[cell.op.split(".")[0]]:
+        yield from face(cell, device)

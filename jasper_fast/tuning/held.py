@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 import torch
@@ -14,10 +13,8 @@ from jasper_fast.kernels import tables
 from jasper_fast.kernels.layout import mask
 from jasper_fast.kernels.operands import Mask, Norm
 from jasper_fast.kernels.tables import Cell
-from jasper_fast.selfcheck import cases
+from jasper_fast.selfcheck import cases, checks
 from jasper_fast.selfcheck.checks import DTYPES, Check
-from jasper_fast.selfcheck.checks import Conv as ConvShape
-from jasper_fast.selfcheck.checks import Norm as NormShape
 from jasper_fast.tuning.faces import LIBRARY, Proposal
 
 SMALL_ROWS = 1536  # rows of the inputs on which a contender is compared with fp64
@@ -35,10 +32,10 @@ def check_of(cell: Cell, proposal: Proposal, *, small: bool = False) -> Check:
     tile = None if proposal.tile is None else dict(proposal.tile)
     if cell.op in NORM_FUNCTIONS:
         # with lengths, dropout and the halo of the next conv, as the blocks of Jasper call it
-        shape, function = NormShape(n, cell.c_in, frames), NORM_FUNCTIONS[cell.op]
+        shape, function = checks.Norm(n, cell.c_in, frames), NORM_FUNCTIONS[cell.op]
         return Check("bn_relu_dropout", proposal.face, function, "tuning", shape, cell.dtype, "halo", tile)
     function = cell.op.removeprefix("conv1d.")
-    shape = ConvShape(n, frames * cell.stride, *cell[2:7])
+    shape = checks.Conv(n, frames * cell.stride, *cell[2:7])
     variant = ("log-softmax" if is_decoder(cell) else "splits") if function == "fused" else ""
     op = "conv1d.fused" if function == "fused" else "conv1d"
     return Check(op, proposal.face, function, "tuning", shape, cell.dtype, variant, tile)
@@ -81,8 +78,10 @@ class Held:
         return with_tile
 
     def free(self) -> None:
-        """Frees the inputs."""
+        """Frees the inputs, and returns free blocks of the allocator to the GPU, which the user's process shares."""
         self._cases.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def library(check: Check, inputs: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
@@ -119,13 +118,3 @@ def _fused(check: Check, i: dict[str, Tensor], weight: Tensor) -> Tensor:
     z = F.conv2d(x, weight, bias, (1, s.stride), (0, s.geometry.padding), (1, s.dilation)).squeeze(2)
     z = z.float().log_softmax(1) if check.variant == "log-softmax" else z.relu_()
     return mask(z, i["out_lengths"]).transpose(1, 2)
-
-
-@contextlib.contextmanager
-def nothing_left(device: torch.device):
-    """A context that ends by returning the allocator's free blocks to the GPU, which the user's process shares."""
-    try:
-        yield
-    finally:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import torch
+
+from jasper_fast.kernels import capture
 
 SAMPLE = 2e-3  # seconds per sample, far above the half microsecond that CUDA events resolve
 MOST = 30  # calls per sample
@@ -17,36 +17,26 @@ SECONDS = 1.5  # timing budget for all contenders of a cell together
 SLOW = 1.3  # a contender that takes more than this many times the fastest in the first round is timed no further
 
 
-class Clock(Protocol):
-    """A way to time calls."""
-
-    def warm(self, call: Callable[[], object]) -> None:
-        """Runs `call` for the first time."""
-
-    def prepare(self, call: Callable[[], object]) -> Callable[[], object]:
-        """Returns the function that is timed in place of `call`: `call` itself, or its replay as a CUDA graph."""
-
-    def seconds(self, call: Callable[[], object], times: int) -> float:
-        """Runs a prepared call `times` times and returns the seconds that this takes."""
-
-
 class Wall:
     """Times calls by the wall clock, on a CPU and on the stand-in device of the tests."""
 
     def warm(self, call: Callable[[], object]) -> None:
+        """Runs `call` for the first time."""
         call()
 
     def prepare(self, call: Callable[[], object]) -> Callable[[], object]:
+        """Returns the function that is timed in place of `call`: `call` itself, or its replay as a CUDA graph."""
         return call
 
     def seconds(self, call: Callable[[], object], times: int) -> float:
+        """Runs a prepared call `times` times and returns the seconds that this takes."""
         started = time.perf_counter()
         for _ in range(times):
             call()
         return time.perf_counter() - started
 
 
-class Events:
+class Events(Wall):
     """Times calls by CUDA events, on a GPU. A call is captured as a CUDA graph, so that the host's launches do not
     count. L2 is overwritten before each call, because in a network other layers run in between."""
 
@@ -64,15 +54,9 @@ class Events:
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             call()
+            torch.cuda.synchronize(self._device)
+            capture.record(graph, call)
         torch.cuda.current_stream(self._device).wait_stream(side)
-        collects = gc.isenabled()
-        gc.disable()  # freeing a CUDA object during the capture could invalidate it
-        try:
-            with torch.cuda.graph(graph):
-                call()
-        finally:
-            if collects:
-                gc.enable()
         graph.replay()
         torch.cuda.synchronize(self._device)
         return graph.replay
@@ -88,14 +72,14 @@ class Events:
         return sum(begin.elapsed_time(end) for begin, end in pairs) * 1e-3
 
 
-def clock(device: torch.device) -> Clock:
+def clock(device: torch.device) -> Wall:
     """Returns the clock for `device`."""
     return Events(device) if device.type == "cuda" else Wall()
 
 
 def fastest_first(
     runs: Mapping[str, Callable[[], object]],
-    ticker: Clock,
+    ticker: Wall,
     begin: Callable[[str], object] = lambda name: None,
     seconds: float = SECONDS,
 ) -> dict[str, list[float]]:

@@ -15,14 +15,10 @@ from jasper_fast.kernels.tables import Cell
 from jasper_fast.selfcheck import perform
 from jasper_fast.tuning import compiling, faces, timing
 from jasper_fast.tuning.faces import LIBRARY, Proposal
-from jasper_fast.tuning.held import Held, check_of, nothing_left
+from jasper_fast.tuning.held import Held, check_of
 
 COMPILE_SHARE = 0.5  # share of the remaining time that compiling ahead may take
 Tell = Callable[[str, Any], object]
-
-
-class Lost(RuntimeError):
-    """The device runs nothing more in this process after a fault such as an illegal address."""
 
 
 class Tuner:
@@ -42,7 +38,7 @@ class Tuner:
         seconds: float = timing.SECONDS,
         without: dict[str, list[str]] | None = None,
         clock: Callable[[], float] = time.monotonic,
-        ticker: timing.Clock | None = None,
+        ticker: timing.Wall | None = None,
         proposals: Callable[[Cell, torch.device], Iterable[Proposal]] = faces.proposals,
     ) -> None:
         self.device, self._tell, self._without, self._seconds = device, tell, without or {}, seconds
@@ -81,26 +77,25 @@ class Tuner:
     def _measure(self, cell: Cell) -> dict[str, Any]:
         held, runs, refused = Held(cell, self.device), {}, {}
         contenders = {p.name(cell): p for p in self._contenders(cell)}
-        with nothing_left(self.device):
-            for name, proposal in contenders.items():
-                self._tell("begin", [cell, name])
-                why = self._refusal(cell, proposal)
-                try:
-                    if not why:
-                        runs[name] = held.call(proposal)
-                        self._ticker.warm(runs[name])
-                except Exception as error:  # an error of a contender excludes only this contender
-                    why = in_a_line(error)
-                self._wait()
-                if why:
-                    refused[name] = why
-                    runs.pop(name, None)
-            # All contenders run before the first one is captured, so shared scratch memory has reached its final size.
-            runs = {name: self._ticker.prepare(call) for name, call in runs.items()}
-            begin = lambda name: self._tell("begin", [cell, name])  # noqa: E731
-            samples = timing.fastest_first(runs, self._ticker, begin, self._seconds) if runs else {}
-            runs.clear()
-            held.free()
+        for name, proposal in contenders.items():
+            self._tell("begin", [cell, name])
+            why = self._refusal(cell, proposal)
+            try:
+                if not why:
+                    runs[name] = held.call(proposal)
+                    self._ticker.warm(runs[name])
+            except Exception as error:  # an error of a contender excludes only this contender
+                why = in_a_line(error)
+            self._wait()
+            if why:
+                refused[name] = why
+                runs.pop(name, None)
+        # All contenders run before the first one is captured, so shared scratch memory has reached its final size.
+        runs = {name: self._ticker.prepare(call) for name, call in runs.items()}
+        begin = lambda name: self._tell("begin", [cell, name])  # noqa: E731
+        samples = timing.fastest_first(runs, self._ticker, begin, self._seconds) if runs else {}
+        runs.clear()
+        held.free()
         timed, best = {}, {}
         for name, of in samples.items():
             facts = self._facts.get((cell, name), {})
@@ -122,26 +117,6 @@ class Tuner:
         return self._checked[kind]
 
     def _wait(self) -> None:
+        """Waits for the device. If a kernel made a fault such as an illegal address, this ends the process."""
         if self.device.type == "cuda":
-            try:
-                torch.cuda.synchronize(self.device)
-            except RuntimeError as error:
-                raise Lost(in_a_line(error)) from error
-
-
-def estimate(cells: Iterable[Cell], device: torch.device, cores: int) -> float:
-    """Estimates the seconds for tuning `cells` on a machine with `cores` cores.
-
-    The estimate is START, plus COMPILE (on one core) and CHECK per kernel, TIMED per contender and SETUP per cell.
-    """
-    kinds, contenders, count = set(), 0, 0
-    for cell in cells:
-        count += 1
-        for proposal in faces.proposals(cell, device):
-            contenders += 1
-            if proposal.face == "triton":
-                kinds.add((cell.op, cell.dtype, str(proposal.tile), cell.stride, cell.c_in % 64, cell.c_out % 64))
-    return START + len(kinds) * (COMPILE / max(1, cores - 1) + CHECK) + contenders * TIMED + count * SETUP
-
-
-START, COMPILE, CHECK, TIMED, SETUP = 15.0, 8.0, 0.3, 0.08, 0.05  # seconds; estimates, not measured on a GPU
+            torch.cuda.synchronize(self.device)
