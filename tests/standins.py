@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from jasper_fast.dispatch import backends, children, choose, rules, tuned, verdicts
+from jasper_fast.dispatch import backends, children, choose, tuned, verdicts
 from jasper_fast.dispatch.verdict import GOOD, Verdict
 from jasper_fast.kernels import likeness, tables
 from jasper_fast.kernels.conv1d import cuda_launch, cuda_tiles
@@ -42,16 +42,16 @@ def verdicts_of_its_own(tmp_path, monkeypatch):
 
 @pytest.fixture(name="put_table")
 def imaginary_gpus_table(tmp_path, monkeypatch):
-    """Returns a function that writes these rows as the table of the imaginary GPU and returns the table's path."""
+    """Returns a function that writes these rows as the table of the imaginary GPU or of `gpu`, and returns its path."""
     where = tmp_path / "tables"
     monkeypatch.setenv("JASPER_FAST_TABLES", str(where))
     monkeypatch.setattr(tables, "_gpu_name", lambda index: GPU_NAME)
     tables._index.cache_clear()
 
     def put(rows: list[tables.Row], **header: str):
-        path = where / f"{tables.slug(GPU_NAME)}.json"
-        named = {"gpu": GPU_NAME, "capability": "sm_90"}
-        tables.write(path, dict.fromkeys(tables.HEADER, "x") | named | header, rows)
+        header = dict.fromkeys(tables.HEADER, "x") | {"gpu": GPU_NAME, "capability": "sm_90"} | header
+        path = where / f"{tables.slug(header['gpu'])}.json"
+        tables.write(path, header, rows)
         tables._index.cache_clear()
         return path
 
@@ -123,7 +123,7 @@ class Tuning:
         return children.Ended(told, False, 0, "", "")
 
 
-class Died(Exception):
+class Died(BaseException):
     """Ends the pretended tuning process."""
 
     def __init__(self, code: int) -> None:
@@ -168,10 +168,8 @@ def tuning_on_an_imaginary_gpu(own_cache, monkeypatch, tmp_path):
     monkeypatch.setattr(verdicts, "forget", verdicts._memory.clear)
     monkeypatch.setattr(tables, "_gpu_name", lambda index: GPU_NAME)
     monkeypatch.setattr(tables, "forget", tables._index.cache_clear)
-    rules.traits.cache_clear()
     choose.forget()
     yield made
-    rules.traits.cache_clear()
     tables._index.cache_clear()
 
 

@@ -4,6 +4,7 @@ convs and norms of Jasper 10x5, Triton's launches are recorded and not run."""
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -46,63 +47,58 @@ def jasper10x5():
     return models.config("jasper10x5")
 
 
-def passes(name: str, *tensors: torch.Size) -> int:
-    """Returns the elements that one launch moves: its activations and a conv's weight. The shares of a weight gradient
-    are counted elsewhere."""
-    found = 0
-    for t in tensors:
-        padded = name.startswith("conv1d") and t[0] != N and t[-1] == PADDED
-        found += t.numel() // PADDED * models.VOCABULARY if padded else t.numel()
-    return found
-
-
 def moved(launches) -> int:
-    """Returns the elements that all launches so far have moved, and clears the list. Packing, merging shares and the
-    zeros that pad the decoder's pack from 29 to 32 channels do not count."""
-    total = sum(
-        passes(name, *tensors) for name, tensors in launches if name not in ("conv1d_pack", "conv1d_wgrad_merge")
-    )
+    """Returns the elements that all launches so far have moved, and clears the list: activations and a conv's weight.
+
+    Packing, merging shares and the zeros that pad the decoder's pack from 29 to 32 channels do not count.
+    """
+    total = 0
+    for name, tensors in launches:
+        for t in tensors if name not in ("conv1d_pack", "conv1d_wgrad_merge") else ():
+            padded = name.startswith("conv1d") and t[0] != N and t[-1] == PADDED
+            total += t.numel() // PADDED * models.VOCABULARY if padded else t.numel()
     launches.clear()
     return total
 
 
-def hollow(config, panes: str = "gram") -> Jasper:
-    """Returns a model with uninitialised weights, which no test reads."""
+@pytest.fixture(scope="module")
+def hollow(jasper10x5) -> Jasper:
+    """A model with uninitialised weights, which no test reads."""
     with torch.device("meta"):
-        model = Jasper(config, backend="triton", panes=panes)
+        model = Jasper(jasper10x5, backend="triton", panes="gram")
     return model.to_empty(device="cpu")
 
 
-def eager(config) -> EagerJasper:
+@pytest.fixture
+def eager(jasper10x5) -> EagerJasper:
     with torch.device("meta"):
-        return EagerJasper(config)
+        return EagerJasper(jasper10x5)
 
 
 # ------------------------------------------------------------------ the whole network
 
 
-def test_every_norm_of_jasper_10x5_is_counted_where_it_stands(jasper10x5):
-    model, seen, T = eager(jasper10x5), {}, 416
-    for name, module in model.named_modules():
+def test_every_norm_of_jasper_10x5_is_counted_where_it_stands(jasper10x5, eager):
+    seen, T = {}, 416
+    for name, module in eager.named_modules():
         if isinstance(module, torch.nn.BatchNorm1d):
             module.register_forward_hook(lambda m, x, y, name=name: seen.update({name: y.numel()}))
     with torch.device("meta"):
-        model(torch.empty(N, 64, T), torch.empty(N, dtype=torch.int64))
-    found = {}
-    for conv in counts.convs(jasper10x5, N, T):
+        eager(torch.empty(N, 64, T), torch.empty(N, dtype=torch.int64))
+    found, convs = {}, counts.convs(jasper10x5, N, T)
+    for conv in convs:
         if conv.batch_norm:
             stem, last = conv.name.rsplit(".", 1)
             found[f"{stem}.{int(last) + 1}"] = conv.output
     assert found == seen and len(found) == 108
-    places = [conv.place for conv in counts.convs(jasper10x5, N, T)]
-    assert {p: places.count(p) for p in set(places)} == {"inner": 40, "joined": 10, "end": 3, "pane": 55, "head": 1}
+    assert Counter(conv.place for conv in convs) == {"inner": 40, "joined": 10, "end": 3, "pane": 55, "head": 1}
 
 
 @pytest.mark.slow
-def test_training_flops_of_jasper_10x5_are_pytorchs(jasper10x5):
+def test_training_flops_of_jasper_10x5_are_pytorchs(jasper10x5, eager):
     T = 208
     with FlopCounterMode(display=False) as flops, torch.device("meta"):
-        log_probs, _ = eager(jasper10x5)(torch.empty(N, 64, T), torch.empty(N, dtype=torch.int64))
+        log_probs, _ = eager(torch.empty(N, 64, T), torch.empty(N, dtype=torch.int64))
         log_probs.backward(torch.empty_like(log_probs))
     bias = 3 * N * (T // 2) * models.VOCABULARY  # PyTorch's counter leaves the decoder's bias out
     assert counts.training_flops(jasper10x5, N, T) == flops.get_total_flops() + bias
@@ -110,12 +106,11 @@ def test_training_flops_of_jasper_10x5_are_pytorchs(jasper10x5):
 
 
 @pytest.mark.slow
-def test_training_bytes_are_what_a_step_of_jasper_10x5_moves(jasper10x5, launches):
+def test_training_bytes_are_what_a_step_of_jasper_10x5_moves(jasper10x5, hollow, eager, launches):
     """Shows that bench's bytes of a step equal those of the launches, plus those of the eager modules for panes and
     decoder, which run in ATen."""
     T = 64
-    model = hollow(jasper10x5).train()
-    log_probs, _ = model(torch.zeros(N, 64, T), torch.full((N,), T))
+    log_probs, _ = hollow.train()(torch.zeros(N, 64, T), torch.full((N,), T))
     log_probs.sum().backward()
     names = [name for name, _ in launches]
     assert names.count("conv1d_forward") == names.count("conv1d_wgrad") == 53 and names.count("stats") == 0
@@ -123,32 +118,29 @@ def test_training_bytes_are_what_a_step_of_jasper_10x5_moves(jasper10x5, launche
     gradients = sum(t.numel() for name, ts in launches if name == "conv1d_wgrad_merge" for t in ts)
     main = moved(launches) + gradients
 
-    rest, plain = 0, eager(jasper10x5)
-    for block in plain.encoder.layers:
+    sizes: list[int] = []
+    for block in eager.encoder.layers:
         for k, (conv, norm) in enumerate(getattr(block, "res", ())):
             conv.register_forward_hook(lambda m, x, y: sizes.append(x[0].numel() + m.weight.numel()))
             if k == 0:
                 norm.register_forward_hook(lambda m, x, y: sizes.append(y.numel()))  # the sum, once per block
-    sizes: list[int] = []
-    plain.decoder.layers[0].register_forward_hook(
+    eager.decoder.layers[0].register_forward_hook(
         lambda m, x, y: sizes.append(x[0].numel() + y.numel() + sum(p.numel() for p in m.parameters()))
     )
     with torch.device("meta"):
-        plain(torch.empty(N, 64, T), torch.empty(N, dtype=torch.int64))
-    rest = 3 * sum(sizes)
+        eager(torch.empty(N, 64, T), torch.empty(N, dtype=torch.int64))
     assert len(sizes) == 55 + 10 + 1
-    assert counts.training_bytes(jasper10x5, N, T, 2) == 2 * (main + rest)
+    assert counts.training_bytes(jasper10x5, N, T, 2) == 2 * (main + 3 * sum(sizes))
 
 
 @pytest.mark.slow
-def test_forward_bytes_are_what_the_engine_moves(jasper10x5, launches):
+def test_forward_bytes_are_what_the_engine_moves(jasper10x5, hollow, launches):
     T = 128
-    engine = InferenceEngine(hollow(jasper10x5).eval(), graphs=False, bucket=1)
+    engine = InferenceEngine(hollow.eval(), graphs=False, bucket=1)
     launches.clear()  # the packs
     engine(torch.zeros(N, 64, T), torch.full((N,), T))
     assert [name for name, _ in launches] == ["conv1d_fused"] * 54
-    bias = models.VOCABULARY
-    assert counts.forward_bytes(jasper10x5, N, T, 4) == 4 * (moved(launches) + bias)
+    assert counts.forward_bytes(jasper10x5, N, T, 4) == 4 * (moved(launches) + models.VOCABULARY)  # and a bias
 
 
 # ------------------------------------------------------------------ the ops

@@ -81,26 +81,22 @@ def test_wgmma_overlapping_core_matrices() -> None:
     assert not wrong, f"(bytes, clocks, equal): {wrong}"
 
 
-def one(call: Callable, image, b: Placed, where: dict, anchors: tuple[int, ...] = (0,)) -> tuple[int, list[bool]]:
-    """Returns the clocks of the fastest of five launches of four products, and for each anchor whether the result is
-    the one expected there."""
+def one(call: Callable, image, b: Placed, where: dict, anchors: tuple[int, ...] = (0,)) -> tuple:
+    """Returns the clocks of the fastest of five launches of four products, and then for each anchor whether the result
+    is the one expected there."""
     results = [probe.wgmma(call, image, probe.A, b, 64, torch.float16, **where) for _ in range(5)]
     want = [probe.wgmma_expected(image, probe.A, b, 64, torch.float16, anchor=anchor) for anchor in anchors]
-    return min(int(result.clocks) for result in results), [torch.equal(results[0].out, each) for each in want]
+    return min(int(result.clocks) for result in results), *(torch.equal(results[0].out, each) for each in want)
 
 
 def shifts(call: Callable, panel: int, where: dict) -> list[tuple[int, int, int, bool]]:
     image = probe.panels()
-    return [(major, row, *flat(one(call, image, b, where))) for major, row, b in probe.row_shifts(panel)]
+    return [(major, row, *one(call, image, b, where)) for major, row, b in probe.row_shifts(panel)]
 
 
 def overlaps(call: Callable, where: dict) -> list[tuple[int, int, bool]]:
     image = probe.panels()
-    return [(step, *flat(one(call, image, b, where))) for step, b in probe.overlaps()]
-
-
-def flat(result: tuple[int, list[bool]]) -> tuple[int, bool]:
-    return result[0], result[1][0]
+    return [(step, *one(call, image, b, where)) for step, b in probe.overlaps()]
 
 
 def swizzles(call: Callable, where: dict) -> list[str]:
@@ -110,7 +106,7 @@ def swizzles(call: Callable, where: dict) -> list[str]:
     for row in range(64):
         for base in sorted({0, row % 8}):
             b = Placed(probe.PANELS + 128 * row, 16, 1024, 0, swizzle=True, base=base)
-            clocks, (by_address, by_start) = one(call, image, b, where, anchors=(0, b.start))
+            clocks, by_address, by_start = one(call, image, b, where, anchors=(0, b.start))
             rule = "the address's bits" if by_address else "the row after the start" if by_start else "neither"
             rule = "both" if by_address and by_start else rule
             lines.append(f"row {row:2}, base offset {base}: {clocks} clocks, cells change places by {rule}")

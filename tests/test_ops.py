@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from close import assert_close
-from conftest import make_face, settle
+from conftest import settle
 from torch.library import opcheck
 
 from jasper_fast import ops
@@ -23,9 +23,9 @@ def backend(request):
     return settle(request.param)
 
 
-@pytest.fixture(params=["reference", "cpu"])
-def conv_backend(request):
-    return make_face(request.param).name
+def assert_equal(wants, gots) -> None:
+    """Compares two lists of tensors bit by bit."""
+    torch.testing.assert_close(gots, wants, rtol=0, atol=0)
 
 
 def inputs(n=2, c=13, t=9, dtype=torch.float32):
@@ -51,24 +51,18 @@ def conv_face_of(backend):
     return {"reference": "aten"}.get(backend, backend)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stats", [False, True])
-def test_opcheck_conv1d(backend, stats):
-    x, w = torch.randn(2, 8, 11, requires_grad=True), torch.randn(5, 8, 3, requires_grad=True)
-    call = (x, w, torch.tensor([11, 6]), None, 1, 1, 1, stats, backend, conv_face_of(backend))
-    opcheck(torch.ops.jasper_fast.conv1d, call, test_utils=CHECKS)
-
-
 def packed_by_triton(weight):
     from jasper_fast.kernels.conv1d import triton_impl
 
     return triton_impl.pack(weight).data
 
 
-def test_opcheck_with_a_pack():
-    settle("triton")
+@pytest.mark.slow
+@pytest.mark.parametrize("stats", [False, True])
+def test_opcheck_conv1d(backend, stats):
     x, w = torch.randn(2, 8, 11, requires_grad=True), torch.randn(5, 8, 3, requires_grad=True)
-    call = (x, w, torch.tensor([11, 6]), packed_by_triton(w), 1, 1, 1, True, "triton", "triton")
+    pack = packed_by_triton(w) if backend == "triton" and stats else None
+    call = (x, w, torch.tensor([11, 6]), pack, 1, 1, 1, stats, backend, conv_face_of(backend))
     opcheck(torch.ops.jasper_fast.conv1d, call, test_utils=CHECKS)
 
 
@@ -77,8 +71,7 @@ def test_conv1d_gives_the_statistics_of_its_output(backend, stride):
     x, w = torch.randn(2, 8, 31) + 3, torch.randn(20, 8, 7)
     y, (mean, m2) = ops.conv1d(x, w.requires_grad_(), stride=stride, padding=3, backend=backend, stats=True)
     assert torch.equal(y, ops.conv1d(x, w, stride=stride, padding=3, backend=backend))
-    assert not mean.requires_grad
-    assert not m2.requires_grad
+    assert not mean.requires_grad and not m2.requires_grad
     want, ref = F.conv1d(x, w, None, stride, 3), F.conv1d(x.double(), w.double(), None, stride, 3)
     rows = ref.shape[0] * ref.shape[2]
     assert_close("mean", mean, want.mean((0, 2)), ref.mean((0, 2)))
@@ -95,8 +88,7 @@ def test_a_pack_changes_no_bit():
         packed = packed_by_triton(w) if use else None
         y, stats = ops.conv1d(x, w, padding=2, backend="triton", stats=True, packed=packed)
         results.append([y.detach(), *stats, *torch.autograd.grad(y, (x, w), torch.randn(y.shape))])
-    for want, got in zip(*results, strict=True):
-        assert torch.equal(got, want)
+    assert_equal(*results)
 
 
 def test_a_weight_changed_before_backward_is_noticed():
@@ -144,7 +136,6 @@ def test_sub_block_equals_its_two_halves(backend, p):
     y, gamma, beta, mean, var = inputs(c=8, t=21)
     weight, lengths = torch.randn(6, 8, 5), torch.tensor([21, 9])
     common = {"lengths": lengths, "p": p, "seed": 5, "backend": backend}
-    exact = backend != "triton"  # in Triton the conv computes the sums of backward over other tiles
 
     def halves(y, gamma, beta, weight, mean, var):
         z = ops.bn_relu_dropout(y, gamma, beta, mean, var, **common)
@@ -160,22 +151,16 @@ def test_sub_block_equals_its_two_halves(backend, p):
         out = run(*leaves, *running)
         torch.manual_seed(1)
         results.append([out.detach(), *running, *torch.autograd.grad(out, leaves, torch.randn(out.shape))])
-    for want, got in zip(*results, strict=True):
-        if exact:
-            assert torch.equal(got, want)
-        else:
-            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    near = 1e-5 if backend == "triton" else 0.0  # in Triton the conv computes the sums of backward over other tiles
+    torch.testing.assert_close(*results, atol=near, rtol=near)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("stats", [False, True])
-def test_opcheck_sub_block(backend, stats, packed):
+def test_opcheck_sub_block(backend, stats):
     y, gamma, beta, mean, var = inputs(c=8, t=21)
     leaves = [v.requires_grad_() for v in (y, gamma, beta, torch.randn(6, 8, 5))]
-    if packed and backend != "triton":
-        pytest.skip("only Triton packs for modules")
-    pack = packed_by_triton(leaves[3]) if packed else None
+    pack = packed_by_triton(leaves[3]) if backend == "triton" and not stats else None
     lengths, seed = torch.tensor([21, 9]), torch.tensor([5])
     call = (leaves[0], mean, var, *leaves[1:3], lengths, seed, None, leaves[3], pack)
     call += (0.25, True, 2, 2, 1, stats, "", backend, conv_face_of(backend))
@@ -192,8 +177,7 @@ def test_sub_block_takes_and_gives_statistics(backend):
         running = mean.clone(), var.clone()
         out, following = ops.sub_block(y, gamma, beta, *running, weight, stats=stats, next_stats=True, **how)
         results.append([out, *running, *following])
-    for want, got in zip(*results, strict=True):
-        assert torch.equal(got, want)
+    assert_equal(*results)
     torch.testing.assert_close(following, ops.bn_stats(out, backend), atol=1e-5, rtol=1e-5)
 
 
@@ -213,21 +197,16 @@ def grads_of_sub_block(backend, halo, dtype=torch.float32, c=24, t=37, k=7, **ho
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_halo_changes_no_bit(backend, dtype):
-    if backend == "cpu" and dtype != torch.float32:
-        pytest.skip("the CPU conv takes fp32")
     plain, hinted = (grads_of_sub_block(backend, halo, dtype)[0] for halo in (None, 3))
-    for want, got in zip(plain, hinted, strict=True):
-        assert torch.equal(got, want)
+    assert_equal(plain, hinted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_sub_block_against_fp64(backend, dtype):
     """Shows that the output and all gradients are as close to fp64 as PyTorch's ops, with dropout and lengths 0 and
     1."""
-    if backend == "cpu" and dtype != torch.float32:
-        pytest.skip("the CPU conv takes fp32")
     got, (y, gamma, beta, weight, lengths, up) = grads_of_sub_block(backend, 3, dtype)
     keep = philox.keep_mask(*y.shape, 0.2, 5, y.device) & (torch.arange(y.shape[2]) < lengths[:, None])[:, None]
     results = []
@@ -251,8 +230,7 @@ def test_public_function_equals_pytorch(backend):
     want = want.masked_fill(torch.arange(9) >= lengths[:, None, None], 0)
     got = ops.bn_relu_dropout(y, gamma, beta, mean, var, residual=residual, lengths=lengths, backend=backend)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(mean, want_mean)
-    torch.testing.assert_close(var, want_var)
+    torch.testing.assert_close((mean, var), (want_mean, want_var))
     assert got.stride() == (9 * 13, 1, 13)
 
 
@@ -277,8 +255,7 @@ def test_modes(backend):
     frozen = ops.bn_relu_dropout(y, gamma, beta, mean, var, p=0.5, frozen=True, seed=3, backend=backend)
     keep = philox.keep_mask(2, 13, 9, 0.5, torch.tensor([3]), y.device)
     torch.testing.assert_close(frozen, want * keep * 2, atol=1e-6, rtol=1e-5)
-    assert torch.equal(mean, before[0])
-    assert torch.equal(var, before[1])
+    assert_equal((mean, var), before)
 
 
 @pytest.mark.parametrize("layout", ["nct", "ntc", "sliced", "expanded"])
@@ -332,22 +309,21 @@ def test_errors():
 
 
 @pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2)])
-def test_conv1d_equals_pytorch(conv_backend, stride, dilation):
+def test_conv1d_equals_pytorch(backend, stride, dilation):
     x, w = torch.randn(2, 8, 31), torch.randn(20, 8, 7)
     pad = 3 * dilation
     need = stride == 1
     grads = []
     for run in (
         lambda x, w: F.conv1d(x, w, None, stride, pad, dilation),
-        lambda x, w: ops.conv1d(x, w, stride=stride, padding=pad, dilation=dilation, backend=conv_backend),
+        lambda x, w: ops.conv1d(x, w, stride=stride, padding=pad, dilation=dilation, backend=backend),
     ):
         xs, ws = x.clone().requires_grad_(need), w.clone().requires_grad_()
         y = run(xs, ws)
         torch.manual_seed(1)
         y.backward(torch.randn(y.shape))
         grads.append([y.detach(), ws.grad] + ([xs.grad] if need else []))
-    for want, got in zip(*grads, strict=True):
-        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
 
 
 def test_a_conv_names_what_does_not_fit(backend):
@@ -400,9 +376,17 @@ OPS = (
 )
 
 
+class NoGradient(torch.autograd.Function):
+    """Passes no gradient on."""
+
+    forward = staticmethod(lambda ctx, x: x.clone())
+    backward = staticmethod(lambda ctx, g: None)
+
+
 @pytest.mark.parametrize("op", OPS)
-def test_a_second_derivative_is_an_error(op):
+def test_a_second_derivative_is_an_error_and_no_gradient_is_none(op):
     call, leaves = twice_differentiable()[op]
+    assert torch.autograd.grad(NoGradient.apply(call()).sum(), leaves, allow_unused=True) == (None,) * len(leaves)
     first = torch.autograd.grad(call().square().sum(), leaves, create_graph=True)
     with pytest.raises(RuntimeError, match="has no second derivative"):
         sum(g.square().sum() for g in first).backward()

@@ -4,6 +4,7 @@ kernel."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import subprocess
 from pathlib import Path
 
@@ -42,33 +43,39 @@ def norm_check(face: str, function: str = "forward", variant: str = "batch") -> 
     return Check("bn_relu_dropout", face, function, "default", Norm(2, 24, 21), "float32", variant)
 
 
-@pytest.mark.parametrize("function", ["forward", "dgrad", "wgrad"])
-def test_a_right_conv_passes(face, function):
-    row = perform.perform(conv_check(face, function), here(face))
-    assert row["status"] == "ok" and 0 <= row["share"] <= 1, row
+def assert_is(status: str, check: Check) -> None:
+    """Performs a check, which must have this status."""
+    row = perform.perform(check, here(check.face))
+    assert row["status"] == status, row
+    assert status != "ok" or 0 <= row["share"] <= 1
+    assert status != "wrong" or row["detail"]
 
 
-@pytest.mark.parametrize("function", ["stats", "forward", "backward"])
-@pytest.mark.parametrize("variant", checks.NORM_VARIANTS)
+NORMS = [("stats", "batch"), *itertools.product(("forward", "backward"), checks.NORM_VARIANTS)]
+
+
+@pytest.mark.parametrize(("function", "variant"), NORMS)
 def test_a_right_norm_passes(face, function, variant):
-    row = perform.perform(norm_check(face, function, variant), here(face))
-    assert row["status"] == "ok", row
+    assert_is("ok", norm_check(face, function, variant))
+
+
+FUSED = (*checks.FUSED_VARIANTS, "plain unclean", "panes unclean", checks.WAVE)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("variant", [*checks.FUSED_VARIANTS, "plain unclean", "panes unclean", checks.WAVE])
+@pytest.mark.parametrize(("dtype", "variant"), [
+    *itertools.product(("float32", "bfloat16"), FUSED), ("float16", "panes splits"), ("float16", "log-softmax"),
+])  # fmt: skip
 def test_a_right_fused_conv_passes_in_every_form_and_dtype(dtype, variant):
-    face = make_face("triton").name
-    row = perform.perform(Check("conv1d.fused", face, "fused", "default", CONV, dtype, variant), here(face))
-    assert row["status"] == "ok", row
+    assert_is("ok", Check("conv1d.fused", "triton", "fused", "default", CONV, dtype, variant))
 
 
-@pytest.mark.parametrize("function", checks.CONV)
-@pytest.mark.parametrize("variant", ["", checks.UNCLEAN, checks.WAVE, checks.EXACT])
-def test_a_right_conv_passes_in_every_form(function, variant):
-    row = perform.perform(conv_check("triton", function, variant=variant), here("triton"))
-    assert row["status"] == "ok", row
+@pytest.mark.parametrize(("face", "function", "variant"), [
+    *itertools.product(["cpu"], ["forward", "dgrad", "wgrad"], [""]),
+    *itertools.product(["triton"], checks.CONV, ["", checks.UNCLEAN, checks.WAVE, checks.EXACT]),
+])  # fmt: skip
+def test_a_right_conv_passes_in_every_form(face, function, variant):
+    assert_is("ok", conv_check(face, function, variant=variant))
 
 
 @pytest.fixture
@@ -91,19 +98,20 @@ def launched(monkeypatch):
 def test_convs_are_checked_as_they_are_dispatched(function, variant, launched):
     """Shows that convs are checked with and without the promise of zero padding, which selects other code on sm_90."""
     check = Check("conv1d", "triton", function, "default", Conv(2, 21, 64, 64, 3), "bfloat16", variant)
-    assert perform.perform(check, here("triton"))["status"] == "ok"
+    assert_is("ok", check)
     assert launched and all(f["HAS_DESCRIPTORS"] and f["IS_CLEAN"] is (variant == "") for f in launched)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "by_descriptor"), [(Conv(1, 11, 256, 64, 1), True), (Conv(1, 11, 64, 64, 1), False)])
-@pytest.mark.parametrize("variant", ["panes", "panes splits", "panes unclean"])
+@pytest.mark.parametrize(("shape", "by_descriptor", "variant"), [
+    *((Conv(1, 11, 256, 64, 1), True, variant) for variant in ("panes", "panes splits", "panes unclean")),
+    (Conv(1, 11, 64, 64, 1), False, "panes"),
+])  # fmt: skip
 def test_panes_are_checked_by_descriptors_on_real_shapes_and_without_on_small_ones(
     shape, by_descriptor, variant, launched
 ):
     check = Check("conv1d.fused", "triton", "fused", "default", shape, "bfloat16", variant)
-    row = perform.perform(check, here("triton"))
-    assert row["status"] == "ok", row
+    assert_is("ok", check)
     for flags in launched:
         assert flags["HAS_PANES"] and flags["HAS_DESCRIPTORS"] is by_descriptor
         assert flags["IS_CLEAN"] is (by_descriptor and "unclean" not in variant)
@@ -143,46 +151,28 @@ def not_a_number(out, *_):
     return torch.where(torch.arange(out.shape[-1]) == 3, float("nan"), out)
 
 
-class Stale:
+def stale():
     """Returns the answer for the first inputs in every call."""
-
-    def __init__(self):
-        self.first = None
-
-    def __call__(self, out, *_):
-        self.first = out if self.first is None else self.first
-        return self.first
+    kept = []
+    return lambda out, *_: kept.append(out) or kept[0]
 
 
-class OneBuffer(Stale):
+def one_buffer():
     """Returns right answers in one buffer, which the next call overwrites."""
-
-    def __call__(self, out, *_):
-        if self.first is None:
-            self.first = out.clone()
-        return self.first.copy_(out)
+    kept = []
+    return lambda out, *_: kept.append(out.clone()) or kept[0].copy_(out)
 
 
-class Drifting:
+def drifting():
     """Returns an answer that is a little larger in every call."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, out, *_):
-        self.calls += 1
-        return out * (1 + self.calls * 2.0**-22)
+    calls = itertools.count(1)
+    return lambda out, *_: out * (1 + next(calls) * 2.0**-22)
 
 
-class LateRace:
+def late_race():
     """Returns a wrong answer in the third call with the same inputs."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, out, *_):
-        self.calls += 1
-        return torch.nextafter(out, out + 1) if self.calls == 4 else out  # the second call had other inputs
+    calls = itertools.count(1)
+    return lambda out, *_: torch.nextafter(out, out + 1) if next(calls) == 4 else out  # the second had other inputs
 
 
 def spoiled(monkeypatch, op: str, name: str, spoil) -> None:
@@ -192,9 +182,8 @@ def spoiled(monkeypatch, op: str, name: str, spoil) -> None:
 
 @pytest.mark.parametrize(("variant", "status"), [("", "ok"), (checks.WAVE, "wrong")])
 def test_where_the_gpu_is_full_the_same_inputs_are_tried_three_times(variant, status, monkeypatch):
-    spoiled(monkeypatch, "conv1d", "forward", LateRace())
-    row = perform.perform(conv_check("cpu", variant=variant), CPU)
-    assert row["status"] == status, row
+    spoiled(monkeypatch, "conv1d", "forward", late_race())
+    assert_is(status, conv_check("cpu", variant=variant))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -203,15 +192,14 @@ def test_products_of_panes_are_checked(dtype, wrong, monkeypatch):
     right = gram.product
     if wrong:
         monkeypatch.setattr(gram, "product", lambda a, b: 1.02 * right(a, b))
-    row = perform.perform(Check("panes", "aten", "panes", "default", Norm(2, 24, 37), dtype), CPU)
-    assert row["status"] == ("wrong" if wrong else "ok"), row
+    assert_is("wrong" if wrong else "ok", Check("panes", "aten", "panes", "default", Norm(2, 24, 37), dtype))
 
 
 @pytest.mark.parametrize("function", ["outputs", "forward", "backward_reduce", "gradients"])
 def test_a_wrong_kernel_of_the_plain_panes_is_caught(function, monkeypatch):
     impl = backends.face("panes", make_face("cpu").name)
     right, check = getattr(impl, function), Check("panes", "cpu", "plain", "default", Norm(2, 24, 37), "float32")
-    assert perform.perform(check, CPU)["status"] == "ok"
+    assert_is("ok", check)
 
     def wrong(*args):
         out = right(*args)
@@ -220,7 +208,7 @@ def test_a_wrong_kernel_of_the_plain_panes_is_caught(function, monkeypatch):
         return out
 
     monkeypatch.setattr(impl, function, wrong)
-    assert perform.perform(check, CPU)["status"] == "wrong"
+    assert_is("wrong", check)
 
 
 @pytest.mark.parametrize("variant", checks.STEP_VARIANTS)
@@ -228,8 +216,7 @@ def test_a_wrong_step_is_caught(face, variant, monkeypatch):
     impl, check = backends.face("novograd", face), Check("novograd", face, "step", "default", CONV, "float32", variant)
     right, faults = impl.step, [lambda t, out: t.exp_avgs[1].view(-1)[-1].add_(1e-3), lambda t, out: out[1].sub_(1.0)]
     faults += [] if variant == "plain" else [lambda t, out: t.averages[2].mul_(1.001)]
-    row = perform.perform(check, here(face))
-    assert row["status"] == "ok", row
+    assert_is("ok", check)
     for spoil in faults:
 
         def wrong(tensors, *more, spoil=spoil):
@@ -238,37 +225,31 @@ def test_a_wrong_step_is_caught(face, variant, monkeypatch):
             return out
 
         monkeypatch.setattr(impl, "step", wrong)
-        assert perform.perform(check, here(face))["status"] == "wrong"
+        assert_is("wrong", check)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("op", ["conv1d", "conv1d.fused", "bn_relu_dropout"])
-def test_a_wrong_kernel_in_16_bits_is_caught(op, dtype, monkeypatch):
-    face = make_face("cpu").name
-    impl, name = backends.face(op.partition(".")[0], face), "fused" if op == "conv1d.fused" else "forward"
-    shape, variant = (
-        (CONV, "plain" if name == "fused" else "") if op != "bn_relu_dropout" else (Norm(2, 24, 21), "batch")
-    )
-    check, right = Check(op, face, name, "default", shape, dtype, variant), getattr(impl, name)
-    assert perform.perform(check, CPU)["status"] == "ok"
-    monkeypatch.setattr(impl, name, lambda *args, **how: 1.03 * right(*args, **how))
-    assert perform.perform(check, CPU)["status"] == "wrong"
+@pytest.mark.parametrize(("op", "function", "shape", "variant"), [
+    ("conv1d", "forward", CONV, ""), ("conv1d.fused", "fused", CONV, "plain"),
+    ("bn_relu_dropout", "forward", Norm(2, 24, 21), "batch"), ("depthwise", "forward", Conv(2, 21, 24, 24, 5), ""),
+])  # fmt: skip
+def test_a_wrong_kernel_in_16_bits_is_caught(op, function, shape, variant, dtype, monkeypatch):
+    check = Check(op, make_face("cpu").name, function, "default", shape, dtype, variant)
+    assert_is("ok", check)
+    spoiled(monkeypatch, op.partition(".")[0], function, lambda out: 1.03 * out)
+    assert_is("wrong", check)
 
 
-WRONG = [scale, drop_a_row, one_element, in_half_precision, not_a_number, Stale, Drifting]
+WRONG = [scale, drop_a_row, one_element, in_half_precision, not_a_number, stale, drifting]
 
 
 @pytest.mark.parametrize("fault", WRONG, ids=lambda f: f.__name__)
-@pytest.mark.parametrize(("op", "function", "name"), [
-    ("conv1d", "forward", "forward"), ("conv1d", "dgrad", "dgrad"), ("conv1d", "wgrad", "wgrad"),
-    ("bn_relu_dropout", "forward", "forward"),
-])  # fmt: skip
-def test_a_wrong_kernel_is_caught(op, function, name, fault, monkeypatch):
-    spoiled(monkeypatch, op, name, fault() if isinstance(fault, type) else fault)
-    check = conv_check("cpu", function) if op == "conv1d" else norm_check("cpu", function)
-    row = perform.perform(check, CPU)
-    assert row["status"] == "wrong", row
-    assert row["detail"]
+@pytest.mark.parametrize("check", [
+    *(conv_check("cpu", function) for function in ("forward", "dgrad", "wgrad")), norm_check("cpu", "forward"),
+], ids=lambda check: f"{check.op}-{check.function}")  # fmt: skip
+def test_a_wrong_kernel_is_caught(check, fault, monkeypatch):
+    spoiled(monkeypatch, check.op, check.function, fault() if fault in (stale, drifting) else fault)
+    assert_is("wrong", check)
 
 
 @pytest.mark.parametrize("function", ["forward", "dgrad", "wgrad"])
@@ -285,8 +266,7 @@ def test_fp32_is_held_to_tf32_where_convs_round_to_it(function, bits, tf32, stat
     monkeypatch.setattr(impl, function, lambda a, b, *rest, **how: right(cut(a), cut(b), *rest, **how))
     monkeypatch.setattr(impl, "takes_tf32", lambda: tf32, raising=False)
     monkeypatch.setattr(perform, "_floor", lambda check, device: floor(check, GPU))
-    check = dataclasses.replace(conv_check("cpu", function), shape=Conv(2, 200, 256, 256, 11))
-    assert perform.perform(check, CPU)["status"] == status
+    assert_is(status, dataclasses.replace(conv_check("cpu", function), shape=Conv(2, 100, 128, 128, 11)))
 
 
 def test_an_exact_check_asks_for_exact_products_and_leaves_the_setting_as_it_was(monkeypatch):
@@ -296,7 +276,7 @@ def test_an_exact_check_asks_for_exact_products_and_leaves_the_setting_as_it_was
     before, conv.fp32_precision = conv.fp32_precision, "tf32"
     try:
         for variant in ("", checks.EXACT):
-            assert perform.perform(conv_check("cpu", variant=variant), CPU)["status"] == "ok"
+            assert_is("ok", conv_check("cpu", variant=variant))
         assert set(seen[:3]) == {"tf32"} and set(seen[3:]) == {"ieee"} and conv.fp32_precision == "tf32"
     finally:
         conv.fp32_precision = before
@@ -305,8 +285,8 @@ def test_an_exact_check_asks_for_exact_products_and_leaves_the_setting_as_it_was
 def test_a_buffer_that_is_shared_by_calls_is_no_fault_of_its_results(monkeypatch):
     """Shows that results in a shared buffer pass, because they are compared before the next call. The ops' tests check
     whether results may be kept."""
-    spoiled(monkeypatch, "conv1d", "forward", OneBuffer())
-    assert perform.perform(conv_check("cpu"), CPU)["status"] == "ok"
+    spoiled(monkeypatch, "conv1d", "forward", one_buffer())
+    assert_is("ok", conv_check("cpu"))
 
 
 def test_padding_that_is_read_is_caught(monkeypatch):
@@ -319,7 +299,7 @@ def test_padding_that_is_read_is_caught(monkeypatch):
 def test_a_wrong_dropout_mask_is_caught(monkeypatch):
     impl = backends.face("bn_relu_dropout", make_face("cpu").name)
     wrap(monkeypatch, impl, "forward", lambda right, *a: right(*a[:-1], a[-1]._replace(seed=a[-1].seed + 1)))
-    assert perform.perform(norm_check("cpu"), CPU)["status"] == "wrong"
+    assert_is("wrong", norm_check("cpu"))
 
 
 def test_a_kernel_that_raises_is_caught_and_quoted(monkeypatch):

@@ -25,12 +25,7 @@ def backend(request) -> str:
 
 
 def weights(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    made = (
-        torch.rand(C) + 0.5,
-        torch.randn(C),
-        torch.randn(C, 1, K) / K**0.5,
-        torch.randn(C_OUT, C, 1) / C**0.5,
-    )
+    made = torch.rand(C) + 0.5, torch.randn(C), torch.randn(C, 1, K) / K**0.5, torch.randn(C_OUT, C, 1) / C**0.5
     return [w.to(dtype).requires_grad_() for w in made]
 
 
@@ -49,16 +44,14 @@ def eager(y: Tensor, gamma, beta, taps, weight, geometry: Geometry, lengths, out
 @pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2)])
 def test_a_separable_sub_block_is_eagers(backend: str, stride: int, dilation: int, norm: bool) -> None:
     geometry = Geometry(stride, 2 * dilation, dilation)
-    x, leaves, lens = torch.randn(3, C, T), weights(), told(geometry)
+    x, leaves, lens = torch.randn(3, C, T, requires_grad=True), weights(), told(geometry)
     up = torch.randn(3, C_OUT, geometry.frames(T, K))
     how = {"stride": stride, "padding": 2 * dilation, "dilation": dilation, "backend": backend, **lens}
-    x.requires_grad_()
     gamma, beta, taps, weight = leaves
     if norm:
-        got = ops.separable_sub_block(x, gamma, beta, None, None, taps, weight, next_stats=True, **how)
+        y, (mean, m2) = ops.separable_sub_block(x, gamma, beta, None, None, taps, weight, next_stats=True, **how)
     else:
-        got = ops.separable_conv(x, taps, weight, stats=True, **how)
-    y, (mean, m2) = got
+        y, (mean, m2) = ops.separable_conv(x, taps, weight, stats=True, **how)
     results = []
     for dtype in (torch.float32, torch.float64):
         copies = [v.detach().to(dtype).requires_grad_() for v in (x, *leaves)]
@@ -90,8 +83,8 @@ def test_dropout_and_running_statistics_are_those_of_bn_relu_dropout(backend: st
     both = ops.separable_sub_block(y, gamma, beta, *running[0], taps, weight, padding=2, **how)
     z = ops.bn_relu_dropout(y, gamma, beta, *running[1], **how)
     lengths = {"lengths": how["lengths"], "backend": backend}
-    torch.testing.assert_close(both, ops.separable_conv(z, taps, weight, padding=2, **lengths), rtol=0, atol=0)
-    torch.testing.assert_close(running[0], running[1], rtol=0, atol=0)
+    halves = ops.separable_conv(z, taps, weight, padding=2, **lengths)
+    torch.testing.assert_close([both, *running[0]], [halves, *running[1]], rtol=0, atol=0)
 
 
 def test_gradcheck() -> None:

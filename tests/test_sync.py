@@ -18,24 +18,25 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from jasper_fast import Jasper, ops
-from jasper_fast.nn.eager import EagerJasper
+from jasper_fast.dispatch import backends
 from jasper_fast.ops import sync
 
 SPLIT = (3, 2)  # utterances per rank
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="PyTorch was built without gloo")
 
 
-def spawn(task, folder: Path, *args) -> list:
-    """Runs `task(rank, *args)` on each of two ranks and returns their results."""
-    mp.spawn(_rank, (task, str(folder), args), nprocs=len(SPLIT))
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(len(SPLIT))]
+def spawn(folder: Path, tasks: dict) -> dict:
+    """Runs each task, a function and its arguments after the rank, on both ranks. Returns their results by task."""
+    mp.spawn(_rank, (str(folder), tasks), nprocs=len(SPLIT))
+    ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(len(SPLIT))]
+    return {name: [found[name] for found in ranks] for name in tasks}
 
 
-def _rank(rank: int, task, folder: str, args: tuple) -> None:
+def _rank(rank: int, folder: str, tasks: dict) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(SPLIT))
     try:
-        torch.save(task(rank, *args), f"{folder}/{rank}.pt")
+        torch.save({name: task(rank, *args) for name, (task, *args) in tasks.items()}, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -77,17 +78,28 @@ def model_step(rank: int, backend: str, form: str, state: dict) -> dict[str, tor
     return step(synced(backend, form, state), *share(rank, *whole_batch()))
 
 
+MODELS = [("reference", "gram"), ("reference", "plain"), ("cpu", "gram"), ("cpu", "plain"), ("triton", "gram")]
+
+
+@pytest.fixture(scope="module")
+def eager() -> nn.Module:
+    return pair(config("dense"), "reference")[0]
+
+
+@pytest.fixture(scope="module")
+def two_models(eager, tmp_path_factory) -> dict:
+    """The steps of both ranks for those of MODELS that run here."""
+    state = copy.deepcopy(eager.state_dict())
+    here = [(backend, form) for backend, form in MODELS if backends.is_available(backend)]
+    return spawn(tmp_path_factory.mktemp("models"), {of: (model_step, *of, state) for of in here})
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("backend", "form"),
-    [("reference", "gram"), ("reference", "plain"), ("cpu", "gram"), ("cpu", "plain"), ("triton", "gram")],
-)
-def test_two_ranks_equal_one_process(tmp_path, backend, form):
+@pytest.mark.parametrize(("backend", "form"), MODELS)
+def test_two_ranks_equal_one_process(backend, form, eager, two_models):
     """Shows that ranks with 3 and 2 utterances together give the step of one eager model on all 5."""
     interpreted() if backend == "triton" else make_face(backend)
-    eager, _ = pair(config("dense"), "reference")
-    state = copy.deepcopy(eager.state_dict())
-    ranks = spawn(model_step, tmp_path, backend, form, state)
+    ranks, eager = two_models[backend, form], copy.deepcopy(eager)
     want = step(eager, *whole_batch())
     torch.testing.assert_close(torch.cat([r["log_probs"] for r in ranks]), want["log_probs"], atol=1e-4, rtol=1e-4)
     for name, value in want.items():
@@ -99,14 +111,15 @@ def test_two_ranks_equal_one_process(tmp_path, backend, form):
                 torch.testing.assert_close(rank[name], value, atol=1e-5, rtol=1e-4, msg=name)
             assert torch.equal(ranks[0][name], ranks[1][name]), f"{name}: ranks differ"
     alone, _, up = (t.split(SPLIT)[0] for t in whole_batch())
-    own = EagerJasper(config("dense"))
-    own.load_state_dict(state)
+    own = copy.deepcopy(eager)
     assert not torch.allclose(step(own, alone, whole_batch()[1][:3], up)["log_probs"], ranks[0]["log_probs"], atol=1e-2)
 
 
 def compiled_step(rank: int, backend: str, form: str, state: dict) -> tuple[int, dict, list[dict[str, torch.Tensor]]]:
     """Returns (graphs, graph breaks, [compiled step, plain step]) of this rank. The compiled step runs first, while no
     other graph exists."""
+    torch._dynamo.reset()
+    counters.clear()
     counter, steps = CompileCounterWithBackend("aot_eager"), []
     for compiled in (True, False):
         model = synced(backend, form, state, dropout=0.2)
@@ -117,21 +130,20 @@ def compiled_step(rank: int, backend: str, form: str, state: dict) -> tuple[int,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "form"), [("reference", "gram"), ("cpu", "plain")])
-def test_two_compiled_ranks_equal_themselves_uncompiled(tmp_path, backend, form):
+def test_two_compiled_ranks_equal_themselves_uncompiled(tmp_path, eager):
     """Shows that each rank compiles one graph although the batches differ, and that it gives the plain step's
     numbers."""
-    make_face(backend)
-    _, ours = pair(config("dense"), "reference")
-    ranks = spawn(compiled_step, tmp_path, backend, form, ours.state_dict())
-    for graphs, breaks, (compiled, plain) in ranks:
-        assert (graphs, breaks) == (1, {})
-        for name, want in plain.items():
-            atol = 1e-5 * want.abs().max().item()
-            torch.testing.assert_close(compiled[name], want, atol=atol, rtol=1e-4, msg=name)
-    for name, value in ranks[0][2][0].items():
-        if name.startswith("buffer"):
-            assert torch.equal(ranks[1][2][0][name], value), f"{name}: ranks differ"
+    make_face("cpu")
+    tasks = {of: (compiled_step, *of, eager.state_dict()) for of in (("reference", "gram"), ("cpu", "plain"))}
+    for ranks in spawn(tmp_path, tasks).values():
+        for graphs, breaks, (compiled, plain) in ranks:
+            assert (graphs, breaks) == (1, {})
+            for name, want in plain.items():
+                atol = 1e-5 * want.abs().max().item()
+                torch.testing.assert_close(compiled[name], want, atol=atol, rtol=1e-4, msg=name)
+        for name, value in ranks[0][2][0].items():
+            if name.startswith("buffer"):
+                assert torch.equal(ranks[1][2][0][name], value), f"{name}: ranks differ"
 
 
 def test_a_converted_model_alone_is_the_model_itself():
@@ -206,10 +218,9 @@ def op_step(rank: int | None, form: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["gram", "plain"])
-def test_ranks_with_unlike_frames(tmp_path, form):
+def test_ranks_with_unlike_frames(form, two_ops):
     """Shows that two ranks with 7 and 12 frames give in every op the results of one process with all 19."""
-    want = op_step(None, form)
-    ranks = spawn(op_step, tmp_path, form)
+    want, ranks = op_step(None, form), two_ops[form]
     for name, value in want.items():
         if name == "out" or name in PARTS:
             got = torch.cat([r[name] for r in ranks], 2)
@@ -233,10 +244,9 @@ def _offset() -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_merged_statistics_do_not_cancel(tmp_path):
-    ranks = spawn(large_means, tmp_path)
+def test_merged_statistics_do_not_cancel(two_ops):
     ref = _offset().double()
-    for mean, m2, rows in ranks:
+    for mean, m2, rows in two_ops["means"]:
         assert rows == sum(FRAMES)
         assert torch.allclose(mean.double(), ref.mean((0, 2)), rtol=1e-6)
         assert torch.allclose(m2.double(), ref.var((0, 2)) * (sum(FRAMES) - 1), rtol=2e-3)
@@ -250,7 +260,15 @@ def one_frame_each(rank: int) -> torch.Tensor:
     return torch.cat(running)
 
 
+@pytest.fixture(scope="module")
+def two_ops(tmp_path_factory) -> dict:
+    """The results of both ranks in the tasks above."""
+    tasks = {form: (op_step, form) for form in ("gram", "plain")}
+    tasks |= {"means": (large_means,), "frame": (one_frame_each,)}
+    return spawn(tmp_path_factory.mktemp("ops"), tasks)
+
+
 @pytest.mark.slow
-def test_a_rank_with_a_single_frame_is_enough_where_others_have_more(tmp_path):
-    for running in spawn(one_frame_each, tmp_path):
+def test_a_rank_with_a_single_frame_is_enough_where_others_have_more(two_ops):
+    for running in two_ops["frame"]:
         torch.testing.assert_close(running, torch.tensor([1.5, F.relu(torch.tensor(0.5))]))

@@ -51,16 +51,14 @@ def test_without_the_cuda_library_nvrtc_has_the_whole_face(turing, monkeypatch):
     assert {op for _, op, *_ in turing.checked} == {NORM, "conv1d"}
 
 
-def test_a_cuda_conv_that_is_wrong_before_ampere_gives_the_librarys(turing):
-    turing.found["conv1d"] = verdict("conv1d", BAD)
-    with pytest.warns(RuntimeWarning, match="PyTorch's own conv instead"):
-        assert conv_face(torch.float16) == "aten"
-
-
-def test_a_cuda_face_that_is_wrong_before_ampere_gives_plain_pytorch(turing):
-    turing.found[NORM] = verdict(NORM, BAD)
-    with pytest.warns(RuntimeWarning, match=r"\(cuda, float16\) is WRONG.*uses plain PyTorch for it instead") as said:
-        assert norm_face(256, dtype=torch.float16) == "reference"
+@pytest.mark.parametrize(("op", "ask", "wanted", "instead"), [
+    ("conv1d", lambda: conv_face(torch.float16), "aten", "PyTorch's own conv instead"),
+    (NORM, lambda: norm_face(256, dtype=torch.float16), "reference", "uses plain PyTorch for it instead"),
+])  # fmt: skip
+def test_a_cuda_face_that_is_wrong_before_ampere_gives_pytorch(turing, op, ask, wanted, instead):
+    turing.found[op] = verdict(op, BAD)
+    with pytest.warns(RuntimeWarning, match=rf"\(cuda, float16\) is WRONG.*{instead}") as said:
+        assert ask() == wanted
     assert len(said) == 1
 
 

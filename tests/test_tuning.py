@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import random
@@ -83,7 +85,6 @@ def test_a_contender_that_ends_its_process_is_remembered_and_the_others_go_on(tu
         if call == FAST:
             raise Died(code)
 
-    monkeypatch.setattr(work, "in_a_line", lambda error: (_ for _ in ()).throw(error))
     monkeypatch.setattr(tuning, "warm", warm)
     session = tuned.tune(GPU, CELLS[:2], 100.0, clock=lambda: tuning.now)
     assert set(session.done) == set(CELLS[:2]) and tuning.sessions == [2, 2, 1]
@@ -93,7 +94,6 @@ def test_a_contender_that_ends_its_process_is_remembered_and_the_others_go_on(tu
 
 
 def test_what_is_killed_from_outside_blames_nobody(tuning, monkeypatch):
-    monkeypatch.setattr(work, "in_a_line", lambda error: (_ for _ in ()).throw(error))
     monkeypatch.setattr(tuning, "warm", raising(Died(-signal.SIGKILL)))
     with pytest.raises(tuned.CannotTune, match="a kernel's last word"):
         tuned.tune(GPU, CELLS[:1], 100.0, clock=lambda: tuning.now)
@@ -103,15 +103,17 @@ def test_what_is_killed_from_outside_blames_nobody(tuning, monkeypatch):
 # ---- kills, processes, budgets ----
 
 
-def forked(body) -> int:
-    """Runs `body` in a forked process; returns its exit status."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            body()
-        finally:
-            os._exit(0)
-    return os.waitpid(pid, 0)[1]
+def forked(*bodies) -> list[int]:
+    """Runs each of `bodies` in a forked process, all at once; returns their exit statuses."""
+    pids = []
+    for body in bodies:
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            try:
+                body()
+            finally:
+                os._exit(0)
+    return [os.waitpid(pid, 0)[1] for pid in pids]
 
 
 def test_a_kill_at_twenty_random_points_loses_nothing(tuning, monkeypatch, own_cache):
@@ -127,18 +129,11 @@ def test_a_kill_at_twenty_random_points_loses_nothing(tuning, monkeypatch, own_c
         tuned.path(GPU).unlink()
 
         def killed(point=point):
-            count = 0
-
-            def happen(what):
-                nonlocal count
-                count += 1
-                if count == point:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            tuning.happen = happen
+            events = itertools.count(1)
+            tuning.happen = lambda what: next(events) == point and os.kill(os.getpid(), signal.SIGKILL)
             tuned.tune(GPU, CELLS, 1000.0, clock=lambda: tuning.now)
 
-        assert forked(killed) == signal.SIGKILL
+        assert forked(killed) == [signal.SIGKILL]
         before = kept() if tuned.path(GPU).is_file() else {}
         done = sum(what == "after found" for what in seen[: point - 1])
         assert len(before) in (done, done + 1) and all(whole[cell] == before[cell] for cell in before)
@@ -161,15 +156,7 @@ def test_one_of_two_processes_tunes_and_the_other_reads(tuning, own_cache, monke
         with log.open("a") as file:
             file.write(json.dumps([sum(tuning.sessions), faces]) + "\n")
 
-    pids = []
-    for _ in range(2):
-        pids.append(os.fork())
-        if pids[-1] == 0:
-            try:
-                rank()
-            finally:
-                os._exit(0)
-    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
+    assert forked(rank, rank) == [0, 0]
     (one, faces), (two, others) = map(json.loads, log.read_text().splitlines())
     assert one + two == len(CELLS), "each cell was tuned once, by either"
     assert faces == others == ["triton"] * 4 and set(kept()) == set(CELLS)
@@ -177,7 +164,7 @@ def test_one_of_two_processes_tunes_and_the_other_reads(tuning, own_cache, monke
 
 def test_rows_of_two_processes_add_up(tuning):
     for cell in CELLS[:2]:
-        assert forked(lambda cell=cell: tuned.tune(GPU, [cell], 100.0, clock=lambda: tuning.now)) == 0
+        assert forked(lambda cell=cell: tuned.tune(GPU, [cell], 100.0, clock=lambda: tuning.now)) == [0]
     assert set(kept()) == set(CELLS[:2])
 
 
@@ -212,16 +199,10 @@ def test_a_cache_that_cannot_be_read_is_said_and_tuned_again(tuning, capsys):
 # ---- dispatch: empty cache, a neighbour's table, a full table, and when not ----
 
 
-def table(put_table, *times: tuple[str, float, float], gpu: str | None = None, **header) -> None:
+def table(put_table, *times: tuple[str, float, float], **header) -> None:
     kinds = ("triton", "direct", TILES[0]), ("aten", "library", None)
     rows = [tables.Row(op, FP16, *SHAPE, 12, *kind, spent) for op, *spans in times for kind, spent in zip(kinds, spans)]
-    path = put_table(rows, **header)
-    if gpu is not None:
-        data = json.loads(path.read_text())
-        data["header"]["gpu"] = gpu
-        path.unlink()
-        path.with_name(f"{tables.slug(gpu)}.json").write_text(json.dumps(data))
-        tables._index.cache_clear()
+    put_table(rows, **header)
 
 
 H100, H200 = {"multiprocessors": "132", "bandwidth": "3350 GB/s"}, {"multiprocessors": "132", "bandwidth": "4800 GB/s"}
@@ -231,10 +212,8 @@ H100, H200 = {"multiprocessors": "132", "bandwidth": "3350 GB/s"}, {"multiproces
 def test_turned_off_the_tables_and_rules_choose(tuning, put_table, monkeypatch, how):
     if how == "environment":
         monkeypatch.setenv("JASPER_FAST_TUNE", "0")
+    with tuned.off() if how == "a body" else contextlib.nullcontext():
         assert (conv_face(15), conv_face(15, torch.float32)) == ("triton", "aten"), "an empty cache: the rules"
-    else:
-        with tuned.off():
-            assert (conv_face(15), conv_face(15, torch.float32)) == ("triton", "aten")
     assert tuning.sessions == [] and tuned.waiting(GPU) == 0
 
 

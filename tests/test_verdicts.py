@@ -229,7 +229,7 @@ def test_first_use_runs_the_check_and_says_so_in_one_line(capfd):
 
 
 def test_a_check_that_cannot_start_is_no_verdict(monkeypatch):
-    monkeypatch.setattr(probe, "command", lambda: [sys.executable, "-c", "raise SystemExit('no device for you')"])
+    monkeypatch.setattr(probe, "COMMAND", [sys.executable, "-c", "raise SystemExit('no device for you')"])
     found = probe.quick_verdict(CPU, NORM, "cpu", FP32)
     assert found.status == UNCHECKED and "no device for you" in found.failure
 

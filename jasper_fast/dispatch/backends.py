@@ -39,24 +39,23 @@ def check(backend: str) -> str:
 def why_missing(backend: str, device: torch.device | str) -> str | None:
     """Returns None if `backend` runs on tensors of `device`, else a sentence that says why not and what to do."""
     device = torch.device(device)
-    device_type = device.type
     if backend == "reference":
         return None
+    if backend in ("cpu", "cuda") and device.type != backend:
+        where = "the CPU" if backend == "cpu" else "a GPU"
+        needs = f"the {backend} backend needs {backend.upper()} tensors, not {device.type}"
+        return f"{needs}; move the model to {where} or use 'auto'"
     if backend == "cpu":
-        if device_type != "cpu":
-            return f"the cpu backend needs CPU tensors, not {device_type}; move the model to the CPU or use 'auto'"
         return None if native.cpu_available() else native.explain()["cpu"]
-    if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "Triton is not installed: pip install 'triton>=3.6' (Linux x86-64)"
-        if device_type == "cuda":
-            return _too_old(device)
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            return None
-        return "the triton backend needs a CUDA tensor; on a CPU it needs Triton's interpreter: set TRITON_INTERPRET=1"
-    if device_type != "cuda":
-        return f"the cuda backend needs CUDA tensors, not {device_type}; move the model to a GPU or use 'auto'"
-    return None if native.cuda_available() or cuda_launch.way() == "NVRTC" else native.explain()["cuda"]
+    if backend == "cuda":
+        return None if native.cuda_available() or cuda_launch.way() == "NVRTC" else native.explain()["cuda"]
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install 'triton>=3.6' (Linux x86-64)"
+    if device.type == "cuda":
+        return _too_old(device)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return "the triton backend needs a CUDA tensor; on a CPU it needs Triton's interpreter: set TRITON_INTERPRET=1"
 
 
 def _too_old(device: torch.device) -> str | None:

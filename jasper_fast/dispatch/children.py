@@ -13,7 +13,6 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -29,8 +28,7 @@ FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 def tell(kind: str, value: object) -> None:
     """Writes one message to the parent process; called in the child."""
-    sys.stdout.write(f"\n{MARK}{json.dumps([kind, value])}\n")
-    sys.stdout.flush()
+    print(f"\n{MARK}{json.dumps([kind, value])}", flush=True)
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,12 @@ import torch
 from jasper_fast.dispatch import children, verdict
 from jasper_fast.dispatch.verdict import FAULTS, UNCHECKED, Verdict, group_of, judge
 
+COMMAND = (sys.executable, "-W", "ignore", "-m", "jasper_fast.selfcheck.child")
 CHECK_SECONDS = 180.0  # time limit of one check, including compilation
 
 
 class CannotCheck(RuntimeError):
     """Nothing could be checked, because the child process ended outside any check. The message says why."""
-
-
-def command() -> list[str]:
-    """Returns the command line of the child process."""
-    return [sys.executable, "-W", "ignore", "-m", "jasper_fast.selfcheck.child"]
 
 
 @dataclass
@@ -111,7 +107,7 @@ def _watch(wanted, seconds, report, on_row) -> dict | None:
             fault = value
         return kind in ("fatal", "end")
 
-    ended = children.talk(command(), wanted, hear, seconds)
+    ended = children.talk(COMMAND, wanted, hear, seconds)
     if ended.told:
         return fault
     if current is None:

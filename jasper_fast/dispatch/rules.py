@@ -8,7 +8,6 @@ where they come from. The estimates are used only if there are no measured times
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 
 import torch
@@ -57,18 +56,12 @@ def seconds(
     return conv + after * output / gpu.bytes_s + launches * LAUNCH
 
 
-@functools.cache
-def traits(device: torch.device) -> likeness.Traits | None:
-    """Returns the traits of a CUDA device, cached."""
-    return likeness.traits(device.index or 0)
-
-
 def fastest(
     calls: Iterable[tuple[str, tuple[int, ...], int]], device: torch.device, dtype: torch.dtype, rows: int | None
 ) -> str:
     """Returns the face, "triton" or "aten", on which `calls`, each (op, shape, count), take the least estimated time.
     `rows` is N*T' (None: 32768)."""
-    rows, calls, gpu = 1 << 15 if rows is None else rows, list(calls), traits(device)
+    rows, calls, gpu = 1 << 15 if rows is None else rows, list(calls), likeness.traits(device.index or 0)
     total = {
         face: sum(count * seconds(face, op, shape, rows, dtype, gpu) for op, shape, count in calls)
         for face in ("triton", "aten")

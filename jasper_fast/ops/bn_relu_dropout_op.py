@@ -98,13 +98,9 @@ def _grad(ctx, dz):
     return dy, None, None, dgamma, dbeta, dres if ctx.has_residual else None, *(None,) * 8
 
 
-def norm_face(y: Tensor, backend: str) -> str:
-    """Returns the face of the op, and of its statistics, for `y` (N, C, T). See `choose.norm_face`."""
-    return norm_face_of(y, y.shape[1], y.shape[2], backend)
-
-
-def norm_face_of(x: Tensor, channels: int, frames: int, backend: str) -> str:
-    """Returns the face of the op for a tensor (N, `channels`, `frames`) with the N, device and dtype of `x`."""
+def norm_face(x: Tensor, backend: str, channels: int, frames: int) -> str:
+    """Returns the face of the op, and of its statistics, for a tensor (N, `channels`, `frames`) with the N, device and
+    dtype of `x`. See `choose.norm_face`."""
     if not x.is_cuda:
         return choose.resolve(backend, x.device, backends.NORM, x.dtype)
     channels = operator.index(channels)  # makes it a constant in a traced graph
@@ -126,7 +122,7 @@ def bn_stats(y: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     Padding counts too. The two tensors are (C,), fp32 (fp64 for fp64 input). Equivalent to `y.mean((0, 2))` and
     `y.var((0, 2)) * (M - 1)`.
     """
-    return torch.ops.jasper_fast.bn_stats(y.detach(), norm_face(y, backend))
+    return torch.ops.jasper_fast.bn_stats(y.detach(), norm_face(y, backend, *y.shape[1:]))
 
 
 def bn_relu_dropout(
@@ -183,7 +179,7 @@ def bn_relu_dropout(
     wide = norm.mean.dtype
     return torch.ops.jasper_fast.bn_relu_dropout(
         y, norm.mean, norm.rstd, gamma.to(wide), beta.to(wide), residual, lengths, seed, norm.rows, p,
-        norm.batch_stats, halo, norm.group, norm_face(y, backend),
+        norm.batch_stats, halo, norm.group, norm_face(y, backend, *y.shape[1:]),
     )  # fmt: skip
 
 
@@ -233,9 +229,9 @@ def dropout_seed(p: float, seed: Tensor | int | None, device: torch.device) -> t
     """Returns (p, seed), the seed as a tensor (1,). It is drawn if none is given, and None if nothing is dropped."""
     if p == 0.0:
         return p, None
-    if seed is None:
-        return p, draw_seeds(1, device)
-    return p, seed if isinstance(seed, Tensor) else torch.tensor([seed], dtype=torch.int64, device=device)
+    if not isinstance(seed, Tensor):
+        seed = draw_seeds(1, device) if seed is None else torch.tensor([seed], dtype=torch.int64, device=device)
+    return p, seed
 
 
 def _variances(m2: Tensor, m: int | Tensor) -> tuple[Tensor, Tensor]:

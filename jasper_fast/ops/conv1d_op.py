@@ -12,7 +12,7 @@ from jasper_fast.dispatch import backends, choose
 from jasper_fast.kernels import tables
 from jasper_fast.kernels.layout import empty_ntc, ntc, wide_dtype
 from jasper_fast.kernels.operands import Geometry
-from jasper_fast.ops.bn_relu_dropout_op import check_lengths, norm_face_of
+from jasper_fast.ops.bn_relu_dropout_op import check_lengths, norm_face
 from jasper_fast.ops.registration import lib, op, register_autograd
 
 Pack = Callable[[Tensor, torch.dtype, str], Tensor | None]  # (weight, dtype, face) -> the packed weight
@@ -131,7 +131,7 @@ def conv1d(
     face, packed = conv_face(x, weight, geometry, backend, packed, stats=stats)
     bn_face = "reference"  # not used without statistics
     if stats:
-        bn_face = norm_face_of(x, weight.shape[0], geometry.frames(x.shape[2], weight.shape[2]), backend)
+        bn_face = norm_face(x, backend, weight.shape[0], geometry.frames(x.shape[2], weight.shape[2]))
     y, mean, m2 = torch.ops.jasper_fast.conv1d(
         x, weight, lengths, packed, stride, padding, dilation, stats, bn_face, face
     )

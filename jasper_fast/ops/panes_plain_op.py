@@ -16,7 +16,7 @@ from jasper_fast.dispatch import backends, choose
 from jasper_fast.kernels.layout import empty_ntc, ntc, wide_dtype
 from jasper_fast.kernels.layout import rows as _rows
 from jasper_fast.ops import sync
-from jasper_fast.ops.bn_relu_dropout_op import check_lengths, check_rows, norm_face_of
+from jasper_fast.ops.bn_relu_dropout_op import check_lengths, check_rows, norm_face
 from jasper_fast.ops.panes_op import unbiased
 from jasper_fast.ops.registration import lib, op, register_autograd
 
@@ -155,7 +155,7 @@ def panes_plain(
     wide, name = wide_dtype(xs[0]), sync.name(group)
     check_rows(xs[0], name)
     check_lengths(lengths, xs[0].shape[0])
-    face = norm_face_of(xs[0], weights[0].shape[0], xs[0].shape[2], backend)
+    face = norm_face(xs[0], backend, weights[0].shape[0], xs[0].shape[2])
     keep = KEPT if face == "cpu" and torch.is_grad_enabled() else 0
     out, mean, var, rows, _ = torch.ops.jasper_fast.panes_plain(
         list(xs), list(weights), torch.stack(gammas).to(wide), torch.stack(betas).to(wide), lengths, eps, keep, name,

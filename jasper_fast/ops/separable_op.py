@@ -14,7 +14,7 @@ from jasper_fast.kernels import tables
 from jasper_fast.kernels.layout import empty_ntc, ntc
 from jasper_fast.kernels.operands import Geometry, Lengths, Mask, Norm
 from jasper_fast.ops import depthwise_op
-from jasper_fast.ops.bn_relu_dropout_op import check, check_lengths, dropout_seed, mean_sums, norm_face_of, normaliser
+from jasper_fast.ops.bn_relu_dropout_op import check, check_lengths, dropout_seed, mean_sums, norm_face, normaliser
 from jasper_fast.ops.conv1d_op import Pack, autocast, conv_forward, fake_stats
 from jasper_fast.ops.registration import lib, op, register_autograd
 
@@ -210,5 +210,5 @@ def _faces(
     )  # fmt: skip
     pack = packed(weight, x.dtype, face) if callable(packed) else None if face == "aten" else packed
     # This face computes the norm before the convs and the statistics after them.
-    bn_face = norm_face_of(x, x.shape[1], x.shape[2], backend)
+    bn_face = norm_face(x, backend, *x.shape[1:])
     return (bn_face, choose.depthwise_face(backend, x.device, x.dtype), face), pack

@@ -127,6 +127,6 @@ def sub_block(
     out, mean, m2 = torch.ops.jasper_fast.sub_block(
         y, norm.mean, norm.rstd, gamma.to(wide), beta.to(wide), lengths, seed, norm.rows, weight, packed,
         p, norm.batch_stats, halo, padding, dilation, next_stats, norm.group,
-        norm_face(y, backend), conv,
+        norm_face(y, backend, *y.shape[1:]), conv,
     )  # fmt: skip
     return (out, (mean, m2)) if next_stats else out

@@ -29,9 +29,7 @@ def child(source: IO[str] = sys.stdin) -> int:
         raise SystemExit(f"PyTorch itself multiplies matrices wrongly on {device}")
     children.tell("plan", [check.plain() for check in todo])
     done = set(wanted["done"])
-    for check in todo:
-        if check.id in done:
-            continue
+    for check in [check for check in todo if check.id not in done]:
         children.tell("begin", check.id)
         row = perform.perform(check, device)
         try:

@@ -37,11 +37,6 @@ class Job(NamedTuple):
     arch: int
 
 
-def workers() -> int:
-    """Returns the number of worker processes: the number of cores less one for the measuring process, at most 16."""
-    return max(1, min(16, len(os.sched_getaffinity(0)) - 1))
-
-
 def launches(job: Job) -> list[launch.Launch]:
     """Returns the kernel launches of a contender on the job's architecture."""
     found: list[launch.Launch] = []
@@ -121,7 +116,8 @@ def ahead(
         for place, digest in enumerate(of_job):
             kinds.setdefault(digest, (job, place))
     built: dict[str, Facts] = {}
-    with multiprocessing.get_context("spawn").Pool(min(workers(), len(kinds) or 1)) as pool:
+    cores = len(os.sched_getaffinity(0)) - 1  # one is for the measuring process
+    with multiprocessing.get_context("spawn").Pool(max(1, min(16, cores, len(kinds)))) as pool:
         results = pool.imap_unordered(build, [(digest, *what) for digest, what in kinds.items()])
         with contextlib.suppress(multiprocessing.TimeoutError):  # no time left, or a compiler crashed its worker
             while len(built) < len(kinds):

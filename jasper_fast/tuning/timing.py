@@ -72,11 +72,6 @@ class Events(Wall):
         return sum(begin.elapsed_time(end) for begin, end in pairs) * 1e-3
 
 
-def clock(device: torch.device) -> Wall:
-    """Returns the clock for `device`."""
-    return Events(device) if device.type == "cuda" else Wall()
-
-
 def fastest_first(
     runs: Mapping[str, Callable[[], object]],
     ticker: Wall,

@@ -42,8 +42,8 @@ class Tuner:
         proposals: Callable[[Cell, torch.device], Iterable[Proposal]] = faces.proposals,
     ) -> None:
         self.device, self._tell, self._without, self._seconds = device, tell, without or {}, seconds
-        self._clock, self._end = clock, clock() + budget
-        self._ticker, self._proposals = ticker or timing.clock(device), proposals
+        self._clock, self._end, self._proposals = clock, clock() + budget, proposals
+        self._ticker = ticker or (timing.Events(device) if device.type == "cuda" else timing.Wall())
         self._facts: dict[tuple[Cell, str], compiling.Facts] = {}
         self._checked: dict[tuple, str] = {}  # kernel variant to the reason why it is refused, or ""
 
