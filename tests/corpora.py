@@ -11,12 +11,15 @@ import socket
 import tarfile
 import threading
 import time
+from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+
+from jasper_fast.data.manifest import Utterance
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,12 +35,36 @@ def real_speech() -> Path:
     return speech_folder() or pytest.skip("no real speech: JASPER_FAST_DATA names the folder of it")
 
 
-def tone(seed: int, seconds: float = 0.5, rate: int = 16000) -> bytes:
-    """A FLAC file."""
-    samples = 0.3 * np.sin(np.arange(round(seconds * rate)) * (0.02 + 0.005 * (seed % 17)))
-    file = io.BytesIO()
-    soundfile.write(file, samples, rate, format="FLAC", subtype="PCM_16")
+def tone(seed: int, seconds: float = 0.5, form: str = "FLAC") -> bytes:
+    """Returns a file at 16 kHz."""
+    samples, file = 0.3 * np.sin(np.arange(round(seconds * 16000)) * (0.02 + 0.005 * (seed % 17))), io.BytesIO()
+    soundfile.write(file, samples, 16000, format=form, subtype="PCM_16")
     return file.getvalue()
+
+
+def written(folder: Path, count: int) -> list[Utterance]:
+    """Writes FLAC files of 0.3 s and more, and returns their utterances."""
+    made = [Utterance(str(folder / f"{i}.flac"), 0.3 + 0.05 * i, "a") for i in range(count)]
+    for i, each in enumerate(made):
+        Path(each.path).write_bytes(tone(i, each.duration))
+    return made
+
+
+def write_lines(path: Path, entries: Iterable[dict]) -> Path:
+    """Writes a manifest and returns its path."""
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Adds a file to a tar."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
 
 
 def utterances(count: int) -> dict[str, tuple[bytes, str]]:
@@ -48,8 +75,7 @@ def utterances(count: int) -> dict[str, tuple[bytes, str]]:
 def real_utterances(count: int) -> dict[str, tuple[bytes, str]]:
     """Returns the same as `utterances`, taken from the real speech."""
     folder, found = real_speech(), {}
-    for line in (folder / "librispeech_dev.jsonl").read_text().splitlines()[:count]:
-        entry = json.loads(line)
+    for entry in read_lines(folder / "librispeech_dev.jsonl")[:count]:
         path = folder / entry["audio_filepath"]
         found[path.stem] = path.read_bytes(), entry["text"].upper()
     return found
@@ -70,9 +96,7 @@ def archive(name: str, spoken: dict[str, tuple[bytes, str]], extra: list[tarfile
         for member in extra:
             tar.addfile(member)
         for path, content in files.items():
-            member = tarfile.TarInfo(path)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+            add(tar, path, content)
     return out.getvalue()
 
 
@@ -80,7 +104,17 @@ def md5(content: bytes) -> str:
     return hashlib.md5(content).hexdigest()
 
 
-class Server:
+class Handler(BaseHTTPRequestHandler):
+    """Answers each request as the server says."""
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.server.answer(self)
+
+
+class Server(ThreadingHTTPServer):
     """An HTTP server of `files` on this machine, which serves ranges. Each answer takes the next of `faults`:
 
     "break" sends half of the bytes, "corrupt" flips a bit, "busy" answers 503, "whole" ignores the range, "empty"
@@ -88,34 +122,23 @@ class Server:
     after each 4 KiB.
     """
 
+    daemon_threads = True
+
     def __init__(self, files: dict[str, bytes], faults: list[str] = (), slow: float = 0.0) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.faults, self.slow, self.asked = files, list(faults), slow, []
-        outer = self
+        self.url = f"http://127.0.0.1:{self.server_port}/mirror"
 
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_) -> None:
-                pass
-
-            def do_GET(self) -> None:
-                outer.answer(self)
-
-        class Quiet(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, *_) -> None:  # the client was killed
-                pass
-
-        self.http = Quiet(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/mirror"
-        self.thread = threading.Thread(target=self.http.serve_forever, daemon=True)
+    def handle_error(self, *_) -> None:  # the client was killed
+        pass
 
     def __enter__(self) -> Server:
-        self.thread.start()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
-        self.http.shutdown()
-        self.http.server_close()
+        self.shutdown()
+        self.server_close()
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         wanted, fault = request.headers.get("Range"), self.faults.pop(0) if self.faults else ""
@@ -156,9 +179,8 @@ def tree(folder: Path) -> dict[str, str]:
 
 def hostile_members() -> dict[str, tarfile.TarInfo]:
     """Returns, by kind, one tar member of each kind that must not be unpacked."""
-    found = {}
-    for kind, name in (("parent", "LibriSpeech/dev-clean/../../evil"), ("absolute", "/tmp/evil"), ("dots", "../evil")):
-        found[kind] = tarfile.TarInfo(name)
+    names = {"parent": "LibriSpeech/dev-clean/../../evil", "absolute": "/tmp/evil", "dots": "../evil"}
+    found = {kind: tarfile.TarInfo(name) for kind, name in names.items()}
     for kind, number in (("symlink", tarfile.SYMTYPE), ("hardlink", tarfile.LNKTYPE), ("device", tarfile.CHRTYPE)):
         found[kind] = tarfile.TarInfo("LibriSpeech/dev-clean/link")
         found[kind].type, found[kind].linkname = number, "/etc/passwd"

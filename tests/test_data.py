@@ -204,23 +204,19 @@ def test_truncated_files_are_left_out_of_training_and_evaluated_with_a_warning(c
     data = Path(corpus[10].path).read_bytes()
     (tmp_path / "cut.wav").write_bytes(data[: len(data) // 2])
     cut = Utterance(str(tmp_path / "cut.wav"), corpus[10].duration, "word")
-    long = Utterance(corpus[0].path, 9.9, "word")
-    dataset = a_set([*corpus, cut, long])
+    every, reasons = [*corpus, cut, Utterance(corpus[0].path, 9.9, "word")], {"truncated": 1, "wrong_duration": 1}
+    dataset = a_set(every)
     load(dataset)
-    assert dataset.skipped.counts == {"truncated": 1, "wrong_duration": 1} and not dataset.skipped.warned
+    assert dataset.skipped.counts == reasons and not dataset.skipped.warned
     for trim in (False, True):
-        evaluation = a_set([*corpus, cut, long], training=False, trim_silence=trim)
+        evaluation = a_set(every, training=False, trim_silence=trim)
         assert sum(map(len, load(evaluation, shuffle=False))) == 14
-        assert not len(evaluation.skipped) and {w.reason for w in evaluation.skipped.warned} == {
-            "truncated",
-            "wrong_duration",
-        }
+        assert not len(evaluation.skipped) and Counter(w.reason for w in evaluation.skipped.warned) == reasons
         assert "1 used although truncated" in str(evaluation.skipped)
         details = "".join(w.detail for w in evaluation.skipped.warned)
         assert "the header promises 1.500 s, but the file has 0.749 s" in details
         assert "the manifest says 9.900 s, but the file has 0.500 s" in details
-    samples = evaluation[12].audio
-    assert len(samples) == len(data) // 4 - 22
+    assert len(evaluation[12].audio) == len(data) // 4 - 22
 
 
 def test_texts_that_lose_symbols_are_counted_by_manifest(tmp_path):
@@ -406,7 +402,7 @@ def librispeech_durations(count: int) -> np.ndarray:
 def test_each_utterance_comes_once_with_little_padding(world: int, sizes: dict, shards: int | None) -> None:
     """Shows that every utterance occurs once per epoch with under 5 % padding, whatever the batches, ranks and
     shards."""
-    d = librispeech_durations(20_001)
+    d = librispeech_durations(9_001)
     assert d.mean() == pytest.approx(12.3, abs=0.1)
     sizes = sizes | {"shards": shards and np.arange(len(d)) * shards // len(d)}
     shares = [BatchSampler(d, rank=r, world_size=world, **sizes).batches(1) for r in range(world)]

@@ -16,22 +16,12 @@ from jasper_fast.data.batches import BatchSampler, load_batches
 from jasper_fast.data.feed import Wait, feed
 
 
-def utterances(folder: Path, count: int = 6) -> list:
-    for i in range(count):
-        (folder / f"{i}.flac").write_bytes(corpora.tone(i, 0.3 + 0.1 * i))
-    return [command.Utterance(str(folder / f"{i}.flac"), 0.3 + 0.1 * i, "a") for i in range(count)]
-
-
-def on_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def test_fed_batches_are_those_that_were_loaded(tmp_path: Path) -> None:
-    device, data = on_device(), command.data_of(utterances(tmp_path))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = command.data_of(corpora.written(tmp_path, 6))
     sampler = BatchSampler(data.durations, 2)
-    pinned = device.type == "cuda"
     plain = list(load_batches(data, sampler))
-    fed = list(feed(load_batches(data, sampler, pin_memory=pinned), device, Wait()))
+    fed = list(feed(load_batches(data, sampler, pin_memory=device.type == "cuda"), device, Wait()))
     assert len(fed) == len(plain) == 3
     for one, other in zip(fed, plain, strict=True):
         assert one.audio.device.type == one.targets.device.type == device.type
@@ -44,7 +34,7 @@ def test_the_wait_is_what_the_loader_takes_and_not_what_the_step_takes(tmp_path:
     clock = iter(range(1000))
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
     wait = Wait()
-    data = command.data_of(utterances(tmp_path, 2))
+    data = command.data_of(corpora.written(tmp_path, 2))
     for _ in feed(load_batches(data, BatchSampler(data.durations, 1)), torch.device("cpu"), wait):
         time.perf_counter()  # the step takes one tick of this clock
     assert wait.take() == 3, "two batches and the end, a tick each"
@@ -53,9 +43,10 @@ def test_the_wait_is_what_the_loader_takes_and_not_what_the_step_takes(tmp_path:
 
 def test_bench_data_measures_every_stage(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(command, "BATCH_SECONDS", 1.0)
-    lines = [{"audio_filepath": u.path, "duration": u.duration, "text": "x"} for u in utterances(tmp_path)]
-    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    options = ["data", "--manifest", str(tmp_path / "m.jsonl"), "--seconds", "0.01", "--workers", "1"]
+    made = corpora.written(tmp_path, 6)
+    lines = ({"audio_filepath": u.path, "duration": u.duration, "text": "x"} for u in made)
+    path = corpora.write_lines(tmp_path / "m.jsonl", lines)
+    options = ["data", "--manifest", str(path), "--seconds", "0.01", "--workers", "1"]
     assert cli.main([*options, "--rate", "480", "--length", "16.7", "--out", str(tmp_path)]) == 0
     [path] = tmp_path.glob("data_*.json")
     told = json.loads(path.read_text())["data"]

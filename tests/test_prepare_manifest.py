@@ -24,7 +24,7 @@ def write(folder: Path, *names: str, seconds: float = 0.5) -> None:
 
 def manifest_of(source: Path, out: Path, *more: str) -> list[dict]:
     assert main(["prepare", "manifest", str(source), "--out", str(out), *more]) == 0
-    return [json.loads(line) for line in out.read_text().splitlines()]
+    return corpora.read_lines(out)
 
 
 def test_a_folder_with_texts_beside_its_audio(tmp_path: Path, capsys) -> None:
@@ -126,21 +126,11 @@ def test_sources_that_cannot_be_read_are_one_line_errors(tmp_path: Path, capsys,
 def spoiled(folder: Path) -> tuple[Path, dict[str, set[str]]]:
     """Writes a manifest with every fault; returns its path and the faults by file."""
     rng = np.random.default_rng(0)
-
-    def write(name: str, samples: np.ndarray) -> None:
-        soundfile.write(folder / name, samples, 16000, subtype="PCM_16")
-
-    speech = {name: 0.1 * rng.standard_normal(16000) for name in ("good", "clipped", "numbers")}
-    write("good.wav", speech["good"])
-    write("again.wav", speech["good"])
-    write("clipped.wav", 100 * speech["clipped"])
-    write("numbers.wav", speech["numbers"])
-    write("silent.wav", 1e-4 * speech["clipped"])
-    write("long.wav", 0.1 * rng.standard_normal(16000 * 18))
-    write("brief.wav", 0.1 * rng.standard_normal(800))
-    write("many.wav", 0.1 * rng.standard_normal(4000))
-    write("short.wav", 0.1 * rng.standard_normal(8000))
-    write("empty.wav", 0.1 * rng.standard_normal(16000))
+    lengths = {"good": 16000, "clipped": 16000, "numbers": 16000, "long": 16000 * 18, "brief": 800, "many": 4000}
+    speech = {n: 0.1 * rng.standard_normal(size) for n, size in (lengths | {"short": 8000, "empty": 16000}).items()}
+    speech |= {"again": speech["good"], "silent": 1e-4 * speech["clipped"], "clipped": 100 * speech["clipped"]}
+    for name, samples in speech.items():
+        soundfile.write(folder / f"{name}.wav", samples, 16000, subtype="PCM_16")
     whole = (folder / "numbers.wav").read_bytes()
     (folder / "cut.wav").write_bytes(whole[: len(whole) // 2])
     (folder / "noise.wav").write_bytes(b"no audio at all")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import re
 import tarfile
@@ -12,7 +11,6 @@ from pathlib import Path
 import corpora
 import numpy as np
 import pytest
-import soundfile
 import test_cli
 
 from jasper_fast.cli.command import main
@@ -37,14 +35,20 @@ def corpus(folder: Path, count: int = 12) -> Path:
         entry = {"audio_filepath": str(file.relative_to(folder)), "duration": 0.4 + 0.05 * i, "text": "abc" * (i % 4)}
         lines.append(entry | {"text": f"text {'i' * i}", "speaker": f"s{i % 3}"})
     lines.append({"audio_filepath": lines[-1]["audio_filepath"], "offset": 0.1, "duration": 0.3, "text": "a part"})
-    (folder / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder / "m.jsonl"
+    return corpora.write_lines(folder / "m.jsonl", lines)
 
 
 def pack(folder: Path, out: str = "shards", *more: str) -> Path:
     command = ["prepare", "shards", str(folder / "m.jsonl"), "--out", str(folder / out), "--shard-mb", "0.02", "-q"]
     assert main([*command, *more]) == 0
     return folder / out / "tarred_audio_manifest.json"
+
+
+def without_places(path: Path, out: Path) -> tuple[Path, list[dict]]:
+    """Writes a manifest without places in tars, as NeMo's are, and returns its path and entries."""
+    places = ("tar", "tar_start", "tar_size")
+    entries = [{k: v for k, v in entry.items() if k not in places} for entry in corpora.read_lines(path)]
+    return corpora.write_lines(out, entries), entries
 
 
 def test_shards_hold_what_the_files_hold(tmp_path: Path) -> None:
@@ -62,8 +66,7 @@ def test_shards_hold_what_the_files_hold(tmp_path: Path) -> None:
 
 def test_other_tools_find_their_names(tmp_path: Path) -> None:
     corpus(tmp_path)
-    lines = [json.loads(line) for line in pack(tmp_path).read_text().splitlines()]
-    names = []
+    lines, names = corpora.read_lines(pack(tmp_path)), []
     for path in sorted((tmp_path / "shards").glob("*.tar")):
         with tarfile.open(path) as tar:
             for member in tar:
@@ -77,12 +80,7 @@ def test_other_tools_find_their_names(tmp_path: Path) -> None:
 def test_shards_of_nemo_have_no_places_and_are_read(tmp_path: Path) -> None:
     corpus(tmp_path)
     path = pack(tmp_path)
-    entries = [json.loads(line) for line in path.read_text().splitlines()]
-    for entry in entries:
-        for key in ("tar", "tar_start", "tar_size"):
-            del entry[key]
-    other = path.with_name("nemo.json")
-    other.write_text("\n".join(map(json.dumps, entries)))
+    other, _ = without_places(path, path.with_name("nemo.json"))
     assert read_manifest(other) == read_manifest(path)
 
 
@@ -142,23 +140,13 @@ def test_what_an_object_store_does_not_give_is_named(tmp_path: Path, store: list
         assert f"{url}: cannot read the manifest" in error and error.count("\n") == 1
 
 
-def strip(path: Path, out: Path, *more: str) -> list[dict]:
-    """Writes a manifest without places in tars, as NeMo's are, and returns its entries."""
-    entries = [json.loads(line) for line in path.read_text().splitlines()]
-    for entry in entries:
-        for key in ("tar", "tar_start", "tar_size", *more):
-            del entry[key]
-    out.write_text("\n".join(map(json.dumps, entries)))
-    return entries
-
-
 def test_shards_of_nemo_in_a_store_by_their_pattern(tmp_path: Path, store: list[int]) -> None:
     """Shows that NeMo's shards are found by patterns: a manifest per shard, tars of other names, and members that are
     named by their stem or used in part."""
     import fsspec
 
     files, local = fsspec.filesystem("memory"), read_manifest(tmp_path / "shards" / "tarred_audio_manifest.json")
-    entries = strip(tmp_path / "shards" / "tarred_audio_manifest.json", tmp_path / "nemo.json")
+    _, entries = without_places(tmp_path / "shards" / "tarred_audio_manifest.json", tmp_path / "nemo.json")
     count = max(e["shard_id"] for e in entries) + 1
     for shard in range(count):
         mine = [e | {"audio_filepath": f"old/place/{e['audio_filepath']}"} for e in entries if e["shard_id"] == shard]
@@ -177,7 +165,7 @@ def test_places_in_shards_of_nemo_are_found_once(tmp_path: Path) -> None:
     """Shows that `prepare manifest` records the places in NeMo's tars and that `check --clean` keeps them."""
     corpus(tmp_path)
     path = pack(tmp_path)
-    strip(path, path.with_name("nemo.json"))
+    without_places(path, path.with_name("nemo.json"))
     (tmp_path / "other").mkdir()
     made, clean = tmp_path / "other" / "m.jsonl", tmp_path / "clean.jsonl"
     assert main(["prepare", "manifest", str(path.with_name("nemo.json")), "--out", str(made), "-q"]) == 0
@@ -185,13 +173,16 @@ def test_places_in_shards_of_nemo_are_found_once(tmp_path: Path) -> None:
     wanted = {u.text: u.packed for u in read_manifest(path)}
     for manifest in (made, clean):
         assert {u.text: u.packed for u in read_manifest(manifest)} == wanted
-        assert all("tar_start" in json.loads(line) for line in manifest.read_text().splitlines())
+        assert all("tar_start" in entry for entry in corpora.read_lines(manifest))
 
 
 def test_shards_of_webdataset_without_a_manifest(tmp_path: Path, capsys) -> None:
     samples = {
         "a/one": {"flac": corpora.tone(1, 0.5), "txt": b"the first\n"},
-        "a/two": {"json": json.dumps({"text": "the second", "speaker": 7}).encode(), "wav": wav(0.4)},
+        "a/two": {
+            "json": json.dumps({"text": "the second", "speaker": 7}).encode(),
+            "wav": corpora.tone(2, 0.4, "WAV"),
+        },
         "three": {"seg.flac": corpora.tone(3, 0.6), "json": b'{"transcript": "the third"}', "cls": b"1"},
         "mute": {"txt": b"no audio"},
         "wordless": {"flac": corpora.tone(4, 0.5), "json": b"[1]"},
@@ -201,9 +192,7 @@ def test_shards_of_webdataset_without_a_manifest(tmp_path: Path, capsys) -> None
         with tarfile.open(tmp_path / f"part-{number:02d}.tar", "w") as tar:
             for name in names:
                 for end, content in samples[name].items():
-                    member = tarfile.TarInfo(f"{name}.{end}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+                    corpora.add(tar, f"{name}.{end}", content)
     for source in (tmp_path, tmp_path / "part-{00..01}.tar", f"file://{tmp_path}/part-{{00,01}}.tar"):
         out = tmp_path / "out" / "m.jsonl"
         out.parent.mkdir(exist_ok=True)
@@ -217,12 +206,6 @@ def test_shards_of_webdataset_without_a_manifest(tmp_path: Path, capsys) -> None
     (tmp_path / "part-01.tar").write_bytes(gzip.compress((tmp_path / "part-01.tar").read_bytes()))
     assert main(["prepare", "manifest", str(tmp_path), "--out", str(out)]) == 2
     assert "part-01.tar: not a complete, uncompressed tar file" in capsys.readouterr().err
-
-
-def wav(seconds: float) -> bytes:
-    file = io.BytesIO()
-    soundfile.write(file, np.zeros(round(16000 * seconds)), 16000, format="WAV")
-    return file.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -335,8 +318,8 @@ def test_a_run_over_shards_goes_on_from_any_step(tmp_path: Path) -> None:
 
 
 def test_memory_is_read_as_a_file_is(tmp_path: Path) -> None:
-    soundfile.write(tmp_path / "a.wav", np.linspace(-0.5, 0.5, 8000), 8000)
-    data = (tmp_path / "a.wav").read_bytes()
+    data = corpora.tone(1, 1.0, "WAV")
+    (tmp_path / "a.wav").write_bytes(data)
     np.testing.assert_array_equal(audio.load(audio.Memory("x", data)), audio.load(tmp_path / "a.wav"))
     assert audio.duration(audio.Memory("x", data)) == 1.0
     for content in (b"", b"nothing", data[:30]):

@@ -12,7 +12,7 @@ from jasper_fast.data.dataset import SpeechDataset
 from jasper_fast.data.manifest import Utterance
 from jasper_fast.data.perturb import NOISE, Perturb, add_noise
 from jasper_fast.data.settings import AudioSettings
-from jasper_fast.speech import audio, augment
+from jasper_fast.speech import audio
 from jasper_fast.speech.features import _hz_to_mel, _mel_to_hz
 from jasper_fast.speech.text import Vocabulary
 from jasper_fast.speech.warp import SpeakerWarp
@@ -81,14 +81,6 @@ def test_the_equaliser_adds_the_same_curve_to_every_frame():
 def test_settings_out_of_range_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         SpeakerWarp(**bad)
-
-
-def test_a_configuration_switches_it_on():
-    built = augment.from_config({"speaker_warp": {"max_warp": 1.1, "f_max": 4000}})
-    assert built.speaker_warp.max_warp == 1.1
-    assert augment.from_config({}).speaker_warp is None
-    with pytest.raises(ValueError, match="speaker_warp"):
-        augment.from_config({"speaker_warp": {"max_wrap": 1.1}})
 
 
 @pytest.mark.parametrize("slope", [0.0, -2.0])

@@ -6,8 +6,8 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import corpora
@@ -17,7 +17,6 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from jasper_fast.data.batches import BatchSampler, load_batches
 from jasper_fast.data.dataset import SpeechDataset
-from jasper_fast.data.manifest import Utterance
 from jasper_fast.data.perturb import SPEED, Perturb
 from jasper_fast.data.settings import AudioSettings
 from jasper_fast.speech.text import Vocabulary
@@ -38,11 +37,7 @@ class Watched(SpeechDataset):
 
 @pytest.fixture
 def data(tmp_path: Path) -> SpeechDataset:
-    made = []
-    for i in range(8):
-        (tmp_path / f"{i}.flac").write_bytes(corpora.tone(i, 0.3 + 0.05 * i))
-        made.append(Utterance(str(tmp_path / f"{i}.flac"), 0.3 + 0.05 * i, "a"))
-    return Watched(made, Vocabulary(), AudioSettings(perturb=Perturb(speed=SPEED)))
+    return Watched(corpora.written(tmp_path, 8), Vocabulary(), AudioSettings(perturb=Perturb(speed=SPEED)))
 
 
 def take(loader, count: int) -> list:
@@ -57,7 +52,8 @@ def left_of(before: set) -> set:
     return left
 
 
-def look_often(monkeypatch) -> None:
+@pytest.fixture
+def often(monkeypatch) -> None:
     """Makes the loader notice a dead process within 0.2 s instead of 5."""
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
 
@@ -80,8 +76,7 @@ def test_epochs_follow_one_another_in_the_same_processes(data, workers: int) -> 
     assert not left_of(before)
 
 
-def test_a_killed_process_is_replaced_and_no_batch_is_lost(data, monkeypatch) -> None:
-    look_often(monkeypatch)
+def test_a_killed_process_is_replaced_and_no_batch_is_lost(data, often) -> None:
     before, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
     sampler = BatchSampler(data.durations, 1)
     wanted = [b for epoch in (0, 1) for b in load_batches(data, sampler, epoch)]
@@ -96,8 +91,7 @@ def test_a_killed_process_is_replaced_and_no_batch_is_lost(data, monkeypatch) ->
     assert not left_of(before)
 
 
-def test_a_batch_that_always_kills_comes_empty_and_is_named(data, monkeypatch) -> None:
-    look_often(monkeypatch)
+def test_a_batch_that_always_kills_comes_empty_and_is_named(data, often) -> None:
     data.deadly = 5
     found = list(load_batches(data, BatchSampler(data.durations, 2, bucketing=False, shuffle=False), workers=2))
     assert [len(b) for b in found] == [2, 2, 0, 2] and [b.step for b in found] == [0, 1, 2, 3]
@@ -131,24 +125,21 @@ def test_sigterm_ends_them_from_their_parent_alone(data) -> None:
     loader.close()
 
 
-ORPHANS = """
-import os, sys
-sys.path[:0] = [{tests!r}, {root!r}]
-from test_workers import Watched, BatchSampler, SpeechDataset, Utterance, Vocabulary, load_batches
-data = Watched([Utterance({audio!r}, 0.3, "a")] * 4, Vocabulary())
-loader = load_batches(data, BatchSampler(data.durations, 1), workers=2, endless=True)
-print(*{{int(next(loader).starts[0]) for _ in range(4)}}, flush=True)
-os.kill(os.getpid(), 9)
-"""
+def killed_training(data: SpeechDataset, out: Connection) -> None:
+    """Sends the loading processes' ids, and is killed."""
+    loader = load_batches(data, BatchSampler(data.durations, 1), workers=2, endless=True)
+    out.send({int(batch.starts[0]) for batch in take(loader, 4)})
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.slow
-def test_none_outlives_a_killed_training(tmp_path: Path) -> None:
-    (tmp_path / "a.flac").write_bytes(corpora.tone(1, 0.3))
-    script = ORPHANS.format(tests=str(corpora.ROOT / "tests"), root=str(corpora.ROOT), audio=str(tmp_path / "a.flac"))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    left = [int(word) for word in done.stdout.split()]
-    assert done.returncode == -9 and len(left) == 2, done.stderr
+def test_none_outlives_a_killed_training(data) -> None:
+    said, out = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=killed_training, args=(data, out))
+    process.start()
+    left = said.recv()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL and len(left) == 2
     deadline = time.monotonic() + 60
     while (left := [pid for pid in left if running(pid)]) and time.monotonic() < deadline:
         time.sleep(0.1)

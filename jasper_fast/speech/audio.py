@@ -116,13 +116,14 @@ def _open(path: str | os.PathLike | Memory, pipes: bool = True) -> _File:
             return _decoder(io.BytesIO(path.data))
         name = os.fsencode(path)
         status = os.stat(name)
-        if stat.S_ISDIR(status.st_mode):
-            raise AudioError(path, "is a folder, not an audio file")
         pipe = stat.S_ISFIFO(status.st_mode)
-        if not pipe and not stat.S_ISREG(status.st_mode):
-            raise AudioError(path, "is neither a regular file nor a pipe")
-        if pipe and not pipes:
-            raise AudioError(path, "is a pipe: its length is known only after reading")
+        for holds, cause in (
+            (stat.S_ISDIR(status.st_mode), "is a folder, not an audio file"),
+            (not pipe and not stat.S_ISREG(status.st_mode), "is neither a regular file nor a pipe"),
+            (pipe and not pipes, "is a pipe: its length is known only after reading"),
+        ):
+            if holds:
+                raise AudioError(path, cause)
         # soundfile would assume from the name *.raw that the file has no header, so it gets the bytes, not the name.
         source = _bytes(path) if pipe or name.lower().endswith(b".raw") else name
         if not (len(source.getbuffer()) if isinstance(source, io.BytesIO) else status.st_size):

@@ -67,12 +67,6 @@ def mel_filterbank(
     return (torch.minimum(rise, fall).clamp(min=0) * 2 / (high - low)).float()
 
 
-def _is_fixed(normalize: Any, n_mels: int) -> bool:
-    if not isinstance(normalize, dict) or normalize.keys() != {"fixed_mean", "fixed_std"}:
-        return False
-    return all(len(values) == n_mels for values in normalize.values())
-
-
 class LogMelFeatures(nn.Module):
     """Audio (N, S) in [-1, 1], lengths (N,) in samples -> features (N, n_mels, T) fp32, lengths (N,) in frames.
 
@@ -144,12 +138,14 @@ class LogMelFeatures(nn.Module):
         self.log_guard_type, self.mag_power = log_guard_type, mag_power
         self._window_name, self._f_min, self._f_max = window, f_min, f_max
         known = ("per_feature", "all_features", None)
+        fixed = isinstance(normalize, dict) and normalize.keys() == {"fixed_mean", "fixed_std"}
+        fixed = fixed and all(len(values) == n_mels for values in normalize.values())
         for fits, wrong in (
             (window in _WINDOWS, f"window={window!r} is unknown; choose one of {', '.join(_WINDOWS)}"),
             (convention in LOG_GUARDS, f"{convention=} is unknown; choose one of {', '.join(LOG_GUARDS)}"),
             (log_guard_type in ("add", "clamp"), f"{log_guard_type=} is unknown; choose add or clamp"),
             (
-                _is_fixed(normalize, n_mels) or normalize in known,
+                fixed or normalize in known,
                 f"normalize={normalize!r} is unknown; choose one of {', '.join(map(repr, known))}, or give fixed_mean "
                 f"and fixed_std, {n_mels} numbers each",
             ),

@@ -35,9 +35,8 @@ class Vocabulary:
             raise ValueError("a vocabulary needs at least one label")
         self._index: dict[str, int] = {}
         for i, label in enumerate(self.labels):
-            if label in self._index:
-                raise ValueError(f"labels {self._index[label]} and {i} collide: both are {label!r}; remove one")
-            self._index[label] = i
+            if (first := self._index.setdefault(label, i)) != i:
+                raise ValueError(f"labels {first} and {i} collide: both are {label!r}; remove one")
 
     @property
     def blank(self) -> int:

@@ -19,7 +19,8 @@ from jasper_fast.data.prepare.unpack import HostileArchive, unpack
 from jasper_fast.data.prepare.writing import PrepareError, Progress, alone_in, move, write_manifest
 
 HOME = "https://www.openslr.org/resources"
-WORK = ".prepare"  # folder within the corpus for everything that is not complete yet
+WORK = Path(".prepare")  # folder within the corpus for downloads and everything else that is not complete yet
+UNFINISHED = WORK / "unfinished"  # what of it is not a download
 
 
 class Published(NamedTuple):
@@ -163,20 +164,14 @@ def prepare(corpus: Corpus, jobs: int, say: Callable[[str], None], progress: Pro
         for name in corpus.sets:
             _unpacked(corpus, name, progress)
             path = corpus.out / f"{name}.jsonl"
-            count = write_manifest(path, _entries(corpus, name, jobs, progress), corpus.out / WORK)
+            count = write_manifest(path, _entries(corpus, name, jobs, progress), corpus.out / UNFINISHED)
             say(f"{path}: {count} utterances")
-        for left in [*(corpus.out / WORK).iterdir()]:
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            elif not (corpus.keep_archives and left.suffix == ".gz"):
-                left.unlink()
-        if not any((corpus.out / WORK).iterdir()):
-            (corpus.out / WORK).rmdir()
+        shutil.rmtree(corpus.out / (UNFINISHED if corpus.keep_archives else WORK), ignore_errors=True)
 
 
 def _unpacked(corpus: Corpus, name: str, progress: Progress) -> None:
     """Downloads, verifies and unpacks a set, unless its folder exists."""
-    folder, staged = corpus.folder(name), corpus.out / WORK / name
+    folder, staged = corpus.folder(name), corpus.out / UNFINISHED / name
     url, archive = corpus.place(name)
     if not folder.is_dir():
         if url and not archive.exists():
@@ -214,7 +209,7 @@ def spoken(folder: Path) -> list[tuple[Path, str]]:
 
 def _entries(corpus: Corpus, name: str, jobs: int, progress: Progress) -> Iterator[dict[str, Any]]:
     """Makes the copies of a set's utterances, and yields their manifest entries."""
-    folder, forms, work = corpus.folder(name), corpus.forms(), corpus.out / WORK / "copies"
+    folder, forms, work = corpus.folder(name), corpus.forms(), corpus.out / UNFINISHED / "copies"
 
     def entry(one: tuple[Path, str]) -> dict[str, Any]:
         (file, text), files = one, []
