@@ -142,10 +142,11 @@ def test_a_retained_graph_is_of_the_inputs_as_they_are(form):
     i.refill(7)
     runner.run()
     assert len(made) == 2
-    for k, x in enumerate(i.ntc):
+    xs = i.xs("ntc")
+    for k, x in enumerate(xs):
         assert torch.equal(made[1][k], x)
-    for k, mean in enumerate(made[1][len(i.ntc) :]):
-        torch.testing.assert_close(mean, i.ntc[k].detach().mean((0, 2)))
+    for k, mean in enumerate(made[1][len(xs) :]):
+        torch.testing.assert_close(mean, xs[k].detach().mean((0, 2)))
 
 
 # ------------------------------------------------------------------ which cases run

@@ -156,7 +156,7 @@ def test_a_frozen_sub_block_never_runs_in_eager(graphs_run):
     call = sub_block_inference.max_autotuned_frozen(i)
     with torch.inference_mode():
         for T in range(21, 31):
-            call(i.x.new_zeros(1, 4, T), i.lengths)
+            call(i.nct["x"].new_zeros(1, 4, T), i.lengths)
     assert len(graphs_run) == 11, "one when it was made"
 
 

@@ -272,15 +272,16 @@ class Products(TorchDispatchMode):
 def test_bytes_of_panes_are_what_their_products_read_and_write(block, tmp_path):
     T, run = 29, make_run(tmp_path)
     i = panes.Inputs(N, T, block, torch.float32, CPU)
-    grams = panes.older_grams([*i.ntc, i.ntc[-1]])  # a case counts only the Gram matrix of its newest input
+    xs = i.xs("ntc")
+    grams = panes.older_grams([*xs, xs[-1]])  # a case counts only the Gram matrix of its newest input
     means, covs = zip(*((g.mean, g.cov) for g in grams), strict=True)
     count = lambda mode: panes.case(run, N, T, block, mode).nbytes  # noqa: E731
     # calls the functions inside the ops, because a dispatch mode cannot look inside an op
     with torch.no_grad(), Products(N * T) as products:
         variances = [gram.statistics(m, s, [w])[1] for m, s, w in zip(means, covs, i.weights, strict=True)]
-        gram.forward(i.ntc, means, variances, i.weights, i.gammas, i.betas, common.EPS)
+        gram.forward(xs, means, variances, i.weights, i.gammas, i.betas, common.EPS)
         assert count("forward") == 4 * products.moved()
-        gram.backward(i.dy["ntc"], i.ntc, means, variances, i.weights, i.gammas, common.EPS, False)
+        gram.backward(i.ntc["dy"], xs, means, variances, i.weights, i.gammas, common.EPS, False)
         assert count("backward") == 4 * products.moved()
     assert count("both") == count("forward") + count("backward")
 

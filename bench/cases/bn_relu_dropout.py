@@ -17,7 +17,6 @@ from jasper_fast.bench.harness import correct
 from jasper_fast.bench.harness.case import Answer, Case, Contender, Runner
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.rivals import choice, compiler
-from jasper_fast.kernels import layout
 
 # Shapes (N, C, T). The first two on each device have goals. The others are the remaining widths of Jasper 10x5.
 CPU_SHAPES = ((8, 256, 800), (4, 768, 800), (4, 384, 800), (4, 512, 800), (4, 640, 800), (4, 896, 800), (4, 1024, 800))
@@ -29,12 +28,10 @@ class Inputs(common.Held):
     """The tensors of one shape in NCT and in NTC memory, with the same values."""
 
     def __init__(self, N: int, C: int, T: int, dtype: torch.dtype, device: torch.device, residual: bool) -> None:
-        super().__init__(dtype, device)
-        names = ("y", "dz", "residual") if residual else ("y", "dz")
-        self.nct = {n: torch.empty(N, C, T, dtype=dtype, device=device) for n in names}
-        self.ntc = {n: layout.ntc(t) for n, t in self.nct.items()}
+        super().__init__(
+            N, dtype, device, **dict.fromkeys(("y", "dz", "residual") if residual else ("y", "dz"), (C, T))
+        )
         self.gamma, self.beta = (torch.empty(C, device=device, requires_grad=True) for _ in range(2))
-        self.lengths = torch.empty(N, dtype=torch.int64, device=device)
         for name, t in (*self.nct.items(), *self.ntc.items()):
             t.requires_grad_(name != "dz")
         self.refill(0)
@@ -47,17 +44,15 @@ class Inputs(common.Held):
             t.copy_(self.randn(t, g))
         y = 1.5 * self.nct["y"] + self.randn(self.gamma, g)[:, None]
         self.nct["y"].copy_(common.off_the_edge(y, self.gamma, self.beta, self.nct.get("residual"), self.dtype))
-        for name, t in self.nct.items():
-            self.ntc[name].copy_(t)
-        self.draw_lengths(self.lengths, y.shape[2], g)
+        self.draw_lengths(y.shape[2], g)
 
 
 def fused(backend: str) -> common.Chain:
     """Returns jasper_fast's op with the signature of the eager chain."""
-    more = {"momentum": common.MOMENTUM, "eps": common.EPS, "backend": backend, "training": True}
+    how = {"momentum": common.MOMENTUM, "eps": common.EPS, "backend": backend, "training": True}
 
     def call(y: Tensor, gamma: Tensor, beta: Tensor, running: common.Stats, residual, lengths, p: float) -> Tensor:
-        return ops.bn_relu_dropout(y, gamma, beta, *running, residual=residual, lengths=lengths, p=p, **more)
+        return ops.bn_relu_dropout(y, gamma, beta, *running, residual=residual, lengths=lengths, p=p, **how)
 
     return call
 
@@ -75,12 +70,10 @@ def runner(chain: common.Chain, inputs: Inputs, memory: str, mode: str, p: float
     residual = tensors.get("residual")
     wanted = [tensors["y"], inputs.gamma, inputs.beta] + ([residual] if residual is not None else [])
     running = common.fresh_running(inputs.gamma)
+    gradients = functools.partial(torch.autograd.grad, inputs=wanted, grad_outputs=tensors["dz"])
 
     def forward(q: float = p, stats: common.Stats = running) -> Tensor:
         return chain(tensors["y"], inputs.gamma, inputs.beta, stats, residual, inputs.lengths, q)
-
-    def gradients(z: Tensor, retain: bool = False) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(z, wanted, tensors["dz"], retain_graph=retain)
 
     def everything(q: float) -> dict[str, Tensor]:
         stats = common.fresh_running(inputs.gamma)

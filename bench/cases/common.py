@@ -12,6 +12,7 @@ from jasper_fast.bench.harness import correct, limits
 from jasper_fast.bench.harness.case import Case
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.harness.seeds import seeded, stable_seed
+from jasper_fast.kernels import layout
 from jasper_fast.kernels.layout import mask as masked
 from jasper_fast.nn.architecture import BN_EPS as EPS
 from jasper_fast.nn.architecture import BN_MOMENTUM as MOMENTUM
@@ -51,11 +52,15 @@ def masked_last(x: Tensor, lengths: Tensor) -> Tensor:
 class Held:
     """The inputs of an op, which are refilled in place.
 
-    `answers` caches reference results by seed, for the cases that share the inputs. `refills` counts the refills.
+    `nct` and `ntc` are the activations of these `shapes` in both memory orders, with the same values. `answers` caches
+    reference results by seed, for the cases that share the inputs. `refills` counts the refills.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, N: int, dtype: torch.dtype, device: torch.device, **shapes: tuple[int, int]) -> None:
         self.dtype, self.device = dtype, device
+        self.nct = {name: torch.empty(N, C, T, dtype=dtype, device=device) for name, (C, T) in shapes.items()}
+        self.ntc = {name: layout.ntc(t) for name, t in self.nct.items()}
+        self.lengths = torch.empty(N, dtype=torch.int64, device=device)
         self.answers: dict[tuple, dict[str, Tensor]] = {}
         self.refills = 0
 
@@ -64,9 +69,11 @@ class Held:
         """Writes new values into all inputs."""
         self.seed, self.refills = seed, self.refills + 1
         self.fill(seeded(stable_seed(type(self).__module__.rpartition(".")[2], seed), self.device))
+        for name, t in self.nct.items():
+            self.ntc[name].copy_(t)
 
     def fill(self, g: torch.Generator) -> None:
-        """Draws the new values."""
+        """Draws the new values; those of `ntc` are then copied from `nct`."""
         raise NotImplementedError
 
     def randn(self, like: Tensor, g: torch.Generator) -> Tensor:
@@ -77,10 +84,10 @@ class Held:
         """Returns uniform random numbers from 0.5 to 1.5, for gammas."""
         return torch.rand(like.shape, generator=g, device=self.device) + 0.5
 
-    def draw_lengths(self, lengths: Tensor, T: int, g: torch.Generator) -> None:
+    def draw_lengths(self, T: int, g: torch.Generator) -> None:
         """Draws random lengths between T / 2 and T. The first one is T."""
-        lengths.copy_(torch.randint(T // 2, T + 1, lengths.shape, generator=g, device=self.device))
-        lengths[0] = T
+        self.lengths.copy_(torch.randint(T // 2, T + 1, self.lengths.shape, generator=g, device=self.device))
+        self.lengths[0] = T
 
     def autocast(self, on: bool = True) -> contextlib.AbstractContextManager:
         """Returns the context of `autocast`, or with `on` false one that does nothing."""
@@ -98,11 +105,12 @@ def fresh_running(gamma: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def timed(
-    mode: str, held: Held, forward: Callable[[], object], gradients: Callable[[object, bool], object]
+    mode: str, held: Held, forward: Callable[[], object], gradients: Callable[..., object]
 ) -> Callable[[], object]:
     """Returns the function to time for an op in training.
 
-    The returned function calls `forward`, or `gradients(out, retain)` again and again for the same forward, or both.
+    The returned function calls `forward`, or `gradients(out, retain_graph=True)` again and again for the same forward,
+    or both.
     """
     graph: dict[int, object] = {}
 
@@ -110,9 +118,9 @@ def timed(
         if held.refills not in graph:  # a refill has overwritten tensors that the graph saved
             graph.clear()
             graph[held.refills] = forward()
-        gradients(graph[held.refills], True)
+        gradients(graph[held.refills], retain_graph=True)
 
-    return {"forward": forward, "backward": backward, "both": lambda: gradients(forward(), False)}[mode]
+    return {"forward": forward, "backward": backward, "both": lambda: gradients(forward())}[mode]
 
 
 Chain = Callable[..., Tensor]  # (y, gamma, beta, running statistics, residual or None, lengths, p) -> z, all (N, C, T)

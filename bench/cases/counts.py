@@ -7,6 +7,11 @@ best kernels here move (kernels/README.md), with every operand once per pass. Ve
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from jasper_fast.nn.architecture import block_shapes
+from jasper_fast.nn.config import JasperConfig
+
+DIRECTIONS = {"forward": 1, "backward": 2, "both": 3}  # a backward pass has the gradients of the input and the weight
+
 # How many tensors of the size of y (a conv's output) the passes of a norm read or write in training, by the place of
 # the norm. Its statistics need no pass, because the conv computes them.
 #
@@ -70,37 +75,23 @@ class Conv:
         return self.N * self.C_out * self.T_out
 
 
-def conv_out(T: int, K: int, stride: int, dilation: int) -> int:
-    """Returns the output frames of a convolution with Jasper's padding, (K // 2) * dilation on each side."""
-    return (T + 2 * (K // 2) * dilation - dilation * (K - 1) - 1) // stride + 1
-
-
-def convs(config, N: int, T: int) -> Iterator[Conv]:
+def convs(config: JasperConfig, N: int, T: int) -> Iterator[Conv]:
     """Yields all convolutions of a Jasper in order: for each block the main ones and then its panes, and at the end the
     decoder's."""
-    C = _get(config.encoder, "in_feats")
-    history: list[int] = [C]
-    for b, block in enumerate(_get(config.encoder, "blocks")):
-        filters, repeat = int(_get(block, "filters")), int(_get(block, "repeat"))
-        K, stride, dilation = (_first(_get(block, f)) for f in ("kernel_size", "stride", "dilation"))
-        dense, plain = bool(_get(block, "residual_dense")), bool(_get(block, "residual"))
-        block_in, T_in = C, T
-        for r in range(repeat):
-            T_out = conv_out(T, K, stride, dilation)
-            place = "inner" if r < repeat - 1 else "joined" if plain else "end"
-            at = f"encoder.layers.{b}.conv"
-            if _separable(block):
-                taps = f"{at}.{5 * r}", N, C, C, K, T, T_out
-                yield Conv(*taps, batch_norm=False, place="taps", groups=C)
-                yield Conv(f"{at}.{5 * r + 1}", N, C, filters, 1, T_out, T_out, place=place)
+    for number, (C, b, panes) in enumerate(block_shapes(config)):
+        at, T_in = f"encoder.layers.{number}", T
+        for r in range(b.repeat):
+            T_out = b.out_length(T)
+            place = "inner" if r < b.repeat - 1 else "joined" if b.residual else "end"
+            if b.separable:
+                yield Conv(f"{at}.conv.{5 * r}", N, C, C, b.k, T, T_out, batch_norm=False, place="taps", groups=C)
+                yield Conv(f"{at}.conv.{5 * r + 1}", N, C, b.filters, 1, T_out, T_out, place=place)
             else:
-                yield Conv(f"{at}.{4 * r}", N, C, filters, K, T, T_out, place=place)
-            C, T = filters, T_out
-        for k, width in enumerate((history if dense else [block_in]) if plain else []):
-            yield Conv(f"encoder.layers.{b}.res.{k}.0", N, width, filters, 1, T_in, T, place="pane")
-        history = [*history, filters] if plain and dense else [filters]
-    classes = int(_get(config.decoder, "n_classes"))
-    yield Conv("decoder.layers.0", N, C, classes, 1, T, T, bias=True, batch_norm=False, place="head")
+                yield Conv(f"{at}.conv.{4 * r}", N, C, b.filters, b.k, T, T_out, place=place)
+            C, T = b.filters, T_out
+        for k, width in enumerate(panes):
+            yield Conv(f"{at}.res.{k}.0", N, width, b.filters, 1, T_in, T, place="pane")
+    yield Conv("decoder.layers.0", N, C, config.decoder.n_classes, 1, T, T, bias=True, batch_norm=False, place="head")
 
 
 def parameters(config) -> int:
@@ -138,11 +129,10 @@ def training_bytes(config, N: int, T: int, itemsize: int) -> int:
     Each convolution counts in forward and in both gradients (the features have none), and so do the passes of its norm.
     The panes of a block have one output, which is their sum.
     """
-    total, first = 0, True
-    for conv in convs(config, N, T):
-        total += (2 if first else 3) * _moved(conv) + NORM_PASSES[conv.place] * conv.output
+    total = 0
+    for number, conv in enumerate(convs(config, N, T)):
+        total += (3 if number else 2) * _moved(conv) + NORM_PASSES[conv.place] * conv.output
         total += 3 * conv.output if conv.place == "joined" else 0  # the sum of the panes
-        first = False
     return itemsize * total
 
 
@@ -158,8 +148,7 @@ def bn_relu_dropout_bytes(N: int, C: int, T: int, itemsize: int, mode: str, resi
     again and writes dy. With a residual, forward also reads that. Backward then also reads z twice for its sign, and
     writes the gradient of the residual.
     """
-    tensors = {"forward": 3 + residual, "backward": 5 + 3 * residual}
-    tensors["both"] = tensors["forward"] + tensors["backward"]
+    tensors = {"forward": 3 + residual, "backward": 5 + 3 * residual, "both": 8 + 4 * residual}
     return tensors[mode] * N * C * T * itemsize
 
 
@@ -170,10 +159,9 @@ def sub_block_bytes(conv: Conv, itemsize: int, mode: str, *, statistics: bool = 
     g, y -> dy. If the conv keeps the shape, these are 4 tensors forward and 11 backward. With `statistics`, a separate
     pass reads y for its statistics, which is one tensor more in forward.
     """
-    tensors = {"forward": 2 + statistics, "backward": 2 + 2 + 3}
-    tensors["both"] = tensors["forward"] + tensors["backward"]
-    directions = {"forward": 1, "backward": 2, "both": 3}
-    return directions[mode] * conv.nbytes(itemsize) + tensors[mode] * conv.input * itemsize
+    forward, backward = 2 + statistics, 2 + 2 + 3
+    tensors = {"forward": forward, "backward": backward, "both": forward + backward}
+    return DIRECTIONS[mode] * conv.nbytes(itemsize) + tensors[mode] * conv.input * itemsize
 
 
 def panes_bytes(panes: Sequence[Conv], itemsize: int, mode: str) -> int:
@@ -182,8 +170,7 @@ def panes_bytes(panes: Sequence[Conv], itemsize: int, mode: str) -> int:
     Every direction moves each input and weight once, and the sum of the panes or its gradient once. Outputs of single
     panes and passes for statistics do not count (see NORM_PASSES).
     """
-    directions = {"forward": 1, "backward": 2, "both": 3}
-    return directions[mode] * itemsize * (sum(_moved(pane) for pane in panes) + panes[0].output)
+    return DIRECTIONS[mode] * itemsize * (sum(_moved(pane) for pane in panes) + panes[0].output)
 
 
 def bn_relu_dropout_flops(N: int, C: int, T: int, mode: str) -> int:
@@ -193,15 +180,3 @@ def bn_relu_dropout_flops(N: int, C: int, T: int, mode: str) -> int:
     """
     per_element = {"forward": 9, "backward": 13, "both": 22}
     return per_element[mode] * N * C * T
-
-
-def _get(thing, field: str):
-    return thing[field] if isinstance(thing, dict) else getattr(thing, field)
-
-
-def _separable(block) -> bool:
-    return bool(block.get("separable") if isinstance(block, dict) else block.separable)
-
-
-def _first(value) -> int:
-    return int(value[0]) if isinstance(value, list | tuple) else int(value)

@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jasper_fast import ops
-from jasper_fast.bench.cases import common
+from jasper_fast.bench.cases import common, counts
 from jasper_fast.bench.harness.case import Case, Contender, Runner
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.dispatch import backends, choose
-from jasper_fast.kernels import layout
 from jasper_fast.kernels.operands import Geometry, Lengths
 
 GOAL = (1, 512, 63, 100)  # the shape that has a goal, (N, C, K, T): one utterance of 2 s
@@ -33,10 +32,8 @@ class Inputs(common.Held):
     """
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(dtype, device)
         N, C, self.K, T = shape
-        self.nct = {n: torch.empty(N, C, T, dtype=dtype, device=device) for n in ("x", "dy")}
-        self.ntc = {n: layout.ntc(t) for n, t in self.nct.items()}
+        super().__init__(N, dtype, device, x=(C, T), dy=(C, T))
         self.weight = torch.empty(C, 1, self.K, device=device, requires_grad=True)
         for memory in (self.nct, self.ntc):
             memory["x"].requires_grad_()
@@ -44,9 +41,8 @@ class Inputs(common.Held):
 
     def fill(self, g: torch.Generator) -> None:
         """Draws new values."""
-        for name, t in self.nct.items():
+        for t in self.nct.values():
             t.copy_(self.randn(t, g))
-            self.ntc[name].copy_(t)
         self.weight.copy_(self.randn(self.weight, g) * self.K**-0.5)
 
     @property
@@ -66,24 +62,18 @@ def eager_2d(x: Tensor, i: Inputs, weight: Tensor) -> Tensor:
 
 def runner(chain: Callable[..., Tensor], i: Inputs, memory: str, mode: str, autocast: bool) -> Runner:
     """Returns the runner of an implementation. Its outputs are y and both gradients."""
-    tensors, wanted = getattr(i, memory), [getattr(i, memory)["x"], i.weight]
+    tensors = getattr(i, memory)
+    gradients = functools.partial(torch.autograd.grad, inputs=[tensors["x"], i.weight], grad_outputs=tensors["dy"])
 
     def forward() -> Tensor:
         with i.autocast(autocast):
             return chain(tensors["x"], i, i.weight)
 
-    def gradients(y: Tensor, retain: bool = False) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(y, wanted, tensors["dy"], retain_graph=retain)
-
-    def without_grad() -> Tensor:
-        with torch.no_grad():
-            return forward()
-
     def everything() -> dict[str, Tensor]:
         y = forward()
         return {"y": y.detach(), **dict(zip(("dx", "dw"), gradients(y), strict=True))}
 
-    run = without_grad if mode == "inference" else common.timed(mode, i, forward, gradients)
+    run = torch.no_grad()(forward) if mode == "inference" else common.timed(mode, i, forward, gradients)
     return Runner(run, everything)
 
 
@@ -135,7 +125,7 @@ def case(run: Run, shape: tuple[int, int, int, int], mode: str) -> Case:
     def made(chain: Callable[..., Tensor], memory: str, autocast: bool = True) -> Callable[[], Runner]:
         return lambda: runner(chain, inputs(), memory, mode, autocast)
 
-    passes = {"inference": 1, "forward": 1, "backward": 2, "both": 3}[mode]
+    passes = counts.DIRECTIONS.get(mode, 1)  # inference is one forward pass
     return Case(
         "kernels",
         {"op": "depthwise", "shape": f"({N}, {C}, {T})", "taps": f"K = {K}", "dtype": run.dtype_name, "mode": mode},

@@ -38,13 +38,6 @@ class Trained(nn.Module):
         """Returns the number of output frames for each number of input frames."""
         return out_lengths(self.cfg, lengths)
 
-    def state_dict(self, **how) -> dict[str, Tensor]:
-        """Returns the tensors to average, without the frozen weights that a rival has replaced by its own."""
-        held = {id(t): name for name, t in self.named_parameters() if not t.requires_grad}
-        live = super().state_dict(**how | {"keep_vars": True})
-        chosen = {name: t for name, t in live.items() if id(t) not in held}
-        return chosen if how.get("keep_vars") else {name: t.detach() for name, t in chosen.items()}
-
 
 def full_step(
     module: nn.Module,

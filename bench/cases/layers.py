@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jasper_fast.bench.cases import counts, models
+from jasper_fast.bench.cases import models
+from jasper_fast.nn import cells
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,11 @@ class Layer:
         """Whether the input is the features, so that there is no norm before it and no gradient of the input."""
         return self.stride > 1
 
-    def frames(self, T: int) -> int:
-        """Returns the number of output frames for T input frames."""
-        return counts.conv_out(T, self.K, self.stride, self.dilation)
-
-    def out_lengths(self, lengths: Tensor) -> Tensor:
-        """Returns the output lengths for input lengths (N,). It is the same tensor if the conv keeps them."""
+    def frames(self, T):
+        """Returns the output frames for T input frames, a number or a tensor. It is T itself if the conv keeps them."""
         if self.stride == 1 and self.K % 2:
-            return lengths
-        reach = self.dilation * (self.K - 1)
-        return torch.div(lengths + 2 * self.padding - reach - 1, self.stride, rounding_mode="floor") + 1
+            return T
+        return (T + 2 * self.padding - self.dilation * (self.K - 1) - 1) // self.stride + 1
 
     def key(self, N: int, T: int) -> dict:
         """Returns the key of the layer's rows for N utterances of T input frames."""
@@ -50,14 +45,8 @@ class Layer:
 
 def layers() -> list[Layer]:
     """Returns the 13 distinct main convs of Jasper 10x5, largest first."""
-    cfg, found = models.config("jasper10x5"), []
-    for conv in counts.convs(cfg, 1, 64):
-        if ".res." in conv.name:
-            continue
-        head = not conv.name.startswith("encoder")
-        block = None if head else cfg.encoder.blocks[int(conv.name.split(".")[2])]
-        steps = (1, 1) if head else (block.s, block.d)
-        found.append(Layer(conv.C_in, conv.C_out, conv.K, *steps, head=head))
+    convs = cells.convs(models.config("jasper10x5"))
+    found = [Layer(*conv.shape, head=conv.place == "decoder") for conv in convs]
     return sorted(dict.fromkeys(found), key=lambda a: -a.C_in * a.C_out * a.K)
 
 

@@ -28,7 +28,6 @@ from jasper_fast.bench.harness.case import Case, Contender, Runner
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.rivals import choice, compiler
 from jasper_fast.dispatch import choose
-from jasper_fast.kernels import layout
 from jasper_fast.nn.architecture import block_shapes
 
 # The order of the sums, over up to 4,608 products and over N*T rows, depends on the kernel. At 1,600 rows on one
@@ -67,33 +66,31 @@ class Inputs(common.Held):
     are fp32."""
 
     def __init__(self, N: int, T: int, block: Block, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(dtype, device)
-        self.nct = [torch.empty(N, C, T, dtype=dtype, device=device) for C in block.widths]
-        self.ntc = [layout.ntc(x) for x in self.nct]
-        self.dy = {"nct": torch.empty(N, block.C_out, T, dtype=dtype, device=device)}
-        self.dy["ntc"] = layout.ntc(self.dy["nct"])
+        super().__init__(N, dtype, device, **{f"x{k}": (C, T) for k, C in enumerate(block.widths)}, dy=(block.C_out, T))
         wide = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
         self.weights = [torch.empty(block.C_out, C, 1, **wide) for C in block.widths]
         self.gammas, self.betas = ([torch.empty(block.C_out, **wide) for _ in block.widths] for _ in range(2))
-        self.lengths = torch.empty(N, dtype=torch.int64, device=device)
-        for t in (*self.nct, *self.ntc, *self.weights, *self.gammas, *self.betas):
+        for t in (*self.xs("nct"), *self.xs("ntc"), *self.weights, *self.gammas, *self.betas):
             t.requires_grad_()
         self.refill(0)
 
     def fill(self, g: torch.Generator) -> None:
         """Draws new values. Each x is the output of a ReLU whose channels have different means. x and dy are zero in
         the padding, as in the model."""
-        self.draw_lengths(self.lengths, self.nct[0].shape[2], g)
-        for x, last in zip(self.nct, self.ntc, strict=True):
+        dy = self.nct["dy"]
+        self.draw_lengths(dy.shape[2], g)
+        for x in self.xs("nct"):
             means = 0.5 * torch.randn(x.shape[1], 1, generator=g, device=self.device)
             x.copy_(common.masked((self.randn(x, g) + means).relu_(), self.lengths))
-            last.copy_(x)
-        self.dy["nct"].copy_(common.masked(self.randn(self.dy["nct"], g), self.lengths))
-        self.dy["ntc"].copy_(self.dy["nct"])
+        dy.copy_(common.masked(self.randn(dy, g), self.lengths))
         for weight, gamma, beta in zip(self.weights, self.gammas, self.betas, strict=True):
             weight.copy_(self.randn(weight, g) * weight.shape[1] ** -0.5)
             gamma.copy_(self.positive(gamma, g))
             beta.copy_(self.randn(beta, g) * 0.3)
+
+    def xs(self, memory: str) -> list[Tensor]:
+        """Returns the inputs of the panes in the memory order "nct" or "ntc"."""
+        return [t for name, t in getattr(self, memory).items() if name != "dy"]
 
     def fresh_running(self, dtype: torch.dtype | None = None) -> list[common.Stats]:
         """Returns the running mean and variance of each pane, with the values of a new layer."""
@@ -194,7 +191,7 @@ def runner(function: PaneSum, i: Inputs, memory: str, mode: str, *, amp: bool = 
     With `amp` it runs under autocast. With `gram` it gets the Gram matrices of the older inputs, and adds the gradients
     of these matrices to a sum, as in a step.
     """
-    a, dy = Leaves(getattr(i, memory), i.weights, i.gammas, i.betas), i.dy[memory]
+    a, dy = Leaves(i.xs(memory), i.weights, i.gammas, i.betas), getattr(i, memory)["dy"]
     running, wanted = i.fresh_running(), list(a.named().values())
     made: dict[int, Sequence[ops.Gram]] = {}  # by the number of refills
     sums: list[Tensor] = []
@@ -209,9 +206,9 @@ def runner(function: PaneSum, i: Inputs, memory: str, mode: str, *, amp: bool = 
         with i.autocast(amp):
             return function(a, i.lengths, stats, older() if given is None else given)
 
-    def gradients(out: Tensor, retain: bool) -> None:
+    def gradients(out: Tensor, retain_graph: bool = False) -> None:
         matrices = [t for g in older() for t in (g.mean, g.cov)]
-        found = torch.autograd.grad(out, wanted + matrices, dy, retain_graph=retain)
+        found = torch.autograd.grad(out, wanted + matrices, dy, retain_graph=retain_graph)
         if matrices:
             sums[:] = sums or [torch.zeros_like(t) for t in matrices]
             torch._foreach_add_(sums, list(found[len(wanted) :]))
@@ -235,11 +232,11 @@ def answer(i: Inputs, dtype: torch.dtype, mode: str) -> dict[str, Tensor]:
     if key not in i.answers:
         wide = torch.promote_types(dtype, torch.float32)
         of = lambda tensors, dtype: [t.detach().to(dtype).requires_grad_() for t in tensors]  # noqa: E731
-        a = Leaves(of(i.nct, dtype), *(of(tensors, wide) for tensors in (i.weights, i.gammas, i.betas)))
+        a = Leaves(of(i.xs("nct"), dtype), *(of(tensors, wide) for tensors in (i.weights, i.gammas, i.betas)))
         running = i.fresh_running(wide)
         with i.autocast(dtype is not torch.float64):
             out = eager(a, i.lengths, running, ())
-        found = results(out, a, i.dy["nct"].to(out.dtype), i.lengths)
+        found = results(out, a, i.nct["dy"].to(out.dtype), i.lengths)
         i.answers[key] = {"sum": out.detach(), **statistics(running), **found}
     found = i.answers[key]
     return {k: t for k, t in found.items() if not k.startswith("d")} if mode == "forward" else found
@@ -267,7 +264,6 @@ def case(run: Run, N: int, T: int, block: Block, mode: str, shared: Callable[[],
     }
     contenders += [rival(name, *known[name]) for name in choice.for_sub_blocks(run) if name in known]
     panes = [counts.Conv("", N, C, block.C_out, 1, T, T, place="pane") for C in block.widths]
-    directions = {"forward": 1, "backward": 2, "both": 3}
     return Case(
         "kernels",
         {"op": "panes", **block.key(N, T), "dtype": run.dtype_name, "mode": mode},
@@ -276,7 +272,7 @@ def case(run: Run, N: int, T: int, block: Block, mode: str, shared: Callable[[],
         reference=lambda: answer(inputs(), torch.float64, mode),
         low=lambda: answer(inputs(), run.dtype, mode),
         tolerance=TOLERANCE,
-        flops=directions[mode] * sum(pane.flops for pane in panes),
+        flops=counts.DIRECTIONS[mode] * sum(pane.flops for pane in panes),
         nbytes=counts.panes_bytes(panes, run.dtype.itemsize, mode),
         needs=("panes",) if form == "gram" else ("bn_relu_dropout",),
     )

@@ -78,8 +78,11 @@ class Inputs(common.Held):
     """The weights and the input of one layer. The input is refilled in place."""
 
     def __init__(self, N: int, T: int, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(dtype, device)
-        self.layer = layer
+        feed = torch.float32 if layer.first and dtype.itemsize == 2 else dtype
+        super().__init__(N, feed, device, x=(layer.C_in, T))
+        self.layer, self.dtype = layer, dtype
+        if layer.first:  # a front end makes fp32 features in NCT memory
+            self.ntc = self.nct
         g = seeded(stable_seed("sub_block_inference", layer), device)
         self.module = SubBlock(layer).to(device).eval().requires_grad_(False)
         with torch.no_grad():
@@ -89,24 +92,19 @@ class Inputs(common.Held):
                     centre = 1.0 if name in ("norm.weight", "norm.running_var") else 0.0
                     t.copy_(torch.randn(t.shape, generator=g, device=device).clamp(-2, 2) * spread + centre)
         self.module.to(dtype)
-        feed = torch.float32 if layer.first and dtype.itemsize == 2 else dtype  # a front end makes fp32 features
-        self.x = torch.empty(N, layer.C_in, T, dtype=feed, device=device)
-        self.ntc = self.x if layer.first else layout.ntc(self.x)
-        self.lengths = torch.empty(N, dtype=torch.int64, device=device)
         self.refill(0)
 
     def fill(self, g: torch.Generator) -> None:
         """Draws new values. The padding is zero, as in the model."""
-        self.draw_lengths(self.lengths, self.x.shape[2], g)
-        self.x.copy_(masked(self.randn(self.x, g), self.lengths))
-        if self.ntc is not self.x:
-            self.ntc.copy_(self.x)
+        x = self.nct["x"]
+        self.draw_lengths(x.shape[2], g)
+        x.copy_(masked(self.randn(x, g), self.lengths))
 
     def answer(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Returns z by plain PyTorch in `dtype`, from weights and input rounded to the precision under test."""
         module = SubBlock(self.layer).to(self.device, dtype).eval()
         module.load_state_dict(self.module.state_dict())
-        x = self.x.to(self.dtype).to(dtype)
+        x = self.nct["x"].to(self.dtype).to(dtype)
         with torch.no_grad():
             y = module.conv(module.masked(x, self.lengths))
             z = y.log_softmax(dim=1) if self.layer.head and dtype is torch.float64 else module.tail(y)
@@ -114,7 +112,7 @@ class Inputs(common.Held):
 
     def valid(self, z: Tensor) -> Tensor:
         """Returns z with zeros beyond the lengths."""
-        return masked(z, self.layer.out_lengths(self.lengths))
+        return masked(z, self.layer.frames(self.lengths))
 
 
 # ------------------------------------------------------------------ the contenders: `(x, lengths) -> z (N, C_out, T')`
@@ -140,7 +138,7 @@ def fused(i: Inputs, backend: str) -> SubBlockCall:
 
     def call(x: Tensor, lengths: Tensor) -> Tensor:
         x = x.transpose(1, 2)  # (N, T, C)
-        masks = FULL if a.head else Lengths(lengths, a.out_lengths(lengths) if made is None else None, made)
+        masks = FULL if a.head else Lengths(lengths, a.frames(lengths) if made is None else None, made)
         x = x if name in choose.CONVS else x.float().contiguous()
         z = impl.fused(x, packed, Geometry(a.stride, a.padding, a.dilation), lengths=masks, **more)
         return (z.float().log_softmax(dim=2) if a.head and name not in choose.CONVS else z).transpose(1, 2)
@@ -150,7 +148,7 @@ def fused(i: Inputs, backend: str) -> SubBlockCall:
 
 def _folded_aten(i: Inputs, weight: Tensor, bias: Tensor, x: Tensor, lengths: Tensor) -> Tensor:
     y = conv_2d(i.module.masked_last(x, lengths), weight, i.layer) + bias[:, None]
-    return y.float().log_softmax(dim=1) if i.layer.head else masked_last(y.relu_(), i.layer.out_lengths(lengths))
+    return y.float().log_softmax(dim=1) if i.layer.head else masked_last(y.relu_(), i.layer.frames(lengths))
 
 
 def max_autotuned_frozen(i: Inputs) -> SubBlockCall:
@@ -160,14 +158,14 @@ def max_autotuned_frozen(i: Inputs) -> SubBlockCall:
 
     compiled = torch.compile(i.module, mode="max-autotune", dynamic=False)
     with inductor.patch(freezing=True), torch.inference_mode():
-        compiled(i.x, i.lengths)
+        compiled(i.nct["x"], i.lengths)
     return compiled
 
 
 def cudnn(i: Inputs) -> SubBlockCall:
     """Returns cuDNN's fused conv, bias and ReLU with the batch norm folded in. The mask is a separate pass."""
     a, (weight, bias) = i.layer, i.module.folded()
-    x = layout.ntc(i.x.to(i.dtype))
+    x = layout.ntc(i.nct["x"].to(i.dtype))
     conv = FusedConv(x, weight.to(i.dtype), a.stride, a.padding, a.dilation, bias=bias)
     return lambda x, lengths: conv(i.module.masked_last(x, lengths))
 
@@ -181,6 +179,7 @@ def case(run: Run, N: int, T: int, layer: Layer) -> Case:
         return fused(i, "cuda")
 
     builders: dict[str, Callable[[Inputs], SubBlockCall]] = {
+        "jasper_fast": lambda i: fused(i, run.backend),
         "eager": lambda i: i.module,
         "eager_2d_channels_last": lambda i: i.module.channels_last(),
         "compile_max_autotune": max_autotuned_frozen,
@@ -188,10 +187,10 @@ def case(run: Run, N: int, T: int, layer: Layer) -> Case:
         choice.CUDA_FACE: cuda_face,
     }
 
-    def contender(name: str, build: Callable[[Inputs], SubBlockCall], memory: str) -> Contender:
+    def contender(name: str) -> Contender:
         def make() -> Runner:
             i = inputs()
-            call, x = build(i), getattr(i, memory)
+            call, x = builders[name](i), (i.nct if name in ("eager", "compile_max_autotune") else i.ntc)["x"]
 
             def timed() -> Tensor:
                 with torch.inference_mode():
@@ -201,14 +200,11 @@ def case(run: Run, N: int, T: int, layer: Layer) -> Case:
 
         return Contender(name, make)
 
-    contenders = [contender("jasper_fast", lambda i: fused(i, run.backend), "ntc")]
-    for name in choice.for_sub_blocks(run):
-        contenders.append(contender(name, builders[name], "x" if name in ("eager", "compile_max_autotune") else "ntc"))
     conv = counts.Conv("", N, layer.C_in, layer.C_out, layer.K, T, layer.frames(T), bias=True)
     return Case(
         "kernels",
         {"op": "sub_block", **layer.key(N, T), "dtype": run.dtype_name, "mode": "inference"},
-        contenders,
+        [contender(name) for name in ("jasper_fast", *choice.for_sub_blocks(run))],
         refill=lambda seed: inputs().refill(seed),
         reference=lambda: inputs().answer(torch.float64),
         low=lambda: inputs().answer(run.dtype),

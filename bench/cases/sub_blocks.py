@@ -32,35 +32,28 @@ class Inputs(common.Held):
     """
 
     def __init__(self, N: int, T: int, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(dtype, device)
+        super().__init__(N, dtype, device, x=(layer.C_in, T), dy=(layer.C_out, layer.frames(T)))
         self.layer = layer
-        self.nct = {
-            "x": torch.empty(N, layer.C_in, T, dtype=dtype, device=device),
-            "dy": torch.empty(N, layer.C_out, layer.frames(T), dtype=dtype, device=device),
-        }
-        self.ntc = {n: layout.ntc(t) for n, t in self.nct.items()}
         master = torch.promote_types(dtype, torch.float32)
         shape = (layer.C_out, layer.C_in, layer.K)
         self.weight = torch.empty(shape, dtype=master, device=device, requires_grad=True)
         self.weight_last = layout.ntc(self.weight.detach()).requires_grad_()
         self.gamma, self.beta = (torch.empty(layer.C_in, device=device, requires_grad=True) for _ in range(2))
-        self.lengths = torch.empty(N, dtype=torch.int64, device=device)
         for memory in (self.nct, self.ntc):
             memory["x"].requires_grad_(not layer.first)
         self.refill(0)
 
     def fill(self, g: torch.Generator) -> None:
         """Draws new values. x is zero in the padding, as after every op."""
-        self.draw_lengths(self.lengths, self.nct["x"].shape[2], g)
+        self.draw_lengths(self.nct["x"].shape[2], g)
         self.gamma.copy_(self.positive(self.gamma, g))
         self.beta.copy_(self.randn(self.beta, g) * 0.3)
         x, dy = (self.randn(self.nct[name], g) for name in ("x", "dy"))
         x = common.masked(x, self.lengths)
         if not self.layer.first:
             x = common.masked(common.off_the_edge(x, self.gamma, self.beta, None, self.dtype), self.lengths)
-        for memory in (self.nct, self.ntc):
-            memory["x"].copy_(x)
-            memory["dy"].copy_(dy)
+        self.nct["x"].copy_(x)
+        self.nct["dy"].copy_(dy)
         self.weight.copy_(self.randn(self.weight, g) * (self.layer.C_in * self.layer.K) ** -0.5)
         self.weight_last.copy_(self.weight)
 
@@ -132,6 +125,12 @@ def cudnn_statistics(i: Inputs) -> Callable[..., Tensor]:
     return call
 
 
+# op: (ours, eager, eager in channels_last memory)
+OPS = {
+    "conv1d": (fused_conv, eager_conv, eager_conv_2d),
+    "sub_block": (fused_sub_block, eager_sub_block, eager_sub_block_2d),
+}
+
 # ------------------------------------------------------------------ running and checking
 
 
@@ -170,7 +169,7 @@ def runner(
         out = forward(0.0)
         return {"y": out} if mode == "forward" else results(op, out, wanted, dy, i)
 
-    gradients = lambda out, retain: torch.autograd.grad(out, list(wanted.values()), dy, retain_graph=retain)  # noqa: E731
+    gradients = functools.partial(torch.autograd.grad, inputs=list(wanted.values()), grad_outputs=dy)
     return Runner(common.timed(mode, i, forward, gradients), outputs)
 
 
@@ -180,22 +179,19 @@ def answer(op: str, i: Inputs, dtype: torch.dtype, mode: str) -> dict[str, Tenso
     An answer is computed once per seed. The gradients, which are twice the work, are computed only if a mode needs
     them.
     """
-    forward, key = mode == "forward", (op, i.seed, dtype)
-    if key not in i.answers and (not forward or (*key, mode) not in i.answers):
+    every = (op, i.seed, dtype)
+    key = every if every in i.answers or mode != "forward" else (*every, mode)
+    if key not in i.answers:
         wide = torch.promote_types(dtype, torch.float32)
         x = i.nct["x"].detach().to(dtype).requires_grad_(not i.layer.first)
         weight, gamma, beta = (t.detach().to(wide).requires_grad_() for t in (i.weight, i.gamma, i.beta))
-        function = {"conv1d": eager_conv, "sub_block": eager_sub_block}[op]
         with i.autocast(dtype is not torch.float64):
-            out = function(x, i, weight, gamma, beta, 0.0)
-        if forward:
-            i.answers[*key, mode] = {"y": out.detach()}
-        else:
-            i.answers[key] = results(op, out, leaves(op, i, x, weight, gamma, beta), i.nct["dy"].to(dtype), i)
-            i.answers[key]["y"] = out.detach()
-    if forward:
-        return {"y": (i.answers.get(key) or i.answers[*key, mode])["y"]}
-    return i.answers[key]
+            out = OPS[op][1](x, i, weight, gamma, beta, 0.0)
+        wanted, dy = leaves(op, i, x, weight, gamma, beta), i.nct["dy"].to(dtype)
+        found = {} if mode == "forward" else results(op, out, wanted, dy, i)
+        i.answers[key] = found | {"y": out.detach()}
+    found = i.answers[key]
+    return {"y": found["y"]} if mode == "forward" else found
 
 
 def case(
@@ -206,44 +202,38 @@ def case(
     If only the forward pass is timed, only its output is checked. In the other modes the gradients are checked too.
     """
     inputs = shared or functools.cache(lambda: Inputs(N, T, layer, run.dtype, run.device))
-    ours = {"conv1d": fused_conv, "sub_block": fused_sub_block}[op]
-    eager = {"conv1d": eager_conv, "sub_block": eager_sub_block}[op]
-    eager_2d = {"conv1d": eager_conv_2d, "sub_block": eager_sub_block_2d}[op]
+    ours, eager, eager_2d = OPS[op]
 
-    def plain(name: str, function: Callable[..., Tensor], memory: str, amp: bool, last: bool = False) -> Contender:
-        return Contender(name, lambda: runner(op, function, inputs(), memory, mode, amp=amp, last=last))
-
-    def cudnn() -> Runner:
+    def cudnn() -> Callable[..., Tensor]:
         if mode != "forward":
             raise Absent("cuDNN's Python frontend has no fused pattern with a backward pass")
-        return runner(op, cudnn_statistics(inputs()), inputs(), "ntc", mode, amp=False)
+        return cudnn_statistics(inputs())
 
-    def tuned() -> Runner:
-        return runner(op, compiler.max_autotuned(eager, mode), inputs(), "nct", mode, amp=True)
-
-    def cuda_face() -> Runner:
+    def cuda_face() -> Callable[..., Tensor]:
         choice.needs_cuda_face(run, convs=True)
-        return runner(op, ours("cuda"), inputs(), "ntc", mode, amp=False)
+        return ours("cuda")
 
-    contenders = [plain("jasper_fast", ours(run.backend), "ntc", False)]
-    builders = {
-        "eager": lambda: plain("eager", eager, "nct", True),
-        "eager_2d_channels_last": lambda: plain("eager_2d_channels_last", eager_2d, "ntc", True, True),
-        "compile_max_autotune": lambda: Contender("compile_max_autotune", tuned),
-        "cudnn": lambda: Contender("cudnn", cudnn),
-        choice.CUDA_FACE: lambda: Contender(choice.CUDA_FACE, cuda_face),
+    def contender(name: str) -> Contender:
+        build, memory, amp = builders[name]
+        last = name == "eager_2d_channels_last"
+        return Contender(name, lambda: runner(op, build(), inputs(), memory, mode, amp=amp, last=last))
+
+    builders: dict[str, tuple[Callable[[], Callable[..., Tensor]], str, bool]] = {
+        "jasper_fast": (lambda: ours(run.backend), "ntc", False),
+        "eager": (lambda: eager, "nct", True),
+        "eager_2d_channels_last": (lambda: eager_2d, "ntc", True),
+        "compile_max_autotune": (lambda: compiler.max_autotuned(eager, mode), "nct", True),
+        "cudnn": (cudnn, "ntc", False),
+        choice.CUDA_FACE: (cuda_face, "ntc", False),
     }
-    contenders += [builders[name]() for name in choice.for_sub_blocks(run)]
     conv = counts.Conv("", N, layer.C_in, layer.C_out, layer.K, T, layer.frames(T))
-    directions = {"forward": 1, "backward": 1 if layer.first else 2}
-    times = directions.get(mode, sum(directions.values()))
+    times = counts.DIRECTIONS[mode] - (layer.first and mode != "forward")  # the features need no gradient
     norm = op == "sub_block" and not layer.first
     size = run.dtype.itemsize
-    key = {"op": op, **layer.key(N, T), "dtype": run.dtype_name, "mode": mode}
     return Case(
         "kernels",
-        key,
-        contenders,
+        {"op": op, **layer.key(N, T), "dtype": run.dtype_name, "mode": mode},
+        [contender(name) for name in ("jasper_fast", *choice.for_sub_blocks(run))],
         refill=lambda seed: inputs().refill(seed),
         reference=lambda: answer(op, inputs(), torch.float64, mode),
         low=lambda: answer(op, inputs(), run.dtype, mode),

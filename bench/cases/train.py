@@ -198,8 +198,6 @@ def restore(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def original(name: str) -> str:
     """Returns the name in the state dict for a name in a wrapped module."""
-    if name.startswith("weights."):  # ChannelsLast2d keeps its 2D weights under escaped names
-        return name.removeprefix("weights.").replace("/", ".") + ".weight"
     return name.removeprefix("_orig_mod.").removeprefix("model.")
 
 
@@ -242,11 +240,7 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
         def make() -> Runner:
             plain = models.eager(cfg, state())
             call = build(plain)
-            module = call if isinstance(call, ChannelsLast2d) else plain
-            if module is not plain:  # ChannelsLast2d has replaced the 1D weights by 2D ones
-                for conv in (m for m in plain.modules() if isinstance(m, nn.Conv1d)):
-                    conv.weight.requires_grad_(False)
-            return runner_of(module, call)
+            return runner_of(call if isinstance(call, ChannelsLast2d) else plain, call)
 
         return make
 

@@ -13,7 +13,7 @@ from jasper_fast.nn.architecture import add_layers, block_shapes, convs_and_norm
 from jasper_fast.nn.config import BlockConfig, JasperConfig
 
 
-class _MaskedConv1d(nn.Conv1d):
+class MaskedConv1d(nn.Conv1d):
     def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         if lengths is not None:
             t = torch.arange(x.shape[-1], device=x.device)
