@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -272,12 +273,8 @@ def best_path(log_probs: Tensor, length: int, labels: Sequence[str]) -> str:
 
     The blank is the last class.
     """
-    text, last = "", len(labels)
-    for best in log_probs[:length].float().argmax(-1).tolist():
-        if best not in (last, len(labels)):
-            text += labels[best]
-        last = best
-    return text
+    best = log_probs[:length].float().argmax(-1).tolist()
+    return "".join(labels[k] for k, _ in itertools.groupby(best) if k < len(labels))
 
 
 def repeating(N: int, T: int, words: Vocabulary, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,8 @@ def weights(cfg: JasperConfig, device: torch.device, frames: int = 208) -> dict[
 
 
 def _weights(cfg: JasperConfig, device: torch.device, frames: int) -> dict[str, Tensor]:
-    with seeded_globally(stable_seed("weights", repr(cfg.encoder))), device:
+    with torch.random.fork_rng(), device:
+        torch.manual_seed(stable_seed("weights", repr(cfg.encoder)))
         model = EagerJasper(cfg)
     g = seeded(stable_seed("norms"), device)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
@@ -147,14 +148,6 @@ def clear(cfg: JasperConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: t.bfloat16().to(state[k].dtype) if k in held else t for k, t in made.items()}
 
 
-@contextlib.contextmanager
-def seeded_globally(seed: int) -> Iterator[None]:
-    """A context in which PyTorch's default generators start from `seed`. Afterwards they are restored."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-
-
 def eager(cfg: JasperConfig, state: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> EagerJasper:
     """Returns the eager model with a copy of these weights."""
     return _with_weights(lambda: EagerJasper(cfg), state, dtype)
@@ -209,21 +202,17 @@ def ctc(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Ten
 @contextlib.contextmanager
 def dropout_off(model: nn.Module) -> Iterator[None]:
     """A context in which the dropout rate is 0 in all Dropout modules and block configurations of the model."""
-    undo = []
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            undo.append((module, "p", module.p))
-            module.p = 0.0
-        for attribute in ("b", "cfg"):
-            block = getattr(module, attribute, None)
-            if dataclasses.is_dataclass(block) and hasattr(block, "dropout"):
-                undo.append((module, attribute, block))
-                setattr(module, attribute, dataclasses.replace(block, dropout=0.0))
-    try:
+    with contextlib.ExitStack() as undo:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                undo.callback(setattr, module, "p", module.p)
+                module.p = 0.0
+            for attribute in ("b", "cfg"):
+                block = getattr(module, attribute, None)
+                if dataclasses.is_dataclass(block) and hasattr(block, "dropout"):
+                    undo.callback(setattr, module, attribute, block)
+                    setattr(module, attribute, dataclasses.replace(block, dropout=0.0))
         yield
-    finally:
-        for module, attribute, value in undo:
-            setattr(module, attribute, value)
 
 
 def valid(log_probs: Tensor, lengths: Tensor) -> Tensor:

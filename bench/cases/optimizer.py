@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jasper_fast import Jasper, NovoGrad
-from jasper_fast.bench.cases import models
+from jasper_fast.bench.cases import counts, models
 from jasper_fast.bench.cases.full_step import DECAY, LR, WEIGHT_DECAY
 from jasper_fast.bench.harness.case import Case, Contender, Rule, Runner
 from jasper_fast.bench.harness.run import Run
@@ -91,13 +91,12 @@ def stepping(inputs: Inputs, ours: bool) -> Runner:
     model, params = inputs.model, list(inputs.params.values())
     if ours:
         optimizer = NovoGrad(params, LR, (BETA1, 0.0), EPS, WEIGHT_DECAY, ema=inputs.ema)
+        for p in params:
+            optimizer.state[p]["exp_avg_sq"] = torch.zeros((), device=p.device)
     else:
         optimizer = ForeachNovoGrad(params, LR, BETA1, EPS, WEIGHT_DECAY)
     for name, p in inputs.params.items():
         optimizer.state[p]["exp_avg"] = inputs.moments[name]
-    if ours:
-        for p in params:
-            optimizer.state[p]["exp_avg_sq"] = torch.zeros((), device=p.device)
     scaler = torch.amp.GradScaler(inputs.flat.device.type, enabled=False)
 
     def run() -> None:
@@ -137,8 +136,7 @@ def case(run: Run, model: str) -> Case:
     """Returns the case of one network's parameters."""
     cfg = models.config(model)
     inputs = functools.cache(lambda: Inputs(cfg, run.device))
-    with torch.device("meta"):
-        count = sum(p.numel() for p in Jasper(cfg).parameters())
+    count = counts.parameters(cfg)
     return Case(
         "optimizer",
         {"model": model, "parameters": count, "dtype": "float32", "mode": "step with check and average"},

@@ -59,14 +59,9 @@ class CudaClock:
         cycles = round(self.sleep(self.host(run)) * cycles_per_second(self.device))
         total = 0.0
         for _ in range(inner):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.sum(self.flush, 0, out=self.sink)
             torch.cuda._sleep(cycles)
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            total += start.elapsed_time(end) / 1e3
+            total += device_seconds(run)
         return total / inner
 
     def sleep(self, host: float) -> float:
@@ -78,6 +73,16 @@ class CudaClock:
         if id(run) not in self.hosts:
             self.hosts[id(run)] = host_seconds(run, self.device)
         return self.hosts[id(run)]
+
+
+def device_seconds(run: Callable[[], object]) -> float:
+    """Returns the seconds of a run on the GPU, between an event before it and one after it."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def host_seconds(run: Callable[[], object], device: torch.device, short: float = 20e-3) -> float:
@@ -104,15 +109,7 @@ def cycles_per_second(device: torch.device) -> float:
     measured several times, and the highest is returned: at a lower rate, sleeps would be too short.
     """
     torch.cuda._sleep(1000)  # loads the kernel
-    rates = []
-    for _ in range(5):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        torch.cuda._sleep(4_000_000)
-        end.record()
-        end.synchronize()
-        rates.append(4e6 / (start.elapsed_time(end) / 1e3))
-    return max(rates)
+    return max(4e6 / device_seconds(lambda: torch.cuda._sleep(4_000_000)) for _ in range(5))
 
 
 class Gauge:

@@ -37,19 +37,16 @@ def matmul_rates(device: torch.device, quick: bool = False) -> dict[str, float]:
     On a GPU the rate for float32 is the one at the precision of `float32_mode`, at which convolutions of fp32 tensors
     run. The rates with and without TF32 are listed too.
     """
-    size = (1536 if quick else 2048) if device.type == "cpu" else 8192
-    rates = {}
-    dtypes = [torch.float32, torch.bfloat16] + ([torch.float16] if device.type == "cuda" else [])
-    for dtype in dtypes:
-        if dtype is not torch.float32 and device.type == "cpu" and not _fast_bf16():
-            continue  # this CPU emulates bf16, a hundred times slower than fp32, so the rate is no useful ceiling
-        if dtype is torch.float32 and device.type == "cuda":
-            both = {mode: _fp32_rate(device, size, mode) for mode in ("IEEE", "TF32")}
-            rates["float32"] = both[float32_mode(device)]
-            rates |= {f"float32 in {mode}": rate for mode, rate in both.items()}
-        else:
-            rates[str(dtype).removeprefix("torch.")] = _matmul_rate(device, dtype, size)
-    return rates
+    if device.type == "cpu":
+        # A CPU may emulate bf16, a hundred times slower than fp32. Then that rate is no useful ceiling.
+        dtypes = ("float32", "bfloat16") if _fast_bf16() else ("float32",)
+        return {dtype: _matmul_rate(device, dtype, 1536 if quick else 2048) for dtype in dtypes}
+    both = {}
+    for mode in ("IEEE", "TF32"):
+        with precision.fp32(mode.lower()):
+            both[f"float32 in {mode}"] = _matmul_rate(device, "float32", 8192)
+    others = {dtype: _matmul_rate(device, dtype, 8192) for dtype in ("bfloat16", "float16")}
+    return {"float32": both[f"float32 in {float32_mode(device)}"], **both, **others}
 
 
 def float32_mode(device: torch.device) -> str:
@@ -59,14 +56,9 @@ def float32_mode(device: torch.device) -> str:
     return "TF32" if device.type == "cuda" and tf32 else "IEEE"
 
 
-def _fp32_rate(device: torch.device, size: int, mode: str) -> float:
-    with precision.fp32("tf32" if mode == "TF32" else "ieee"):
-        return _matmul_rate(device, torch.float32, size)
-
-
-def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty(size, size, device=device, dtype=dtype)
+def _matmul_rate(device: torch.device, dtype: str, size: int) -> float:
+    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    out = torch.empty_like(a)
     return 2 * size**3 / _best(device, lambda: torch.mm(a, b, out=out))
 
 
@@ -84,17 +76,22 @@ def launch_overhead(device: torch.device) -> dict[str, float]:
     On a GPU it also returns the seconds from the launch until the host knows that the add has ended (`round_trip`), and
     the seconds per add in a CUDA graph (`in_graph`).
     """
-    x = torch.zeros(1, device=device)
-    for _ in range(100):
-        x.add_(1)
+    x, waiting = torch.zeros(1, device=device), clocks.WallClock(device)
+
+    def launch(times: int) -> None:
+        for _ in range(times):
+            x.add_(1)
+
+    launch(100)
     devices.synchronize(device)
-    found = {"host": _per_call(device, lambda: x.add_(1), 2000)}
+    start = time.perf_counter()
+    launch(2000)
+    found = {"host": (time.perf_counter() - start) / 2000}
     if device.type == "cuda":
-        found["round_trip"] = statistics.median(_round_trip(device, x) for _ in range(200))
+        found["round_trip"] = statistics.median(waiting.sample(lambda: x.add_(1), 1) for _ in range(200))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for _ in range(100):
-                x.add_(1)
+            launch(100)
         found["in_graph"] = _best(device, graph.replay) / 100
     return found
 
@@ -119,31 +116,13 @@ def cupy_launch(device: torch.device) -> tuple[dict[str, float], str]:
     return dict(zip(("cupy_host", "cupy_device"), medians, strict=True)), cupy.__version__
 
 
-def _round_trip(device: torch.device, x: torch.Tensor) -> float:
-    start = time.perf_counter()
-    x.add_(1)
-    devices.synchronize(device)
-    return time.perf_counter() - start
-
-
-def _per_call(device: torch.device, call: Callable[[], object], n: int) -> float:
-    start = time.perf_counter()
-    for _ in range(n):
-        call()
-    spent = time.perf_counter() - start
-    devices.synchronize(device)
-    return spent / n
-
-
 def _best(device: torch.device, call: Callable[[], object], seconds: float = 0.6) -> float:
     """Returns the shortest time of a call, because a ceiling is the best that the machine can do."""
     ticker = clocks.clock(device, wall=False)
-    best, end = ticker.sample(call, 1), time.perf_counter() + seconds
-    for _ in range(4):
-        best = min(best, ticker.sample(call, 1))
-    while time.perf_counter() < end:
-        best = min(best, ticker.sample(call, 1))
-    return best
+    times, end = [ticker.sample(call, 1)], time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < end:
+        times.append(ticker.sample(call, 1))
+    return min(times)
 
 
 def _fast_bf16() -> bool:

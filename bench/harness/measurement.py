@@ -109,10 +109,8 @@ class Measurement:
         case = self.case
         row: Row = {"id": f"{case.id} / {name}", "bench": case.bench, "key": case.key, "contender": name}
         row |= {"ours": name == case.ours, "dtype": case.dtype, "flops": case.flops, "bytes": case.nbytes}
-        if name in self.failed:
-            row |= dict(zip(("status", "why"), self.failed[name], strict=True))
-        else:
-            row["status"] = "ok"
+        status, why = self.failed.get(name, ("ok", ""))
+        row |= {"status": status, "why": why} if why else {"status": status}
         if rule := getattr(self.runners.get(name), "rule", None):
             row |= {"precision": rule.precision, "rule": rule.words, "judged": rule.found}
         return row

@@ -6,6 +6,8 @@ import random
 import statistics
 from collections.abc import Mapping, Sequence
 
+import numpy
+
 CONFIDENCE = 0.95
 PERCENTILES = (0.05, 0.20, 0.50, 0.80, 0.90, 0.95, 0.99)
 # The least number of samples for each quantile. With fewer, the quantile is just the smallest or largest sample.
@@ -16,8 +18,8 @@ def ratio(rival: Sequence[float], ours: Sequence[float], resamples: int = 2000, 
     """Returns the median of rival time / our time over the pairs of samples, with its `interval`."""
     pairs = [r / o for r, o in zip(rival, ours, strict=False)]
     low, high = interval(pairs, resamples, seed)
-    told = {"confidence": confidence(len(pairs)), "pairs": len(pairs)}
-    return {"median": statistics.median(pairs), "low": low, "high": high} | told
+    median, sure = statistics.median(pairs), confidence(len(pairs))
+    return {"median": median, "low": low, "high": high, "confidence": sure, "pairs": len(pairs)}
 
 
 def interval(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
@@ -74,15 +76,6 @@ def ratio_of_visits(visits: Sequence[Mapping[str, Sequence[float]]], rival: str,
     return {"median": statistics.median(pooled), **span, **told}
 
 
-def quantile(values: Sequence[float], q: float) -> float:
-    """Returns the q-quantile by linear interpolation."""
-    ordered = sorted(values)
-    at = q * (len(ordered) - 1)
-    low = int(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
-
-
 def samples_for(q: float) -> int:
     """Returns the least number of samples with which the q-quantile is not just the smallest or largest sample."""
     return math.ceil(round(1 / min(q, 1 - q), 6))
@@ -103,7 +96,7 @@ def summary(samples: Sequence[float], inner: int) -> dict:
         "median_low": low,
         "median_high": high,
         "confidence": confidence(len(samples)),
-        **{name: quantile(samples, q) for q, name in names.items()},
+        **dict(zip(names.values(), numpy.quantile(samples, list(names)).tolist(), strict=True)),
         "too_few_for": [name for q, name in names.items() if len(samples) < samples_for(q)],
         "samples": len(samples),
         "inner": inner,

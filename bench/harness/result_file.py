@@ -32,12 +32,8 @@ def against_limits(row: Row, limits: dict) -> None:
     """Adds `limit` to the row: the least time that the machine's measured ceilings allow, and the share of that speed
     that the row reaches."""
     rate, bandwidth = limits.get("matmul_flops_per_s", {}).get(row["dtype"]), limits.get("copy_bytes_per_s")
-    floors = {}
-    if rate and row["flops"]:
-        floors["compute"] = row["flops"] / rate
-    if bandwidth and row["bytes"]:
-        floors["memory"] = row["bytes"] / bandwidth
-    if floors:
+    bounds = (("compute", row["flops"], rate), ("memory", row["bytes"], bandwidth))
+    if floors := {bound: amount / speed for bound, amount, speed in bounds if amount and speed}:
         bound = max(floors, key=floors.__getitem__)
         row["limit"] = {"bound": bound, "floor_s": floors[bound]}
         if row["status"] == "ok":

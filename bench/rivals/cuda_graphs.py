@@ -1,6 +1,5 @@
 """The eager model in CUDA graphs."""
 
-import gc
 from collections.abc import Callable
 
 import torch
@@ -8,28 +7,21 @@ from torch import Tensor, nn
 
 from jasper_fast.bench.harness.errors import Absent
 from jasper_fast.bench.rivals.eager_layouts import Model
+from jasper_fast.kernels import capture
 
 
 def captured(call: Callable[[], object], before: int = 1) -> tuple["torch.cuda.CUDAGraph", object]:
     """Returns `call` as a CUDA graph, and its result in the capture.
 
-    Before the capture, `call` runs `before` times on a side stream, so that one-time work is done. Garbage collection
-    is off during the capture, because freed memory could make it fail.
+    Before the capture, `call` runs `before` times on a side stream, so that one-time work is done.
     """
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(before):
             call()
+        out = capture.record(graph, call)
     torch.cuda.current_stream().wait_stream(side)
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        with torch.cuda.graph(graph):
-            out = call()
-    finally:
-        if collects:
-            gc.enable()
     return graph, out
 
 

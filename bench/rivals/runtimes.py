@@ -1,6 +1,8 @@
-"""Other runtimes with the same weights, for inference: ONNX Runtime, OpenVINO, TensorRT."""
+"""Other runtimes with the same weights, for inference: ONNX Runtime, OpenVINO, TensorRT.
 
-import contextlib
+Their builders take a model in evaluation mode.
+"""
+
 import copy
 import importlib.util
 import tempfile
@@ -18,14 +20,15 @@ from jasper_fast.nn.architecture import out_lengths as frames_out
 
 def onnx_runtime(model: nn.Module) -> Model:
     """Returns the model in ONNX Runtime with all graph optimisations. Inputs and outputs stay on the model's device."""
-    if next(model.parameters()).device.type == "cpu" and _dtype(model) is torch.bfloat16:
+    weight = next(model.parameters())
+    if weight.device.type == "cpu" and weight.dtype is torch.bfloat16:
         raise Absent("ONNX Runtime has no bf16 convolutions on a CPU")
     _need("onnxruntime", "pip install onnxruntime onnx onnxscript")
     for module in ("onnx", "onnxscript"):
         _need(module, "pip install onnx onnxscript")
     import onnxruntime
 
-    device = next(model.parameters()).device
+    device = weight.device
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # Threads that keep spinning after a call would take the cores from the next contender.
@@ -35,7 +38,7 @@ def onnx_runtime(model: nn.Module) -> Model:
         raise Absent(f"onnxruntime has no {provider}: pip install onnxruntime-gpu")
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     settings = {"device_id": str(stream.device.index), "user_compute_stream": str(stream.cuda_stream)} if stream else {}
-    with tempfile.TemporaryDirectory() as folder, _no_grad_eval(model):
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "jasper.onnx"
         export.write_onnx(model, path, ("features", "lengths"), ("log_probs", "out_lengths"))
         session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, settings)])
@@ -77,14 +80,10 @@ def bound(session, model: nn.Module, stream: "torch.cuda.Stream | None" = None) 
     return call
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next(model.parameters()).dtype
-
-
 def openvino(model: nn.Module) -> Model:
     """Returns the model in OpenVINO on the CPU, with fp32 weights and, for a bf16 model, arithmetic in bf16."""
-    converted = _converted(model)
-    return _compiled(converted, "bf16" if _dtype(model) is torch.bfloat16 else "f32")
+    half = next(model.parameters()).dtype is torch.bfloat16
+    return _compiled(_converted(model), "bf16" if half else "f32")
 
 
 def openvino_int8(model: nn.Module) -> Model:
@@ -111,10 +110,9 @@ def _converted(model: nn.Module) -> object:
         raise Absent("OpenVINO is timed on the CPU only")
     import openvino as ov
 
-    wide = copy.deepcopy(model).float()
-    with _no_grad_eval(wide):
-        features = torch.zeros(2, model.config.encoder.in_feats, 64)
-        return ov.convert_model(wide, example_input=(features, torch.full((2,), 64)))
+    features = torch.zeros(2, model.config.encoder.in_feats, 64)
+    with torch.no_grad():
+        return ov.convert_model(copy.deepcopy(model).float(), example_input=(features, torch.full((2,), 64)))
 
 
 def _compiled(network: object, precision: str) -> Model:
@@ -148,14 +146,3 @@ def tensorrt(model: nn.Module) -> Model:
 def _need(module: str, get: str) -> None:
     if importlib.util.find_spec(module) is None:
         raise Absent(f"{module} is not installed: {get}")
-
-
-@contextlib.contextmanager
-def _no_grad_eval(model: nn.Module):
-    was = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was)
