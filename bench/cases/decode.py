@@ -123,13 +123,12 @@ def _rule() -> Rule:
     must be close to ours."""
     words = f"score within {100 * _LOWER:.0f} % of the reference search's"
 
-    def judge(got: Answer, low: Answer | None, ref: Answer) -> list[str]:
+    def judge(got: Answer, low: Answer | None, ref: Answer, found: dict) -> list[str]:
         share = ((got["score"] - ref["score"]) / ref["score"].abs().clamp(min=1)).tolist()
-        rule.found["score_over_reference"] = share
+        found["score_over_reference"] = share
         return [] if all(-_LOWER < s < _LOWER for s in share) else [f"score: {share}; {words}"]
 
-    rule = Rule("another beam", words, judge)
-    return rule
+    return Rule("another beam", words, judge)
 
 
 def search_case(kind: str, beam: int, lm: str, utterances: int = 1, threads: int = 1) -> Case:

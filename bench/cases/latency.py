@@ -146,20 +146,19 @@ def int8_rule() -> Rule:
     """
     words = f"best class equal to eager's in at least {100 * SAME_PATH:.0f} % of the frames; the row has the error"
 
-    def judge(got: Answer, low: Answer | None, ref: Answer) -> list[str]:
+    def judge(got: Answer, low: Answer | None, ref: Answer, found: dict) -> list[str]:
         frames = got["lengths"].tolist()
         same = (got["log_probs"].argmax(2) == ref["log_probs"].argmax(2)).float()
         share = torch.cat([row[:n] for row, n in zip(same, frames, strict=True)]).mean().item()
         error = (got["log_probs"].double() - ref["log_probs"].double()).abs().max().item()
-        rule.found |= {"same_path": share, "max_error": error, "of": ref["log_probs"].abs().max().item()}
+        found |= {"same_path": share, "max_error": error, "of": ref["log_probs"].abs().max().item()}
         wrong = [] if torch.equal(got["lengths"], ref["lengths"]) else ["lengths: they differ from eager's"]
         agrees = share >= SAME_PATH and math.isfinite(error)
         return wrong + (
             [] if agrees else [f"log_probs: {100 * share:.1f} % of the frames equal eager's; the rule is: {words}"]
         )
 
-    rule = Rule("int8", words, judge)
-    return rule
+    return Rule("int8", words, judge)
 
 
 def case(shared: Models, model: str, N: int, seconds: float) -> Case:

@@ -73,9 +73,6 @@ def tolerance(dtype: torch.dtype, cfg=None) -> correct.Tolerance:
     return correct.Tolerance(4.0, 256.0 if fp32 else one / 10, relative=relative, gradients=usual, clear=clear)
 
 
-TOLERANCE = tolerance(torch.float32)
-
-
 def precision(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype whose rounding errors a step in `dtype` has.
 
@@ -112,10 +109,10 @@ class Batch:
         classes = self.cfg.decoder.n_classes
         self.targets.copy_(models.targets(self.N, self.T // 2, self.device, seed, classes)[0])
 
-    def loss(self, model: Model, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(self, model: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (loss, log-probabilities, their lengths), computed under autocast if `dtype` has 16 bits."""
         with common.autocast(self.device, dtype):
-            log_probs, lengths = model(self.features.to(_parameter_dtype(model)), self.lengths)
+            log_probs, lengths = model(self.features.to(next(model.parameters()).dtype), self.lengths)
         return models.ctc(log_probs, lengths, self.targets, self.target_lengths), log_probs, lengths
 
     def cotangent(self, log_probs: Tensor, lengths: Tensor) -> Tensor:
@@ -281,7 +278,3 @@ def of_batch(chosen: dict, full: bool) -> dict:
     """Returns the rivals for a batch. If its lengths are `full` they are eager with and without masks, else all with
     masks."""
     return {n: b for n, b in chosen.items() if (n in ("eager", "eager_no_masks") if full else n != "eager_no_masks")}
-
-
-def _parameter_dtype(model: Model) -> torch.dtype:
-    return next((p.dtype for p in model.parameters()), torch.float32) if isinstance(model, nn.Module) else torch.float32

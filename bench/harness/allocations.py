@@ -1,7 +1,7 @@
 """Counts the bytes that a forward keeps and the peak of allocated bytes. Nothing is sampled."""
 
 import gc
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -69,13 +69,9 @@ def kept(forward: Callable[[], Tensor], device: torch.device) -> tuple[int, Birt
     with births:
         loss = forward()
     gc.collect()
-    alive = births.alive()
-    hidden = {
-        key: s.nbytes()
-        for key, s in reachable(device.type).items()
-        if key not in births.before and key not in births.born
-    }
-    return alive + sum(hidden.values()), births, loss
+    alive, known = births.alive(), births.before.keys() | births.born.keys()
+    hidden = sum(s.nbytes() for key, s in reachable(device.type).items() if key not in known)
+    return alive + hidden, births, loss
 
 
 def peak(work: Callable[[], object], device_type: str, parameters: Collection[nn.Parameter] = ()) -> int:
@@ -87,8 +83,12 @@ def peak(work: Callable[[], object], device_type: str, parameters: Collection[nn
     """
     with recorded([ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
-    tree = profiler.profiler.kineto_results.experimental_event_tree()
-    events = [e for e in _walk(tree) if e.typed[0] == _EventType.Allocation and e.typed[1].device.type == device_type]
+    left, events = profiler.profiler.kineto_results.experimental_event_tree(), []
+    while left:  # not recursive, because the graph is too deep for Python's stack
+        event = left.pop()
+        left += event.children
+        if event.typed[0] == _EventType.Allocation and event.typed[1].device.type == device_type:
+            events.append(event)
     events.sort(key=lambda e: e.start_time_ns)
     return most_alive(
         [(e.typed[1].ptr, e.typed[1].alloc_size) for e in events],
@@ -113,11 +113,3 @@ def most_alive(events: Sequence[tuple[int, int]], but: Collection[int] = ()) -> 
         elif nbytes < 0:
             total -= alive.pop(address, 0)
     return most
-
-
-def _walk(events: Iterable) -> Iterator:
-    left = list(events)
-    while left:  # not recursive, because the graph is too deep for Python's stack
-        event = left.pop()
-        yield event
-        left += event.children

@@ -15,12 +15,12 @@ Answer = Mapping[str, Tensor]  # the tensors by which contenders are compared
 class Rule:
     """A rule looser than the case's tolerance, for a contender whose `precision` cannot meet that. `words` describe it.
 
-    `judge(got, low, ref)` returns complaints. It writes numbers for the contender's row into `found`.
+    `judge(got, low, ref, found)` returns complaints. It writes numbers for the contender's row into `found`.
     """
 
     precision: str
     words: str
-    judge: Callable[[Answer, Answer | None, Answer], list[str]]
+    judge: Callable[[Answer, Answer | None, Answer, dict], list[str]]
     found: dict = field(default_factory=dict)
 
 

@@ -56,8 +56,9 @@ def check(m: Measurement, seeds: Sequence[int]) -> None:
             ref = case.reference()
         for name in list(m.runners):
             with m.caught(name):
-                judge = m.runners[name].rule.judge if m.runners[name].rule else case.complaints
-                wrong = judge(got[name], low, ref)
+                rule = m.runners[name].rule
+                answers = got[name], low, ref
+                wrong = rule.judge(*answers, rule.found) if rule else case.complaints(*answers)
                 if seed == seeds[-1]:
                     wrong += m.runners[name].extra()
                 if wrong:

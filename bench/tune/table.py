@@ -92,18 +92,7 @@ def install(path: Path) -> int:
     If the committed rows are from other versions of driver, torch or Triton, they are dropped.
     """
     try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        say(f"{path}: cannot be read: {error}")
-        return 1
-    if data.get("command") != "tune" or not data.get("table"):
-        say(f"{path}: not a result of `python -m bench tune`; run that first")
-        return 1
-    if data["machine"]["gpu"] is None:
-        say(f"{path}: this was measured on a CPU, in Triton's interpreter; install the result of a GPU")
-        return 1
-    try:
-        new = tables.parse(data["table"], f"{path}: table")
+        new = _table_of(path)
         old = tables.for_gpu(new.header["gpu"])
     except tables.TableError as error:
         say(str(error))
@@ -118,6 +107,20 @@ def install(path: Path) -> int:
     tables.write(target, new.header, rows.values())
     say(f"wrote {len(rows)} rows, {len(new.rows)} of them new, to {target}; now run `jasper-fast selfcheck`")
     return 0
+
+
+def _table_of(path: Path) -> tables.Table:
+    """Returns the table of a result. Raises TableError if there is none of a GPU."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise tables.TableError(f"{path}: cannot be read: {error}") from None
+    if data.get("command") != "tune" or not data.get("table"):
+        raise tables.TableError(f"{path}: not a result of `python -m bench tune`; run that first")
+    if data["machine"]["gpu"] is None:
+        why = "this was measured on a CPU, in Triton's interpreter; install the result of a GPU"
+        raise tables.TableError(f"{path}: {why}")
+    return tables.parse(data["table"], f"{path}: table")
 
 
 def summary(run: Run, done: int, of: int) -> None:
