@@ -33,11 +33,11 @@ class EagerBlock(nn.Module):
         self.cfg = b
         self.conv = nn.ModuleList()
         for i in range(b.repeat):
-            self.conv += convs_and_norm(c_in if i == 0 else b.filters, b.filters, b, _MaskedConv1d)
+            self.conv += convs_and_norm(c_in if i == 0 else b.filters, b.filters, b, MaskedConv1d)
             if i < b.repeat - 1:
                 self.conv += [nn.ReLU(inplace=True), nn.Dropout(b.dropout)]
         if panes:
-            self.res = nn.ModuleList(nn.ModuleList(convs_and_norm(c, b.filters, None, _MaskedConv1d)) for c in panes)
+            self.res = nn.ModuleList(nn.ModuleList(convs_and_norm(c, b.filters, None, MaskedConv1d)) for c in panes)
         self.out = nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(b.dropout))
 
     def forward(self, xs: list[Tensor], lengths: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
