@@ -13,8 +13,8 @@ def rates(monkeypatch):
     """A GPU whose rates tell the settings under which they were measured."""
 
     def rate(device, dtype, size):
-        tf32 = dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-        return {torch.float32: 8.0 if tf32 else 1.0, torch.float16: 16.0, torch.bfloat16: 15.0}[dtype]
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return {"float32": 8.0 if tf32 else 1.0, "float16": 16.0, "bfloat16": 15.0}[dtype]
 
     monkeypatch.setattr(limits, "_matmul_rate", rate)
 
