@@ -96,6 +96,14 @@ def face(request: pytest.FixtureRequest) -> Face:
     return make_face(request.param)
 
 
+@pytest.fixture
+def set_threads():
+    """Gives the test `torch.set_num_threads`, and restores the number of threads afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, defaultdict
 
 Gram = tuple[str, ...]
@@ -28,6 +29,7 @@ class KneserNey:
             for gram in self.times[n]:
                 self.after[n][gram[:-1]].append(gram)
         self.vocabulary = {g[0] for g in self.times[1]} | {"<unk>"}
+        self.gamma, self.p = functools.cache(self.gamma), functools.cache(self.p)
 
     def _adjusted(self, n: int) -> dict[Gram, int]:
         if n in (0, self.order):

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from conftest import raising
 from language_models import random_arpa
 
 from jasper_fast import beam_search
@@ -101,19 +102,14 @@ def test_the_triton_face_says_what_it_cannot_do():
 @pytest.mark.parametrize("broken", ["right", "wrong", "dead"])
 def test_triton_is_used_where_it_is_right(broken, monkeypatch):
     triton_impl = pytest.importorskip("jasper_fast.kernels.prefix_beam.triton_impl")
-
-    def search(log_probs, *more):
-        if broken == "dead":
-            raise RuntimeError("no such\ninstruction")
-        symbols, counts, scores = reference.search(log_probs, *more)
-        return symbols, counts, scores + (broken == "wrong")
-
+    symbols, counts, scores = torch.arange(9), torch.arange(3), torch.rand(3).double()
+    monkeypatch.setattr(reference, "search", lambda *_: (symbols, counts, scores))
+    answers = {"right": lambda *_: (symbols, counts, scores), "wrong": lambda *_: (symbols, counts, scores + 1)}
+    search = answers.get(broken, raising(RuntimeError("no such\ninstruction")))
     monkeypatch.setattr(triton_impl, "search", search)
-    faces.trusted.cache_clear()
     told = pytest.warns(UserWarning, match="differ from the definition's|no such instruction")
     with told if broken != "right" else nullcontext():
-        assert faces.trusted(torch.device("cpu")) is (broken == "right")
-    faces.trusted.cache_clear()
+        assert faces.trusted.__wrapped__(torch.device("cpu")) is (broken == "right")
 
 
 def collapse(path: tuple[int, ...], blank: int) -> tuple[int, ...]:
@@ -175,17 +171,14 @@ def test_where_one_path_has_it_all_the_search_is_greedy():
 
 
 @needs_cpu
-def test_threads_dtypes_and_strides_change_nothing():
+def test_threads_dtypes_and_strides_change_nothing(set_threads):
     torch.manual_seed(5)
     log_probs, lengths = torch.randn(5, 60, 29).log_softmax(-1).half(), torch.tensor([60, 7, 0, 33, 60])
     want = beam_search(log_probs.float(), lengths, Vocabulary(), beam=32, n_best=3)
     turned = log_probs.transpose(1, 2).contiguous().transpose(1, 2)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        assert beam_search(turned, lengths.int(), Vocabulary(), beam=32, n_best=3) == want
-    finally:
-        torch.set_num_threads(threads)
+    set_threads(3)
+    assert beam_search(turned, lengths.int(), Vocabulary(), beam=32, n_best=3) == want
+    set_threads(1)
     alone = [beam_search(log_probs[i : i + 1, :n], lengths[i : i + 1], Vocabulary(), beam=32, n_best=3)[0]
              for i, n in enumerate(lengths.tolist())]  # fmt: skip
     assert alone == want
