@@ -18,7 +18,7 @@ from jasper_fast.lm.arpa import Arpa, LanguageModelError
 from jasper_fast.lm.pool import Pool
 from jasper_fast.lm.search import NOTHING, beam_search, check, check_weights
 from jasper_fast.lm.spelt import SpeltLM, hot_words_alone
-from jasper_fast.lm.symbols import SymbolLM, fits
+from jasper_fast.lm.symbols import SymbolLM, foreign
 from jasper_fast.lm.words import WordLM, has_wheels, is_binary, word_lm
 from jasper_fast.speech.decoding import Hypothesis, Transcript, path_transcript
 from jasper_fast.speech.text import Vocabulary
@@ -51,7 +51,7 @@ def load_lm(
     With ``unknown``, a model of words also accepts words that it does not list; ``unknown`` is added to the score for
     each of them. Raises LanguageModelError for a file that cannot be read or does not fit.
     """
-    if lexicon is None and not is_binary(path) and fits(Arpa(path), vocabulary):
+    if lexicon is None and not is_binary(path) and not foreign(Arpa(path), vocabulary):
         if unknown is not None:
             raise LanguageModelError(f"{path}: is a model of symbols, always open; leave --open-vocabulary out")
         return SymbolLM(path, vocabulary)
@@ -125,9 +125,9 @@ class SymbolDecoder:
     ) -> list[Transcript]:
         with torch.cuda.stream(stream):  # the model's stream; None on a CPU, which changes nothing
             found = beam_search(log_probs, lengths, self._vocabulary, alpha=alpha, beta=beta, **self._settings)
-            rows = zip(log_probs.cpu().numpy(), lengths.tolist(), found, strict=True)
-        return [transcript_of(r[:n], h, best_path(r[:n], h[0].symbols), self._vocabulary, frame_seconds)
-                for r, n, h in rows]  # fmt: skip
+            items = valid_rows(log_probs, lengths)
+        return [transcript_of(item, h, best_path(item, h[0].symbols), self._vocabulary, frame_seconds)
+                for item, h in zip(items, found, strict=True)]  # fmt: skip
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
@@ -145,8 +145,7 @@ class WordDecoder:
 
     def begin(self, log_probs: Tensor, lengths: Tensor, frame_seconds: float) -> Callable[[], list[Transcript]]:
         check(log_probs, lengths, self._vocabulary)
-        rows = log_probs.float().cpu().numpy()
-        items = [np.ascontiguousarray(r[:n]) for r, n in zip(rows, lengths.tolist(), strict=True)]
+        items = valid_rows(log_probs, lengths)
         answers = self._pool.submit(items, self.weights)
 
         def finish() -> list[Transcript]:
@@ -160,6 +159,12 @@ class WordDecoder:
 
     def close(self) -> None:
         self._pool.close()
+
+
+def valid_rows(log_probs: Tensor, lengths: Tensor) -> list[np.ndarray]:
+    """Returns the log-probs of each utterance without its padding, (T', V) fp32 each, in the host's memory."""
+    rows = log_probs.float().cpu().numpy()
+    return [np.ascontiguousarray(row[:length]) for row, length in zip(rows, lengths.tolist(), strict=True)]
 
 
 def transcript_of(

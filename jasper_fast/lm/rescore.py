@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from jasper_fast.lm.align import best_path
-from jasper_fast.lm.decoders import Decoder, transcript_of
+from jasper_fast.lm.decoders import Decoder, transcript_of, valid_rows
 from jasper_fast.speech.decoding import Hypothesis, Transcript
 from jasper_fast.speech.text import Vocabulary
 
@@ -74,8 +74,7 @@ class Rescoring:
 
     def begin(self, log_probs: Tensor, lengths: Tensor, frame_seconds: float) -> Callable[[], list[Transcript]]:
         heard = self.first.begin(log_probs, lengths, frame_seconds)
-        rows = log_probs.float().cpu().numpy()
-        items = [row[:length] for row, length in zip(rows, lengths.tolist(), strict=True)]
+        items = valid_rows(log_probs, lengths)
 
         def finish() -> list[Transcript]:
             found = heard()

@@ -20,9 +20,9 @@ def tokens(vocabulary: Vocabulary) -> list[str]:
     return [SPACE if label == " " else label for label in vocabulary.labels]
 
 
-def fits(arpa: Arpa, vocabulary: Vocabulary) -> bool:
-    """Returns whether the file is a model of symbols: all of its words are labels of the vocabulary."""
-    return set(arpa.words()) <= set(tokens(vocabulary))
+def foreign(arpa: Arpa, vocabulary: Vocabulary) -> list[str]:
+    """Returns the words of the file that are no labels of the vocabulary; a model of symbols has none."""
+    return sorted(set(arpa.words()) - set(tokens(vocabulary)))
 
 
 class SymbolLM:
@@ -35,10 +35,9 @@ class SymbolLM:
     def __init__(self, path: str | os.PathLike, vocabulary: Vocabulary) -> None:
         self.path, self.vocabulary = str(path), vocabulary
         arpa = Arpa(path)
-        if not fits(arpa, vocabulary):
-            foreign = sorted(set(arpa.words()) - set(tokens(vocabulary)))
+        if words := foreign(arpa, vocabulary):
             raise LanguageModelError(
-                f"{path}: {foreign[0]!r} is no label of the acoustic model ({len(foreign)} words are not); "
+                f"{path}: {words[0]!r} is no label of the acoustic model ({len(words)} words are not); "
                 "`jasper-fast lm train --characters` makes an n-gram of symbols"
             )
         self.order = arpa.order

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from jasper_fast.lm.decoders import decoder, load_lm
 from jasper_fast.lm.rescore import LISTED, Scorer, remembering, rescore
@@ -39,7 +40,7 @@ def trials(
     rescores their N-best lists with each weight. Raises LanguageModelError and ValueError as the decoders do."""
     for weights in grid:
         check_weights(beam, *weights, 1)
-    arrays = [torch.from_numpy(saved.log_probs(i)) for i in range(len(saved.utterances))]
+    arrays = _log_probs(saved)
     references = [u["text"] for u in saved.utterances]
     settings = {"beam": beam, "processes": processes, "n_best": LISTED if second else 1}
     loaded = load_lm(lm, saved.vocabulary, lexicon) if lm is not None else None
@@ -57,12 +58,13 @@ def trials(
         search.close()
 
 
+def _log_probs(saved: Saved) -> list[Tensor]:
+    return [torch.from_numpy(saved.log_probs(i)) for i in range(len(saved.utterances))]
+
+
 def greedy(saved: Saved) -> Errors:
     """Returns the word errors of greedy decoding, without a language model."""
-    texts = []
-    for i in range(len(saved.utterances)):
-        log_probs = torch.from_numpy(saved.log_probs(i))
-        texts += greedy_decode(log_probs[None], torch.tensor([len(log_probs)]), saved.vocabulary)
+    texts = [greedy_decode(a[None], torch.tensor([len(a)]), saved.vocabulary)[0] for a in _log_probs(saved)]
     return word_errors([u["text"] for u in saved.utterances], texts)
 
 
