@@ -11,6 +11,7 @@ import torch
 
 from jasper_fast.lm.neural.config import LMConfig
 from jasper_fast.lm.neural.model import TransformerXL
+from jasper_fast.speech.text import Vocabulary
 
 needs_kenlm = pytest.mark.skipif(importlib.util.find_spec("kenlm") is None, reason="ufal-kenlm is not installed")
 
@@ -34,6 +35,14 @@ def random_arpa(path: Path, words: list[str], order: int, rng: random.Random, un
         lines.append("")
     path.write_text("\n".join([*lines, "\\end\\", ""]))
     return path
+
+
+def hear(vocabulary: Vocabulary, text: str, sharp: float = 4.0, seed: int = 0, times: int = 1) -> torch.Tensor:
+    """Returns noisy log-probs (T, V) whose best path is this text, with each symbol so many times, then a blank."""
+    ids = [i for c in vocabulary.encode(text) for i in ([c] * times + [vocabulary.blank])]
+    log_probs = torch.randn(len(ids), vocabulary.n_classes, generator=torch.Generator().manual_seed(seed))
+    log_probs[torch.arange(len(ids)), torch.tensor(ids)] += sharp
+    return log_probs.log_softmax(-1)
 
 
 def random_neural(path: Path, words: list[str], seed: int = 0, **settings) -> Path:

@@ -93,6 +93,13 @@ def compare(face: Face, tensors, watched, rows, **how) -> Tensor:
     return got
 
 
+def assert_near(tensors: Tensors, exact: Tensors) -> None:
+    """Checks results of several steps, or of very many tensors, against those in fp64."""
+    for name in ("params", "exp_avgs", "exp_avg_sqs", "averages"):
+        for a, b in zip(getattr(tensors, name), getattr(exact, name), strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize(
     ("of", "averages"),
     [
@@ -131,9 +138,7 @@ def test_several_steps_with_what_is_held(face):
         tensors, twin = tensors._replace(grads=grads), (twin[0]._replace(grads=[g.double() for g in grads]), twin[1])
         run(face.load("novograd").step, tensors, watched, rows, held=held)
         run(reference.step, *twin, rows)
-    for name in ("params", "exp_avgs", "exp_avg_sqs", "averages"):
-        for a, b in zip(getattr(tensors, name), getattr(twin[0], name), strict=True):
-            torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-6)
+    assert_near(tensors, twin[0])
 
 
 @pytest.mark.parametrize(("value", "where"), [(math.nan, 0), (math.nan, -1), (math.inf, -1), (-math.inf, 0)])

@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from language_models import random_arpa
+from language_models import hear, random_arpa
 
 from jasper_fast import beam_search
 from jasper_fast.kernels import native
@@ -37,12 +37,8 @@ def symbols(tmp_path_factory):
     return SymbolLM(path, V)
 
 
-def hear(text: str, sharp: float = 4.0, seed: int = 0) -> torch.Tensor:
-    """Returns noisy log-probs (1, T, V) whose best path is this text."""
-    ids = [i for c in V.encode(text) for i in (c, V.blank)]
-    log_probs = torch.randn(1, len(ids), V.n_classes, generator=torch.Generator().manual_seed(seed))
-    log_probs[0, torch.arange(len(ids)), torch.tensor(ids)] += sharp
-    return log_probs.log_softmax(-1)
+def heard_as(text: str, sharp: float = 4.0, seed: int = 0) -> torch.Tensor:
+    return hear(V, text, sharp, seed)[None]
 
 
 def best(log_probs: torch.Tensor, **settings):
@@ -75,7 +71,7 @@ def test_the_cpu_face_equals_the_definition(arpa, symbols):
 def test_a_score_is_what_the_docstring_says(arpa, alpha, beta, unknown):
     kenlm = pytest.importorskip("kenlm", reason="ufal-kenlm is not installed")
     model, lm, hot = kenlm.Model(str(arpa)), SpeltLM(arpa, V, unknown=unknown), {"bad": 2.5, "DADA": -1.25, "dac": 3.0}
-    found = best(hear("bad dada dac a", 1.0), lm=lm, alpha=alpha, beta=beta, beam=60, n_best=60, hot_words=hot)
+    found = best(heard_as("bad dada dac a", 1.0), lm=lm, alpha=alpha, beta=beta, beam=60, n_best=60, hot_words=hot)
     seen = set()
     for h in found:
         words = h.text.split()
@@ -88,7 +84,7 @@ def test_a_score_is_what_the_docstring_says(arpa, alpha, beta, unknown):
 
 
 def test_open_and_closed_vocabularies(arpa):
-    heard = hear("bad cacab", 8.0)
+    heard = heard_as("bad cacab", 8.0)
     assert best(heard, lm=SpeltLM(arpa, V), alpha=0.5)[0].text == "bad cacab"
     closed = SpeltLM(arpa, V, unknown=-math.inf)
     assert {w for h in best(heard, lm=closed, alpha=0.5, n_best=20) for w in h.text.split()} <= set(WORDS)
@@ -101,7 +97,7 @@ def test_a_closed_search_finds_what_flashlight_finds(arpa):
 
     search, lm = WordSearch(word_lm(arpa, V), 256, 1.5, 0.3), SpeltLM(arpa, V, unknown=-math.inf)
     for seed, text in enumerate(("bad cab a", "dad abc d ab", "a", "cab d d cab bad")):
-        heard = hear(text, 5.0, seed)
+        heard = heard_as(text, 5.0, seed)
         ours, theirs = best(heard, lm=lm, alpha=1.5, beta=0.3, beam=256)[0], search(heard[0].numpy())[0]
         assert ours.text.split() == theirs.text.split()
         # flashlight scores texts with doubled spaces as the same text
@@ -111,7 +107,7 @@ def test_a_closed_search_finds_what_flashlight_finds(arpa):
 @pytest.mark.parametrize("kind", ["none", "symbols", "words", "open"])
 def test_a_boost_turns_a_near_tie(kind, arpa, symbols):
     """Shows that a boost for "dad" decides between "bad" and "dad", where "bad" is only a little likelier."""
-    heard = hear("bad", 9.0)
+    heard = heard_as("bad", 9.0)
     heard[0, 0, V.encode("d")[0]] = heard[0, 0, V.encode("b")[0]] - 0.3
     heard = heard.log_softmax(-1)
     lm = {"none": None, "symbols": symbols, "words": load_lm(arpa, V), "open": load_lm(arpa, V, unknown=-9.0)}[kind]
@@ -129,7 +125,7 @@ def test_what_cannot_be_searched_is_one_line(arpa, symbols, tmp_path):
     binary = tmp_path / "lm.bin"
     binary.write_bytes(b"mmap lm http://kheafield.com/code format version 5\n\x00")
     (tmp_path / "lexicon.txt").write_text("bad\n")
-    heard, lengths = hear("bad"), torch.tensor([6])
+    heard, lengths = heard_as("bad"), torch.tensor([6])
     for wrong, message in (
         (lambda: SpeltLM(closed, V), "has no <unk>"),
         (lambda: SpeltLM(binary, V, tmp_path / "lexicon.txt"), "need the ARPA file"),
@@ -150,7 +146,7 @@ def test_what_cannot_be_searched_is_one_line(arpa, symbols, tmp_path):
 
 def test_a_python_without_flashlight_searches_words_itself(arpa, monkeypatch):
     monkeypatch.setattr(decoders, "has_wheels", lambda: False)
-    heard = hear("bad cacab", 8.0)
+    heard = heard_as("bad cacab", 8.0)
     made = decoder(V, load_lm(arpa, V), n_best=5)
     (found,) = made.begin(heard, torch.tensor([heard.shape[1]]), 0.02)()
     made.close()

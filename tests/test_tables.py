@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from standins import GPU_NAME, imaginary_gpus_table  # noqa: F401
 
 from jasper_fast.kernels import table_rows, tables
 
-GPU = "NVIDIA Imaginary 9000"
 DEVICE = torch.device("cuda", 0)
 HEADER = {
-    "gpu": GPU, "capability": "sm_90", "multiprocessors": "132", "bandwidth": "3350 GB/s",
+    "gpu": GPU_NAME, "capability": "sm_90", "multiprocessors": "132", "bandwidth": "3350 GB/s",
     "driver": "580.1", "torch": "2.13.0", "triton": "3.7.1", "commit": "abc",
     "command": "python -m bench tune", "date": "2026-01-01",
 }  # fmt: skip
@@ -37,36 +37,19 @@ def library(**changes) -> tables.Row:
     return row(**({"face": "aten", "algorithm": "library"} | none | changes))
 
 
-@pytest.fixture
-def install(tmp_path, monkeypatch):
-    """Returns a function that writes these rows as the table of an imaginary GPU."""
-    monkeypatch.setenv("JASPER_FAST_TABLES", str(tmp_path))
-    monkeypatch.setattr(tables, "_gpu_name", lambda index: GPU)
-    tables._index.cache_clear()
-
-    def put(*rows: tables.Row, header: dict = HEADER) -> Path:
-        path = tmp_path / f"{tables.slug(header['gpu'])}.json"
-        tables.write(path, header, rows)
-        tables._index.cache_clear()
-        return path
-
-    yield put
-    tables._index.cache_clear()
-
-
 def look(rows: int, op: str = "conv1d.forward", dtype=torch.bfloat16, **changes) -> tables.Row | None:
     face = changes.pop("face", "triton")
     return tables.lookup(op, DEVICE, dtype, **(SHAPE | changes), rows=rows, face=face)
 
 
-def test_a_row_comes_back_as_written(install):
-    path = install(row(), library(time_s=2e-3))
+def test_a_row_comes_back_as_written(put_table):
+    path = put_table([row(), library(time_s=2e-3)], **HEADER)
     assert look(4096) == row() and look(4096, face="aten") == library(time_s=2e-3)
     assert tables.load(path).header == HEADER
 
 
-def test_nothing_is_found_for_unknown_gpus_devices_and_shapes(install, monkeypatch):
-    install(row())
+def test_nothing_is_found_for_unknown_gpus_devices_and_shapes(put_table, monkeypatch):
+    put_table([row()])
     assert tables.lookup("conv1d.forward", torch.device("cpu"), torch.bfloat16, **SHAPE, rows=4096) is None
     ops = [{"op": "conv1d.wgrad"}, {"op": "an op of tomorrow"}]
     for other in ({"dtype": torch.float16}, {"dtype": torch.float64}, {"c_in": 767}, {"face": "cuda"}, *ops):
@@ -83,23 +66,23 @@ def test_rows_go_to_the_power_of_two_at_or_above(rows, bucket):
 
 
 @pytest.mark.parametrize(("rows", "found"), [(1, 8), (256, 8), (900, 8), (1025, 14), (2000, 14), (1 << 45, 14)])
-def test_the_nearest_measured_rows_serve(install, rows, found):
-    install(row(rows_log2=8), row(rows_log2=14))
+def test_the_nearest_measured_rows_serve(put_table, rows, found):
+    put_table([row(rows_log2=8), row(rows_log2=14)])
     assert look(rows).rows_log2 == found
 
 
-def test_of_several_algorithms_the_fastest_is_taken(install, monkeypatch):
+def test_of_several_algorithms_the_fastest_is_taken(put_table, monkeypatch):
     monkeypatch.setitem(table_rows._ROW, "algorithm", table_rows._one_of((*tables.ALGORITHMS, "fast_fir_1")))
-    install(row(time_s=3.0), row(time_s=2.0, algorithm="fast_fir_1"))
+    put_table([row(time_s=3.0), row(time_s=2.0, algorithm="fast_fir_1")])
     assert look(4096).algorithm == "fast_fir_1"
 
 
-def test_faces_are_compared_within_a_bucket_and_over_all_ops(install):
+def test_faces_are_compared_within_a_bucket_and_over_all_ops(put_table):
     ops, shape = ("conv1d.forward", "conv1d.wgrad"), tuple(SHAPE.values())
-    install(
+    put_table([
         row(time_s=1.0), library(time_s=2.0), row(rows_log2=8, time_s=5.0), library(rows_log2=8, time_s=0.1),
         row(op="conv1d.wgrad", time_s=4.0), library(op="conv1d.wgrad", time_s=2.5),
-    )  # fmt: skip
+    ])  # fmt: skip
     for of, rows, face in (
         (ops[:1], 4096, "triton"),
         (ops[:1], 200, "aten"),
@@ -113,22 +96,22 @@ def test_faces_are_compared_within_a_bucket_and_over_all_ops(install):
     assert tables.times([*calls, ("conv1d.fused", shape, 1)], DEVICE, torch.bfloat16, 4096) is None
 
 
-def test_norms_are_found_by_their_channels(install):
+def test_norms_are_found_by_their_channels(put_table):
     norm = library(op="bn_relu_dropout.forward", **tables.shape_of_norm(384), face="cuda", algorithm="direct")
-    install(norm, row())
+    put_table([norm, row()])
     for face, channels, found in (("cuda", 384, norm), ("triton", 384, None), ("cuda", 768, None)):
         assert look(4096, op="bn_relu_dropout.forward", face=face, **tables.shape_of_norm(channels)) == found
 
 
-def test_a_file_is_read_once(install, monkeypatch):
-    install(row())
+def test_a_file_is_read_once(put_table, monkeypatch):
+    put_table([row()])
     first = look(4096)
     monkeypatch.setattr(tables, "load", lambda path: pytest.fail("the file was read again"))
     assert look(4096) is look(3000) is first
 
 
-def test_a_forced_tile_holds_on_any_device_and_ends_with_its_block(install):
-    install(row())
+def test_a_forced_tile_holds_on_any_device_and_ends_with_its_block(put_table):
+    put_table([row()])
     small = TILE | {"t": 16}
     with tables.forced("conv1d.forward", small):
         found = tables.lookup("conv1d.forward", torch.device("cpu"), torch.float32, **SHAPE, rows=1)
@@ -177,8 +160,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("changes", "told"), FAULTS.values(), ids=FAULTS.keys())
-def test_a_faulty_row_is_an_error_that_names_file_and_row(install, changes, told):
-    path = install(row())
+def test_a_faulty_row_is_an_error_that_names_file_and_row(put_table, changes, told):
+    path = put_table([row()])
     data = json.loads(path.read_text())
     data["rows"].append(data["rows"][0] | {"rows_log2": 3} | changes)
     path.write_text(json.dumps(data))
@@ -188,11 +171,11 @@ def test_a_faulty_row_is_an_error_that_names_file_and_row(install, changes, told
     assert str(raised.value).startswith(f"{path}: row 2: ") and told in str(raised.value)
 
 
-def test_an_operand_too_large_for_one_gpu_fits_another(install):
+def test_an_operand_too_large_for_one_gpu_fits_another(put_table):
     tall = TILE | {"t": 256, "n": 128, "k": 64, "num_stages": 4}
-    install(row(tile=tall, shared=None))
+    put_table([row(tile=tall, shared=None)])
     with pytest.raises(tables.TableError, match="a program has 101376"):
-        install(row(tile=tall, shared=None), header=HEADER | {"capability": "sm_89"})
+        put_table([row(tile=tall, shared=None)], capability="sm_89")
 
 
 @pytest.mark.parametrize(
@@ -207,8 +190,8 @@ def test_an_operand_too_large_for_one_gpu_fits_another(install):
         (json.dumps({"header": HEADER, "rows": [row().plain()] * 2}), "row 2: the same key as row 1"),
     ],
 )
-def test_a_faulty_file_is_an_error(install, text, told):
-    path = install(row())
+def test_a_faulty_file_is_an_error(put_table, text, told):
+    path = put_table([row()])
     path.write_text(text)
     tables._index.cache_clear()
     with pytest.raises(tables.TableError) as raised:
@@ -216,8 +199,8 @@ def test_a_faulty_file_is_an_error(install, text, told):
     assert str(path) in str(raised.value) and told in str(raised.value)
 
 
-def test_writing_a_faulty_table_leaves_the_old_one(install):
-    path = install(row())
+def test_writing_a_faulty_table_leaves_the_old_one(put_table):
+    path = put_table([row()])
     before = path.read_text()
     with pytest.raises(tables.TableError):
         tables.write(path, HEADER, [row(spilled=4)])

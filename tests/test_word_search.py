@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from language_models import random_arpa
+from language_models import hear, random_arpa
 
 from jasper_fast.lm import words
 from jasper_fast.lm.arpa import LanguageModelError
@@ -32,12 +32,7 @@ def arpa(tmp_path):
 
 
 def posteriors(text: str, sharp: float = 4.0) -> torch.Tensor:
-    """Returns noisy log-probs (T, V) whose best path is this text."""
-    torch.manual_seed(len(text))
-    ids = [i for c in V.encode(text) for i in (c, c, V.blank)]
-    log_probs = torch.randn(len(ids), V.n_classes)
-    log_probs[torch.arange(len(ids)), torch.tensor(ids)] += sharp
-    return log_probs.log_softmax(-1)
+    return hear(V, text, sharp, seed=len(text), times=2)
 
 
 def ctc(log_probs: torch.Tensor, text: str) -> float:

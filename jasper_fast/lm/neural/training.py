@@ -98,17 +98,16 @@ class LMRun(Loop):
 
 
 def train_step(
-    model: TransformerXL,
-    held: Held,
+    state: LMState,
     tokens: Tensor,
     names: Sequence[str],
-    state: TrainingState,
     guard: BufferGuard,
     amp_dtype: torch.dtype | None = None,
     clip_norm: float = 0.0,
 ) -> StepResult:
-    """Makes one update on tokens (N, L + 1) that continue from ``held``. A step with a NaN or infinite gradient changes
-    neither the weights nor the memory."""
+    """Makes one update on tokens (N, L + 1) that continue from the memory of ``state``. A step with a NaN or infinite
+    gradient changes neither the weights nor the memory."""
+    model, held = state.model, state.memory
     guard.remember()
     state.optimizer.zero_grad(set_to_none=True)
     with torch.autocast(tokens.device.type, amp_dtype or torch.float32, enabled=amp_dtype is not None):
@@ -248,8 +247,7 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[LMState],
             lr = run.set_learning_rate()
             tokens = run.text.segment(state.epoch, state.position).to(device, non_blocking=True)
             names = run.text.names(state.epoch, state.position)
-            amp = AMP_DTYPES[args.amp]
-            result = train_step(state.model, state.memory, tokens, names, state, guard, amp, args.clip_norm)
+            result = train_step(state, tokens, names, guard, AMP_DTYPES[args.amp], args.clip_norm)
             state.meter.add(result)
             state.step, state.position = state.step + 1, state.position + 1
             progress(state.step)
