@@ -4,15 +4,12 @@ folders."""
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import corpora
 import pytest
 import test_cli
+import worlds
 
 from jasper_fast.cli import command, common
 from jasper_fast.data.manifest import Skipped, SkipReport
@@ -20,29 +17,6 @@ from jasper_fast.inference import evaluation
 from jasper_fast.speech.metrics import alignment, word_errors
 
 SAME = ("wer", "cer", "utterances", "words", "substitutions", "deletions", "insertions", "sets", "lengths", "speakers")
-
-
-def together(world: int, *arguments: str) -> list[subprocess.CompletedProcess]:
-    """Runs the command in `world` processes, started as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    base = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": str(world),
-        "OMP_NUM_THREADS": "1",
-    }
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "jasper_fast", *map(str, arguments)],
-            env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            cwd=corpora.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    done = [(process, *process.communicate(timeout=240)) for process in started]
-    return [subprocess.CompletedProcess(p.args, p.returncode, out, err) for p, out, err in done]
 
 
 @pytest.fixture
@@ -77,9 +51,8 @@ def test_the_figures_are_the_same_for_any_number_of_processes_and_size_of_batche
         if world == 1:
             assert command.main(arguments) == 0
         else:
-            done = together(world, *arguments, "--html", tmp_path / "page.html")
-            assert [d.returncode for d in done] == [0] * world, done
-            assert "WER" in done[0].stdout and not any(d.stdout for d in done[1:])
+            first, second = worlds.command(world, [*arguments, "--html", tmp_path / "page.html"], tmp_path / "w")
+            assert "WER" in first.printed and not second.printed
         told = json.loads(out.read_text())
         assert told["processes"] == world and len(told["skipped"]) == 1
         rows = [{k: v for k, v in row.items() if k != "confidence"} for row in told["utterances_list"]]
@@ -157,7 +130,6 @@ def test_several_processes_write_what_one_writes(tmp_path, corpus, model) -> Non
     one = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
     kept = (tmp_path / "one.jsonl").read_text().splitlines(keepends=True)[:3]
     (tmp_path / "two.jsonl").write_text("".join(kept) + '{"half')
-    done = together(2, *arguments, "--out", tmp_path / "two.jsonl", "--resume")
-    assert [d.returncode for d in done] == [0, 0], [d.stderr for d in done]
+    worlds.command(2, [*arguments, "--out", tmp_path / "two.jsonl", "--resume"], tmp_path / "w")
     two = [json.loads(line) for line in (tmp_path / "two.jsonl").read_text().splitlines()]
     assert [(t["audio_filepath"], t["pred_text"]) for t in two] == [(t["audio_filepath"], t["pred_text"]) for t in one]

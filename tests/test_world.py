@@ -25,8 +25,7 @@ def without(paths, which: str, gone, tmp_path) -> dict:
     """Returns `paths` with a manifest in which the files at these places are missing."""
     lines = [json.loads(line) for line in paths[which].read_text().splitlines()]
     for i, line in enumerate(lines):
-        place = "gone" if i in gone else paths[which].parent
-        line["audio_filepath"] = str(place / line["audio_filepath"]) if i not in gone else f"gone{i}.wav"
+        line["audio_filepath"] = f"gone{i}.wav" if i in gone else str(paths[which].parent / line["audio_filepath"])
     manifest = tmp_path / f"{which}_gone.jsonl"
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return paths | {which: manifest}
@@ -39,18 +38,11 @@ def no_substitutes(train, rank: int) -> None:
     dataset._SUBSTITUTES = 0
 
 
-def test_two_processes_say_nothing_of_deprecation(paths, tmp_path):
-    members = worlds.world(2, train_arguments(paths, tmp_path / "run", steps=1, val_manifests=None), tmp_path / "w")
-    assert [m.status for m in members] == [0, 0], [m.said for m in members]
-    assert not any("Warning" in m.said for m in members), [m.said for m in members]
-
-
 def test_a_step_that_one_rank_cannot_read_is_skipped_by_all(paths, tmp_path):
     """Shows that all ranks skip a step in which one rank can read no file."""
     flawed = without(paths, "train", {3}, tmp_path)
     arguments = train_arguments(flawed, tmp_path / "run", batch_size=1, epochs=1, val_manifests=None)
     members = worlds.world(2, arguments, tmp_path / "w", no_substitutes)
-    assert [m.status for m in members] == [0, 0], [m.said for m in members]
     assert "step skipped: " in members[0].said + members[1].said and "gone3.wav" in members[0].said + members[1].said
     assert [len(m.steps) for m in members] == [7, 7]
     state = checkpoint.load(tmp_path / "run" / "step_00000008.pt")
@@ -61,8 +53,8 @@ def test_a_step_that_one_rank_cannot_read_is_skipped_by_all(paths, tmp_path):
 def test_a_step_in_which_one_rank_has_a_nan_is_skipped_by_all(paths, tmp_path):
     arguments = train_arguments(paths, tmp_path / "run", batch_size=2, epochs=2, val_manifests=None)
     members = worlds.world(2, arguments, tmp_path / "w", worlds.nan_in, "train7.wav")
-    assert [m.status for m in members] == [0, 0], [m.said for m in members]
     said = members[0].said + members[1].said
+    assert "Warning" not in said  # nothing that PyTorch will remove is used
     assert said.count("step skipped: ") == 2 and said.count("train7.wav: its features are not finite") == 2
     assert [len(m.steps) for m in members] == [8, 8] and "done: step 8" in members[0].said
     state = checkpoint.load(tmp_path / "run" / "step_00000008.pt")
@@ -72,21 +64,18 @@ def test_a_step_in_which_one_rank_has_a_nan_is_skipped_by_all(paths, tmp_path):
 
 def test_a_run_that_can_read_nothing_ends_saved(paths, tmp_path):
     flawed = without(paths, "train", range(16), tmp_path)
-    arguments = train_arguments(flawed, tmp_path / "run", epochs=9, val_manifests=None, max_bad_steps=3)
     for size in (1, 2):
-        members = worlds.world(size, arguments, tmp_path / f"w{size}")
-        assert [m.status for m in members] == [1] * size, [m.said for m in members]
+        run = tmp_path / f"run{size}"
+        arguments = train_arguments(flawed, run, epochs=9, val_manifests=None, max_bad_steps=3)
+        members = worlds.world(size, arguments, tmp_path / f"w{size}", status=1)
         for member in members:
             assert "error: 3 steps in a row were skipped" in member.said and "gone" in member.said
-        assert checkpoint.load(tmp_path / "run" / "step_00000003.pt")["step"] == 3
-        for path in (tmp_path / "run").iterdir():
-            path.unlink() if path.is_file() else None
+        assert checkpoint.load(run / "step_00000003.pt")["step"] == 3
 
 
 def test_without_a_readable_validation_file_all_ranks_end_saved(paths, tmp_path):
     flawed = without(paths, "val", range(4), tmp_path)
-    members = worlds.world(2, train_arguments(flawed, tmp_path / "run", epochs=2), tmp_path / "w")
-    assert [m.status for m in members] == [1, 1], [m.said for m in members]
+    members = worlds.world(2, train_arguments(flawed, tmp_path / "run", epochs=2), tmp_path / "w", status=1)
     assert all("error: the validation manifests have no usable utterance" in m.said for m in members)
     assert (tmp_path / "run" / "step_00000002.pt").exists()
 
@@ -95,7 +84,6 @@ def test_without_a_readable_validation_file_all_ranks_end_saved(paths, tmp_path)
 def test_a_signal_to_one_process_ends_all_within_a_step(paths, tmp_path, on_rank):
     arguments = train_arguments(paths, tmp_path / "run", batch_size=1, epochs=9, log_every=100, save_every=100)
     members = worlds.world(2, arguments, tmp_path / "w", worlds.signal_at, on_rank, 3)
-    assert [m.status for m in members] == [0, 0], [m.said for m in members]
     assert [len(m.steps) for m in members] == [3, 3]
     assert "stopped by" in members[0].said
     assert (tmp_path / "run" / "step_00000003.pt").exists()
@@ -107,7 +95,6 @@ def test_a_signal_is_heard_while_a_step_is_loaded(paths, tmp_path, size):
     how = {"batch_size": 1, "epochs": 9, "grad_accumulation": 4, "val_manifests": None}
     arguments = train_arguments(paths, tmp_path / "run", **how)
     members = worlds.world(size, arguments, tmp_path / "w", worlds.signal_in, size - 1, "load")
-    assert [m.status for m in members] == [0] * size, [m.said for m in members]
     assert [len(m.steps) for m in members] == [1] * size
     assert (tmp_path / "run" / "step_00000001.pt").exists()
 
@@ -118,21 +105,19 @@ def test_a_signal_is_heard_while_validating(paths, tmp_path, size):
     arguments = train_arguments(paths, tmp_path / "run", batch_size=1, epochs=9, val_every=3, save_every=100)
     arguments += ["--ema", "0.9"]
     members = worlds.world(size, arguments, tmp_path / "w", worlds.signal_in, size - 1, "validate")
-    assert [m.status for m in members] == [0] * size, [m.said for m in members]
     assert [len(m.steps) for m in members] == [3] * size
     assert "validation was interrupted by a signal" in members[0].said and "stopped by" in members[0].said
     assert not [r for r in read_log(tmp_path / "run" / "log.jsonl") if r["kind"].startswith("val")]
     assert (tmp_path / "run" / "step_00000003.pt").exists() and not (tmp_path / "run" / "best.pt").exists()
-    members = worlds.world(size, [*arguments, "--resume", "--steps", "4"], tmp_path / "again")
-    assert [m.status for m in members] == [0] * size, [m.said for m in members]
+    worlds.world(size, [*arguments, "--resume", "--steps", "4"], tmp_path / "again")
     found = [(r["kind"], r["step"]) for r in read_log(tmp_path / "run" / "log.jsonl")]
     assert found[-6:-2] == [("start", 3), ("val_live", 3), ("val_ema", 3), ("train", 4)]
 
 
 @pytest.mark.parametrize("name", ["train_manifests", "val_manifests"])
 def test_what_keeps_one_process_from_starting_ends_all(paths, tmp_path, name):
-    members = worlds.world(2, train_arguments(paths, tmp_path / "run"), tmp_path / "w", worlds.other_manifest, name)
-    assert [m.status for m in members] == [1, 1], [m.said for m in members]
+    arguments = train_arguments(paths, tmp_path / "run")
+    members = worlds.world(2, arguments, tmp_path / "w", worlds.other_manifest, name, status=1)
     assert "error: another process failed: see its message" in members[0].said
     assert "gone.jsonl" in members[1].said and "Traceback" not in members[0].said + members[1].said
 

@@ -1,5 +1,5 @@
-"""Small worlds of gloo processes that run train.py. They are forked from a server that has already imported torch, so a
-world of three costs only a second. Each process records the utterances of its steps."""
+"""Small worlds of gloo processes that run train.py or a command. They are forked from a server that has already
+imported torch, so a world of three costs only a second. Training records the utterances of its steps."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from torch.distributed import TCPStore
 
 HANG = 120  # seconds, far more than these runs take
 _PRELOAD = ["torch", "torch.nn.parallel", "torch.distributed", "torch.utils.tensorboard", "torch.utils.data"]
-_PRELOAD += ["jasper_fast.train", "rich.progress", "soundfile", "worlds"]
+_PRELOAD += ["jasper_fast.train", "jasper_fast.inference.evaluation", "jasper_fast.inference.recognizer"]
+_PRELOAD += ["jasper_fast.lm.saved", "rich.progress", "soundfile", "worlds"]
 
 
 @dataclass
 class Member:
-    """How one process ended: its exit status, its output, and the (epoch, name) of each utterance of each of its
-    steps."""
+    """How one process ended: its exit status, its two outputs, and the (epoch, name) of each utterance of each of its
+    training steps."""
 
     status: int
     said: str
+    printed: str
     steps: list[list[tuple[int, str]]]
 
 
@@ -35,8 +37,25 @@ def nothing(train, rank: int) -> None:
     """The plain run."""
 
 
-def world(size: int, arguments: list[str], folder: Path, prepare: Callable = nothing, *args) -> list[Member]:
+def world(
+    size: int, arguments: list[str], folder: Path, prepare: Callable = nothing, *args, status: int = 0
+) -> list[Member]:
     """Runs train.py with `arguments` in `size` processes, each of which first calls `prepare(train, rank, *args)`.
+    Raises AssertionError if a process does not end with `status`."""
+    members = processes(size, folder, _train, arguments, folder, prepare, args)
+    assert [m.status for m in members] == [status] * size, [m.said for m in members]
+    return members
+
+
+def command(size: int, arguments: list[str], folder: Path) -> list[Member]:
+    """Runs `jasper-fast` with `arguments` in `size` processes. Raises AssertionError if one does not succeed."""
+    members = processes(size, folder, _command, list(map(str, arguments)))
+    assert [m.status for m in members] == [0] * size, [m.said for m in members]
+    return members
+
+
+def processes(size: int, folder: Path, run: Callable, *args) -> list[Member]:
+    """Calls `run(rank, *args)`, which returns the exit status, in `size` processes.
 
     The processes write to files in `folder`. Raises AssertionError if a process does not end.
     """
@@ -44,7 +63,7 @@ def world(size: int, arguments: list[str], folder: Path, prepare: Callable = not
     context.set_forkserver_preload(_PRELOAD)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent makes it
     folder.mkdir(parents=True, exist_ok=True)
-    how = (size, store.port, arguments, str(folder), prepare, args)
+    how = (size, store.port, folder, run, args)
     members = [context.Process(target=_member, args=(rank, *how)) for rank in range(size)]
     for process in members:
         process.start()
@@ -55,14 +74,14 @@ def world(size: int, arguments: list[str], folder: Path, prepare: Callable = not
     for rank in hung:
         members[rank].kill()
         members[rank].join()
-    said = [(folder / f"{rank}.txt").read_text() for rank in range(size)]
+    said, printed = ([(folder / f"{rank}.{kind}").read_text() for rank in range(size)] for kind in ("err", "out"))
     assert not hung, f"ranks {hung} did not end: {said}"
     steps = [json.loads(path.read_text()) if (path := folder / f"{r}.json").exists() else [] for r in range(size)]
-    return [Member(p.exitcode, s, heard) for p, s, heard in zip(members, said, steps, strict=True)]
+    return [Member(p.exitcode, *told) for p, *told in zip(members, said, printed, steps, strict=True)]
 
 
-def _member(rank, size, port, arguments, folder, prepare, args) -> None:
-    with open(f"{folder}/{rank}.txt", "w", buffering=1) as said, contextlib.redirect_stderr(said):
+def _member(rank: int, size: int, port: int, folder: Path, run: Callable, args: tuple) -> None:
+    with open(folder / f"{rank}.err", "w", buffering=1) as said, open(folder / f"{rank}.out", "w") as printed:
         os.dup2(said.fileno(), 2)
         if size > 1:
             places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": 0}
@@ -70,22 +89,33 @@ def _member(rank, size, port, arguments, folder, prepare, args) -> None:
             os.environ |= {k: str(v) for k, v in ({"RANK": rank, "WORLD_SIZE": size} | places).items()}
         import torch
 
-        from jasper_fast import train
-
         torch.set_num_threads(1)
-        heard: list[list[tuple[int, str]]] = []
-        step = train.train_step
-
-        def recorded(model, frontend, batches, *more, **how):
-            heard.append([(batch.epoch, name) for batch in batches for name in batch.names])
-            return step(model, frontend, batches, *more, **how)
-
-        train.train_step = recorded
-        prepare(train, rank, *args)
-        status = train.command(arguments)
-        with open(f"{folder}/{rank}.json", "w") as file:
-            json.dump(heard, file)
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed):
+            status = run(rank, *args)
     sys.exit(status)
+
+
+def _command(rank: int, arguments: list[str]) -> int:
+    from jasper_fast.cli import command
+
+    return command.main(arguments)
+
+
+def _train(rank: int, arguments: list[str], folder: Path, prepare: Callable, args: tuple) -> int:
+    from jasper_fast import train
+
+    heard: list[list[tuple[int, str]]] = []
+    step = train.train_step
+
+    def recorded(model, frontend, batches, *more, **how):
+        heard.append([(batch.epoch, name) for batch in batches for name in batch.names])
+        return step(model, frontend, batches, *more, **how)
+
+    train.train_step = recorded
+    prepare(train, rank, *args)
+    status = train.command(arguments)
+    (folder / f"{rank}.json").write_text(json.dumps(heard))
+    return status
 
 
 def signal_at(train, rank: int, on_rank: int, step: int) -> None:
