@@ -95,6 +95,13 @@ def run_train(arguments: list[str]) -> None:
         stop.restore()
 
 
+def records(folder: Path, *kinds: str) -> list[dict]:
+    """Returns the records of these kinds in a run's log."""
+    from jasper_fast.training.runs import read_log
+
+    return [r for r in read_log(folder / "log.jsonl") if r["kind"] in kinds]
+
+
 @pytest.fixture(name="paths", scope="module")
 def corpus_of_beeps(tmp_path_factory) -> dict[str, Path]:
     """Returns the paths of a corpus that all tests of a file share."""

@@ -23,9 +23,9 @@ from jasper_fast.speech.text import Vocabulary
 from jasper_fast.training.optim import EMA, NovoGrad
 from jasper_fast.training.randomness import own_randomness
 from jasper_fast.training.runs import Ranks, RunError, RunLog, StopRequest, read_log
-from jasper_fast.training.state import Meter
+from jasper_fast.training.state import Meter, TrainingState
 from jasper_fast.training.step import BufferGuard, Frontend, StepResult, batch_loss, ctc_loss, train_step
-from jasper_fast.training.validate import validate
+from jasper_fast.training.validate import validate, validate_state
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -97,15 +97,15 @@ def test_one_bad_utterance_makes_the_whole_gradient_nan():
 
 
 def everything(model, optimizer):
-    state = copy.deepcopy(optimizer.state_dict()["state"])
-    return [t.clone() for t in model.state_dict().values()], [
-        v if isinstance(v, torch.Tensor) else torch.tensor(v) for s in state.values() for v in s.values()
-    ]
+    moments = [v for s in optimizer.state_dict()["state"].values() for v in s.values()]
+    return [torch.as_tensor(x).clone() for x in (*model.state_dict().values(), *moments)]
 
 
-@pytest.mark.parametrize("amp", ["off", "fp16"])
-@pytest.mark.parametrize("optimizer", ["novograd", "adamw"])
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("optimizer", "amp", "poison"),
+    [("novograd", "off", math.nan), ("novograd", "fp16", math.inf), ("adamw", "off", math.inf),
+     ("adamw", "fp16", math.nan)],
+)  # fmt: skip
 def test_a_bad_batch_changes_nothing_and_is_named(dataset, optimizer, amp, poison):
     model, chosen, scaler, guard = rig(optimizer, amp)
     step = lambda batches: train_step(model, front(), batches, chosen, scaler, guard, device=CPU)  # noqa: E731
@@ -115,21 +115,17 @@ def test_a_bad_batch_changes_nothing_and_is_named(dataset, optimizer, amp, poiso
     bad = a_batch(dataset)
     bad.audio[2, 100] = poison
     meter.add(step([a_batch(dataset), bad]))
-    after = everything(model, chosen)
-    for ours, theirs in zip(before, after, strict=True):
-        assert len(ours) == len(theirs)
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert all(map(torch.equal, before, after := everything(model, chosen))) and len(before) == len(after)
     assert meter.read() == [f"{bad.names[2]}: its features are not finite"]
     assert (meter.bad_losses, meter.overflows, meter.bad_in_a_row) == (1, 0, 1)
     assert math.isfinite(meter.figures()["loss"])
     silent = a_batch(dataset)
     silent.audio_lengths.zero_()  # all losses are infinite, with gradients of 0
     assert math.isnan(step([silent]).grad_norm)
-    for ours, theirs in zip(before, everything(model, chosen), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert all(map(torch.equal, before, everything(model, chosen)))
     meter.add(step([a_batch(dataset)]))
     assert meter.read() == [] and meter.bad_in_a_row == 0
-    assert not any(torch.equal(a, b) for a, b in zip(before[0][:1], everything(model, chosen)[0][:1], strict=True))
+    assert not torch.equal(before[0], everything(model, chosen)[0])
 
 
 class NeverWait(TorchDispatchMode):
@@ -177,17 +173,14 @@ def test_the_gradient_norm_is_clipped(dataset):
     torch.testing.assert_close(clipped, torch.tensor(0.5), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("optimizer", ["novograd", "adamw"])
-@pytest.mark.parametrize("amp", [None, torch.bfloat16])
-def test_a_model_learns_one_batch(dataset, optimizer, amp):
+@pytest.mark.parametrize(("optimizer", "lr", "amp"), [("novograd", 0.02, torch.bfloat16), ("adamw", 0.005, None)])
+def test_a_model_learns_one_batch(dataset, optimizer, lr, amp):
     model, chosen, scaler, guard = rig(optimizer)
-    for group in chosen.param_groups:
-        group["lr"] = 0.02 if optimizer == "novograd" else 0.005
-    losses = []
+    chosen.param_groups[0]["lr"] = lr
+    how = {"device": CPU, "amp_dtype": amp}
+    step = lambda: train_step(model, features, [batch], chosen, scaler, guard, **how)  # noqa: E731
     batch, features = a_batch(dataset, range(2)), front()
-    for _ in range(15):
-        r = train_step(model, features, [batch], chosen, scaler, guard, device=CPU, amp_dtype=amp)
-        losses.append(r.losses[0].mean().item())
+    losses = [step().losses[0].mean().item() for _ in range(15)]
     assert losses[-1] < 0.5 * losses[0], losses
 
 
@@ -195,11 +188,8 @@ def test_a_model_learns_one_batch(dataset, optimizer, amp):
 
 
 def step_result(losses, norm=1.0):
-    names = [f"u{i}" for i in range(len(losses))]
-    nothing = torch.zeros(0)
-    return StepResult(
-        [torch.tensor(losses)], [torch.tensor([True] * len(losses))], names, torch.tensor(norm), nothing, nothing, []
-    )
+    heard, names = torch.ones(len(losses), dtype=torch.bool), [f"u{i}" for i in range(len(losses))]
+    return StepResult([torch.tensor(losses)], [heard], names, torch.tensor(norm), heard, heard, [])
 
 
 def test_meter_counts_names_and_gives_up():
@@ -231,13 +221,11 @@ def test_validation_gives_error_rates_and_names_bad_utterances(dataset):
     assert model.training and features.training
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
     model.eval()
-    expected = []
-    for batch in load_batches(dataset, plan):
-        f, lengths = features.eval().features(batch.audio, batch.audio_lengths)
-        log_probs, lengths = model(f, lengths)
+    batches, expected = list(load_batches(dataset, plan)), []
+    for batch in batches:
+        log_probs, lengths = model(*features.eval().features(batch.audio, batch.audio_lengths))
         expected.append(ctc_loss(log_probs, lengths, batch.targets, batch.target_lengths))
     assert result.loss == pytest.approx(torch.cat(expected).mean().item(), rel=1e-5)
-    batches = list(load_batches(dataset, plan))
     batches[0].audio[1, 50] = math.nan
     poisoned = run(batches)
     assert poisoned.bad == [f"{batches[0].names[1]}: its loss is nan"]
@@ -248,26 +236,20 @@ def test_validation_gives_error_rates_and_names_bad_utterances(dataset):
 
 def test_ema_weights_are_what_validation_sees(dataset):
     model = Model()
-    ema = EMA(model, 0.5)
+    state = TrainingState(model, None, None, None, EMA(model, 0.5))
     with torch.no_grad():
         model.decoder.layers[0].bias[-1] = 1e4  # with the live weights all output is blank
     plan = BatchSampler(dataset.durations, batch_size=4, shuffle=False)
-    live = validate(model, front(), load_batches(dataset, plan), dataset.vocabulary, ALONE)
-    with ema.applied_to(model):
-        average = validate(model, front(), load_batches(dataset, plan), dataset.vocabulary, ALONE)
-    assert live.loss > 1e4 > average.loss
+    found = validate_state(state, ALONE, front(), lambda: load_batches(dataset, plan), dataset.vocabulary)
+    assert found["live"].loss > 1e4 > found["ema"].loss
 
 
 def test_own_randomness_leaves_no_trace():
-    torch.manual_seed(3)
-    expected = torch.rand(4)
-    torch.manual_seed(3)
-    draws = []
+    before, draws = torch.get_rng_state(), []
     for _ in range(2):
         with own_randomness(7):
             draws.append(torch.rand(2))
-    assert torch.equal(draws[0], draws[1])
-    assert torch.equal(torch.rand(4), expected)
+    assert torch.equal(*draws) and torch.equal(torch.get_rng_state(), before)
 
 
 # --- runs --------------------------------------------------------------------------------------------------------

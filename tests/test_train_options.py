@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 import worlds
 import yaml
-from speech import CONFIG, one_thread, train_arguments, write_corpus  # noqa: F401
+from speech import CONFIG, one_thread, records, train_arguments, write_corpus  # noqa: F401
 from speech import run_train as run
 
 from jasper_fast import train
 from jasper_fast.data.batches import collate
 from jasper_fast.nn import checkpoint, loading
-from jasper_fast.training.runs import RunError, read_log
+from jasper_fast.training.runs import RunError
 from jasper_fast.training.state import TrainingState
 from jasper_fast.training.validate import Validation
 
@@ -39,10 +39,6 @@ def paths(tmp_path_factory):
     small["jasper"]["encoder"]["blocks"] = blocks
     paths["config"].write_text(yaml.safe_dump(small))
     return paths
-
-
-def records(folder: Path, kind: str) -> list[dict]:
-    return [r for r in read_log(folder / "log.jsonl") if r["kind"] == kind]
 
 
 # --- return to the best weights ----------------------------------------------------------------------------------
@@ -151,12 +147,6 @@ def test_without_a_best_or_without_an_end_the_run_ends(paths, tmp_path, monkeypa
     with pytest.raises(RunError, match="2 steps in a row were skipped"):  # it keeps going wrong
         run(train_arguments(paths, tmp_path / "b", steps=20, max_bad_steps=2, val_every=1, reload_best=True))
     assert [best for _, best in returns] == [1, 1, 1]
-
-
-def test_without_validation_there_is_no_best(paths, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        train.arguments(train_arguments(paths, tmp_path, val_manifests=None, reload_best=True))
-    assert "--reload-best needs --val-manifests" in capsys.readouterr().err
 
 
 def one_rank_goes_wrong(train, rank: int, folder: str) -> None:

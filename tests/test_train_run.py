@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -13,16 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from speech import CONFIG, corpus_of_beeps, one_thread, train_arguments  # noqa: F401
+import worlds
+from speech import CONFIG, corpus_of_beeps, one_thread, records, train_arguments  # noqa: F401
 from speech import run_train as run
 from standins import spied
 from test_train import ROOT
 
-from jasper_fast import ops
-from jasper_fast.data.batches import collate
+from jasper_fast import ops, train
+from jasper_fast.data import batches
 from jasper_fast.nn import checkpoint, loading
 from jasper_fast.nn.config import ConfigError
-from jasper_fast.training.runs import RunError, read_log
+from jasper_fast.training.runs import RunError
 from jasper_fast.training.state import TrainingState
 
 # --- train.py ----------------------------------------------------------------------------------------------------
@@ -45,10 +45,21 @@ def test_cudnn_chooses_by_the_clock_where_it_is_asked_to(asked, run_train, tmp_p
     assert torch.backends.cudnn.benchmark == bool(asked)
 
 
-def test_the_clock_and_bit_equal_repeats_do_not_go_together(run_train, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"cudnn_benchmark": True, "deterministic": True}, "drop one of them"),
+        ({"compile": True, "cuda_graphs": True}, "--compile and --cuda-graphs cannot be combined"),
+        ({"val_manifests": None, "reload_best": True}, "--reload-best needs --val-manifests"),
+        ({"reload_best": -1}, "--reload-best must not be negative"),
+        ({"lr_by_clock": True}, "--lr-by-clock needs --max-minutes"),
+        ({"grad_accumulation": 0}, "--grad-accumulation must be at least 1"),
+    ],
+)
+def test_options_that_do_not_go_together(options, said, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        run_train(train_arguments(NOTHING, tmp_path, cudnn_benchmark=True, deterministic=True))
-    assert "drop one of them" in capsys.readouterr().err
+        train.arguments(train_arguments(NOTHING, tmp_path, **options))
+    assert said in capsys.readouterr().err
 
 
 def test_training_from_manifest_to_checkpoint(run_train, paths, tmp_path):
@@ -56,14 +67,12 @@ def test_training_from_manifest_to_checkpoint(run_train, paths, tmp_path):
         train_arguments(paths, tmp_path, epochs=6, ema=0.5, batch_size=None, batch_seconds=4, milestones=2)
     )
     assert "training: 16 utterances" in said and "done: step" in said
-    records = read_log(tmp_path / "log.jsonl")
-    train = [r for r in records if r["kind"] == "train"]
-    assert train[-1]["loss"] < train[0]["loss"]
-    assert {"loss", "wer", "lr", "grad_norm", "utterances_per_s", "epoch"} <= train[-1].keys()
+    (first, *_, last), judged = records(tmp_path, "train"), records(tmp_path, "val_ema")
+    assert last["loss"] < first["loss"]
+    assert {"loss", "wer", "lr", "grad_norm", "utterances_per_s", "epoch"} <= last.keys()
     best = checkpoint.load(tmp_path / "best.pt")
-    assert best["best_wer"] == min(r["wer"] for r in records if r["kind"] == "val_ema")
-    at_best = next(r for r in records if r["kind"] == "val_ema" and r["step"] == best["step"])
-    assert at_best["wer"] == best["best_wer"], "the best checkpoint must carry its own WER"
+    at_best = next(r for r in judged if r["step"] == best["step"])
+    assert at_best["wer"] == best["best_wer"] == min(r["wer"] for r in judged), "best.pt must have its own WER"
     assert (tmp_path / "milestone_epoch_0002.pt").exists()
     assert len(list(tmp_path.glob("step_*.pt"))) == 2
     assert list((tmp_path / "tensorboard").iterdir())
@@ -94,20 +103,13 @@ def test_files_that_cannot_be_read_are_reported_and_left_out(run_train, paths, t
 
 
 def test_a_nan_loss_is_named_and_training_goes_on(run_train, paths, tmp_path, monkeypatch):
-    def with_nan(items):
-        batch = collate(items)
-        for i, name in enumerate(batch.names):
-            if name.endswith("train7.wav"):
-                batch.audio[i] = math.nan
-        return batch
-
-    monkeypatch.setattr("jasper_fast.data.batches.collate", with_nan)
+    monkeypatch.setattr(batches, "collate", batches.collate)  # restored at the end
+    worlds.nan_in(None, 0, "train7.wav")
     said = run_train(train_arguments(paths, tmp_path, epochs=2, val_manifests=None))
     assert "step skipped: " in said and "train7.wav: its features are not finite" in said
-    records = read_log(tmp_path / "log.jsonl")
-    skipped = [r for r in records if r["kind"] == "skipped"]
+    skipped = records(tmp_path, "skipped")
     assert len(skipped) == 2 and all("train7.wav" in name for r in skipped for name in r["names"])
-    assert next(r for r in reversed(records) if r["kind"] == "train")["bad_losses"] == 2
+    assert records(tmp_path, "train")[-1]["bad_losses"] == 2
     state = checkpoint.load(next(tmp_path.glob("step_*8.pt")))
     assert all(torch.isfinite(t).all() for t in state["state_dict"].values())
 
@@ -140,7 +142,7 @@ def test_the_form_of_the_panes_reaches_the_model_and_is_recorded(run_train, path
     calls = spied(monkeypatch, ops, "gram")
     run_train(train_arguments(paths, tmp_path, steps=1, val_manifests=None, panes="gram"))
     assert calls
-    assert read_log(tmp_path / "log.jsonl")[0]["arguments"]["panes"] == "gram"
+    assert records(tmp_path, "start")[0]["arguments"]["panes"] == "gram"
     calls.clear()
     said = run_train(train_arguments(paths, tmp_path, steps=2, val_manifests=None, panes="plain", resume=True))
     assert "note: --panes was gram, now it is plain" in said and "done: step 2" in said
@@ -153,7 +155,7 @@ def test_cuda_graphs_without_a_gpu_are_plain_steps(run_train, paths, tmp_path):
     for name, asked in (("with", True), ("without", None)):
         said = run_train(train_arguments(paths, tmp_path / name, steps=2, val_manifests=None, cuda_graphs=asked))
         assert ("no CUDA graphs: CUDA graphs need a GPU, but the model is on cpu" in said) == bool(asked)
-        logs.append([r["loss"] for r in read_log(tmp_path / name / "log.jsonl") if r["kind"] == "train"])
+        logs.append([r["loss"] for r in records(tmp_path / name, "train")])
     assert len(logs[0]) == 2 and logs[0] == logs[1]
 
 
@@ -168,7 +170,7 @@ def test_two_processes_train_the_same_weights_and_resume(paths, tmp_path):
         arguments = train_arguments(paths, folder, **settings, **more)
         done = subprocess.run([*launch, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        return [r for r in read_log(folder / "log.jsonl") if r["kind"] in ("train", "val_live", "val_ema")]
+        return records(folder, "train", "val_live", "val_ema")
 
     whole = run(tmp_path / "whole", steps=4, save_every=2)
     assert [r["step"] for r in whole] == [1, 2, 3, 4, 4, 4]
@@ -182,7 +184,7 @@ def test_two_processes_train_the_same_weights_and_resume(paths, tmp_path):
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision(run_train, paths, tmp_path, amp):
     run_train(train_arguments(paths, tmp_path, steps=12, val_manifests=None, amp=amp))
-    last = [r for r in read_log(tmp_path / "log.jsonl") if r["kind"] == "train"][-1]
+    last = records(tmp_path, "train")[-1]
     assert last["loss"] > 0 and last["bad_losses"] == 0
     scaler = checkpoint.load(tmp_path / "step_00000012.pt")["scaler"]
     if amp == "fp16":  # the scale starts high, and every overflow halves it
@@ -223,7 +225,7 @@ def test_the_schedule_can_follow_the_clock(run_train, paths, tmp_path, monkeypat
     schedule = {"lr_policy": "polynomial", "lr_power": 1, "warmup_steps": 0, "lr": 0.1, "steps": 20}
     arguments = train_arguments(paths, tmp_path, max_minutes=1, lr_by_clock=True, val_manifests=None, **schedule)
     run_train(arguments)
-    rates = [r["lr"] for r in read_log(tmp_path / "log.jsonl") if r["kind"] == "train"]
+    rates = [r["lr"] for r in records(tmp_path, "train")]
     assert rates[0] == pytest.approx(0.05) and rates == sorted(rates, reverse=True) and len(rates) == 20
 
 
