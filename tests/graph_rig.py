@@ -60,6 +60,10 @@ def moved(module: torch.nn.Module, device: str) -> None:
             m._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
 
 
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True))
+
+
 class Rig:
     """A model, frontend, optimiser, average, scaler and guard from one seed."""
 
@@ -89,6 +93,10 @@ class Rig:
         parts = self.model, self.frontend, batches, self.optimizer, self.scaler, self.guard
         return train_step(*parts, **self.how)
 
+    def equal(self, other: Rig) -> bool:
+        """Returns whether both have the same numbers bit by bit, NaN included."""
+        return same(list(self.state()), list(other.state()))
+
     def graphed(self, monkeypatch, **more) -> tuple[GraphedStep, TapeRecorder]:
         recorder = TapeRecorder(monkeypatch, lambda: self.state(), lambda: self.held(made))
         parts = self.model, self.frontend, self.optimizer, self.scaler, self.guard
@@ -109,6 +117,3 @@ class Rig:
         for graph in made.graphs.values():
             found += [*tensors([vars(one) for one in graph.inputs]), *tensors(list(graph.held.values())), *graph.alive]
         return found
-
-    def numbers(self) -> list[Tensor]:
-        return [x.detach().clone() for x in self.state()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -44,10 +45,8 @@ def test_equals_a_plain_loop(betas, grad_averaging, lr):
     expected = [p.detach().clone() for p in params]
     for step in range(5):
         grads = [torch.randn_like(p) for p in params]
-        if step == 1:
-            grads[2] = None  # no gradient in one step
-        if step == 0:
-            grads[3] = None  # no gradient in the first step
+        if step < 2:
+            grads[3 - step] = None  # no gradient in the first step, or in a later one
         for p, g in zip(params, grads, strict=True):
             p.grad = None if g is None else g.clone()
         optimizer.step()
@@ -60,12 +59,11 @@ def test_equals_a_plain_loop(betas, grad_averaging, lr):
 def test_groups_have_their_own_settings():
     a, b = tensors()[:2]
     optimizer = NovoGrad([{"params": [a], "lr": 0.0}, {"params": [b], "weight_decay": 0.0}], lr=0.1, weight_decay=1.0)
-    before = a.detach().clone(), b.detach().clone()
-    for p in (a, b):
-        p.grad = torch.ones_like(p)
+    before = copy.deepcopy((a, b))
+    a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
     optimizer.step()
     assert torch.equal(a, before[0])
-    torch.testing.assert_close(b.detach(), before[1] - 0.1 / 7**0.5)
+    torch.testing.assert_close(b, before[1] - 0.1 / 7**0.5)
 
 
 def test_mixed_dtypes_and_low_precision_state():
@@ -87,7 +85,7 @@ def test_mixed_dtypes_and_low_precision_state():
 @pytest.mark.parametrize("betas", [(0.95, 0.0), (0.9, 0.9)])
 def test_state_dict_continues_bit_for_bit(betas, tmp_path):
     grads = [[torch.randn(s) for s in SHAPES] for _ in range(6)]
-    start = [torch.randn(s) for s in SHAPES]
+    start = tensors(torch.float32)
 
     def run(params, optimizer, steps):
         for step in steps:
@@ -95,27 +93,24 @@ def test_state_dict_continues_bit_for_bit(betas, tmp_path):
                 p.grad = g
             optimizer.step()
 
-    whole = [nn.Parameter(t.clone()) for t in start]
+    whole, first = copy.deepcopy(start), copy.deepcopy(start)
     run(whole, NovoGrad(whole, lr=0.1, betas=betas, weight_decay=0.01), range(6))
-    first = [nn.Parameter(t.clone()) for t in start]
     optimizer = NovoGrad(first, lr=0.1, betas=betas, weight_decay=0.01)
     run(first, optimizer, range(3))
     torch.save(optimizer.state_dict(), tmp_path / "o.pt")
-    second = [nn.Parameter(p.detach().clone()) for p in first]
+    second = copy.deepcopy(first)
     optimizer = NovoGrad(second, lr=123.0)
     optimizer.load_state_dict(torch.load(tmp_path / "o.pt", weights_only=True))
     run(second, optimizer, range(3, 6))
-    for a, b in zip(whole, second, strict=True):
-        assert torch.equal(a, b)
+    assert all(map(torch.equal, whole, second))
 
 
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["float", "tensor"])
 @pytest.mark.parametrize("betas", [(0.95, 0.0), (0.9, 0.9)])
 def test_found_inf_leaves_everything_untouched(betas, lr):
     """Shows that a skipped step, even the first, changes nothing and does not affect the next one."""
-    params, twins = tensors(torch.float32), []
-    for p in params:
-        twins.append(nn.Parameter(p.detach().clone()))
+    params = tensors(torch.float32)
+    twins = copy.deepcopy(params)
     ours, plain = (NovoGrad(ps, lr=lr, betas=betas, weight_decay=0.1) for ps in (params, twins))
     for found in (1.0, 0.0, 1.0, 0.0):
         before = [p.detach().clone() for p in params]
@@ -154,8 +149,7 @@ def test_works_with_grad_scaler():
             scaler.update()
         results.append(p.detach())
         assert how == "plain" or scaler.get_scale() == 512.0
-    torch.testing.assert_close(results[1], results[0])
-    torch.testing.assert_close(results[2], results[0])
+    torch.testing.assert_close(results[1:], results[:1] * 2)
 
 
 @pytest.mark.parametrize(
@@ -206,8 +200,7 @@ def test_ema_context_gives_the_weights_back():
     ema = EMA(model, decay=0.5)
     with torch.no_grad():
         model.conv.weight += 1
-    live = {k: v.clone() for k, v in model.state_dict().items()}
-    average = {k: v.clone() for k, v in ema.average.items()}
+    live, average = copy.deepcopy(model.state_dict()), copy.deepcopy(ema.average)
     version = model.conv.weight._version
     with pytest.raises(KeyboardInterrupt), ema.applied_to(model):
         assert all(torch.equal(v, average[k]) for k, v in model.state_dict().items())
@@ -274,10 +267,8 @@ def test_the_average_in_the_step_is_the_one_after_it(name, warmup):
     twin, after, _, expected = learn("reference", False, warmup=warmup)
     torch.testing.assert_close(outcomes, expected, equal_nan=True)
     assert outcomes[:, 1].tolist() == [0, 0, 1, 0, 0] and ema.updates == after.updates == 5
-    for key, value in ema.state_dict().items():
-        torch.testing.assert_close(value, after.average[key], msg=lambda m, key=key: f"{key}: {m}")
-    for (key, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, msg=lambda m, key=key: f"{key}: {m}")
+    torch.testing.assert_close(ema.state_dict(), after.state_dict())
+    torch.testing.assert_close(dict(model.named_parameters()), dict(twin.named_parameters()))
     assert model.unused not in optimizer.state
     assert ema.average["bn.num_batches_tracked"] == 5
 
@@ -323,21 +314,20 @@ def test_an_average_of_another_model_is_refused():
 
 @pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
 def test_a_state_of_the_foreach_form_goes_on(name):
-    """Shows that a state of earlier versions loads. In it each second moment is a tensor of its own, and moments may
-    have any memory order."""
+    """Shows that a state of earlier versions loads. In it each second moment is a tensor of its own. Moments, like
+    gradients, may have another memory order than their parameter."""
     device = make_face(name).device
     start = torch.randn(4, 6, 3, device=device)
-    moment = torch.randn(3, 6, 4, device=device).permute(2, 1, 0)  # another memory order than the parameter's
+    moment, grad = (torch.randn(3, 6, 4, device=device).permute(2, 1, 0) for _ in range(2))
     state = {0: {"exp_avg": moment, "exp_avg_sq": torch.tensor(2.5, device=device)}}
     group = {"lr": 0.1, "betas": (0.9, 0.5), "eps": 1e-8, "weight_decay": 0.1, "grad_averaging": False, "params": [0]}
-    p, grad = nn.Parameter(start.clone()), torch.randn(4, 6, 3, device=device)
+    p = nn.Parameter(start.clone())
     p.grad = grad
     optimizer = NovoGrad([p], backend=name)
     optimizer.load_state_dict({"state": state, "param_groups": [group]})
     optimizer.step()
     expected, held = start.double(), {0: (moment.double(), torch.tensor(2.5, dtype=torch.float64, device=device))}
-    how = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "grad_averaging")}
-    by_hand([expected], [grad.double()], held, **how)
+    by_hand([expected], [grad.double()], held, **{key: value for key, value in group.items() if key != "params"})
     torch.testing.assert_close(p.double(), expected, rtol=1e-5, atol=1e-6)
     saved = optimizer.state_dict()
     assert saved["state"].keys() == {0} and saved["state"][0].keys() == {"exp_avg", "exp_avg_sq"}
@@ -351,30 +341,17 @@ def test_an_optimizer_can_be_copied_and_pickled():
         assert twin.ema is None
 
 
-def test_a_gradient_in_another_memory_order_is_taken_right():
-    p = nn.Parameter(torch.randn(4, 6, 3))
-    p.grad = torch.randn(3, 6, 4).permute(2, 1, 0)
-    expected, grad = p.detach().double(), p.grad.double()
-    NovoGrad([p], lr=0.1).step()
-    by_hand([expected], [grad], {}, lr=0.1, betas=(0.95, 0.0), eps=1e-8, weight_decay=0.0, grad_averaging=False)
-    torch.testing.assert_close(p.double(), expected, rtol=1e-5, atol=1e-6)
-
-
 # ---- `update`, which train_step calls ----
 
 
 @pytest.mark.parametrize("fp16", [False, True])
-@pytest.mark.parametrize("kind", ["novograd", "adamw", "sgd"])
+@pytest.mark.parametrize("kind", [NovoGrad, functools.partial(torch.optim.AdamW, fused=True), torch.optim.SGD])
 def test_an_update_skips_bad_steps_and_scales_alike(kind, fp16):
     """Shows that bad steps are skipped and losses scaled alike for NovoGrad, for a fused optimiser with found_inf, and
     for one without it, where the host decides."""
     torch.manual_seed(1)
     model = nn.Linear(3, 2)
-    optimizer = {
-        "novograd": lambda: NovoGrad(model.parameters(), lr=0.1),
-        "adamw": lambda: torch.optim.AdamW(model.parameters(), lr=0.1, fused=True),
-        "sgd": lambda: torch.optim.SGD(model.parameters(), lr=0.1),
-    }[kind]()
+    optimizer = kind(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2, enabled=fp16)
     scales = []
     for bad in (False, True, False, False):

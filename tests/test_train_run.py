@@ -163,20 +163,17 @@ def test_cuda_graphs_without_a_gpu_are_plain_steps(run_train, paths, tmp_path):
 def test_two_processes_train_the_same_weights_and_resume(paths, tmp_path):
     """Shows that under torchrun both processes share the batches, write one log and resume exactly."""
     settings = {"grad_accumulation": 2, "batch_size": 2, "ema": 0.9, "val_every": 4}
+    settings |= {"steps": 4, "save_every": 2}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    arguments = train_arguments(paths, tmp_path / "whole", **settings)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def run(folder, **more):
-        arguments = train_arguments(paths, folder, **settings, **more)
-        done = subprocess.run([*launch, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return records(folder, "train", "val_live", "val_ema")
-
-    whole = run(tmp_path / "whole", steps=4, save_every=2)
-    assert [r["step"] for r in whole] == [1, 2, 3, 4, 4, 4]
+    done = subprocess.run([*launch, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     (tmp_path / "part").mkdir()
     shutil.copy(tmp_path / "whole" / "step_00000002.pt", tmp_path / "part")
-    part = run(tmp_path / "part", steps=4, save_every=2, resume=True)
+    worlds.world(2, train_arguments(paths, tmp_path / "part", **settings, resume=True), tmp_path / "w")
+    whole, part = (records(tmp_path / name, "train", "val_live", "val_ema") for name in ("whole", "part"))
+    assert [r["step"] for r in whole] == [1, 2, 3, 4, 4, 4]
     assert [r["loss"] for r in part] == [r["loss"] for r in whole if r["step"] > 2]
     assert len(checkpoint.load(tmp_path / "whole" / "step_00000004.pt")["rng"]) == 2
 
@@ -229,9 +226,6 @@ def test_the_schedule_can_follow_the_clock(run_train, paths, tmp_path, monkeypat
     assert rates[0] == pytest.approx(0.05) and rates == sorted(rates, reverse=True) and len(rates) == 20
 
 
-@pytest.mark.slow
-def test_command_line_errors_are_one_line(paths, tmp_path):
-    arguments = train_arguments({**paths, "train": tmp_path / "none.jsonl"}, tmp_path)
-    done = subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert re.search(r"error: .*none\.jsonl: cannot read the manifest", done.stderr)
+def test_command_line_errors_are_one_line(paths, tmp_path, capsys):
+    assert train.command(train_arguments({**paths, "train": tmp_path / "none.jsonl"}, tmp_path)) == 1
+    assert re.fullmatch(r"error: .*none\.jsonl: cannot read the manifest.*\n", capsys.readouterr().err)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
-import io
 import pickle
 
 import pytest
@@ -62,9 +61,8 @@ def test_a_step_runs_no_conv_twice_and_takes_no_pass_for_statistics(launches, fo
     backward = collections.Counter(launches)
     inside = CONVS - BLOCKS  # convs that follow another conv of their block
     want = {"conv1d_pack": CONVS, "conv1d_forward stats": CONVS, "conv1d_stats_merge": CONVS, "forward": CONVS}
-    if form == "plain":  # a pane's output comes from no conv1d kernel, so its statistics need a pass
-        want |= {"stats": PANES, "stats_merge": PANES}
-    assert forward == want
+    # a plain pane's output comes from no conv1d kernel, so its statistics need a pass
+    assert forward == want | ({"stats": PANES, "stats_merge": PANES} if form == "plain" else {})
     assert backward == {
         "conv1d_wgrad": CONVS - 1,
         "conv1d_wgrad_merge": CONVS - 1,
@@ -157,22 +155,17 @@ def test_packs_are_made_once_and_filled_in_every_forward(launches):
     assert {p.dtype for p in packs(ours).values()} == {torch.bfloat16}
 
 
-def test_packs_are_in_no_state_dict_and_no_copy(launches):
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_packs_are_in_no_state_dict_and_no_copy(launches, copied):
     ours = model("gram")
     before = list(ours.state_dict())
     ours(*batch())
-    assert list(ours.state_dict()) == before
-    assert packs(ours)
-    twins = [copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))]
-    held = io.BytesIO()
-    torch.save(ours, held)
-    held.seek(0)
-    twins.append(torch.load(held, weights_only=False))
-    for twin in twins:
-        assert not packs(twin)
-        twin(*batch())
-        assert len(packs(twin)) == CONVS
-        assert {p.data_ptr() for p in packs(twin).values()}.isdisjoint(p.data_ptr() for p in packs(ours).values())
+    assert list(ours.state_dict()) == before and packs(ours)
+    twin = copied(ours)
+    assert not packs(twin)
+    twin(*batch())
+    assert len(packs(twin)) == CONVS
+    assert {p.data_ptr() for p in packs(twin).values()}.isdisjoint(p.data_ptr() for p in packs(ours).values())
 
 
 @pytest.mark.parametrize("form", ["gram", "plain"])
@@ -212,16 +205,13 @@ def test_a_forward_takes_the_weights_as_they_are_now():
     """Shows, with real launches, that a forward after weights changed in place equals that of a new model."""
     settle("triton")
     _, ours = pair(config("none"), "triton")
-    features, lengths = batch()
-    ours.eval()
+    fresh = Jasper(config("none"), backend="triton").eval()
     with torch.no_grad():
-        ours(features, lengths)
+        ours.eval()(*batch())
         for parameter in ours.parameters():
             parameter.mul_(1.5)
-    fresh = Jasper(config("none"), backend="triton").eval()
-    fresh.load_state_dict(ours.state_dict())
-    with torch.no_grad():
-        assert torch.equal(ours(features, lengths)[0], fresh(features, lengths)[0])
+        fresh.load_state_dict(ours.state_dict())
+        assert torch.equal(ours(*batch())[0], fresh(*batch())[0])
 
 
 # ---- the optimiser's step ----
@@ -294,29 +284,10 @@ def hollow_training(form: str, jasper10x5: bool = True) -> tuple[Jasper, EMA]:
     return ours, EMA(ours)
 
 
-def test_the_optimiser_and_the_average_are_two_launches(launches):
+@pytest.mark.parametrize("face", ["triton", "cuda", "reference"])
+def test_the_optimiser_and_the_average_are_two_launches(launches, face, monkeypatch):
     """Shows that the update of Jasper 10x5 and its average take two kernels and a few small copies. The foreach form
     makes hundreds of launches."""
-    ours, ema = hollow_training("gram")
-    optimizer = NovoGrad(ours.parameters(), lr=0.01, weight_decay=1e-3, ema=ema, backend="triton")
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    step.update(ours, optimizer, scaler)  # makes its state
-    launches.clear()
-    for group in optimizer.param_groups:
-        group["lr"] = 0.009  # as a schedule does in every step
-    with Dispatched() as seen:
-        step.update(ours, optimizer, scaler)
-    assert launches == ["squares", "update"]
-    assert len(launches) + seen.count.total() <= 6, seen.count
-    foreach = NovoGrad(ours.parameters(), lr=0.01, weight_decay=1e-3, backend="reference")
-    step.update(ours, foreach, scaler)
-    with Dispatched() as seen:
-        step.update(ours, foreach, scaler), ema.update(ours)
-    assert seen.count.total() > 400, seen.count
-
-
-def test_in_cuda_it_is_two_launches_too(launches, monkeypatch):
-    """Shows that the CUDA face updates Jasper 10x5 in two launches and at most four other operations."""
     ours, ema = hollow_training("gram")
 
     class Functions:
@@ -324,16 +295,16 @@ def test_in_cuda_it_is_two_launches_too(launches, monkeypatch):
         jf_novograd_update = staticmethod(lambda stream, grid, args: launches.append("update"))
 
     monkeypatch.setattr(cuda_launch, "functions", Functions)
-    monkeypatch.setattr(NovoGrad, "_face", lambda self, device, params: "cuda")
+    monkeypatch.setattr(NovoGrad, "_face", lambda self, device, params: face)
     optimizer = NovoGrad(ours.parameters(), lr=0.01, weight_decay=1e-3, ema=ema)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    step.update(ours, optimizer, scaler)
+    step.update(ours, optimizer, scaler)  # makes its state
     launches.clear()
-    optimizer.param_groups[0]["lr"] = 0.009
+    optimizer.param_groups[0]["lr"] = 0.009  # as a schedule does in every step
     with Dispatched() as seen:
         step.update(ours, optimizer, scaler)
-    assert launches == ["squares", "update"]
-    assert len(launches) + seen.count.total() <= 6, seen.count
+    total = len(launches) + seen.count.total()
+    assert total > 400 if face == "reference" else (launches == ["squares", "update"] and total <= 6), seen.count
 
 
 def test_the_step_moves_32_bytes_a_parameter(launches, monkeypatch):
