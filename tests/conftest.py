@@ -41,21 +41,23 @@ class Face:
 
 def make_face(name: str) -> Face:
     """Returns the face called `name`, or skips the test with the reason if this machine cannot run that face."""
+    from jasper_fast.kernels import native
+
     gpu = torch.cuda.is_available()
-    if name == "cpu":
-        from jasper_fast.kernels import native
-
-        if not native.cpu_available():
-            pytest.skip("the native CPU library is not built: run `make install`")
-    if name == "cuda":
-        if not gpu:
-            pytest.skip("no CUDA device")
-        from jasper_fast.kernels import native
-
-        if not native.cuda_available():
-            pytest.skip("the native CUDA library is not built: run `make install` where nvcc is found")
-    if name == "triton" and importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
+    obstacles = {
+        "cpu": [(not native.cpu_available(), "the native CPU library is not built: run `make install`")],
+        "cuda": [
+            (not gpu, "no CUDA device"),
+            (
+                not native.cuda_available(),
+                "the native CUDA library is not built: run `make install` where nvcc is found",
+            ),
+        ],
+        "triton": [(importlib.util.find_spec("triton") is None, "triton is not installed")],
+    }
+    for is_there, reason in obstacles.get(name, ()):
+        if is_there:
+            pytest.skip(reason)
     return Face(name, torch.device("cuda" if name == "cuda" or (name == "triton" and gpu) else "cpu"))
 
 

@@ -1,7 +1,8 @@
-"""The comparison of decoders: sentences made of joined words, the interval of a gain, and the printed lines."""
+"""The comparisons of decoders and of a rescoring pass: joined words, the interval of a gain, and the printed lines."""
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import torch
 
 from jasper_fast import JasperConfig
 from jasper_fast.data.manifest import read_manifest
-from jasper_fast.demo import decoding
+from jasper_fast.demo import decoding, rescoring
 from jasper_fast.kernels import native
+from jasper_fast.lm.neural import scoring
 from jasper_fast.lm.saved import Saved
 from jasper_fast.speech.text import Vocabulary
 
@@ -55,24 +57,50 @@ def test_the_interval_of_a_gain():
     assert decoding.gain(before, before) == (0.0, 0.0, 0.0)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not native.cpu_available(), reason="the native CPU library is not built")
-def test_the_lines_of_a_comparison(tmp_path, monkeypatch):
-    monkeypatch.setattr(decoding, "GRID", [(0.0, 0.0), (1.0, 0.0)])
-    pytest.importorskip("flashlight.lib.text.decoder", reason="flashlight-text is not installed")
+def spoken(folder, noise: float, sharp: float) -> tuple[Saved, list[str]]:
+    """Saves log-probs of twelve random texts of three words, and returns them with the texts. The first frame
+    suggests a "d", although no text begins with one, by `sharp`."""
     torch.manual_seed(0)
     rng, v = random.Random(0), Vocabulary()
     texts = [" ".join(rng.choices(("one", "two", "three", "four"), k=3)) for _ in range(12)]
-    saved = Saved(tmp_path, v, 0.02)
+    saved = Saved(folder, v, 0.02)
     for i, text in enumerate(texts):
         ids = [x for c in v.encode(text) for x in (c, v.blank)]
-        log_probs = torch.randn(len(ids), v.n_classes)
+        log_probs = noise * torch.randn(len(ids), v.n_classes)
         log_probs[torch.arange(len(ids)), torch.tensor(ids)] += 5.0
-        log_probs[0, 4] += 5.0
+        log_probs[0, 4] += sharp
         saved.keep(i, log_probs.log_softmax(-1))
     saved.finish([f"{i}.wav" for i in range(12)], texts)
+    return Saved.open(folder), texts
+
+
+NATIVE = pytest.mark.skipif(not native.cpu_available(), reason="the native CPU library is not built")
+
+
+@pytest.mark.slow
+@NATIVE
+def test_the_lines_of_a_comparison(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "GRID", [(0.0, 0.0), (1.0, 0.0)])
+    pytest.importorskip("flashlight.lib.text.decoder", reason="flashlight-text is not installed")
+    saved, texts = spoken(tmp_path, 1.0, 5.0)
     (tmp_path / "texts").write_text("\n".join(texts))
-    lines = decoding.compare(Saved.open(tmp_path), tmp_path / "texts", tmp_path, 16)
+    lines = decoding.compare(saved, tmp_path / "texts", tmp_path, 16)
     assert lines[0].startswith("6 utterances, 18 words; greedy WER ") and len(lines) == 4
-    words = float(lines[3].split("WER ")[1].split(" %")[0])
-    assert "3-gram of words" in lines[3] and words < float(lines[0].split("WER ")[1].split(" %")[0])
+    greedy, words = (float(re.search(r"WER ([\d.]+) %", lines[i])[1]) for i in (0, 3))
+    assert "3-gram of words" in lines[3] and words < greedy
+
+
+@NATIVE
+def test_the_lines_of_a_rescoring(tmp_path):
+    saved, texts = spoken(tmp_path, 0.5, 5.5)
+    scorer = lambda found: [0.0 if text in texts else -2000.0 for text in found]  # noqa: E731
+    lines = rescoring.compare(saved, scorer, [("no language model", None)], 64)
+    first, second = (float(x) for x in re.findall(r"([\d.]+) % \(", lines[0]))
+    assert len(lines) == 1 and second == 0.0 < first and "100.0 % [100.0, 100.0] fewer errors" in lines[0]
+
+
+def test_a_model_of_the_texts(tmp_path):
+    (tmp_path / "texts.txt").write_text("a b c\n" * 400)
+    rescoring.learn(tmp_path / "texts.txt", tmp_path / "neural", 4)
+    lm = scoring.load(tmp_path / "neural", "cpu")
+    assert lm.tokens.names[2:] == ["a", "b", "c"] and (tmp_path / "neural" / "dev.txt").read_text() == "a b c\n" * 40

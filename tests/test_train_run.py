@@ -34,6 +34,13 @@ def run_train(capsys):
     return lambda arguments: run(arguments) or capsys.readouterr().err
 
 
+def changed(config: Path, old: str, new: str) -> Path:
+    """Writes a configuration in which `new` replaces `old`, and returns its path."""
+    made = config.with_name("changed.yaml")
+    made.write_text(config.read_text().replace(old, new))
+    return made
+
+
 NOTHING = dict.fromkeys(("config", "train", "val"), Path("none.yaml"))
 
 
@@ -85,13 +92,8 @@ def test_training_from_manifest_to_checkpoint(run_train, paths, tmp_path):
 
 def test_files_that_cannot_be_read_are_reported_and_left_out(run_train, paths, tmp_path):
     lines = [json.loads(line) for line in paths["train"].read_text().splitlines()]
-    lines[3]["audio_filepath"] = "gone.wav"
-    lines[5]["duration"] = 100.0
-    lines[6]["text"] = "?!"
-    strict = paths["config"].with_name("strict.yaml")
-    strict.write_text(
-        paths["config"].read_text().replace("sample_rate: 16000", "sample_rate: 16000\n    max_duration: 16.7")
-    )
+    lines[3]["audio_filepath"], lines[5]["duration"], lines[6]["text"] = "gone.wav", 100.0, "?!"
+    strict = changed(paths["config"], "sample_rate: 16000", "sample_rate: 16000\n    max_duration: 16.7")
     manifest = paths["train"].with_name("flawed.jsonl")
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
     said = run_train(
@@ -116,9 +118,7 @@ def test_a_nan_loss_is_named_and_training_goes_on(run_train, paths, tmp_path, mo
 
 def test_fine_tuning_with_other_labels(run_train, paths, tmp_path):
     run_train(train_arguments(paths, tmp_path / "a", steps=1, val_manifests=None))
-    text = paths["config"].read_text().replace("- d\n", "- d\n- e\n")
-    other = paths["config"].with_name("other.yaml")
-    other.write_text(text)
+    other = changed(paths["config"], "- d\n", "- d\n- e\n")
     source = next((tmp_path / "a").glob("step_*.pt"))
     with pytest.warns(UserWarning, match="the decoder is initialised anew"):
         run_train(
@@ -151,12 +151,8 @@ def test_the_form_of_the_panes_reaches_the_model_and_is_recorded(run_train, path
 
 
 def test_cuda_graphs_without_a_gpu_are_plain_steps(run_train, paths, tmp_path):
-    logs = []
-    for name, asked in (("with", True), ("without", None)):
-        said = run_train(train_arguments(paths, tmp_path / name, steps=2, val_manifests=None, cuda_graphs=asked))
-        assert ("no CUDA graphs: CUDA graphs need a GPU, but the model is on cpu" in said) == bool(asked)
-        logs.append([r["loss"] for r in records(tmp_path / name, "train")])
-    assert len(logs[0]) == 2 and logs[0] == logs[1]
+    said = run_train(train_arguments(paths, tmp_path, steps=2, val_manifests=None, cuda_graphs=True))
+    assert "no CUDA graphs: CUDA graphs need a GPU, but the model is on cpu" in said and "done: step 2" in said
 
 
 @pytest.mark.slow
@@ -200,20 +196,9 @@ def test_mixed_precision(run_train, paths, tmp_path, amp):
     ],
 )
 def test_settings_that_cannot_be_used_are_named(run_train, paths, tmp_path, change, message):
-    config = paths["config"].with_name("wrong.yaml")
-    config.write_text(paths["config"].read_text().replace(*change))
+    config = changed(paths["config"], *change)
     with pytest.raises(RunError, match=message):
         run_train(train_arguments({**paths, "config": config}, tmp_path))
-
-
-def test_help_explains_every_option(run_train, capsys):
-    with pytest.raises(SystemExit):
-        run_train(["--help"])
-    said = capsys.readouterr().out
-    missing = {
-        word for word in ("--train-manifests", "--lr-by-clock", "--resume", "torchrun", "SIGKILL") if word not in said
-    }
-    assert not missing
 
 
 def test_the_schedule_can_follow_the_clock(run_train, paths, tmp_path, monkeypatch):

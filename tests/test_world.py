@@ -31,6 +31,17 @@ def without(paths, which: str, gone, tmp_path) -> dict:
     return paths | {which: manifest}
 
 
+@pytest.fixture
+def ran(paths, tmp_path):
+    """Returns a function that trains in `size` processes, in the folder "run", see `worlds.world`."""
+
+    def run(size, *prepare, corpus=paths, name="run", status=0, **options):
+        arguments = train_arguments(corpus, tmp_path / name, **options)
+        return worlds.world(size, arguments, tmp_path / f"world {name}", *prepare, status=status)
+
+    return run
+
+
 def no_substitutes(train, rank: int) -> None:
     """Makes files that cannot be read leave their places in a batch empty."""
     from jasper_fast.data import dataset
@@ -38,11 +49,10 @@ def no_substitutes(train, rank: int) -> None:
     dataset._SUBSTITUTES = 0
 
 
-def test_a_step_that_one_rank_cannot_read_is_skipped_by_all(paths, tmp_path):
+def test_a_step_that_one_rank_cannot_read_is_skipped_by_all(ran, paths, tmp_path):
     """Shows that all ranks skip a step in which one rank can read no file."""
     flawed = without(paths, "train", {3}, tmp_path)
-    arguments = train_arguments(flawed, tmp_path / "run", batch_size=1, epochs=1, val_manifests=None)
-    members = worlds.world(2, arguments, tmp_path / "w", no_substitutes)
+    members = ran(2, no_substitutes, corpus=flawed, batch_size=1, epochs=1, val_manifests=None)
     assert "step skipped: " in members[0].said + members[1].said and "gone3.wav" in members[0].said + members[1].said
     assert [len(m.steps) for m in members] == [7, 7]
     state = checkpoint.load(tmp_path / "run" / "step_00000008.pt")
@@ -50,9 +60,8 @@ def test_a_step_that_one_rank_cannot_read_is_skipped_by_all(paths, tmp_path):
     assert "done: step 8" in members[0].said
 
 
-def test_a_step_in_which_one_rank_has_a_nan_is_skipped_by_all(paths, tmp_path):
-    arguments = train_arguments(paths, tmp_path / "run", batch_size=2, epochs=2, val_manifests=None)
-    members = worlds.world(2, arguments, tmp_path / "w", worlds.nan_in, "train7.wav")
+def test_a_step_in_which_one_rank_has_a_nan_is_skipped_by_all(ran, tmp_path):
+    members = ran(2, worlds.nan_in, "train7.wav", batch_size=2, epochs=2, val_manifests=None)
     said = members[0].said + members[1].said
     assert "Warning" not in said  # nothing that PyTorch will remove is used
     assert said.count("step skipped: ") == 2 and said.count("train7.wav: its features are not finite") == 2
@@ -62,62 +71,56 @@ def test_a_step_in_which_one_rank_has_a_nan_is_skipped_by_all(paths, tmp_path):
     assert state["meter"]["bad_losses"] + state["meter"]["overflows"] == 2
 
 
-def test_a_run_that_can_read_nothing_ends_saved(paths, tmp_path):
+def test_a_run_that_can_read_nothing_ends_saved(ran, paths, tmp_path):
     flawed = without(paths, "train", range(16), tmp_path)
     for size in (1, 2):
-        run = tmp_path / f"run{size}"
-        arguments = train_arguments(flawed, run, epochs=9, val_manifests=None, max_bad_steps=3)
-        members = worlds.world(size, arguments, tmp_path / f"w{size}", status=1)
+        how = {"epochs": 9, "val_manifests": None, "max_bad_steps": 3}
+        members = ran(size, corpus=flawed, name=str(size), status=1, **how)
         for member in members:
             assert "error: 3 steps in a row were skipped" in member.said and "gone" in member.said
-        assert checkpoint.load(run / "step_00000003.pt")["step"] == 3
+        assert checkpoint.load(tmp_path / str(size) / "step_00000003.pt")["step"] == 3
 
 
-def test_without_a_readable_validation_file_all_ranks_end_saved(paths, tmp_path):
-    flawed = without(paths, "val", range(4), tmp_path)
-    members = worlds.world(2, train_arguments(flawed, tmp_path / "run", epochs=2), tmp_path / "w", status=1)
+def test_without_a_readable_validation_file_all_ranks_end_saved(ran, paths, tmp_path):
+    members = ran(2, corpus=without(paths, "val", range(4), tmp_path), epochs=2, status=1)
     assert all("error: the validation manifests have no usable utterance" in m.said for m in members)
     assert (tmp_path / "run" / "step_00000002.pt").exists()
 
 
 @pytest.mark.parametrize("on_rank", [0, 1])
-def test_a_signal_to_one_process_ends_all_within_a_step(paths, tmp_path, on_rank):
-    arguments = train_arguments(paths, tmp_path / "run", batch_size=1, epochs=9, log_every=100, save_every=100)
-    members = worlds.world(2, arguments, tmp_path / "w", worlds.signal_at, on_rank, 3)
+def test_a_signal_to_one_process_ends_all_within_a_step(ran, tmp_path, on_rank):
+    members = ran(2, worlds.signal_at, on_rank, 3, batch_size=1, epochs=9, log_every=100, save_every=100)
     assert [len(m.steps) for m in members] == [3, 3]
     assert "stopped by" in members[0].said
     assert (tmp_path / "run" / "step_00000003.pt").exists()
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_signal_is_heard_while_a_step_is_loaded(paths, tmp_path, size):
+def test_a_signal_is_heard_while_a_step_is_loaded(ran, tmp_path, size):
     """Shows that after a signal in the first of four micro-batches the others are not read and the step is not done."""
     how = {"batch_size": 1, "epochs": 9, "grad_accumulation": 4, "val_manifests": None}
-    arguments = train_arguments(paths, tmp_path / "run", **how)
-    members = worlds.world(size, arguments, tmp_path / "w", worlds.signal_in, size - 1, "load")
+    members = ran(size, worlds.signal_in, size - 1, "load", **how)
     assert [len(m.steps) for m in members] == [1] * size
     assert (tmp_path / "run" / "step_00000001.pt").exists()
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_signal_is_heard_while_validating(paths, tmp_path, size):
+def test_a_signal_is_heard_while_validating(ran, tmp_path, size):
     """Shows that a signal ends validation on every rank, and that a resumed run repeats the validation."""
-    arguments = train_arguments(paths, tmp_path / "run", batch_size=1, epochs=9, val_every=3, save_every=100)
-    arguments += ["--ema", "0.9"]
-    members = worlds.world(size, arguments, tmp_path / "w", worlds.signal_in, size - 1, "validate")
+    how = {"batch_size": 1, "epochs": 9, "val_every": 3, "save_every": 100, "ema": 0.9}
+    members = ran(size, worlds.signal_in, size - 1, "validate", **how)
     assert [len(m.steps) for m in members] == [3] * size
     assert "validation was interrupted by a signal" in members[0].said and "stopped by" in members[0].said
     assert not [r for r in read_log(tmp_path / "run" / "log.jsonl") if r["kind"].startswith("val")]
     assert (tmp_path / "run" / "step_00000003.pt").exists() and not (tmp_path / "run" / "best.pt").exists()
-    worlds.world(size, [*arguments, "--resume", "--steps", "4"], tmp_path / "again")
+    ran(size, **how, resume=True, steps=4)
     found = [(r["kind"], r["step"]) for r in read_log(tmp_path / "run" / "log.jsonl")]
     assert found[-6:-2] == [("start", 3), ("val_live", 3), ("val_ema", 3), ("train", 4)]
 
 
 @pytest.mark.parametrize("name", ["train_manifests", "val_manifests"])
-def test_what_keeps_one_process_from_starting_ends_all(paths, tmp_path, name):
-    arguments = train_arguments(paths, tmp_path / "run")
-    members = worlds.world(2, arguments, tmp_path / "w", worlds.other_manifest, name, status=1)
+def test_what_keeps_one_process_from_starting_ends_all(ran, name):
+    members = ran(2, worlds.other_manifest, name, status=1)
     assert "error: another process failed: see its message" in members[0].said
     assert "gone.jsonl" in members[1].said and "Traceback" not in members[0].said + members[1].said
 
