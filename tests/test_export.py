@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from test_checkpoint import LABELS, own_document
 
 from jasper_fast.cli.command import main
 from jasper_fast.inference import InferenceEngine, export
@@ -17,7 +18,6 @@ from jasper_fast.nn.config import JasperConfig
 from jasper_fast.nn.eager import EagerJasper
 from jasper_fast.nn.model import Jasper
 
-LABELS = list(" abcdefg")
 BLOCKS = [
     {"filters": 8, "repeat": 1, "kernel_size": [5], "stride": [2], "residual": False},
     {"filters": 8, "repeat": 2, "kernel_size": [3], "residual": True, "residual_dense": True},
@@ -46,12 +46,6 @@ def trained(kind=Jasper, masks=True):
         if tensor.dim() == 1 and tensor.is_floating_point():
             tensor.copy_(torch.rand_like(tensor) + 0.5 if "running_mean" not in name else torch.randn_like(tensor))
     return model.eval()
-
-
-def saved(model, path):
-    state = {"format": checkpoint.FORMAT, "config": model.config.to_dict(), "labels": LABELS}
-    checkpoint.save(path, state | {"state_dict": model.state_dict()})
-    return path
 
 
 @pytest.mark.parametrize("kind", [Jasper, EagerJasper])
@@ -104,7 +98,8 @@ def test_jit_trace():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_onnx_folder(tmp_path, capsys):
     model = trained()
-    path, folder = saved(model, tmp_path / "a.pt"), tmp_path / "new" / "jasper"
+    path, folder = tmp_path / "a.pt", tmp_path / "new" / "jasper"
+    checkpoint.save(path, own_document(model))
     assert main(["export", "onnx", str(path), str(folder)]) == 0
     assert "differ by" in capsys.readouterr().out
     assert sorted(p.name for p in folder.iterdir() if p.suffix != ".data") == [
@@ -158,7 +153,8 @@ def test_the_rival_in_onnx_runtime_computes_what_eager_does():
 
 
 def test_without_the_packages_the_extra_is_named(tmp_path, monkeypatch, capsys):
-    path = saved(trained(), tmp_path / "a.pt")
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, own_document(trained()))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert main(["export", "onnx", str(path), str(tmp_path / "x")]) == 2

@@ -50,17 +50,13 @@ def step(model: Jasper, run, frames: int, low: torch.dtype | None) -> dict[str, 
     return found | {k: v.clone() for k, v in model.named_buffers() if v.is_floating_point()}
 
 
-def twin(model: Jasper) -> Jasper:
-    return copy.deepcopy(model)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "panes"), [("cpu", "plain"), ("cpu", "gram")])
 def test_a_compiled_step_equals_an_uncompiled_one_at_every_length(backend, panes):
     """Shows equal losses, gradients and statistics in fp32, and that of all further lengths only the first compiles
     again."""
     _, plain = pair(config(dropout=0.2), backend, panes=panes)
-    ours, counter = twin(plain), CompileCounterWithBackend("inductor")
+    ours, counter = copy.deepcopy(plain), CompileCounterWithBackend("inductor")
     run, graphs = torch.compile(ours, backend=counter, fullgraph=True), []
     for frames in (61, 75, 90, 43):
         want, got = step(plain.train(), plain, frames, None), step(ours.train(), run, frames, None)
@@ -77,7 +73,7 @@ def test_a_compiled_step_under_autocast_is_as_good_as_an_uncompiled_one(backend)
     """Shows that in bf16 the compiled step's error against fp32 is as small as the uncompiled one's. The bits differ,
     because Inductor fuses ops and rounds less often."""
     _, exact = pair(config(dropout=0.2), backend)
-    plain, ours = twin(exact), twin(exact)
+    plain, ours = copy.deepcopy(exact), copy.deepcopy(exact)
     ref = step(exact.train(), exact, 61, None)
     low = step(plain.train(), plain, 61, torch.bfloat16)
     got = step(ours.train(), torch.compile(ours, backend="inductor", fullgraph=True), 61, torch.bfloat16)

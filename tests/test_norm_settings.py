@@ -67,6 +67,12 @@ def equal(eager: EagerJasper, fused: Jasper, features: torch.Tensor) -> None:
     torch.testing.assert_close(got[valid], want[valid], atol=1e-5, rtol=1e-5)  # log-probabilities are fp32
 
 
+def equal_buffers(eager: EagerJasper, fused: Jasper) -> None:
+    ours = dict(fused.named_buffers())
+    for name, want in eager.named_buffers():
+        torch.testing.assert_close(ours[name], want, msg=lambda told, name=name: f"{name}: {told}")
+
+
 def features_of(model: EagerJasper) -> torch.Tensor:
     return torch.randn(2, model.config.encoder.in_feats, 40, dtype=torch.float64)
 
@@ -77,8 +83,7 @@ def test_a_norm_does_what_its_settings_say(form, change):
     eager, fused = pair(form, change)
     for _ in range(2):
         equal(eager, fused, features_of(eager))
-    for (name, want), got in zip(sorted(eager.named_buffers()), (b for _, b in sorted(fused.named_buffers()))):
-        torch.testing.assert_close(got, want, msg=lambda told, name=name: f"{name}: {told}")
+    equal_buffers(eager, fused)
     features = features_of(eager)
     weight = torch.randn(2, 20, fused.config.decoder.n_classes, dtype=torch.float64)
     for model in (eager, fused):
@@ -99,23 +104,9 @@ def test_update_bn_recomputes_the_statistics():
     eager, fused = pair("plain")
     batches = [features_of(eager) for _ in range(3)]
     for model in (eager, fused):
-        torch.optim.swa_utils.update_bn(batches, of_features(model))
-    for (name, want), got in zip(sorted(eager.named_buffers()), (b for _, b in sorted(fused.named_buffers()))):
-        torch.testing.assert_close(got, want, msg=lambda told, name=name: f"{name}: {told}")
-
-
-def of_features(model: nn.Module) -> nn.Module:
-    """Wraps `model` so that it takes one argument, as `update_bn` needs."""
-
-    class OfFeatures(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, features: torch.Tensor) -> torch.Tensor:
-            return self.model(features, LENGTHS)[0]
-
-    return OfFeatures()
+        model.register_forward_pre_hook(lambda _, given: (*given, LENGTHS))  # update_bn passes one argument
+        torch.optim.swa_utils.update_bn(batches, model)
+    equal_buffers(eager, fused)
 
 
 def test_an_engine_refuses_a_norm_without_running_statistics():
