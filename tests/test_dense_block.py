@@ -113,14 +113,14 @@ def test_panes_train_by_the_eps_and_momentum_of_their_modules(form):
     block = build(form, 0.0)
     sources = [mask(s.detach(), LENGTHS) for s in inputs()]
     expected, stats = 0.0, []
-    for (conv, bn), source in zip(block.panes(), sources, strict=True):
+    for (conv, bn), source in zip(block.panes, sources, strict=True):
         bn.eps, bn.momentum = 0.3, 0.25
         mean, var = bn.running_mean.clone(), bn.running_var.clone()
         y = F.conv1d(source, conv.weight)
         expected = expected + F.batch_norm(y, mean, var, bn.weight, bn.bias, True, bn.momentum, bn.eps)
         stats.append((mean, var))
-    out = pane_sum(block.panes(), sources, grams(block, sources), LENGTHS, "reference")
+    out = pane_sum(block.panes, sources, grams(block, sources), LENGTHS, "reference")
     torch.testing.assert_close(out, expected)
-    for (_, bn), (mean, var) in zip(block.panes(), stats, strict=True):
+    for (_, bn), (mean, var) in zip(block.panes, stats, strict=True):
         torch.testing.assert_close(bn.running_mean, mean)
         torch.testing.assert_close(bn.running_var, var)

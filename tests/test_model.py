@@ -162,7 +162,7 @@ def test_nan_in_a_valid_frame_reaches_the_loss(any_backend, training):
 )
 def test_the_halo_is_where_a_conv_of_masked_frames_ends(k, s, d):
     b = BlockConfig(filters=1, kernel_size=(k,), stride=(s,), dilation=(d,), residual=False)
-    halo = JasperBlock(1, b, [], "reference").sub_blocks()[0].halo
+    halo = JasperBlock(1, b, [], "reference").sub_blocks[0].halo
     for length in (0, 1, 2, 3, 17, 50, 60):
         x = torch.zeros(1, 1, 60)
         x[:, :, :length] = 1

@@ -68,7 +68,7 @@ class PlainJasper(nn.Module):
         self.blocks, self.panes = nn.ModuleList(), nn.ModuleList()
         for layer, b in zip(model.encoder.layers, self.config.encoder.blocks, strict=True):
             convs = nn.ModuleList()
-            for sub in layer.sub_blocks() if isinstance(layer, JasperBlock) else parts(layer).sub_blocks:
+            for sub in layer.sub_blocks if isinstance(layer, JasperBlock) else parts(layer).sub_blocks:
                 if sub.taps is not None:
                     convs.append(_Conv(sub.taps.weight.detach().clone(), None, b, sub.taps.groups))
                 convs.append(_Conv.folded(sub.conv, sub.bn, None if sub.taps is not None else b))

@@ -27,7 +27,7 @@ from jasper_fast.nn.architecture import block_shapes, out_lengths
 from jasper_fast.nn.config import BlockConfig, ConfigError, EncoderConfig
 from jasper_fast.nn.fuse import ENCODER, STATE, Before, FusedBlock, Report, become, counts, survey
 from jasper_fast.nn.packs import Packs
-from jasper_fast.nn.recognise import Parts, SubBlock, Unfit, captures, parts
+from jasper_fast.nn.recognise import Parts, Unfit, captures, parts, refuse
 from jasper_fast.nn.shared import Shared, sharing
 from jasper_fast.nn.watch import Watch
 
@@ -35,17 +35,10 @@ Graphs = bool | Literal["auto"]
 
 
 @dataclass(frozen=True)
-class Layer:
+class Layer(Parts):
     """A block of another project, as the engine's plan reads it."""
 
     b: BlockConfig
-    found: Parts
-
-    def sub_blocks(self) -> list[SubBlock]:
-        return self.found.sub_blocks
-
-    def panes(self) -> list[tuple[nn.Conv1d, nn.BatchNorm1d]]:
-        return self.found.panes
 
 
 @dataclass(frozen=True)
@@ -64,7 +57,7 @@ class Encoder:
 
     @property
     def weight(self) -> Tensor:
-        return self.layers[0].found.sub_blocks[0].conv.weight
+        return self.layers[0].sub_blocks[0].conv.weight
 
     @property
     def config(self) -> SimpleNamespace:
@@ -75,7 +68,7 @@ class Encoder:
     def lengths(self, lengths: Tensor | None) -> Tensor | None:
         """Returns the lengths that the blocks would return if they ran one by one."""
         for layer in self.layers:
-            _, lengths = counts(layer.found, lengths)
+            _, lengths = counts(layer, lengths)
         return lengths
 
 
@@ -87,32 +80,31 @@ def describe(module: nn.Module, kind: type[FusedEncoder], backend: str) -> Encod
         if "forward" in vars(block):
             raise Unfit("a forward bound to a block")
         layers.append(_layer(block, parts(block)))
-    masks = {kind.masks_of(module, layer.found) for layer in layers}
-    if len(masks) > 1:
-        raise Unfit("only some of its blocks have masks")
-    if kind.returns_all and layers[-1].found.dense:
-        raise Unfit("its last block is dense, so the outputs of all blocks are returned")
+    masks = {kind.masks_of(module, layer) for layer in layers}
+    all_dense = "its last block is dense, so the outputs of all blocks are returned"
+    refuse((len(masks) > 1, "only some of its blocks have masks"), (kind.returns_all and layers[-1].dense, all_dense))
     found = Encoder(layers, *masks, backend)
     for (c_in, b, panes), layer, before in zip(block_shapes(found.config), layers, [None, *layers[:-1]], strict=True):
-        if layer.found.sub_blocks[0].conv.in_channels != c_in or [p.in_channels for p, _ in layer.panes()] != panes:
-            raise Unfit("its convs have other channels than those of a Jasper")
+        channels = layer.sub_blocks[0].conv.in_channels, [conv.in_channels for conv, _ in layer.panes]
         after_dense = before is not None and before.b.residual_dense
-        if b.residual and not b.residual_dense and after_dense and not layer.found.takes_last:
-            raise Unfit("a plain residual after a dense one")
+        plain = b.residual and not b.residual_dense and not layer.takes_last
+        refuse(
+            (channels != (c_in, panes), "its convs have other channels than those of a Jasper"),
+            (plain and after_dense, "a plain residual after a dense one"),
+        )
     return found
 
 
 def _layer(block: nn.Module, found: Parts) -> Layer:
     convs, pointwise = [sub.conv for sub in found.sub_blocks], [conv for conv, _ in found.panes]
     in_time, taps = [sub.in_time for sub in found.sub_blocks], [sub.taps for sub in found.sub_blocks if sub.taps]
-    if {m for m in block.modules() if isinstance(m, nn.Conv1d)} != {*convs, *pointwise, *taps}:
-        raise Unfit("convs that an engine does not have")
+    known = {*convs, *pointwise, *taps}
     norms = [sub.bn for sub in found.sub_blocks] + [bn for _, bn in found.panes]
-    for m in (*convs, *pointwise, *taps, *norms):
-        if "weight" in vars(m):
-            raise Unfit("a weight that is not a parameter")
-    if any(bn.running_mean is None for bn in norms):
-        raise Unfit("a batch norm without running statistics")
+    refuse(
+        ({m for m in block.modules() if isinstance(m, nn.Conv1d)} != known, "convs that an engine does not have"),
+        (any("weight" in vars(m) for m in (*known, *norms)), "a weight that is not a parameter"),
+        (any(bn.running_mean is None for bn in norms), "a batch norm without running statistics"),
+    )
     first, residual, c = in_time[0], bool(found.panes), convs[0].out_channels
     try:
         sizes = c, len(convs), first.kernel_size, first.stride, first.dilation
@@ -123,7 +115,7 @@ def _layer(block: nn.Module, found: Parts) -> Layer:
     unlike = any((m.kernel_size, m.stride, m.dilation, m.padding) != shape for m in in_time)
     if unlike or any(m.out_channels != c for m in convs) or len(taps) not in (0, len(convs)):
         raise Unfit("convs in one block with different settings, or with padding other than k // 2 * dilation")
-    return Layer(b, found)
+    return Layer(**vars(found), b=b)
 
 
 class Whole:

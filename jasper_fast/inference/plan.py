@@ -29,8 +29,10 @@ class Layer(Protocol):
 
     b: BlockConfig
 
+    @property
     def sub_blocks(self) -> list[SubBlock]: ...
 
+    @property
     def panes(self) -> list[tuple[nn.Conv1d, nn.BatchNorm1d]]: ...
 
 
@@ -46,7 +48,7 @@ class Network(Protocol):
 
 def weight_of(model: Network) -> Tensor:
     """Returns a weight that has the dtype and the device of the model."""
-    conv = model.decoder.layers[0] if model.decoder is not None else model.encoder.layers[0].sub_blocks()[0].conv
+    conv = model.decoder.layers[0] if model.decoder is not None else model.encoder.layers[0].sub_blocks[0].conv
     return conv.weight
 
 
@@ -212,9 +214,9 @@ def make_plan(model: Network, conv: Callable[[Folded], FoldedConv], dtype: torch
     for layer, (source, to) in zip(layers, pairwise(places), strict=True):
         b = layer.b
         read = Place(source.buffer, source.width, 0 if b.residual_dense else source.begin, source.end)
-        for r, sub in enumerate(layer.sub_blocks()):
+        for r, sub in enumerate(layer.sub_blocks):
             last = r == b.repeat - 1
-            panes = layer.panes() if last else []
+            panes = layer.panes if last else []
             if sub.taps is not None:
                 c = sub.taps.in_channels
                 taps = DepthwiseConv(sub.taps, b, dtype, model.backend)

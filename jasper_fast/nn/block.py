@@ -51,17 +51,19 @@ class JasperBlock(nn.Module):
         if panes:
             self.res = nn.ModuleList(nn.ModuleList(convs_and_norm(c, b.filters, None, nn.Conv1d)) for c in panes)
 
+    @property
     def sub_blocks(self) -> list[SubBlock]:
-        """Returns the R sub-blocks in order. Raises RuntimeError if one of the convs and norms, panes' included, has
+        """The R sub-blocks in order. Raises RuntimeError if one of the convs and norms, panes' included, has
         hooks or a forward of its own."""
-        refuse_hooks(*self.conv.values(), *(m for pane in self.panes() for m in pane))
+        refuse_hooks(*self.conv.values(), *(m for pane in self.panes for m in pane))
         modules, p = list(self.conv.values()), self.b.dropout if self.training else 0.0
         count = len(modules) // self.b.repeat
         groups = (modules[i : i + count] for i in range(0, len(modules), count))
         return [SubBlock(conv, bn, p, *taps) for *taps, conv, bn in groups]
 
+    @property
     def panes(self) -> list[tuple[nn.Conv1d, nn.BatchNorm1d]]:
-        """Returns the (1x1 conv, batch norm) pairs of the residual, in the order of their input blocks."""
+        """The (1x1 conv, batch norm) pairs of the residual, in the order of their input blocks."""
         return [tuple(pane) for pane in self.res] if hasattr(self, "res") else []
 
     def forward(
@@ -74,12 +76,12 @@ class JasperBlock(nn.Module):
         without masks. `seeds`: R int64 numbers.
         """
         steps = lengths or [None] * (self.b.repeat + 1)
-        run = Pass(self.sub_blocks(), self.panes(), steps, seeds, self.backend, self.packs)
+        run = Pass(self.sub_blocks, self.panes, steps, seeds, self.backend, self.packs)
         return run(autocast(x), sources, grams)
 
     def reads_gram(self, pane: int, source: Tensor) -> bool:
         """Returns whether `pane` takes its statistics from the Gram matrix of `source`."""
-        return reads_gram(self.panes()[pane][1], source, self.backend, self.pane_form)
+        return reads_gram(self.panes[pane][1], source, self.backend, self.pane_form)
 
 
 def reads_gram(bn: nn.Module, source: Tensor, backend: str, form: str) -> bool:

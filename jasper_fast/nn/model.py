@@ -122,8 +122,8 @@ class Jasper(nn.Module):
             source = self.pane_sources[j][pane]
             reads = [(k, of.index(source)) for k, of in enumerate(self.pane_sources) if k >= j and source in of]
             later = [(k, q) for k, q in reads if layers[k].reads_gram(q, x)]
-            gram = ops.gram(x, sync.group_of(layers[j].panes()[pane][1]))
-            weights = [layers[k].panes()[q][0].weight for k, q in later]
+            gram = ops.gram(x, sync.group_of(layers[j].panes[pane][1]))
+            weights = [layers[k].panes[q][0].weight for k, q in later]
             known.update(zip(later, ops.pane_stats(gram, weights), strict=True))
         return [known.get((j, pane)) for pane in range(len(sources))]
 
