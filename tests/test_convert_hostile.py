@@ -75,16 +75,9 @@ def headed(content: bytes, change) -> bytes:
     return struct.pack("<Q", len(text)) + text + content[8 + size :]
 
 
-def longer(header):
-    header["decoder.layers.0.bias"]["shape"] = [10**12]
-
-
-def beyond(header):
-    header["decoder.layers.0.bias"]["data_offsets"][1] += 10**9
-
-
-def overlapping(header):
-    header["decoder.layers.0.bias"]["data_offsets"] = [0, 36]
+def with_bias(**changes):
+    """Returns a function that changes what a header says of the decoder's bias."""
+    return lambda header: header["decoder.layers.0.bias"].update(changes)
 
 
 def settings_that_lie(header):
@@ -103,8 +96,8 @@ def rezipped(content: bytes) -> bytes:
     return file.getvalue()
 
 
-def hostile(kind: str, forms: dict[str, bytes], trap: Path) -> bytes:
-    """Returns a hostile file of this kind."""
+def hostile(forms: dict[str, bytes], trap: Path) -> dict[str, bytes]:
+    """Returns a hostile file of each kind. `trap`: what those with code in them would make."""
     pickled, archive, tensors = forms["nvidia"], untarred(forms["nemo"]), forms["safetensors"]
     evil = saved({"state_dict": {"encoder.layers.0.conv.0.weight": Bomb(trap)}})
     yaml_bomb = b"a: !!python/object/apply:os.mkdir [" + str(trap).encode() + b"]\n"
@@ -137,9 +130,9 @@ def hostile(kind: str, forms: dict[str, bytes], trap: Path) -> bytes:
         "tar with a text for a configuration": tarred(archive | {config: b"hello"}),
         "truncated safetensors": tensors[:-10],
         "safetensors with a length beyond the file": struct.pack("<Q", 2**62) + tensors[8:],
-        "safetensors with a shape that lies": headed(tensors, longer),
-        "safetensors with offsets beyond the file": headed(tensors, beyond),
-        "safetensors with tensors that overlap": headed(tensors, overlapping),
+        "safetensors with a shape that lies": headed(tensors, with_bias(shape=[10**12])),
+        "safetensors with offsets beyond the file": headed(tensors, with_bias(data_offsets=[4, 10**9])),
+        "safetensors with tensors that overlap": headed(tensors, with_bias(data_offsets=[0, 36])),
         "safetensors with a configuration that lies": headed(tensors, settings_that_lie),
         "wrong types": saved({"format": FORMAT, "state_dict": {"a": 1}}),
         "labels of a wrong type": saved({"format": FORMAT, "state_dict": {"a": torch.ones(1)}, "labels": 5}),
@@ -151,7 +144,7 @@ def hostile(kind: str, forms: dict[str, bytes], trap: Path) -> bytes:
         "counters for weights": saved(
             whole | {"state_dict": whole["state_dict"] | {"decoder.layers.0.bias": torch.ones(9).int()}}
         ),
-    }[kind]  # fmt: skip
+    }  # fmt: skip
 
 
 HOSTILE = (
@@ -168,25 +161,25 @@ HOSTILE = (
 
 
 @pytest.fixture(scope="module")
-def forms(tmp_path_factory, model) -> dict[str, bytes]:
-    """Returns a good file of each format."""
+def files(tmp_path_factory, model) -> tuple[dict[str, bytes], Path]:
+    """Returns the hostile files by kind, and what those with code in them would make."""
     folder = tmp_path_factory.mktemp("forms")
     checkpoint.save(folder / "in.pt", own_document(model, config=full_config().to_dict()))
     found = {}
     for to in TARGETS:
         convert(folder / "in.pt", folder / to, to)
         found[to] = (folder / to).read_bytes()
-    return found
+    return hostile(found, folder / "trap"), folder / "trap"
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_file_is_refused_in_one_line(tmp_path, forms, capsys, kind):
-    path, trap = tmp_path / "in.bin", tmp_path / "trap"
-    path.write_bytes(hostile(kind, forms, trap))
+def test_a_hostile_file_is_refused_in_one_line(tmp_path, files, capsys, kind):
+    path, (contents, trap) = tmp_path / "in.bin", files
+    path.write_bytes(contents[kind])
     status, said, errors = run(capsys, path, tmp_path / "out.pt", "--to", "jasper_fast")
     assert status == 2 and not said
     assert errors.count("\n") == 1 and errors.startswith(f"jasper-fast convert: error: {path}"), errors
-    assert len(errors) < 700 and os.listdir(tmp_path) == ["in.bin"]
+    assert len(errors) < 700 and os.listdir(tmp_path) == ["in.bin"] and not trap.exists()
 
 
 def test_an_even_kernel_is_not_nemos(tmp_path, model):

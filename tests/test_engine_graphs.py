@@ -229,23 +229,16 @@ class FakeCuda:
         self.log: list[str] = []
         self.capturing = False
         self.current = self.Stream("cuda", "main")
-        log = self.log
 
-        class Event:
-            def record(self, stream):
-                log.append(f"record on {stream.name}")
+    def Event(self):
+        return SimpleNamespace(record=lambda stream: self.log.append(f"record on {stream.name}"))
 
-        class CUDAGraph:
-            def capture_begin(self, capture_error_mode):
-                log.append(f"begin {capture_error_mode}")
-
-            def capture_end(self):
-                log.append("end")
-
-            def replay(self):
-                log.append("replay")
-
-        self.Event, self.CUDAGraph = Event, CUDAGraph
+    def CUDAGraph(self):
+        return SimpleNamespace(
+            capture_begin=lambda capture_error_mode: self.log.append(f"begin {capture_error_mode}"),
+            capture_end=lambda: self.log.append("end"),
+            replay=lambda: self.log.append("replay"),
+        )
 
     def Stream(self, device, name="side"):
         log = self.log

@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import make_face
 from engines import Replays, batch, config, pair
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jasper_fast import InferenceEngine, Jasper, JasperConfig
@@ -65,13 +64,8 @@ def hollow(cfg: JasperConfig, device: torch.device) -> Jasper:
     """Returns a Jasper whose parameters all share the memory of one number."""
     with torch.device("meta"):
         model = Jasper(cfg, backend="triton")
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                one = torch.ones((), dtype=parameter.dtype, device=device).expand(parameter.shape)
-                module._parameters[name] = nn.Parameter(one, requires_grad=False)
-        for name, buffer in list(module._buffers.items()):
-            module._buffers[name] = torch.ones((), dtype=buffer.dtype, device=device).expand(buffer.shape)
+    ones = {k: torch.ones((), dtype=v.dtype, device=device).expand(v.shape) for k, v in model.state_dict().items()}
+    model.load_state_dict(ones, assign=True)
     return model.eval()
 
 

@@ -115,11 +115,6 @@ def assign(model: nn.Module) -> None:
     weight_of(model).data = weight_of(model).detach() * 1.5
 
 
-def assign_twice(model: nn.Module) -> None:
-    for _ in range(2):
-        assign(model)
-
-
 def by_transposing(model: nn.Module) -> None:
     weight = model.encoder.layers[1].conv[4].weight  # (16, 16, 5): the same memory in another order
     weight.data = weight.detach().transpose(0, 1)
@@ -141,7 +136,6 @@ CHANGES = {
     "load_state_dict": lambda m: m.load_state_dict(scaled(m)),
     "load_state_dict by assignment": lambda m: m.load_state_dict(scaled(m), assign=True),
     "p.data = x": assign,
-    "p.data = x, twice": assign_twice,
     "p.data = a view": by_transposing,
     "another parameter": replace,
     "an optimiser": step,

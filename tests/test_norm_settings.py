@@ -43,16 +43,13 @@ def all_at_once(bn: nn.BatchNorm1d, i: int) -> None:
 
 def pair(form: str, change=lambda bn, i: None) -> tuple[EagerJasper, Jasper]:
     """Returns an eager and a fused model in fp64 with the same weights and the same `change` to their batch norms."""
-    made = config("dense")
-    for block in made.encoder.blocks:
-        object.__setattr__(block, "dropout", 0.0)
     torch.manual_seed(3)
-    eager = EagerJasper(made).double()
+    eager = EagerJasper(config("dense")).double()
     for bn in norms(eager).values():
         nn.init.uniform_(bn.weight, 0.5, 1.5)
         bn.running_mean.normal_()
         bn.running_var.uniform_(0.5, 2)
-    fused = Jasper(made, backend="reference", panes=form).double()
+    fused = Jasper(eager.config, backend="reference", panes=form).double()
     fused.load_state_dict(eager.state_dict())
     for model in (eager, fused):
         model.train()

@@ -51,10 +51,8 @@ def face(request):
 def test_quartznet_15x5_has_the_published_size() -> None:
     with torch.device("meta"):
         model = Jasper(JasperConfig.from_yaml(CONFIGS / "quartznet15x5.yaml"))
-        eager = EagerJasper(model.config)
     assert sum(p.numel() for p in model.parameters()) == 18_924_381
     shapes = {name: t.shape for name, t in model.state_dict().items()}
-    assert shapes == {name: t.shape for name, t in eager.state_dict().items()}
     # NeMo's order of modules: depthwise, pointwise, batch norm, ReLU, dropout
     assert shapes["encoder.layers.7.conv.5.weight"] == (512, 1, 51)
     assert shapes["encoder.layers.7.conv.6.weight"] == (512, 512, 1)
