@@ -262,7 +262,7 @@ class Run(Loop):
             self.console.print(f"  said {said!r}\n   got {got!r}")
         self.keep_best(r.wer)
 
-    def tell_unusable(self) -> None:
+    def end_epoch(self) -> None:
         """Prints the files that turned out to be unusable since the last call."""
         if lines := self.train.newly_skipped():
             talker().print(*lines, sep="\n")
@@ -270,7 +270,7 @@ class Run(Loop):
     def finish(self, stopped: bool) -> None:
         """Prints what was skipped, and ends the run."""
         self.tell_skipped()
-        self.tell_unusable()
+        self.end_epoch()
         if len(self.train.dataset.skipped):
             self.console.print(f"training data: {self.train.dataset.skipped}")
         super().finish(stopped)
@@ -342,28 +342,7 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
                 result = graphed(readable)
             else:
                 result = train_step(model, train.frontend, readable, *parts, **how)
-            state.meter.add(result)
-            state.step, state.position = state.step + 1, state.position + 1
-            progress(state.step)
-            if watch:
-                watch(state)
-
-            # Logging, validation and checkpoints that are due
-            due, epoch = run.due(), state.epoch + 1
-            epochs = state.epoch + state.position / run.epoch_steps()
-            if due.epoch_over:
-                state.next_epoch()
-            if not on_gpu or any(due):
-                run.tell_skipped()
-            if due.log:
-                progress(state.step, run.tell_step(result, lr, epoch, epochs))
-            if due.epoch_over:
-                run.tell_unusable()
-            if due.validation:
-                run.judge()
-            milestone = due.epoch_over and state.epoch in run.folder.milestones
-            if due.save or milestone:
-                run.save(None, *([f"milestone_epoch_{state.epoch:04d}"] if milestone else []))
+            run.count(result, lr, progress, watch)  # also logs, validates and saves checkpoints that are due
         run.finish(stopped)
 
 

@@ -6,34 +6,26 @@ import argparse
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from jasper_fast.nn.checkpoint import load
 from jasper_fast.training.randomness import rng_state
 from jasper_fast.training.runs import Folder, Ranks, RunError, RunLog, StopRequest, talker
 from jasper_fast.training.schedules import Schedule
 from jasper_fast.training.state import Diverged, TrainingState
+from jasper_fast.training.step import StepResult
 
 RETURNS = 3  # how many times a run may go back to the same best weights
-
-
-class Due(NamedTuple):
-    """Which tasks must be done after a step."""
-
-    log: bool
-    validation: bool
-    save: bool
-    epoch_over: bool
 
 
 @dataclass
 class Loop(ABC):
     """A training run: its parts, and its work between steps. Every rank does the same work.
 
-    A subclass defines `epoch_steps`, `validates` and `judge`. `best` is the name of the field in `state` that has the
-    best figure so far, where lower is better.
+    A subclass defines `epoch_steps`, `validates`, `judge`, `tell_step` and `end_epoch`. `best` is the name of the field
+    in `state` that has the best figure so far, where lower is better.
     """
 
     args: argparse.Namespace
@@ -67,13 +59,40 @@ class Loop(ABC):
     def judge(self) -> None:
         """Validates the model, and saves a checkpoint "best" if the result is the best so far."""
 
-    def due(self) -> Due:
-        """Returns what is due after this step, which depends on its position in the run and in the epoch."""
-        args, state, last = self.args, self.state, self.state.step == self.schedule.total_steps
-        over = state.position == self.epoch_steps()
-        validation = state.step % args.val_every == 0 if args.val_every else over
+    @abstractmethod
+    def tell_step(self, result: StepResult, lr: float, epoch: int, epochs: float) -> str:
+        """Logs the figures since the last call, and returns the progress bar's text."""
+
+    @abstractmethod
+    def end_epoch(self) -> None:
+        """Does what is due when an epoch has ended, before validation and checkpoints."""
+
+    def count(self, result: StepResult, lr: float, progress: Callable, watch: Callable | None) -> None:
+        """Counts a step, and then logs, validates and saves checkpoints if they are due."""
+        args, state = self.args, self.state
+        state.meter.add(result)
+        state.step, state.position = state.step + 1, state.position + 1
+        progress(state.step)
+        if watch:
+            watch(state)
+        epoch, steps = state.epoch + 1, self.epoch_steps()
+        over, epochs = state.position == steps, state.epoch + state.position / steps
+        log = state.step % args.log_every == 0 or state.step == self.schedule.total_steps
+        validation = self.validates and (state.step % args.val_every == 0 if args.val_every else over)
         save = state.step % args.save_every == 0 if args.save_every else over
-        return Due(state.step % args.log_every == 0 or last, validation and self.validates, save, over)
+        if over:
+            state.next_epoch()
+        if self.ranks.device.type != "cuda" or log or validation or save or over:
+            self.tell_skipped()
+        if log:
+            progress(state.step, self.tell_step(result, lr, epoch, epochs))
+        if over:
+            self.end_epoch()
+        if validation:
+            self.judge()
+        milestone = over and state.epoch in self.folder.milestones
+        if save or milestone:
+            self.save(None, *([f"milestone_epoch_{state.epoch:04d}"] if milestone else []))
 
     def set_learning_rate(self) -> float:
         """Sets the optimiser's learning rate for the next step, and returns it."""

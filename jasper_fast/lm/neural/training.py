@@ -71,8 +71,10 @@ class LMRun(Loop):
     def validates(self) -> bool:
         return bool(self.val)
 
-    def tell_step(self, lr: float, epoch: int, epochs: float) -> str:
-        """Logs the figures since the last call, and returns the text for the progress bar."""
+    def end_epoch(self) -> None:
+        self.state.memory.forget()
+
+    def tell_step(self, result: StepResult, lr: float, epoch: int, epochs: float) -> str:
         state, found = self.state, self.state.meter.figures()
         found["tokens_per_s"] = found.pop("utterances_per_s") * self.text.length
         perplexity = math.exp(min(found["loss"], 700.0))
@@ -248,24 +250,7 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[LMState],
             tokens = run.text.segment(state.epoch, state.position).to(device, non_blocking=True)
             names = run.text.names(state.epoch, state.position)
             result = train_step(state, tokens, names, guard, AMP_DTYPES[args.amp], args.clip_norm)
-            state.meter.add(result)
-            state.step, state.position = state.step + 1, state.position + 1
-            progress(state.step)
-            if watch:
-                watch(state)
-            due, epoch = run.due(), state.epoch + 1
-            epochs = state.epoch + state.position / run.epoch_steps()
-            if due.epoch_over:
-                state.next_epoch()
-                state.memory.forget()
-            if device.type != "cuda" or any(due):
-                run.tell_skipped()
-            if due.log:
-                progress(state.step, run.tell_step(lr, epoch, epochs))
-            if due.validation:
-                run.judge()
-            if due.save:
-                run.save(None)
+            run.count(result, lr, progress, watch)
         run.tell_skipped()
         run.finish(stopped)
 
