@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from bench_runs import goal_rows, make_run
 
@@ -24,27 +25,26 @@ def gpu_row(goal: goals.Goal, contender: str, **more) -> dict:
     return row | {"ours": contender == "jasper_fast", "status": "ok", "time_s": ratios.summary([0.001], 1)} | more
 
 
-def test_gpu_goals_hold_shares_of_the_limit_and_the_best_rival():
-    by_name = {g.name: g for g in goals.gpu_goals()}
-    assert len(by_name) == 11 and sum(isinstance(g, goals.ShareOfLimit) for g in by_name.values()) == 7
-    conv = next(g for n, g in by_name.items() if n.startswith("conv1d 768->896"))
-    rows = [gpu_row(conv, "jasper_fast", limit={"bound": "compute", "share": 0.74}), gpu_row(conv, "eager")]
-    (found,) = goals.judge(rows, "cuda")
-    assert found["measured"] == 0.74 and not found["met"] and found["row"] == rows[1]["id"]
-    rows[0]["limit"]["share"] = 0.76
-    assert goals.judge(rows, "cuda")[0]["met"]
+RATIO = {"median": 1.5, "low": 1.4, "high": 1.6}
+OURS, EAGER, CUDNN = ("jasper_fast", {}), ("eager", {"ratio": RATIO}), ("cudnn", {"ratio": RATIO | {"median": 0.9}})
 
-    race = next(g for n, g in by_name.items() if n.startswith("sub-blocks, backward"))
-    ratio = {"median": 1.5, "low": 1.4, "high": 1.6}
-    rows = [gpu_row(race, "jasper_fast"), gpu_row(race, "eager", ratio=ratio)]
-    (found,) = goals.judge(rows, "cuda")
-    assert found["met"] and found["measured"] == 1.5
-    rows.append(gpu_row(race, "cudnn", ratio=ratio | {"median": 0.9}))
-    (found,) = goals.judge(rows, "cuda")
-    assert not found["met"] and found["measured"] == 0.9 and found["row"].endswith("/ cudnn")
-    rows[0]["status"] = "wrong"
-    (found,) = goals.judge(rows, "cuda")
-    assert found["measured"] is None and not found["met"]
+
+@pytest.mark.parametrize(
+    ("name", "rows", "measured", "met", "about"),
+    [
+        ("conv1d 768->896", [("jasper_fast", {"limit": {"share": 0.74}}), EAGER], 0.74, False, "eager"),
+        ("conv1d 768->896", [("jasper_fast", {"limit": {"share": 0.76}}), EAGER], 0.76, True, "eager"),
+        ("sub-blocks, backward", [OURS, EAGER], 1.5, True, "eager"),
+        ("sub-blocks, backward", [OURS, EAGER, CUDNN], 0.9, False, "cudnn"),
+        ("sub-blocks, backward", [("jasper_fast", {"status": "wrong"}), EAGER], None, False, "eager"),
+    ],
+)
+def test_gpu_goals_hold_shares_of_the_limit_and_the_best_rival(name, rows, measured, met, about):
+    known = goals.gpu_goals()
+    assert len({g.name for g in known}) == 11 and sum(isinstance(g, goals.ShareOfLimit) for g in known) == 7
+    goal = next(g for g in known if g.name.startswith(name))
+    (found,) = goals.judge([gpu_row(goal, contender, **more) for contender, more in rows], "cuda")
+    assert (found["measured"], found["met"]) == (measured, met) and found["row"].endswith(f" / {about}")
 
 
 def test_gpu_goals_are_about_cases_that_the_plan_measures(tmp_path):

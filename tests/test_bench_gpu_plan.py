@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import subprocess
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -37,23 +38,15 @@ def test_every_part_of_the_plan_for_a_gpu_can_make_its_cases(tmp_path, monkeypat
     """Runs every part of the plan up to building its contenders, which needs the device; an unknown rival fails
     here."""
     asked: list[str] = []
-
-    def compilers(run, titles):
-        return contextlib.nullcontext(asked.extend(titles))
-
-    def counted(run: warm.Collector, model: str, N: int, T: int) -> list[dict]:
-        return run.cases("memory", [memory.case(run, model, N, T)[0]])
-
     monkeypatch.setattr(self_check, "selfcheck", lambda run, **which: None)
     monkeypatch.setattr(checks, "plan", lambda device: [])
-    monkeypatch.setattr(ahead, "compilers", compilers)
-    monkeypatch.setattr(memory_command, "measure", counted)
+    monkeypatch.setattr(ahead, "compilers", lambda run, titles: contextlib.nullcontext(asked.extend(titles)))
+    monkeypatch.setattr(memory_command, "measure", lambda run, *size: run.cases("memory", [memory.case(run, *size)[0]]))
     for name in ("tests", "tune"):
         monkeypatch.setattr(first, name, lambda run: None)
     run = collector(tmp_path)
-    plan = agenda.plan(run)
     found: dict[str, list[Case]] = {}
-    for part in plan:
+    for part in agenda.plan(run):
         part.measure(dataclasses.replace(run, found=found.setdefault(part.title, [])))
     checking = {"preflight", "tests", "tuning", "self-check", "self-check in full"}
     assert {title for title, cases in found.items() if not cases} == checking
@@ -61,11 +54,8 @@ def test_every_part_of_the_plan_for_a_gpu_can_make_its_cases(tmp_path, monkeypat
     for case in (case for cases in found.values() for case in cases):
         names = [c.name for c in case.contenders]
         assert names[0] == "jasper_fast" and "eager" in names and len(set(names)) == len(names), case.id
-    assert {c.name for case in found["launches"] for c in case.contenders if case.key.get("mode")} == {
-        "jasper_fast",
-        "eager",
-    }
-    assert any(c.name == "cuda_graph" for case in found["launches"] for c in case.contenders)
+    launched = {bool(case.key.get("mode")): {c.name for c in case.contenders} for case in found["launches"]}
+    assert launched[True] == {"jasper_fast", "eager"} and "cuda_graph" in launched[False]
     for title, count in (("panes", 3), ("panes of all blocks", 10)):
         assert len(found[title]) == count * len(common.MODES)
         assert {c.name for case in found[title] for c in case.contenders} >= {"jasper_fast", "jasper_fast_plain"}
@@ -107,11 +97,10 @@ def test_the_full_self_check_keeps_the_verdicts_that_it_reached(tmp_path, monkey
     def supervise(device, quick, ops, dtypes, report):
         """Reports all rows but the last and runs out of time in the first call; reports all rows in later calls."""
         calls.append((dtypes, ops))
-        row = {"function": "f", "variant": "", "configuration": "", "shape": "", "detail": "", "status": "ok"}
+        row = dict.fromkeys(("function", "variant", "configuration", "shape", "detail"), "") | {"status": "ok"}
         asked = [check for check in plan if check.op in ops and check.dtype in dtypes]
         report.planned = [row | vars(check) | {"id": str(vars(check))} for check in asked]
-        reached = report.planned[:-1] if len(calls) == 1 else report.planned
-        report.found = {row["id"]: row for row in reached}
+        report.found = {row["id"]: row for row in report.planned[: -1 if len(calls) == 1 else None]}
         if len(calls) == 1:
             raise OutOfTime
 
@@ -125,11 +114,9 @@ def test_the_full_self_check_keeps_the_verdicts_that_it_reached(tmp_path, monkey
         self_check.selfcheck_in_full(run)
     assert len(run.results.data["selfcheck"]["verdicts"]) == 3
     self_check.selfcheck_in_full(run)
-    assert calls == [
-        (("float32",), ("conv1d", "panes")),  # the run's own dtype comes first
-        (("float32",), ("panes",)),
-        (("bfloat16",), ("conv1d", "panes")),
-    ]
+    # the run's own dtype comes first
+    wanted = [("float32", ("conv1d", "panes")), ("float32", ("panes",)), ("bfloat16", ("conv1d", "panes"))]
+    assert calls == [((dtype,), ops) for dtype, ops in wanted]
     verdicts = run.results.data["selfcheck"]["verdicts"]
     assert {self_check.group(v) for v in verdicts} == {(c.op, c.face, c.dtype) for c in plan}
     assert not any(v["quick"] for v in verdicts) and len(verdicts) == len(plan)
@@ -156,19 +143,11 @@ def test_other_processes_run_ours_once_and_end_with_the_time(tmp_path, monkeypat
 def test_a_process_that_cannot_be_ended_holds_nobody_up(tmp_path, monkeypatch):
     """Shows that a run does not wait for a process that cannot be killed. A process whose kernel never ends stays in
     the driver even after SIGKILL."""
-    killed: list[int] = []
-
-    class Stuck:
-        def __init__(self, *_, **__) -> None:
-            self.kill = lambda: killed.append(1)
-
-        def wait(self, timeout: float | None) -> None:
-            raise subprocess.TimeoutExpired("stuck", timeout or 0.0)
-
-    monkeypatch.setattr(subprocess, "Popen", Stuck)
+    stuck = SimpleNamespace(kill=Mock(), wait=Mock(side_effect=subprocess.TimeoutExpired("stuck", 0.0)))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: stuck)
     with ahead.compilers(make_run(tmp_path, deadline=0.0), ("bn_relu_dropout",)):
         pass
-    assert killed
+    stuck.kill.assert_called()
 
 
 def test_other_processes_run_on_the_run_s_own_gpu(monkeypatch):

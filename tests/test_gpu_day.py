@@ -36,13 +36,11 @@ def test_every_command_of_the_plan_is_one_that_exists(monkeypatch, tmp_path, cal
             assert (ROOT / arguments[0]).is_file()
             continue
         module, *rest = arguments[arguments.index("-m") + 1 :]
-        if module == "jasper_fast.bench":
-            assert cli.parser().parse_args(rest).command == rest[0]
-        elif module == "jasper_fast":
-            assert command.parser().parse_args(rest).run
-        elif module == "pytest":
+        if module == "pytest":
             files = [name for name in rest if name.startswith("tests")]
             assert files and all((ROOT / name).exists() for name in files)
+        elif parser := {"jasper_fast.bench": cli.parser, "jasper_fast": command.parser}.get(module):
+            assert parser().parse_args(rest)
         else:
             assert module in (day.DAY, "pip")
 
@@ -50,17 +48,10 @@ def test_every_command_of_the_plan_is_one_that_exists(monkeypatch, tmp_path, cal
 def test_a_call_has_nine_minutes_and_its_first_steps_come_first():
     for call in ("2", "3"):
         assert sum(step.limit for step in day.plan(call, "cuda", Path("out"), ROOT)) <= 550
-    first = [step.name for step in day.plan("1", "cuda", Path("out"), ROOT)]
-    wanted = [
-        "preflight",
-        "native libraries",
-        "self-check",
-        "tests of the ops",
-        "times of bn_relu_dropout",
-        "times of conv1d",
-    ]
-    assert [name for name in first if name in wanted] == wanted
-    assert next(step for step in day.plan("1", "cuda", Path("out"), ROOT) if step.name == "self-check").gate
+    steps = {step.name: step for step in day.plan("1", "cuda", Path("out"), ROOT)}
+    order = [name for name in steps if name not in ("wheels", "probe of the device")]  # which not every checkout has
+    assert order[:4] == ["preflight", "native libraries", "self-check", "tests of the ops"]
+    assert order[4:] == ["times of bn_relu_dropout", "times of conv1d"] and steps["self-check"].gate
 
 
 def test_steps_are_cut_off_and_what_came_of_them_is_on_disk(tmp_path, monkeypatch, capfd):
