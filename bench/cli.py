@@ -342,20 +342,18 @@ def _command(args: argparse.Namespace, begin: Callable[[argparse.Namespace], Run
                 precision.set_fp32(args.fp32_precision)
                 scaling.main(team, args.model or (), *device_and_dtype(args), args.backend, None)
                 return 0
-            return _measure(begin(args), args, team)
-    return _measure(begin(args), args)
+            return _measure(
+                begin(args),
+                args,
+                lambda run, args: scaling.main(team, args.model or (), run.device, run.dtype, run.backend, run),
+            )
+    return _measure(begin(args), args, COMMANDS[args.command].work)
 
 
-def _measure(run: Run, args: argparse.Namespace, team: scaling.Team | None = None) -> int:
-    """Runs a subcommand that measures rows, writes and prints the result, and returns the exit status.
-
-    `team` is given if `train` runs in several processes.
-    """
+def _measure(run: Run, args: argparse.Namespace, work: Callable[[Run, argparse.Namespace], object]) -> int:
+    """Runs a subcommand that measures rows, writes and prints the result, and returns the exit status."""
     try:
-        if team:
-            scaling.main(team, args.model or (), run.device, run.dtype, run.backend, run)
-        else:
-            COMMANDS[args.command].work(run, args)
+        work(run, args)
     except choice.UnknownRival as error:
         raise SystemExit(f"--rivals: {error}") from None
     except DeviceLost as error:  # the row of the contender that broke the device is on disk

@@ -85,11 +85,11 @@ def ninja_file(torch: Path, cxx: str, nvcc: str | None, sanitize: str | None = N
     checks = f" -O1 -g1 -fno-omit-frame-pointer {SANITIZE[sanitize]}" if sanitize else ""
     include = f"-isystem {torch / 'include'} -I{ROOT / 'csrc'}"
     link = f"-L{torch / 'lib'} -ltorch_cpu"
-    make = f"{cxx} -shared{checks}"
     text = [
         f"rule cxx\n  command = {cxx} {COMMON} {CPU_FLAGS}{checks} {include} $isa -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = c++ $out",
-        f"rule link\n  command = {make} -Wl,--no-undefined $in {link} -o $out\n  description = link $out",
+        f"rule link\n  command = {cxx} -shared{checks} -Wl,--no-undefined $in {link} -o $out",
+        "  description = link $out",
     ]
     objects = []
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
@@ -99,12 +99,14 @@ def ninja_file(torch: Path, cxx: str, nvcc: str | None, sanitize: str | None = N
         for isa, flags in ISAS.items():
             objects.append(f"cpu/{source.stem}.{isa}.o")
             text.append(f"build {objects[-1]}: cxx {source}\n  isa = -DJF_ISA={isa} {flags}")
-    libraries = ["libjasper_fast_cpu.so"] if objects else []
-    text += [f"build {lib}: link {' '.join(objects)}" for lib in libraries]
+    libraries = ["libjasper_fast_cpu.so"]
+    text.append(f"build {libraries[0]}: link {' '.join(objects)}")
     cuda = sorted((ROOT / "csrc/cuda").glob("*.cu")) if nvcc else []
     if cuda:
-        flags = f"{COMMON} -DUSE_CUDA -lineinfo --expt-relaxed-constexpr -Xptxas -v,--warn-on-spills"
-        flags += " -Xcompiler -fPIC,-fvisibility=hidden --threads 2"
+        flags = (
+            f"{COMMON} -DUSE_CUDA -lineinfo --expt-relaxed-constexpr -Xptxas -v,--warn-on-spills "
+            "-Xcompiler -fPIC,-fvisibility=hidden --threads 2"
+        )
         # A CPU-only torch has no libtorch_cuda.so. Linking with an empty library of that name writes the right
         # DT_NEEDED entry.
         text += [
@@ -119,8 +121,10 @@ def ninja_file(torch: Path, cxx: str, nvcc: str | None, sanitize: str | None = N
         ]
         names = [f"cuda/{source.stem}.o" for source in cuda]
         text += [f"build {name}: nvcc {source}" for name, source in zip(names, cuda, strict=True)]
-        text.append(f"build libjasper_fast_cuda.so: cudalink {' '.join(names)} | cuda/libtorch_cuda.so")
-        text.append("  stub = -Xlinker --no-as-needed -Xlinker cuda/libtorch_cuda.so")
+        text += [
+            f"build libjasper_fast_cuda.so: cudalink {' '.join(names)} | cuda/libtorch_cuda.so",
+            "  stub = -Xlinker --no-as-needed -Xlinker cuda/libtorch_cuda.so",
+        ]
         libraries.append("libjasper_fast_cuda.so")
     return "\n".join(text) + "\n", libraries
 
@@ -132,16 +136,15 @@ def compile_libraries(target: Path, sanitize: str | None = None) -> list[Path]:
     only the CPU library, with those checks in it.
     """
     work = target / "objects" if sanitize else WORK
-    torch, cxx = (
-        torch_dir(),
-        os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"),
-    )
-    if torch is None:
-        return skip("no torch to build against: install torch first and use --no-build-isolation", "CPU and CUDA")
-    if cxx is None:
-        return skip("no C++ compiler: install g++ or clang++, or set CXX", "CPU and CUDA")
-    if importlib.util.find_spec("ninja") is None:
-        return skip("no ninja: pip install ninja", "CPU and CUDA")
+    torch = torch_dir()
+    cxx = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    needs = {
+        "no torch to build against: install torch first and use --no-build-isolation": torch,
+        "no C++ compiler: install g++ or clang++, or set CXX": cxx,
+        "no ninja: pip install ninja": importlib.util.find_spec("ninja"),
+    }
+    if missing := [reason for reason, found in needs.items() if found is None]:
+        return skip(missing[0], "CPU and CUDA")
     wanted = os.environ.get("JASPER_FAST_CUDA", "1") != "0" and not sanitize
     nvcc = find_nvcc() if wanted else None
     if nvcc is None and not sanitize:

@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +39,8 @@ TESTS = (
     "test_engine.py",
     "test_engine_graphs.py",
 )
+PYTEST = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 PROBE = "tests/test_cuda_probe.py"  # checks that the device behaves as the kernels assume
 
 
@@ -77,62 +79,54 @@ class Step:
 
 def plan(call: str, device: str, out: Path, root: Path) -> list[Step]:
     """Returns the steps of a call that this checkout and this machine can run."""
-    cpu, dtype = device == "cpu", "fp32" if device == "cpu" else "fp16"
-    bench = (PYTHON, "-m", "jasper_fast.bench")
-    to = ("--device", device, "--out", str(out))
+    cpu = device == "cpu"
     interpret = {"TRITON_INTERPRET": "1"} if cpu else {}
+
+    def bench(command: str, *more: str, dtype: str = "fp32" if cpu else "fp16") -> tuple[str, ...]:
+        to = ("--device", device, "--out", str(out), "--dtype", dtype)
+        return (PYTHON, "-m", "jasper_fast.bench", command, *to, *more)
+
     if call == "1":
-        return list(_does_it_run(bench, to, device, dtype, root))
+        return list(_does_it_run(bench, device, out, root))
     if call == "2":
-        return [Step("bench gpu", (*bench, "gpu", *to, "--dtype", dtype, "--resume", "--budget", "520"), 535)]
+        return [Step("bench gpu", bench("gpu", "--resume", "--budget", "520"), 535)]
     if call == "3":
-        tune = (*bench, "tune", *to, "--dtype", dtype, "--resume", "--budget", "290")
-        tune += ("--ops", "forward,bn_relu_dropout.forward") if cpu else ()
-        resume = (*bench, "gpu", *to, "--dtype", dtype, "--resume", "--budget", "200")
-        install = Step("table", (PYTHON, "-m", DAY, "table", "--out", str(out)), 30)
+        few = ("--ops", "forward,bn_relu_dropout.forward") if cpu else ()
         return [
-            Step("tune", tune, 305, env=interpret),
-            *([] if cpu else [install]),
-            Step("bench gpu, the rest", resume, 215),
+            Step("tune", bench("tune", "--resume", "--budget", "290", *few), 305, env=interpret),
+            *([] if cpu else [Step("table", (PYTHON, "-m", DAY, "table", "--out", str(out)), 30)]),
+            Step("bench gpu, the rest", bench("gpu", "--resume", "--budget", "200"), 215),
         ]
-    sanitizer = ("compute-sanitizer", "--tool", "memcheck", PYTHON, "-m", "jasper_fast", "selfcheck", "--quick")
-    tests = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests")
+    memcheck = ("compute-sanitizer", "--tool", "memcheck", PYTHON, "-m", "jasper_fast", "selfcheck", "--quick")
     return [
-        *([] if cpu else [Step("memcheck", (*sanitizer, "--dtype", "fp16"), 240)]),
-        Step(
-            "tune in bf16", (*bench, "tune", *to, "--dtype", "bf16", "--resume", "--budget", "200"), 215, env=interpret
-        ),
-        Step("all tests", tests, 300, env={"OMP_NUM_THREADS": "1"}),
+        *([] if cpu else [Step("memcheck", (*memcheck, "--dtype", "fp16"), 240)]),
+        Step("tune in bf16", bench("tune", "--resume", "--budget", "200", dtype="bf16"), 215, env=interpret),
+        Step("all tests", (*PYTEST, "tests"), 300, env=ONE_THREAD),
     ]
 
 
-def _does_it_run(bench: tuple[str, ...], to: tuple[str, ...], device: str, dtype: str, root: Path) -> Iterator[Step]:
+def _does_it_run(bench: Callable[..., tuple[str, ...]], device: str, out: Path, root: Path) -> Iterator[Step]:
+    cpu = device == "cpu"
     wheels = sorted((root / "build" / "wheelhouse").glob("*.whl"))
     if wheels:
         pip = (PYTHON, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps")
-        yield Step(
-            "wheels", (*pip, "--find-links", str(wheels[0].parent), *sorted({w.name.split("-")[0] for w in wheels})), 60
-        )
-    yield Step("preflight", (PYTHON, "-m", DAY, "preflight", *to), 30)
-    if device != "cpu" and (root / "csrc" / "build.py").is_file():
-        archs = {"JASPER_FAST_CUDA_ARCHS": os.environ.get("JASPER_FAST_CUDA_ARCHS", "90a")}
-        yield Step("native libraries", (PYTHON, "csrc/build.py"), 240, env=archs)
-    if device != "cpu" and (root / PROBE).is_file():
+        names = sorted({wheel.name.split("-")[0] for wheel in wheels})
+        yield Step("wheels", (*pip, "--find-links", str(wheels[0].parent), *names), 60)
+    yield Step("preflight", (PYTHON, "-m", DAY, "preflight", "--device", device, "--out", str(out)), 30)
+    if not cpu and (root / "csrc" / "build.py").is_file():
+        archs = os.environ.get("JASPER_FAST_CUDA_ARCHS", "90a")
+        yield Step("native libraries", (PYTHON, "csrc/build.py"), 240, env={"JASPER_FAST_CUDA_ARCHS": archs})
+    if not cpu and (root / PROBE).is_file():
         yield Step("probe of the device", (PYTHON, PROBE), 60)
-    check = (PYTHON, "-m", "jasper_fast", "selfcheck", "--quick", "--dtype", dtype, "--device", device)
-    yield Step("self-check", check, 120, gate=True)
+    check = (PYTHON, "-m", "jasper_fast", "selfcheck", "--quick", "--dtype", "fp32" if cpu else "fp16")
+    yield Step("self-check", (*check, "--device", device), 120, gate=True)
     if (root / "tests").is_dir():
-        names = TESTS if device != "cpu" else ("test_faces.py",)
-        chosen = ("-k", "triton or cuda") if device != "cpu" else ()
-        test = (PYTHON, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *chosen)
-        yield Step("tests of the ops", (*test, *(f"tests/{name}" for name in names)), 90, env={"OMP_NUM_THREADS": "1"})
-    rivals = {"bn_relu_dropout": "eager"}
-    if device != "cpu":
-        rivals = {"bn_relu_dropout": "eager,jasper_fast_cuda"}
-        rivals["conv1d"] = "eager,eager_2d_channels_last,jasper_fast_cuda"
-    for op, names in rivals.items():
-        times = (*bench, "kernels", *to, "--dtype", dtype, "--quick", "--op", op, "--mode", "forward")
-        yield Step(f"times of {op}", (*times, "--rivals", names), 90)
+        chosen = ("tests/test_faces.py",) if cpu else ("-k", "triton or cuda", *(f"tests/{name}" for name in TESTS))
+        yield Step("tests of the ops", (*PYTEST, "-x", "-m", "not slow", *chosen), 90, env=ONE_THREAD)
+    rivals = {"bn_relu_dropout": "eager,jasper_fast_cuda", "conv1d": "eager,eager_2d_channels_last,jasper_fast_cuda"}
+    for op, names in ({"bn_relu_dropout": "eager"} if cpu else rivals).items():
+        times = bench("kernels", "--quick", "--op", op, "--mode", "forward", "--rivals", names)
+        yield Step(f"times of {op}", times, 90)
 
 
 # ------------------------------------------------------------------------------------------------------- running it
@@ -156,14 +150,12 @@ def run(step: Step, log: Path, seconds: float, root: Path) -> dict:
             _end(process)
             raise
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    status = status or ("ok" if code == 0 else "failed")
-    spent = round(time.monotonic() - started, 1)
     return {
         "name": step.name,
-        "status": status,
+        "status": status or ("ok" if code == 0 else "failed"),
         "code": code,
         "told": lines[-1][:160] if lines else "",
-        "seconds": spent,
+        "seconds": round(time.monotonic() - started, 1),
     }
 
 

@@ -28,9 +28,8 @@ class Goal:
         """Yields the verdict on each row to which the goal applies."""
         for row in rows:
             if row["contender"] == "eager" and self.matches(row):
-                memory = row.get("memory", {})
-                kept = {"median": memory["ours_over_kept"]} if "ours_over_kept" in memory else None
-                yield self.verdict(row["id"], kept or row.get("ratio"))
+                kept = row.get("memory", {}).get("ours_over_kept")
+                yield self.verdict(row["id"], row.get("ratio") if kept is None else {"median": kept})
 
     def verdict(self, row_id: str, value: dict | None, kind: str = "ratio") -> dict:
         """Returns the goal, the measured value, and whether the goal is met.

@@ -282,9 +282,9 @@ def ours_and_eager(rows: Iterable[dict], bench: str, **key: object) -> dict[tupl
     """Returns the timed rows of Jasper 10x5 that match `key`, by case and contender."""
     cases: dict[tuple, dict[str, dict]] = {}
     for row in rows:
-        mine = row["bench"] == bench and row["status"] == "ok" and row["contender"] in ("jasper_fast", "eager")
-        mine = mine and "scaling" not in row
-        if mine and all(row["key"].get(k) == v for k, v in ({"model": "jasper10x5"} | key).items()):
+        timed = row["bench"] == bench and row["status"] == "ok" and "scaling" not in row
+        alike = all(row["key"].get(k) == v for k, v in ({"model": "jasper10x5"} | key).items())
+        if timed and alike and row["contender"] in ("jasper_fast", "eager"):
             cases.setdefault(tuple(row["key"].items()), {})[row["contender"]] = row
     return cases
 
