@@ -14,8 +14,10 @@ EVERY_MODE = (*common.MODES, "inference")
 
 def operations() -> dict[str, common.Cases]:
     """Returns, for each value of `--op`, the function that makes its cases."""
-    convs = {op: by_layer.cases(op) for op in ("sub_block", "conv1d")}
-    return {"bn_relu_dropout": lambda run, mode: [bn_relu_dropout.cases(run, mode)], **convs} | {
+    return {
+        "bn_relu_dropout": lambda run, mode: [bn_relu_dropout.cases(run, mode)],
+        "sub_block": by_layer.cases("sub_block"),
+        "conv1d": by_layer.cases("conv1d"),
         "panes": panes.cases,
         "depthwise": depthwise.cases,
     }

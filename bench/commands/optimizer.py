@@ -10,7 +10,5 @@ from jasper_fast.bench.harness.run import Run
 def main(run: Run, models: tuple[str, ...] = ()) -> list[dict]:
     """Measures the step of these networks; returns the rows. The default is Jasper 10x5, with `--quick` the small
     one."""
-    found = []
-    for model in models or ("small" if run.quick else "jasper10x5",):
-        found += run.cases(f"optimizer {model}", [optimizer.case(run, model)])
-    return found
+    chosen = models or ("small" if run.quick else "jasper10x5",)
+    return [row for model in chosen for row in run.cases(f"optimizer {model}", [optimizer.case(run, model)])]

@@ -185,12 +185,21 @@ def _sample(step: Callable[[], None], inner: int, device: torch.device, group: d
 def _begin_row(at: scaling.Setting, contender: str, world: int) -> Row:
     """Returns the fields that a row has even without a number. FLOPs and bytes are those of one process."""
     cfg, name = models.config(at.model), tables.DTYPES[at.dtype]
-    key = {"model": at.model, "batch": f"({at.N}, {cfg.encoder.in_feats}, {at.T})", "dtype": name, "mode": "step"}
-    key["processes"] = world
+    batch = f"({at.N}, {cfg.encoder.in_feats}, {at.T})"
+    key = {"model": at.model, "batch": batch, "dtype": name, "mode": "step", "processes": world}
     case = "train " + " ".join(f"{k}={v}" for k, v in key.items())
-    row: Row = {"id": f"{case} / {contender}", "bench": "train", "key": key, "contender": contender, "dtype": name}
-    row |= {"ours": contender == scaling.OURS, "clock": "wall", "flops": counts.training_flops(cfg, at.N, at.T)}
-    return row | {"bytes": counts.training_bytes(cfg, at.N, at.T, at.dtype.itemsize), "items": at.N}
+    return {
+        "id": f"{case} / {contender}",
+        "bench": "train",
+        "key": key,
+        "contender": contender,
+        "dtype": name,
+        "ours": contender == scaling.OURS,
+        "clock": "wall",
+        "flops": counts.training_flops(cfg, at.N, at.T),
+        "bytes": counts.training_bytes(cfg, at.N, at.T, at.dtype.itemsize),
+        "items": at.N,
+    }
 
 
 def _finish(row: Row, made: dict[str, Any], world: int, alone: float) -> Row:
@@ -206,8 +215,8 @@ def _finish(row: Row, made: dict[str, Any], world: int, alone: float) -> Row:
     if world > 1:
         exposed = [a - b for a, b in zip(shared, silent, strict=True)]
         low, high = ratios.interval(exposed)
-        row["scaling"] |= {"silent_s": statistics.median(silent), "exposed_s": statistics.median(exposed)}
-        row["scaling"] |= {"exposed_low_s": low, "exposed_high_s": high, "pairs": len(exposed)}
+        medians = {"silent_s": statistics.median(silent), "exposed_s": statistics.median(exposed)}
+        row["scaling"] |= medians | {"exposed_low_s": low, "exposed_high_s": high, "pairs": len(exposed)}
     return row
 
 

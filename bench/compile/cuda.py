@@ -69,7 +69,10 @@ def compile_for(nvcc: str, arch: str, source: Path, folder: Path) -> list[dict]:
         products = counts["wgmma"] or counts["mma_sync"]
         if name is None or (name.startswith(("conv_", "wgrad_")) and not products):
             continue  # the body is empty, because the kernel is for another architecture
-        rows.append({"arch": arch, "kernel": name} | dict.fromkeys(FACTS, 0) | used[symbol] | counts | _waits(code))
+        # Waits between the products of one step mean that the compiler serialised them.
+        steps = itertools.pairwise(i for i, word in enumerate(code) if word == "HGMMA")
+        waits = sum("DRAIN" in code[a:b] for a, b in steps)
+        rows.append({"arch": arch, "kernel": name} | dict.fromkeys(FACTS, 0) | used[symbol] | counts | {"waits": waits})
     return rows
 
 
@@ -116,12 +119,6 @@ def _functions(cubin: Path) -> dict[str, list[str]]:
     return found
 
 
-def _waits(code: list[str]) -> dict[str, int]:
-    """Returns the number of waits between products of one step. Such waits mean that the compiler serialised them."""
-    products = [i for i, word in enumerate(code) if word == "HGMMA"]
-    return {"waits": sum("DRAIN" in code[a:b] for a, b in itertools.pairwise(products))}
-
-
 def _tool(name: str) -> str:
     """Returns the path of a tool of the CUDA toolkit, or of Triton's copy of it."""
     import triton
@@ -152,8 +149,7 @@ def main(args: argparse.Namespace) -> int:
 
     The exit status is 1 if a rule is broken or the table differs, and 2 without nvcc.
     """
-    build = runpy.run_path(str(paths.BENCH.parent / "csrc" / "build.py"))
-    nvcc = build["find_nvcc"]()
+    nvcc = runpy.run_path(str(paths.BENCH.parent / "csrc" / "build.py"))["find_nvcc"]()
     if nvcc is None:
         print("nvcc is not found; put it on PATH or set CUDA_HOME", file=sys.stderr)
         return 2
@@ -176,7 +172,6 @@ def main(args: argparse.Namespace) -> int:
     with concurrent.futures.ThreadPoolExecutor(args.processes) as pool:
         rows = [row for found in pool.map(rows_of, archs) for row in sorted(found, key=lambda row: row["kernel"])]
     found = TABLE.by_key(rows)
-    TABLE.show(found)
     if args.shapes:
         cuda_shapes.show(rows)
     broken = [f"{TABLE.label(key)}: {why}" for key, row in found.items() for why in complaints(row)]

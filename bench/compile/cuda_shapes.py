@@ -46,8 +46,7 @@ def show(rows: Iterable[dict]) -> None:
             work = cuda_tiles.Work(BATCH, FRAMES, c_in, c_out, 0, taps, stride, dilation)
             cut = cuda_tiles.plan(gpu, work)
             used = registers[arch, f"conv_{gpu.loop} fp16 stats {cut.block}"]
-            threads = THREADS[gpu.loop]
-            ctas = min(SHARED_OF_SM[arch] // (cut.shared + 1024), REGISTERS // (used * threads))
+            ctas = min(SHARED_OF_SM[arch] // (cut.shared + 1024), REGISTERS // (used * THREADS[gpu.loop]))
             moved = cuda_tiles.bytes_of_step(cut.block, work)
             tensor, port, l2 = cuda_tiles.clocks_of_step(gpu, cut.block, work)
             conv = f"{c_in}->{c_out} K={taps}" + (f" s{stride}" if stride > 1 else "") + (" d2" if dilation > 1 else "")

@@ -335,7 +335,6 @@ def main(args: argparse.Namespace) -> int:
         tick = lambda: status.update(f"Triton {version}: compiled {next(done)} of at most {len(chosen)}")  # noqa: E731
         facts = compiled(chosen, args.processes, cache, tick)
     found = {job.key: dict(zip(TABLE.key, job.key, strict=True)) | facts[job.digest] for job in chosen}
-    TABLE.show(found)
     broken = [
         f"{TABLE.label(job.key)}: {rule.name}: {why}"
         for job in chosen

@@ -76,7 +76,7 @@ class Table:
         asked: Callable[[tuple], bool],
         seconds: float,
     ) -> int:
-        """Prints the broken rules and the differences from the table; returns the exit status.
+        """Prints the rows, the broken rules and the differences from the table; returns the exit status.
 
         With --update it writes the table, and with --out a file of the rows. Only the rows whose key is `asked` for are
         compared and replaced.
@@ -84,6 +84,7 @@ class Table:
         compiler = f"{self.compiler} {version}"
         file = f"{self.compiler.lower()}-{version}.json"
         table = args.table or COMMITTED / file
+        self.show(found)
         for line in broken:
             print(f"FAILED {line}")
         if not table.exists() and not args.update:

@@ -33,11 +33,11 @@ def tests(run: Run, *, files: tuple[str, ...] = TESTS, chosen: str = "triton or 
         console.print("gpu: no tests here; they need a checkout and pytest (pip install pytest)")
         return
     argv = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", chosen]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
             [*argv, *(str(folder / name) for name in files)],
-            cwd=folder.parent, env=env, capture_output=True, text=True, timeout=seconds_left(run),
+            cwd=folder.parent, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+            timeout=seconds_left(run),
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise OutOfTime from None

@@ -42,8 +42,8 @@ def findings(device: torch.device) -> Iterator[Finding]:
     if device.type == "cuda":
         yield from _gpu(device)
         why = native.explain()["cuda"]
-        built = "built" if why is None else why.splitlines()[0]
-        yield Finding("the CUDA library", why is None, built, "CUDA_HOME=/usr/local/cuda python setup.py build_native")
+        told = (why or "built").splitlines()[0]
+        yield Finding("the CUDA library", why is None, told, "CUDA_HOME=/usr/local/cuda python setup.py build_native")
 
 
 def _compiler() -> Finding:
@@ -66,10 +66,8 @@ def _folders() -> Iterator[Finding]:
 
 def _gpu(device: torch.device) -> Iterator[Finding]:
     if not torch.cuda.is_available():
-        built = torch.version.cuda
-        told = (
-            f"torch {torch.__version__}, built for CUDA {built}" if built else f"torch {torch.__version__}, a CPU build"
-        )
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        told = f"torch {torch.__version__}, {built}"
         yield Finding("a GPU", False, told, "install a torch for CUDA, and a driver that supports it (see nvidia-smi)")
         return
     newest, built = nvml.cuda_driver(), torch.version.cuda
@@ -78,9 +76,8 @@ def _gpu(device: torch.device) -> Iterator[Finding]:
     serves = newest is None or built is None or int(newest.split(".")[0]) >= int(built.split(".")[0])
     yield Finding("the driver", serves, told, "update the NVIDIA driver, or install a torch for an older CUDA")
     free, whole = (size / 2**30 for size in torch.cuda.mem_get_info(device))
-    told = f"{free:.1f} of {whole:.1f} GiB"
-    remedy = "end the processes that use the GPU (see nvidia-smi)"
-    yield Finding("free memory", free >= min(MEMORY, 0.8 * whole), told, remedy)
+    enough, told = free >= min(MEMORY, 0.8 * whole), f"{free:.1f} of {whole:.1f} GiB"
+    yield Finding("free memory", enough, told, "end the processes that use the GPU (see nvidia-smi)")
     clocks = nvml.read(device)
     held = ", ".join(clocks.get("held_by") or ())
     told = f"{clocks.get('sm_mhz', 'unknown')} MHz, {clocks.get('temperature_c', 'unknown')} degrees" + (

@@ -207,6 +207,6 @@ def scaling_lines(rows: Iterable[dict]) -> list[tuple[str, ...]]:
         theirs = published.scaling(told["processes"], row["dtype"]) if key["model"] == "jasper10x5" else []
         elsewhere = "; ".join(f"{gpu}, {n} each: {rate:.1f} ({100 * e:.0f} %)" for gpu, n, rate, e in theirs)
         case = f"{key['model']} {key['batch']} {key['dtype']}"
-        cells = (case, row["contender"], str(told["processes"]), plain(row["items_per_s"]))
-        lines.append((*cells, f"{100 * told['efficiency']:.0f} %", duration(step), exposed, elsewhere))
+        cells = (str(told["processes"]), plain(row["items_per_s"]), f"{100 * told['efficiency']:.0f} %", duration(step))
+        lines.append((case, row["contender"], *cells, exposed, elsewhere))
     return lines
