@@ -113,9 +113,11 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def unsettled():
-    """Resets the default device, which `settle` may have set."""
+    """Resets the default device, which `settle` may have set, and the number of threads."""
+    threads = torch.get_num_threads()
     yield
     torch.set_default_device(None)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ from jasper_fast.kernels.operands import Mask, Norm
 EPS = 1e-3
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+residuals = pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 
 
 @dataclass
@@ -143,7 +144,7 @@ SHAPES = [
 
 @pytest.mark.slow
 @dtypes
-@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@residuals
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s[:3])))
 def test_training_forward_and_every_gradient(face, shape, residual, dtype):
     n, c, t, lengths = shape
@@ -151,7 +152,7 @@ def test_training_forward_and_every_gradient(face, shape, residual, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@residuals
 def test_evaluation_statistics(face, residual, dtype):
     case = make(2, 40, 23, dtype=dtype, device=face.device, residual=residual, lengths=[23, 9])
     check(face, case, training=False)
@@ -209,7 +210,7 @@ def test_keep_rate(face):
 
 
 @dtypes
-@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@residuals
 def test_garbage_in_padding_changes_nothing(face, residual, dtype):
     """Shows that with given statistics the content of padded frames, even NaN, changes neither outputs nor
     gradients."""
@@ -263,7 +264,7 @@ def same_bits(got: tuple[Tensor, Tensor | None], want: tuple[Tensor, Tensor | No
 @pytest.mark.slow
 @dtypes
 @pytest.mark.parametrize("halo", [0, 3, 100])
-@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@residuals
 def test_halo_changes_no_bit(face, residual, halo, dtype):
     op, case = face.load("bn_relu_dropout"), halo_case(face, dtype, residual, halo)
     assert same_bits(apply(op, case, case.y, halo), apply(op, case, case.y, None))
@@ -358,7 +359,7 @@ class Reference(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@residuals
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_reference_backward_is_the_derivative_of_its_forward(p, residual, training):
     case = make(2, 5, 4, dtype=torch.float64, device="cpu", residual=residual, lengths=[4, 2], p=p)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from close import assert_close
@@ -15,7 +11,7 @@ from test_conv1d import CASES, PADDED, Case, make, pytorch
 from jasper_fast import InferenceEngine
 from jasper_fast.dispatch import choose
 from jasper_fast.kernels import native
-from jasper_fast.kernels.conv1d import reference
+from jasper_fast.kernels.conv1d import cpu_impl, reference
 from jasper_fast.kernels.operands import Geometry, Lengths
 
 pytestmark = pytest.mark.skipif(not native.cpu_available(), reason=str(native.explain()["cpu"]))
@@ -24,8 +20,6 @@ BF16 = torch.bfloat16
 
 @pytest.fixture
 def cpu():
-    from jasper_fast.kernels.conv1d import cpu_impl
-
     if not cpu_impl.has_bf16():
         pytest.skip("this process' instruction set does not multiply bf16 (AVX512-BF16)")
     return cpu_impl
@@ -72,17 +66,13 @@ def test_a_result_in_bf16_is_the_fp32_one_rounded(shape, cpu) -> None:
     x, packed = torch.randn(len(lengths), t, c_in).to(BF16), cpu.pack(torch.randn(c_out, c_in, k), dtype=BF16)
     how, options = Geometry(stride, k // 2 * dilation, dilation), {"lengths": Lengths(torch.tensor(lengths))}
     want = cpu.fused(x, packed, how, **options).to(BF16)
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            around = torch.full((*want.shape[:2], c_out + 9), float("nan"), dtype=BF16)
-            cpu.fused(x, packed, how, out=around[:, :, 4:-5], **options)
-            assert torch.equal(around[:, :, 4:-5], want)
-            assert around[:, :, :4].isnan().all()
-            assert around[:, :, -5:].isnan().all()
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        around = torch.full((*want.shape[:2], c_out + 9), float("nan"), dtype=BF16)
+        cpu.fused(x, packed, how, out=around[:, :, 4:-5], **options)
+        assert torch.equal(around[:, :, 4:-5], want)
+        assert around[:, :, :4].isnan().all()
+        assert around[:, :, -5:].isnan().all()
     with pytest.raises(RuntimeError, match="y must be a float32 tensor"):
         cpu.fused(x, packed, how, out=want, bias=torch.zeros(c_out), **options)
 
@@ -137,13 +127,9 @@ def test_an_item_is_the_same_bits_in_any_batch_and_with_any_threads(cpu) -> None
     whole = cpu.fused(x, packed, PADDED, lengths=told)
     for i, length in enumerate(lengths):
         assert torch.equal(cpu.fused(x[i : i + 1, :length].clone(), packed, PADDED)[0], whole[i, :length])
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 3, 7):
-            torch.set_num_threads(count)
-            assert torch.equal(whole, cpu.fused(x, packed, PADDED, lengths=told))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 3, 7):
+        torch.set_num_threads(count)
+        assert torch.equal(whole, cpu.fused(x, packed, PADDED, lengths=told))
 
 
 def test_wrong_packs_are_named(cpu) -> None:
@@ -159,24 +145,12 @@ def test_wrong_packs_are_named(cpu) -> None:
             wrong()
 
 
-LOWER = """
-import torch
-from jasper_fast.kernels.conv1d import cpu_impl as cpu
-assert not cpu.has_bf16()
-try:
-    cpu.pack(torch.randn(4, 4, 3), dtype=torch.bfloat16)
-except RuntimeError as error:
-    assert "does not multiply; pack in float32" in str(error), error
-else:
-    raise SystemExit("packed")
-"""
-
-
-@pytest.mark.slow
 def test_a_lower_instruction_set_says_so() -> None:
-    env = {**os.environ, "JASPER_FAST_ISA": "generic"}
-    done = subprocess.run([sys.executable, "-c", LOWER], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    """Runs in the processes of test_cpu_instruction_sets.py."""
+    if cpu_impl.has_bf16():
+        pytest.skip("this process multiplies bf16")
+    with pytest.raises(RuntimeError, match="does not multiply; pack in float32"):
+        cpu_impl.pack(torch.randn(4, 4, 3), dtype=BF16)
 
 
 def test_an_engine_in_bf16_multiplies_bf16(cpu) -> None:

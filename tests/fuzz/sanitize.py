@@ -30,7 +30,7 @@ RUNTIME = {"address": "libasan.so", "thread": "libtsan.so"}
 # opcheck's tests are left out, and so are the tests of each instruction set except the first: they took most of the
 # time and reached no other code.
 NAMES = ("bn_relu_dropout", "cuda_emulated", "cuda_ptx", "panes", "conv1d", "conv1d_16bit", "depthwise", "prefix_beam")
-NAMES += ("lm_train", "novograd")
+NAMES += ("lm_train", "novograd", "cpu_instruction_sets")
 FILES = [f"tests/test_{name}.py" for name in NAMES]
 _CONV = "test_conv1d and (test_forward or test_backward or fused_epilogue or any_threads or products_of or transposed)"
 TESTS = {

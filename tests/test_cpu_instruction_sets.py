@@ -1,0 +1,56 @@
+"""The CPU faces with the instruction sets below this machine's best, with which all other tests of these faces run.
+
+A process chooses its instruction set when it loads the library, so each set runs those tests in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jasper_fast.kernels import native
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not native.cpu_available(), reason=str(native.explain()["cpu"])),
+]
+LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
+FILES = ("bn_cpu", "bn_relu_dropout", "conv1d", "conv1d_16bit", "depthwise", "panes")
+# tests of numbers on the CPU face; those of autograd and of arguments reach no other kernels
+WORDS = "(bn_cpu or conv1d or cpu) and not (is_conv1d or librarys or arguments or engine or aten or opcheck or triton)"
+CHILD = """
+import sys
+import pytest
+from jasper_fast.kernels import native
+level, *arguments = sys.argv[1:]
+assert native.cpu().isa() == level
+sys.exit(pytest.main(arguments))
+"""
+
+
+def run(level: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Runs pytest with these arguments in a process with instruction set `level`."""
+    root = Path(__file__).resolve().parents[1]
+    env = os.environ | {"JASPER_FAST_ISA": level, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", CHILD, level, "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
+    return subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_instruction_set(level: str) -> None:
+    best = native.cpu().isa()
+    if LEVELS.index(level) >= LEVELS.index(best):
+        pytest.skip(f"the other tests run with {best}, the best that this machine has")
+    done = run(level, *(f"tests/test_{name}.py" for name in FILES), "-k", WORDS)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_an_unknown_instruction_set_is_an_error() -> None:
+    done = run("sse9")
+    assert done.returncode != 0
+    assert "JASPER_FAST_ISA=sse9" in done.stderr
+    assert "generic, avx2, avx512 or avx512_bf16" in done.stderr
