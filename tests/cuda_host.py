@@ -71,7 +71,7 @@ def build(
 
     `defines` are further flags for `sources`, and `scheduler` for engine.cpp. `sanitize` is "address" or "thread"; its
     default is the value of JASPER_FAST_SANITIZE (see tests/fuzz/sanitize.py). `folder` holds the headers of the
-    sources: csrc, or a copy with a mistake in it.
+    sources: csrc, or a copy with a mistake in it, whose objects and library go beside it.
     """
     compiler, include, sanitizers = toolchain()
     sanitize = sanitize or os.environ.get("JASPER_FAST_SANITIZE") or None
@@ -84,23 +84,24 @@ def build(
     kernels = [*FLAGS, "-O1", "-DJF_EMULATE", *checks, *defines]
     objects = [compiled(compiler, ENGINE[0], [*engine, *scheduler, *include])]
     objects += [compiled(compiler, path, [*engine, *include]) for path in ENGINE[1:]]
-    objects += [compiled(compiler, path, [*kernels, *include], folder) for path in sources]
+    into = BUILT if folder == CSRC else folder.parent
+    objects += [compiled(compiler, path, [*kernels, *include], folder, into) for path in sources]
     link = [compiler, "-pthread", *checks, *([] if program else ["-shared"])]
     name = hashlib.sha256("\0".join([*link, *map(str, objects)]).encode()).hexdigest()[:24]
-    target = BUILT / f"{sources[-1].stem}-{name}{'' if program else '.so'}"
+    target = into / f"{sources[-1].stem}-{name}{'' if program else '.so'}"
     return made(target, [*link, *map(str, objects)])
 
 
-def compiled(compiler: str, source: Path, flags: list[str], folder: Path = CSRC) -> Path:
+def compiled(compiler: str, source: Path, flags: list[str], folder: Path = CSRC, into: Path = BUILT) -> Path:
     text = hashlib.sha256("\0".join([compiler, *flags, digest(folder / "cuda")]).encode() + source.read_bytes())
-    return made(BUILT / f"{source.stem}-{text.hexdigest()[:24]}.o", [compiler, *flags, "-c", str(source)])
+    return made(into / f"{source.stem}-{text.hexdigest()[:24]}.o", [compiler, *flags, "-c", str(source)])
 
 
 def made(target: Path, command: list[str]) -> Path:
     """Runs `command` with `-o target` unless the target exists. A lock lets one process at a time do so."""
     if target.exists():
         return target
-    BUILT.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.with_name(target.name + ".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():

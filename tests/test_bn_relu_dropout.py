@@ -13,8 +13,8 @@ from conftest import make_face
 from torch import Tensor
 from torch.nn import functional as F
 
+from jasper_fast import ops
 from jasper_fast.kernels import philox
-from jasper_fast.kernels.bn_relu_dropout import reference
 from jasper_fast.kernels.layout import mask, ntc, padding
 from jasper_fast.kernels.operands import Mask, Norm
 
@@ -335,29 +335,6 @@ def test_p_out_of_range_is_refused(face):
         face.load("bn_relu_dropout").forward(y, Norm(one, one, one, one), None, Mask(None, seed, 1.0))
 
 
-class Reference(torch.autograd.Function):
-    """Wraps the reference's hand-written backward, statistics included, as an autograd function."""
-
-    @staticmethod
-    def forward(ctx, y, gamma, beta, residual, mask, training):
-        rows = y.shape[0] * y.shape[2]
-        mean, m2 = reference.stats(y) if training else (0.1 * torch.ones_like(gamma), rows * torch.ones_like(gamma))
-        norm = Norm(mean, rstd_of(m2, rows), gamma, beta)
-        z = reference.forward(y, norm, residual, mask)
-        ctx.save_for_backward(y, z if residual is not None else None, *norm)
-        ctx.mask, ctx.training, ctx.rows = mask, training, rows
-        return z
-
-    @staticmethod
-    def backward(ctx, dz):
-        y, z, *norm = ctx.saved_tensors
-        saved = (ntc(dz), y, z, Norm(*norm))
-        dbeta, dgamma = reference.backward_reduce(*saved, ctx.mask)
-        means = (dbeta / ctx.rows, dgamma / ctx.rows) if ctx.training else None
-        dy, dres = reference.backward_apply(*saved, means, ctx.mask, z is not None)
-        return dy, dgamma, dbeta, dres, None, None
-
-
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @residuals
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -366,9 +343,11 @@ def test_reference_backward_is_the_derivative_of_its_forward(p, residual, traini
     inputs = [case.y, case.gamma.double(), case.beta.double(), *([case.residual] if residual else [])]
     for x in inputs:
         x.requires_grad_()
+    running = (None, None) if training else (0.1 * torch.ones(5).double(), torch.ones(5).double())
+    how = {"lengths": case.lengths, "p": p, "seed": case.seed, "frozen": not training, "backend": "reference"}
 
     def call(y, gamma, beta, res=None):
-        return Reference.apply(y, gamma, beta, res, case.mask, training)
+        return ops.bn_relu_dropout(y, gamma, beta, *running, residual=res, **how)
 
     assert torch.autograd.gradcheck(call, inputs)
 

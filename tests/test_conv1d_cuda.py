@@ -186,8 +186,8 @@ def check_inference(
 # Every tile size of every loop, several tiles per CTA in loop 90, and more steps than twice the stages.
 WIDE = [
     (2, 72, 136, 150, 11, 1, 1, [150, 61]),
-    (1, 136, 200, 233, 29, 1, 1, [233]),
-    (2, 200, 72, 131, 29, 1, 2, [30, 131]),
+    (1, 136, 200, 233, 9, 1, 1, [233]),
+    (2, 200, 72, 131, 9, 1, 2, [30, 131]),
     (3, 72, 200, 141, 11, 2, 1, [141, 1, 0]),
     (1, 64, 72, 230, 3, 1, 100, [230]),  # panels too high for three stages of wgrad in loop 90
 ]

@@ -68,9 +68,8 @@ def test_the_sources_as_they_are_pass(loop: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", mutant_rig.chosen(MUTANTS))
-def test_a_mutant_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mutant_is_found(name: str, tmp_path: Path) -> None:
     file, folder = MUTANTS[name][0], mutant_rig.mutated(MUTANTS[name], tmp_path)
-    monkeypatch.setattr(cuda_host, "BUILT", tmp_path)
     loop = 90 if file in (WGMMA, WGRAD90) else 80
     directions = ("weight",) if file in (WGRAD, WGRAD90) else ("forward", "x")
     assert outcome(library(folder, loop), loop, directions) is not None

@@ -100,8 +100,7 @@ def test_the_last_conv_ends_in_log_softmax(dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("splits", [2, 3, 7])
+@pytest.mark.parametrize(("splits", "dtype"), [(2, torch.float32), (3, torch.float16), (7, torch.float32)], ids=str)
 def test_a_shared_reduction_gives_the_same_and_repeats(splits, dtype, monkeypatch):
     """Shows that several programs per tile give a right and repeatable result and reset their counters to 0."""
     device = make_face("triton").device

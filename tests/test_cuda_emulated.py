@@ -1,24 +1,35 @@
 """The CUDA kernels of bn_relu_dropout, compiled as host C++ and run thread by thread, so that their indexing is tested
-without a GPU."""
+without a GPU. The imported tests are those of every face."""
 
 from __future__ import annotations
 
 import ctypes
 import itertools
+import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cuda_host
 import pytest
 import torch
 from close import assert_close
+from test_bn_relu_dropout import (  # noqa: F401 (tests that run on the face here)
+    DTYPES,
+    check,
+    dtypes,
+    make,
+    run,
+    test_dropped_nan_is_zero,
+    test_garbage_in_padding_changes_nothing,
+    test_nan_in_a_valid_frame_reaches_outputs_and_gradients,
+)
 from torch import Tensor
 
 from jasper_fast.kernels import philox
 from jasper_fast.kernels.bn_relu_dropout import reference
-from jasper_fast.kernels.layout import empty_ntc, ntc
-from jasper_fast.kernels.operands import Mask, Norm
+from jasper_fast.kernels.layout import empty_ntc, padding
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 POINTERS = (
     "y",
     "residual",
@@ -94,42 +105,20 @@ def emulated() -> Emulated:
     return Emulated(cuda_host.build([cuda_host.CSRC / "cuda/emulate/bn_relu_dropout.cpp"]))
 
 
-def tensors(n: int, c: int, t: int, dtype: torch.dtype, shift: float = 0.0) -> dict[str, Tensor]:
-    """Returns random inputs, exact in `dtype`, with activations in NTC memory."""
-
-    def activation(offset: float = 0.0) -> Tensor:
-        return ntc((torch.randn(n, c, t) + offset).to(dtype))
-
-    y = activation(shift)
-    mean, m2 = reference.stats(y.double())
-    return {
-        "y": y,
-        "dz": activation(),
-        "residual": activation(),
-        "mean": mean.float(),
-        "rstd": (m2 / (n * t) + 1e-3).rsqrt().float(),
-        "gamma": torch.rand(c) + 0.5,
-        "beta": torch.randn(c) * 0.5,
-    }
-
-
-def norm_of(x: dict[str, Tensor]) -> Norm:
-    return Norm(*(x[name] for name in Norm._fields))
-
-
-def double(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [x if x is None or not x.is_floating_point() else x.double() for x in tensors]
+@pytest.fixture
+def face(emulated: Emulated) -> SimpleNamespace:
+    """The face for the tests that are imported from test_bn_relu_dropout.py."""
+    return SimpleNamespace(device=torch.device("cpu"), load=lambda op: emulated)
 
 
 # wide CTAs, uneven columns, one column, the scalar path, several turns of the loops, T = 1
-SHAPES = [(2, 64, 37), (3, 200, 21), (2, 8, 300), (2, 29, 19), (1, 16, 700), (5, 24, 1), (2, 1, 70)]
+SHAPES = [(2, 64, 37), (3, 200, 21), (2, 8, 300), (2, 29, 19), (1, 16, 700), (5, 24, 1), (2, 3, 70)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@dtypes
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_stats(emulated: Emulated, shape, dtype) -> None:
-    y = tensors(*shape, dtype, shift=30.0)["y"]
+    y = make(*shape, dtype=dtype, device="cpu", offset=30.0).y
     got, low, ref = emulated.stats(y), reference.stats(y), reference.stats(y.double())
     for name, *three in zip(("mean", "m2"), got, low, ref, strict=True):
         assert_close(name, *three)
@@ -144,85 +133,36 @@ CASES += [((2, 64, 37), torch.float16, *flags) for flags in FLAGS]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("shape", "dtype", "residual", "p", "padded"), dict.fromkeys(CASES), ids=str)
-def test_both_ways(emulated: Emulated, shape, dtype, residual, p, padded) -> None:
-    n, c, t = shape
-    x = tensors(n, c, t, dtype)
-    lengths = torch.randint(0, t + 1, (n,)) if padded else None
-    seed = torch.tensor([-(2**61) + 12345]) if p else None
-    norm = norm_of(x)
-    if padded:  # NaN, because the padding of dz and of the residual must not be read
-        for i, length in enumerate(lengths):
-            x["dz"][i, :, length:] = x["residual"][i, :, length:] = float("nan")
-
-    added, mask = x["residual"] if residual else None, Mask(lengths, seed, p)
-    wide_y, wide_added, *wide = double(x["y"], added, *norm)
-    z, low, ref = (
-        emulated.forward(x["y"], norm, added, mask),
-        reference.forward(x["y"], norm, added, mask),
-        reference.forward(wide_y, Norm(*wide), wide_added, mask),
-    )
-    assert_close("z", z, low, ref)
-    assert torch.equal(z == 0, low == 0), "other elements were dropped, masked or clipped"
-
-    saved = [x["dz"], x["y"], z if residual else None]
-    args, wide_args = (*saved, norm), (*double(*saved), Norm(*wide))
-    sums = emulated.backward_reduce(*args, mask)
-    wide_sums = reference.backward_reduce(*wide_args, mask)
-    for name, *three in zip(("dbeta", "dgamma"), sums, reference.backward_reduce(*args, mask), wide_sums):
-        assert_close(name, *three)
-    for means in (None, [(s / (n * t)).float() for s in wide_sums]):
-        grads = emulated.backward_apply(*args, means, mask, residual)
-        low = reference.backward_apply(*args, means, mask, residual)
-        ref = reference.backward_apply(*wide_args, means and double(*means), mask, residual)
-        for name, *three in zip(("dy", "dres"), grads, low, ref, strict=True):
-            if three[0] is not None:
-                assert_close(name, *three)
+def test_both_ways(face, shape, dtype, residual, p, padded) -> None:
+    n, _, t = shape
+    lengths = torch.randint(0, t + 1, (n,)).tolist() if padded else None
+    case = make(*shape, dtype=dtype, device="cpu", residual=residual, lengths=lengths, p=p)
+    for x in (case.dz, case.residual):  # the padding of dz and of the residual must not be read
+        if padded and x is not None:
+            x[padding(case.lengths, t).expand_as(x)] = math.nan
+    for training in (True, False):
+        check(face, case, training)
 
 
 @pytest.mark.slow
 def test_results_do_not_depend_on_the_cut(emulated: Emulated) -> None:
     """Shows that the number of multiprocessors changes no bit of elementwise results, and reductions only by
     rounding."""
-    x = tensors(2, 40, 500, torch.float16)
-    lengths, seed = torch.tensor([500, 123]), torch.tensor([7])
-    norm = norm_of(x)
+    case = make(2, 40, 500, dtype=torch.float16, device="cpu", lengths=[500, 123], p=0.5)
     results = []
     for emulated.sms in (1, 3, 132):
-        results.append(
-            [
-                emulated.forward(x["y"], norm, None, Mask(lengths, seed, 0.5)),
-                *emulated.stats(x["y"]),
-                *emulated.backward_reduce(x["dz"], x["y"], None, norm, Mask(lengths, seed, 0.5)),
-            ]
-        )
+        results.append(run(emulated, case, training=False) | dict(zip("ms", emulated.stats(case.y), strict=True)))
     for other in results[1:]:
-        assert torch.equal(other[0], results[0][0])
-        for a, b in zip(other[1:], results[0][1:], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+        for name, value in results[0].items():
+            if value.dim() == 3:
+                assert torch.equal(other[name], value), name
+            else:
+                torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-4)
 
 
 def test_misaligned_pointers_take_the_scalar_path(emulated: Emulated) -> None:
-    x = tensors(2, 32, 9, torch.float32)
-    norm = norm_of(x)
-    flat = torch.empty(x["y"].numel() + 1)
-    shifted = flat[1:].reshape(2, 9, 32).transpose(1, 2).copy_(x["y"])
+    case = make(2, 32, 9, dtype=torch.float32, device="cpu", p=0.5)
+    shifted = torch.empty(case.y.numel() + 1)[1:].reshape(2, 9, 32).transpose(1, 2).copy_(case.y)
     assert shifted.data_ptr() % 16 != 0
-    seed = torch.tensor([3])
-    assert torch.equal(
-        emulated.forward(shifted, norm, None, Mask(None, seed, 0.5)),
-        emulated.forward(x["y"], norm, None, Mask(None, seed, 0.5)),
-    )
-
-
-def test_nan_passes_relu_and_its_gradient_but_not_the_mask(emulated: Emulated) -> None:
-    x = tensors(1, 16, 10, torch.float32)
-    norm = norm_of(x)
-    lengths, seed = torch.tensor([6]), torch.tensor([11])
-    x["y"][0, :, 3] = x["y"][0, :, 8] = float("nan")
-    z = emulated.forward(x["y"], norm, None, Mask(lengths, seed, 0.5))
-    keep = philox.keep_mask(1, 16, 10, 0.5, seed)
-    assert torch.equal(z[0, :, 3].isnan(), keep[0, :, 3])
-    assert (z[0, :, 6:] == 0).all()
-    dbeta, dgamma = emulated.backward_reduce(x["dz"], x["y"], None, norm, Mask(lengths, seed, 0.5))
-    assert torch.equal(dgamma.isnan(), keep[0, :, 3])
-    assert not dbeta.isnan().any()
+    want, got = (run(emulated, replace(case, y=y), training=False) for y in (case.y, shifted))
+    assert torch.equal(got["z"], want["z"])

@@ -13,10 +13,11 @@ from types import SimpleNamespace
 import conv_cases
 import cuda_host
 import pytest
+import test_bn_relu_dropout as norm_cases
 import torch
 from conftest import raising
 from test_conv1d_cuda import DIRECTIONS, FUSED, Face, check_inference
-from test_cuda_emulated import Emulated, norm_of, tensors
+from test_cuda_emulated import Emulated
 from test_novograd import emulated as emulated_steps
 from test_novograd import make, run, settings
 
@@ -28,7 +29,6 @@ from jasper_fast.kernels.conv1d.cuda_args import Args, Launch, WgradArgs
 from jasper_fast.kernels.layout import ntc
 from jasper_fast.kernels.novograd import cuda_impl as novograd
 from jasper_fast.kernels.novograd import cuda_launch as steps
-from jasper_fast.kernels.operands import Mask
 
 THREADS = {"conv_75": 128, "conv_80": 128, "conv_90": 384, "wgrad_75": 128, "wgrad_80": 128, "wgrad_90": 384,
            "merge_kernel": 256, "wgrad_merge_kernel": 128, "pack_kernel": 256}  # fmt: skip
@@ -229,18 +229,12 @@ def test_norms_through_the_driver(monkeypatch, norm_library, cache, n, c, t, dty
     monkeypatch.setattr(norms, "_ops", lambda: ops)
     monkeypatch.setattr(norms_nvrtc, "_sms", lambda y: 2)
     emulated = Emulated(cuda_host.build([NORMS]))
-    x = tensors(n, c, t, dtype)
-    p, lengths = (0.3, torch.tensor([t, 5, 0][:n])) if full else (0.0, None)
-    y, dz, norm, masked = x["y"], x["dz"], norm_of(x), Mask(lengths, torch.tensor([11]) if full else None, p)
-    residual = x["residual"] if full else None
-    means = (torch.randn(c), torch.randn(c)) if full else None
-    kept = norms.forward(y, norm, residual, masked) if full else None
-    got, want = (
-        (*face.stats(y), face.forward(y, norm, residual, masked), *face.backward_reduce(dz, y, kept, norm, masked),
-         *face.backward_apply(dz, y, kept, norm, means, masked, full))
-        for face in (norms, emulated)
-    )  # fmt: skip
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True) if a is not None)
+    how = {"residual": True, "lengths": [t, 5, 0][:n], "p": 0.3} if full else {}
+    case = norm_cases.make(n, c, t, dtype=dtype, device="cpu", **how)
+    for training in (True, False):
+        got, want = (norm_cases.run(of, case, training) for of in (norms, emulated))
+        for name, value in want.items():
+            assert torch.equal(got[name], value), name
     assert {options for _, options in compiler.compiled} == {"-arch=sm_90a"}
 
 
