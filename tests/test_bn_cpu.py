@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import make_face
-from test_bn_relu_dropout import Case, check, dtypes, make, residuals, run
+from test_bn_relu_dropout import Case, assert_same, check, dtypes, make, residuals, run
 from torch import Tensor
 
 from jasper_fast.kernels import native, philox
@@ -74,8 +74,7 @@ def test_results_do_not_depend_on_the_number_of_threads(name, residual, dtype):
         torch.set_num_threads(threads)
         results.append(run(cpu_impl, case, training=True))
     for other in results[1:]:
-        for key, value in results[0].items():
-            assert torch.equal(other[key], value), key
+        assert_same(other, results[0])
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 255, 256, 257, 6200])

@@ -78,8 +78,11 @@ def rstd_of(m2: Tensor, rows: int) -> Tensor:
     return (m2 / rows + EPS).rsqrt()
 
 
-def run(op, case: Case, training: bool) -> dict[str, Tensor]:
-    """Runs one forward and backward through the four functions of a face, as autograd calls them."""
+def run(op, case: Case, training: bool, soiled: Tensor | None = None, halo: int | None = None) -> dict[str, Tensor]:
+    """Runs one forward and backward through the four functions of a face, as autograd calls them.
+
+    soiled: what `backward_apply` gets as y, and halo: what it is told about it.
+    """
     n, _, t = case.y.shape
     if training:
         mean, m2 = op.stats(case.y)
@@ -87,12 +90,18 @@ def run(op, case: Case, training: bool) -> dict[str, Tensor]:
         mean, m2 = case.beta * 0.1, case.gamma * n * t
     norm = Norm(mean, rstd_of(m2, n * t), case.gamma, case.beta)
     z = op.forward(case.y, norm, case.residual, case.mask)
-    saved = (case.dz, case.y, z if case.residual is not None else None, norm)
-    dbeta, dgamma = op.backward_reduce(*saved, case.mask)
+    kept = z if case.residual is not None else None
+    dbeta, dgamma = op.backward_reduce(case.dz, case.y, kept, norm, case.mask)
     means = (dbeta / (n * t), dgamma / (n * t)) if training else None
-    dy, dres = op.backward_apply(*saved, means, case.mask, case.residual is not None)
+    y = case.y if soiled is None else soiled
+    dy, dres = op.backward_apply(case.dz, y, kept, norm, means, case.mask, kept is not None, halo)
     out = {"z": z, "dy": dy, "dgamma": dgamma, "dbeta": dbeta, "mean": mean, "m2": m2}
     return out if dres is None else out | {"dres": dres}
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    for name, value in want.items():
+        assert torch.equal(got[name], value), name
 
 
 def chain(case: Case, training: bool) -> dict[str, Tensor]:
@@ -144,10 +153,11 @@ SHAPES = [
 
 @pytest.mark.slow
 @dtypes
-@residuals
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s[:3])))
-def test_training_forward_and_every_gradient(face, shape, residual, dtype):
+def test_training_forward_and_every_gradient(face, shape, dtype):
+    """Half of the pairs of a shape and a dtype have a residual: some of each shape, and some of each dtype."""
     n, c, t, lengths = shape
+    residual = (SHAPES.index(shape) + DTYPES.index(dtype)) % 2 == 1
     check(face, make(n, c, t, dtype=dtype, device=face.device, residual=residual, lengths=lengths, p=0.2))
 
 
@@ -197,18 +207,6 @@ def test_dropout_bits_are_the_same_on_every_face(face, c, dtype):
     assert off <= torch.finfo(dtype).eps  # one eps, not half: Triton's interpreter rounds to bf16 by truncation
 
 
-def test_keep_rate(face):
-    n, c, t, p = 2, 64, 400, 0.2
-    one, zero = torch.ones(c, device=face.device), torch.zeros(c, device=face.device)
-    y = ntc(torch.ones(n, c, t, device=face.device))
-    op, norm = face.load("bn_relu_dropout"), Norm(zero, one, one, zero)
-    first, second = (
-        op.forward(y, norm, None, Mask(None, torch.tensor([seed], device=face.device), p)) != 0 for seed in (1, 2)
-    )
-    assert abs(first.double().mean() - (1 - p)) <= 5 * math.sqrt(p * (1 - p) / (n * c * t))
-    assert not torch.equal(first, second)
-
-
 @dtypes
 @residuals
 def test_garbage_in_padding_changes_nothing(face, residual, dtype):
@@ -221,11 +219,9 @@ def test_garbage_in_padding_changes_nothing(face, residual, dtype):
     for x in (case.y, case.dz, case.residual):
         if x is not None:
             x[inside] = math.nan
-    soiled = run(op, case, training=False)
+    assert_same(run(op, case, training=False), clean)
     for name, value in clean.items():
-        assert torch.equal(soiled[name], value), name
-        if value.dim() == 3:
-            assert (value[inside] == 0).all(), name
+        assert value.dim() < 3 or (value[inside] == 0).all(), name
 
 
 def test_gradient_in_padding_is_ignored_in_training(face):
@@ -233,57 +229,37 @@ def test_gradient_in_padding_is_ignored_in_training(face):
     case = make(2, 20, 15, dtype=torch.float32, device=face.device, residual=True, lengths=[15, 4], p=0.1)
     clean = run(op, case, training=True)
     case.dz[1, :, 4:] = math.nan
-    soiled = run(op, case, training=True)
-    for name, value in clean.items():
-        assert torch.equal(soiled[name], value), name
+    assert_same(run(op, case, training=True), clean)
 
 
-def halo_case(face, dtype, residual, halo, n=4, c=40, t=61) -> Case:
+def halo_case(face, dtype, residual, halo, c=40) -> Case:
     """Returns a case whose y is zero from frame length + halo on, as after a conv of masked input."""
-    case = make(n, c, t, dtype=dtype, device=face.device, residual=residual, lengths=[t, 30, 1, 0], p=0.2)
+    case = make(4, c, 61, dtype=dtype, device=face.device, residual=residual, lengths=[61, 30, 1, 0], p=0.2)
     case.y = ntc(mask(case.y, case.lengths + halo))
     return case
 
 
-def apply(op, case: Case, y: Tensor, halo: int | None) -> tuple[Tensor, Tensor | None]:
-    """Calls backward_apply on `y` with the statistics and sums of the case's own y."""
-    rows = case.y.shape[0] * case.y.shape[2]
-    mean, m2 = op.stats(case.y)
-    norm = Norm(mean, rstd_of(m2, rows), case.gamma, case.beta)
-    z = op.forward(case.y, norm, case.residual, case.mask)
-    z = None if case.residual is None else z
-    dbeta, dgamma = op.backward_reduce(case.dz, case.y, z, norm, case.mask)
-    means, has_residual = (dbeta / rows, dgamma / rows), case.residual is not None
-    return op.backward_apply(case.dz, y, z, norm, means, case.mask, has_residual, halo)
-
-
-def same_bits(got: tuple[Tensor, Tensor | None], want: tuple[Tensor, Tensor | None]) -> bool:
-    return all(w is None if g is None else torch.equal(g, w) for g, w in zip(got, want, strict=True))
-
-
 @pytest.mark.slow
-@dtypes
-@pytest.mark.parametrize("halo", [0, 3, 100])
+@pytest.mark.parametrize(("halo", "dtype"), zip([0, 3, 100], DTYPES, strict=True))
 @residuals
 def test_halo_changes_no_bit(face, residual, halo, dtype):
     op, case = face.load("bn_relu_dropout"), halo_case(face, dtype, residual, halo)
-    assert same_bits(apply(op, case, case.y, halo), apply(op, case, case.y, None))
+    assert_same(run(op, case, training=True, halo=halo), run(op, case, training=True))
 
 
 @pytest.mark.slow
-@dtypes
-@pytest.mark.parametrize("c", [40, 29, 256])
+@pytest.mark.parametrize(("c", "dtype"), zip([40, 29, 136], DTYPES, strict=True))
 @pytest.mark.parametrize("name", ["reference", "triton"])
 def test_beyond_the_halo_y_is_not_read(name, c, dtype):
     """Shows that NaN in rows which `halo` declares zero has no effect. Without `halo` it reaches dy, so it was really
     there."""
     face = make_face(name)
-    op, case = face.load("bn_relu_dropout"), halo_case(face, dtype, False, 3, c=c)
+    op, case = face.load("bn_relu_dropout"), halo_case(face, dtype, False, 3, c)
     soiled = ntc(mask(case.y, case.lengths + 3, math.nan))
-    got = apply(op, case, soiled, 3)
-    assert got[0].isfinite().all()
-    assert same_bits(got, apply(op, case, case.y, None))
-    assert apply(op, case, soiled, None)[0].isnan().any()
+    got = run(op, case, training=True, soiled=soiled, halo=3)
+    assert got["dy"].isfinite().all()
+    assert_same(got, run(op, case, training=True))
+    assert run(op, case, training=True, soiled=soiled)["dy"].isnan().any()
 
 
 @dtypes
@@ -319,13 +295,10 @@ def test_dropped_nan_is_zero(face):
 
 
 @pytest.mark.slow
-@dtypes
-def test_two_runs_give_the_same_bits(face, dtype):
+def test_two_runs_give_the_same_bits(face):
     op = face.load("bn_relu_dropout")
-    case = make(3, 72, 150, dtype=dtype, device=face.device, residual=True, lengths=[150, 90, 1], p=0.2)
-    first, second = run(op, case, training=True), run(op, case, training=True)
-    for name, value in first.items():
-        assert torch.equal(second[name], value), name
+    case = make(3, 72, 150, dtype=torch.float16, device=face.device, residual=True, lengths=[150, 90, 1], p=0.2)
+    assert_same(run(op, case, training=True), run(op, case, training=True))
 
 
 def test_p_out_of_range_is_refused(face):

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from jasper_fast.kernels import philox
 from jasper_fast.kernels.bn_relu_dropout import reference
-from jasper_fast.kernels.layout import empty_ntc, padding
+from jasper_fast.kernels.bn_relu_dropout.native_face import NativeFace
+from jasper_fast.kernels.layout import padding
 
 POINTERS = (
     "y",
@@ -59,10 +60,11 @@ class Raw(ctypes.Structure):
     ]
 
 
-class Emulated:
-    """The four functions of the face, emulated on a GPU with `sms` multiprocessors."""
+class Emulated(NativeFace):
+    """The face with its ops emulated on a GPU with `sms` multiprocessors."""
 
     def __init__(self, library: Path) -> None:
+        super().__init__(lambda: self)
         self.call = ctypes.CDLL(str(library)).jf_emulate
         self.sms = 2
 
@@ -74,30 +76,22 @@ class Emulated:
         results = [ctypes.c_void_p(None if r is None else r.data_ptr()) for r in (first, second)]
         self.call(op, DTYPES.index(y.dtype), ctypes.byref(raw), *results, self.sms)
 
-    def stats(self, y):
-        mean, m2 = torch.empty(y.shape[1]), torch.empty(y.shape[1])
+    def bn_stats(self, y, mean, m2):
         self.run(STATS, y, 0.0, mean, m2)
-        return mean, m2
 
-    def forward(self, y, norm, residual, mask):
-        z, (lengths, seed, p) = empty_ntc(*y.shape, like=y), mask
-        self.run(FORWARD, y, p, residual=residual, lengths=lengths, seed=seed, out=z, **norm._asdict())
-        return z
+    def bn_forward(self, y, mean, rstd, gamma, beta, residual, lengths, seed, p, z):
+        norm = {"mean": mean, "rstd": rstd, "gamma": gamma, "beta": beta}
+        self.run(FORWARD, y, p, **norm, residual=residual, lengths=lengths, seed=seed, out=z)
 
-    def backward_reduce(self, dz, y, z, norm, mask):
-        dbeta, dgamma = torch.empty(y.shape[1]), torch.empty(y.shape[1])
-        lengths, seed, p = mask
+    def bn_backward_reduce(self, dz, y, z, mean, rstd, gamma, beta, lengths, seed, p, dbeta, dgamma):
+        norm = {"mean": mean, "rstd": rstd, "gamma": gamma, "beta": beta}
         seed = seed if z is None else None  # as in bn_relu_dropout.cu
-        self.run(REDUCE, y, p, dbeta, dgamma, dz=dz, z=z, lengths=lengths, seed=seed, **norm._asdict())
-        return dbeta, dgamma
+        self.run(REDUCE, y, p, dbeta, dgamma, **norm, dz=dz, z=z, lengths=lengths, seed=seed)
 
-    def backward_apply(self, dz, y, z, norm, means, mask, has_residual):
-        dy, dres = empty_ntc(*y.shape, like=y), empty_ntc(*y.shape, like=y) if has_residual else None
-        channels = norm._asdict() | dict(zip(("mean_g", "mean_gy"), means or (None, None), strict=True))
-        lengths, seed, p = mask
+    def bn_backward_apply(self, dz, y, z, mean, rstd, gamma, beta, mean_g, mean_gy, lengths, seed, p, dy, dres):
+        norm = {"mean": mean, "rstd": rstd, "gamma": gamma, "beta": beta, "mean_g": mean_g, "mean_gy": mean_gy}
         seed = seed if z is None else None
-        self.run(APPLY, y, p, dz=dz, z=z, lengths=lengths, seed=seed, out=dy, dres=dres, **channels)
-        return dy, dres
+        self.run(APPLY, y, p, **norm, dz=dz, z=z, lengths=lengths, seed=seed, out=dy, dres=dres)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from test_novograd import make, run, settings
 from jasper_fast.kernels import native, nvrtc
 from jasper_fast.kernels.bn_relu_dropout import cuda_impl as norms
 from jasper_fast.kernels.bn_relu_dropout import cuda_nvrtc as norms_nvrtc
+from jasper_fast.kernels.bn_relu_dropout.native_face import NativeFace
 from jasper_fast.kernels.conv1d import cuda_launch, cuda_nvrtc
 from jasper_fast.kernels.conv1d.cuda_args import Args, Launch, WgradArgs
 from jasper_fast.kernels.layout import ntc
@@ -226,15 +227,12 @@ def test_norms_through_the_driver(monkeypatch, norm_library, cache, n, c, t, dty
     compiler = Nvrtc()
     ops = norms_nvrtc.Compiled(compiler, Driver(norm_library))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(norms, "_ops", lambda: ops)
     monkeypatch.setattr(norms_nvrtc, "_sms", lambda y: 2)
     emulated = Emulated(cuda_host.build([NORMS]))
     how = {"residual": True, "lengths": [t, 5, 0][:n], "p": 0.3} if full else {}
     case = norm_cases.make(n, c, t, dtype=dtype, device="cpu", **how)
     for training in (True, False):
-        got, want = (norm_cases.run(of, case, training) for of in (norms, emulated))
-        for name, value in want.items():
-            assert torch.equal(got[name], value), name
+        norm_cases.assert_same(*(norm_cases.run(of, case, training) for of in (NativeFace(lambda: ops), emulated)))
     assert {options for _, options in compiler.compiled} == {"-arch=sm_90a"}
 
 

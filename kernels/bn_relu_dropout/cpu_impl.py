@@ -1,58 +1,13 @@
 """The CPU face of bn_relu_dropout: threaded C++ kernels (csrc/cpu) that pick their vector instructions at run time.
 
-Activations are (N, C, T) in NTC memory, fp32, fp16 or bf16, with fp32 arithmetic inside; channel vectors are (C,) fp32.
-Results are bit-identical for any number of threads. For fp64 use the reference face.
+Results are bit-identical for any number of threads.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from jasper_fast.kernels import native
-from jasper_fast.kernels.operands import Mask, Norm
+from jasper_fast.kernels.bn_relu_dropout.native_face import NativeFace
 
-
-def stats(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and M2 (sum of squared deviations) per channel of y (N, C, T) over all N*T rows, fp32."""
-    mean, m2 = _channels(y), _channels(y)
-    native.cpu().bn_stats(y, mean, m2)
-    return mean, m2
-
-
-def forward(y: Tensor, norm: Norm, residual: Tensor | None, mask: Mask) -> Tensor:
-    """z = mask(dropout(relu((y - mean)*rstd*gamma + beta [+ residual]))), in the dtype of y."""
-    z = torch.empty_like(y)
-    native.cpu().bn_forward(y, *norm, residual, *mask, z)
-    return z
-
-
-def backward_reduce(dz: Tensor, y: Tensor, z: Tensor | None, norm: Norm, mask: Mask) -> tuple[Tensor, Tensor]:
-    """(dbeta, dgamma) = (sum g, sum g*yhat) per channel; g = dz/(1-p) where ReLU, dropout and mask pass it, else 0."""
-    dbeta, dgamma = _channels(y), _channels(y)
-    native.cpu().bn_backward_reduce(dz, y, z, *norm, *mask, dbeta, dgamma)
-    return dbeta, dgamma
-
-
-def backward_apply(
-    dz: Tensor,
-    y: Tensor,
-    z: Tensor | None,
-    norm: Norm,
-    means: tuple[Tensor, Tensor] | None,
-    mask: Mask,
-    has_residual: bool,
-    halo: int | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Returns dy = gamma*rstd*(g - mean_g - yhat*mean_gy), and dres, which is g with a residual, else None.
-
-    means: (mean_g, mean_gy), or None to leave both terms out. halo: not used, because this face reads all rows of y.
-    """
-    dy = torch.empty_like(y)
-    dres = torch.empty_like(y) if has_residual else None
-    native.cpu().bn_backward_apply(dz, y, z, *norm, *(means or (None, None)), *mask, dy, dres)
-    return dy, dres
-
-
-def _channels(y: Tensor) -> Tensor:
-    return torch.empty(y.shape[1], dtype=torch.float32, device=y.device)
+_face = NativeFace(native.cpu)
+stats, forward = _face.stats, _face.forward
+backward_reduce, backward_apply = _face.backward_reduce, _face.backward_apply

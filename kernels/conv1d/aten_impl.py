@@ -52,7 +52,7 @@ def forward(
 
     The caller ensures that `x` is zero at t >= `lengths` (N,).
     """
-    return ntc(F.conv2d(x.unsqueeze(2), _in(x, weight, packed).unsqueeze(2), None, *_in_2d(geometry)).squeeze(2))
+    return ntc(conv2d(x, _in(x, weight, packed), geometry))
 
 
 def dgrad(
@@ -66,7 +66,7 @@ def dgrad(
     """Returns the gradient of x, (N, C_in, T = `t`), from `dy` (N, C_out, T')."""
     # Only the shape and memory format of x are used. A tensor expanded from a scalar would make ATen copy dy to NCHW.
     x = empty_ntc(dy.shape[0], weight.shape[1], t, like=dy)
-    return _backward(dy, x, _in(dy, weight, packed), geometry, (True, False))[0]
+    return ntc(conv2d_backward(dy, x, _in(dy, weight, packed), geometry, (True, False))[0].squeeze(2))
 
 
 def wgrad(
@@ -80,7 +80,8 @@ def wgrad(
 ) -> Tensor:
     """Returns the gradient of the weight, (C_out, C_in, K), in `dtype` (default: that of `x`)."""
     weight = dy.new_empty(()).expand(dy.shape[1], x.shape[1], k)
-    return _backward(dy, x, weight, geometry, (False, True))[1].to(dtype or x.dtype)
+    dw = conv2d_backward(dy, x, weight, geometry, (False, True))[1]
+    return dw.squeeze(2).contiguous().to(dtype or x.dtype)
 
 
 def _in(x: Tensor, weight: Tensor, packed: Tensor | None) -> Tensor:
@@ -88,13 +89,20 @@ def _in(x: Tensor, weight: Tensor, packed: Tensor | None) -> Tensor:
     return weight.to(x.dtype) if packed is None else packed.transpose(1, 2)
 
 
+def conv2d(x: Tensor, weight: Tensor, geometry: Geometry, groups: int = 1) -> Tensor:
+    """Returns the conv of `x` (N, C_in, T) with `weight` (C_out, C_in / groups, K); ATen sees a height of 1."""
+    return F.conv2d(x.unsqueeze(2), weight.unsqueeze(2), None, *_in_2d(geometry), groups).squeeze(2)
+
+
+def conv2d_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, which: tuple[bool, bool], groups: int = 1
+) -> tuple[Tensor | None, Tensor | None, None]:
+    """Returns the gradients of x and weight of `conv2d`, those that are wanted, with the height of 1."""
+    return torch.ops.aten.convolution_backward(
+        dy.unsqueeze(2), x.unsqueeze(2), weight.unsqueeze(2), None,
+        *_in_2d(geometry), False, (0, 0), groups, (*which, False),
+    )  # fmt: skip
+
+
 def _in_2d(geometry: Geometry) -> list[tuple[int, int]]:
     return [(1, geometry.stride), (0, geometry.padding), (1, geometry.dilation)]
-
-
-def _backward(dy, x, weight, geometry, which):
-    dx, dw, _ = torch.ops.aten.convolution_backward(
-        dy.unsqueeze(2), x.unsqueeze(2), weight.unsqueeze(2), None,
-        *_in_2d(geometry), False, (0, 0), 1, (*which, False),
-    )  # fmt: skip
-    return (None if dx is None else ntc(dx.squeeze(2))), (None if dw is None else dw.squeeze(2).contiguous())

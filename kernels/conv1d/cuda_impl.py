@@ -7,8 +7,6 @@ epilogue. Accumulators are fp32. Dispatch takes ATen for other dtypes and for th
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -28,7 +26,15 @@ from jasper_fast.kernels.conv1d.cuda_args import (
     pack_blocks,
 )
 from jasper_fast.kernels.conv1d.cuda_tiles import SLAB, Plan, Work
-from jasper_fast.kernels.conv1d.gpu_shared import ALONE, Chain, Workspace, out_frames
+from jasper_fast.kernels.conv1d.gpu_shared import (
+    ALONE,
+    Chain,
+    Packed,
+    Workspace,
+    check_sub_block,
+    fused_shape,
+    out_frames,
+)
 from jasper_fast.kernels.layout import empty_ntc
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths, Mask, Norm
 
@@ -36,17 +42,11 @@ SIXTEEN = (torch.float16, torch.bfloat16)
 SOFTMAX_MAX = OUT  # maximum number of symbols of a log-softmax in the epilogue
 
 
-class Packed(NamedTuple):
-    """A conv's packed weight: `data` (K, blocks of C_in, blocks of C_out, 4096), in images of 64 x 64 channels."""
-
-    data: Tensor
-    c_out: int
-    c_in: int
-    taps: int
-
-
 def packed_shape(weight: Tensor) -> tuple[int, int, int, int]:
-    """Shape of what `pack` writes for `weight` (C_out, C_in, K)."""
+    """Shape of what `pack` writes for `weight` (C_out, C_in, K).
+
+    It is (K, blocks of C_in, blocks of C_out, 4096): images of 64 x 64 channels.
+    """
     c_out, c_in, taps = weight.shape
     return taps, pack_blocks(c_in), pack_blocks(c_out), IMAGE
 
@@ -57,7 +57,6 @@ def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None
     out: a buffer of `packed_shape(weight)` and `dtype` to write into, which a module may keep from call to call.
     """
     w = weight.detach().contiguous()
-    c_out, c_in, taps = w.shape
     if out is None:
         out = torch.empty(packed_shape(weight), dtype=dtype or w.dtype, device=w.device)
     if out.shape != packed_shape(weight) or out.dtype != (dtype or out.dtype) or not out.is_contiguous():
@@ -67,9 +66,9 @@ def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None
     dtypes = cuda_launch.DTYPES
     cuda_launch.run(
         "jf_conv1d_pack", w, out.shape[1] * out.shape[2], 0, dtypes[w.dtype], dtypes[out.dtype], address(w),
-        address(out), c_out, c_in, taps,
+        address(out), *w.shape,
     )  # fmt: skip
-    return Packed(out, c_out, c_in, taps)
+    return Packed(out, *w.shape)
 
 
 def pack_once(weight: Tensor, dtype: torch.dtype, stride: int = 1) -> Packed:
@@ -173,10 +172,7 @@ def _dgrad(dy, weight, t, geometry, lengths, packed, sub_block=None):
     if sub_block is None:
         return g, *_launch(args, dy, w, work, PLAIN, True)
     y, z, norm, mask = sub_block
-    for v in y, z:
-        if v.shape != (n, w.c_in, t) or v.dtype != dy.dtype or not v.transpose(1, 2).is_contiguous():
-            got = f"{tuple(v.shape)} {v.dtype}, strides {v.stride()}"
-            raise ValueError(f"y and z must be {(n, w.c_in, t)} {dy.dtype}, dense in NTC memory, got {got}")
+    check_sub_block(y, z, g)
     args.y, args.z, args.scale = address(y), address(z), 1 / (1 - mask.p)
     args.mean, args.rstd = address(_float(norm.mean)), address(_float(norm.rstd))
     args.out_vector = args.out_vector and w.c_in % 8 == 0 and y.data_ptr() % 16 == 0 and z.data_ptr() % 16 == 0
@@ -267,29 +263,19 @@ def fused(
 
 def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked) -> Tensor:
     """Returns `out`, or a new tensor if it is None. Raises ValueError or TypeError if the operands do not fit."""
-    n, t, c_in = x.shape
     if x.dtype not in (w.data.dtype, torch.float32):
         raise TypeError(f"the cuda face takes x in fp32 or in the dtype of the weights, got {x.dtype}, {w.data.dtype}")
-    if c_in != w.c_in:
-        raise ValueError(f"x has {c_in} channels, the weight takes {w.c_in}")
-    if lengths.made is not None and (lengths.before is None or lengths.after is not None):
-        raise ValueError("lengths.made needs lengths.before and replaces lengths.after: leave the latter out")
     if log_softmax and w.c_out > SOFTMAX_MAX:
         raise ValueError(f"log-softmax in the kernel takes up to {SOFTMAX_MAX} channels, got {w.c_out}")
-    t_out = out_frames(t, w.taps, geometry)
+    if panes is not None and not panes[0].dtype == panes[1].data.dtype == w.data.dtype:
+        dtypes = f"{panes[0].dtype}, {panes[1].data.dtype}, {w.data.dtype}"
+        raise TypeError(f"x2 and both packs must have one dtype, got {dtypes}")
+    shape = fused_shape(x, w, geometry, lengths, panes, out, masked)
     dtype = torch.float32 if log_softmax else w.data.dtype
     if out is None:
-        out = torch.empty((n, t_out, w.c_out), dtype=dtype, device=x.device)
-    if masked and (lengths.made is not None or lengths.after is not None):
-        t_out = max(t_out, out.shape[1])
-    if out.shape != (n, t_out, w.c_out) or out.dtype != dtype:
-        raise ValueError(f"out is {tuple(out.shape)} {out.dtype}, the conv gives {(n, t_out, w.c_out)} {dtype}")
-    x2, w2 = panes or (None, None)
-    if x2 is not None:
-        if x2.dtype != w2.data.dtype or w2.data.dtype != w.data.dtype:
-            raise TypeError(f"x2 and both packs must have one dtype, got {x2.dtype}, {w2.data.dtype}, {w.data.dtype}")
-        if x2.shape != (n, t_out, w2.c_in) or w2.taps != 1 or w2.c_out != w.c_out:
-            raise ValueError(f"x2 {tuple(x2.shape)} and its weight do not fit an output of {(n, t_out, w.c_out)}")
+        out = torch.empty(shape, dtype=dtype, device=x.device)
+    if out.shape != shape or out.dtype != dtype:
+        raise ValueError(f"out is {tuple(out.shape)} {out.dtype}, the conv gives {shape} {dtype}")
     return out
 
 
@@ -358,10 +344,9 @@ def _packed(weight: Tensor, data: Tensor | None, x: Tensor) -> Packed:
     if data is None:
         data = pack(weight, x.dtype).data
     _check(x, data)
-    c_out, c_in, taps = weight.shape
     if data.shape != packed_shape(weight):
         raise ValueError(f"packed has shape {tuple(data.shape)}, the weight packs to {packed_shape(weight)}")
-    return Packed(data, c_out, c_in, taps)
+    return Packed(data, *weight.shape)
 
 
 def _check(x: Tensor, other: Tensor) -> None:

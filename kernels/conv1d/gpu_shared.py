@@ -7,7 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from jasper_fast.kernels.operands import Geometry
+from jasper_fast.kernels.operands import Geometry, Lengths
+
+
+class Packed(NamedTuple):
+    """A conv's weight in the order that a face's kernels read, in `data`. The other fields are its sizes."""
+
+    data: Tensor
+    c_out: int
+    c_in: int
+    taps: int
 
 
 class Chain(NamedTuple):
@@ -51,6 +60,41 @@ def out_frames(t: int, taps: int, geometry: Geometry) -> int:
         span = geometry.dilation * (taps - 1) + 1
         raise ValueError(f"{t} frames with padding {geometry.padding} are too few: the taps span {span} frames")
     return t_out
+
+
+def fused_shape(
+    x: Tensor,
+    w: Packed,
+    geometry: Geometry,
+    lengths: Lengths,
+    panes: tuple[Tensor, Packed] | None,
+    out: Tensor | None,
+    masked: bool,
+) -> tuple[int, int, int]:
+    """Returns the shape of the result of `fused`, with the rows that `out` has if it is masked by output lengths.
+
+    Raises ValueError if the operands do not fit.
+    """
+    n, t, c_in = x.shape
+    if c_in != w.c_in:
+        raise ValueError(f"x has {c_in} channels, the weight takes {w.c_in}")
+    if lengths.made is not None and (lengths.before is None or lengths.after is not None):
+        raise ValueError("lengths.made needs lengths.before and replaces lengths.after: leave the latter out")
+    t_out = out_frames(t, w.taps, geometry)
+    if out is not None and masked and (lengths.made is not None or lengths.after is not None):
+        t_out = max(t_out, out.shape[1])
+    x2, w2 = panes or (None, None)
+    if x2 is not None and (x2.shape != (n, t_out, w2.c_in) or w2.taps != 1 or w2.c_out != w.c_out):
+        raise ValueError(f"x2 {tuple(x2.shape)} and its weight do not fit an output of {(n, t_out, w.c_out)}")
+    return n, t_out, w.c_out
+
+
+def check_sub_block(y: Tensor, z: Tensor, like: Tensor) -> None:
+    """Raises ValueError unless `y` and `z` have the shape, the dtype and the dense NTC memory of `like` (N, C, T)."""
+    for v in y, z:
+        if v.shape != like.shape or v.dtype != like.dtype or not v.transpose(1, 2).is_contiguous():
+            got = f"{tuple(v.shape)} {v.dtype}, strides {v.stride()}"
+            raise ValueError(f"y and z must be {tuple(like.shape)} {like.dtype}, dense in NTC memory, got {got}")
 
 
 def check_offsets(*tensors: Tensor | None) -> None:

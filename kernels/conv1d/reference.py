@@ -56,7 +56,7 @@ def dgrad(
     span = max(t + 2 * padding, (t_out - 1) * stride + (k - 1) * dilation + 1)
     dx = dy.new_zeros((dy.shape[0], span, weight.shape[1]))  # one row for each row of the padded x
     for tap in range(k):
-        dx[:, _tap_rows(tap, t_out, geometry)] += dy.transpose(1, 2) @ weight[:, :, tap].to(dy.dtype)
+        dx[:, tap_rows(tap, t_out, geometry)] += dy.transpose(1, 2) @ weight[:, :, tap].to(dy.dtype)
     return ntc(mask(dx[:, padding : padding + t].transpose(1, 2), lengths))
 
 
@@ -94,9 +94,9 @@ def wgrad(
 
     x counts as zero at t >= `lengths`. The result is in `dtype` (default: that of `x`).
     """
-    padded, t_out = _padded(x, geometry, lengths), dy.shape[2]
-    taps = [padded[:, _tap_rows(tap, t_out, geometry)] for tap in range(k)]
-    return torch.stack([torch.einsum("not,ntc->oc", dy, rows) for rows in taps], dim=2).to(dtype or x.dtype)
+    rows, t_out = padded(x, geometry, lengths), dy.shape[2]
+    taps = [rows[:, tap_rows(tap, t_out, geometry)] for tap in range(k)]
+    return torch.stack([torch.einsum("not,ntc->oc", dy, tap) for tap in taps], dim=2).to(dtype or x.dtype)
 
 
 def fused(
@@ -115,10 +115,10 @@ def fused(
     t >= `lengths.before` count as zero. Rows of the result at t >= `lengths.after` are zero.
     """
     k = weight.shape[2]
-    padded, t_out = _padded(x.transpose(1, 2), geometry, lengths.before), geometry.frames(x.shape[1], k)
+    rows, t_out = padded(x.transpose(1, 2), geometry, lengths.before), geometry.frames(x.shape[1], k)
     y = x.new_zeros((x.shape[0], t_out, weight.shape[0]))
     for tap in range(k):
-        y = y + padded[:, _tap_rows(tap, t_out, geometry)] @ weight[:, :, tap].T
+        y = y + rows[:, tap_rows(tap, t_out, geometry)] @ weight[:, :, tap].T
     if panes is not None:
         x2, weight2 = panes
         y = y + mask(x2.transpose(1, 2), lengths.before).transpose(1, 2) @ weight2[:, :, 0].T
@@ -127,11 +127,12 @@ def fused(
     return mask((y.relu() if relu else y).transpose(1, 2), lengths.after).transpose(1, 2)
 
 
-def _tap_rows(tap: int, t_out: int, geometry: Geometry) -> slice:
+def tap_rows(tap: int, t_out: int, geometry: Geometry) -> slice:
+    """Returns which rows of a padded input `tap` multiplies, for `t_out` frames of output."""
     begin = tap * geometry.dilation
-    return slice(begin, begin + (t_out - 1) * geometry.stride + 1, geometry.stride)
+    return slice(begin, begin + max(0, (t_out - 1) * geometry.stride + 1), geometry.stride)
 
 
-def _padded(x: Tensor, geometry: Geometry, lengths: Tensor | None) -> Tensor:
+def padded(x: Tensor, geometry: Geometry, lengths: Tensor | None) -> Tensor:
     """Returns `x` (N, C, T) as (N, T + 2*padding, C), with zeros in the added rows and at t >= length."""
     return F.pad(mask(x, lengths).transpose(1, 2), (0, 0, geometry.padding, geometry.padding))

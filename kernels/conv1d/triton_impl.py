@@ -8,8 +8,6 @@ Accumulators are fp32.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 from torch import Tensor
@@ -17,7 +15,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from jasper_fast.kernels import launch
 from jasper_fast.kernels.conv1d import triton_tiles
-from jasper_fast.kernels.conv1d.gpu_shared import ALONE, Chain, Workspace, check_offsets, out_frames, sizes
+from jasper_fast.kernels.conv1d.gpu_shared import (
+    ALONE,
+    Chain,
+    Packed,
+    Workspace,
+    check_offsets,
+    check_sub_block,
+    fused_shape,
+    out_frames,
+    sizes,
+)
 from jasper_fast.kernels.conv1d.triton_dgrad import conv1d_dgrad_kernel, conv1d_sums_merge_kernel
 from jasper_fast.kernels.conv1d.triton_forward import conv1d_forward_kernel, conv1d_stats_merge_kernel
 from jasper_fast.kernels.conv1d.triton_fused import conv1d_fused_kernel
@@ -29,15 +37,6 @@ from jasper_fast.kernels.operands import FULL, Geometry, Lengths, Mask, Norm
 
 INTERPRET_DESCRIPTORS = False  # tests set it to run the descriptor loops in the interpreter
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class Packed(NamedTuple):
-    """A conv's weight as the kernels read it: `data` (K, C_in, C_out rounded up to 16), padded with zeros."""
-
-    data: Tensor
-    c_out: int
-    c_in: int
-    taps: int
 
 
 def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Packed:
@@ -58,11 +57,11 @@ def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None
         conv1d_pack_kernel, _transpose_grid(c_in, out.shape[2], meta), w, w, out, taps, c_in, c_out,
         PAD=PAD_OUT, num_warps=4, **meta,
     )  # fmt: skip
-    return Packed(out, c_out, c_in, taps)
+    return Packed(out, *w.shape)
 
 
 def packed_shape(weight: Tensor) -> tuple[int, int, int]:
-    """Shape of what `pack` writes for `weight` (C_out, C_in, K)."""
+    """Shape of what `pack` writes for `weight` (C_out, C_in, K): (K, C_in, C_out rounded up to 16), zeros added."""
     c_out, c_in, taps = weight.shape
     return taps, c_in, triton.cdiv(c_out, PAD_OUT) * PAD_OUT
 
@@ -183,20 +182,18 @@ def _dgrad(dy, weight, t, geometry, lengths, packed, norm=None):
     tile = triton_tiles.choose(op, dy.device, dy.dtype, Shape(w.c_in, c_out, w.taps, 1, dilation, n * t_dy), t)
     t_blocks = triton.cdiv(t, tile.t)
     y, z, mean, rstd, p = (None,) * 4 + (0.0,) if norm is None else norm
-    for v in (y, z) if norm is not None else ():
-        if v.shape != (n, w.c_in, t) or v.dtype != dy.dtype or not v.transpose(1, 2).is_contiguous():
-            got = f"{tuple(v.shape)} {v.dtype}, strides {v.stride()}"
-            raise ValueError(f"y and z must be {(n, w.c_in, t)} {dy.dtype}, dense in NTC memory, got {got}")
     g = empty_ntc(n, w.c_in, t, like=dy)
+    if norm is not None:
+        check_sub_block(y, z, g)
     part_g, part_gy = (None, None) if norm is None else _vectors(dy, 2, n * t_blocks, w.c_in)
     vec_dy, (groups_dy, dy_row, dy_item) = sizes(dy.transpose(1, 2))
-    vec = _vec(w.c_in)
+    vec, (groups, _, _) = sizes(g.transpose(1, 2))
     dy_desc = _activations(dy.transpose(1, 2), 1, tile.t, tile.k)
     launch.run(
         conv1d_dgrad_kernel, (n * t_blocks * triton.cdiv(w.c_in, tile.n),), dy,
         dy, dy_desc, w.data, _weights(w, tile.n, tile.k, dy_desc is not None), g, lengths,
         y, z, mean, rstd, part_g, part_gy,
-        t_dy, t, groups_dy, dy_row, dy_item, w.c_in // vec, w.taps, reach - padding, dilation, t_blocks,
+        t_dy, t, groups_dy, dy_row, dy_item, groups, w.taps, reach - padding, dilation, t_blocks,
         1 / (1 - p), HAS_LENGTHS=lengths is not None, HAS_NORM=norm is not None, HAS_DESCRIPTORS=dy_desc is not None,
         VEC_DY=vec_dy, VEC=vec, PAD=PAD_OUT, **_arithmetic(dy), **_blocks(tile),
     )  # fmt: skip
@@ -238,7 +235,7 @@ def wgrad(
     dw = torch.empty((c_out, c_in, k), dtype=dtype or x.dtype, device=x.device)
     direct = shares == 1 and k > 1  # with one tap, the merge kernel transposes with 16-byte stores
     to = dw if direct else torch.empty((shares, k, c_in, c_out), dtype=torch.float32, device=x.device)
-    vec_in, vec_out = _vec(c_in), _vec(c_out)
+    (vec_in, (groups_in, _, _)), (vec_out, (groups_out, _, _)) = (sizes(v.transpose(1, 2)) for v in (x, dy))
     x_desc = _activations(x.transpose(1, 2), stride, tile.t, tile.n)
     dy_desc = None if x_desc is None else _activations(dy.transpose(1, 2), 1, tile.t, tile.k)
     both = dy_desc is not None
@@ -248,7 +245,7 @@ def wgrad(
     launch.run(
         conv1d_wgrad_kernel, (programs * shares,), x,
         x, x_desc if both else None, dy, dy_desc, to, lengths,
-        n, t, t_out, c_in // vec_in, c_out // vec_out, k, padding, dilation, share,
+        n, t, t_out, groups_in, groups_out, k, padding, dilation, share,
         STRIDE=stride, HAS_LENGTHS=lengths is not None, HAS_DESCRIPTORS=both,
         IS_CLEAN=is_clean, IS_DIRECT=direct, VEC_IN=vec_in, VEC_OUT=vec_out,
         **_arithmetic(x), TAPS=taps,
@@ -350,29 +347,19 @@ def fused(
 
 def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, nct) -> Tensor:
     """Returns `out`, or a new tensor if it is None. Raises ValueError or TypeError if the operands do not fit."""
-    n, t, c_in = x.shape
     if x.dtype != w.data.dtype and not (nct and x.dtype == torch.float32):
         raise TypeError(f"the triton face takes x and weights of one dtype, got {x.dtype} and {w.data.dtype}")
-    if nct and x.stride(1) != 1 and t > 1:
+    if nct and x.stride(1) != 1 and x.shape[1] > 1:
         raise ValueError(f"x has unit stride neither over channels nor over frames: strides {x.stride()} (N, T, C)")
     _check(w.data, w.data)
-    if c_in != w.c_in:
-        raise ValueError(f"x has {c_in} channels, the weight takes {w.c_in}")
-    if lengths.made is not None and (lengths.before is None or lengths.after is not None):
-        raise ValueError("lengths.made needs lengths.before and replaces lengths.after: leave the latter out")
-    t_out = out_frames(t, w.taps, geometry)
+    if panes is not None:
+        _check(panes[0], panes[1].data)
+    shape = fused_shape(x, w, geometry, lengths, panes, out, masked)
     if out is None:
-        out = torch.empty((n, t_out, w.c_out), dtype=torch.float32 if log_softmax else w.data.dtype, device=x.device)
-    if masked and (lengths.made is not None or lengths.after is not None):
-        t_out = max(t_out, out.shape[1])
-    if out.shape != (n, t_out, w.c_out):
-        raise ValueError(f"out has shape {tuple(out.shape)}, the conv needs {(n, t_out, w.c_out)}")
-    x2, w2 = panes or (None, None)
-    if x2 is not None:
-        _check(x2, w2.data)
-        if x2.shape != (n, t_out, w2.c_in) or w2.taps != 1 or w2.c_out != w.c_out:
-            raise ValueError(f"x2 {tuple(x2.shape)} and its weight do not fit an output of {(n, t_out, w.c_out)}")
-    check_offsets(x, x2, out)
+        out = torch.empty(shape, dtype=torch.float32 if log_softmax else w.data.dtype, device=x.device)
+    if out.shape != shape:
+        raise ValueError(f"out has shape {tuple(out.shape)}, the conv needs {shape}")
+    check_offsets(x, out)
     return out
 
 
@@ -388,10 +375,9 @@ def _packed(weight: Tensor, data: Tensor | None, x: Tensor) -> Packed:
     if data is None:
         data = pack(weight, x.dtype).data
     _check(x, data)
-    c_out, c_in, taps = weight.shape
     if data.shape != packed_shape(weight):
         raise ValueError(f"packed has shape {tuple(data.shape)}, the weight packs to {packed_shape(weight)}")
-    return Packed(data, c_out, c_in, taps)
+    return Packed(data, *weight.shape)
 
 
 def _activations(x: Tensor, stride: int, block_t: int, block_c: int) -> TensorDescriptor | None:
@@ -428,11 +414,6 @@ def _check(x: Tensor, other: Tensor) -> None:
     if x.numel() == 0:
         raise ValueError(f"x has no elements: shape {tuple(x.shape)}")
     check_offsets(x)
-
-
-def _vec(c: int) -> int:
-    """Returns the largest of 8, 4 and 1 that divides C: the alignment, without a new compilation for each C."""
-    return next(v for v in (8, 4, 1) if c % v == 0)
 
 
 def _vectors(x: Tensor, count: int, *shape: int) -> list[Tensor]:

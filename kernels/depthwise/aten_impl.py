@@ -6,9 +6,9 @@ This face serves every device and dtype for which we have no faster kernel.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from jasper_fast.kernels.conv1d.aten_impl import conv2d, conv2d_backward
 from jasper_fast.kernels.layout import empty_ntc, mask, ntc
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths
 
@@ -17,8 +17,7 @@ def forward(
     x: Tensor, weight: Tensor, geometry: Geometry, lengths: Lengths = FULL, packed: Tensor | None = None
 ) -> Tensor:
     """Returns y (N, C, T'), the conv of `x` (N, C, T) with `weight` (C, 1, K), masked by `lengths`."""
-    x = ntc(mask(x, lengths.before)).unsqueeze(2)
-    y = F.conv2d(x, weight.to(x.dtype).unsqueeze(2), None, *_in_2d(geometry), weight.shape[0]).squeeze(2)
+    y = conv2d(ntc(mask(x, lengths.before)), weight.to(x.dtype), geometry, weight.shape[0])
     return ntc(mask(y, lengths.after))
 
 
@@ -44,7 +43,8 @@ def dgrad(
 ) -> Tensor:
     """Returns the gradient of x, (N, C, T = `t`), from `dy` (N, C, T'), masked by `lengths`."""
     x = empty_ntc(dy.shape[0], dy.shape[1], t, like=dy)  # only its shape and memory format are used
-    dx = _backward(ntc(mask(dy, lengths.after)), x, weight.to(dy.dtype), geometry, (True, False))[0]
+    masked = ntc(mask(dy, lengths.after))
+    dx = conv2d_backward(masked, x, weight.to(dy.dtype), geometry, (True, False), weight.shape[0])[0]
     return ntc(mask(dx.squeeze(2), lengths.before))
 
 
@@ -54,15 +54,5 @@ def wgrad(
     """Returns the gradient of the weight, (C, 1, K = `k`), in `dtype` (default: that of `x`)."""
     weight = dy.new_empty((x.shape[1], 1, k))
     masked = ntc(mask(dy, lengths.after)), ntc(mask(x, lengths.before))
-    return _backward(*masked, weight, geometry, (False, True))[1].squeeze(2).to(dtype or x.dtype)
-
-
-def _in_2d(geometry: Geometry) -> list[tuple[int, int]]:
-    return [(1, geometry.stride), (0, geometry.padding), (1, geometry.dilation)]
-
-
-def _backward(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, which: tuple[bool, bool]):
-    return torch.ops.aten.convolution_backward(
-        dy.unsqueeze(2), x.unsqueeze(2), weight.unsqueeze(2), None,
-        *_in_2d(geometry), False, (0, 0), weight.shape[0], (*which, False),
-    )  # fmt: skip
+    dw = conv2d_backward(*masked, weight, geometry, (False, True), x.shape[1])[1]
+    return dw.squeeze(2).to(dtype or x.dtype)

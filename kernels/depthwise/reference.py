@@ -6,9 +6,9 @@ N batch, C channels, T frames, K taps. The conv is a sum of K shifted products, 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from jasper_fast.kernels.conv1d.reference import padded, tap_rows
 from jasper_fast.kernels.layout import mask, ntc, wide_dtype
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths
 
@@ -21,10 +21,10 @@ def forward(
     Rows of x at t >= `lengths.before` count as zero. Rows of y at t >= `lengths.after` are zero. `packed` is for other
     faces and is not used. Equivalent to `mask(F.conv1d(mask(x), weight, None, *geometry, groups=C))`.
     """
-    rows, t_out = _padded(x, geometry, lengths.before), geometry.frames(x.shape[2], weight.shape[2])
+    rows, t_out = padded(x, geometry, lengths.before).to(wide_dtype(x)), geometry.frames(x.shape[2], weight.shape[2])
     y = rows.new_zeros((x.shape[0], max(t_out, 0), x.shape[1]))
     for tap in range(weight.shape[2]):
-        y.addcmul_(rows[:, _tap_rows(tap, t_out, geometry)], weight[:, 0, tap].to(y.dtype))
+        y.addcmul_(rows[:, tap_rows(tap, t_out, geometry)], weight[:, 0, tap].to(y.dtype))
     return ntc(mask(y.to(x.dtype).transpose(1, 2), lengths.after))
 
 
@@ -40,7 +40,7 @@ def dgrad(
     span = max(t + 2 * padding, (t_out - 1) * stride + (k - 1) * dilation + 1)
     dx = rows.new_zeros((dy.shape[0], span, dy.shape[1]))  # one row for each row of the padded x
     for tap in range(k):
-        dx[:, _tap_rows(tap, t_out, geometry)] += rows * weight[:, 0, tap].to(rows.dtype)
+        dx[:, tap_rows(tap, t_out, geometry)] += rows * weight[:, 0, tap].to(rows.dtype)
     return ntc(mask(dx[:, padding : padding + t].to(dy.dtype).transpose(1, 2), lengths.before))
 
 
@@ -51,18 +51,7 @@ def wgrad(
 
     Both are masked by `lengths`. The result is in `dtype` (default: that of `x`).
     """
-    rows, t_out = _padded(x, geometry, lengths.before), dy.shape[2]
+    rows, t_out = padded(x, geometry, lengths.before).to(wide_dtype(x)), dy.shape[2]
     dy_rows = mask(dy, lengths.after).transpose(1, 2).to(rows.dtype)
-    taps = [(rows[:, _tap_rows(tap, t_out, geometry)] * dy_rows).sum((0, 1)) for tap in range(k)]
+    taps = [(rows[:, tap_rows(tap, t_out, geometry)] * dy_rows).sum((0, 1)) for tap in range(k)]
     return torch.stack(taps, dim=1).unsqueeze(1).to(dtype or x.dtype)
-
-
-def _tap_rows(tap: int, t_out: int, geometry: Geometry) -> slice:
-    begin = tap * geometry.dilation
-    return slice(begin, begin + max(0, (t_out - 1) * geometry.stride + 1), geometry.stride)
-
-
-def _padded(x: Tensor, geometry: Geometry, lengths: Tensor | None) -> Tensor:
-    """Returns `x` (N, C, T) as (N, T + 2*padding, C) in the dtype of sums, zero in added rows and at t >= length."""
-    rows = mask(x, lengths).transpose(1, 2).to(wide_dtype(x))
-    return F.pad(rows, (0, 0, geometry.padding, geometry.padding))

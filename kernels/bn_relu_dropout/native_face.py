@@ -1,0 +1,64 @@
+"""The functions of the faces whose kernels are C++: they allocate the results and call ops of the same names.
+
+The ops are those of the CPU library, of the CUDA library, or of `cuda_nvrtc.Compiled`. Activations are (N, C, T) in NTC
+memory, fp32, fp16 or bf16, with fp32 arithmetic inside; channel vectors are (C,) fp32. For fp64 use the reference face.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jasper_fast.kernels.operands import Mask, Norm
+
+
+class NativeFace:
+    """A face whose ops `ops()` returns. It is called at every use, because loading a library may fail or take long."""
+
+    def __init__(self, ops: Callable[[], Any]) -> None:
+        self._ops = ops
+
+    def stats(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and M2 (sum of squared deviations) per channel of y (N, C, T) over all N*T rows, fp32."""
+        mean, m2 = _channels(y), _channels(y)
+        self._ops().bn_stats(y, mean, m2)
+        return mean, m2
+
+    def forward(self, y: Tensor, norm: Norm, residual: Tensor | None, mask: Mask) -> Tensor:
+        """z = mask(dropout(relu((y - mean)*rstd*gamma + beta [+ residual]))) in the dtype of y; 0 at t >= length."""
+        z = torch.empty_like(y)
+        self._ops().bn_forward(y, *norm, residual, *mask, z)
+        return z
+
+    def backward_reduce(self, dz: Tensor, y: Tensor, z: Tensor | None, norm: Norm, mask: Mask) -> tuple[Tensor, Tensor]:
+        """(dbeta, dgamma) = (sum g, sum g*yhat) per channel; g = dz/(1-p) where ReLU, dropout, mask pass it, else 0."""
+        dbeta, dgamma = _channels(y), _channels(y)
+        self._ops().bn_backward_reduce(dz, y, z, *norm, *mask, dbeta, dgamma)
+        return dbeta, dgamma
+
+    def backward_apply(
+        self,
+        dz: Tensor,
+        y: Tensor,
+        z: Tensor | None,
+        norm: Norm,
+        means: tuple[Tensor, Tensor] | None,
+        mask: Mask,
+        has_residual: bool,
+        halo: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns dy = gamma*rstd*(g - mean_g - yhat*mean_gy), and dres, which is g with a residual, else None.
+
+        means: (mean_g, mean_gy), or None to leave both terms out. halo: not used: these faces read all rows of y.
+        """
+        dy = torch.empty_like(y)
+        dres = torch.empty_like(y) if has_residual else None
+        self._ops().bn_backward_apply(dz, y, z, *norm, *(means or (None, None)), *mask, dy, dres)
+        return dy, dres
+
+
+def _channels(y: Tensor) -> Tensor:
+    return torch.empty(y.shape[1], dtype=torch.float32, device=y.device)
