@@ -12,9 +12,10 @@ import functools
 import hashlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 from jasper_fast.kernels import native
 
 TYPES = ("float", "__half", "__nv_bfloat16")  # fp32, fp16, bf16 in C++
+BOOL = ("false", "true")
 
 
 def missing() -> str | None:
@@ -36,15 +38,19 @@ def sources() -> Path:
     return Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 
 
-def instead_of(library: native.Missing) -> None:
-    """Returns if NVRTC can be used instead of the CUDA library. Otherwise raises `library` (why that cannot be used).
+def either(library: Callable[[], Any], compiled: Callable[[], Any]) -> Any:
+    """Returns the functions of the CUDA library, or if it cannot be used, the same functions compiled by NVRTC.
 
-    The message then also says what NVRTC lacks.
+    Raises `native.Missing`, which says what both lack, if neither can be used.
     """
-    if not torch.cuda.is_available():
-        raise library
-    if (why := missing()) is not None:
-        raise native.Missing(f"{library}; or use NVRTC, which needs no toolkit: {why}")
+    try:
+        return library()
+    except native.Missing as error:
+        if not torch.cuda.is_available():
+            raise
+        if (why := missing()) is not None:
+            raise native.Missing(f"{error}; or use NVRTC, which needs no toolkit: {why}") from None
+        return compiled()
 
 
 @functools.cache

@@ -240,7 +240,7 @@ def halo_case(face, dtype, residual, halo, c=40) -> Case:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("halo", "dtype"), zip([0, 3, 100], DTYPES, strict=True))
+@pytest.mark.parametrize(("halo", "dtype"), [*zip([0, 3, 100], DTYPES, strict=True)])
 @residuals
 def test_halo_changes_no_bit(face, residual, halo, dtype):
     op, case = face.load("bn_relu_dropout"), halo_case(face, dtype, residual, halo)
@@ -248,7 +248,7 @@ def test_halo_changes_no_bit(face, residual, halo, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("c", "dtype"), zip([40, 29, 136], DTYPES, strict=True))
+@pytest.mark.parametrize(("c", "dtype"), [*zip([40, 29, 136], DTYPES, strict=True)])
 @pytest.mark.parametrize("name", ["reference", "triton"])
 def test_beyond_the_halo_y_is_not_read(name, c, dtype):
     """Shows that NaN in rows which `halo` declares zero has no effect. Without `halo` it reaches dy, so it was really

@@ -32,7 +32,7 @@ LAYERS = {
 }
 # (N, T); in a batch of three, the second utterance has a third of the frames and the third has none
 BATCHES = {"odd T": (3, 45), "shorter than the halo": (2, 9), "one frame": (4, 1), "one utterance": (1, 70)}
-ODD = {"odd channels": Conv(2, 70, 33, 30, 5, 1, 2), "more channels than frames": Conv(3, 37, 257, 29, 3)}
+ODD = {"odd channels": Conv(2, 70, 33, 30, 5, 1, 2), "more channels than frames": Conv(3, 37, 137, 29, 3)}
 SHAPES = ODD | {
     f"{layer}, {batch}": Conv(*size, c_in, c_out, *rest)
     for layer, (c_in, c_out, *rest) in LAYERS.items()
@@ -51,11 +51,11 @@ def is_large(name: str) -> bool:
     return shape.c_in * shape.c_out * shape.k > 10_000
 
 
-def assert_right(name: str, shape: Conv, dtype: str) -> None:
-    """Checks every function of the face `name`. The padding holds NaN, which the kernels must not read."""
+def assert_right(name: str, shape: Conv, dtype: str, functions: tuple[str, ...] = CONV) -> None:
+    """Checks these functions of the face `name`, and `fused`. The padding holds NaN, which no kernel may read."""
     face, impl = make_face(name), backends.face("conv1d", name)
     unclean = UNCLEAN if name == "triton" else ""
-    functions = [f for f in CONV if hasattr(impl, f) and (shape.stride == 1 or not f.startswith("dgrad"))]
+    functions = [f for f in functions if hasattr(impl, f) and (shape.stride == 1 or not f.startswith("dgrad"))]
     drawn = {f: Check("conv1d", name, f, "test", shape, dtype, unclean) for f in functions}
     variant = f"{'panes' if shape.stride == 1 else 'plain'} {unclean}".strip()
     drawn["fused"] = Check("conv1d.fused", name, "fused", "test", shape, dtype, variant)
@@ -81,11 +81,13 @@ def test_cpu(name, dtype):
     [pytest.param(*of, marks=[pytest.mark.slow] if is_large(of[0]) else []) for of in INTERPRETED],
 )
 def test_triton(name, dtype):
-    assert_right("triton", SHAPES[name], dtype)
+    # forward and dgrad run the kernels of forward_stats and dgrad_bn with a shorter epilogue, which fp16 shows
+    functions = CONV if dtype == "float16" else ("forward_stats", "dgrad_bn", "wgrad")
+    assert_right("triton", SHAPES[name], dtype, functions)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["block 1", "block 7", "epilogue, dilated", "epilogue, 1x1"])
+@pytest.mark.parametrize("name", ["block 1", "epilogue, dilated", "epilogue, 1x1"])
 def test_triton_in_bf16(name):
     assert_right("triton", SHAPES[f"{name}, odd T"], "bfloat16")
 

@@ -86,34 +86,6 @@ def test_fp32_is_rounded_to_tf32_where_pytorch_rounds_it(name):
     assert errors["ieee"] <= 2e-6 < 1e-4 < errors["tf32"] <= 4 * 2**-10
 
 
-def test_nan_in_padding_is_not_read_and_in_a_frame_arrives():
-    device = make_face("triton").device
-    x, weight, shape, lengths = make(LAYERS["k11"], torch.float32, device)
-    clean = triton_impl.forward(x, weight, shape, lengths)
-    dirty = x.clone()
-    dirty[1, :, int(lengths[1]) :] = torch.nan
-    assert torch.equal(triton_impl.forward(ntc(dirty), weight, shape, lengths), clean)
-    dy = ntc(torch.randn_like(clean))
-    k = weight.shape[2]
-    assert torch.equal(
-        triton_impl.wgrad(ntc(dirty), dy, k, shape, lengths), triton_impl.wgrad(x, dy, k, shape, lengths)
-    )
-    dirty[0, 3, 20] = torch.nan
-    y = triton_impl.forward(ntc(dirty), weight, shape, lengths)
-    assert y[0, :, 15:26].isnan().all()
-    assert not y[1].isnan().any()
-
-
-def test_wgrad_adds_its_shares_in_a_fixed_order():
-    device = make_face("triton").device
-    x, weight, shape, lengths = make((5, 16, 16, 9, 3, 1, 1, [9, 1, 0, 4, 9]), torch.float32, device)
-    dy = ntc(torch.randn(5, 16, 9, device=device))
-    first = triton_impl.wgrad(x, dy, 3, shape, lengths)
-    assert torch.equal(first, triton_impl.wgrad(x, dy, 3, shape, lengths))
-    low = gradients(x, weight, dy, *shape)[1]
-    assert_close("dw", first, low, gradients(x.double(), weight.double(), dy.double(), *shape)[1])
-
-
 def test_errors_name_what_is_wrong():
     settle("triton")  # packs a weight before launches are recorded
     x, weight, how = ntc(torch.ones(1, 8, 4)), torch.ones(8, 8, 11), Geometry(1, 5)

@@ -15,15 +15,7 @@ from jasper_fast.kernels.bn_relu_dropout.native_face import NativeFace
 
 @functools.cache
 def _ops() -> Any:
-    """Returns the ops of the CUDA library, or if it cannot be used, the same ops compiled by NVRTC.
-
-    Raises `native.Missing` if neither can be used.
-    """
-    try:
-        return native.cuda()
-    except native.Missing as error:
-        nvrtc.instead_of(error)
-        return cuda_nvrtc.Compiled()
+    return nvrtc.either(native.cuda, cuda_nvrtc.Compiled)
 
 
 _face = NativeFace(_ops)

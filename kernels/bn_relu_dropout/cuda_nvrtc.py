@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from jasper_fast.kernels import philox
-from jasper_fast.kernels.nvrtc import TYPES, Kernels, device_of
+from jasper_fast.kernels.nvrtc import BOOL, TYPES, Kernels, device_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 THREADS, MERGE_CHANNELS = 256, 32
@@ -61,7 +61,7 @@ class Compiled:
     def bn_forward(self, y, mean, rstd, gamma, beta, residual, lengths, seed, p, z) -> None:
         names = {"residual": residual, "out": z, "mean": mean, "rstd": rstd, "gamma": gamma, "beta": beta}
         a = _args(y, names, lengths, seed, p)
-        flags = f"{_flag(seed is not None)}, {_flag(residual is not None)}"
+        flags = f"{BOOL[seed is not None]}, {BOOL[residual is not None]}"
         self._elementwise(y, a, "forward_kernel", flags, ROWS)
 
     def bn_backward_reduce(
@@ -88,7 +88,7 @@ class Compiled:
         a.partials = partials.data_ptr()
         self._launch(y, kernel, f"{width}{', ' if flags else ''}{flags}", a.parts * a.columns, a)
         results = (ctypes.c_void_p(x.data_ptr()) for x in (first, second))
-        self._launch(y, "merge_kernel", _flag(kernel == "stats_kernel"), -(-a.c // MERGE_CHANNELS), a, *results)
+        self._launch(y, "merge_kernel", BOOL[kernel == "stats_kernel"], -(-a.c // MERGE_CHANNELS), a, *results)
 
     def _elementwise(self, y, a, kernel, flags, rows) -> None:
         width = _width(y, a)
@@ -105,10 +105,6 @@ class Compiled:
 
 def _sms(y: Tensor) -> int:
     return torch.cuda.get_device_properties(y.device).multi_processor_count
-
-
-def _flag(value: bool) -> str:
-    return "true" if value else "false"
 
 
 def _gate(z: Tensor | None, seed: Tensor | None) -> str:

@@ -42,11 +42,7 @@ def functions() -> Functions | cuda_nvrtc.Compiled:
 
     Raises `native.Missing` if neither can be used.
     """
-    try:
-        return Functions(native.cuda_library())
-    except native.Missing as error:
-        nvrtc.instead_of(error)
-        return cuda_nvrtc.Compiled()
+    return nvrtc.either(lambda: Functions(native.cuda_library()), cuda_nvrtc.Compiled)
 
 
 def way() -> str | None:

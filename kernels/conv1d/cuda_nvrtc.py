@@ -6,9 +6,7 @@ import ctypes
 from types import ModuleType
 
 from jasper_fast.kernels.conv1d.cuda_args import Args, Launch, WgradArgs
-from jasper_fast.kernels.nvrtc import TYPES, Kernels
-
-_BOOL = ("false", "true")
+from jasper_fast.kernels.nvrtc import BOOL, TYPES, Kernels
 
 
 class Compiled:
@@ -18,7 +16,7 @@ class Compiled:
         self._kernels = Kernels("conv1d_launch.cuh", nvrtc, driver)
 
     def jf_conv1d(self, launch: Launch, dtype: int, mode: int, transposed: int, block: int, args: Args) -> None:
-        name = f"jf::conv::conv_{launch.loop}<{TYPES[dtype]}, {mode}, {block}, {_BOOL[transposed]}>"
+        name = f"jf::conv::conv_{launch.loop}<{TYPES[dtype]}, {mode}, {block}, {BOOL[transposed]}>"
         self._launch(launch, name, 384 if launch.loop == 90 else 128, args)
 
     def jf_conv1d_merge(self, launch: Launch, *arguments: object) -> None:

@@ -197,16 +197,13 @@ def plan_wgrad(gpu: Gpu, work: Work) -> Wgrad:
 
 
 def _wgrad_ways(loop: int, work: Work) -> list[tuple[int, int]]:
-    """Returns pairs of an inner loop and the taps of a CTA, the best first. Loop 90 needs stride 1."""
-    ways = [(90, 3)] if loop == 90 and work.stride == 1 else []
-    ways += [(min(loop, 80), taps) for taps in (2, 1)]
-    return [(of, min(taps, work.taps)) for of, taps in ways]
+    """Returns pairs of an inner loop and the taps of a CTA, the best first. Loop 90 needs stride 1, and 3 taps or 1."""
+    ways = [(90, 3 if work.taps >= 3 else 1)] if loop == 90 and work.stride == 1 else []
+    return ways + [(min(loop, 80), min(taps, work.taps)) for taps in (2, 1)]
 
 
 def _plan_wgrad(gpu: Gpu, work: Work, loop: int, taps: int) -> Wgrad | None:
     wide = loop == 90
-    if taps == 2 and wide:  # loop 90 has no kernel for two taps
-        taps = 1
     in_blocks, out_blocks = -(-work.c_red // (OUT if wide else CHUNK)), -(-work.c_out // OUT)
     groups, segments = -(-work.taps // taps), -(-work.frames // FRAMES)
     tiles, everything = in_blocks * out_blocks * groups, work.batch * segments

@@ -56,8 +56,4 @@ class Compiled:
 @functools.cache
 def functions() -> Functions | Compiled:
     """Returns the functions of the CUDA library, else NVRTC's; raises `native.Missing` if neither can be used."""
-    try:
-        return Functions(native.cuda_library())
-    except native.Missing as error:
-        nvrtc.instead_of(error)
-        return Compiled()
+    return nvrtc.either(lambda: Functions(native.cuda_library()), Compiled)
