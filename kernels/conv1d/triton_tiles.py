@@ -97,19 +97,19 @@ def candidates(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> list[T
     first = default(op, dtype, shape, frames)
     if dtype.itemsize != 2:
         return [first, first._replace(num_stages=4), first._replace(num_stages=2)]
-    reduced, out = (shape.c_out, shape.c_in) if op.startswith("dgrad") else (shape.c_in, shape.c_out)
     if op == "wgrad":
         sizes = [(64, 128, 128, 8), (64, 128, 128, 4), (32, 128, 256, 8), (64, 64, 128, 4), (64, 256, 128, 8)]
+        most_t, most_n, most_k = 64, shape.c_in, shape.c_out
     else:
         sizes = [(128, 128, 64, 8), (128, 256, 64, 8), (64, 128, 64, 4), (64, 256, 64, 8), (128, 64, 64, 4)]
         sizes += [(64, 64, 64, 4), (128, 128, 64, 4), (128, 128, 128, 8), (256, 128, 64, 8)]
-    fits = []
-    for t, n, k, warps in sizes:
-        if op == "wgrad":
-            fit = n <= max(16, shape.c_in) and k <= max(16, shape.c_out)
-        else:
-            fit = n <= max(16, out) and k <= max(16, reduced) and t <= max(32, 2 * frames)
-        fits += [Tile(t, n, k, warps, 3)] if fit else []
+        most_k, most_n = (shape.c_out, shape.c_in) if op.startswith("dgrad") else (shape.c_in, shape.c_out)
+        most_t = max(32, 2 * frames)
+    fits = [
+        Tile(t, n, k, warps, 3)
+        for t, n, k, warps in sizes
+        if t <= most_t and n <= max(16, most_n) and k <= max(16, most_k)
+    ]
     deeper = [tile._replace(num_stages=4) for tile in (first, *fits)]
     return list(dict.fromkeys([first, *(_shared(op, dtype, tile, shape, frames) for tile in fits + deeper)]))
 

@@ -91,22 +91,19 @@ def gram_backward(x: Tensor, mean: Tensor, dmean: Tensor, dcov: Tensor, m: Tenso
     return out.view(n, t, c).transpose(1, 2)
 
 
-def _times_lower(w, flat):
-    """w L."""
+def _times_lower(w, flat, alpha=1):
+    """w L, in which `alpha` multiplies the first block on the diagonal."""
     l11, _, _, below = _blocks(flat, w.shape[1])
     left, right = _halves(w)
     out = right @ below
-    _halves(out)[0].addmm_(left, l11)
+    _halves(out)[0].addmm_(left, l11, alpha=alpha)
     return out
 
 
 def _times_twice(w, flat):
     """w (L + L^T) = 2 w S."""
-    l11, l21, _, below = _blocks(flat, w.shape[1])
-    left, right = _halves(w)
-    out = right @ below
-    _halves(out)[0].addmm_(left, l11, alpha=2)
-    _halves(out)[1].addmm_(left, l21.T, beta=2)
+    out = _times_lower(w, flat, alpha=2)
+    _halves(out)[1].addmm_(_halves(w)[0], _blocks(flat, w.shape[1])[1].T, beta=2)
     return out
 
 
