@@ -3,8 +3,6 @@
 Compiling needs a process without TRITON_INTERPRET, because Triton reads that switch when a kernel is defined.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import re

@@ -1,7 +1,5 @@
 """Captures CUDA graphs. Copies from the host that a capture would include are put off until its end."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import threading

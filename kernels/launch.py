@@ -1,7 +1,5 @@
 """Launches all Triton kernels: on the device of their data, on its current stream."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

@@ -3,8 +3,6 @@
 Also matrix products with the precision that all faces use.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ Times measured on one are then a good estimate for the other. The same tiles fit
 the same number of programs run at once, and a kernel is limited by the same resource.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import NamedTuple

@@ -5,8 +5,6 @@
 loads the libraries from another folder, such as those built with sanitizers (`make sanitize`).
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

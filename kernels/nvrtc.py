@@ -4,8 +4,6 @@ Compiled kernels are kept in `$XDG_CACHE_HOME/jasper_fast/nvrtc` (by default und
 architecture, version of NVRTC and state of the sources.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools

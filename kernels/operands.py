@@ -1,7 +1,5 @@
 """Tuples of arguments that all faces take: the vectors of a batch norm, a mask, a conv's geometry, lengths."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from torch import Tensor

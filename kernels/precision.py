@@ -4,8 +4,6 @@ It sets PyTorch's own switches, so it also changes plain PyTorch in the same pro
 round to TF32, which includes the convs of this project, and computes matrix products in full fp32.
 """
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections.abc import Iterator

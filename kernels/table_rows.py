@@ -1,7 +1,5 @@
 """The rows of a table of measured configurations, and the rules that a table's file must satisfy (see tables.py)."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping

@@ -11,8 +11,6 @@ because times of two machines are not compared. A table is checked in full at th
 without rows, look-ups return None and kernels use their default tiles.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import math

@@ -1,7 +1,5 @@
 """Interpolated modified Kneser-Ney by its definition, with dictionaries over whole corpora."""
 
-from __future__ import annotations
-
 import functools
 from collections import Counter, defaultdict
 

@@ -1,7 +1,5 @@
 """ARPA files for tests."""
 
-from __future__ import annotations
-
 import importlib.util
 import random
 from pathlib import Path

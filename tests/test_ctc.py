@@ -1,7 +1,5 @@
 """The CTC loss on every face: PyTorch's values and gradients, every kind of target, and what must never be read."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,8 +1,6 @@
 """The CUDA kernels without a toolkit: what NVRTC must compile and what the driver gets; real compiles if CuPy
 exists."""
 
-from __future__ import annotations
-
 import ctypes
 import importlib.util
 import itertools

@@ -1,7 +1,5 @@
 """`lm train` makes n-grams that equal the definition, load in KenLM, are distributions and need little memory."""
 
-from __future__ import annotations
-
 import gzip
 import math
 import random

@@ -1,7 +1,5 @@
 """NovoGrad's step on every face equals the reference in fp64: settings, odd shapes, NaN, clipping, scale, averages."""
 
-from __future__ import annotations
-
 import ctypes
 import math
 

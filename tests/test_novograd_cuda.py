@@ -1,7 +1,5 @@
 """NovoGrad's CUDA kernels, emulated on the CPU: bounds, alignment, equal bits, mutants; and when dispatch uses them."""
 
-from __future__ import annotations
-
 import ctypes
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Philox gives its published known answers, and dropout bits follow the rule that all faces share."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

@@ -1,7 +1,5 @@
 """CTC prefix beam search: the C++ face equals the definition, and the definition equals a search over all paths."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

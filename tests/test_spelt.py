@@ -1,8 +1,6 @@
 """Word n-grams and hot words in the search over symbols. The C++ face equals the definition, scores equal KenLM's, and
 what cannot be searched gets a one-line error."""
 
-from __future__ import annotations
-
 import math
 import random
 

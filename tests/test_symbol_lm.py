@@ -1,7 +1,5 @@
 """n-grams of symbols from ARPA files: numbers equal KenLM's, and broken files are named."""
 
-from __future__ import annotations
-
 import gzip
 import random
 

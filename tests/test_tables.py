@@ -1,7 +1,5 @@
 """Tables of measured choices: look-ups, checks of the file, and that a new length compiles nothing new."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

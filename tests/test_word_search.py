@@ -1,7 +1,5 @@
 """Beam search with a word n-gram: flashlight's own numbers, the paper's scale, lexicons, and broken files."""
 
-from __future__ import annotations
-
 import os
 import random
 from types import SimpleNamespace

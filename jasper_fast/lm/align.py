@@ -1,7 +1,5 @@
 """Aligns a given text with the frames: finds the best CTC path that collapses to it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

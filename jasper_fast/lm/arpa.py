@@ -1,7 +1,5 @@
 """Reads ARPA files of n-grams, plain or gzipped, line by line. Errors name the line that is wrong."""
 
-from __future__ import annotations
-
 import gzip
 import itertools
 import math

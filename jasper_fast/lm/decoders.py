@@ -1,7 +1,5 @@
 """Beam search for a recogniser. The search of one batch runs while the model computes the next batch."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Mapping

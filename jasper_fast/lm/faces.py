@@ -1,7 +1,5 @@
 """Chooses the face of the prefix search: on a GPU Triton's, if it agrees with the definition, else C++ on the CPU."""
 
-from __future__ import annotations
-
 import functools
 import warnings
 from types import ModuleType

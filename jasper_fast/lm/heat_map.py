@@ -1,7 +1,5 @@
 """The page that `lm tune` writes: a heat map of word error rates over alpha and beta, in one HTML file."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from html import escape
 

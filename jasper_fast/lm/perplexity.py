@@ -1,7 +1,5 @@
 """The perplexity of a text: how well a language model predicts it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

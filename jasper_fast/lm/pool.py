@@ -1,8 +1,6 @@
 """Searches with a word model in separate processes, because flashlight holds the GIL and a broken model can crash its
 process. Nothing here imports torch, so these processes start fast and stay small."""
 
-from __future__ import annotations
-
 import functools
 import multiprocessing
 import os

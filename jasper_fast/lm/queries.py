@@ -1,7 +1,5 @@
 """Describes a language model and measures its perplexity. N-grams are read through KenLM (extra `lm`)."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator

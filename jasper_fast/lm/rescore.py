@@ -1,7 +1,5 @@
 """A second pass over N-best lists by any language model, given as a function from texts to log-probabilities."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace

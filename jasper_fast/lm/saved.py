@@ -1,12 +1,10 @@
 """A folder of log-probs, which `evaluate --save-log-probs` fills once, and which can then be decoded many times."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from torch import Tensor
@@ -26,7 +24,7 @@ class Saved:
         self.utterances: list[dict[str, str]] = []
 
     @classmethod
-    def begin(cls, folder: str | os.PathLike, recognizer: Any) -> Saved:
+    def begin(cls, folder: str | os.PathLike, recognizer: Any) -> Self:
         """Creates a folder to fill from a recogniser. Raises ValueError if it already holds files."""
         path = Path(folder)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -48,7 +46,7 @@ class Saved:
         (self.folder / _INDEX).write_text(text, encoding="utf-8")
 
     @classmethod
-    def open(cls, folder: str | os.PathLike) -> Saved:
+    def open(cls, folder: str | os.PathLike) -> Self:
         """Opens a filled folder. Raises ValueError, naming the file, if the index is broken."""
         path = Path(folder) / _INDEX
         try:

@@ -1,7 +1,5 @@
 """Beam search over a model's symbols. It needs no lexicon and no extra package."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """Words for the search over symbols: an n-gram of words with their spellings, an open vocabulary, and hot words."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping, Sequence

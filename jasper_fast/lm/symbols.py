@@ -1,7 +1,5 @@
 """An n-gram of the acoustic model's own symbols, for the prefix search."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 

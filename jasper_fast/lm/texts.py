@@ -1,7 +1,5 @@
 """Text files for language models: UTF-8, gzipped or not, with one sentence per line."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Container, Iterator
 from pathlib import Path

@@ -4,8 +4,6 @@ The formulas are in csrc/cpu/ngram_train.cpp. This is our own code because no li
 lack `lmplz`. Libraries in Python stop at order 5 or have no modified Kneser-Ney, and take minutes for a million words.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import itertools

@@ -1,7 +1,5 @@
 """Tries weights of a language model on saved log-probs, to find those with the fewest errors."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

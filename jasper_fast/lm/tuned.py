@@ -1,7 +1,5 @@
 """The small YAML file that `lm tune` writes and `--lm` reads: which model to use, and with which weights."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

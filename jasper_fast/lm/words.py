@@ -3,8 +3,6 @@
 Torch is not imported here, because processes that only search import this module first.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import os

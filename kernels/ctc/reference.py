@@ -1,7 +1,5 @@
 """The definition of the CTC loss in plain PyTorch, for any device, fp64 included. The host reads no tensor."""
 
-from __future__ import annotations
-
 import functools
 import math
 

@@ -3,8 +3,6 @@
 Sums of squares are fp64 and merged in a fixed order, so results are bit-identical for any number of threads.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ A step is two launches; csrc/cuda/novograd.cuh describes them. Sums are made in 
 bit-identical.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """The functions that launch NovoGrad's CUDA kernels, from the CUDA library or by NVRTC, and their arguments."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 from types import ModuleType

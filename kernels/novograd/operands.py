@@ -1,8 +1,6 @@
 """The operands of `step`: lists of tensors with one entry per parameter, and the settings of parameter groups."""
 
-from __future__ import annotations
-
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -32,7 +30,7 @@ class Watched(NamedTuple):
     lives: list[Tensor]
     averages: list[Tensor]
 
-    def split(self, dtypes: tuple[torch.dtype, ...]) -> tuple[Watched, Watched]:
+    def split(self, dtypes: tuple[torch.dtype, ...]) -> tuple[Self, Self]:
         """Returns the pairs that are contiguous and whose average has one of `dtypes`, and the other pairs."""
         parts = Watched([], []), Watched([], [])
         for live, average in zip(*self, strict=True):

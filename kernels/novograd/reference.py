@@ -1,7 +1,5 @@
 """The definition of NovoGrad's step in PyTorch's foreach operations, for any floating-point dtypes on one device."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -4,8 +4,6 @@ A run is a range of elements of one tensor. The table and the runs are sent to t
 Runs are long enough that there are only some thousands of programs, because each reads all partial sums.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 Its results equal those of reference.py in every bit.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """An n-gram of symbols as an automaton in flat arrays: a state is a context, an arc is an n-gram of the model."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The definition of the search, in plain Python, one prefix after the other."""
 
-from __future__ import annotations
-
 from math import exp, inf, log1p
 
 import torch

@@ -1,7 +1,5 @@
 """Words spelt by symbols, in flat arrays: a trie, and what each word adds to the score at its end."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from torch import Tensor

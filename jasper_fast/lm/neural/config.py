@@ -1,11 +1,9 @@
 """The shape of a neural language model, as its checkpoint stores it."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 _SPLITS = (2000, 20000)  # cutoffs of the adaptive softmax for large vocabularies
 
@@ -46,7 +44,7 @@ class LMConfig:
             raise ValueError(f"cutoffs {self.cutoffs} must rise from at least 2 to below {self.vocabulary}")
 
     @classmethod
-    def of(cls, saved: Any) -> LMConfig:
+    def of(cls, saved: Any) -> Self:
         """Makes a config from the dict that ``vars(config)`` returned. Raises ValueError for anything else."""
         known = {field.name: type(field.default) for field in dataclasses.fields(cls)} | {"vocabulary": int}
         if not isinstance(saved, dict) or set(saved) != set(known):

@@ -1,7 +1,5 @@
 """Finds the file of a neural language model: a checkpoint, or the best checkpoint in the folder of a training run."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 N rows, L tokens of a segment, M remembered tokens, K = M + L, H heads, D width.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The options of `jasper-fast lm train-neural`."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 

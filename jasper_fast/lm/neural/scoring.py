@@ -1,7 +1,5 @@
 """Scores texts with a neural language model, in batches."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import os

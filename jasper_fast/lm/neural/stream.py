@@ -1,7 +1,5 @@
 """The text that a neural language model learns from: one stream of tokens in a file, read as rows of segments."""
 
-from __future__ import annotations
-
 import tempfile
 import zlib
 from array import array

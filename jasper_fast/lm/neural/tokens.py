@@ -1,11 +1,9 @@
 """The words or characters of a neural language model, and their ids."""
 
-from __future__ import annotations
-
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Self
 
 from jasper_fast.lm.arpa import LanguageModelError
 from jasper_fast.lm.neural.model import UNKNOWN
@@ -35,7 +33,7 @@ class Tokens:
         return len(self.names)
 
     @classmethod
-    def count(cls, texts: Iterable[TextFile], most: int, progress: Progress = lambda done: None) -> Tokens:
+    def count(cls, texts: Iterable[TextFile], most: int, progress: Progress = lambda done: None) -> Self:
         """Counts the words of texts and keeps the ``most`` frequent ones.
 
         Beyond five million distinct words, rare words may be lost. Raises LanguageModelError for a text that cannot be

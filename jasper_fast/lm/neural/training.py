@@ -4,8 +4,6 @@ A step is one update with one segment of each row. The output folder has log.jso
 (step_*.pt) and, with a validation text, the checkpoint with the best perplexity (best.pt).
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import math
