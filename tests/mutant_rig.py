@@ -64,7 +64,7 @@ def outcome(check: Callable[[], None]) -> str | None:
 def races(code: str) -> str:
     """Runs Python `code`, which loads a library built with ThreadSanitizer, in a process of its own; returns the
     sanitizer's reports, "" if there are none."""
-    environment = sanitize.environment("thread", "") | {"JASPER_FAST_LIB": "", "OMP_NUM_THREADS": "1"}
+    environment = sanitize.environment("thread") | {"JASPER_FAST_LIB": "", "OMP_NUM_THREADS": "1"}
     command = ["setarch", platform.machine(), "-R", sys.executable, "-c", code]
     paths = os.pathsep.join([str(cuda_host.ROOT), str(cuda_host.ROOT / "tests")])
     done = subprocess.run(command, capture_output=True, text=True, env=environment | {"PYTHONPATH": paths}, timeout=600)

@@ -455,9 +455,11 @@ def test_resumes_exactly_at_a_step(corpus, workers):
 
 def test_from_manifests(corpus, tmp_path):
     path = lines(tmp_path, *({"audio_filepath": u.path, "duration": u.duration, "text": u.text} for u in corpus))
-    config = {"sample_rate": 8000, "trim_silence": True, "normalize_transcripts": True, "max_duration": 1.0}
-    config |= {"speed_perturbation": {"discrete": False, "min_rate": 0.85, "max_rate": 1.15}}
-    config |= {"ignore_offline_speed_perturbation": True, "pad_to_max_duration": False}
+    config = {
+        "sample_rate": 8000, "trim_silence": True, "normalize_transcripts": True, "max_duration": 1.0,
+        "speed_perturbation": {"discrete": False, "min_rate": 0.85, "max_rate": 1.15},
+        "ignore_offline_speed_perturbation": True, "pad_to_max_duration": False,
+    }  # fmt: skip
     dataset = SpeechDataset.from_manifests(path, V, config, seed=2)
     settings = dataset.settings
     assert (len(dataset), dataset.seed, settings.sample_rate, settings.perturb.speed.high) == (6, 2, 8000, 1.15)

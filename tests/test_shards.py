@@ -25,10 +25,12 @@ from jasper_fast.speech.audio import AudioError
 from jasper_fast.speech.text import Vocabulary
 
 
-def corpus(folder: Path, count: int = 12) -> Path:
-    """Writes a manifest of files in several folders. Some files share a name, and one is also used in part."""
-    lines = []
-    for i in range(count):
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Writes a manifest of files in several folders, and returns its path. Some files share a name, and one is also
+    used in part."""
+    folder, lines = tmp_path, []
+    for i in range(12):
         file = folder / f"s{i % 3}" / f"a.{i // 6}.{i // 3}.flac"
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(corpora.tone(i, 0.4 + 0.05 * i))
@@ -44,6 +46,12 @@ def pack(folder: Path, out: str = "shards", *more: str) -> Path:
     return folder / out / "tarred_audio_manifest.json"
 
 
+@pytest.fixture
+def packed(tmp_path: Path, corpus: Path) -> Path:
+    """Returns the manifest of the corpus in shards."""
+    return pack(tmp_path)
+
+
 def without_places(path: Path, out: Path) -> tuple[Path, list[dict]]:
     """Writes a manifest without places in tars, as NeMo's are, and returns its path and entries."""
     places = ("tar", "tar_start", "tar_size")
@@ -51,12 +59,11 @@ def without_places(path: Path, out: Path) -> tuple[Path, list[dict]]:
     return corpora.write_lines(out, entries), entries
 
 
-def test_shards_hold_what_the_files_hold(tmp_path: Path) -> None:
-    plain = {u.text: u for u in read_manifest(corpus(tmp_path))}
-    packed = read_manifest(pack(tmp_path))
-    assert {u.text for u in packed} == set(plain) and len(packed) == len(plain)
-    assert len({u.packed.tar for u in packed}) > 2
-    for u in packed:
+def test_shards_hold_what_the_files_hold(tmp_path: Path, corpus: Path, packed: Path) -> None:
+    plain, found = {u.text: u for u in read_manifest(corpus)}, read_manifest(packed)
+    assert {u.text for u in found} == set(plain) and len(found) == len(plain)
+    assert len({u.packed.tar for u in found}) > 2
+    for u in found:
         mine = plain[u.text]
         np.testing.assert_array_equal(audio.load(u.source()), audio.load(mine.path, 16000, mine.offset, mine.seconds))
         assert u.speaker == mine.speaker and u.duration == pytest.approx(mine.duration, abs=1e-4)
@@ -64,9 +71,8 @@ def test_shards_hold_what_the_files_hold(tmp_path: Path) -> None:
     assert corpora.tree(again.parent) == corpora.tree(tmp_path / "shards")
 
 
-def test_other_tools_find_their_names(tmp_path: Path) -> None:
-    corpus(tmp_path)
-    lines, names = corpora.read_lines(pack(tmp_path)), []
+def test_other_tools_find_their_names(tmp_path: Path, packed: Path) -> None:
+    lines, names = corpora.read_lines(packed), []
     for path in sorted((tmp_path / "shards").glob("*.tar")):
         with tarfile.open(path) as tar:
             for member in tar:
@@ -77,24 +83,20 @@ def test_other_tools_find_their_names(tmp_path: Path) -> None:
     assert len(set(names)) == len(lines) and all(name.count(".") == 1 for name in names)
 
 
-def test_shards_of_nemo_have_no_places_and_are_read(tmp_path: Path) -> None:
-    corpus(tmp_path)
-    path = pack(tmp_path)
-    other, _ = without_places(path, path.with_name("nemo.json"))
-    assert read_manifest(other) == read_manifest(path)
+def test_shards_of_nemo_have_no_places_and_are_read(packed: Path) -> None:
+    other, _ = without_places(packed, packed.with_name("nemo.json"))
+    assert read_manifest(other) == read_manifest(packed)
 
 
-def test_shards_are_read_through_a_url(tmp_path: Path) -> None:
-    corpus(tmp_path)
+def test_shards_are_read_through_a_url(tmp_path: Path, corpus: Path) -> None:
     for u in read_manifest(pack(tmp_path, "shards", "--url", f"file://{tmp_path}/shards/")):
         assert u.packed.tar.startswith("file://") and len(audio.load(u.source()))
 
 
 @pytest.fixture
-def store(tmp_path: Path):
+def store(tmp_path: Path, corpus: Path):
     """Copies tmp_path/shards to an object store (fsspec's in memory); yields the sizes of the requests made to it."""
     fsspec = pytest.importorskip("fsspec")
-    corpus(tmp_path)
     pack(tmp_path, "shards", "--url", "memory://bucket/shards")
     files = fsspec.filesystem("memory")
     files.store.clear()
@@ -161,16 +163,14 @@ def test_shards_of_nemo_in_a_store_by_their_pattern(tmp_path: Path, store: list[
         read_manifest(f"memory://bucket/manifest_{count - 1}.json", "memory://bucket/tars/part-{000..000}.tar")
 
 
-def test_places_in_shards_of_nemo_are_found_once(tmp_path: Path) -> None:
+def test_places_in_shards_of_nemo_are_found_once(tmp_path: Path, packed: Path) -> None:
     """Shows that `prepare manifest` records the places in NeMo's tars and that `check --clean` keeps them."""
-    corpus(tmp_path)
-    path = pack(tmp_path)
-    without_places(path, path.with_name("nemo.json"))
+    without_places(packed, packed.with_name("nemo.json"))
     (tmp_path / "other").mkdir()
     made, clean = tmp_path / "other" / "m.jsonl", tmp_path / "clean.jsonl"
-    assert main(["prepare", "manifest", str(path.with_name("nemo.json")), "--out", str(made), "-q"]) == 0
+    assert main(["prepare", "manifest", str(packed.with_name("nemo.json")), "--out", str(made), "-q"]) == 0
     main(["check", str(made), "--min-duration", "0", "--clean", str(clean), "-q"])
-    wanted = {u.text: u.packed for u in read_manifest(path)}
+    wanted = {u.text: u.packed for u in read_manifest(packed)}
     for manifest in (made, clean):
         assert {u.text: u.packed for u in read_manifest(manifest)} == wanted
         assert all("tar_start" in entry for entry in corpora.read_lines(manifest))
@@ -235,10 +235,9 @@ def test_a_file_whose_name_is_a_pattern(tmp_path: Path, monkeypatch) -> None:
     assert places.expanded("a{1,2}") == ["a{1,2}"]
 
 
-def test_recognition_of_shards_and_files_is_the_same(tmp_path: Path) -> None:
-    corpus(tmp_path)
+def test_recognition_of_shards_and_files_is_the_same(tmp_path: Path, corpus: Path, packed: Path) -> None:
     model, found = test_cli.write_checkpoint(tmp_path / "model.pt"), []
-    for manifest, size in ((tmp_path / "m.jsonl", 16), (pack(tmp_path), 16), (pack(tmp_path), 1)):
+    for manifest, size in ((corpus, 16), (packed, 16), (packed, 1)):
         out, page = tmp_path / "out.json", tmp_path / "page.html"
         options = ["--checkpoint", model, "--out", str(out), "--html", str(page), "--worst", "4"]
         assert main(["evaluate", "--manifest", str(manifest), "--batch-size", str(size), *options]) == 0
@@ -250,16 +249,14 @@ def test_recognition_of_shards_and_files_is_the_same(tmp_path: Path) -> None:
     assert found[0] == found[1] == found[2]
 
 
-def test_damaged_shards_are_named_and_the_rest_is_used(tmp_path: Path, capsys) -> None:
-    corpus(tmp_path)
-    path = pack(tmp_path)
-    utterances = read_manifest(path)
+def test_damaged_shards_are_named_and_the_rest_is_used(packed: Path, capsys) -> None:
+    utterances = read_manifest(packed)
     first = Path(utterances[0].packed.tar)
     first.write_bytes(first.read_bytes()[:600])
     with pytest.raises(AudioError, match=r"audio_0\.tar/.* the shard ends"):
         utterances[0].source()
     first.unlink()
-    assert main(["check", str(path), "--min-duration", "0"]) == 1
+    assert main(["check", str(packed), "--min-duration", "0"]) == 1
     assert "the shard cannot be read" in capsys.readouterr().out
     data = SpeechDataset(utterances, Vocabulary(), AudioSettings(min_duration=0.0))
     batches = list(load_batches(data, BatchSampler(data.durations, 4, shards=data.shards)))
@@ -269,8 +266,7 @@ def test_damaged_shards_are_named_and_the_rest_is_used(tmp_path: Path, capsys) -
 @pytest.mark.parametrize(
     "entry", [{"shard_id": 9}, {"shard_id": 0, "tar": "m.jsonl"}, {"tar_start": -1, "tar_size": 5}]
 )
-def test_places_that_are_none_are_one_line_errors(tmp_path: Path, capsys, entry: dict) -> None:
-    corpus(tmp_path)
+def test_places_that_are_none_are_one_line_errors(tmp_path: Path, corpus: Path, capsys, entry: dict) -> None:
     entry = {"audio_filepath": "x.flac", "text": "a", "duration": 1.0, "shard_id": 0} | entry
     (tmp_path / "n.jsonl").write_text(json.dumps(entry))
     assert main(["evaluate", "--manifest", str(tmp_path / "n.jsonl"), "--checkpoint", "x"]) == 2
@@ -278,8 +274,7 @@ def test_places_that_are_none_are_one_line_errors(tmp_path: Path, capsys, entry:
     assert "n.jsonl, line 1" in error and error.count("\n") == 1
 
 
-def test_files_that_cannot_be_packed_are_named(tmp_path: Path, capsys) -> None:
-    corpus(tmp_path)
+def test_files_that_cannot_be_packed_are_named(tmp_path: Path, corpus: Path, capsys) -> None:
     bad = next(tmp_path.rglob("*.flac"))
     bad.write_bytes(b"no audio")
     assert main(["prepare", "shards", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "s"), "-q"]) == 2
@@ -302,9 +297,8 @@ def test_a_plan_by_shards_has_each_item_once_and_few_shards_at_a_time(world: int
     assert plans[0].batches(0) != plans[0].batches(1)
 
 
-def test_a_run_over_shards_goes_on_from_any_step(tmp_path: Path) -> None:
-    corpus(tmp_path)
-    utterances = read_manifest(pack(tmp_path))
+def test_a_run_over_shards_goes_on_from_any_step(packed: Path) -> None:
+    utterances = read_manifest(packed)
 
     def batches(start: int) -> list:
         data = SpeechDataset(utterances, Vocabulary(), AudioSettings(perturb=Perturb(speed=SPEED)))

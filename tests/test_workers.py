@@ -44,12 +44,14 @@ def take(loader, count: int) -> list:
     return [next(loader) for _ in range(count)]
 
 
-def left_of(before: set) -> set:
-    """Returns the processes begun since, after waiting for those that are ending."""
-    deadline = time.monotonic() + 20
+@pytest.fixture
+def begun():
+    """Returns a function that returns the processes begun in the test. At its end, none may be left."""
+    before, deadline = set(multiprocessing.active_children()), time.monotonic() + 60
+    yield lambda: set(multiprocessing.active_children()) - before
     while (left := set(multiprocessing.active_children()) - before) and time.monotonic() < deadline:
         time.sleep(0.02)
-    return left
+    assert not left
 
 
 @pytest.fixture
@@ -63,8 +65,7 @@ def same(one, other) -> bool:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_epochs_follow_one_another_in_the_same_processes(data, workers: int) -> None:
-    before = set(multiprocessing.active_children())
+def test_epochs_follow_one_another_in_the_same_processes(data, begun, workers: int) -> None:
     sampler = BatchSampler(data.durations, 3)
     wanted = [b for epoch in (4, 5, 6) for b in load_batches(data, sampler, epoch)][1:]
     loader = load_batches(data, sampler, 4, 1, workers, endless=True)
@@ -73,22 +74,19 @@ def test_epochs_follow_one_another_in_the_same_processes(data, workers: int) -> 
     assert all(map(same, found, wanted))
     assert len({start for b in found for start in b.starts}) == max(workers, 1)
     loader.close()
-    assert not left_of(before)
 
 
-def test_a_killed_process_is_replaced_and_no_batch_is_lost(data, often) -> None:
-    before, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
-    sampler = BatchSampler(data.durations, 1)
+def test_a_killed_process_is_replaced_and_no_batch_is_lost(data, often, begun) -> None:
+    handler, sampler = signal.getsignal(signal.SIGCHLD), BatchSampler(data.durations, 1)
     wanted = [b for epoch in (0, 1) for b in load_batches(data, sampler, epoch)]
     loader = load_batches(data, sampler, workers=2, endless=True)
     found = take(loader, 3)
-    for process in set(multiprocessing.active_children()) - before:
+    for process in begun():
         process.kill()
     found += take(loader, 13)
     assert all(map(same, found, wanted)) and [b.step for b in found] == [*range(8)] * 2
     assert not data.skipped.items and signal.getsignal(signal.SIGCHLD) == handler
     loader.close()
-    assert not left_of(before)
 
 
 def test_a_batch_that_always_kills_comes_empty_and_is_named(data, often) -> None:
@@ -109,13 +107,12 @@ def test_an_error_of_the_program_is_no_death(data, monkeypatch) -> None:
             next(load_batches(data, BatchSampler(data.durations, 2), workers=workers))
 
 
-def test_sigterm_ends_them_from_their_parent_alone(data) -> None:
+def test_sigterm_ends_them_from_their_parent_alone(data, begun) -> None:
     """Shows that a worker ignores SIGTERM from others. torchrun and SLURM send it to the whole group, and the training
     process then ends its workers itself."""
-    before = set(multiprocessing.active_children())
     loader = load_batches(data, BatchSampler(data.durations, 1), workers=1, endless=True)
     take(loader, 1)
-    [process] = set(multiprocessing.active_children()) - before
+    [process] = begun()
     subprocess.run(["kill", "-TERM", str(process.pid)], check=True)
     take(loader, 20)
     assert process.is_alive()

@@ -85,10 +85,7 @@ class SpeechDataset(Dataset):
         self.settings = settings if training else replace(settings, perturb=Perturb(), join=None)
         self.reader = AudioReader(settings.sample_rate, settings.trim_silence)
         self.skipped = SkipReport()
-        self.utterances: list[Utterance] = []
-        self.texts: list[str] = []
-        self.targets: list[list[int]] = []
-        self.kept: list[int] = []
+        usable = []
         for place, utterance in enumerate(utterances):
             text, lost = utterance.text, []
             if settings.normalize_text:
@@ -103,12 +100,10 @@ class SpeechDataset(Dataset):
             if unfit is not None:
                 self.skipped.add([unfit])
                 continue
-            self.kept.append(place)
-            self.utterances.append(utterance)
-            self.texts.append(text)
-            self.targets.append(target)
-        if not self.utterances:
+            usable.append((place, utterance, text, target))
+        if not usable:
             raise ValueError(f"none of the {len(utterances)} utterances can be used: {self.skipped}")
+        self.kept, self.utterances, self.texts, self.targets = map(list, zip(*usable, strict=True))
         self._seconds = [u.seconds for u in self.utterances]
         self._remote = any(u.packed and is_url(u.packed.tar) for u in self.utterances)
         self._by_speaker: dict[str | None, list[int]] = defaultdict(list)
