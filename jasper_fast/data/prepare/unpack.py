@@ -41,17 +41,11 @@ def unpack(archive: Path, inside: str, folder: Path, progress: Progress) -> None
                 count += 1
                 progress(f"unpack {archive.name}", min(raw.tell(), size), size)
                 if not (target.is_file() and target.stat().st_size == member.size):
-                    _write(tar, member, target, folder)
+                    with whole(target, folder.parent) as temporary, open(temporary, "wb") as file:
+                        shutil.copyfileobj(tar.extractfile(member), file, 1 << 20)
                 tar.members.clear()  # tarfile would keep all 150,000 members in memory
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         why = " ".join(str(error).split())[:200]
         raise PrepareError(f"{archive}: not a complete tar archive ({why}); get another copy") from error
     if not count:
         raise PrepareError(f"{archive}: the archive has no file under {inside}")
-
-
-def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, folder: Path) -> None:
-    with whole(target, folder.parent) as temporary, open(temporary, "wb") as file:
-        shutil.copyfileobj(tar.extractfile(member), file, 1 << 20)
-        if file.tell() != member.size:
-            raise tarfile.ReadError(f"{member.name} is cut off")
