@@ -1,7 +1,5 @@
 """Helpers for the tests of bench: a run and cases that take almost no time, a goal's rows, child processes."""
 
-from __future__ import annotations
-
 import dataclasses
 import subprocess
 import sys

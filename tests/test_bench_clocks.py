@@ -1,7 +1,5 @@
 """Clock readings by the driver's library (a stand-in), intervals of few samples, and CuPy's launch profiler."""
 
-from __future__ import annotations
-
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -10,13 +8,11 @@ import pynvml
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_runs import CPU, FAST, make_run, softplus_case
+from bench_runs import CPU, CUDA, FAST, make_run, softplus_case
 from conftest import raising
 
 from jasper_fast.bench.harness import checking, clocks, limits, machine, nvml, ratios, timing
 from jasper_fast.bench.harness.measurement import Measurement
-
-CUDA = torch.device("cuda", 0)
 
 
 class Driver:

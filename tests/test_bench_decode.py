@@ -1,7 +1,5 @@
 """`python -m bench decode` runs every contender, and a contender with a wrong answer gets no number."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from bench_runs import make_run

@@ -1,8 +1,6 @@
 """A wrong result gets no number. Each kind of fault is found, and a rival that is absent or fails gets a row that says
 why."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -1,8 +1,6 @@
 """Latency: an engine with a small fault gets no time, each text is compared with the best path of its log-probs, and
 the effort depends on the machine."""
 
-from __future__ import annotations
-
 import ctypes
 import dataclasses
 import itertools
@@ -102,8 +100,7 @@ def engine(change=dict, dtype=torch.float32, around=lambda engine: engine):
 
 def rows_of(tmp_path, case_of, dtype=torch.float32, engine=None) -> dict[str, dict]:
     """Measures a case of the small model and returns its rows by contender; `engine` replaces our engine."""
-    run = make_run(tmp_path, rivals="eager,eager_2d_channels_last")
-    run.dtype = dtype
+    run = make_run(tmp_path, dtype=dtype, rivals="eager,eager_2d_channels_last")
     shared = latency.Models(run, "small")
     if engine is not None:
         shared.engine = lambda _: engine(shared)
@@ -249,7 +246,7 @@ class Session:
     def __init__(self, model) -> None:
         self.model, self.bound = model, {}
 
-    def io_binding(self) -> Session:
+    def io_binding(self) -> "Session":
         self.bound = {}
         return self
 

@@ -1,7 +1,5 @@
 """The bytes that a forward pass keeps for backward are counted, however they are held."""
 
-from __future__ import annotations
-
 import torch
 from bench_runs import CPU
 

@@ -1,8 +1,6 @@
 """Networks, answers and rivals of bench's cases are made once, on their device and in the memory order that they
 need."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 

@@ -1,7 +1,5 @@
 """Bench of the optimiser's step: both forms are right, a wrong one is refused, and the copy moves the stated bytes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from bench_runs import make_run

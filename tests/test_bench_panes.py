@@ -1,7 +1,6 @@
 """Panes in `python -m bench kernels`: what is compared, what counts as their time, and which cases run."""
 
-from __future__ import annotations
-
+import collections
 import dataclasses
 import itertools
 
@@ -32,8 +31,7 @@ def statuses(rows: list[dict]) -> dict[tuple[str, str], str]:
 def test_both_forms_and_the_eager_rivals_are_right_in_every_mode(dtype, tmp_path):
     """Shows that all contenders are right. The size is one at which a plain form in 16 bits would fail if it rounded u
     before scaling it."""
-    run = make_run(tmp_path, backend="auto")
-    run.dtype = dtype
+    run = make_run(tmp_path, backend="auto", dtype=dtype)
     make_face("cpu")
     rows = run.cases("test", panes.block_cases(run, dataclasses.replace(BLOCK, C_out=64), common.MODES, 4, 400))
     names = ("jasper_fast", "jasper_fast_gram", "eager", "eager_2d_channels_last")
@@ -56,27 +54,28 @@ def a_wide_pane(monkeypatch) -> None:
     wrap(monkeypatch, ops, "panes_plain", faulty)
 
 
-@pytest.mark.parametrize(("fault", "form"), [(wide_matrices, "jasper_fast_gram"), (a_wide_pane, "jasper_fast")])
-def test_a_wrong_form_has_no_time_in_any_mode(fault, form, tmp_path, monkeypatch):
-    fault(monkeypatch)
-    run = make_run(tmp_path)
-    found = statuses(run.cases("test", panes.block_cases(run, BLOCK, common.MODES, 2, 40)))
-    assert {key for key, status in found.items() if status == "wrong"} == {(mode, form) for mode in common.MODES}
-    assert all(status == "ok" for (_, name), status in found.items() if name != form)
+def swapped_statistics(monkeypatch) -> None:
+    """Swaps the running means of the panes, whose sum stays right."""
 
-
-def test_running_statistics_are_compared(tmp_path, monkeypatch):
-    """Shows that a case is wrong if the running statistics of the panes are swapped, although their sum is right."""
-    plain = ops.panes_plain
-
-    def faulty(*args, **more):
-        out, mean, var = plain(*args, **more)
+    def swapped(right, *of, **more):
+        out, mean, var = right(*of, **more)
         return out, mean.flip(0), var
 
-    monkeypatch.setattr(ops, "panes_plain", faulty)
+    wrap(monkeypatch, ops, "panes_plain", swapped)
+
+
+@pytest.mark.parametrize(("fault", "form", "why"), [
+    (wide_matrices, "jasper_fast_gram", "sum"), (a_wide_pane, "jasper_fast", "sum"),
+    (swapped_statistics, "jasper_fast", "running_mean 0"),
+])  # fmt: skip
+def test_a_wrong_form_has_no_time_in_any_mode(fault, form, why, tmp_path, monkeypatch):
+    fault(monkeypatch)
     run = make_run(tmp_path)
-    rows = run.cases("test", [panes.case(run, 2, 40, BLOCK, "forward")])
-    assert rows[0]["status"] == "wrong" and rows[0]["why"].startswith("running_mean 0"), rows[0]
+    rows = run.cases("test", panes.block_cases(run, BLOCK, common.MODES, 2, 40))
+    found = statuses(rows)
+    assert all(row["why"].startswith(why) for row in rows if row["status"] == "wrong")
+    assert {key for key, status in found.items() if status == "wrong"} == {(mode, form) for mode in common.MODES}
+    assert all(status == "ok" for (_, name), status in found.items() if name != form)
 
 
 class Calls(TorchDispatchMode):
@@ -163,21 +162,15 @@ def collect(tmp_path):
     return collected
 
 
-def modes(cases: list) -> dict[tuple[str, str], set[str]]:
-    found: dict[tuple[str, str], set[str]] = {}
-    for case in cases:
-        found.setdefault((case.key["op"], case.key["shape"]), set()).add(case.key["mode"])
-    return found
-
-
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_shape_of_every_op_is_measured_in_every_mode(device, collect):
-    cases = collect(device)
-    found = modes(cases)
+    cases, found = collect(device), collections.defaultdict(set)
+    for case in cases:
+        found[case.key["op"], case.key["shape"]].add(case.key["mode"])
     assert len({case.id for case in cases}) == len(cases)
     for (op, shape), asked in found.items():
         assert asked == {*common.MODES, *(["inference"] if op in ("sub_block", "depthwise") else [])}, (op, shape)
-    count = {op: sum(name == op for name, _ in found) for op in {name for name, _ in found}}
+    count = collections.Counter(op for op, _ in found)
     widths, blocks = (7, 3) if device == "cpu" else (9, 10)
     shapes = len({case.key["shape"] + case.key["taps"] for case in cases if case.key["op"] == "conv1d"})
     assert shapes == len(layers())
@@ -196,8 +189,7 @@ def test_one_mode_alone(op, mode, quick, collect):
 def test_a_brief_run_measures_few_cases(collect):
     """Shows that a brief run, as `make bench` makes it in ten minutes, has only these cases."""
     cases = collect(brief=True)
-    ops_of = [case.key["op"] for case in cases]
-    assert {op: ops_of.count(op) for op in set(ops_of)} == {
+    assert collections.Counter(case.key["op"] for case in cases) == {
         "bn_relu_dropout": 9,
         "bn_relu_dropout+residual": 1,
         "sub_block": 2,

@@ -1,7 +1,5 @@
 """The plan of `python -m bench gpu` stays within its budget, is saved as it goes and can be resumed."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import subprocess

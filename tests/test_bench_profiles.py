@@ -1,7 +1,5 @@
 """The profiler of bench counts launches and names layers and ops, and errors of the profiler are reported."""
 
-from __future__ import annotations
-
 import json
 import os
 

@@ -1,7 +1,5 @@
 """A real result of the command line: the command that repeats it, its page and the README's table."""
 
-from __future__ import annotations
-
 import json
 import re
 
@@ -17,23 +15,10 @@ from jasper_fast.bench.report import html_page, readme_table
 def result(tmp_path_factory):
     """Returns the result of a real, tiny run of the command line."""
     out = tmp_path_factory.mktemp("bench")
-    shapes, bn_relu_dropout.CPU_SHAPES = bn_relu_dropout.CPU_SHAPES, ((2, 8, 40), (2, 16, 40))
-    try:
-        arguments = [
-            "kernels",
-            "--op",
-            "bn_relu_dropout",
-            "--device",
-            "cpu",
-            "--quick",
-            "--backend",
-            "reference",
-            "--seconds",
-            "0.05",
-        ]
-        assert cli.main([*arguments, "--out", str(out)]) == 0
-    finally:
-        bn_relu_dropout.CPU_SHAPES = shapes
+    arguments = ["kernels", "--op", "bn_relu_dropout", "--device", "cpu", "--quick", "--backend", "reference"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bn_relu_dropout, "CPU_SHAPES", ((2, 8, 40), (2, 16, 40)))
+        assert cli.main([*arguments, "--seconds", "0.05", "--out", str(out)]) == 0
     (path,) = out.glob("kernels_*.json")
     return path
 

@@ -1,7 +1,5 @@
 """Rivals compute the same results as eager, and an unknown rival is named in an error."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 

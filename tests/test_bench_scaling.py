@@ -1,7 +1,5 @@
 """`python -m bench train` with several processes."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

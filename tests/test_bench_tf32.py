@@ -1,17 +1,11 @@
 """fp32 convs that PyTorch may round to TF32 are compared at the precision of TF32, no more loosely."""
 
-from __future__ import annotations
-
 import pytest
 import torch
+from bench_runs import make_run
 
 from jasper_fast.bench.cases import common
 from jasper_fast.bench.harness import correct, limits
-from jasper_fast.bench.harness.run import Run
-
-
-def run_in(dtype: torch.dtype) -> Run:
-    return Run(torch.device("cpu"), dtype, "auto", quick=True, results=None)
 
 
 def cut_to_tf32(x: torch.Tensor) -> torch.Tensor:
@@ -34,9 +28,9 @@ def answers() -> dict[str, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("mode", ["TF32", "IEEE"])
-def test_cut_operands_pass_where_tf32_is_allowed_only(mode, answers, monkeypatch) -> None:
+def test_cut_operands_pass_where_tf32_is_allowed_only(mode, answers, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(limits, "float32_mode", lambda device: mode)
-    tolerance = common.tolerance(run_in(torch.float32))
+    tolerance = common.tolerance(make_run(tmp_path))
     said = correct.complaints(answers["cut"], answers["low"], answers["ref"], tolerance)
     assert bool(said) == (mode == "IEEE")
     assert not correct.complaints(answers["low"], answers["low"], answers["ref"], tolerance)
@@ -45,6 +39,6 @@ def test_cut_operands_pass_where_tf32_is_allowed_only(mode, answers, monkeypatch
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bits_have_their_own_rounding(dtype, monkeypatch) -> None:
+def test_16_bits_have_their_own_rounding(dtype, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(limits, "float32_mode", lambda device: "TF32")
-    assert common.tolerance(run_in(dtype)) is common.CONV_TOLERANCE
+    assert common.tolerance(make_run(tmp_path, dtype=dtype)) is common.CONV_TOLERANCE

@@ -1,7 +1,5 @@
 """Timing on a simulated GPU: events, waiting, host time, and sleep kernels while the clock rate still rises."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from types import SimpleNamespace
@@ -53,7 +51,7 @@ def device(monkeypatch) -> Gpu:
         def synchronize(self) -> None:
             made.now = max(made.now, self.at)
 
-        def elapsed_time(self, end: Event) -> float:
+        def elapsed_time(self, end: "Event") -> float:
             return 1e3 * (end.at - self.at)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)

@@ -1,7 +1,5 @@
 """Training steps: a gradient that is a few per cent wrong is found in every precision, and a right one passes."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import pytest

@@ -1,7 +1,5 @@
 """What `python -m bench gpu` checks before it measures, and its messages about what is missing."""
 
-from __future__ import annotations
-
 import shutil
 from types import SimpleNamespace
 

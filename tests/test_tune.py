@@ -1,21 +1,21 @@
 """`python -m bench tune` on the stand-in: what it measures, refuses and keeps, and how it resumes."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_runs import LIMITS
+from bench_runs import CPU, LIMITS
 from conftest import interpreted, raising
 from standins import spied, verdicts_of_its_own, wrap  # noqa: F401
 
 from jasper_fast.bench.cases import cells as tune_cases
 from jasper_fast.bench.cli import main
 from jasper_fast.bench.harness import limits, machine
+from jasper_fast.bench.tune import tune
 from jasper_fast.dispatch import backends, children, tuned
 from jasper_fast.kernels import tables
 from jasper_fast.kernels.layout import mask
@@ -25,8 +25,6 @@ from jasper_fast.tuning import child, work
 from jasper_fast.tuning.faces import Proposal
 from jasper_fast.tuning.held import Held, check_of, library
 
-ROOT = Path(__file__).resolve().parents[1]
-CPU = torch.device("cpu")
 CELL = Cell("conv1d.forward", "float32", 16, 24, 3, 1, 1, 5)
 NAMES = ["triton 32x32x16 warps 4 stages 3", "triton 32x32x16 warps 4 stages 4", "aten library"]
 
@@ -221,10 +219,6 @@ def test_lengths_are_those_of_a_batch_of_speech():
 def test_what_is_measured_on_a_gpu_is_kept_at_once(monkeypatch):
     asked = spied(monkeypatch, tuned, "tune", lambda *args, **more: more["keeps"])
     monkeypatch.setattr(children, "talk", lambda *_: children.Ended(True, False, 0, "", ""))
-    from types import SimpleNamespace
-
-    from jasper_fast.bench.tune import tune
-
     results = SimpleNamespace(data={"rows": []}, path="x")
     monkeypatch.setattr(tune, "put_table", lambda run: None)
     monkeypatch.setattr(tune, "summary", lambda *_: None)

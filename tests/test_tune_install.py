@@ -1,7 +1,5 @@
 """`python -m bench tune --install` puts a result into the table of its GPU, or says in an error why not."""
 
-from __future__ import annotations
-
 import functools
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What `python -m bench tune` tunes: every conv and norm of the network, their order, contenders and time."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import interpreted
