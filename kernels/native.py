@@ -46,21 +46,16 @@ class Library:
 
     def ops(self) -> Any:
         """Returns the namespace of the library's ops. Raises `Missing` if the library cannot be loaded."""
-        if self._ops is None:
-            with self._lock:
-                if self._ops is None and self._why is None:
-                    self._load()
-            if self._ops is None:
-                raise Missing(self._why)
+        if self._ops is None and (why := self.why_not()) is not None:
+            raise Missing(why)
         return self._ops
 
     def why_not(self) -> str | None:
         """Returns why the library cannot be used, or None if it can."""
-        try:
-            self.ops()
-        except Missing as error:
-            return str(error)
-        return None
+        with self._lock:
+            if self._ops is None and self._why is None:
+                self._load()
+        return self._why
 
     def _load(self) -> None:
         what = f"backend '{self.name}': "
@@ -90,8 +85,8 @@ class _Ops:
         try:
             op = getattr(self._namespace, name)
         except AttributeError:
-            message = f"{self._path} has no op '{name}': it is older than this code; rebuild it: {BUILD}"
-            raise Missing(message) from None
+            what = f"has no op '{name}': it is older than this code; rebuild it: {BUILD}"
+            raise Missing(f"{self._path} {what}") from None
         setattr(self, name, op)
         return op
 

@@ -98,6 +98,14 @@ def face(request: pytest.FixtureRequest) -> Face:
     return make_face(request.param)
 
 
+def assert_raises(cases, error: type[Exception] = ValueError) -> None:
+    """Checks that each call in `cases`, (function without arguments, pattern), raises `error` with one line."""
+    for wrong, message in cases:
+        with pytest.raises(error, match=message) as raised:
+            wrong()
+        assert "\n" not in str(raised.value)
+
+
 @pytest.fixture
 def set_threads():
     """Gives the test `torch.set_num_threads`, and restores the number of threads afterwards."""

@@ -35,6 +35,15 @@ def random_arpa(path: Path, words: list[str], order: int, rng: random.Random, un
     return path
 
 
+def assert_refused(run, capsys, command: str, cases) -> None:
+    """Checks that each command line in `cases`, (words, message), ends with that message in one line."""
+    for argv, message in cases:
+        assert run(*argv) == 2, argv
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+        assert error.startswith(f"jasper-fast {command}: error: "), error
+
+
 def hear(vocabulary: Vocabulary, text: str, sharp: float = 4.0, seed: int = 0, times: int = 1) -> torch.Tensor:
     """Returns noisy log-probs (T, V) whose best path is this text, with each symbol so many times, then a blank."""
     ids = [i for c in vocabulary.encode(text) for i in ([c] * times + [vocabulary.blank])]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from jasper_fast.lm.neural.config import LMConfig
-from jasper_fast.lm.neural.model import BOUNDARY, TransformerXL, shifted
+from jasper_fast.lm.neural.model import BOUNDARY, TransformerXL
 from jasper_fast.lm.neural.scoring import NeuralLM
 from jasper_fast.lm.neural.stream import Held, Stream
 from jasper_fast.lm.neural.tokens import Tokens
@@ -38,14 +38,6 @@ def lines(n, length, seed=1):
     tokens = torch.randint(0, 12, (n, length), generator=torch.Generator().manual_seed(seed))
     tokens[:, 0] = BOUNDARY
     return tokens
-
-
-def test_a_shift_gives_each_key_the_score_of_its_distance():
-    x = torch.randn(2, 3, 4, 7)
-    found = shifted(x)
-    for i in range(4):
-        for j in range(4 + i):  # of 7 keys, the query is number 3 + i, so the distance is 3 + i - j
-            assert torch.equal(found[:, :, i, j], x[:, :, i, 6 - (3 + i - j)])
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import signal
 
 import pytest
 import torch
-from language_models import random_neural
+from language_models import assert_refused, random_neural
 from torch.utils._pytree import tree_flatten
 
 from jasper_fast.cli import command
@@ -188,7 +188,7 @@ def test_errors_are_one_line(text, trained, tmp_path, capsys, monkeypatch):
     torch.save({"state_dict": {}}, tmp_path / "acoustic" / "best.pt")
     out = ("--out", tmp_path / "out", *SMALL)
     go_on = ("train-neural", text, "--out", trained, *SMALL, "--steps", 301, "--ema", 0.9)
-    for argv, message in [
+    cases = [
         (("train-neural", tmp_path / "gone", *out), "gone: no such text"),
         (("train-neural", text, "--val", tmp_path / "gone", *out), "gone: no such text"),
         (("train-neural", tmp_path / "empty", *out), "empty: has no words"),
@@ -207,10 +207,8 @@ def test_errors_are_one_line(text, trained, tmp_path, capsys, monkeypatch):
         (("train-neural", text.with_name("dev"), *go_on[2:], "--resume"), "was trained on another text"),
         (("perplexity", tmp_path / "acoustic", text), "best.pt: holds no neural language model"),
         (("info", tmp_path / "hollow"), "hollow: the folder holds no language model"),
-    ]:
-        assert run(*argv) == 2, argv
-        error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1 and error.startswith("jasper-fast lm: error: "), error
+    ]
+    assert_refused(run, capsys, "lm", cases)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import raising
+from conftest import assert_raises, raising
 from language_models import random_arpa
 
 from jasper_fast import beam_search
@@ -88,13 +88,12 @@ def test_the_triton_face_says_what_it_cannot_do():
     triton_impl = pytest.importorskip("jasper_fast.kernels.prefix_beam.triton_impl")
     log_probs, lengths = torch.zeros(1, 3, 29).log_softmax(-1), torch.tensor([3])
     assert triton_impl.why_not(29, 128, None, None) is None
-    for wrong, message in (
+    cases = [
         (lambda: beam_search(log_probs, lengths, Vocabulary(), beam=129, backend="triton"), "at most beam 128"),
         (lambda: beam_search(log_probs, lengths, Vocabulary(), hot_words={"a": 1.0}, backend="triton"), "no words"),
         (lambda: triton_impl.search(torch.zeros(1, 3, 33), lengths, 8, 1), "32 classes, not 8 and 33"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            wrong()
+    ]
+    assert_raises(cases)
 
 
 @pytest.mark.parametrize("broken", ["right", "wrong", "dead"])
@@ -185,16 +184,16 @@ def test_threads_dtypes_and_strides_change_nothing(set_threads):
 @needs_cpu
 @pytest.mark.slow
 def test_prefixes_that_no_longer_matter_are_cleared_away():
-    """Shows that clearing old prefixes changes nothing. This search makes about 30,000 and clears from 16,384 on."""
+    """Shows that clearing old prefixes changes nothing. This search makes about 20,000 and clears from 16,384 on."""
     torch.manual_seed(6)
-    log_probs, lengths = torch.randn(1, 500, 9).log_softmax(-1), torch.tensor([500])
+    log_probs, lengths = torch.randn(1, 340, 9).log_softmax(-1), torch.tensor([340])
     found = [beam_search(log_probs, lengths, Vocabulary("abcdefgh"), beam=64, n_best=64, backend=b) for b in FACES]
     assert found[0] == found[1]
 
 
 def test_bad_input_is_named(models):
     v, log_probs, lengths = Vocabulary(" ab'"), torch.zeros(2, 3, 5).log_softmax(-1), torch.tensor([3, 2])
-    for wrong, message in (
+    cases = [
         (lambda: beam_search(log_probs[0], lengths, v), r"\(N, T, V\)"),
         (lambda: beam_search(log_probs, lengths, Vocabulary()), "5 classes, but the vocabulary has 29"),
         (lambda: beam_search(log_probs, torch.tensor([4, 0]), v), r"lengths must be in 0\.\.3"),
@@ -205,9 +204,8 @@ def test_bad_input_is_named(models):
         (lambda: beam_search(log_probs, lengths, v, beta=math.nan), "beta nan"),
         (lambda: beam_search(log_probs, lengths, v, backend="cuda"), "backend 'cuda' must be one of"),
         (lambda: beam_search(log_probs, lengths, v, lm=models[7, 2]), "another vocabulary"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            wrong()
+    ]
+    assert_raises(cases)
     for broken in (math.nan, math.inf):
         spoilt = log_probs.clone()
         spoilt[1, 2, 0] = broken

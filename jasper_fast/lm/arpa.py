@@ -70,15 +70,15 @@ class Arpa:
             raise self._fail("not UTF-8: this is no ARPA file") from None
 
     def _header(self, file: IO[bytes]) -> list[int]:
-        if file.read(1) == b"":
-            raise LanguageModelError(f"{self.path}: the language model is empty")
-        file.seek(0)
         for line in itertools.islice(iter(lambda: file.readline(1 << 20), b""), 1000):
             self._line += 1
             if line.strip() == b"\\data\\":
                 break
         else:
-            raise LanguageModelError(f"{self.path}: no \\data\\ in its first lines: this is no ARPA file")
+            why = (
+                "no \\data\\ in its first lines: this is no ARPA file" if self._line else "the language model is empty"
+            )
+            raise LanguageModelError(f"{self.path}: {why}")
         counts: list[int] = []
         while line := self._next(file):
             name, _, value = line.partition("=")

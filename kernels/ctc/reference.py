@@ -17,7 +17,7 @@ def forward(
     """
     n, t, _ = log_probs.shape
     labels, differs, _ = _states(targets, target_lengths)
-    low, at = _low(log_probs), torch.arange(labels.shape[1], device=log_probs.device)
+    low, at = log_probs.new_full((), -math.inf), torch.arange(labels.shape[1], device=log_probs.device)
     b, lab = torch.where(at == 0, 0.0, low).expand(labels.shape), low.expand(labels.shape)
     alpha = log_probs.new_full((n, t, 2, labels.shape[1]), -math.inf)
     for i in range(t):
@@ -45,7 +45,7 @@ def backward(
 ) -> Tensor:
     """Returns the gradient of `log_probs`. If the loss is infinite it is NaN, or 0 with `zero_infinity`."""
     labels, differs, blanks = _states(targets, target_lengths)
-    low, at = _low(log_probs), torch.arange(labels.shape[1], device=log_probs.device)
+    low, at = log_probs.new_full((), -math.inf), torch.arange(labels.shape[1], device=log_probs.device)
     b = torch.where(at == target_lengths[:, None], 0.0, low)
     lab = torch.where(at == target_lengths[:, None] - 1, 0.0, low)
     grads = torch.zeros_like(log_probs, memory_format=torch.contiguous_format)
@@ -63,10 +63,6 @@ def backward(
     if zero_infinity:
         grads = torch.where((losses == math.inf)[:, None, None], 0.0, grads)
     return grads
-
-
-def _low(like: Tensor) -> Tensor:
-    return like.new_full((), -math.inf)
 
 
 def _states(targets: Tensor, target_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,7 +33,8 @@ def step(
     like = tensors.params[0]
     partial, old, outcome = like.new_empty(partials), like.new_empty(len(rows)), like.new_empty(2)
     scale, found = (x if x is None else x.float() for x in (grad_scale, found_inf))
-    places = map(_address, (rows, runs, like, partial, old, settings, scale, found, outcome))
+    given = rows, runs, like, partial, old, settings, scale, found, outcome
+    places = (None if x is None else x.data_ptr() for x in given)
     args = cuda_launch.Args(*places, size, partials, clip_norm or math.inf, guard, bool(tensors.averages))
     functions = cuda_launch.functions()
     with nvrtc.device_of(like) as stream:
@@ -43,7 +44,3 @@ def step(
     torch.autograd.graph.increment_version([*tensors.params, *tensors.averages, *ours.averages])
     reference.average(*others, settings[0, -1])
     return outcome
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()

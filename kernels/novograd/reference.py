@@ -35,16 +35,15 @@ def step(
     bad = bad | ~torch.isfinite(norm) if guard else bad
     clip = (clip_norm / (norm + 1e-6)).clamp(max=1.0) if clip_norm else torch.ones_like(norm)
     scale = clip if grad_scale is None else clip / grad_scale.to(norms)
-    rows = [settings[i] for i in range(len(settings))]
-    if device.type == "cpu":  # `tolist` waits for no GPU here
-        rows = settings.tolist()
-    if device.type != "cpu" or not bad:
+    on_cpu = device.type == "cpu"
+    rows = settings.tolist() if on_cpu else list(settings)  # on a GPU `tolist` would wait
+    if not on_cpu or not bad:
         for index, row in enumerate(rows):
             mine = [i for i, group in enumerate(tensors.groups) if group == index]
             if mine:
                 part = Tensors(*([of[i] for i in mine] if of else [] for of in tensors))
                 squares = (norms[torch.tensor(mine, device=device)] * clip).square()
-                _update(part, Settings(*row), squares, scale, None if device.type == "cpu" else bad)
+                _update(part, Settings(*row), squares, scale, None if on_cpu else bad)
     average(tensors.params if tensors.averages else [], tensors.averages, rows[0][-1])
     average(*watched, rows[0][-1])
     return torch.stack([norm, bad.to(norm)])
