@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -171,6 +172,19 @@ def tuning_on_an_imaginary_gpu(own_cache, monkeypatch, tmp_path):
     choose.forget()
     yield made
     tables._index.cache_clear()
+
+
+def forked(*bodies) -> list[int]:
+    """Runs each of `bodies` in a forked process, all at once; returns their exit statuses."""
+    pids = []
+    for body in bodies:
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            try:
+                body()
+            finally:
+                os._exit(0)
+    return [os.waitpid(pid, 0)[1] for pid in pids]
 
 
 def wrap(monkeypatch, owner: object, name: str, around) -> None:

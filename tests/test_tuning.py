@@ -14,7 +14,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import interpreted, raising
-from standins import GPU, TILES, Died, imaginary_gpus_table, tuning_on_an_imaginary_gpu, verdicts_of_its_own, wrap  # noqa: F401
+from standins import (  # noqa: F401
+    GPU,
+    TILES,
+    Died,
+    forked,
+    imaginary_gpus_table,
+    tuning_on_an_imaginary_gpu,
+    verdicts_of_its_own,
+    wrap,
+)
 
 from jasper_fast import InferenceEngine, Jasper, JasperConfig
 from jasper_fast.cli.command import main
@@ -101,19 +110,6 @@ def test_what_is_killed_from_outside_blames_nobody(tuning, monkeypatch):
 
 
 # ---- kills, processes, budgets ----
-
-
-def forked(*bodies) -> list[int]:
-    """Runs each of `bodies` in a forked process, all at once; returns their exit statuses."""
-    pids = []
-    for body in bodies:
-        pids.append(os.fork())
-        if pids[-1] == 0:
-            try:
-                body()
-            finally:
-                os._exit(0)
-    return [os.waitpid(pid, 0)[1] for pid in pids]
 
 
 def test_a_kill_at_twenty_random_points_loses_nothing(tuning, monkeypatch, own_cache):
@@ -214,7 +210,7 @@ def test_turned_off_the_tables_and_rules_choose(tuning, put_table, monkeypatch, 
         monkeypatch.setenv("JASPER_FAST_TUNE", "0")
     with tuned.off() if how == "a body" else contextlib.nullcontext():
         assert (conv_face(15), conv_face(15, torch.float32)) == ("triton", "aten"), "an empty cache: the rules"
-    assert tuning.sessions == [] and tuned.waiting(GPU) == 0
+    assert tuning.sessions == [] and len(tuned._waiting.get(GPU, ())) == 0
 
 
 @pytest.mark.parametrize(("header", "wanted"), [
@@ -254,10 +250,10 @@ def test_nothing_is_tuned_in_a_capture_and_all_at_the_next_good_moment(tuning, m
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     tuning.seconds[LIBRARY] = 1e-4
     assert conv_face() == "triton" and conv_face(20) == "triton", "by the rules"
-    assert tuning.sessions == [] and tuned.waiting(GPU) == 2
+    assert tuning.sessions == [] and len(tuned._waiting.get(GPU, ())) == 2
     capturing[0] = False
     assert conv_face() == "aten" and tuning.sessions == [2], "both, at once"
-    assert conv_face(20) == "aten" and tuned.waiting(GPU) == 0
+    assert conv_face(20) == "aten" and len(tuned._waiting.get(GPU, ())) == 0
 
 
 def test_nothing_is_tuned_while_a_graph_is_traced_or_a_step_must_not_stall(tuning):
@@ -265,11 +261,11 @@ def test_nothing_is_tuned_while_a_graph_is_traced_or_a_step_must_not_stall(tunin
         return x * len(choose.conv_face("auto", GPU, torch.float16, shape=SHAPE, rows_log2=12))
 
     assert torch.equal(torch.compile(chosen, backend="eager", fullgraph=True)(torch.ones(2)), torch.full((2,), 6.0))
-    assert tuning.sessions == [] and tuned.waiting(GPU) == 1
+    assert tuning.sessions == [] and len(tuned._waiting.get(GPU, ())) == 1
     with tuned.not_now():
         assert conv_face(20) == "triton"
         tuned.catch_up(GPU)
-    assert tuning.sessions == [] and tuned.waiting(GPU) == 2
+    assert tuning.sessions == [] and len(tuned._waiting.get(GPU, ())) == 2
     tuned.catch_up(GPU)
     assert tuning.sessions == [2]
 
@@ -298,10 +294,6 @@ def small() -> JasperConfig:
         "encoder": {"in_feats": 8, "activation": "relu", "use_conv_masks": True, "blocks": [first, second]},
         "decoder": {"in_feats": 24, "n_classes": 7},
     })  # fmt: skip
-
-
-class Stop(Exception):
-    pass
 
 
 @pytest.mark.parametrize("tune", [True, False])

@@ -6,13 +6,13 @@ import dataclasses
 import json
 import os
 import stat
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from standins import spied, verdict, verdicts_of_its_own  # noqa: F401
+from standins import forked, spied, verdict, verdicts_of_its_own  # noqa: F401
 
 from jasper_fast.cli import command
 from jasper_fast.dispatch import backends, probe, verdicts
@@ -183,25 +183,15 @@ def test_the_checks_and_the_panes_are_among_the_sources(monkeypatch):
     assert {ROOT / path for path in wanted} <= set(seen)
 
 
-WAITS = """
-import sys, time, torch
-from jasper_fast.dispatch import verdicts
-from jasper_fast.dispatch.verdict import Verdict
-def check(device, op, face, dtype):
-    print("checked", flush=True)
-    time.sleep(1.0)
-    return Verdict(op, face, dtype, "good", True, 1)
-verdicts.verdict("conv1d", "triton", torch.device("cpu"), "bfloat16", check)
-"""
+def test_processes_that_start_together_check_once(tmp_path):
+    def check(device, op, face, dtype):
+        with (tmp_path / "checked").open("a") as file:
+            file.write("once")
+        time.sleep(0.5)
+        return verdict(quick=True)
 
-
-@pytest.mark.slow
-def test_processes_that_start_together_check_once():
-    start = [sys.executable, "-c", WAITS]
-    many = [subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    said = [process.communicate()[0] for process in many]
-    assert [process.returncode for process in many] == [0, 0, 0]
-    assert "".join(said).count("checked") == 1
+    forked(*[lambda: of_conv(check)] * 3)
+    assert (tmp_path / "checked").read_text() == "once" and of_conv() == verdict(quick=True)
 
 
 # ---- the check itself ----

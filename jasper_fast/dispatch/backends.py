@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
 from types import ModuleType
@@ -52,21 +51,13 @@ def why_missing(backend: str, device: torch.device | str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install 'triton>=3.6' (Linux x86-64)"
     if device.type == "cuda":
-        return _too_old(device)
+        found = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else OLDEST
+        old = f"{OLDEST[0]}.{OLDEST[1]} or later, but this GPU has {found[0]}.{found[1]}"
+        advice = "use 'auto', which takes the cuda backend on such a GPU"
+        return None if found >= OLDEST else f"its kernels need compute capability {old}; {advice}"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return "the triton backend needs a CUDA tensor; on a CPU it needs Triton's interpreter: set TRITON_INTERPRET=1"
-
-
-def _too_old(device: torch.device) -> str | None:
-    """Returns why this GPU is too old for the Triton kernels, or None if it is not or if PyTorch sees no GPU."""
-    found = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else OLDEST
-    if found >= OLDEST:
-        return None
-    return (
-        f"its kernels need compute capability {OLDEST[0]}.{OLDEST[1]} or later, but this GPU has "
-        f"{found[0]}.{found[1]}; use 'auto', which takes the cuda backend on such a GPU"
-    )
 
 
 def named(backend: str, reason: str) -> str:

@@ -252,11 +252,6 @@ def catch_up(device: torch.device) -> None:
         _first_use(device, _waiting.pop(device))
 
 
-def waiting(device: torch.device) -> int:
-    """Returns the number of cells to tune at the next good moment."""
-    return len(_waiting.get(indexed(device), ()))
-
-
 def indexed(device: torch.device) -> torch.device:
     """Returns `device`, with the index of the current CUDA device if it has none."""
     if device.index is None and device.type == "cuda":

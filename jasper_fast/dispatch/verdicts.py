@@ -69,10 +69,9 @@ def sources() -> str:
     Tables are not part of it, because every tile in a table was checked when it was measured.
     """
     package, kernels = Path(__file__).parents[1], Path(tables.__file__).parent
-    paths = [*package.glob("selfcheck/*.py"), *package.glob("ops/*.py"), *kernels.rglob("*.py")]
-    paths += native._library_dir().glob("*.so")
+    python = *package.glob("selfcheck/*.py"), *package.glob("ops/*.py"), *kernels.rglob("*.py")
     digest = hashlib.sha256()
-    for path in sorted({p.resolve() for p in paths}):
+    for path in sorted({p.resolve() for p in (*python, *native._library_dir().glob("*.so"))}):
         digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]
 

@@ -174,8 +174,7 @@ def bn_relu_dropout(
     check(y, gamma, beta, running_mean, running_var, residual, lengths, p, halo)
     norm = normaliser(y, running_mean, running_var, stats, training, frozen, momentum, eps, backend, group)
     p, seed = dropout_seed(p if training else 0.0, seed, y.device)
-    if residual is not None:
-        residual = residual.to(y.dtype)
+    residual = None if residual is None else residual.to(y.dtype)
     wide = norm.mean.dtype
     return torch.ops.jasper_fast.bn_relu_dropout(
         y, norm.mean, norm.rstd, gamma.to(wide), beta.to(wide), residual, lengths, seed, norm.rows, p,
@@ -216,7 +215,10 @@ def normaliser(
         if name:
             mean, m2, rows = torch.ops.jasper_fast.bn_sync_stats(mean, m2, m, name)
             m = rows
-        var, unbiased = _variances(m2, m)
+        if name or torch.compiler.is_compiling():
+            var, unbiased = m2 / m, m2 / (m - 1)
+        else:  # one launch
+            var, unbiased = torch._foreach_div([m2, m2], [m, m - 1])
         _update([running_mean, running_var], [mean, unbiased], momentum)
     elif running_mean is None or running_var is None:
         raise ValueError("running_mean and running_var are needed unless the statistics of the batch are used")
@@ -232,13 +234,6 @@ def dropout_seed(p: float, seed: Tensor | int | None, device: torch.device) -> t
     if not isinstance(seed, Tensor):
         seed = draw_seeds(1, device) if seed is None else torch.tensor([seed], dtype=torch.int64, device=device)
     return p, seed
-
-
-def _variances(m2: Tensor, m: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Returns m2 / m and m2 / (m - 1), in one launch if m is a number."""
-    if isinstance(m, Tensor) or torch.compiler.is_compiling():
-        return m2 / m, m2 / (m - 1)
-    return tuple(torch._foreach_div([m2, m2], [m, m - 1]))
 
 
 @torch.no_grad()

@@ -43,9 +43,8 @@ def backward(
 
 @torch.library.register_fake("jasper_fast::depthwise", lib=lib)
 def _(x, weight, lengths, out_lengths, stride, padding, dilation, face):
-    n, c, t = x.shape
-    t_out = Geometry(stride, padding, dilation).frames(t, weight.shape[2])
-    return empty_ntc(n, c, t_out, like=x)
+    t_out = Geometry(stride, padding, dilation).frames(x.shape[2], weight.shape[2])
+    return empty_ntc(*x.shape[:2], t_out, like=x)
 
 
 @torch.library.register_fake("jasper_fast::depthwise_backward", lib=lib)

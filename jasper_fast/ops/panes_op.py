@@ -57,8 +57,9 @@ def _panes(xs, means, covs, weights, gammas, betas, eps, synced):
     "-> (Tensor[], Tensor[], Tensor[], Tensor[], Tensor[], Tensor)"
 )
 def _panes_backward(g, xs, means, covs, weights, gammas, pane_mean, pane_var, eps, synced):
-    given = impl.backward(g, xs, means, list(pane_var), weights, gammas, eps, synced)
-    dxs, dmeans, dvars, dweights, dgammas, dbetas = given
+    dxs, dmeans, dvars, dweights, dgammas, dbetas = impl.backward(
+        g, xs, means, list(pane_var), weights, gammas, eps, synced
+    )
     dcovs = []
     for dvar, cov, weight, dw in zip(dvars, covs, weights, dweights, strict=True):
         dcov, more = impl.statistics_backward(dvar, cov, [weight])
@@ -174,8 +175,9 @@ def _stats_grad(ctx, _dmean, dvar):
 @register_autograd("panes_given", _panes_save)
 def _given_grad(ctx, g):
     saved = _saved(ctx)
-    grads = torch.ops.jasper_fast.panes_given_backward(g, *saved, ctx.eps, ctx.synced)
-    dxs, dmeans, dvars, dweights, dgammas, dbetas = grads
+    dxs, dmeans, dvars, dweights, dgammas, dbetas = torch.ops.jasper_fast.panes_given_backward(
+        g, *saved, ctx.eps, ctx.synced
+    )
     dmeans = list(dmeans.split([m.shape[0] for m in saved[1]]))
     return dxs, dmeans, list(dvars.unbind()), dweights, list(dgammas.unbind()), list(dbetas.unbind()), None, None
 

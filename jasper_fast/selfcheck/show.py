@@ -28,9 +28,8 @@ def show(rows: Sequence[dict[str, Any]], found: Sequence[Verdict], device: torch
         table.add_column(column, justify="right" if column in ("error", "PyTorch's", "of limit") else "left")
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        function = row["function"] if row["op"] != "conv1d.fused" else ""
-        label = f"{row['op']} {function}".strip()
-        groups.setdefault((label, row["face"], row["configuration"], row["shape"], row["dtype"]), []).append(row)
+        op = row["op"] if row["op"] == "conv1d.fused" else f"{row['op']} {row['function']}"
+        groups.setdefault((op, row["face"], row["configuration"], row["shape"], row["dtype"]), []).append(row)
     for (op, face, configuration, shape, dtype), of in groups.items():
         bad = next((row for row in of if row["status"] != "ok"), None)
         row = bad or max(of, key=lambda r: r["share"])
@@ -88,13 +87,8 @@ def _print(rows: list[dict], found: list[Verdict], device: torch.device, as_json
     from rich.console import Console
 
     if as_json:
-        report = {
-            "key": verdicts.key(device),
-            "finished": finished,
-            "verdicts": [vars(v) for v in found],
-            "rows": rows,
-        }
-        print(json.dumps(report, indent=1))
+        told = {"key": verdicts.key(device), "finished": finished, "verdicts": [vars(v) for v in found], "rows": rows}
+        print(json.dumps(told, indent=1))
         return
     show(rows, found, device, Console(highlight=False, width=None if sys.stdout.isatty() else 160))
     if not finished:
