@@ -101,7 +101,7 @@ _run = launch.run
 
 
 class TapeRecorder:
-    """A `graphed.Recorder`. `held` returns all tensors that the model, the optimiser and the graphs hold."""
+    """Stands in for `graphed.CudaRecorder`. `held` returns all tensors that model, optimiser and graphs hold."""
 
     def __init__(
         self, monkeypatch, state: Callable[[], Iterable[Tensor]], held: Callable[[], Iterable[Tensor]]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from graph_recorder import TapeRecorder, tensors
 from speech import CONFIG
 from torch import Tensor
@@ -39,16 +41,11 @@ def batch(n: int, seconds: float, labels: int, seed: int) -> Batch:
     return Batch(audio, lengths, targets, counts, names, names, list(range(n)))
 
 
-def on_fake(one: Batch) -> Batch:
-    """Returns a batch of new tensors, as a loader makes it."""
-    return Batch(*(x + 0 for x in (one.audio, one.audio_lengths, one.targets, one.target_lengths)), *[one.names] * 3)
-
-
 def padded(one: Batch, shape: tuple[tuple[int, ...], int]) -> Batch:
-    (n, samples), labels = shape
-    audio, targets = torch.zeros(n, samples), torch.zeros(n, labels, dtype=torch.int64)
-    audio[:, : one.audio.shape[1]], targets[:, : one.targets.shape[1]] = one.audio, one.targets
-    return Batch(audio, one.audio_lengths, targets, one.target_lengths, one.texts, one.names, one.indices)
+    """Returns a batch with zeros up to this shape, see `GraphedStep._shape`."""
+    (_, samples), labels = shape
+    audio, targets = (F.pad(x, (0, n - x.shape[1])) for x, n in ((one.audio, samples), (one.targets, labels)))
+    return dataclasses.replace(one, audio=audio, targets=targets)
 
 
 def moved(module: torch.nn.Module, device: str) -> None:

@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jasper_fast.data.batch import Batch
 from jasper_fast.dispatch import choose
 from jasper_fast.kernels import launch
 from jasper_fast.kernels.novograd import cuda_impl, cuda_launch, table
@@ -61,7 +60,7 @@ class Watch(TorchDispatchMode):
 
 
 class Counter:
-    """A `graphed.Recorder` that watches the ops of a step and replays nothing."""
+    """Stands in for `graphed.CudaRecorder`: watches the ops of a step and replays nothing."""
 
     def __init__(self) -> None:
         self.watched = Watch()
@@ -92,8 +91,7 @@ def one_step(optimizer: str, panes: str, amp: torch.dtype | None) -> dict:
         parts = rig.model, rig.frontend, rig.optimizer, rig.scaler, rig.guard
         made = graphed.GraphedStep(*parts, **rig.how, recorder=counter, bucket=16, say=said.append)
         for i in range(3):
-            given = batch(2, 0.4, 3, i)
-            made([Batch(given.audio, given.audio_lengths, given.targets, given.target_lengths, *[given.names] * 3)])
+            made([batch(2, 0.4, 3, i)])
     watched = counter.watched
     return {"possible": made.possible, "said": said, "breaks": watched.found, "ops": watched.ops, "launched": launched}
 

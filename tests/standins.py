@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from jasper_fast.dispatch import backends, children, choose, tuned, verdicts
 from jasper_fast.dispatch.verdict import GOOD, Verdict
@@ -58,6 +59,17 @@ def imaginary_gpus_table(tmp_path, monkeypatch):
 
     yield put
     tables._index.cache_clear()
+
+
+class NeverWait(TorchDispatchMode):
+    """Fails on any op that reads values of a tensor, because on a GPU the host would wait for it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"), name
+        if name in ("index", "index_put", "index_put_"):
+            assert torch.bool not in {i.dtype for i in args[1] if i is not None}, f"{name} by a mask"
+        return func(*args, **(kwargs or {}))
 
 
 GPU = torch.device("cuda", 0)

@@ -16,7 +16,6 @@ import torch
 from conftest import interpreted
 from graph_recorder import TapeRecorder, place, tensors
 from graph_rig import Rig, batch, padded, same
-from torch import Tensor
 
 from jasper_fast.bench.cases.full_step import full_step
 from jasper_fast.bench.harness.errors import Absent
@@ -43,12 +42,13 @@ def both(
     ours: Rig, made: GraphedStep, plain: Rig, seed: int, batches: list[Batch], pad: bool = True
 ) -> list[StepResult]:
     """Makes the graphed step, and the plain one over the same padded batches, from one seed. Returns both results.
-    Everything that the steps change must be equal bit by bit."""
-    results = []
+    Everything that the steps change must be equal bit by bit, and so must the numbers that they draw."""
+    results, states = [], []
     for run, given in ((made, batches), (plain.plain, [padded(b, made._shape(b)) if pad else b for b in batches])):
         torch.manual_seed(seed)
         results.append(run(given))
-    assert ours.equal(plain), f"step {seed}"
+        states.append(torch.get_rng_state())
+    assert ours.equal(plain) and torch.equal(*states), f"step {seed}"
     return results
 
 
@@ -61,23 +61,16 @@ def test_graphed_steps_are_plain_ones_bit_by_bit(optimizer, steps, how, monkeypa
     """Shows equal bits after steps with dropout, dither and augmentation, two shapes, changing rates and one NaN."""
     ours, plain = Rig(optimizer, **how), Rig(optimizer, **how)
     made, recorder = ours.graphed(monkeypatch, bucket=16)
-    states = [torch.get_rng_state()] * 2
     for i in range(steps):
         one = batch(2, 0.4 + 0.02 * (i % 3), 3, i) if i % 4 else batch(3, 0.15, 2, i)
         if i == 9:
             one.audio[0, 50] = torch.nan
-        results = []
-        for k, (rig, run) in enumerate(((ours, made), (plain, plain.plain))):
-            for group in rig.optimizer.param_groups:
-                group["lr"] = 2.0 ** -(7 + i % 3)
-            torch.set_rng_state(states[k])
-            results.append(run([one if rig is ours else padded(one, made._shape(one))]))
-            states[k] = torch.get_rng_state()
-        assert torch.equal(*states), f"step {i} drew other numbers"
+        for rig in (ours, plain):
+            rig.optimizer.param_groups[0]["lr"] = 2.0 ** -(7 + i % 3)
+        results = both(ours, made, plain, i, [one])
         assert [r.names for r in results] == [one.names] * 2
         for name in ("losses", "heard", "grad_norm", "log_probs", "lengths"):
             assert same(*(tensors([getattr(r, name)]) for r in results)), f"{name} of step {i}"
-        assert ours.equal(plain), f"step {i}"
         assert ours.ema.updates == plain.ema.updates == i + 1
     assert len(recorder.tapes) == len(made.graphs) == 2 and recorder.replays == steps - 2
     assert results[0].grad_norm.isfinite() and ours.scaler.get_scale() == plain.scaler.get_scale()
@@ -122,9 +115,9 @@ def test_novograd_in_cuda_is_graphed_too(monkeypatch):
             rig.optimizer.param_groups[0]["lr"] = 2.0 ** -(5 + i % 3)
         both(ours, made, plain, i, [one])
     assert len(recorder.tapes) == 2 and recorder.replays == 5 and taped.launched == 2 * (8 + 8)
-    kept = {name: x for g in made.graphs.values() for held in g.held.values() for name, x in held.items()}
-    made_inside = recorder.tapes[0].made | recorder.tapes[1].made
-    assert not {name for name in ("table", "runs", "settings") if place(kept[name]) in made_inside}
+    kept = tensors([graph.held for graph in made.graphs.values()])
+    assert len(kept) == 2 * 3  # table, runs and settings
+    assert not set(map(place, kept)) & (recorder.tapes[0].made | recorder.tapes[1].made)
 
 
 def test_micro_batches_are_one_step(monkeypatch):
@@ -174,10 +167,9 @@ def test_what_the_host_sends_to_a_graph_lies_outside_of_its_memory(monkeypatch):
     for _ in range(2):
         made([batch(1, 0.2, 2, 0)])
     (graph,), (tape,) = made.graphs.values(), recorder.tapes
-    kept = {name: x for held in graph.held.values() for name, x in held.items() if isinstance(x, Tensor)}
-    assert {"table", "runs", "settings"} <= kept.keys()
-    inside = {name for name, x in kept.items() if place(x) in tape.made}
-    assert inside <= {"one", "zero"}  # the graph writes these itself
+    (held,) = graph.held.values()
+    sent = tensors([x for name, x in held.items() if name not in ("one", "zero")])  # the graph writes these itself
+    assert len(sent) == 3 and not set(map(place, sent)) & tape.made  # table, runs and settings
 
 
 def test_a_step_that_sends_more_than_there_is_room_for_is_not_captured(monkeypatch):

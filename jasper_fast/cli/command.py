@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             _, module, function, extra = _PASSED_ON[command]
             return getattr(need(module, extra), function)(argv[1:])
         arguments = parser().parse_args(argv)
-        return arguments.run(arguments)
+        return arguments.run(arguments) or 0  # None for success
     except KeyboardInterrupt:
         print("jasper-fast: interrupted", file=sys.stderr)
         return 130
@@ -66,7 +66,3 @@ def _expected() -> tuple[type[BaseException], ...]:
     from jasper_fast.nn.checkpoint import CheckpointError
 
     return (common.UsageError, MissingExtra, BackendMissing, CheckpointError, ValueError, OSError)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -35,7 +35,7 @@ OPTIONS = {
 }
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     from jasper_fast.inference import convert
     from jasper_fast.nn.checkpoint import replacing
     from jasper_fast.nn.config import JasperConfig
@@ -52,4 +52,3 @@ def run(arguments: argparse.Namespace) -> int:
             with replacing(path) as file:
                 file.write(text.encode())
     print(report)
-    return 0

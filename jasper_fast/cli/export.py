@@ -30,7 +30,7 @@ OPTIONS = {
 }
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     from jasper_fast.inference import export, recognizer
     from jasper_fast.nn.config import JasperConfig
     from jasper_fast.nn.loading import load_model
@@ -41,4 +41,3 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{arguments.folder}: log-probabilities of ONNX Runtime and the engine differ by at most {difference:.1e}")
     if not model.config.encoder.use_conv_masks:
         print("this model has no conv masks: padding counts as data, so a result depends on the rest of the batch")
-    return 0

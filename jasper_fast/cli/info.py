@@ -49,10 +49,9 @@ OPTIONS = {
 }
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     report = collect()
     print(json.dumps(report, indent=1) if arguments.json else render(report))
-    return 0
 
 
 def _version(package: str) -> str | None:

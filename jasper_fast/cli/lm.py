@@ -82,7 +82,7 @@ _TUNE = {
 }
 
 
-def train(arguments: argparse.Namespace) -> int:
+def train(arguments: argparse.Namespace) -> None:
     from jasper_fast.lm.train import train
 
     common.check_writable(arguments.out)
@@ -101,15 +101,13 @@ def train(arguments: argparse.Namespace) -> int:
     for n, of in enumerate(made.orders, 1):
         note = " (too few counts to estimate the discounts, so these are fixed values)" if of.fallback else ""
         print(f"{n}-grams {of.ngrams}, discounts {' '.join(f'{d:.3f}' for d in of.discounts)}{note}")
-    return 0
 
 
-def train_neural(arguments: argparse.Namespace) -> int:
+def train_neural(arguments: argparse.Namespace) -> None:
     from jasper_fast.lm.neural.training import train
 
     common.check_writable(arguments.out)
     train(arguments)
-    return 0
 
 
 def _progress(quiet: bool) -> Any:
@@ -123,27 +121,26 @@ def _progress(quiet: bool) -> Any:
     )
 
 
-def perplexity(arguments: argparse.Namespace) -> int:
+def perplexity(arguments: argparse.Namespace) -> None:
     from jasper_fast.lm.queries import perplexity
 
     found = perplexity(arguments.lm, arguments.text, arguments.lower_case)
     if arguments.json:
         print(json.dumps(vars(found) | {"perplexity": found.value, "perplexity_known": found.known}))
-        return 0
+        return
     print(f"perplexity {found.value:.2f}, without unknown words {found.known:.2f}")
     print(
         f"{found.sentences} sentences, {found.words} words, {found.unknown} of them unknown; log10 p {found.log10:.2f}"
     )
-    return 0
 
 
-def info(arguments: argparse.Namespace) -> int:
+def info(arguments: argparse.Namespace) -> None:
     from jasper_fast.lm.queries import describe
 
     found = describe(arguments.lm)
     if arguments.json:
         print(json.dumps(found))
-        return 0
+        return
     order = f", order {found['order']}" if "order" in found else ""
     print(f"{found['file']}: {found['form']}, {found['bytes'] / 2**20:.1f} MiB{order}")
     if "parameters" in found:
@@ -155,10 +152,9 @@ def info(arguments: argparse.Namespace) -> int:
         form = "open (<unk> has a probability)" if found["open"] else "closed (no <unk>)"
         print(f"of {found['of']}, vocabulary {found['vocabulary']}, {form}; least log10 p {found['least_log10']:.2f}")
         print("\n".join(f"{n}-grams {count}" for n, count in enumerate(found["ngrams"], 1)))
-    return 0
 
 
-def tune(arguments: argparse.Namespace) -> int:
+def tune(arguments: argparse.Namespace) -> None:
     from jasper_fast.lm import heat_map, tuned
     from jasper_fast.lm import tune as tuning
     from jasper_fast.lm.saved import Saved
@@ -199,7 +195,6 @@ def tune(arguments: argparse.Namespace) -> int:
         common.write(arguments.report, heat_map.page(found, without, told))
     print(f"greedy WER {100 * without.rate:.2f} %; with the language model {100 * chosen.errors.rate:.2f} % at alpha "
           f"{chosen.alpha:g}, beta {chosen.beta:g}{again}; written to {arguments.out}")  # fmt: skip
-    return 0
 
 
 _COMMANDS = {

@@ -12,7 +12,7 @@ import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,16 +29,6 @@ Shapes = tuple[tuple[tuple[int, ...], int], ...]  # for each micro-batch: the au
 LABELS = 32  # transcripts are padded to a multiple of this
 
 
-class Recorder(Protocol):
-    """The interface of what captures a step: `CudaRecorder`, or a stand-in for tests without a GPU."""
-
-    def capture(self, step: Callable[[], StepResult], alone: bool) -> tuple[StepResult, Callable[[], None]]:
-        """Captures `step` without running it. Returns its result and a function that runs it.
-
-        Each run writes into the memory of that result. `alone` says that no other capture is alive.
-        """
-
-
 class CudaRecorder:
     """Captures on a side stream. All graphs share one memory pool, which is as large as the largest graph needs."""
 
@@ -46,7 +36,11 @@ class CudaRecorder:
         self._stream, self._pool = torch.cuda.Stream(device), None
 
     def capture(self, step: Callable[[], StepResult], alone: bool) -> tuple[StepResult, Callable[[], None]]:
-        """Captures `step`, see `Recorder`. Raises RuntimeError for a step that cannot be captured."""
+        """Captures `step` without running it. Returns its result and a function that runs it.
+
+        Each run writes into the memory of that result. `alone` says that no other capture is alive. Raises
+        RuntimeError for a step that cannot be captured.
+        """
         current, graph = torch.cuda.current_stream(self._stream.device), torch.cuda.CUDAGraph()
         gc.collect()  # reference cycles may keep the autograd graph of an earlier step, which would break the capture
         torch.cuda.empty_cache()  # the pool cannot use cached memory of plain steps, so free it
@@ -90,7 +84,8 @@ class GraphedStep:
     If a step cannot be captured, all steps are plain steps, and `say` is called once with the reason. This is the case
     on a CPU, in several processes, with an optimiser that decides on the host (all except NovoGrad and PyTorch's fused
     Adam and AdamW), without the CTC loss in Triton, and after a capture has failed. Graphs need as much memory as the
-    largest step, in addition to that of plain steps and validation. `recorder` replaces CUDA graphs in tests.
+    largest step, in addition to that of plain steps and validation. `recorder` replaces CUDA graphs
+    in tests: anything with the method `capture`.
     """
 
     model: nn.Module
@@ -105,7 +100,7 @@ class GraphedStep:
     bucket: int = 64
     limit: int = 32
     say: Callable[[str], None] = print
-    recorder: Recorder | None = None
+    recorder: CudaRecorder | None = None
     graphs: OrderedDict[Shapes, Captured] = field(default_factory=OrderedDict, init=False)
 
     def __post_init__(self) -> None:

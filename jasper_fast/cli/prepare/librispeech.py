@@ -36,7 +36,7 @@ OPTIONS = {
 }
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     from jasper_fast.data.prepare import librispeech
 
     for speed in arguments.speeds:
@@ -54,4 +54,3 @@ def run(arguments: argparse.Namespace) -> int:
     )
     with common.bars(arguments.quiet) as progress:
         librispeech.prepare(corpus, arguments.jobs, lambda line: print(line, file=sys.stderr), progress)
-    return 0

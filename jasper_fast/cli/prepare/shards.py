@@ -31,7 +31,7 @@ OPTIONS = {
 }
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     from jasper_fast.data.manifest import read_manifest
     from jasper_fast.data.prepare import packing, writing
 
@@ -41,4 +41,3 @@ def run(arguments: argparse.Namespace) -> int:
         size = int(arguments.shard_mb * 2**20)
         path, count = packing.pack(utterances, out, size, arguments.seed, arguments.url, arguments.jobs, progress)
     print(f"{path}: {len(utterances)} utterances in {count} shards", file=sys.stderr)
-    return 0
