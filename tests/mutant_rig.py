@@ -41,11 +41,11 @@ def outcome(check: Callable[[], None]) -> str | None:
     here, there = context.Pipe(duplex=False)
 
     def run() -> None:
-        faulthandler.disable()  # a crash is an answer too, and prints nothing
+        faulthandler.disable()  # a crash must not print a traceback
         try:
             check()
             there.send(None)
-        except BaseException as error:  # any exception is the answer
+        except BaseException as error:  # whatever it raised is sent to the parent process
             there.send(f"{type(error).__name__}: {str(error)[:500]}")
 
     child = context.Process(target=run)

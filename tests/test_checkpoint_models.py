@@ -223,7 +223,7 @@ def test_warm_start_from_a_file_that_may_not_say_its_labels(tmp_path, kind):
     else:
         document = state if kind == "bare" else {"state_dict": state, "optimizer": {}}
     torch.save(document, tmp_path / "a.pt")
-    row = 0 if kind == "Lightning" else None  # the row of the label that both have, if the file names its labels
+    row = 0 if kind == "Lightning" else None  # only Lightning's file names its labels; both alphabets share the first
     with pytest.warns(UserWarning, match="the decoder is initialised anew"):
         warm = load_model(tmp_path / "a.pt", config=config(other), strict=False, backend="reference")
     head, old = warm.decoder.layers[0], model.decoder.layers[0]

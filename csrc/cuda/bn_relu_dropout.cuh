@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Args<T> a) {
     Pack<T, V> y[kRows] = {}, residual[kRows] = {};
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
-      if (t0 + k * height < length) {  // this implies t < end: a tile that ends before the last frame has only full turns
+      if (t0 + k * height < length) {  // then also t < end, because only the last tile has an incomplete turn
         y[k] = load<T, V>(a.y + base + k * step);
         if constexpr (kHasResidual) residual[k] = load<T, V>(a.residual + base + k * step);
       }

@@ -13,7 +13,8 @@
 
 namespace jf::conv {
 
-constexpr int kChunk = 64, kCells = kChunk / 8;      // channels of a panel and of an image's side; cells per row
+constexpr int kChunk = 64;                           // channels of a panel; an image has as many rows and columns
+constexpr int kCells = kChunk / 8;                   // cells of 16 bytes in a row of a panel or an image
 constexpr int kImage = kChunk * kChunk;              // elements of an image, which are 8 KB
 constexpr int kOut = 128;                            // output channels of a tile: two images
 constexpr int kSlab = 32;                            // frames that the epilogue handles at a time

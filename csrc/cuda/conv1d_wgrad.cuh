@@ -21,8 +21,9 @@ struct WgradArgs {
   const int64_t* lengths;  // of x; null: no padding
   float* parts;            // (shares, taps, C_out, C_in)
   int batch, frames, frames_out, taps, stride, padding, dilation;
-  int in_blocks, out_blocks, tap_groups, shares, segments, share;  // segments per utterance; segments per share
-  int stages;                                                      // buffers, on sm_90a only
+  int in_blocks, out_blocks, tap_groups, shares;
+  int segments, share;  // segments of an utterance, segments of a share
+  int stages;           // buffers, on sm_90a only
 };
 
 inline __host__ __device__ int wgrad_rows(int taps, int dilation, int stride) {
