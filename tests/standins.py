@@ -136,12 +136,8 @@ class Tuning:
         return children.Ended(told, False, 0, "", "")
 
 
-class Died(BaseException):
-    """Ends the pretended tuning process."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
-        self.code = code
+class Died(SystemExit):
+    """Ends the pretended tuning process with a status, its `code`."""
 
 
 @pytest.fixture(name="tuning")
@@ -149,38 +145,35 @@ def tuning_on_an_imaginary_gpu(own_cache, monkeypatch, tmp_path):
     """Turns first-use tuning on, on the imaginary GPU, with good verdicts."""
     made = Tuning()
 
-    class Held:
-        def __init__(self, cell, device):
-            self.cell = cell
-
-        def call(self, proposal):
-            return proposal.name(self.cell)
-
-        def free(self):
-            pass
+    def held(cell, device):
+        return SimpleNamespace(call=lambda proposal: proposal.name(cell), free=lambda: None)
 
     def perform(check, device):
         face = Proposal(check.face, tile=check.tile).name(tables.Cell("conv1d.forward", "float16", 1, 1, 1, 1, 1, 0))
         why = made.wrong.get(face)
         return {"status": "wrong" if why else "ok", "detail": why or ""}
 
-    monkeypatch.setattr(work, "Held", Held)
-    monkeypatch.setattr(work.perform, "perform", perform)
-    monkeypatch.setattr(work.Tuner, "_wait", lambda self: None)
     monkeypatch.setenv("JASPER_FAST_TUNE", "1")
     monkeypatch.setenv("JASPER_FAST_TABLES", str(tmp_path / "tables"))
-    monkeypatch.setattr(children, "talk", made.talk)
-    monkeypatch.setattr(tuned, "rows", lambda index: tuned.read(GPU))
-    monkeypatch.setattr(tables, "_over", tuned.rows)
-    monkeypatch.setattr(backends, "why_missing", lambda backend, device: None)
-    monkeypatch.setattr(cuda_launch, "gpu", lambda device: cuda_tiles.Gpu(90, 132, 232448))
-    monkeypatch.setattr(likeness, "traits", lambda index: TRAITS)
     key = {"device": GPU_NAME, "driver": "580", "torch": "2.13.0", "triton": "3.7.1", "sources": "abc"}
-    monkeypatch.setattr(verdicts, "key", lambda device: key)
-    monkeypatch.setattr(verdicts, "verdict", lambda op, face, device, dtype: verdict(op, face=face, dtype=dtype))
-    monkeypatch.setattr(verdicts, "forget", verdicts._memory.clear)
-    monkeypatch.setattr(tables, "_gpu_name", lambda index: GPU_NAME)
-    monkeypatch.setattr(tables, "forget", tables._index.cache_clear)
+    monkeypatch.setattr(tuned, "rows", lambda index: tuned.read(GPU))
+    replaced = (
+        (work, "Held", held),
+        (work.perform, "perform", perform),
+        (work.Tuner, "_wait", lambda self: None),
+        (children, "talk", made.talk),
+        (tables, "_over", tuned.rows),
+        (tables, "_gpu_name", lambda index: GPU_NAME),
+        (tables, "forget", tables._index.cache_clear),
+        (backends, "why_missing", lambda backend, device: None),
+        (cuda_launch, "gpu", lambda device: cuda_tiles.Gpu(90, 132, 232448)),
+        (likeness, "traits", lambda index: TRAITS),
+        (verdicts, "key", lambda device: key),
+        (verdicts, "verdict", lambda op, face, device, dtype: verdict(op, face=face, dtype=dtype)),
+        (verdicts, "forget", verdicts._memory.clear),
+    )
+    for owner, name, stand_in in replaced:
+        monkeypatch.setattr(owner, name, stand_in)
     choose.forget()
     yield made
     tables._index.cache_clear()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import runpy
 import subprocess
 import sys
 import tomllib
 from importlib import resources
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -32,18 +33,9 @@ BUILD = runpy.run_path(str(ROOT / "csrc" / "build.py"))
 @pytest.fixture(scope="module")
 def described() -> dict:
     """Returns the arguments that setup.py passes to setuptools."""
-    import setuptools
-
-    seen = {}
-    before, setuptools.setup = setuptools.setup, lambda **kwargs: seen.update(kwargs)
-    here = os.getcwd()
-    os.chdir(ROOT)
-    try:
-        runpy.run_path(str(ROOT / "setup.py"))
-    finally:
-        setuptools.setup = before
-        os.chdir(here)
-    return seen
+    with contextlib.chdir(ROOT), mock.patch("setuptools.setup") as setup:
+        runpy.run_path("setup.py")
+    return setup.call_args.kwargs
 
 
 def test_every_python_folder_is_packed(described: dict) -> None:
