@@ -3,8 +3,6 @@
 Prints one JSON object with the facts that the gate finds on each kernel, and parts of the ReLUs' machine code.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import sys

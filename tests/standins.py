@@ -3,8 +3,6 @@
 A test file uses a fixture by importing it from here. An imported autouse fixture applies to all tests of that file.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

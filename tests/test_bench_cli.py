@@ -1,8 +1,6 @@
 """The command line of bench. A mistake gets a one-line error, the exit status is 1 if a row of ours has no number, and
 Ctrl-C keeps the rows so far."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Goals are judged from a run's rows, and every goal refers to a case that a run measures."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from bench_runs import goal_rows, make_run

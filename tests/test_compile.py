@@ -1,7 +1,5 @@
 """The ahead-of-time gate: every rule finds its fault, and differences from the table are reported."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

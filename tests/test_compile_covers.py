@@ -1,8 +1,6 @@
 """The gate's table has a row for every kernel launch in a training step and an inference call of Jasper 10x5, with the
 same types, alignment, flags, tiles, warps and stages. Launches are recorded and not run."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

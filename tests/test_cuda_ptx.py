@@ -1,8 +1,6 @@
 """The host twins of the PTX instructions: their layouts, by exhaustive one-hot operands, and mistakes that they
 report."""
 
-from __future__ import annotations
-
 import ctypes
 import itertools
 from collections.abc import Callable, Iterator

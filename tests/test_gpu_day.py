@@ -1,7 +1,5 @@
 """The plan of the first half hour on a GPU: its commands exist, each has a time limit, and results are kept."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """Native libraries load once and lazily, or raise an error with the reason and the remedy."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

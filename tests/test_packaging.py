@@ -1,7 +1,5 @@
 """The packages and files of setup.py, without building a wheel."""
 
-from __future__ import annotations
-
 import contextlib
 import runpy
 import subprocess
@@ -12,6 +10,8 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+
+from jasper_fast.kernels import nvrtc
 
 ROOT = Path(__file__).resolve().parents[1]
 INSTALLED = {"dev", "train", "demo", "bench", "lm", "safetensors"}  # dev includes the others
@@ -54,21 +54,20 @@ def test_mapped_folders_exist_and_kernels_and_bench_are_no_packages_of_their_own
     assert not (ROOT / "bench" / "__init__.py").exists(), "its modules would load under two names"
 
 
-def test_data_that_bench_reads_is_packed(described: dict) -> None:
-    for package, wanted in (("bench", "bench/compiled/*.json"), ("bench.report", "bench/report/*.[!p]*")):
-        folder = ROOT / package.replace(".", "/")
-        found = {p for pattern in described["package_data"][f"jasper_fast.{package}"] for p in folder.glob(pattern)}
-        assert found and found == set(ROOT.glob(wanted))
-    assert {"tables/*.json", "tables/README.md"} <= {*described["package_data"]["jasper_fast.kernels"]}
-
-
-def test_a_wheel_has_the_sources_that_nvrtc_compiles(described: dict) -> None:
-    from jasper_fast.kernels import nvrtc
-
-    assert "jasper_fast.csrc" in described["packages"] and nvrtc.sources() == ROOT / "csrc" / "cuda"
-    patterns = described["package_data"]["jasper_fast.csrc"]
-    packed = {path for pattern in patterns for path in (ROOT / "csrc").glob(pattern)}
-    assert packed == set(nvrtc.sources().glob("*.cuh")) and packed
+@pytest.mark.parametrize(
+    ("package", "wanted"),
+    [
+        ("bench", "bench/compiled/*.json"),
+        ("bench.report", "bench/report/*.[!p]*"),
+        ("kernels", "kernels/**/*.[jm][sd]*"),
+        ("csrc", "csrc/cuda/*.cuh"),  # the sources that NVRTC compiles
+    ],
+)
+def test_data_that_the_package_reads_is_packed(package: str, wanted: str, described: dict) -> None:
+    assert f"jasper_fast.{package}" in described["packages"] and nvrtc.sources() == ROOT / "csrc" / "cuda"
+    folder = ROOT / package.replace(".", "/")
+    found = {p for pattern in described["package_data"][f"jasper_fast.{package}"] for p in folder.glob(pattern)}
+    assert found and found == set(ROOT.glob(wanted))
 
 
 def test_a_wheel_has_train_py_as_a_module_of_the_package(described: dict) -> None:

@@ -1,7 +1,5 @@
 """Each HTML page is one file that loads nothing else, is well formed and shows hostile texts as plain text."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from html.parser import HTMLParser

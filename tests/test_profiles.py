@@ -1,7 +1,5 @@
 """`python -m bench profile` names every layer, forward and backward, in training and in the engine."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -5,8 +5,6 @@ registers, does not use tensor cores, asynchronous copies or 16-byte loads where
 of one step, or differs from bench/compiled/nvcc-VERSION.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import concurrent.futures
 import hashlib

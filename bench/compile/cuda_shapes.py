@@ -10,8 +10,6 @@ The command prints a line for each conv of Jasper 10x5, for N = 32 utterances of
                             and in L2 (64 bytes per cycle and multiprocessor). The largest is the limit of the loop.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from jasper_fast.kernels.conv1d import cuda_tiles
