@@ -9,7 +9,7 @@ from torch import Tensor
 from jasper_fast.lm import faces
 from jasper_fast.lm.spelt import SpeltLM, hot_words_alone
 from jasper_fast.lm.symbols import SymbolLM
-from jasper_fast.speech.decoding import Hypothesis, NotFinite
+from jasper_fast.speech.decoding import Hypothesis, NotFinite, check_shapes
 from jasper_fast.speech.text import Vocabulary
 
 _MOST = 1 << 20  # a wider beam is a mistake
@@ -19,22 +19,13 @@ NOTHING = Hypothesis("", -math.inf, -math.inf, ())  # stands for an utterance th
 def check(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> None:
     """Raises ValueError if shapes, classes or lengths do not fit, and NotFinite if a valid frame has NaN or no possible
     class."""
-    if log_probs.dim() != 3 or lengths.shape != log_probs.shape[:1]:
-        raise ValueError(
-            f"log_probs must be (N, T, V) and lengths (N,), got {tuple(log_probs.shape)} and {tuple(lengths.shape)}"
-        )
-    if log_probs.shape[2] != vocabulary.n_classes:
-        raise ValueError(
-            f"log_probs have {log_probs.shape[2]} classes, but the vocabulary has {vocabulary.n_classes} with its "
-            "blank; decode with the labels that the model was trained on"
-        )
+    check_shapes(log_probs, lengths, vocabulary)
     frames = log_probs.shape[1]
     if bool(((lengths < 0) | (lengths > frames)).any()):
         raise ValueError(f"lengths must be in 0..{frames}, got {lengths.tolist()}")
     best = log_probs.detach().amax(-1)  # NaN if the frame has a NaN
     within = torch.arange(frames, device=best.device) < lengths.to(best.device)[:, None]
-    broken = (within & ~torch.isfinite(best)).any(1).nonzero().flatten().tolist()
-    if broken:
+    if broken := (within & ~torch.isfinite(best)).any(1).nonzero().flatten().tolist():
         raise NotFinite(f"log_probs have NaN or no possible class in valid frames of batch items {broken}")
 
 

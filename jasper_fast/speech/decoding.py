@@ -62,8 +62,8 @@ class Transcript:
         return replace(self, symbols=symbols, words=words)
 
 
-def _best_path(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the best class of each frame (-1 at t >= length) and its probability, both (N, T), on the host."""
+def check_shapes(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> None:
+    """Raises ValueError unless log_probs are (N, T, V) and lengths (N,), with V the vocabulary's number of classes."""
     if log_probs.dim() != 3 or lengths.shape != log_probs.shape[:1]:
         raise ValueError(
             f"log_probs must be (N, T, V) and lengths (N,), got {tuple(log_probs.shape)} and {tuple(lengths.shape)}"
@@ -73,6 +73,11 @@ def _best_path(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> tu
             f"log_probs have {log_probs.shape[2]} classes, but the vocabulary has {vocabulary.n_classes}, "
             "blank included; decode with the labels that the model was trained on"
         )
+
+
+def _best_path(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the best class of each frame (-1 at t >= length) and its probability, both (N, T), on the host."""
+    check_shapes(log_probs, lengths, vocabulary)
     best, ids = log_probs.detach().max(-1)
     beyond = torch.arange(ids.shape[1], device=ids.device) >= lengths.to(ids.device)[:, None]
     # fp32 represents class numbers exactly, so one transfer copies both arrays. NaN beyond the length is ignored.
