@@ -2,6 +2,7 @@
 exists."""
 
 import ctypes
+import functools
 import importlib.util
 import itertools
 import re
@@ -13,7 +14,7 @@ import cuda_host
 import pytest
 import test_bn_relu_dropout as norm_cases
 import torch
-from conftest import raising
+from conftest import assert_raises, raising
 from test_conv1d_cuda import DIRECTIONS, FUSED, Face, check_inference
 from test_cuda_emulated import Emulated
 from test_novograd import emulated as emulated_steps
@@ -247,11 +248,14 @@ def test_norms_are_cut_as_by_the_library(norm_library: ctypes.CDLL) -> None:
 def test_norms_refuse_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     ops = norms_nvrtc.Compiled(Nvrtc(), object())
     y, c = ntc(torch.randn(2, 8, 5)), torch.randn(8)
-    for wrong, said in ((y.contiguous(), "NTC memory"), (y.half(), "must be"), (y[:1], "must be")):
-        with pytest.raises(ValueError, match=said):
-            ops.bn_forward(y, c, c, c, c, None, None, None, 0.0, wrong)
-    with pytest.raises(ValueError, match="seed must be given"):
-        ops.bn_forward(y, c, c, c, c, None, None, None, 0.5, y)
+    forward = functools.partial(ops.bn_forward, y, c, c, c, c, None, None, None)
+    cases = [
+        (lambda: forward(0.0, y.contiguous()), "NTC memory"),
+        (lambda: forward(0.0, y.half()), "must be"),
+        (lambda: forward(0.0, y[:1]), "must be"),
+        (lambda: forward(0.5, y), "seed must be given"),
+    ]
+    assert_raises(cases)
     with pytest.raises(TypeError, match="use backend='reference'"):
         ops.bn_stats(y.double(), c, c)
 

@@ -4,6 +4,7 @@ import gzip
 import random
 
 import pytest
+from conftest import assert_raises
 from language_models import random_arpa
 
 from jasper_fast.kernels.prefix_beam import reference
@@ -94,7 +95,9 @@ def test_broken_files_are_one_line(text, message, tmp_path):
 def test_bytes_that_are_no_text_and_files_that_are_not_there(tmp_path):
     path = tmp_path / "lm.arpa"
     path.write_bytes(b"\\data\\\nngram 1=1\n\n\\1-grams:\n-1\t\xff\xfe\n\\end\\\n")
-    told = {path: "line 5: not UTF-8", tmp_path / "gone": "no such language model", tmp_path: "cannot be read"}
-    for wrong, message in told.items():
-        with pytest.raises(LanguageModelError, match=message):
-            SymbolLM(wrong, V)
+    cases = [
+        (lambda: SymbolLM(path, V), "line 5: not UTF-8"),
+        (lambda: SymbolLM(tmp_path / "gone", V), "no such language model"),
+        (lambda: SymbolLM(tmp_path, V), "cannot be read"),
+    ]
+    assert_raises(cases, LanguageModelError)
