@@ -219,7 +219,9 @@ class LogMelFeatures(nn.Module):
         extend = max(extend, self.n_fft // 2 + 1 - samples)
         audio = F.pad(audio, (0, extend))
         if self.dither > 0 and (self.training or not nemo):
-            audio = audio + self.dither * self._dither_noise(audio)
+            many = -(-audio.shape[1] // _NOISE_PERIOD)
+            noise = torch.randn_like(audio) if self.training else self.noise.repeat(many)[: audio.shape[1]]
+            audio = audio + self.dither * noise
         if self.preemphasis is not None:
             audio = torch.cat((audio[:, :1], audio[:, 1:] - self.preemphasis * audio[:, :-1]), dim=1)
         if nemo:
@@ -244,12 +246,6 @@ class LogMelFeatures(nn.Module):
         padded = max(total, self.min_frames)
         padded += -padded % (self.pad_to_multiple or 1)
         return F.pad(mel, (0, 0, 0, padded - total)).transpose(1, 2), frames
-
-    def _dither_noise(self, audio: Tensor) -> Tensor:
-        if self.training:
-            return torch.randn_like(audio)
-        samples = audio.shape[1]
-        return self.noise.repeat(-(-samples // _NOISE_PERIOD))[:samples]
 
     def _normalize(self, mel: Tensor, frames: Tensor, invalid: Tensor) -> Tensor:
         if self.normalize is None:

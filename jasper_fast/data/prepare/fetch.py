@@ -55,8 +55,7 @@ def fetch(url: str, target: Path, md5: str, progress: Progress) -> None:
             cause: Exception = error
         except (OSError, http.client.HTTPException) as error:
             cause = error
-        came = part.exists() and part.stat().st_size > before
-        failures = 1 if came else failures + 1
+        failures = 1 if part.exists() and part.stat().st_size > before else failures + 1
         if failures >= TRIES:
             raise PrepareError(f"{url}: failed {TRIES} times ({cause}); run the command again to continue") from cause
         time.sleep(min(PAUSE * 2 ** (failures - 1), LONGEST_PAUSE))
