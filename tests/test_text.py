@@ -2,7 +2,7 @@
 
 import pytest
 
-from jasper_fast.speech.metrics import cer, wer, word_errors
+from jasper_fast.speech.metrics import alignment, cer, wer, word_errors
 from jasper_fast.speech.numbers import expand_numbers
 from jasper_fast.speech.text import UnknownSymbolError, Vocabulary, normalize, normalize_and_lost
 
@@ -75,17 +75,24 @@ def test_english(text, expected):
     Vocabulary().encode(expected)
 
 
-def test_custom_alphabets():
-    german = list(" abcdefghijklmnopqrstuvwxyzäöüß")
-    assert normalize("Die GRÖSSE, naïve 5 Größen", german) == "die grösse naive größen"
-    assert normalize("5 Mr.", german, english=True) == "five mister"
-    russian = list(" абвгдеёжзийклмнопрстуфхцчшщъыьэюя")
-    assert normalize("Привет, мир! Ёж", russian) == "привет мир ёж"
-    assert normalize("e\u0301te\u0301", list("eté")) == "été"
-    assert normalize("Hello 5", list(" ABCDEFGHIJKLMNOPQRSTUVWXYZ")) == "HELLO FIVE"
-    assert normalize("room 101!", list(" abcdefghijklmnopqrstuvwxyz0123456789")) == "room 101"
-    assert normalize("a-b, c", list(" abc-")) == "a-b c"
-    assert normalize("Hello", list("Helo")) == "Hello"
+GERMAN = " abcdefghijklmnopqrstuvwxyzäöüß"
+
+
+@pytest.mark.parametrize(
+    ("text", "labels", "english", "expected"),
+    [
+        ("Die GRÖSSE, naïve 5 Größen", GERMAN, None, "die grösse naive größen"),
+        ("5 Mr.", GERMAN, True, "five mister"),
+        ("Привет, мир! Ёж", " абвгдеёжзийклмнопрстуфхцчшщъыьэюя", None, "привет мир ёж"),
+        ("e\u0301te\u0301", "eté", None, "été"),
+        ("Hello 5", " ABCDEFGHIJKLMNOPQRSTUVWXYZ", None, "HELLO FIVE"),
+        ("room 101!", " abcdefghijklmnopqrstuvwxyz0123456789", None, "room 101"),
+        ("a-b, c", " abc-", None, "a-b c"),
+        ("Hello", "Helo", None, "Hello"),
+    ],
+)
+def test_custom_alphabets(text, labels, english, expected):
+    assert normalize(text, list(labels), english) == expected
 
 
 RUSSIAN = " абвгдежзийклмнопрстуфхцчшщъыьэюя"
@@ -125,20 +132,29 @@ def test_numbers(text, expected):
     assert expand_numbers(text) == expected
 
 
-def test_error_rates():
-    assert wer(["a b c"], ["a x c"]) == pytest.approx(1 / 3)
-    assert wer(["a b", "c d"], ["a b", "c d e"]) == pytest.approx(1 / 4)
-    assert wer("a b", "") == 1.0 and wer(["a"], ["a b c"]) == 2.0
-    assert cer(["abc d"], ["abx d"]) == pytest.approx(1 / 5)
-    assert wer(["one  two "], [" one two"]) == 0.0
+@pytest.mark.parametrize(
+    ("rate", "references", "hypotheses", "expected"),
+    [
+        (wer, ["a b c"], ["a x c"], 1 / 3),
+        (wer, ["a b", "c d"], ["a b", "c d e"], 1 / 4),
+        (wer, "a b", "", 1.0),
+        (wer, ["a"], ["a b c"], 2.0),
+        (wer, ["one  two "], [" one two"], 0.0),
+        (wer, ["", "a b"], ["", "a b"], 0.0),
+        (wer, ["", "a b"], ["x", "a b"], 1 / 2),
+        (wer, [""], ["x y"], 2.0),
+        (wer, [], [], 0.0),
+        (cer, ["abc d"], ["abx d"], 1 / 5),
+        (cer, ["", "ab"], ["xyz", "ab"], 3 / 2),
+    ],
+)
+def test_error_rates(rate, references, hypotheses, expected):
+    assert rate(references, hypotheses) == pytest.approx(expected)
 
 
-def test_empty_references():
-    assert wer(["", "a b"], ["", "a b"]) == 0.0
-    assert wer(["", "a b"], ["x", "a b"]) == pytest.approx(1 / 2)
-    assert wer([""], ["x y"]) == 2.0 and wer([], []) == 0.0
-    assert cer(["", "ab"], ["xyz", "ab"]) == pytest.approx(3 / 2)
+def test_word_errors():
     errors = word_errors(["", "a b c"], ["x", "a c c d"])
     assert (errors.substitutions, errors.deletions, errors.insertions, errors.length) == (1, 0, 2, 3)
+    assert alignment("", "x y") == [("insert", "", "x"), ("insert", "", "y")]
     with pytest.raises(ValueError, match="2 references, but 1 hyp"):
         wer(["a", "b"], ["a"])
