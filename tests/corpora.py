@@ -1,7 +1,5 @@
 """Corpora for tests: a tiny LibriSpeech in archives, a server that can misbehave, and the folder of real speech."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -14,6 +12,7 @@ import time
 from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pytest
@@ -132,7 +131,7 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, *_) -> None:  # the client was killed
         pass
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         threading.Thread(target=self.serve_forever, daemon=True).start()
         return self
 

@@ -1,7 +1,5 @@
 """A corpus of beeps for tests of training. Each letter is a tone, so a tiny Jasper learns it in seconds."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Batches on their way to the device, and `python -m bench data`."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`jasper-fast prepare librispeech` against a local server that serves small archives and misbehaves."""
 
-from __future__ import annotations
-
 import errno
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """`jasper-fast prepare manifest` and `jasper-fast check`."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from pathlib import Path

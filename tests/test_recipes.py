@@ -1,7 +1,5 @@
 """configs/RECIPES.md: its commands parse, and the chain from archives to a word error rate works."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

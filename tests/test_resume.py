@@ -1,8 +1,6 @@
 """A run that was killed or stopped continues with exactly the losses of an uninterrupted run. Uses real processes and
 signals."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A run resumed with other batches, data or settings continues its epoch, or says in one line why it cannot."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import numpy as np

@@ -1,8 +1,6 @@
 """One run goes through many changes of its settings and its number of processes. A signal to one process at a random
 step ends each part. Every rank must stop at that step, and the epochs must use the planned utterances."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from pathlib import Path

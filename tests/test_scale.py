@@ -1,7 +1,5 @@
 """The size of a step: accumulation to a global batch, the scan of the largest batches, restarts by torchrun."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

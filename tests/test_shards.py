@@ -1,7 +1,5 @@
 """Utterances packed in tar files: written, read, sampled a few shards at a time, resumed."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import re

@@ -1,7 +1,5 @@
 """Processes that load batches stay over epochs, outlive signals to their group, and are replaced when killed."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

@@ -1,7 +1,5 @@
 """Batches: which utterances form one, and how they are loaded and padded."""
 
-from __future__ import annotations
-
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -6,15 +6,13 @@ one. Unusable utterances are skipped, counted by reason and listed in ``SpeechDa
 Shapes: N utterances, S samples, U target symbols.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -120,7 +118,7 @@ class SpeechDataset(Dataset):
         audio_dataset: dict[str, Any] | None = None,
         data_dir: str | os.PathLike | None = None,
         **others: Any,
-    ) -> SpeechDataset:
+    ) -> Self:
         """Reads manifests, with settings from a dict with the keys of the reference's ``audio_dataset`` (see
         ``AudioSettings.from_config``); ``others`` are arguments of this class. Raises ValueError for bad settings, and
         ManifestError for a bad manifest."""

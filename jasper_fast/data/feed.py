@@ -1,7 +1,5 @@
 """Copies batches to the device on a separate stream, and measures how long training waits for them."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

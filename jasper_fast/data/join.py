@@ -1,7 +1,5 @@
 """Joins several utterances into one item, with silences around and between them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,14 +1,12 @@
 """Reads manifests (JSON lines, or the reference's JSON array), and counts the utterances that are left out."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from jasper_fast.data import places
 from jasper_fast.data.shards import Packed, locate
@@ -226,7 +224,7 @@ class SkipReport:
             for item in new:
                 known.setdefault((item.name, item.reason), item)
 
-    def merge(self, other: SkipReport) -> None:
+    def merge(self, other: Self) -> None:
         """Adds the report of another process, which has read other utterances."""
         self.add(other.items, other.warned)
         for manifest, (count, symbols) in other.lost.items():

@@ -1,7 +1,5 @@
 """Random perturbations of an utterance: how they are drawn, and how they change the samples."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

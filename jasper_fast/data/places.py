@@ -1,7 +1,5 @@
 """Joins, expands and reads paths and URLs in the same way. The URLs are those that fsspec and its plugins know."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import os

@@ -1,7 +1,5 @@
 """Reads the audio of utterances from files, shards or memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 

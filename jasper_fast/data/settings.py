@@ -1,10 +1,8 @@
 """Settings for reading, filtering and perturbing a data set, from the keys of the reference's ``audio_dataset``."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Self
 
 from jasper_fast.data import perturb
 from jasper_fast.data.join import Join
@@ -45,7 +43,7 @@ class AudioSettings:
     preload: bool = False
 
     @classmethod
-    def from_config(cls, audio_dataset: dict[str, Any] | None) -> AudioSettings:
+    def from_config(cls, audio_dataset: dict[str, Any] | None) -> Self:
         """Makes the settings from the reference's dict. It may also have the keys ``noise_perturbation``,
         ``tempo_perturbation``, ``join`` and ``preload``. Raises ValueError, which names an unknown key or a setting
         out of range."""

@@ -6,8 +6,6 @@ resume at any step with any number of processes. The sampler uses few shards at 
 needs from an object store are requested together.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import re

@@ -4,8 +4,6 @@ Ctrl-C, torchrun, and SLURM before a time limit send a signal to all processes o
 survive it: the training process still needs batches until it has saved its state, and then ends them itself.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import signal

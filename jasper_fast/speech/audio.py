@@ -1,7 +1,5 @@
 """Reads audio files (WAV, FLAC and the other formats of libsndfile) as mono fp32 at one sample rate."""
 
-from __future__ import annotations
-
 import io
 import math
 import mmap
@@ -23,6 +21,17 @@ _CHUNK = 1 << 22  # samples read at a time, so that a header with a false length
 _STREAMED = 0x7FFF0000  # bytes; a header written before the length was known says this or more
 
 
+@dataclass(frozen=True)
+class Memory:
+    """An audio file whose bytes are in memory. ``name`` stands for the path in error messages."""
+
+    name: str
+    data: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+
 class AudioError(Exception):
     """A file has no usable audio. ``cause`` says what is wrong; ``reason`` is the category in which it is counted."""
 
@@ -34,17 +43,6 @@ class AudioError(Exception):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.cause}"
-
-
-@dataclass(frozen=True)
-class Memory:
-    """An audio file whose bytes are in memory. ``name`` stands for the path in error messages."""
-
-    name: str
-    data: bytes
-
-    def __str__(self) -> str:
-        return self.name
 
 
 class ShortAudio(AudioError):

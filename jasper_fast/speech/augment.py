@@ -7,8 +7,6 @@ CutoutAugment of NVIDIA's Jasper for PyTorch, except that masks in time are draw
 within the padded batch.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,11 +3,10 @@
 Shapes: N utterances, T frames, V classes; the blank is the last class.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -51,7 +50,7 @@ class Transcript:
     confidence: float
     hypotheses: tuple[Hypothesis, ...] = ()  # results of a beam search, best first
 
-    def shifted(self, seconds: float) -> Transcript:
+    def shifted(self, seconds: float) -> Self:
         """Returns the transcript with all times ``seconds`` later."""
         if not seconds:
             return self

@@ -3,10 +3,8 @@
 Shapes: N utterances, S samples, T frames, F mel bands.
 """
 
-from __future__ import annotations
-
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -161,7 +159,7 @@ class LogMelFeatures(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     @classmethod
-    def from_config(cls, filterbank_features: dict[str, Any], **overrides: Any) -> LogMelFeatures:
+    def from_config(cls, filterbank_features: dict[str, Any], **overrides: Any) -> Self:
         """Builds the features from the reference's ``filterbank_features`` dict. ``overrides`` are arguments of this
         class.
 

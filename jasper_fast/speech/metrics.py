@@ -1,7 +1,5 @@
 """Word and character error rates over corpora; the package jiwer aligns the texts."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass

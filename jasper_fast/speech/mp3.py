@@ -1,8 +1,6 @@
 """Finds the length of MP3 files that do not say it in a header. For these, libsndfile only guesses the length from the
 bit rate of the first frame."""
 
-from __future__ import annotations
-
 import mmap
 
 _KBITS = {  # bit rates of layer III: by the header's version bits, then for its bit-rate index 1 to 14

@@ -1,7 +1,5 @@
 """Writes numbers in English words, as the text cleaners of NVIDIA's Jasper do. Both use the package inflect."""
 
-from __future__ import annotations
-
 import functools
 import re
 

@@ -1,7 +1,5 @@
 """Vocabularies, which convert text to the symbols of any alphabet and back, and the normalisation of text."""
 
-from __future__ import annotations
-
 import re
 import string
 import unicodedata

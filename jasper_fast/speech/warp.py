@@ -3,8 +3,6 @@
 Shapes: N utterances, F mel bands, T frames.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Damaged files: each reader either succeeds or raises its own error, which names the file."""
 
-from __future__ import annotations
-
 import functools
 import io
 import json

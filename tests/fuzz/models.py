@@ -1,7 +1,5 @@
 """Random small Jaspers, compared with their eager twins: a training step, evaluation and the inference engine."""
 
-from __future__ import annotations
-
 import random
 
 import torch

@@ -4,8 +4,6 @@ Case i has the seed SEED + i. For every failing case it prints the seed, the err
 alone. The exit status is 1 if any case failed.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

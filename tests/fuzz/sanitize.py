@@ -7,8 +7,6 @@ list the reports about Python and torch that are ignored, and why. The leak chec
 its memory at exit.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import runpy

@@ -1,7 +1,5 @@
 """Runs the command line on damaged corpora: each must end with a report, never with a traceback."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

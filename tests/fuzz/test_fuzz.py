@@ -1,7 +1,5 @@
 """Runs a few random cases of every kind; run.py runs as many as you ask for."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The sanitizers of `make sanitize` report the faults that are planted for them."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

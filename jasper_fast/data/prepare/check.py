@@ -1,7 +1,5 @@
 """Finds what is wrong with the utterances of a manifest before a training run reads them."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os

@@ -1,7 +1,5 @@
 """Makes copies of audio files at other speeds or in another format. Copies that exist are kept."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor

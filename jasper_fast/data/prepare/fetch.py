@@ -1,7 +1,5 @@
 """Downloads archives over HTTP, with resume and retries, and verifies their MD5."""
 
-from __future__ import annotations
-
 import hashlib
 import http.client
 import re

@@ -1,8 +1,6 @@
 """Prepares LibriSpeech: downloads, verifies and unpacks it, and makes copies and manifests. An interrupted run
 continues where it stopped."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Writes shards and their manifest. Shards are tar files of some hundred MB, which NeMo and WebDataset also read."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import math

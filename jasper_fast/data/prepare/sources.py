@@ -1,7 +1,5 @@
 """Reads the entries of corpora in other formats: folders, Kaldi, CSV and TSV, NVIDIA's JSON array, Lhotse's cuts."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import json

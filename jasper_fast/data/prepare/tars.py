@@ -1,7 +1,5 @@
 """Reads utterances from tar files in the form of WebDataset: NAME.flac with NAME.txt or NAME.json, and no manifest."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -1,7 +1,5 @@
 """Unpacks archives that are not trusted: a member outside the folder, a link or a device is an error."""
 
-from __future__ import annotations
-
 import gzip
 import shutil
 import tarfile

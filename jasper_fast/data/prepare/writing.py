@@ -1,7 +1,5 @@
 """Writes files so that each is either complete or absent, even if the run is killed."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os
