@@ -10,8 +10,7 @@ from bench_runs import LIMITS, softplus_case
 from conftest import raising
 
 from jasper_fast.bench import cli
-from jasper_fast.bench.commands import kernels, profile
-from jasper_fast.bench.gpu import agenda
+from jasper_fast.bench.commands import kernels
 from jasper_fast.bench.harness import limits, machine, options, result_file
 from jasper_fast.bench.harness.errors import DeviceLost
 from jasper_fast.bench.harness.run import Run
@@ -165,34 +164,22 @@ def test_ours_without_a_number_fails_the_command(contender, status, capsys, at_o
     assert capsys.readouterr().err.endswith(said) == (contender == "jasper_fast")
 
 
-@pytest.mark.slow
-def test_a_part_that_failed_fails_the_command(capsys, at_once, tmp_path, monkeypatch):
-    plan = [
-        agenda.Part("first", 270, lambda run: measured({})(run, "")),
-        agenda.Part("second", 270, raising(ValueError("no such kernel"))),
-    ]
-    monkeypatch.setattr(agenda, "plan", lambda run: plan)
-    assert cli.main(["gpu", *QUICK, "--out", str(tmp_path)]) == 1
-    assert (
-        capsys.readouterr().err.strip().splitlines()[-1]
-        == "parts that failed: second: failed: ValueError: no such kernel"
-    )
-    plan.pop()
-    assert cli.main(["gpu", *QUICK, "--out", str(tmp_path)]) == 0
+def profiles(**statuses: str) -> dict:
+    about = {"model": "small", "mode": "train"}
+    return {"profiles": [about | {"contender": name, "status": status} for name, status in statuses.items()]}
 
 
-@pytest.mark.parametrize(("broken", "status"), [("jasper_fast", 1), ("eager", 0)])
-def test_a_profile_of_ours_that_failed_fails_the_command(broken, status, capsys, at_once, tmp_path, monkeypatch):
-    def failing(run: Run, model: str, mode: str, N: int, T: int) -> None:
-        about = {"model": model, "mode": mode, "records": []}
-        run.results.data["profiles"] = [
-            about | {"contender": name, "status": "failed" if name == broken else "ok", "why": "no memory"}
-            for name in ("jasper_fast", "eager")
-        ]
-
-    monkeypatch.setattr(profile, "main", failing)
-    assert cli.main(["profile", *QUICK, "--out", str(tmp_path)]) == status
-    assert ("jasper_fast has no number (1 failed) in profile of small train" in capsys.readouterr().err) == bool(status)
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (profiles(jasper_fast="failed", eager="ok"), "jasper_fast has no number (1 failed) in profile of small train"),
+        (profiles(jasper_fast="ok", eager="failed"), ""),
+        ({"parts": {"one": "finished", "two": "failed: no memory"}}, "parts that failed: two: failed: no memory"),
+        ({"parts": {"one": "finished", "two": "cut off"}}, ""),
+    ],
+)
+def test_profiles_of_ours_and_parts_that_failed_fail_the_command(data, why):
+    assert cli.shortfall({"rows": []} | data) == why
 
 
 def test_a_lost_device_fails_the_command(capsys, at_once, tmp_path, monkeypatch):
