@@ -102,23 +102,21 @@ def profile(step: Callable[[], object], device: torch.device, target: Path) -> l
 
     Raises NoKernels if the profiler records no kernel on the GPU.
     """
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    on_gpu, kinds = device.type == "cuda", torch.profiler.ProfilerActivity
     for _ in range(2):
         step()
     synchronize(device)
-    with recorded(activities) as trace:
+    with recorded([kinds.CPU, kinds.CUDA] if on_gpu else [kinds.CPU]) as trace:
         step()
         synchronize(device)
     target.parent.mkdir(parents=True, exist_ok=True)
     trace.export_chrome_trace(str(target))
-    on_gpu, records = device.type == "cuda", []
     if on_gpu and not any(event.device_type == DeviceType.CUDA for event in trace.events()):
         raise NoKernels(
             f"the profiler recorded no kernel on {device}: CUPTI is missing or may not be used here "
             "(pip install nvidia-cuda-cupti; in a container the driver must allow profiling)"
         )
+    records = []
     for event in trace.key_averages():
         if event.device_type != DeviceType.CPU:
             continue  # the time of a GPU event is counted for the op or range that launched it

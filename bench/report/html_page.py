@@ -77,9 +77,14 @@ def _template():
     )
     known = (facts, ratios_of, percentiles_of, longest, beside, in_words, roofs, verdict_lines, memory_lines, plain)
     known += (launch_lines, tuned_lines, part_lines, by_bench, row_lines, all_notes, shared, agreement)
-    environment.globals |= {function.__name__: function for function in known}
-    environment.globals |= {"words": words, "published": published, "same": SAME, "titles": TITLES}
-    environment.globals |= {"forms": (svg.WIDE, svg.NARROW), "style": STYLE.read_text()}
+    environment.globals |= {function.__name__: function for function in known} | {
+        "words": words,
+        "published": published,
+        "same": SAME,
+        "titles": TITLES,
+        "forms": (svg.WIDE, svg.NARROW),
+        "style": STYLE.read_text(),
+    }
     return environment.get_template("page.html.j2")
 
 
@@ -210,9 +215,12 @@ def facts(result: dict) -> dict[str, object]:
     before, after = (m["gpu"] or {}).get("clocks_at_start"), limits.get("clocks")
     moments = {"clocks before the run": before, "clocks after load": after}
     told |= {when: state(found) for when, found in moments.items() if found}
-    told["versions"] = f"Python {m['python']}, " + ", ".join(f"{k} {v}" for k, v in m["packages"].items())
-    told |= {"commit": f"{m['commit']}{' with local changes' if m['dirty'] else ''}", "date": m["date"]}
-    told["command"] = m["command"]
+    told |= {
+        "versions": f"Python {m['python']}, " + ", ".join(f"{k} {v}" for k, v in m["packages"].items()),
+        "commit": f"{m['commit']}{' with local changes' if m['dirty'] else ''}",
+        "date": m["date"],
+        "command": m["command"],
+    }
     if limits:
         rates = ", ".join(f"{k} {words.per_second(v, 'FLOP')}" for k, v in limits["matmul_flops_per_s"].items())
         if m["gpu"] and "float32_mode" in limits:
