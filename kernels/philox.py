@@ -7,6 +7,8 @@ element is kept if and only if its word >= p * 2**32. This file is the definitio
 so it runs on any device.
 """
 
+from __future__ import annotations
+
 import math
 
 import torch

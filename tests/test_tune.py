@@ -196,7 +196,7 @@ def test_the_librarys_weight_is_cast_and_ordered_once(monkeypatch, function):
     """Shows that the weight is cast and reordered before timing, as cuDNN would otherwise copy it in every call."""
     forward = spied(monkeypatch, F, "conv2d", lambda x, weight, *_: weight)
     aten = backends.face("conv1d", "aten")
-    backward = spied(monkeypatch, aten, "_backward", lambda dy, x, weight, *_: weight.unsqueeze(2))
+    backward = spied(monkeypatch, aten, "conv2d_backward", lambda dy, x, weight, *_: weight.unsqueeze(2))
     cell = CELL._replace(op=f"conv1d.{function}", dtype="bfloat16")
     check, inputs = check_of(cell, Proposal("aten")), Held(cell, CPU).case("triton").inputs
     call = library(check, inputs)
