@@ -105,14 +105,11 @@ def _norm_face(backend, device, dtype, channels, rows_log2) -> str:
             shape = tables.shape_of_norm(channels).values()
             _want(device, dtype, [(op, tuple(shape)) for op in tables.NORM_OPS], rows_log2, "a batch norm")
         fastest = tables.fastest(tables.NORM_OPS, device, dtype, **tables.shape_of_norm(channels), rows=rows)
-        if fastest == "reference":
-            return fastest
-        next_one = "backend='auto' tries its Triton kernel next"
-        if (
+        if fastest == "reference" or (
             fastest == "cuda"
             and resolve(backend, device) != "cuda"
             and backends.why_missing("cuda", device) is None
-            and _trusted(NORM, "cuda", device, dtype, next_one)
+            and _trusted(NORM, "cuda", device, dtype, "backend='auto' tries its Triton kernel next")
         ):
             return fastest
     return resolve(backend, device, NORM, dtype)

@@ -66,11 +66,10 @@ def supervise(
     the results so far. Raises CannotCheck if the child does not reach the first check.
     """
     report = report or Report()
-    which = {"ops": list(ops), "faces": list(faces), "dtypes": list(dtypes)}
+    wanted = {"device": str(device), "quick": quick, "ops": list(ops), "faces": list(faces), "dtypes": list(dtypes)}
     while True:
-        wanted = {"device": str(device), "quick": quick, **which, "done": list(report.found)}
         try:
-            fault = _watch(wanted, seconds, report, on_row)
+            fault = _watch(wanted | {"done": list(report.found)}, seconds, report, on_row)
             after, skipped = "an earlier check ended the process", fault and group_of(fault)
             if fault is not None:
                 _note(report, fault, on_row)

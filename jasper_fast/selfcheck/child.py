@@ -19,8 +19,7 @@ def child(source: IO[str] = sys.stdin) -> int:
     """Reads a request for checks as JSON from `source`, runs them, and reports on the standard output."""
     wanted = json.loads(source.read())
     device = torch.device(wanted["device"])
-    which = {name: tuple(wanted[name]) for name in ("ops", "faces", "dtypes")}
-    todo = checks.plan(device, quick=wanted["quick"], **which)
+    todo = checks.plan(device, **{name: wanted[name] for name in ("quick", "ops", "faces", "dtypes")})
     # Fill new memory with NaN, so that an element that a kernel forgets to write does not show an earlier result.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -9,13 +9,14 @@ matters only if the time runs out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from jasper_fast.dispatch import backends
 from jasper_fast.kernels import launch, tables
+from jasper_fast.kernels.conv1d import cuda_launch
 from jasper_fast.kernels.tables import Cell, Row
 from jasper_fast.selfcheck.checks import DTYPES
 
@@ -61,11 +62,8 @@ def triton(cell: Cell, device: torch.device) -> list[Proposal]:
 
 def cuda(cell: Cell, device: torch.device) -> list[Proposal]:
     """The CUDA face, which plans its own tiles."""
-    if backends.why_missing("cuda", device) is not None:
-        return []
-    from jasper_fast.kernels.conv1d import cuda_launch
-
-    return [Proposal("cuda")] if cuda_launch.takes(device, DTYPES[cell.dtype], cell[2:7]) else []
+    here = backends.why_missing("cuda", device) is None
+    return [Proposal("cuda")] if here and cuda_launch.takes(device, DTYPES[cell.dtype], cell[2:7]) else []
 
 
 def aten(cell: Cell, device: torch.device) -> list[Proposal]:
@@ -88,7 +86,6 @@ FACES: dict[str, list[Callable[[Cell, torch.device], list[Proposal]]]] = {
 }  # fmt: skip
 
 
-def proposals(cell: Cell, device: torch.device) -> Iterator[Proposal]:
-    """Yields the proposals of all faces for `cell`."""
-    for face in FACES[cell.op.split(".")[0]]:
-        yield from face(cell, device)
+def proposals(cell: Cell, device: torch.device) -> list[Proposal]:
+    """Returns the proposals of all faces for `cell`."""
+    return [proposal for face in FACES[cell.op.split(".")[0]] for proposal in face(cell, device)]

@@ -67,8 +67,11 @@ class Tuner:
             return
         jobs = [compiling.Job(c, p, arch) for c in cells for p in self._contenders(c) if p.face == "triton"]
         end = self._clock() + COMPILE_SHARE * self.left()
-        told = lambda done, of: self._tell("doing", f"compiling {done} of {of} kernels")  # noqa: E731
-        self._facts = compiling.ahead(jobs, told, lambda: end - self._clock())
+        self._facts = compiling.ahead(
+            jobs,
+            lambda done, of: self._tell("doing", f"compiling {done} of {of} kernels"),
+            lambda: end - self._clock(),
+        )
 
     def _contenders(self, cell: Cell) -> list[Proposal]:
         killers = self._without.get(" ".join(map(str, cell)), ())
@@ -92,8 +95,9 @@ class Tuner:
                 runs.pop(name, None)
         # All contenders run before the first one is captured, so shared scratch memory has reached its final size.
         runs = {name: self._ticker.prepare(call) for name, call in runs.items()}
-        begin = lambda name: self._tell("begin", [cell, name])  # noqa: E731
-        samples = timing.fastest_first(runs, self._ticker, begin, self._seconds) if runs else {}
+        samples = timing.fastest_first(
+            runs, self._ticker, lambda name: self._tell("begin", [cell, name]), self._seconds
+        )
         runs.clear()
         held.free()
         timed, best = {}, {}
