@@ -67,8 +67,7 @@ def before_the_rename(train, rank: int) -> None:
 
 def finish(arguments: list[str], folder: Path, expected: int, *patch) -> str:
     """Runs train.py in a process of its own, and returns what it printed."""
-    [member] = worlds.world(1, arguments, folder / "said", *patch)
-    assert member.status == expected, member.said
+    [member] = worlds.world(1, arguments, folder / "said", *patch, status=expected)
     return member.said
 
 

@@ -81,6 +81,7 @@ def processes(size: int, folder: Path, run: Callable, *args) -> list[Member]:
 
 
 def _member(rank: int, size: int, port: int, folder: Path, run: Callable, args: tuple) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # a forkserver of its own would import torch for each loader
     with open(folder / f"{rank}.err", "w", buffering=1) as said, open(folder / f"{rank}.out", "w") as printed:
         os.dup2(said.fileno(), 2)
         if size > 1:
