@@ -49,10 +49,7 @@ def driver(monkeypatch):
             getattr(cached, "cache_clear", getattr(cached, "clear", None))()
         monkeypatch.setattr(pynvml, "nvmlLib", found)
 
-    def missing(name: str):
-        raise OSError(name)
-
-    monkeypatch.setattr(pynvml, "CDLL", missing)
+    monkeypatch.setattr(pynvml, "CDLL", raising(OSError("no such library")))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="12345678-0000"))
     fresh(Driver())
     yield fresh

@@ -3,8 +3,6 @@
 A cell is an op at a shape and a dtype. Dispatch looks up its fastest implementation in a table.
 """
 
-from typing import NamedTuple
-
 import torch
 
 from jasper_fast.bench.cases import counts, models
@@ -16,19 +14,11 @@ CONV_OPS = ("forward", "forward_stats", "dgrad", "dgrad_bn", "wgrad", "fused")
 OPS = (*CONV_OPS, *tables.NORM_OPS)
 
 
-class Batch(NamedTuple):
-    """Number of utterances, frames of features of each, and "training", "inference" or "evaluation"."""
-
-    n: int
-    t: int
-    mode: str
-
-
-# 16.7 s are 1670 frames. A measured cell also serves numbers of rows that differ by up to `tables.NEAR` powers of two.
+# Utterances, frames of features of each, and mode. 16.7 s are 1670 frames. A measured cell also serves numbers of rows
+# that differ by up to `tables.NEAR` powers of two.
 BATCHES = (
-    Batch(32, 1670, "training"), Batch(1, 200, "inference"), Batch(1, 1670, "inference"), Batch(8, 1670, "training"),
-    Batch(1, 700, "inference"), Batch(4, 1670, "inference"), Batch(16, 1670, "inference"),
-    Batch(32, 1670, "evaluation"),
+    (32, 1670, "training"), (1, 200, "inference"), (1, 1670, "inference"), (8, 1670, "training"),
+    (1, 700, "inference"), (4, 1670, "inference"), (16, 1670, "inference"), (32, 1670, "evaluation"),
 )  # fmt: skip
 # Tiny cells for Triton's interpreter.
 STAND_IN = [(f"conv1d.{op}", (16, 24, 3, 1, 1)) for op in CONV_OPS]

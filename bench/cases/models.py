@@ -31,16 +31,16 @@ def _blocks(prologue: int, widths: tuple[tuple[int, int, float], ...], repeat: i
     return [first, *dense, block(last, 1, 0.4, repeat=1, residual=False)]
 
 
-SMALL = _blocks(128, ((128, 11, 0.2), (192, 13, 0.2), (256, 17, 0.2)), 3, 256)
-MEDIUM = _blocks(256, ((256, 11, 0.2), (384, 13, 0.2), (512, 17, 0.2)), 3, 512)
-
-
 QUARTZNET = [
     block | {"separable": True, "dropout": 0.0, "residual_dense": False}
     for block in _blocks(128, ((128, 33, 0.0), (128, 39, 0.0), (256, 51, 0.0)), 3, 256)
 ]
 QUARTZNET[-1]["separable"] = False
-SMALLER = {"small": SMALL, "medium": MEDIUM, "quartznet_small": QUARTZNET}
+SMALLER = {
+    "small": _blocks(128, ((128, 11, 0.2), (192, 13, 0.2), (256, 17, 0.2)), 3, 256),
+    "medium": _blocks(256, ((256, 11, 0.2), (384, 13, 0.2), (512, 17, 0.2)), 3, 512),
+    "quartznet_small": QUARTZNET,
+}
 
 
 def config(name: str) -> JasperConfig:

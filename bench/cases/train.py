@@ -252,11 +252,10 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
     mine = [Contender("jasper_fast", ours)]
     if mode == "step" and run.device.type == "cuda":
         mine.append(Contender("jasper_fast_graphed", functools.partial(ours, graphs=True)))
-    chosen = of_batch(rivals_of(run), full)
     return Case(
         "train",
         {"model": model, "batch": f"({N}, {cfg.encoder.in_feats}, {T})", "dtype": run.dtype_name, "mode": mode},
-        [*mine, *(Contender(n, rival(b)) for n, b in chosen.items())],
+        [*mine, *(Contender(n, rival(b)) for n, b in of_batch(rivals_of(run), full).items())],
         refill=refill,
         reference=lambda: plain(exact, exact),
         low=(lambda: plain(torch.float32, run.dtype)) if exact is torch.float64 else None,

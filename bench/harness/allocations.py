@@ -54,12 +54,9 @@ class Births(TorchDispatchMode):
 
 def reachable(device_type: str) -> dict[int, torch.UntypedStorage]:
     """Returns the storages of all tensors on the device that Python can reach now, by address."""
-    found = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), Tensor) and thing.device.type == device_type and thing.layout == torch.strided:
-            storage = thing.untyped_storage()
-            found[storage._cdata] = storage
-    return found
+    tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))
+    storages = (t.untyped_storage() for t in tensors if t.device.type == device_type and t.layout == torch.strided)
+    return {storage._cdata: storage for storage in storages}
 
 
 def kept(forward: Callable[[], Tensor], device: torch.device) -> tuple[int, Births, Tensor]:

@@ -116,10 +116,6 @@ class Case:
         """Returns the name of the case for the terminal."""
         return " ".join(str(v) for v in self.key.values())
 
-    def only(self, names: Sequence[str]) -> "Case":
-        """Returns the same case with only the contenders `names`."""
-        return dataclasses.replace(self, contenders=[c for c in self.contenders if c.name in names])
-
     def complaints(self, got: Answer, low: Answer | None, ref: Answer) -> list[str]:
         """Returns what is wrong with an answer by the tolerance of the case, one line per tensor."""
         return correct.complaints(got, low, ref, self.tolerance)

@@ -1,6 +1,7 @@
 """A run measures the cases of a subcommand one after another, and writes each to disk as soon as it is done."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -96,7 +97,8 @@ class Run:
         try:
             yield m
         except DeviceLost:
-            m.case = case.only([name for name, (_, why) in m.failed.items() if why.startswith(LOST)])
+            broke = [name for name, (_, why) in m.failed.items() if why.startswith(LOST)]
+            m.case = dataclasses.replace(case, contenders=[c for c in case.contenders if c.name in broke])
             self.results.add(m.rows({}, {}))
             raise
 
