@@ -57,6 +57,24 @@ def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
         raise
 
 
+def captured(
+    call: Callable[[], Any], device: torch.device | None = None, before: int = 1
+) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Returns `call` as a CUDA graph, and its result in the capture.
+
+    Before the capture, `call` runs `before` times on a side stream, so that one-time work is done.
+    """
+    side, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(before):
+            call()
+        torch.cuda.synchronize(device)
+        result = record(graph, call)
+    torch.cuda.current_stream(device).wait_stream(side)
+    return graph, result
+
+
 def sent(
     rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device, out: Tensor | None = None
 ) -> Tensor:

@@ -15,6 +15,7 @@ from jasper_fast.bench.harness.errors import Absent
 from jasper_fast.bench.report import goals
 from jasper_fast.bench.rivals import choice, compiler, cuda_graphs
 from jasper_fast.bench.rivals.eager_layouts import ChannelsLast2d, eager_no_masks
+from jasper_fast.kernels import capture
 from jasper_fast.nn.eager import EagerJasper
 
 
@@ -164,7 +165,8 @@ class Capture:
     def __init__(self, monkeypatch) -> None:
         self.log: list[str] = []
         for name in ("Stream", "current_stream"):
-            monkeypatch.setattr(torch.cuda, name, lambda: self)
+            monkeypatch.setattr(torch.cuda, name, lambda _: self)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda _: self.log.append("synchronize"))
         monkeypatch.setattr(torch.cuda, "stream", lambda _: self.scope())
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
 
@@ -189,9 +191,10 @@ class Capture:
 
 def test_a_capture_is_warmed_up_on_a_side_stream_and_nothing_is_collected_in_it(monkeypatch):
     device = Capture(monkeypatch)
-    graph, out = cuda_graphs.captured(device.work, before=2)
-    assert graph is device and out == "result 6" and gc.isenabled()
-    assert device.log == ["wait", "stream", "call", "call", "begin", "call, no collection", "end", "wait"]
+    graph, out = capture.captured(device.work, before=2)
+    assert graph is device and out == "result 7" and gc.isenabled()
+    told = ["wait", "stream", "call", "call", "synchronize", "begin", "call, no collection", "end", "wait"]
+    assert device.log == told
 
 
 def test_a_graph_s_answers_are_of_the_call_s_own_inputs(monkeypatch):
@@ -212,7 +215,7 @@ def test_a_graph_s_answers_are_of_the_call_s_own_inputs(monkeypatch):
         return made[-1], made[-1].out
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cuda_graphs, "captured", captured)
+    monkeypatch.setattr(capture, "captured", captured)
     config = models.config("small")
     model = models.eager(config, models.weights(config, CPU, 64)).eval().requires_grad_(False)
     call = cuda_graphs.cuda_graph(model)

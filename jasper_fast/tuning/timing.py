@@ -50,13 +50,7 @@ class Events(Wall):
         torch.cuda.synchronize(self._device)
 
     def prepare(self, call: Callable[[], object]) -> Callable[[], object]:
-        side, graph = torch.cuda.Stream(self._device), torch.cuda.CUDAGraph()
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):
-            call()
-            torch.cuda.synchronize(self._device)
-            capture.record(graph, call)
-        torch.cuda.current_stream(self._device).wait_stream(side)
+        graph, _ = capture.captured(call, self._device)
         graph.replay()
         torch.cuda.synchronize(self._device)
         return graph.replay
