@@ -119,9 +119,9 @@ def parts(block: nn.Module) -> Parts:
 
 def _check_kind(block: nn.Module) -> None:
     kind, mode = type(block).__name__, getattr(block, "residual_mode", "add")
-    others = f"its class is {kind}, not one of {', '.join(NAMES)}, so its forward may do something else"
+    if kind not in NAMES:
+        raise Unfit(f"its class is {kind}, not one of {', '.join(NAMES)}, so its forward may do something else")
     refuse(
-        (kind not in NAMES, others),
         (mode not in ("add", "stride_add"), f"residual_mode {mode}"),
         (getattr(block, "se", False), "squeeze-excite"),
         (getattr(block, "adapter_layer", None), "adapters"),
@@ -198,24 +198,26 @@ def _masks(conv: nn.Module) -> bool:
 
 def _check_conv(conv: nn.Module, groups: int = 1) -> None:
     heads, pad = getattr(conv, "heads", -1), getattr(conv, "pad_layer", None)
-    refuse((heads != -1, f"heads = {heads}"), (pad is not None, "asymmetric padding (future_context)"))
+    if heads != -1:
+        raise Unfit(f"heads = {heads}")
+    if pad is not None:
+        raise Unfit("asymmetric padding (future_context)")
     masked = any("MaskedConv1d" in kind.__name__ for kind in type(conv).__mro__)
     inner = _inner(conv)
     foreign = type(inner).forward is not nn.Conv1d.forward and not (inner is conv and masked)
     if not isinstance(inner, nn.Conv1d) or foreign or (inner is not conv and not masked):
         kind = type(conv if inner is None else inner).__name__
         raise Unfit(f"quantised: its conv is a {kind}" if "Quant" in kind else f"its conv is a {kind}")
-    padding, mode = inner.padding, inner.padding_mode
-    refuse(
-        (inner.groups != groups, f"grouped convs (groups = {inner.groups})"),
-        (inner.bias is not None, "it has a conv with a bias"),
-        (isinstance(padding, str) or mode != "zeros", f"padding {padding!r}, padding_mode {mode!r}"),
-    )
+    if inner.groups != groups:
+        raise Unfit(f"grouped convs (groups = {inner.groups})")
+    if inner.bias is not None:
+        raise Unfit("it has a conv with a bias")
+    if isinstance(inner.padding, str) or inner.padding_mode != "zeros":
+        raise Unfit(f"padding {inner.padding!r}, padding_mode {inner.padding_mode!r}")
 
 
 def _check_norm(norm: nn.Module) -> None:
-    foreign = type(norm).forward not in (nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward)
-    refuse(
-        (foreign, f"its norm is {type(norm).__name__}, not batch norm"),
-        (not foreign and norm.weight is None, "it has a batch norm without weights (affine=False)"),
-    )
+    if type(norm).forward not in (nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward):
+        raise Unfit(f"its norm is {type(norm).__name__}, not batch norm")
+    if norm.weight is None:
+        raise Unfit("it has a batch norm without weights (affine=False)")
