@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-
-import cuda_host
 import pytest
 import torch
 from close import assert_close
 from test_conv1d_cuda import Face
-from test_conv1d_cuda_chain import depends
+from test_conv1d_cuda_chain import depends, emulation
 from test_golden import _build, _loss, _valid, golden  # noqa: F401 (a fixture)
 
 from jasper_fast import InferenceEngine
@@ -19,29 +16,19 @@ from jasper_fast.kernels.conv1d import cuda_launch
 HALF = torch.float16
 
 
-class Called(list[str]):
-    """The names of the launched functions; `early` says which of them may begin before the previous launch ends."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.early: list[bool] = []
-        self.library: ctypes.CDLL
-
-
 @pytest.fixture(params=[80, 90])
-def convs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Called:
-    """Runs every conv that the CUDA face supports on that face; returns the names of the launched functions."""
-    library = ctypes.CDLL(str(cuda_host.build([cuda_host.CSRC / "cuda/emulate/conv1d.cpp"])))
-    face, called, run = Face(monkeypatch, cuda_launch.Functions(library)), Called(), cuda_launch.run
-    called.library = library
-    face.on(request.param, 4)
+def convs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """Runs every conv that the CUDA face supports on that face; returns the launches: the function's name, and whether
+    it may begin before the previous launch ends."""
+    called: list[tuple[str, bool]] = []
+    run = cuda_launch.run
+    Face(monkeypatch, cuda_launch.Functions(emulation())).on(request.param, 4)
 
     def chosen(backend, device, dtype, strided_dx, calls, shape, rows_log2) -> str:
         return "cuda" if dtype == HALF and not strided_dx else "aten"
 
     def noted(name: str, *args: object, **how: object) -> None:
-        called.append(name)
-        called.early.append(how.get("early", False))
+        called.append((name, how.get("early", False)))
         run(name, *args, **how)
 
     monkeypatch.setattr(choose, "_conv_face", chosen)
@@ -51,7 +38,7 @@ def convs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ca
 
 
 @pytest.mark.slow
-def test_launches_of_the_engine_overlap_safely(convs: Called, golden) -> None:  # noqa: F811
+def test_launches_of_the_engine_overlap_safely(convs, golden) -> None:  # noqa: F811
     """Shows that the engine's launches may overlap. What the previous launch writes is NaN until a launch waits for it;
     weights, for which no launch waits, were packed before the call."""
     config, tensors = golden
@@ -59,27 +46,28 @@ def test_launches_of_the_engine_overlap_safely(convs: Called, golden) -> None:  
     given = tensors["features"], tensors["feature_lengths"]
     want = engine(*given)
     runner = engine._run
-    convs.clear(), convs.early.clear()
+    convs.clear()
+    library = emulation()
     try:
-        depends(convs.library, *runner.buffers.held.values(), *runner.lengths.held.values(), *runner._scratch())
+        depends(library, *runner.buffers.held.values(), *runner.lengths.held.values(), *runner._scratch())
         got = engine(*given)
     finally:
-        depends(convs.library)
+        depends(library)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     # The first two launches and the last are not early. They follow the caller's work, the start of the graph, and the
     # graph's last launch.
-    assert set(convs) == {"jf_conv1d"} and len(convs) > 4
-    assert convs.early == [False, False, *[True] * (len(convs) - 3), False]
+    early = [False, False, *[True] * (len(convs) - 3), False]
+    assert len(convs) > 4 and convs == [("jf_conv1d", value) for value in early]
 
 
 @pytest.mark.slow
-def test_the_engine_gives_the_reference_systems_numbers(convs: list[str], golden) -> None:  # noqa: F811
+def test_the_engine_gives_the_reference_systems_numbers(convs, golden) -> None:  # noqa: F811
     config, tensors = golden
     model = _build("reference", config, tensors).eval()
     log_probs, lengths = InferenceEngine(model, dtype=HALF)(tensors["features"], tensors["feature_lengths"])
     assert torch.equal(lengths, tensors["eval.lengths"])
     convs_of_model = sum(block.repeat for block in config.encoder.blocks) + 1
-    assert convs.count("jf_conv1d") == convs_of_model, "a sub-block took more than one launch"
+    assert [name for name, _ in convs].count("jf_conv1d") == convs_of_model, "a sub-block took more than one launch"
     with torch.no_grad():
         wide = _build("eager", config, tensors).eval().double()
         ref = wide(tensors["features"].double(), tensors["feature_lengths"])[0]
@@ -90,7 +78,7 @@ def test_the_engine_gives_the_reference_systems_numbers(convs: list[str], golden
 
 
 @pytest.mark.slow
-def test_a_training_step_gives_the_reference_systems_gradients(convs: list[str], golden) -> None:  # noqa: F811
+def test_a_training_step_gives_the_reference_systems_gradients(convs, golden) -> None:  # noqa: F811
     config, tensors = golden
 
     def step(which: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -105,7 +93,7 @@ def test_a_training_step_gives_the_reference_systems_gradients(convs: list[str],
         return found | {name: parameter.grad for name, parameter in model.named_parameters()}
 
     ours = step("auto", HALF)
-    assert {"jf_conv1d", "jf_conv1d_wgrad", "jf_conv1d_pack"} <= set(convs)
+    assert {"jf_conv1d", "jf_conv1d_wgrad", "jf_conv1d_pack"} <= {name for name, _ in convs}
     low, ref = step("eager", HALF), step("eager", torch.float64)
     for name, of in ref.items():
         norm = of.norm()

@@ -34,6 +34,7 @@ from jasper_fast.kernels.conv1d.gpu_shared import (
     check_sub_block,
     fused_shape,
     out_frames,
+    pack_buffer,
 )
 from jasper_fast.kernels.layout import empty_ntc
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths, Mask, Norm
@@ -56,11 +57,7 @@ def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None
 
     out: a buffer of `packed_shape(weight)` and `dtype` to write into, which a module may keep from call to call.
     """
-    w = weight.detach().contiguous()
-    if out is None:
-        out = torch.empty(packed_shape(weight), dtype=dtype or w.dtype, device=w.device)
-    if out.shape != packed_shape(weight) or out.dtype != (dtype or out.dtype) or not out.is_contiguous():
-        raise ValueError(f"out must be {packed_shape(weight)} {dtype}, got {tuple(out.shape)} {out.dtype}")
+    w, out = pack_buffer(weight, packed_shape(weight), dtype, out)
     if w.dtype not in cuda_launch.DTYPES or out.dtype not in SIXTEEN:
         raise TypeError(f"the cuda face packs fp32, fp16 or bf16 into fp16 or bf16, got {w.dtype} into {out.dtype}")
     dtypes = cuda_launch.DTYPES

@@ -62,6 +62,21 @@ def out_frames(t: int, taps: int, geometry: Geometry) -> int:
     return t_out
 
 
+def pack_buffer(
+    weight: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Returns the contiguous `weight` and the buffer for its pack: `out`, or a new one in `dtype` (default: its own).
+
+    Raises ValueError if `out` has another shape or dtype.
+    """
+    w = weight.detach().contiguous()
+    if out is None:
+        out = torch.empty(shape, dtype=dtype or w.dtype, device=w.device)
+    if out.shape != shape or out.dtype != (dtype or out.dtype) or not out.is_contiguous():
+        raise ValueError(f"out must be {shape} {dtype}, got {tuple(out.shape)} {out.dtype}")
+    return w, out
+
+
 def fused_shape(
     x: Tensor,
     w: Packed,

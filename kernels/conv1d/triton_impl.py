@@ -24,6 +24,7 @@ from jasper_fast.kernels.conv1d.gpu_shared import (
     check_sub_block,
     fused_shape,
     out_frames,
+    pack_buffer,
     sizes,
 )
 from jasper_fast.kernels.conv1d.triton_dgrad import conv1d_dgrad_kernel, conv1d_sums_merge_kernel
@@ -44,12 +45,8 @@ def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None
 
     out: a buffer of `packed_shape(weight)` and `dtype` to write into, which a module may keep from call to call.
     """
-    w = weight.detach().contiguous()
+    w, out = pack_buffer(weight, packed_shape(weight), dtype, out)
     c_out, c_in, taps = w.shape
-    if out is None:
-        out = torch.empty(packed_shape(weight), dtype=dtype or w.dtype, device=w.device)
-    if out.shape != packed_shape(weight) or out.dtype != (dtype or out.dtype) or not out.is_contiguous():
-        raise ValueError(f"out must be {packed_shape(weight)} {dtype}, got {tuple(out.shape)} {out.dtype}")
     if w.dtype not in DTYPES or out.dtype not in DTYPES:
         raise TypeError(f"the triton face packs fp32, fp16 or bf16 into one of these, got {w.dtype} into {out.dtype}")
     meta = transpose_meta(taps)
