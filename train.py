@@ -13,8 +13,6 @@ processes. The output folder holds log.jsonl, tensorboard/, the last checkpoints
 from the newest complete checkpoint. Defaults of the options are in parentheses.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

@@ -3,8 +3,6 @@
 Importing the package does not import torch: each public name is imported on first use.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Packages that only some tasks need; pyproject.toml lists them as extras."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from types import ModuleType
 

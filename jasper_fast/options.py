@@ -1,7 +1,5 @@
 """Command-line options as tables: each group has a title and a list of arguments for argparse."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from typing import Any

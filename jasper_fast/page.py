@@ -3,8 +3,6 @@
 Each template extends page.html.j2, which has the style, tables and histograms.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Shared fixtures: the faces of an op, seeds, poisoned uninitialised memory."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import os

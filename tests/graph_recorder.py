@@ -5,8 +5,6 @@ launches on the addresses that they had. During a capture it is an error if the 
 numbers into one. A replay fails if memory from outside the capture has been freed since.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

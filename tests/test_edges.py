@@ -1,7 +1,5 @@
 """Edge cases of what a user may pass: no utterances, double precision, copies of an engine."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 

@@ -1,8 +1,6 @@
 """`jasper-fast evaluate` reports by set, length and speaker, also from several processes; `transcribe` takes
 folders."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The reference system's own numbers on each face: evaluation, first gradients, BN buffers, four NovoGrad steps."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,8 +1,6 @@
 """The graphed step without a GPU: a recording replaces CUDA graphs, and a stand-in counts what would break a
 capture."""
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os
@@ -22,7 +20,7 @@ from jasper_fast.bench.harness.errors import Absent
 from jasper_fast.data.batch import Batch
 from jasper_fast.dispatch import choose
 from jasper_fast.kernels import capture, launch
-from jasper_fast.kernels.novograd import cuda_impl, cuda_launch
+from jasper_fast.kernels.novograd import cuda_launch
 from jasper_fast.training import graphed, step
 from jasper_fast.training.graphed import GraphedStep
 from jasper_fast.training.optim import NovoGrad
@@ -85,8 +83,8 @@ class Taped:
         self._functions, self._given, self.launched = cuda_launch.Functions(library), [], 0
         monkeypatch.setattr(cuda_launch, "functions", lambda: self)
         monkeypatch.setattr(NovoGrad, "_face", lambda self, device, params: "cuda")
-        address = cuda_impl._address
-        monkeypatch.setattr(cuda_impl, "_address", lambda x: (self._given.append(x), address(x))[1])
+        address = torch.Tensor.data_ptr
+        monkeypatch.setattr(torch.Tensor, "data_ptr", lambda x: (self._given.append(x), address(x))[1])
 
     def __getitem__(self, grid: tuple[int, str]):
         self.launched += 1

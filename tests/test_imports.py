@@ -3,8 +3,6 @@
 Imports inside functions count as well.
 """
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 `python tests/test_interface.py` records it again after an intended change.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import io

@@ -1,7 +1,5 @@
 """NovoGrad and the moving average against plain loops in fp64."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import pickle

@@ -1,7 +1,5 @@
 """Learning-rate schedules equal their formulas."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

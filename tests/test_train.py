@@ -1,7 +1,5 @@
 """The parts of the training loop: loss, step, figures, validation, runs."""
 
-from __future__ import annotations
-
 import copy
 import math
 import os

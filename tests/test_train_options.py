@@ -1,7 +1,5 @@
 """train.py --compile and --reload-best."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import math

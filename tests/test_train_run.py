@@ -1,7 +1,5 @@
 """train.py itself, on a corpus of beeps."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -3,8 +3,6 @@
 Other tests check the kernels. Here only the host's part of a step runs, so Jasper 10x5 takes seconds.
 """
 
-from __future__ import annotations
-
 import collections
 import copy
 import dataclasses

@@ -1,7 +1,5 @@
 """Training in several processes: all ranks agree on what to do about the trouble of one, and the run is saved."""
 
-from __future__ import annotations
-
 import inspect
 import json
 

@@ -1,8 +1,6 @@
 """Small worlds of gloo processes that run train.py or a command. They are forked from a server that has already
 imported torch, so a world of three costs only a second. Training records the utterances of its steps."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import multiprocessing

@@ -6,8 +6,6 @@ manifest of the good utterances. It also keeps clipped ones, and those whose tex
 unless --strict is given. --config takes the alphabet, the bounds and the frame rate from a model's configuration.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -1,7 +1,5 @@
 """The command line: `jasper-fast COMMAND` or `python -m jasper_fast`; each subcommand is a module in this folder."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

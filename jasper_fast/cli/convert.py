@@ -7,8 +7,6 @@ the format has a place for them. It is read back and compared before it appears 
 new name of each entry, and what was left out.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

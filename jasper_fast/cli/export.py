@@ -7,8 +7,6 @@ engine agree on batches, lengths and padding other than those the graph was trac
 pip install 'jasper-fast[export]'.
 """
 
-from __future__ import annotations
-
 import argparse
 
 from jasper_fast.options import option

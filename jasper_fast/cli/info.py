@@ -3,8 +3,6 @@
 Shows the machine, which backends run on it, the versions, and how to install what is missing.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """`jasper-fast lm`: train and describe language models, measure perplexity, and tune weights."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

@@ -11,8 +11,6 @@ check is ended early, for example by Ctrl-C, the verdicts so far are saved. With
 with TRITON_INTERPRET=1 also those of Triton, in its interpreter.
 """
 
-from __future__ import annotations
-
 import argparse
 
 from jasper_fast.cli import common

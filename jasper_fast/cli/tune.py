@@ -7,8 +7,6 @@ the command is interrupted, the finished shapes are kept, and the same command c
 the tuning at first use, but not this command.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.resources
 import sys

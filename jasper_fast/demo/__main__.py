@@ -3,8 +3,6 @@
 python -m jasper_fast.demo [--out build/demo] [--steps 2500] [--minutes 5.5]
 """
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import json

@@ -1,7 +1,5 @@
 """Compares fused and eager models on this machine: training step, inference, and bytes kept for backward."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Makes the demo's synthetic corpus of spoken commands. Different voices speak the training and the test part."""
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Callable

@@ -8,8 +8,6 @@ the words and one of the characters of the training texts. Chooses alpha and bet
 counts errors on the rest. Intervals are 95 % intervals by a paired bootstrap over utterances.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import itertools

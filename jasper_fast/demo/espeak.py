@@ -3,8 +3,6 @@
 The library (GPLv3) is loaded at run time from the package `espeakng-loader`. No part of it is in this project.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import os

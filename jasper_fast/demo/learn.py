@@ -1,8 +1,6 @@
 """Trains with train.py for a number of steps or minutes. The learning-rate schedule ends at whichever limit comes
 first."""
 
-from __future__ import annotations
-
 import shutil
 import statistics
 import time

@@ -1,7 +1,5 @@
 """Renders the demo's page, a single HTML file that adapts to light and dark mode and to small screens."""
 
-from __future__ import annotations
-
 import base64
 import struct
 import zlib

@@ -8,8 +8,6 @@ on nine tenths of these texts. Chooses alpha, beta and the weight of the second 
 counts errors on the rest. Intervals are 95 % intervals by a paired bootstrap over utterances.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

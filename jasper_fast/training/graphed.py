@@ -5,8 +5,6 @@ moving average. Its inputs (audio, transcripts, lengths and the optimiser's sett
 filled before each replay. Random numbers are drawn on the device, so each replay draws new ones.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 from collections import OrderedDict

@@ -1,7 +1,5 @@
 """The work of a training run between its steps: logging, validation, checkpoints and the end of the run."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import math

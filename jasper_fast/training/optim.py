@@ -1,7 +1,5 @@
 """The NovoGrad optimiser and the moving average of a model, which a step of NovoGrad updates too."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any

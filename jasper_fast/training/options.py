@@ -1,7 +1,5 @@
 """The options that all training commands have, and their meaning. Only `make_learner` imports torch, to save time."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Iterable, Sequence

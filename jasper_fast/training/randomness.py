@@ -1,7 +1,5 @@
 """Saves, restores and seeds the random generators of a process."""
 
-from __future__ import annotations
-
 import os
 import random
 from collections.abc import Iterator

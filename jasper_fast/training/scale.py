@@ -1,7 +1,5 @@
 """The size of a step: how many micro-batches make a global batch, and whether the largest fits in memory."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

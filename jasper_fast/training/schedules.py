@@ -1,7 +1,5 @@
 """Learning-rate schedules: warm-up, hold, then decay to a minimum. They are functions of the step, without a state."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 The meter collects the figures of steps on the device and reads many together, so that steps do not wait.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 N utterances, T frames, V classes (blank last). Nothing here waits for the device unless its docstring says so.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Validation: loss, WER and CER of a model over the batches of all ranks."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterable

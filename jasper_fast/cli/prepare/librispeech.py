@@ -7,8 +7,6 @@ a configuration, training then picks one of the copies at random. The command fi
 write. If it is interrupted, at any point, the same command continues.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

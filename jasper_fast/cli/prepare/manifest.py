@@ -16,8 +16,6 @@ written relative to it. Utterances that cannot be used are reported and left out
 itself; `jasper-fast check` does.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -7,8 +7,6 @@ a time. Their order depends only on the seed, so a run can resume at any step. I
 place, such as s3://..., name it with --url (read by fsspec).
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path
