@@ -32,7 +32,7 @@ def convs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
         run(name, *args, **how)
 
     monkeypatch.setattr(choose, "_conv_face", chosen)
-    monkeypatch.setattr(choose, "fused_face", lambda backend, device, dtype: "cuda")
+    monkeypatch.setattr(choose, "fused_faces", lambda backend, device, dtype: ("cuda",))
     monkeypatch.setattr(cuda_launch, "run", noted)
     return called
 

@@ -62,7 +62,7 @@ def test_in_parallel(tmp_path):
     one = gradients_and_buffers(whole)
     with torch.no_grad():
         one["evaluation"] = call(whole.eval(), _share(0)[0])
-    for found in spawn(_in_parallel, tmp_path):
+    for found in spawn(tmp_path, {"fused": (_in_parallel,)})["fused"]:
         for (when, synced), got in found.items():
             want = one if synced else found["never", False]
             assert got.keys() == want.keys()

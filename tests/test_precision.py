@@ -65,9 +65,8 @@ def test_the_commands_take_the_same_names():
 
 @pytest.mark.slow
 def test_a_run_of_the_bench_sets_it_and_records_it(tmp_path):
-    args = bench.parser().parse_args(["train", "--quick", "--device", "cpu", "--out", str(tmp_path)])
-    args.fp32_precision = "tf32"
-    run = bench.start(args)
+    arguments = ["train", "--quick", "--device", "cpu", "--out", str(tmp_path), "--fp32-precision", "tf32"]
+    run = bench.start(bench.parser().parse_args(arguments), arguments)
     assert now() == ("tf32", "tf32")
     assert "tf32" in str(run.results.data), "the result does not tell"
 

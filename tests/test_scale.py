@@ -142,7 +142,7 @@ def of_rank(rank: int, folder: str, synced: bool) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 def test_two_processes_with_synchronised_batch_norm_reach_the_parameters_of_one(paths, tmp_path) -> None:
     one = learnt(str(tmp_path), slice(0, 4), 1, False)
-    both = test_sync.spawn(of_rank, tmp_path, str(tmp_path), True)
+    both = test_sync.spawn(tmp_path, {"learnt": (of_rank, str(tmp_path), True)})["learnt"]
     for name, wanted in one.items():
         assert torch.equal(both[0][name], both[1][name])
         # with separate statistics per process the largest distance is 0.26
