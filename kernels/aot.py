@@ -1,4 +1,4 @@
-"""Compiles Triton kernels for a GPU architecture without a GPU, and reports what each compiled kernel uses.
+"""Compiles Triton kernels for a GPU architecture without a GPU, and reports which resources each compiled kernel uses.
 
 Compiling needs a process without TRITON_INTERPRET, because Triton reads that switch when a kernel is defined.
 """
@@ -71,7 +71,7 @@ _described: dict[tuple, Source] = {}
 
 @functools.cache
 def _binder(kernel: object, arch: int) -> tuple[triton.JITFunction, object, Callable]:
-    if isinstance(kernel, InterpretedFunction):  # it takes the same arguments as the compiled function
+    if isinstance(kernel, InterpretedFunction):  # an interpreted kernel takes the same arguments as the compiled one
         kernel = triton.JITFunction(kernel.fn, **kernel.kwargs)
     if not isinstance(kernel, triton.JITFunction):
         raise TypeError(f"{kernel} is not a kernel made by @triton.jit: its launches cannot be recorded")
@@ -99,7 +99,7 @@ class Facts:
     """The resources that a compiled kernel uses, its code, and how often it contains some instructions.
 
     registers: per thread. spilled: bytes of stack and local memory per thread. shared: bytes of shared memory. dots:
-    number of matrix products in the source. dot_rows: rows of the product with the fewest (0 without products).
+    number of matrix products in the source. dot_rows: the fewest rows of any product's result (0 without products).
     narrow_loads: scalar 16-bit global loads in innermost loops. waiting_loads: wide global loads into registers in
     innermost loops that also multiply matrices; nothing hides their latency. The other counts: see _COUNTED.
     """

@@ -19,15 +19,14 @@ def record(graph: torch.cuda.CUDAGraph, launch: Callable[[], Any], pool: Any = N
 
     The current stream must not be the default stream. `pool` is the graph's memory pool, by default a new one. If
     `launch` or the capture fails, the allocator is released for other captures and the error is raised. Garbage
-    collection is off meanwhile, because freeing a graph or an event could break the capture.
+    collection is off during the capture, because freeing a graph or an event could break it.
     """
     enabled = gc.isenabled()
     gc.disable()
     try:
         if pool is None and torch.cuda.is_available():
-            pool = (
-                torch.cuda.graph_pool_handle()
-            )  # make the handle here, because a failed capture does not reveal its own
+            # Made here, because `_end` needs the handle after a failure, and a failed capture does not reveal its own.
+            pool = torch.cuda.graph_pool_handle()
         # With "thread_local", an allocation by another thread, such as a data loader, does not break the capture.
         how = {} if pool is None else {"pool": pool}
         graph.capture_begin(**how, capture_error_mode="thread_local")
@@ -45,7 +44,7 @@ def record(graph: torch.cuda.CUDAGraph, launch: Callable[[], Any], pool: Any = N
 
 
 def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-    """Ends a capture. If that fails, PyTorch's allocator would go on allocating from `pool`, so that is ended too."""
+    """Ends a capture. If this fails, PyTorch's allocator is made to stop allocating from `pool`; the error is raised."""
     try:
         graph.capture_end()
     except RuntimeError:
@@ -80,9 +79,9 @@ def sent(
 ) -> Tensor:
     """Returns `rows` of numbers as a tensor on `device`, in the memory of `out` if given, without waiting for `device`.
 
-    Inside `put_off` the copy is made at the end of that context. A graph would repeat the copy in every replay, from
-    host memory that may have other contents by then. The tensor is then cut from memory that was allocated before the
-    capture. Raises RuntimeError if that memory is too small.
+    A captured copy would be repeated in every replay, from host memory that may have other contents by then. Therefore
+    inside `put_off` the copy is made at the end of that context, into memory that was allocated before the capture.
+    Raises RuntimeError if that memory is too small.
     """
     if out is None:
         shape = len(rows), len(rows[0])
@@ -109,10 +108,11 @@ def _cut(room: list[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tens
 
 @contextlib.contextmanager
 def put_off(device: torch.device) -> Iterator[None]:
-    """A context for a capture on `device`: what this thread sends inside is copied at its end, unless an error ends it.
+    """A context for a capture on `device`. Calls of `sent` by this thread inside it make their copies when it ends.
 
-    The memory for it is allocated before the capture, outside the graph's pool. Graphs that share a pool overwrite each
-    other's memory, but these tensors must last from one replay to the next.
+    If the context ends with an error, nothing is copied. The memory for the copies is allocated before the capture,
+    outside the graph's pool. Graphs that share a pool overwrite each other's memory, but these tensors must last from
+    one replay to the next.
     """
     _local.waiting = waiting = []
     _local.room = [torch.empty(ROOM, dtype=torch.uint8, device=device)]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a file, and its folder if that is missing. A reader or a killed process finds all of it or the old one."""
+    """Writes a file, and makes its folder if needed. Readers see the whole old or the whole new file, even if the
+    writing process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(text, encoding="utf-8")

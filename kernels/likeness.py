@@ -1,7 +1,7 @@
 """Decides which GPUs are alike: same compute capability, similar number of multiprocessors and memory bandwidth.
 
-Times measured on one are then a good estimate for the other. The same tiles fit into shared memory and registers, about
-the same number of programs run at once, and a kernel is limited by the same resource.
+Times measured on one GPU are then a good estimate for the other. The same tiles fit into shared memory and registers,
+about the same number of programs run at the same time, and a kernel is limited by the same resource.
 """
 
 import math

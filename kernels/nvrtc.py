@@ -1,7 +1,7 @@
 """Runs the kernels of csrc/cuda without a CUDA toolkit: NVRTC compiles them at their first use, CuPy launches them.
 
 Compiled kernels are kept in `$XDG_CACHE_HOME/jasper_fast/nvrtc` (by default under `~/.cache`), separately for each
-architecture, version of NVRTC and state of the sources.
+architecture, version of NVRTC and content of the sources.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ def sources() -> Path:
 def either(library: Callable[[], Any], compiled: Callable[[], Any]) -> Any:
     """Returns the functions of the CUDA library, or if it cannot be used, the same functions compiled by NVRTC.
 
-    Raises `native.Missing`, which says what both lack, if neither can be used.
+    If neither can be used, raises `native.Missing`, which says what the library and what NVRTC lacks.
     """
     try:
         return library()
@@ -110,7 +110,7 @@ def compile_kernel(header: str, name: str, arch: str, nvrtc: ModuleType) -> tupl
 def device_of(x: Tensor) -> Iterator[int | None]:
     """A context that makes the device of `x` current and yields its current stream, or None for a tensor on a CPU.
 
-    Kernels are emulated on a CPU.
+    On a CPU the kernels are emulated (csrc/cuda/emulate).
     """
     if not x.is_cuda:
         yield None
@@ -141,7 +141,7 @@ class Kernels:
     ) -> None:
         """Launches kernel `name` on the current device with `arguments` of ctypes types.
 
-        With `together` the launch is cooperative: all CTAs are on the device at once.
+        With `together` the launch is cooperative: all CTAs run at the same time.
         """
         driver = self._driver
         if not driver.ctxGetCurrent():  # In a thread that has run nothing on the GPU, let torch create a context.

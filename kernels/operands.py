@@ -18,7 +18,7 @@ class Mask(NamedTuple):
     """What is set to zero after a ReLU: frames t >= `lengths` (N,), and elements dropped with probability `p`.
 
     If lengths is None, there is no padding. `seed` (1,) is the key of the dropout's random bits (`kernels/philox.py`).
-    It is not needed if p is 0.
+    The seed is not needed if p is 0.
     """
 
     lengths: Tensor | None = None
@@ -41,9 +41,9 @@ class Geometry(NamedTuple):
 class Lengths(NamedTuple):
     """The frames of each utterance `before` a conv and `after` it, (N,) int64. None: every utterance fills the tensor.
 
-    made: a tensor into which the kernel writes the output lengths that follow from `before`, clamped to [0, T]. It is
-    then used instead of `after`. masked: if False, nothing is masked. Both are for inference on a GPU, where the host
-    does not compute lengths between kernels.
+    made: a tensor into which the kernel writes the output lengths that follow from `before`, clamped to [0, T].
+    `after` is then not used. masked: if False, nothing is masked. `made` and `masked` are for inference on a GPU, where
+    the host does not compute lengths between kernels.
     """
 
     before: Tensor | None = None

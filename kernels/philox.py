@@ -2,9 +2,9 @@
 
 Every face draws the same dropout bits by this scheme, so nothing is stored between forward and backward. Element e =
 (n*T + t)*C + c of an NTC tensor uses word e % 4 at the 64-bit counter e // 4. The low half of that counter is word 0 of
-Philox's 128-bit counter, the high half word 1, and the others are 0. The 64-bit seed is the key, low half first. The
-element is kept if and only if its word >= p * 2**32. This file is the definition. It uses PyTorch's int64 arithmetic,
-so it runs on any device.
+Philox's 128-bit counter, the high half is word 1, and words 2 and 3 are 0. The 64-bit seed is the key, low half first.
+The element is kept if and only if its word >= p * 2**32. This file is the definition. It uses PyTorch's int64
+arithmetic, so it runs on any device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LOW = 0xFFFFFFFF
 
 
 def threshold(p: float) -> int:
-    """Returns the smallest 32-bit word that is kept: ceil(p * 2**32).
+    """Returns the smallest 32-bit word for which an element is kept: ceil(p * 2**32).
 
     Raises ValueError unless 0 <= p <= 1 - 2**-32. With a larger p no word would be kept.
     """
@@ -33,7 +33,7 @@ def threshold(p: float) -> int:
 def signed_threshold(p: float) -> tuple[int, float]:
     """Returns the bits of `threshold(p)` as an int32, and the scale 1 / (1 - p).
 
-    A kernel's argument would otherwise be an int32 or an int64, depending on p.
+    Without this conversion, the threshold would be an int32 or an int64 argument of a kernel, depending on p.
     """
     bits = threshold(p)
     return bits - (1 << 32) if bits >= 1 << 31 else bits, 1.0 / (1.0 - p)

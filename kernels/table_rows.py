@@ -27,7 +27,7 @@ HEADER = (
 )
 SHAPE = ("c_in", "c_out", "taps", "stride", "dilation")
 MAX_ROWS_LOG2 = 40
-NEAR = 1  # a cell counts as measured if one with a rows_log2 that differs by at most this was measured
+NEAR = 1  # a cell counts as measured if one whose rows_log2 differs by at most this was measured
 # Bytes of shared memory that one program may use, by compute capability (from CUDA's programming guide). Architectures
 # that are not listed get the largest.
 SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_87": 166912, "sm_89": 101376, "sm_90": 232448, "sm_120": 101376}
@@ -41,7 +41,10 @@ class TableError(ValueError):
 
 
 class Cell(NamedTuple):
-    """What is tuned together, on all faces: an op in one dtype, at one shape and one power of two of rows."""
+    """The unit of tuning: an op in one dtype, at one shape, with at most 2**rows_log2 rows and more than half of that.
+
+    All faces of a cell are tuned together.
+    """
 
     op: str
     dtype: str
@@ -54,9 +57,10 @@ class Cell(NamedTuple):
 
     @property
     def batch(self) -> tuple[int, int]:
-        """The utterances and frames T' to time it with: 0.75 * 2**rows_log2 rows, in utterances of 800 frames or more.
+        """The numbers of utterances and of output frames T' with which the cell is timed.
 
-        Fewer than 800 rows make one utterance.
+        Together they make about 0.75 * 2**rows_log2 rows. Utterances have at least 800 frames; fewer rows make one
+        utterance.
         """
         rows = max(3 << self.rows_log2 >> 2, (1 << self.rows_log2 >> 1) + 1)
         n = max(1, rows // 800)
@@ -131,7 +135,8 @@ def shape_of_norm(channels: int) -> dict[str, int]:
 
 # ---- the rules for a file ----
 
-_Rule = tuple[Callable[[Any], bool], str]  # a function that tells whether a value is valid, and what is valid in words
+# A function that tells whether a value is valid, and a description of valid values.
+_Rule = tuple[Callable[[Any], bool], str]
 
 
 def _one_of(allowed: Iterable[str]) -> _Rule:

@@ -1,9 +1,9 @@
 """Tables of measured times, from which dispatch chooses the face and tile of an op.
 
 A table is a JSON file {"header": {...}, "rows": [...]} for one GPU. A row says how fast one face of an op ran at a
-shape with its best tile. Its key is (op, dtype, c_in, c_out, taps, stride, dilation, rows_log2, face, algorithm). A
-call with N*T' rows of output belongs to the smallest rows_log2 with N*T' <= 2**rows_log2. An op without a conv has its
-number of channels as c_in and c_out, and 1 for taps, stride and dilation. Dispatch takes the fastest row.
+shape with the face's best tile. A row's key is (op, dtype, c_in, c_out, taps, stride, dilation, rows_log2, face,
+algorithm). A call with N*T' rows of output belongs to the smallest rows_log2 with N*T' <= 2**rows_log2. An op without a
+conv has its number of channels as c_in and c_out, and 1 for taps, stride and dilation. Dispatch takes the fastest row.
 
 Rows come from three sources: what was tuned on this machine (`lay_over`), the committed table of this GPU, and the
 table of the most similar GPU (`likeness`). For each shape and rows_log2 only the first source that has rows counts,
@@ -75,9 +75,9 @@ def lookup(
 ) -> Row | None:
     """Returns the fastest measured configuration of `op` on `face`, or None if this GPU or shape was not measured.
 
-    c_in, c_out: the channels of the conv's weight, also for gradients. rows: N*T' of the conv's output. If its power of
-    two was not measured, the row of the nearest measured one is returned. The first look-up raises TableError if the
-    table of this GPU is faulty.
+    c_in, c_out: the channels of the conv's weight, also for gradients. rows: N*T' of the conv's output. If its
+    rows_log2 was not measured, the row of the nearest rows_log2 that was measured is returned. The first look-up raises
+    TableError if the table of this GPU is faulty.
     """
     if _forced and (row := _forced.get(op)) is not None:
         return row
@@ -135,7 +135,7 @@ def covered(device: torch.device, cell: Cell) -> bool:
 
 
 def bucket(rows: int) -> int:
-    """Returns the rows_log2 of `rows`: the exponent of the smallest power of two that is not less."""
+    """Returns the rows_log2 of `rows`: the exponent of the smallest power of two that is at least `rows`."""
     return max(0, (operator.index(rows) - 1).bit_length())  # rows is a tensor under torch.jit.trace
 
 
@@ -158,11 +158,11 @@ _forced: dict[str, Row] = {}
 
 
 class _Nearest:
-    """The rows of one shape. It answers each rows_log2 with the rows of the nearest measured one."""
+    """The rows of one shape. For any rows_log2 it gives the rows of the nearest rows_log2 that was measured."""
 
     def __init__(self, rows: Sequence[tuple[Row, bool]]) -> None:
-        self.own = {row.rows_log2 for row, own in rows if own}  # measured on this GPU itself
-        best: dict[str, dict[int, Row]] = {}  # by face and rows_log2, of several algorithms the fastest
+        self.own = {row.rows_log2 for row, own in rows if own}  # measured on this model of GPU
+        best: dict[str, dict[int, Row]] = {}  # the fastest algorithm's row for each face and rows_log2
         for row, _ in sorted(rows, key=lambda of: of[0].time_s):
             best.setdefault(row.face, {}).setdefault(row.rows_log2, row)
         self._rows = {face: _spread(found) for face, found in best.items()}

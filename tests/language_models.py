@@ -45,7 +45,7 @@ def assert_refused(run, capsys, command: str, cases) -> None:
 
 
 def hear(vocabulary: Vocabulary, text: str, sharp: float = 4.0, seed: int = 0, times: int = 1) -> torch.Tensor:
-    """Returns noisy log-probs (T, V) whose best path is this text, with each symbol so many times, then a blank."""
+    """Returns noisy log-probs (T, V) whose best path is ``text`` with ``times`` frames per symbol, then a blank."""
     ids = [i for c in vocabulary.encode(text) for i in ([c] * times + [vocabulary.blank])]
     log_probs = torch.randn(len(ids), vocabulary.n_classes, generator=torch.Generator().manual_seed(seed))
     log_probs[torch.arange(len(ids)), torch.tensor(ids)] += sharp

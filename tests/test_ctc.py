@@ -1,4 +1,5 @@
-"""The CTC loss on every face: PyTorch's values and gradients, every kind of target, and what must never be read."""
+"""The CTC loss on every face: it equals PyTorch's, with its gradient, for every kind of target, and ignores what lies
+beyond the lengths."""
 
 import math
 
@@ -13,11 +14,13 @@ from jasper_fast import ops
 from jasper_fast.kernels.ctc import triton_impl
 from jasper_fast.training import step
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy, interpreting log(0)
+# numpy warns when Triton's interpreter computes log(0)
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 N, T, V, U = 7, 14, 6, 5
 LENGTHS = [14, 9, 7, 3, 0, 0, 6]
-# the fourth target repeats and does not fit, the fifth has no frames, the last just fits
+# The fourth target, a label repeated four times, does not fit into three frames. The fifth utterance has labels but no
+# frames. The last target just fits.
 COUNTS = [5, 3, 0, 4, 5, 0, 5]
 
 
@@ -97,7 +100,7 @@ def test_it_is_the_same_in_any_memory_order_and_amid_others(face):
         found.append((losses, dx[:, :T]))
     for losses, dx in found[1:]:
         assert torch.equal(losses, found[0][0])
-        torch.testing.assert_close(dx, found[0][1], rtol=1e-5, atol=1e-6)  # these sums have more terms, some of them 0
+        torch.testing.assert_close(dx, found[0][1], rtol=1e-5, atol=1e-6)  # longer targets add zeros to these sums
     alone = ops.ctc_loss(log_probs[1:2], lengths[1:2], targets[1:2], counts[1:2], backend=face.name)
     assert torch.equal(alone, found[0][0][1:2])
 
@@ -148,7 +151,8 @@ def test_the_op_is_registered_well(face):
 
 
 def test_the_loss_of_a_step_takes_the_one_that_reads_no_lengths(monkeypatch):
-    """Shows that on devices which have it a training step uses the loss that reads no lengths on the host."""
+    """Shows that a training step uses `ops.ctc_loss`, which needs no lengths on the host, where `reads_no_lengths` says
+    so."""
     log_probs, lengths, targets, counts = inputs(torch.device("cpu"))
     targets = targets.clamp(max=V - 2)
     want = step.ctc_loss(log_probs, lengths, targets, counts)

@@ -39,7 +39,7 @@ class Nvrtc:
     """A stand-in for NVRTC whose compiled code is the kernel's name; it counts the compiles."""
 
     class NVRTCError(RuntimeError):
-        """As NVRTC's module has one."""
+        """A stand-in for the exception of NVRTC's module."""
 
     def __init__(self, fails: bool = False) -> None:
         self.compiled: list[tuple[str, str]] = []

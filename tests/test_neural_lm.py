@@ -104,7 +104,7 @@ def test_a_change_reaches_nothing_before_it_and_no_other_line(cutoffs):
         assert after[0, t - 1] != before[0, t - 1]  # the changed token's own probability
     changed = tokens.clone()
     changed[0, 3] = tokens[0, 3] % 11 + 1
-    assert torch.equal(log_probs(made, changed)[0][0, 12:], before[0, 12:]), "lines stand alone"
+    assert torch.equal(log_probs(made, changed)[0][0, 12:], before[0, 12:]), "a change reached another line"
     joined = model(cutoffs=cutoffs, joined=True)
     assert not torch.allclose(log_probs(joined, changed)[0][0, 12:], log_probs(joined, tokens)[0][0, 12:])
 
@@ -186,7 +186,7 @@ def test_a_training_reads_each_token_once_an_epoch():
     seen = [stream.segment(2, position) for position in range(3)]
     assert all(part.shape == (4, 6) for part in seen)
     for before, after in itertools.pairwise(seen):
-        assert torch.equal(before[:, -1], after[:, 0]), "a row goes on where it was"
+        assert torch.equal(before[:, -1], after[:, 0]), "a row does not continue where its last segment ended"
     assert len(torch.cat(seen)[:, :-1].unique()) == 60
     assert not torch.equal(stream.segment(1, 0), stream.segment(2, 0))
     assert stream.names(2, 0)[0] == f"tokens {int(seen[0][0, 0])} to {int(seen[0][0, 0]) + 5}"

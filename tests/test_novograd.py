@@ -13,7 +13,7 @@ from torch import Tensor
 from jasper_fast.kernels.novograd import cuda_launch, reference
 from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
 
-# the last is longer than the part that one Triton program or CPU task takes, and is no multiple of it
+# the last is longer than what one Triton program or CPU task processes, and is no multiple of that
 SHAPES = ((5, 3, 11), (7,), (1,), (4, 5, 1), (), (0, 3), (3, 1025), (8192 + 1024 + 5,))
 LONG = (65536 * 2 + 17,)
 
@@ -42,7 +42,7 @@ def make(device, shapes=SHAPES, groups=(0,), averages=True, seed=0) -> tuple[Ten
     draw = torch.Generator().manual_seed(seed)
     new = lambda: [torch.randn(s, generator=draw).to(device) for s in shapes]  # noqa: E731
     squares = [torch.rand((), generator=draw).to(device) * 3 for _ in shapes]
-    squares[1].zero_()  # its first step
+    squares[1].zero_()  # as before the first step
     of = [groups[i % len(groups)] for i in range(len(shapes))]
     tensors = Tensors(new(), new(), new(), squares, new() if averages else [], of)
     if not averages:
@@ -122,7 +122,7 @@ def test_scale_clip_and_groups(face):
     found = compare(face, tensors, watched, rows, scale=8.0, clip=float(norm) / 3)
     torch.testing.assert_close(found[0], norm)
     tensors, watched = make(face.device, groups=(0, 2, 1))
-    compare(face, tensors, watched, rows, scale=8.0, clip=float(norm) * 2)  # bounds nothing
+    compare(face, tensors, watched, rows, scale=8.0, clip=float(norm) * 2)  # above the norm, so nothing is clipped
 
 
 def test_several_steps_with_what_is_held(face):

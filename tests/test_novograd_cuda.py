@@ -27,7 +27,8 @@ SOURCE = cuda_host.CSRC / "cuda/emulate/novograd.cpp"
 SEEDS = (0, 3)  # each seed is another order of the threads; 0 runs them in turn
 GUARD = 3.0e33
 LISTS = ("grads", "params", "exp_avgs", "averages")
-EACH = tuple(tuple(int(i == k) for i in range(4)) for k in range(4))  # only one of the lists is not aligned
+# Shifts (in elements) of the four LISTS: each tuple misaligns exactly one of them.
+EACH = tuple(tuple(int(i == k) for i in range(4)) for k in range(4))
 
 
 @pytest.fixture
@@ -36,8 +37,8 @@ def functions(monkeypatch) -> None:
 
 
 def guarded(tensors: Tensors, shifts: tuple[int, ...]) -> tuple[Tensors, list[tuple[Tensor, Tensor]]]:
-    """Copies each of LISTS into one buffer, with its tensors so many elements beyond a multiple of 16 bytes, and GUARD
-    around them. Returns the new tensors, and each buffer with a mask of its guards."""
+    """Copies each of LISTS into a buffer of its own, which is filled with GUARD. A list's tensors start ``shift``
+    elements after multiples of 16 bytes. Returns the new tensors, and each buffer with a mask of its guards."""
     made, buffers = {}, []
     for name, shift in zip(LISTS, shifts, strict=True):
         starts, end = [], 8
@@ -177,7 +178,8 @@ def test_a_library_of_another_version_is_refused(functions, monkeypatch):
 
 @pytest.fixture
 def turing(monkeypatch):
-    """Pretends that there is a GPU that is too old for Triton, and the CUDA library. Returns the verdicts asked for."""
+    """Pretends that the CUDA library is built and that the GPU is too old for Triton. Returns a list, to which each
+    requested verdict is appended."""
     asked = []
 
     def check(device, op, face, dtype):

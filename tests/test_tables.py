@@ -240,7 +240,7 @@ def calls():
             t_out = how.frames(t, k)
             ntc = lambda c, frames: torch.zeros(n, frames, c, dtype=dtype).transpose(1, 2)
             x, dy, w = ntc(c_in, t), ntc(c_out, t_out), torch.zeros(c_out, c_in, k)
-            odd = t % 2  # lengths and seeds are slices: every second one is not aligned to 16 bytes
+            odd = t % 2  # lengths and seeds are slices, which are not aligned to 16 bytes if T is odd
             lengths, seed = torch.zeros(n + 1, dtype=torch.int64)[odd:][:n], torch.zeros(2, dtype=torch.int64)[odd:][:1]
             norm, mask = Norm(*(torch.zeros(c_in) for _ in range(4))), Mask(lengths, seed, 0.2)
             for call in kinds["calls"]:
@@ -300,7 +300,7 @@ def test_launches_do_not_compile_anew_for_every_length_and_batch(descriptors):
         chosen = {k: v for k, v in values.items() if "constexpr" in v or k.startswith("num_")}
         by_launch[call, name, *shape, *sorted(chosen.items())].add(json.dumps(values, sort_keys=True))
     many = {key: len(keys) for key, keys in by_launch.items() if len(keys) > 1}
-    assert not many, f"launches that differ in what varies with N and T are compiled apart: {many}"
+    assert not many, f"launches that differ only in N or T are compiled separately: {many}"
     per_kernel = Counter(key[:7] for key in by_launch)  # by call, name and shape
     assert all(count <= MOST[key[0]] for key, count in per_kernel.items()), (
         f"flags or tiles follow N or T: {per_kernel}"

@@ -6,14 +6,15 @@ import numpy as np
 
 
 def best_path(log_probs: np.ndarray, symbols: Sequence[int]) -> np.ndarray | None:
-    """Returns the class of each frame on the best path of ``symbols``, or None if there are too few frames for a path.
-    log_probs (T, V) has the blank last."""
+    """Returns the class of each frame on the best path of ``symbols``, or None if no path is possible, for instance
+    because there are too few frames. log_probs (T, V) has the blank last."""
     frames, classes = log_probs.shape
     extended = np.full(2 * len(symbols) + 1, classes - 1)
     extended[1::2] = symbols
     if not frames:
         return None if len(symbols) else np.zeros(0, dtype=np.int64)
-    may_skip = np.zeros(len(extended), dtype=bool)  # over a blank: allowed only between symbols that differ
+    # A path may skip the blank before a symbol only if that symbol differs from the one before.
+    may_skip = np.zeros(len(extended), dtype=bool)
     may_skip[3::2] = extended[3::2] != extended[1:-2:2]
     emitted = log_probs.astype(np.float64)[:, extended]
     score = np.full(len(extended), -np.inf)

@@ -19,7 +19,7 @@ class LanguageModelError(ValueError):
 
 
 def begins_with(path: str | os.PathLike, magic: bytes) -> bool:
-    """Returns whether the first bytes of a file are those by which a format is recognised."""
+    """Returns whether a file begins with ``magic``, the bytes by which its format is recognised."""
     with open(path, "rb") as file:
         return file.read(len(magic)) == magic
 

@@ -21,8 +21,8 @@ from jasper_fast.lm.words import WordLM, has_wheels, is_binary, word_lm
 from jasper_fast.speech.decoding import Hypothesis, Transcript, path_transcript
 from jasper_fast.speech.text import Vocabulary
 
-PAPER = (2.0, -0.2)  # alpha and beta of the Jasper paper, for words
-SYMBOLS = (1.0, 0.0)
+PAPER = (2.0, -0.2)  # the default alpha and beta with a model of words, from the Jasper paper
+SYMBOLS = (1.0, 0.0)  # the default alpha and beta otherwise
 
 
 class Decoder(Protocol):
@@ -70,9 +70,9 @@ def decoder(
 ) -> Decoder:
     """Returns the decoder for a model. With a word model it uses ``processes`` (default: one per core), else a thread.
 
-    ``alpha`` and ``beta`` default to the paper's 2.0 and -0.2 with a word model, and to 1.0 and 0.0 otherwise. Hot
-    words need ``beam_search`` in a thread, and so do all words on a Python without flashlight wheels. Raises ValueError
-    for settings that no search can use, and LanguageModelError if the model cannot be loaded.
+    ``alpha`` and ``beta`` default to the paper's 2.0 and -0.2 with a word model, and to 1.0 and 0.0 otherwise. With
+    hot words, or on a Python without flashlight wheels, a word model is searched by ``beam_search`` in a thread. Raises
+    ValueError for settings that no search can use, and LanguageModelError if the model cannot be loaded.
     """
     default = PAPER if isinstance(lm, (WordLM, SpeltLM)) else SYMBOLS
     if isinstance(lm, WordLM) and (hot_words or not has_wheels()):
@@ -121,7 +121,7 @@ class SymbolDecoder:
         beta: float,
         stream: torch.cuda.Stream | None,
     ) -> list[Transcript]:
-        with torch.cuda.stream(stream):  # the model's stream; None on a CPU, which changes nothing
+        with torch.cuda.stream(stream):  # the model's stream; on a CPU it is None and has no effect
             found = beam_search(log_probs, lengths, self._vocabulary, alpha=alpha, beta=beta, **self._settings)
             items = valid_rows(log_probs, lengths)
         return [transcript_of(item, h, best_path(item, h[0].symbols), self._vocabulary, frame_seconds)

@@ -1,4 +1,4 @@
-"""Chooses the face of the prefix search: on a GPU Triton's, if it agrees with the definition, else C++ on the CPU."""
+"""Chooses the face of the prefix search: Triton on a GPU if its results equal the definition's, else C++ on the CPU."""
 
 import functools
 import warnings
@@ -44,7 +44,7 @@ def trusted(device: torch.device) -> bool:
     try:
         got = [found.cpu() for found in triton_impl.search(log_probs.to(device), *case)]
         fine = all(torch.equal(w, g) for w, g in zip(want[:2], got[:2])) and torch.allclose(want[2], got[2], atol=1e-9)
-        why = "its answers differ from the definition's"
+        why = "its results differ from the definition's"
     except Exception as error:  # compiler and driver raise errors of any kind
         fine, why = False, " ".join(str(error).split())[:200]
     if not fine:

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Perplexity:
-    """A text's numbers of sentences, words and unknown words; log10 p of all words and sentence ends, and of the
-    unknown words."""
+    """A text's numbers of sentences, words and unknown words, and sums of log10 probabilities.
+
+    ``log10``: the sum over all words and sentence ends. ``log10_unknown``: the sum over the unknown words.
+    """
 
     sentences: int
     words: int

@@ -31,7 +31,8 @@ class Pool:
         self._result(self._executor.submit(_check))
 
     def submit(self, log_probs: Sequence[np.ndarray], weights: tuple[float, float]) -> Callable[[], list[Answer]]:
-        """Starts a search in each (T, V) array, with ``weights`` (alpha, beta). Call the result to get the answers."""
+        """Starts a search in each (T, V) array, with ``weights`` (alpha, beta). Returns a function that waits for the
+        results and returns them."""
         futures = [self._executor.submit(_decode, item, weights) for item in log_probs]
         return lambda: [self._result(future) for future in futures]
 

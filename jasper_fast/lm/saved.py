@@ -16,7 +16,8 @@ _FORMAT = "jasper_fast log-probs 1"
 
 
 class Saved:
-    """Utterances' log-probs (T', V) fp32 in DIR/000000.npy and so on, with references and labels in an index."""
+    """Log-probs of utterances, (T', V) fp32, in DIR/000000.npy and so on. DIR/index.json has reference texts and
+    labels."""
 
     def __init__(self, folder: Path, vocabulary: Vocabulary, frame_seconds: float) -> None:
         self.folder, self.vocabulary, self.frame_seconds = folder, vocabulary, frame_seconds

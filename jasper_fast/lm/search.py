@@ -12,8 +12,8 @@ from jasper_fast.lm.symbols import SymbolLM
 from jasper_fast.speech.decoding import Hypothesis, NotFinite, check_shapes
 from jasper_fast.speech.text import Vocabulary
 
-_MOST = 1 << 20  # a wider beam is a mistake
-NOTHING = Hypothesis("", -math.inf, -math.inf, ())  # stands for an utterance that no text fits
+_MOST = 1 << 20  # the largest beam and n_best; a larger number is taken for a mistake
+NOTHING = Hypothesis("", -math.inf, -math.inf, ())  # the result for an utterance for which every text is impossible
 
 
 def check(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> None:

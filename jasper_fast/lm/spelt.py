@@ -22,9 +22,10 @@ _MOST = 20_000_000  # n-grams that a model may have
 class SpeltLM:
     """A word n-gram (ARPA) for ``beam_search``, which can also allow words that it does not list.
 
-    A word that is not in the lexicon (by default the words of the file) has the probability of <unk>, and ``unknown``,
-    a natural logarithm, is added to the score; -inf closes the vocabulary. Raises LanguageModelError as ``word_lm``
-    does, and also for a KenLM binary, a file of more than 20 million n-grams, and an open vocabulary without <unk>.
+    A word that is not in the lexicon (by default the words of the file) has the probability of <unk>. For each such
+    word ``unknown``, a natural logarithm, is added to the score; with -inf the vocabulary is closed. Raises
+    LanguageModelError as ``word_lm`` does, and also for a KenLM binary, a file of more than 20 million n-grams, and an
+    open vocabulary without <unk>.
     """
 
     def __init__(
@@ -79,9 +80,9 @@ class SpeltLM:
 
 
 def hot_words_alone(hot_words: Mapping[str, float], vocabulary: Vocabulary) -> Words:
-    """Returns hot words for a search without a model of words. Raises ValueError for a word that cannot be one."""
+    """Returns hot words for a search without a model of words. Raises ValueError for an unusable hot word."""
     if vocabulary.of_words or " " not in vocabulary.characters:
-        raise ValueError("hot words need labels that are characters, the space among them")
+        raise ValueError("hot words need labels that are characters and include the space")
     hot = _hot(hot_words, vocabulary)
     boosts = {e.symbols: boost for e, boost in hot.items()}
     arcs = torch.zeros(2, dtype=torch.int32)
@@ -116,8 +117,8 @@ def _words(
     count = len(parents)
     word = np.full(count, -1, dtype=np.int32)
     word[node_of] = np.arange(len(spellings))
-    # ahead[node]: the best score of a word below the node, by its 1-gram probability. A hot word's boost counts by the
-    # share of its letters that are spelt at the node.
+    # ahead[node]: the best score, by 1-gram probability, of the words that can still be spelt from the node. Of a hot
+    # word's boost it includes the share that matches the share of the word's letters spelt so far.
     alone = alpha * ngram.arc_log10.numpy()[np.array(classes)].astype(np.float64) + np.array(extra)
     boosted = np.array([boosts.get(s, 0.0) for s in spellings])
     ahead = np.full(count + 1, alone[-1])

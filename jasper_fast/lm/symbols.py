@@ -48,7 +48,8 @@ def automaton(arpa: Arpa, listed_tokens: Sequence[str]) -> Ngram:
     A token that the file does not list gets the n-grams of <unk>. Raises LanguageModelError if the file is broken, or
     lacks <s> or </s>.
     """
-    # A context is a string with one character per word: chr() of its class, of `begin` or of `unknown`.
+    # A context is stored as a string with one character per word: chr(i), where i is the word's class, `begin` for
+    # <s> or `unknown` for <unk>.
     end = len(listed_tokens)
     begin, unknown = end + 1, end + 2
     number = {token: i for i, token in enumerate(listed_tokens)}

@@ -21,7 +21,7 @@ from jasper_fast.kernels import native
 from jasper_fast.lm.arpa import LanguageModelError
 from jasper_fast.lm.texts import TextFile, refuse_reserved, token
 
-MOST_WORDS = 6  # KenLM's wheels read no higher order
+MOST_WORDS = 6  # words of the longest n-grams; KenLM's wheels read no higher order
 _END, _FIRST = 2, 3  # ids of </s> and of the first word; 0 and 1 are <unk> and <s>
 _CHUNK = 1 << 20
 Progress = Callable[[str, float], None]
@@ -95,10 +95,10 @@ def train(
     """Trains an n-gram of words, or of ``characters`` (the space as <space>), and writes it as an ARPA file.
 
     ``texts``: UTF-8, gzipped or not, with one sentence per line. They are lower-cased only if ``lower_case`` is true.
-    ``prune``: for each order, n-grams that occur at most this often are left out. ``memory``: bytes for sorting; a
-    longer text needs more disk space in the folder of ``out``, not more memory. Raises ValueError for an unusable order
-    or unusable thresholds, LanguageModelError for a text that cannot be read or is empty, and OSError if the disk is
-    full.
+    ``prune``: one number per order; n-grams that occur at most this often are left out. ``memory``: bytes for sorting.
+    A longer text needs more disk space in the folder of ``out``, not more memory. Raises ValueError for an unusable
+    order or unusable thresholds, LanguageModelError for a text that cannot be read or is empty, and OSError if the disk
+    is full.
     """
     files = [TextFile(path, characters, lower_case) for path in texts]
     if not 1 <= order <= MOST_WORDS:
@@ -115,8 +115,9 @@ def train(
             progress("counting", step / (2 * order + 1))
             trainer.call("step", step)
         names = [b"<unk>", b"<s>", b"</s>", *(token(word).encode() for word in numbers)]
-        blob, offsets = b"".join(names), np.cumsum([0, *map(len, names)], dtype=np.int64)  # read until "end_file"
+        blob, offsets = b"".join(names), np.cumsum([0, *map(len, names)], dtype=np.int64)
         temporary = out.with_name(f".{out.name}.tmp")
+        # The trainer keeps pointers to `blob` and `offsets` and reads them until "end_file".
         pointer = offsets.ctypes.data_as(ctypes.c_void_p)
         trainer.call("begin_file", os.fsencode(temporary), ctypes.c_char_p(blob), pointer)
         for n in range(1, order + 1):

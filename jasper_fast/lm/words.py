@@ -19,7 +19,7 @@ from jasper_fast.lm.arpa import SPECIAL, Arpa, LanguageModelError, begins_with
 from jasper_fast.speech.text import Vocabulary
 
 _TOKENS = 40  # only this many of a frame's likeliest symbols may extend a hypothesis, as in the paper's decoder
-_THRESHOLD = 50.0  # hypotheses with a score further below the best one are dropped
+_THRESHOLD = 50.0  # a hypothesis is dropped if its score is more than this below the best one
 _NEVER = -1e30  # used in place of -inf, because sums of it stay finite
 _KENLM = b"mmap lm http://kheafield.com/code"  # the first bytes of a KenLM binary
 _LONGEST = 512  # symbols that a word may have
@@ -36,7 +36,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class WordLM:
-    """The path of a word n-gram (ARPA or KenLM binary) and the words that may be said. It can be pickled."""
+    """The path of a word n-gram (ARPA or KenLM binary) and the words that a text may contain. It can be pickled."""
 
     path: str
     entries: tuple[Entry, ...]

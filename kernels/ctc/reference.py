@@ -11,9 +11,9 @@ from torch import Tensor
 def forward(
     log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor, blank: int
 ) -> tuple[Tensor, Tensor]:
-    """Returns the loss of each utterance (N,), infinite if its target does not fit, and what `backward` needs.
+    """Returns the loss of each utterance (N,), infinite if its target does not fit, and the forward variables.
 
-    The latter are the forward variables of all blanks and all labels in every frame, (N, T, 2, W) with W > U.
+    These are kept for `backward`: (N, T, 2, W) with W > U, for the blanks and the labels in every frame.
     """
     n, t, _ = log_probs.shape
     labels, differs, _ = _states(targets, target_lengths)
@@ -43,7 +43,7 @@ def backward(
     blank: int,
     zero_infinity: bool,
 ) -> Tensor:
-    """Returns the gradient of `log_probs`. If the loss is infinite it is NaN, or 0 with `zero_infinity`."""
+    """Returns the gradient of `log_probs`. For an infinite loss it is NaN, or 0 with `zero_infinity`."""
     labels, differs, blanks = _states(targets, target_lengths)
     low, at = log_probs.new_full((), -math.inf), torch.arange(labels.shape[1], device=log_probs.device)
     b = torch.where(at == target_lengths[:, None], 0.0, low)

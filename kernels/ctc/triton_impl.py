@@ -4,9 +4,9 @@
     posterior  one program per utterance: from the last frame to the first, the posterior of every state
     gradient   one program per tile of frames and symbols: adds posteriors of equal labels (a product with a 0/1 matrix)
 
-A frame follows from the one before, so latency bounds the first two kernels. They therefore keep the states in
-registers, get the neighbouring state by one exchange between threads, and load the next frame ahead. Sums are made in a
-fixed order, so runs are bit-identical.
+The states of a frame depend on the frame before, so latency limits the first two kernels. They therefore keep the
+states in registers, get the neighbouring state by one exchange between threads, and load the next frame ahead. Sums are
+made in a fixed order, so runs are bit-identical.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from jasper_fast.kernels import launch
 
 FRAMES, STATES, SYMBOLS = 16, 32, 32  # tile of the gradient kernel
-EACH = 2  # a thread holds this many blanks, and as many labels
+EACH = 2  # a thread holds this many blanks and as many labels; more if the labels need more than 8 warps
 NONE = tl.constexpr(float("-inf"))
 
 
@@ -153,7 +153,7 @@ def _ctc_gradient_kernel(
 def forward(
     log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor, blank: int
 ) -> tuple[Tensor, Tensor]:
-    """Returns the loss of each utterance (N,), infinite if its target does not fit, and what `backward` needs.
+    """Returns the loss of each utterance (N,), infinite if its target does not fit, and the forward variables.
 
     `log_probs` is fp32 with unit stride over symbols. The other tensors are int64, and `targets` is contiguous.
     """
@@ -180,7 +180,7 @@ def backward(
     blank: int,
     zero_infinity: bool,
 ) -> Tensor:
-    """Returns the gradient of `log_probs`, contiguous. If the loss is infinite it is NaN, or 0 with `zero_infinity`."""
+    """Returns the gradient of `log_probs`, contiguous. For an infinite loss it is NaN, or 0 with `zero_infinity`."""
     n, t, v = log_probs.shape
     u, w = targets.shape[1], alpha.shape[3]
     sizes = (t, u, v, w, log_probs.stride(0), log_probs.stride(1), blank)

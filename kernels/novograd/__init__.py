@@ -1,4 +1,4 @@
-"""NovoGrad over all parameters at once: unscaling, norms, check for NaN, clipping, update, and the moving average.
+"""NovoGrad for all parameters together: unscaling, norms, check for NaN, clipping, update, and the moving average.
 
 For a parameter p with gradient g, first moment m, second moment v (one number per parameter tensor) and average a:
 

@@ -11,7 +11,7 @@ THREADS = 256  # threads of a CTA
 
 
 class Args(ctypes.Structure):
-    """The arguments of both kernels, as the struct in csrc/cuda/novograd.cuh."""
+    """The arguments of both kernels, with the layout of the struct in csrc/cuda/novograd.cuh."""
 
     _fields_ = [
         *((name, Pointer) for name in ("table", "runs", "anchor", "partial", "old", "settings")),

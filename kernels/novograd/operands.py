@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Tensors(NamedTuple):
-    """Lists of equal length. The gradient, moment and average of a parameter have its memory order and no gaps.
+    """Lists of equal length. Gradients, moments and averages have the memory order of their parameter, without gaps.
 
     exp_avg_sqs are one-element tensors, fp32 or wider. `averages` is empty without a moving average. `groups` holds the
     row of each parameter in the settings.

@@ -5,7 +5,7 @@
              v), then updates m, p and the average
 
 A program owns a run: a range of elements of one tensor (see table.py). squares reads 4 bytes per element; update reads
-16 and writes 12. Sums are made in a fixed order, so runs of the program are bit-identical.
+16 and writes 12. Sums are made in a fixed order, so a repeated step gives identical bits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jasper_fast.kernels.novograd import reference, table
 from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
 
 BLOCK = table.BLOCK  # elements per iteration: with 4 warps a thread makes two 16-byte loads from each of four tensors
-PARTIALS = 1024  # partial sums that are read at once
+PARTIALS = 1024  # partial sums that a program reads in one iteration
 GRAD, MOMENT, PARAM, MEAN, SQUARE, NUMEL, GROUP, KIND, FIRST, END = map(tl.constexpr, range(len(table.COLUMNS)))
 IS_UPDATE, IS_COPY, WIDTH = (tl.constexpr(n) for n in (table.UPDATE, table.COPY, len(table.COLUMNS)))
 SETTINGS = tl.constexpr(len(Settings._fields))

@@ -1,7 +1,8 @@
 """CTC prefix beam search with shallow fusion of an n-gram of the model's symbols, or of words.
 
-log_probs is (N, T, V), and the blank is class V - 1. A prefix s of symbols has the probability of all paths that
-collapse to it: b for paths that end in a blank, plus n for the others. Its score, in natural logarithms, is
+log_probs is (N, T, V), and the blank is class V - 1. A prefix s of symbols has the probability b + n of all paths
+that collapse to it: b is the sum over paths that end in a blank, and n the sum over paths that end in a symbol. The
+score of a prefix, in natural logarithms, is
 
     log(b + n) + sum over its symbols of (alpha * log10 p(symbol | symbols before it) + beta)
 

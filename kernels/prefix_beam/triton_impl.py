@@ -2,16 +2,18 @@
 
 A program owns an utterance and keeps its beam in registers. The candidates of a frame are a matrix [classes, beam]: a
 column per prefix, with its extension by each symbol, and the prefix itself in the row of the blank. Prefixes are
-identified by 63-bit hashes. If the hash of one prefix in the beam is the hash of another's parent, paths of the first
-lead to the second.
+identified by 63-bit hashes. If a prefix in the beam is the parent of another one in the beam (their hashes tell), the
+probability of paths that extend the parent to that other prefix is added to the other prefix.
 
-Each candidate has an integer key. Its upper bits hold the distance of its score from the best score, in steps of
-2 ** -39, so closer scores count as equal. Its lower bits hold the candidate's place in the order of reference.py.
-Bisection finds the threshold below which there are `beam` keys; the place of each of these is the number of smaller
-ones. Sorting all keys, or comparing all prefixes at once, would spill registers. Each frame stores what it chose, 4
-bytes per prefix; the symbols of the best prefixes are then read backwards from there.
+Each candidate has an integer key. Its upper bits hold the distance of its score from the best score, in steps of at
+most 2 ** -39, so closer scores count as equal. Its lower bits hold the candidate's place in the order of reference.py.
+Bisection finds a threshold that exactly `beam` keys do not exceed (or all keys, if there are fewer). The place of such
+a key in the new beam is the number of smaller keys. Sorting all keys, or comparing all prefixes in one operation, would
+spill registers. Each frame stores the parent's place and the new symbol of each prefix in the new beam, 4 bytes per
+prefix. At the end the symbols of the best prefixes are read from these, from the last frame to the first.
 
-The n-gram is a table here, with 12 bytes for each state and class: what the class adds, and the state after it.
+The n-gram is a table here, with 12 bytes for each state and class: what the class adds to the score, and the state that
+follows.
 """
 
 from __future__ import annotations
@@ -27,12 +29,13 @@ from jasper_fast.kernels import launch
 from jasper_fast.kernels.prefix_beam.ngram import Ngram
 from jasper_fast.kernels.prefix_beam.words import Words
 
-BEAM, MOST_CLASSES = 128, 32  # a narrower beam leaves the rest of the 128 idle; 256 spills registers in Triton 3.6
-MOST_TABLE = 4 << 30  # bytes
+BEAM = 128  # places for prefixes; a narrower beam leaves some of them idle, and 256 spill registers in Triton 3.6
+MOST_CLASSES = 32  # a set of symbols is stored in the bits of an int32
+MOST_TABLE = 4 << 30  # bytes of the n-gram's table
 _kept: list = []  # the newest table, and the arguments that it was made from
 STAY = tl.constexpr(63)  # stands in place of a symbol if the prefix did not change
 NEVER = tl.constexpr(-math.inf)
-PART = tl.constexpr(16)  # all prefixes are compared with this many others at a time
+PART = tl.constexpr(16)  # each iteration compares every prefix of the beam with this many others
 # The hash of the empty prefix, and the factor by which hashes are mixed: bits of pi and of the golden ratio.
 FIRST, SPREAD = tl.constexpr(0x243F6A8885A308D3), tl.constexpr(-0x61C8864680B583EB)
 
@@ -90,9 +93,10 @@ def _beam(keys, beam, none, at, scratch_ptr, BLOCK_B: tl.constexpr):
 
 @triton.jit
 def _meetings(name, parent, last, at, beam, scratch_ptr, BLOCK_B: tl.constexpr):
-    """Returns, for each prefix, the symbols that lead to other prefixes in the beam, as bits, and its parent's place.
+    """Returns two numbers for each prefix, which link it to other prefixes in the beam.
 
-    The place is -1 if the parent is not in the beam.
+    The first has bit s set if the prefix, extended by symbol s, is in the beam. The second is the place of the prefix's
+    parent in the beam, or -1 if the parent is not in it.
     """
     tl.store(scratch_ptr + at, name)
     tl.store(scratch_ptr + BLOCK_B + at, parent)
@@ -222,7 +226,8 @@ def why_not(classes: int, beam: int, lm: Ngram | None, words: Words | None) -> s
 def table(
     lm: Ngram | None, classes: int, alpha: float, beta: float, device: torch.device
 ) -> tuple[Tensor, Tensor, int]:
-    """Returns what each class adds in each state (S, V) fp64, the states after it (S, V) int32, and the first state."""
+    """Returns what each class adds to the score in each state (S, V) fp64, the state that follows (S, V) int32, and the
+    first state."""
     if lm is None:
         gain = torch.full((1, classes), beta, dtype=torch.float64, device=device)
         gain[:, -1] = 0.0

@@ -15,12 +15,14 @@ class Words(NamedTuple):
 
         alpha * log10 p(class of the word | words before it) + extra[word]
 
-    and the end of the text adds alpha * log10 p(end | words). To guide the beam early, the score of a prefix within a
-    word, at node m, includes an estimate of this, ``ahead[m]``, or ``ahead[M]`` if no word begins that way.
+    and the end of the text adds alpha * log10 p(end | words). To guide the beam early, the score of a prefix that
+    ends within a word, at node m, includes ``ahead[m]``: an estimate of what the word will add. If no word begins with
+    these symbols, it includes ``ahead[M]``.
 
     child_begin (M + 1,) int64: the children of node m are child_begin[m] .. child_begin[m + 1] - 1, in ascending order
-    of their symbols; child_symbol, child_next (M - 1,) int32; word (M,) int32, -1 where no word ends; ahead (M + 1,)
-    fp64, ahead[0] is 0; extra (K,) fp64; classes (K,) int32: each word's class in ``lm``; space: the space's class.
+    of their symbols; child_symbol, child_next (M - 1,) int32: each child's symbol and node; word (M,) int32: the word
+    that ends at a node, or -1; ahead (M + 1,) fp64, ahead[0] is 0; extra (K,) fp64; classes (K,) int32: each word's
+    class in ``lm``; space: the space's class.
     """
 
     child_begin: Tensor

@@ -16,8 +16,11 @@ BOUNDARY, UNKNOWN = 0, 1  # ids of the token at both ends of each line, and of t
 
 
 class Memory(NamedTuple):
-    """The inputs of each layer at earlier tokens, (layers, N, M, D), and the line number of each token, (N, M), which
-    is -1 where there is no token yet."""
+    """What the model remembers of earlier tokens.
+
+    hidden (layers, N, M, D): the inputs of each layer. lines (N, M): the line number of each token, or -1 where there
+    is no token yet.
+    """
 
     hidden: Tensor
     lines: Tensor
@@ -127,7 +130,7 @@ class TransformerXL(nn.Module):
         return self.dropout(self.norm(x)), following
 
     def log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Returns the natural logarithm of the probability of each target (N, L), in that shape, fp32 or fp64."""
+        """Returns log p (natural) of each target, (N, L) fp32 or fp64, for hidden (N, L, D) and targets (N, L)."""
         if not self.config.cutoffs:
             logits = F.linear(hidden, self.embedding.weight, self.bias)
             return -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)

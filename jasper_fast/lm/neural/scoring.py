@@ -20,14 +20,15 @@ from jasper_fast.lm.texts import TextFile
 from jasper_fast.nn import checkpoint
 
 _TOKENS = 1 << 14  # tokens per batch
-_LOGITS = 1 << 26  # logits that are computed at once
+_LOGITS = 1 << 26  # logits that are held in memory at a time
 
 
 class NeuralLM:
     """A scorer: ``lm(texts)`` returns log p of each text, including its end, in natural logarithms.
 
     Texts are scored independently. Words outside the vocabulary count as the unknown word. A text longer than the
-    model's memory is read in segments, so its later tokens see only the tokens in the memory and in their own segment.
+    model's memory (or 32 tokens, if that is more) is read in segments. Its later tokens then see only the tokens in the
+    memory and in their own segment.
     """
 
     def __init__(self, model: TransformerXL, tokens: Tokens) -> None:

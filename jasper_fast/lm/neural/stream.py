@@ -51,7 +51,8 @@ class Stream:
 
 
 def write(texts: Iterable[TextFile], tokens: Tokens, folder: Path, progress: Progress) -> tuple[np.ndarray, str]:
-    """Writes the tokens of texts to a nameless file in ``folder``. Returns them, mapped into memory, and a fingerprint.
+    """Writes the tokens of texts to a temporary file in ``folder``. Returns the tokens, mapped into memory, and a
+    fingerprint of them.
 
     Raises LanguageModelError for a text that cannot be read, and OSError if the disk is full.
     """
