@@ -44,7 +44,7 @@ def record(graph: torch.cuda.CUDAGraph, launch: Callable[[], Any], pool: Any = N
 
 
 def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-    """Ends a capture. If this fails, PyTorch's allocator is made to stop allocating from `pool`; the error is raised."""
+    """Ends a capture. If this fails, makes PyTorch's allocator stop allocating from `pool`, and raises the error."""
     try:
         graph.capture_end()
     except RuntimeError:

@@ -173,7 +173,7 @@ def test_hot_words_and_an_open_vocabulary(folder, tmp_path, capsys):
         (("--hot-words", tmp_path / "bad.txt"), "bad.txt, line 1: needs a word"),
         (("--hot-words", tmp_path / "gone.txt"), "cannot be read"),
         (("--open-vocabulary",), "need a language model of words"),
-        (("--lm", folder / "symbols.arpa", "--open-vocabulary"), "is a model of symbols, always open"),
+        (("--lm", folder / "symbols.arpa", "--open-vocabulary"), "is a model of symbols, which is always open"),
     ]
     capsys.readouterr()
     assert_refused(functools.partial(run, folder, "evaluate"), capsys, "evaluate", cases)

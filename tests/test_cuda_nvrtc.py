@@ -1,5 +1,5 @@
-"""The CUDA kernels without a toolkit: what NVRTC must compile and what the driver gets; real compiles if CuPy
-exists."""
+"""The CUDA kernels without a toolkit: stand-ins for NVRTC and the driver check what is compiled and launched. With CuPy
+installed, NVRTC itself compiles some kernels."""
 
 import ctypes
 import functools

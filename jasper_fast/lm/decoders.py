@@ -51,7 +51,7 @@ def load_lm(
     """
     if lexicon is None and not is_binary(path) and not foreign(Arpa(path), vocabulary):
         if unknown is not None:
-            raise LanguageModelError(f"{path}: is a model of symbols, always open; leave --open-vocabulary out")
+            raise LanguageModelError(f"{path}: is a model of symbols, which is always open; remove --open-vocabulary")
         return SymbolLM(path, vocabulary)
     known = word_lm(path, vocabulary, lexicon)
     return known if unknown is None else SpeltLM(known, vocabulary, unknown=unknown)

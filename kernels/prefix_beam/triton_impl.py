@@ -9,8 +9,9 @@ Each candidate has an integer key. Its upper bits hold the distance of its score
 most 2 ** -39, so closer scores count as equal. Its lower bits hold the candidate's place in the order of reference.py.
 Bisection finds a threshold that exactly `beam` keys do not exceed (or all keys, if there are fewer). The place of such
 a key in the new beam is the number of smaller keys. Sorting all keys, or comparing all prefixes in one operation, would
-spill registers. Each frame stores the parent's place and the new symbol of each prefix in the new beam, 4 bytes per
-prefix. At the end the symbols of the best prefixes are read from these, from the last frame to the first.
+spill registers. Each frame stores, for each prefix in the new beam, its place in the old beam (or its parent's) and its
+new symbol, in 4 bytes. At the end the symbols of the best prefixes are read from these, from the last frame to the
+first.
 
 The n-gram is a table here, with 12 bytes for each state and class: what the class adds to the score, and the state that
 follows.
