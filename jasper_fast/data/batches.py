@@ -14,7 +14,7 @@ from jasper_fast.data.batch import Batch
 from jasper_fast.data.dataset import Item, SpeechDataset
 from jasper_fast.data.manifest import Skipped
 
-_TRIES = 3  # how often a batch is read if the worker process that reads it dies
+_TRIES = 3  # attempts to read a batch, if the process that reads it dies each time
 
 
 def _padded(rows: Sequence[np.ndarray | list[int]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -48,12 +48,13 @@ class BatchSampler:
     the longest), or both. An utterance longer than ``max_seconds`` is a batch of its own.
 
     ``bucketing`` puts items of similar length together: it sorts them by length times a random factor from 1 to 1.1.
-    Batches are shuffled. With ``shuffle=False`` items keep the given order, or are sorted by length with bucketing;
-    ``window`` then sorts only within groups of so many consecutive items.
+    Batches are shuffled. With ``shuffle=False`` items keep the given order or, with bucketing, are sorted by length. If
+    ``window`` is given, this sorts only within groups of ``window`` consecutive items.
 
-    With ``world_size`` ranks every rank has the same number of steps, each step has batches of similar length on all
-    ranks, and each utterance is used once. To make the numbers equal, large batches are halved. If there are fewer
-    utterances than ranks, some are repeated. Without shuffling, some ranks may have one batch more than others.
+    With ``world_size`` ranks each utterance is used once, by one of them. When shuffling, every rank has the same
+    number of steps, and the batches of a step have similar lengths. To make the numbers of steps equal, large batches
+    are halved. If there are fewer utterances than ranks, some are repeated. Without shuffling, some ranks may have one
+    batch more than others.
 
     ``shards`` is the shard number of each item, from 0 on. Shuffled batches then use the items of ``open_shards``
     randomly chosen shards before those of the next ones, so that storage reads few files at a time.
@@ -106,7 +107,7 @@ class BatchSampler:
 
     def prepare(self, epoch: int) -> None:
         """Starts a thread that makes the batches of an epoch ahead of time. With 280,000 utterances at random speeds
-        this takes seconds, for which ``batches`` would otherwise make the training wait."""
+        this takes seconds. Without this call the training would wait for them in ``batches``."""
         threading.Thread(target=self.batches, args=(epoch,), daemon=True).start()
 
     def steps(self, epoch: int = 0) -> int:
@@ -143,8 +144,8 @@ class BatchSampler:
         return [order[turn == i] for i in range(int(turn.max()) + 1)]
 
     def _even_out(self, batches: list[list[int]]) -> None:
-        """Halves large batches until their number is a multiple of ``world_size``. Once all are single items, the
-        first ones are repeated."""
+        """Halves large batches until their number is a multiple of ``world_size``. Once every batch is a single item,
+        the first batches are repeated."""
         while len(batches) % self.world_size:
             at = max(range(len(batches)), key=lambda i: len(batches[i]))
             whole = batches[at]
@@ -183,7 +184,8 @@ def load_batches(
     ``endless`` the same processes go on to load all later epochs.
 
     Skipped utterances are added to ``dataset.skipped``. A process that dies is replaced, and its batch is read again. A
-    batch whose reading has killed three processes is yielded empty. Draws nothing from torch's global generator.
+    batch whose reading has killed three processes is yielded empty. No random numbers are drawn from torch's global
+    generator.
     """
     place = epoch, start_step
     while place is not None:
@@ -195,7 +197,7 @@ def load_batches(
             place = None
         except processes.WorkerDied:
             del source  # ends the other processes
-            # The next batch is missing. It is read by itself, and new processes read all later ones.
+            # The next batch is missing. It is read by itself, and new processes read all later batches.
             place, items = ahead.popleft()
             yield _told(dataset, _alone(dataset, items, place[0], pin_memory), place)
             place = place[0], place[1] + 1
@@ -222,8 +224,8 @@ def _noted(plan: Iterator, ahead: deque) -> Iterator[list[tuple[int, int]]]:
 
 
 def _alone(dataset: SpeechDataset, items: list[int], epoch: int, pin_memory: bool) -> Batch:
-    """Reads a batch again, in a new process, after the process that read it has died. Returns an empty batch if the new
-    ones die too."""
+    """Reads a batch again, in a new process, after the process that read it has died. Returns an empty batch if every
+    new process dies as well."""
     why = None
     for _ in range(_TRIES - 1):
         try:

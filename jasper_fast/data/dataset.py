@@ -31,7 +31,7 @@ _SUBSTITUTES = 8  # in training, how many other utterances are tried in place of
 
 @dataclass
 class Item:
-    """One utterance ready to be collated; ``audio`` is None if it had to be skipped.
+    """An utterance, or several that are joined, ready to be collated. ``audio`` is None if it had to be skipped.
 
     ``start``: seconds trimmed from the beginning; ``warned``: what is wrong with audio that is used anyway.
     """
@@ -58,14 +58,14 @@ class SpeechDataset(Dataset):
 
     Indexed by ``index`` or ``(epoch, index)``; returns Items for ``collate``. For training, it skips utterances whose
     manifest duration (before any perturbation) is outside the settings' bounds, whose text is empty after
-    normalisation, or which have fewer output frames than CTC needs (``frame_samples`` samples per output frame: hop
-    times the model's stride). An unreadable file is replaced by an utterance of similar length.
+    normalisation, or which have fewer output frames than CTC needs. ``frame_samples`` is the number of samples per
+    output frame, the hop times the model's stride. An unreadable file is replaced by an utterance of similar length.
 
     With ``training=False`` nothing is perturbed, joined or replaced, and utterances of any length and with empty text
     are kept. Unreadable files are skipped, and truncated ones are used as far as they go, with a warning.
 
-    Texts with symbols that are not labels are always skipped. ``kept`` has the indices, in the argument
-    ``utterances``, of those that are left. Raises ValueError if none is left.
+    Texts with symbols that are not labels are always skipped. ``kept`` lists the indices of the remaining utterances in
+    the argument ``utterances``. Raises ValueError if none remains.
     """
 
     def __init__(
@@ -119,8 +119,8 @@ class SpeechDataset(Dataset):
         data_dir: str | os.PathLike | None = None,
         **others: Any,
     ) -> Self:
-        """Reads manifests, with settings from a dict with the keys of the reference's ``audio_dataset`` (see
-        ``AudioSettings.from_config``); ``others`` are arguments of this class. Raises ValueError for bad settings, and
+        """Reads manifests, with settings from a dict with the keys of ``audio_dataset`` of NVIDIA's Jasper (see
+        ``AudioSettings.from_config``). ``others`` are arguments of this class. Raises ValueError for bad settings, and
         ManifestError for a bad manifest."""
         settings = AudioSettings.from_config(audio_dataset)
         paths = [manifests] if isinstance(manifests, (str, os.PathLike)) else manifests
@@ -198,7 +198,7 @@ class SpeechDataset(Dataset):
             return item
         order = sorted(range(len(self.utterances)), key=self._seconds.__getitem__)
         rank = order.index(index)
-        neighbours = order[:rank][::-1] + order[rank + 1 :]  # shorter ones first, which do not make the batch longer
+        neighbours = order[:rank][::-1] + order[rank + 1 :]  # shorter ones first: they do not make the batch longer
         for neighbour in neighbours[:_SUBSTITUTES]:
             skipped += item.skipped
             item = self._single(neighbour, change)

@@ -9,7 +9,7 @@ import numpy as np
 @dataclass(frozen=True)
 class Clips:
     """The parts of an item: the indices of its utterances, the silences before, between and after them in seconds, and
-    the level of noise in the silences."""
+    the level of the noise in the silences in dB (None: no noise)."""
 
     indices: tuple[int, ...]
     gaps: tuple[float, ...] = (0.0, 0.0)
@@ -29,10 +29,10 @@ class Clips:
 class Join:
     """Joins min_clips..max_clips utterances into one, with silences of min_gap..max_gap seconds around and between.
 
-    Each item has its own utterance and random others. With ``same_speaker`` the others are of the same speaker, if the
-    manifest names speakers. ``noise_db`` (low, high) fills the silences with white noise of a random level in that
-    range (negative numbers; 0 is full scale); None fills them with zeros. ``items`` is the number of items per epoch;
-    None means one per utterance.
+    Each item contains one utterance given by its index, and random others. With ``same_speaker`` the others are of the
+    same speaker, if the manifest names speakers. ``noise_db`` (low, high) fills the silences with white noise of a
+    random level in that range (negative numbers; 0 is full scale); None fills them with zeros. ``items`` is the number
+    of items per epoch; None means one per utterance.
     """
 
     min_clips: int = 1
@@ -52,12 +52,14 @@ class Join:
     def draw(
         self, own: int, pool: Sequence[int], durations: Sequence[float], longest: float, rng: np.random.Generator
     ) -> Clips:
-        """Draws utterance ``own`` and random others of ``pool``, no more than fit into ``longest`` seconds."""
+        """Returns utterance ``own`` among random others of ``pool``. Beyond ``min_clips``, there are only as many as
+        fit into ``longest`` seconds."""
         count = int(rng.integers(self.min_clips, self.max_clips + 1))
         indices = [pool[i] for i in rng.integers(0, len(pool), count)]
         indices[int(rng.integers(0, count))] = own
         gaps = rng.uniform(self.min_gap, self.max_gap, count + 1).tolist()
         noise_db = float(rng.uniform(*self.noise_db)) if self.noise_db else None
         while len(indices) > self.min_clips and sum(durations[i] for i in indices) + sum(gaps) > longest:
-            del indices[-1 if indices[-1] != own else 0], gaps[-1]  # drop the last one, but never the item's own
+            # drop the last clip, or the first if the last is `own`
+            del indices[-1 if indices[-1] != own else 0], gaps[-1]
         return Clips(tuple(indices), tuple(gaps), noise_db)

@@ -1,4 +1,4 @@
-"""Reads manifests (JSON lines, or the reference's JSON array), and counts the utterances that are left out."""
+"""Reads manifests (JSON lines, or the JSON array of NVIDIA's Jasper), and counts the utterances that are left out."""
 
 import json
 import math
@@ -25,8 +25,8 @@ class Utterance:
     """One line of a manifest: ``duration`` seconds of the file at ``path`` from ``offset`` seconds on, and its text.
 
     ``alternatives``: files of the same utterance at several speeds, one of which training takes at random;
-    ``manifest``: the manifest that lists the utterance; ``packed``: its place in a shard, or None if it is a file of
-    its own.
+    ``manifest``: the manifest that lists the utterance; ``packed``: the place of the utterance in a shard, or None if
+    it is in a file of its own.
     """
 
     path: str
@@ -70,12 +70,12 @@ def read_manifest(
     path: str | os.PathLike, data_dir: str | os.PathLike | None = None, offline_speeds: bool = False
 ) -> list[Utterance]:
     """Reads the utterances of a manifest: JSON lines as in NeMo (audio_filepath, duration, text[, offset, speaker], and
-    shard_id if packed in tar files) or one JSON array as in the reference (transcript, files, original_duration).
+    shard_id if packed in tar files) or the JSON array of NVIDIA's Jasper (transcript, files, original_duration).
 
     ``path`` may be a URL or a pattern (manifest__OP_0..127_CL_.json). Relative paths start at ``data_dir``, by default
     the manifest's folder; for shards ``data_dir`` may be the pattern of their paths. A missing duration is read from
-    the file's header (NaN if that fails, which the dataset reports). From the reference's ``files`` the one at speed 1
-    is used; with ``offline_speeds`` all are. Raises ManifestError, which names the line or entry.
+    the file's header (NaN if that fails, which the dataset reports). Of the ``files`` of an entry only the one at speed
+    1 is used, or all with ``offline_speeds``. Raises ManifestError, which names the line or entry.
     """
     utterances = []
     for found in each_utterance(path, data_dir, offline_speeds):

@@ -42,10 +42,10 @@ class Change:
 
 
 def add_noise(samples: np.ndarray, snr_db: float, slope: float, seed: int) -> np.ndarray:
-    """Returns (samples,) fp32 with added noise, ``snr_db`` decibels below their mean power. The power of the noise is
-    proportional to frequency ** ``slope``. Digital silence stays as it is."""
+    """Returns (samples,) fp32 with added noise, whose mean power is ``snr_db`` decibels below that of the samples. Its
+    power at each frequency is proportional to frequency ** ``slope``. Digital silence stays as it is."""
     spectrum = np.fft.rfft(np.random.default_rng(seed).standard_normal(len(samples), np.float32))
-    spectrum *= np.linspace(0.01, 1, len(spectrum)) ** (slope / 2)  # flat below 1 % of the band
+    spectrum *= np.linspace(0.01, 1, len(spectrum)) ** (slope / 2)  # not from 0, whose negative powers are infinite
     noise = np.fft.irfft(spectrum, len(samples))
     wanted = np.sqrt(np.mean(np.square(samples, dtype=np.float64))) * 10 ** (-snr_db / 20)
     return (samples + noise * (wanted / max(noise.std(), 1e-12))).astype(np.float32)
@@ -93,7 +93,7 @@ TEMPO = Chance(0.8, 1.25, nothing=1.0, log=True)
 
 @dataclass(frozen=True)
 class Perturb:
-    """The perturbations of a data set: the ranges from which a Change is drawn. None: not applied."""
+    """The perturbations of a data set: the ranges from which a Change is drawn. What is None is not applied."""
 
     speed: Chance | None = None
     gain: Chance | None = None

@@ -52,7 +52,7 @@ def expanded(pattern: str) -> list[str]:
 
 def _numbers(first: str, last: str) -> list[str]:
     """Returns the numbers from ``first`` to ``last``, padded with zeros to the width of ``first`` if that begins with
-    0. Of more than _MOST numbers it returns _MOST + 1."""
+    0. Returns at most _MOST + 1 numbers, by which ``expanded`` sees that there are too many."""
     width = len(first) if first.startswith("0") else 0
     return [f"{i:0{width}d}" for i in range(int(first), min(int(last), int(first) + _MOST) + 1)]
 

@@ -11,7 +11,7 @@ from jasper_fast.data.shards import Packed
 from jasper_fast.speech import audio
 from jasper_fast.speech.audio import AudioError, Memory, ShortAudio
 
-_ROUNDING = 0.1  # seconds (plus 1 %) by which a manifest's duration may exceed the file
+_ROUNDING = 0.1  # seconds; a manifest's duration may exceed the file's by this plus 1 %
 
 
 class AudioReader:

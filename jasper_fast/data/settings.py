@@ -1,4 +1,4 @@
-"""Settings for reading, filtering and perturbing a data set, from the keys of the reference's ``audio_dataset``."""
+"""Settings for reading, filtering and perturbing a data set, by the keys of NVIDIA's ``audio_dataset``."""
 
 import math
 from dataclasses import dataclass, field, fields, replace
@@ -8,7 +8,7 @@ from jasper_fast.data import perturb
 from jasper_fast.data.join import Join
 from jasper_fast.data.perturb import Perturb
 
-# The default of each perturbation, and the configuration's keys with the field that each sets.
+# For each perturbation: its default, and the field of Chance that each key of the configuration sets.
 _P = {"p": "p"}
 _RATES = {"min_rate": "low", "max_rate": "high"} | _P
 _PERTURBATIONS = {
@@ -20,15 +20,15 @@ _PERTURBATIONS = {
 }
 _PLAIN = {name: name for name in ("sample_rate", "trim_silence", "min_duration", "max_duration", "preload")}
 _PLAIN |= {"normalize_transcripts": "normalize_text", "max_utts": "max_utterances"}
-_ELSEWHERE = {"pad_to_max_duration", "sort_by_duration"}  # not for this class: LogMelFeatures pads, BatchSampler sorts
+_ELSEWHERE = {"pad_to_max_duration", "sort_by_duration"}  # not used here: LogMelFeatures pads, BatchSampler sorts
 
 
 @dataclass(frozen=True)
 class AudioSettings:
     """Sample rate and trimming, the bounds of a training utterance in seconds, and its random perturbations.
 
-    ``offline_speeds`` also uses an utterance's files at other speeds. ``max_utterances`` takes only the first so many
-    (0: all). ``preload`` keeps all audio in memory.
+    ``offline_speeds`` also uses an utterance's files at other speeds. Only the first ``max_utterances`` are used (0:
+    all). ``preload`` keeps all audio in memory.
     """
 
     sample_rate: int = 16000
@@ -44,9 +44,9 @@ class AudioSettings:
 
     @classmethod
     def from_config(cls, audio_dataset: dict[str, Any] | None) -> Self:
-        """Makes the settings from the reference's dict. It may also have the keys ``noise_perturbation``,
-        ``tempo_perturbation``, ``join`` and ``preload``. Raises ValueError, which names an unknown key or a setting
-        out of range."""
+        """Makes the settings from an ``audio_dataset`` of NVIDIA's Jasper. It may also have the keys
+        ``noise_perturbation``, ``tempo_perturbation``, ``join`` and ``preload``. Raises ValueError, which names an
+        unknown key or a setting out of range."""
         left, parts = dict(audio_dataset or {}), {}
         for name, (default, keys) in _PERTURBATIONS.items():
             parts[name] = _built(default, left.pop(f"{name}_perturbation", None), keys, f"{name}_perturbation")

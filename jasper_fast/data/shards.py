@@ -1,9 +1,9 @@
 """Finds and reads utterances packed in tar files (shards), as NeMo and WebDataset write them.
 
 Each utterance is read at its own place in the shard; the library `webdataset` would read the shard from front to back.
-So the batches of an epoch still depend only on its seed, utterances of similar length share a batch, and a run can
-resume at any step with any number of processes. The sampler uses few shards at a time, and all utterances that a batch
-needs from an object store are requested together.
+Because of this, the batches of an epoch depend only on its seed, utterances of similar length share a batch, and a run
+can resume at any step with any number of processes. The sampler uses few shards at a time, and all utterances that a
+batch needs from an object store are requested together.
 """
 
 import functools
@@ -18,7 +18,7 @@ from jasper_fast.speech.audio import AudioError, Memory
 
 
 class Packed(NamedTuple):
-    """The place of an utterance's file: ``size`` bytes from byte ``start`` of ``tar``, a path or a URL."""
+    """The place of an utterance's file: ``size`` bytes from byte ``start`` of the shard ``tar`` (path or URL)."""
 
     tar: str
     start: int
@@ -60,12 +60,13 @@ def fetch(packed: Iterable[Packed]) -> dict[Packed, bytes]:
 
 
 def locate(entry: dict[str, Any], root: str) -> tuple[str, Packed]:
-    """Returns name and place of a manifest entry that has ``shard_id``.
+    """Returns the name of a manifest entry that has ``shard_id``, and its place in its shard.
 
     The shard is the entry's ``tar``, if it has one. Otherwise it is audio_SHARD.tar in the folder ``root``, or, if
-    ``root`` is a pattern (audio__OP_0..127_CL_.tar), the path of that number in the pattern. The file is ``tar_size``
-    bytes from byte ``tar_start`` on, as `prepare shards` writes them. Without these keys, as in NeMo's manifests, it is
-    looked up in the shard by its name. Raises KeyError, TypeError, ValueError or OSError for an invalid entry.
+    ``root`` is a pattern (audio__OP_0..127_CL_.tar), path number ``shard_id`` (from 0 on) of the pattern. The file is
+    ``tar_size`` bytes from byte ``tar_start`` on, as `prepare shards` writes them. Without these keys, as in NeMo's
+    manifests, it is looked up in the shard by its name. Raises KeyError, TypeError, ValueError or OSError for an
+    invalid entry.
     """
     member, shard = str(entry["audio_filepath"]), entry["shard_id"]
     tars, folder = _tars(root)

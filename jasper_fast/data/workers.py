@@ -29,7 +29,8 @@ def begin(
     """Returns an iterator over batches, which ``workers`` processes load (0: this process). Each entry of ``keys`` has
     the keys of one batch's items in the dataset.
 
-    The iterator raises WorkerDied if the process that loads the next batch has died. The processes end with it.
+    The iterator raises WorkerDied if the process that loads the next batch has died. The processes end with the
+    iterator.
     """
     loader = DataLoader(
         dataset,

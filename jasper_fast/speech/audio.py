@@ -81,8 +81,8 @@ class _File(soundfile.SoundFile):
             frames = frames - len(samples) if len(samples) else 0
 
     def promised(self) -> int:
-        """Returns the number of frames that the file's header says. If libsndfile has corrected that number, the
-        original is in its log."""
+        """Returns the number of frames that the file's header states. If libsndfile has corrected that number, the
+        original is in libsndfile's log."""
         log = self.extra_info
         for name in ("data|SSND|BODY|Data Size", "riff|Riff size"):
             if found := re.search(rf"^\s*(?:{name})\s*: (\d+) \(should be (\d+)\)", log, re.MULTILINE):
@@ -199,7 +199,7 @@ def _load(path: str | os.PathLike | Memory, sample_rate: int, offset: float, dur
         raise AudioError(path, f"damaged: a sample has the value {peak:.3g}; full scale is 1")
     found = np.ascontiguousarray(resample(mono, rate, sample_rate))
     if not len(found):
-        raise AudioError(path, f"too short: {len(mono)} samples at {rate} Hz are less than one at {sample_rate} Hz")
+        raise AudioError(path, f"too short: {len(mono)} samples at {rate} Hz give not one sample at {sample_rate} Hz")
     if wanted - len(samples) > rate // 100:  # codecs count in blocks, so small differences are no error
         raise ShortAudio(path, f"truncated: {lengths}", "truncated", found)
     return found
@@ -246,9 +246,9 @@ def change_tempo(samples: np.ndarray, tempo: float, sample_rate: int) -> np.ndar
 
 def silence_bounds(samples: np.ndarray, top_db: float = 60.0, frame: int = 2048, hop: int = 512) -> tuple[int, int]:
     """Returns the first sample and the end of the part that is not silent. A hop is silent if its power is more than
-    ``top_db`` below that of the loudest one.
+    ``top_db`` below that of the loudest hop.
 
-    If everything is silent or equally loud, that is all samples. Equivalent: ``librosa.effects.trim(samples,
+    If everything is silent or equally loud, the part is all samples. Equivalent: ``librosa.effects.trim(samples,
     top_db)[1]``.
     """
     if not len(samples):

@@ -1,4 +1,4 @@
-"""Masks features at random for training, for all utterances of a batch at once and without a device synchronisation.
+"""Masks features at random for training, for all utterances of a batch together and without a device synchronisation.
 
 SpecAugment and SpecCutout take features (N, F, T) and lengths (N,) in frames. They return features of the same shape,
 dtype and memory order, in which the masked cells are 0 (the mean, if features are normalised). In evaluation mode they
@@ -21,8 +21,8 @@ def _uniform_int(low: int, high: Tensor | int, shape: tuple[int, ...], device: t
 
 
 def _spans(count: Tensor | int, masks: int, low: int, high: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Draws spans of low..high cells, and returns their first cells and ends, each (N, masks). A span lies within
-    0..count-1 if it is not longer than that."""
+    """Draws spans of low..high cells, and returns their first cells and ends, each (N, masks). A span of at most
+    ``count`` cells lies within 0..count-1."""
     shape = (like.shape[0], masks)
     width = _uniform_int(low, high, shape, like.device)
     room = count - width
@@ -42,10 +42,11 @@ def _check_range(what: str, low: int, high: int) -> None:
 
 
 class SpecAugment(nn.Module):
-    """Zeroes ``freq_masks`` spans of min_freq..max_freq mel bands and ``time_masks`` of min_time..max_time frames.
+    """Zeroes ``freq_masks`` spans of min_freq..max_freq mel bands, and ``time_masks`` spans of min_time..max_time
+    frames.
 
     ``max_time_ratio`` limits a span in time to that share of the utterance, for corpora with very short utterances.
-    With 1.0 there is no such limit, as in the reference. Raises ValueError for an empty range.
+    With 1.0 there is no such limit, as in NVIDIA's Jasper. Raises ValueError for an empty range.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ class Word:
 @dataclass(frozen=True)
 class Hypothesis:
     """A text that a beam search found. ``score`` and ``log_prob`` (log p_CTC) are natural logarithms; ``symbols`` are
-    its classes."""
+    the classes of its symbols."""
 
     text: str
     score: float
@@ -42,7 +42,8 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Transcript:
-    """A text with the times of its symbols and words. ``confidence`` is the mean over the symbols, or 1 without any."""
+    """A text with the times of its symbols and words. ``confidence`` is the mean over the symbols, or 1 if there are
+    none."""
 
     text: str
     symbols: list[Word]

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LOG_GUARDS = {"reference": 1e-20, "nemo": 2**-24}  # convention to the value added before the logarithm
+LOG_GUARDS = {"reference": 1e-20, "nemo": 2**-24}  # by convention: the value added before the logarithm
 STD_GUARD = 1e-5  # added to the standard deviation before the division
 _NOISE_PERIOD = 16384  # the dither of evaluation mode repeats after so many samples
 _AUGMENT_KEYS = ("spec_augment", "cutout_augment")  # may be in filterbank_features, but are read by augment.py
 
 _SAME = "sample_rate window_size window_stride window n_fft dither normalize log pad_to_max_duration max_duration"
-_KEYS = {name: name for name in _SAME.split()} | {  # keys of the reference's filterbank_features to our names
+_KEYS = {name: name for name in _SAME.split()} | {  # from keys of NVIDIA's filterbank_features to our names
     "n_filt": "n_mels",
     "pad_align": "pad_to_multiple",
     "preemph": "preemphasis",
@@ -73,15 +73,18 @@ class LogMelFeatures(nn.Module):
     exactly 0. The returned lengths are ceil(samples / hop). T is 1 + S // hop, rounded up to a multiple of
     ``pad_to_multiple``. The memory order of the features is (N, T, n_mels), as the network needs it.
 
-    Semantics: FilterbankFeatures of NVIDIA's Jasper for PyTorch (DeepLearningExamples), with these differences:
+    Semantics (``convention="reference"``): FilterbankFeatures of NVIDIA's Jasper for PyTorch (DeepLearningExamples),
+    with these differences:
     - Samples beyond the length count as zero, whatever they are.
-    - With ``batch_invariant=True`` (the default) zeros follow the end of every utterance. With False, as in the
-      reference, the end of the longest utterance of a batch is reflected. Then the last frame of an utterance depends
-      on the rest of its batch, unless the utterance's length is a multiple of the hop.
-    - Dither is added in training and evaluation as in the reference. In evaluation mode it is the same noise in each
+    - With ``batch_invariant=True`` (the default) zeros follow the end of every utterance. With False, as
+      in NVIDIA's, the end of the longest utterance of a batch is reflected. Then the last frame of an utterance
+      depends on the rest of its batch, unless the utterance's length is a multiple of the hop.
+    - Dither is added in training and evaluation, as in NVIDIA's. In evaluation mode it is the same noise in each
       call, so that transcripts repeat; ``dither=0`` switches it off.
-    - The features of an utterance of one frame or none are zeros. (The reference gives NaN, the variance of one value.)
-    - A batch with S <= n_fft / 2, too short for the reflection and an error in the reference, is extended by zeros.
+    - The features of an utterance of one frame or none are zeros. (NVIDIA's are NaN, because one value has no
+      variance.)
+    - A batch with S <= n_fft / 2, which is too short for the reflection, is extended by zeros. (NVIDIA's raises an
+      error.)
 
     ``convention="nemo"`` makes the features of NeMo's FilterbankFeatures instead: lengths = samples // hop, zeros
     beyond both ends of the audio, no pre-emphasis beyond the length, dither only in training, and a guard of 2^-24.
@@ -160,8 +163,7 @@ class LogMelFeatures(nn.Module):
 
     @classmethod
     def from_config(cls, filterbank_features: dict[str, Any], **overrides: Any) -> Self:
-        """Builds the features from the reference's ``filterbank_features`` dict. ``overrides`` are arguments of this
-        class.
+        """Builds the features from NVIDIA's ``filterbank_features`` dict. ``overrides`` are arguments of this class.
 
         spec_augment and cutout_augment in the dict are ignored; ``speech.augment.from_config`` reads them. Raises
         ValueError naming an unknown key.

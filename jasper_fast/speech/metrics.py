@@ -9,7 +9,8 @@ from jasper_fast.extras import need
 
 @dataclass(frozen=True)
 class Errors:
-    """Counts of the edits that turn a corpus's references into its hypotheses; ``length`` is that of the references."""
+    """Counts of the edits that turn a corpus's references into its hypotheses; ``length`` is the number of words or
+    characters in the references."""
 
     substitutions: int
     deletions: int

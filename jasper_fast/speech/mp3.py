@@ -1,9 +1,9 @@
-"""Finds the length of MP3 files that do not say it in a header. For these, libsndfile only guesses the length from the
-bit rate of the first frame."""
+"""Finds the length of MP3 files that do not state it in a header. For these, libsndfile only guesses the length from
+the bit rate of the first frame."""
 
 import mmap
 
-_KBITS = {  # bit rates of layer III: by the header's version bits, then for its bit-rate index 1 to 14
+_KBITS = {  # kbit/s in layer III: by the header's version bits, one for each bit-rate index from 1 to 14
     3: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),  # MPEG-1
     2: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),  # MPEG-2
     0: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),  # MPEG-2.5
@@ -12,8 +12,8 @@ _RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 
 
 
 def _size(header: bytes) -> int:
-    """Returns the bytes of the layer III frame with this header, or 0 if it is no such header or does not determine the
-    size."""
+    """Returns the bytes of the layer III frame with this header, or 0 if the bytes are no such header or do not
+    determine the size."""
     if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
         return 0
     version, bits, rate = header[1] >> 3 & 3, header[2] >> 4, header[2] >> 2 & 3
@@ -30,7 +30,7 @@ def _side(header: bytes) -> int:
 
 
 def with_length(data: bytes | mmap.mmap) -> bytes | None:
-    """Returns the MP3 file with a Xing header in front that says its number of frames. Returns None if the file has
+    """Returns the MP3 file with a Xing header in front that states its number of frames. Returns None if the file has
     such a header already, or does not begin with frames of layer III."""
     at = 0
     while data[at : at + 3] == b"ID3" and len(data) >= at + 10:
@@ -51,6 +51,6 @@ def with_length(data: bytes | mmap.mmap) -> bytes | None:
         at += size
     if not count:
         return None
-    head = bytes((header[0], header[1] | 1, header[2] & 0x0D | 0x90, header[3]))  # no checksum, and room for the count
+    head = bytes((header[0], header[1] | 1, header[2] & 0x0D | 0x90, header[3]))  # no checksum; the bit rate gives room
     table = b"Xing" + (1).to_bytes(4, "big") + count.to_bytes(4, "big")
     return (head + bytes(_side(head) - 4) + table).ljust(_size(head), b"\0") + data[start:]

@@ -1,4 +1,4 @@
-"""Writes numbers in English words, as the text cleaners of NVIDIA's Jasper do. Both use the package inflect."""
+"""Writes numbers in English words, as the text cleaners of NVIDIA's Jasper do, with the same package, inflect."""
 
 import functools
 import re

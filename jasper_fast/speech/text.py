@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from jasper_fast.extras import need
 from jasper_fast.speech.numbers import expand_numbers
 
-LABELS = [" ", *string.ascii_lowercase, "'"]  # the reference's alphabet; the blank comes after it
+LABELS = [" ", *string.ascii_lowercase, "'"]  # the alphabet of NVIDIA's Jasper; the blank comes after it
 
 
 class UnknownSymbolError(ValueError):
@@ -139,7 +139,7 @@ def normalize_and_lost(
         for sign, word in (("&", " and "), ("+", " plus ")):
             text = text if sign in keep else text.replace(sign, word)
     if not _has_case(keep, str.lower) and _has_case(keep, str.upper):
-        text = "".join(c if c in keep else c.upper() for c in text)  # the words inserted above
+        text = "".join(c if c in keep else c.upper() for c in text)  # words inserted above become upper case
     punctuation = {ord(c): " " for c in string.punctuation if c not in keep}
     text = text.translate(punctuation)
     dropped = {c for c in text if c not in keep and not c.isspace()}
@@ -148,10 +148,11 @@ def normalize_and_lost(
 
 
 def _lost(before: str, dropped: set[str], keep: set[str]) -> list[str]:
-    """Returns the characters that normalisation lost from the text ``before`` it.
+    """Returns the characters of the text ``before`` normalisation that were lost in it.
 
-    These are the characters whose ASCII form has ``dropped`` characters, letters without an ASCII form, and dropped
-    characters that come from no character of the text (letters of numbers in words). ``keep``: the labels' characters.
+    These are the characters whose ASCII form has ``dropped`` characters, letters and digits without an ASCII form, and
+    dropped characters that come from no character of the text (such as letters of numbers that were written in words).
+    ``keep``: the labels' characters.
     """
     lower, lost, explained = {c.lower() for c in dropped}, {}, set()
     for c in dict.fromkeys(before):
@@ -169,7 +170,8 @@ def _has_case(keep: set[str], case) -> bool:
 
 
 def _fold(character: str, keep: set[str]) -> str:
-    """Returns the character in the case that the labels have, else its ASCII form in lower case."""
+    """Returns the character in lower or upper case, whichever form is a label. Otherwise returns its ASCII form in
+    lower case (a space for white space beyond ASCII)."""
     for form in (character.lower(), character.upper()):
         form = unicodedata.normalize("NFC", form)
         if form in keep:
@@ -181,7 +183,7 @@ def _fold(character: str, keep: set[str]) -> str:
     return need("anyascii", "train").anyascii(character).lower()
 
 
-# "misess" is the reference's spelling, and published models were trained with it.
+# "misess" is the spelling of NVIDIA's Jasper, and published models were trained with it.
 _ABBREVIATIONS = {
     "mrs": "misess",
     "mr": "mister",

@@ -20,9 +20,9 @@ class SpeakerWarp(nn.Module):
     To imitate another vocal tract, frequencies are multiplied by a factor between 1 / ``max_warp`` and ``max_warp``
     (log-uniform). ``f_max`` is the upper edge of the highest band; above about ``knee`` times ``f_max`` the map bends
     so that it stays within the bands. To imitate another microphone, four cosines over the bands are added to every
-    frame; ``equalize`` is the standard deviation of their amplitudes. This has an effect with ``normalize:
-    all_features``, but little with normalisation of each band, which removes it. Raises ValueError for arguments out of
-    range.
+    frame; ``equalize`` / sqrt(j) is the standard deviation of the amplitude of cosine j. The features are already
+    normalised here. Normalisation of each band removes what a microphone adds to every frame, so ``equalize`` is of use
+    mainly with ``normalize: all_features``. Raises ValueError for arguments out of range.
 
     Source: N. Jaitly and G. Hinton, Vocal Tract Length Perturbation improves speech recognition, 2013, applied to mel
     bands instead of the filterbank. Equivalent, for one utterance ``x`` (F, T) and its factor ``a``::

@@ -164,8 +164,8 @@ def check(
 def clean_entries(
     results: Sequence[Found], manifest: str, target: Path, data_dir: str | os.PathLike | None = None, strict=False
 ) -> Iterator[dict[str, Any]]:
-    """Yields the entries of the clean manifest ``target``. Their paths become absolute if it is in another folder than
-    ``manifest``."""
+    """Yields the entries of the clean manifest ``target``. Their paths become absolute if ``target`` is not in the
+    folder of ``manifest``, or if ``data_dir`` is given."""
     root = os.fspath(data_dir or places.parent(manifest))
     same = os.path.realpath(places.parent(manifest)) == str(target.resolve().parent) and data_dir is None
 

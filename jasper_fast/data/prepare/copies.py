@@ -23,7 +23,7 @@ class Copy:
 
     @property
     def plain(self) -> bool:
-        """Whether this version is the original itself."""
+        """Whether this kind is the original itself, which is not copied."""
         return self.speed == 1.0 and self.suffix == ".flac"
 
     def folder(self, original: Path) -> Path:

@@ -36,7 +36,8 @@ def fetch(url: str, target: Path, md5: str, progress: Progress) -> None:
 
     A ``target.part`` from an earlier run is continued. If the connection breaks or is silent for a minute, or if the
     server is busy, the download is tried again, until ``TRIES`` attempts in a row have received nothing. Raises
-    PrepareError for errors that a retry cannot mend, and for a wrong MD5; the downloaded part is then deleted.
+    PrepareError for errors that a retry cannot mend, and for a wrong MD5. In the latter case the downloaded file is
+    deleted.
     """
     part = target.with_name(f"{target.name}.part")
     with writing(part):

@@ -18,7 +18,7 @@ from jasper_fast.data.prepare.writing import PrepareError, Progress, alone_in, m
 
 HOME = "https://www.openslr.org/resources"
 WORK = Path(".prepare")  # folder within the corpus for downloads and everything else that is not complete yet
-UNFINISHED = WORK / "unfinished"  # what of it is not a download
+UNFINISHED = WORK / "unfinished"  # folder for unpacked sets, copies and manifests that are not complete yet
 
 
 class Published(NamedTuple):
@@ -136,9 +136,10 @@ def prepare(corpus: Corpus, jobs: int, say: Callable[[str], None], progress: Pro
     """Prepares every set, and writes a manifest of it (JSON lines: audio_filepath, duration, text, speaker, and
     ``files`` if there are copies at other speeds).
 
-    First says what will be downloaded and written. Copies are made by ``jobs`` threads (0: one per core). Complete
-    files are never made again, so the same call continues an interrupted run, with the same result. Raises
-    PrepareError for a wrong MD5, a damaged or hostile archive, too little space, or a server that does not answer.
+    First reports (to ``say``) what will be downloaded and written. Copies are made by ``jobs`` threads (0: one per
+    core). Complete files are never made again, so the same call continues an interrupted run, with the same result.
+    Raises PrepareError for a wrong MD5, a damaged or hostile archive, too little space, or a server that does not
+    answer.
     """
     for name in corpus.sets:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):

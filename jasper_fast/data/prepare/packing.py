@@ -93,7 +93,7 @@ def _content(utterance: Utterance) -> tuple[bytes, float]:
 
 
 def _write(path: Path, number: int, share: Sequence[tuple[Utterance, str]], url: str | None) -> list[dict[str, Any]]:
-    """Writes one shard of utterances under their names in it, and returns its lines of the manifest."""
+    """Writes one shard of utterances under the given names, and returns the lines of the manifest for it."""
     lines = []
     with whole(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
         for utterance, name in share:

@@ -52,7 +52,7 @@ def kind_of(name: str) -> str:
 def entries(source: str, kind: str, audio_dir: Path | None, report: Report) -> Iterator[Entry]:
     """Yields manifest entries: audio_filepath, duration, text and, if known, speaker and offset.
 
-    ``audio_dir``: where relative paths of audio start (default: as usual for the format). ``report`` is called with a
+    ``audio_dir``: where relative paths of audio start (default: depends on the format). ``report`` is called with a
     message for each utterance that is left out. Raises PrepareError, which names file and line, for a source that is
     not in the format ``kind``.
     """
@@ -125,7 +125,7 @@ def _folder(source: Path, audio_dir: Path | None, report: Report) -> Iterator[En
 
 
 def _table(path: Path, least: int = 1) -> dict[str, str]:
-    """Reads a Kaldi file: returns the rest of each line by the key at its beginning."""
+    """Reads a Kaldi file. Returns a dict from the first word of each line to the rest of the line."""
     found = {}
     for number, line in _lines(path):
         key, *rest = line.split(maxsplit=1)

@@ -17,15 +17,16 @@ TEXTS = ("txt", "lab", "trn", "transcript")
 
 
 def named(source: str) -> list[str]:
-    """Returns the tars that a source names. It may be a folder, a path, a pattern or a URL. Another source has none."""
+    """Returns the tars that a source names. It may be a folder, a path, a pattern or a URL. For any other source the
+    list is empty."""
     if not places.is_url(source) and os.path.isdir(source):
         return sorted(str(path) for path in Path(source).glob("*.tar"))
     return [tar for tar in places.expanded(source) if tar.endswith(".tar")]
 
 
 def entries(source: str, report: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """Yields a manifest entry for each sample with audio and text. It has the place of the audio in the tar, from which
-    the audio is read later.
+    """Yields a manifest entry for each sample with audio and text. The entry has the place of the audio in the tar,
+    from which the audio is read later.
 
     ``report`` is called with a message for each sample that is left out. Raises PrepareError, which names a file that
     is not a tar.
