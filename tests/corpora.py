@@ -31,18 +31,18 @@ def speech_folder() -> Path | None:
 
 def real_speech() -> Path:
     """Returns the folder of real speech, or skips the test if it does not exist."""
-    return speech_folder() or pytest.skip("no real speech: JASPER_FAST_DATA names the folder of it")
+    return speech_folder() or pytest.skip("no real speech: set JASPER_FAST_DATA to its folder")
 
 
 def tone(seed: int, seconds: float = 0.5, form: str = "FLAC") -> bytes:
-    """Returns a file at 16 kHz."""
+    """Returns an audio file of a tone at 16 kHz."""
     samples, file = 0.3 * np.sin(np.arange(round(seconds * 16000)) * (0.02 + 0.005 * (seed % 17))), io.BytesIO()
     soundfile.write(file, samples, 16000, format=form, subtype="PCM_16")
     return file.getvalue()
 
 
 def written(folder: Path, count: int) -> list[Utterance]:
-    """Writes FLAC files of 0.3 s and more, and returns their utterances."""
+    """Writes FLAC files, the first of 0.3 s and each 0.05 s longer than the last, and returns their utterances."""
     made = [Utterance(str(folder / f"{i}.flac"), 0.3 + 0.05 * i, "a") for i in range(count)]
     for i, each in enumerate(made):
         Path(each.path).write_bytes(tone(i, each.duration))
@@ -104,7 +104,7 @@ def md5(content: bytes) -> str:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers each request as the server says."""
+    """Passes each request to ``Server.answer``."""
 
     def log_message(self, *_) -> None:
         pass
@@ -114,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """An HTTP server of `files` on this machine, which serves ranges. Each answer takes the next of `faults`:
+    """An HTTP server of `files` on this machine, which serves ranges. Each answer has the next of the `faults`:
 
     "break" sends half of the bytes, "corrupt" flips a bit, "busy" answers 503, "whole" ignores the range, "empty"
     closes the connection without an answer, and "shift" claims a range one byte later. The server waits `slow` seconds

@@ -97,7 +97,7 @@ def test_bad_files_say_what_is_wrong(tmp_path, name, cause):
 
 
 def test_a_socket_and_a_locked_folder_are_named(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # short names, because a socket's path must not be long
+    monkeypatch.chdir(tmp_path)  # because a socket's path must be short
     with socket.socket(socket.AF_UNIX) as one:
         one.bind("s.wav")
         with pytest.raises(AudioError, match=r"s\.wav: is neither a regular file nor a pipe"):
@@ -122,7 +122,7 @@ def test_names_of_any_bytes_and_raw_ones_with_a_header(tmp_path):
 def test_reads_a_pipe(tmp_path):
     data = write(tmp_path / "a.wav", tone()).read_bytes()
     out, into = os.pipe()
-    assert os.write(into, data) == len(data)  # a pipe has room for 64 KiB
+    assert os.write(into, data) == len(data)  # this fits, because a pipe has room for 64 KiB
     os.close(into)
     path = f"/dev/fd/{out}"
     with pytest.raises(AudioError, match="is a pipe"):
@@ -185,7 +185,7 @@ def test_a_file_cut_in_half_gives_what_is_there_and_both_lengths(tmp_path, conta
     assert float(short.cause.split()[4]) == pytest.approx(2.0, abs=0.02)
     assert str(pickle.loads(pickle.dumps(short))) == str(short)
     assert audio.duration(path) == pytest.approx(2.0, abs=0.02)
-    assert len(audio.load(path, duration=0.5)) == 8000  # all samples of this part exist
+    assert len(audio.load(path, duration=0.5)) == 8000  # the file has all samples of this part
     with pytest.raises(ShortAudio):
         audio.load(path, offset=0.5, duration=1.0)
 

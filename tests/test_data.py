@@ -1,4 +1,4 @@
-"""Manifests, filters, perturbation, joining, batch plans and collating, on small files made here."""
+"""Manifests, filters, perturbation, joining, batch plans and collating, on small files that the tests write."""
 
 import itertools
 import json
@@ -181,7 +181,7 @@ def test_bad_files_are_skipped_reported_and_replaced(corpus, tmp_path, workers):
     details = "".join(s.detail for s in dataset.skipped.items)
     assert "bad.wav: cannot be read" in details and "NaN" in details
     load(dataset, workers, epoch=1)
-    assert len(dataset.skipped) == 2  # each once
+    assert len(dataset.skipped) == 2  # each file is listed once
     evaluation = a_set(all_of_them, training=False)
     assert sum(map(len, load(evaluation, workers, shuffle=False))) == 12
     assert evaluation.skipped.counts == {"unreadable": 2}
@@ -270,7 +270,7 @@ def test_what_a_seed_draws_never_changes(corpus):
 
 
 def test_speed_never_makes_it_too_short_for_ctc(corpus):
-    u = Utterance(corpus[0].path, 0.5, "x" * 13)  # 25 frames, all needed
+    u = Utterance(corpus[0].path, 0.5, "x" * 13)  # 0.5 s have 25 frames, and CTC needs 25
     assert len(a_set([u], speed_perturbation={"min_rate": 1.5, "max_rate": 2.0})[0].audio) == 8000
 
 

@@ -1,4 +1,4 @@
-"""LogMelFeatures gives the reference's numbers; SpecAugment and SpecCutout mask what they should."""
+"""LogMelFeatures gives the numbers of NVIDIA's Jasper; SpecAugment and SpecCutout mask what they should."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def noise(*shape, seed=0):
 
 
 def naive(audio, samples):
-    """Computes the features of one utterance by the definition in fp64; zeros follow the audio."""
+    """Computes the features of one utterance step by step in fp64; zeros follow the audio."""
     x = torch.nn.functional.pad(audio[:samples].double(), (0, 1600))
     x = torch.cat([x[:1], x[1:] - 0.97 * x[:-1]])
     window = torch.hann_window(320, periodic=False, dtype=torch.float64)
@@ -161,9 +161,9 @@ def test_spec_augment_masks_within_the_length():
     bands, frames = (out == 0).all(2), (out == 0).all(1)
     assert bands.sum(1).max() == 20 and frames.sum(1).max() == 30
     assert not frames[:, 60:].any()
-    assert frames.any(0)[:58].all() and bands.any(0)[:62].all()  # a mask reaches every place
-    assert bands.sum(1).float().mean().sub(10).abs() < 5 * 6 / 200**0.5  # uniform over 0..20
-    for mask in (bands, frames):  # one span each, so at most one rise
+    assert frames.any(0)[:58].all() and bands.any(0)[:62].all()  # masks reach every frame and band
+    assert bands.sum(1).float().mean().sub(10).abs() < 5 * 6 / 200**0.5  # widths uniform over 0..20, mean 10
+    for mask in (bands, frames):  # each utterance has one span, so at most one rise
         padded = torch.nn.functional.pad(mask.int(), (1, 0))
         assert (padded.diff(dim=1) == 1).sum(1).max() == 1
 
@@ -247,8 +247,8 @@ def nemo(audio, lengths, *, guard=2**-24, guard_type="add", power=2.0, normalize
     ids=["default", "clamp", "magnitude", "all features", "fixed", "none", "no pre-emphasis"],
 )
 def test_nemo_convention(theirs, ours):
-    """Shows that convention "nemo" gives NeMo's numbers, also in digital silence, where the guard decides a band's
-    statistics."""
+    """Shows that convention "nemo" gives NeMo's numbers, also in digital silence, where the statistics of a band depend
+    on the guard."""
     audio, lengths = noise(3, 16123), torch.tensor([16123, 12345, 8000])
     audio[0, 9000:11000] = 0
     audio[1, 12345:] = audio[2, 8000:] = 0

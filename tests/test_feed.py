@@ -34,8 +34,8 @@ def test_the_wait_is_what_the_loader_takes_and_not_what_the_step_takes(tmp_path:
     wait = Wait()
     data = command.data_of(corpora.written(tmp_path, 2))
     for _ in feed(load_batches(data, BatchSampler(data.durations, 1)), torch.device("cpu"), wait):
-        time.perf_counter()  # the step takes one tick of this clock
-    assert wait.take() == 3, "two batches and the end, a tick each"
+        time.perf_counter()  # the step takes a tick, which must not count as waiting
+    assert wait.take() == 3, "a tick for each of two batches, and one for the end"
     assert wait.take() == 0
 
 

@@ -1,4 +1,4 @@
-"""`jasper-fast prepare librispeech` against a local server that serves small archives and misbehaves."""
+"""`jasper-fast prepare librispeech` with a local server of small archives that makes faults on purpose."""
 
 import errno
 import multiprocessing
@@ -22,7 +22,7 @@ from jasper_fast.data.prepare import fetch, librispeech, unpack, writing
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch) -> None:
-    """Removes the waiting between tries."""
+    """Removes the pause between attempts."""
     monkeypatch.setattr(fetch, "PAUSE", 0.0)
 
 
@@ -116,7 +116,8 @@ def test_a_wrong_md5_is_an_error_and_the_next_run_starts_anew(tmp_path: Path, ar
 
 @pytest.mark.parametrize(("held", "tries", "said"), [(False, 1, "404"), (True, fetch.TRIES, "503")])
 def test_a_server_that_brings_nothing_is_given_up(tmp_path: Path, archives, capsys, held, tries, said) -> None:
-    """Shows that a file which the server does not have is not asked for again."""
+    """Shows that a file which the server does not have is requested once, and one of a busy server TRIES
+    times."""
     with corpora.Server(archives if held else {}, ["busy"] * 50) as server:
         assert main(arguments(tmp_path, server.url, archives)) == 2
     assert len(server.asked) == tries and said in capsys.readouterr().err
@@ -214,7 +215,7 @@ def test_killed_at_random_points_it_finishes_to_the_same_bytes(tmp_path: Path) -
     names = sorted(spoken)
     halves = {"dev-clean": names[::2], "train-clean-100": names[1::2]}
     archives = {f"{s}.tar.gz": corpora.archive(s, {n: spoken[n] for n in half}) for s, half in halves.items()}
-    rng, context = random.Random(0), multiprocessing.get_context("fork")  # forked, because that takes no time
+    rng, context = random.Random(0), multiprocessing.get_context("fork")  # because a fork starts fast
     size = max(map(len, archives.values()))
     with corpora.Server(archives, slow=0.4 * 4096 / size) as server:
         folders = {}

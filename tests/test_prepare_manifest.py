@@ -122,7 +122,7 @@ def test_sources_that_cannot_be_read_are_one_line_errors(tmp_path: Path, capsys,
 
 
 def spoiled(folder: Path) -> tuple[Path, dict[str, set[str]]]:
-    """Writes a manifest with every fault; returns its path and the faults by file."""
+    """Writes a manifest with every fault; returns its path and the expected faults by file."""
     rng = np.random.default_rng(0)
     lengths = {"good": 16000, "clipped": 16000, "numbers": 16000, "long": 16000 * 18, "brief": 800, "many": 4000}
     speech = {n: 0.1 * rng.standard_normal(size) for n, size in (lengths | {"short": 8000, "empty": 16000}).items()}
@@ -158,7 +158,7 @@ def test_check_finds_every_fault_and_writes_what_is_clean(tmp_path: Path, capsys
     assert told["faults"]["bad_entry"] == 2 and told["entries"] == 15
     kept = [name for name, faults in expected.items() if faults <= {"clipped"}]
     assert [u.path for u in read_manifest(files["clean"])] == [str(tmp_path / name) for name in kept]
-    assert main(["check", str(files["clean"])]) == 0, "clipped.wav is told, and kept"
+    assert main(["check", str(files["clean"])]) == 0, "clipped.wav is reported and kept"
     assert main(["check", str(files["clean"]), "--strict", "--clean", str(tmp_path / "d.jsonl")]) == 1
     assert main(["check", str(tmp_path / "d.jsonl"), "--strict"]) == 0
     html = files["html"].read_text()

@@ -26,7 +26,7 @@ def stop_the_group() -> None:
     os.killpg(0, signal.SIGTERM)
 
 
-# Each of these patches a process of train.py, so that it is struck at a chosen point.
+# Each of these functions patches a process of train.py so that it is killed or stopped at a chosen point.
 
 
 def in_a_step(train, rank: int, strike: Callable[[], None]) -> None:
@@ -35,7 +35,7 @@ def in_a_step(train, rank: int, strike: Callable[[], None]) -> None:
 
     def ctc_loss(*args):
         calls.append(args)
-        if len(calls) == 10:  # four steps of two, and the second micro-batch of step 5
+        if len(calls) == 10:  # the second of two micro-batches of step 5
             strike()
         return real(*args)
 
@@ -72,7 +72,7 @@ def finish(arguments: list[str], folder: Path, expected: int, *patch) -> str:
 
 
 def curves(folder: Path) -> dict[str, list]:
-    """Returns all figures of the log by kind, without times."""
+    """Returns all records of the log by kind, without times."""
     kept = {}
     for r in read_log(folder / "log.jsonl"):
         if r["kind"] != "start":

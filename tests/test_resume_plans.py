@@ -32,7 +32,7 @@ class Utterances:
 
 
 class Plan:
-    """The batches of all ranks, where `accumulation` batches make a step."""
+    """The batches of all ranks, with `accumulation` batches per rank in each step."""
 
     def __init__(self, data: Utterances, batch_size, max_seconds, bucketing, world, accumulation) -> None:
         how = {"shuffle": True, "seed": data.seed, "world_size": world}

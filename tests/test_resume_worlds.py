@@ -13,7 +13,7 @@ from speech import train_arguments, write_corpus
 
 from jasper_fast.nn import checkpoint
 
-CHANGES = 10  # of each chain
+CHANGES = 10  # of the settings, in each run
 
 pytestmark = [
     pytest.mark.slow,
@@ -23,7 +23,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def manifests(tmp_path_factory):
-    """Returns the corpus's paths and, for a manifest of all utterances and one of some, the names in it."""
+    """Returns the corpus's paths, and two manifests (all utterances, some of them) with the file names in each."""
     paths = write_corpus(tmp_path_factory.mktemp("beeps"))
     lines = paths["train"].read_text().splitlines(keepends=True)
     some = paths["train"].with_name("some.jsonl")
@@ -85,7 +85,7 @@ def test_a_run_goes_on_under_changing_settings(seed, manifests, tmp_path):
         state = checkpoint.load(run / f"step_{stop:08d}.pt")
         assert state["step"] == stop and state["optimizer"]["param_groups"][0]["betas"][0] == plan["betas"]
         before, step, epoch = plan, stop, state["epoch"]
-        for of in [of for of in heard if of < epoch]:  # whole epochs
+        for of in [of for of in heard if of < epoch]:  # epochs that are complete
             assert set().union(*heard.pop(of)) == of_epoch[of], told
     done = worlds.world(1, [*arguments, "--resume", "--steps", str(step + 2)], tmp_path / "last")
     assert done[0].status == 0 and f"done: step {step + 2}" in done[0].said and len(done[0].steps) == 2

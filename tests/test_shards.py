@@ -51,7 +51,7 @@ def packed(tmp_path: Path, corpus: Path) -> Path:
 
 
 def without_places(path: Path, out: Path) -> tuple[Path, list[dict]]:
-    """Writes a manifest without places in tars, as NeMo's are, and returns its path and entries."""
+    """Writes a manifest without places in tars, as in NeMo's manifests, and returns its path and entries."""
     places = ("tar", "tar_start", "tar_size")
     entries = [{k: v for k, v in entry.items() if k not in places} for entry in corpora.read_lines(path)]
     return corpora.write_lines(out, entries), entries
@@ -86,7 +86,8 @@ URL = "memory://bucket/shards"
 
 @pytest.fixture
 def store(tmp_path: Path, corpus: Path):
-    """Copies tmp_path/shards to an object store (fsspec's in memory); yields the sizes of the requests made to it."""
+    """Copies tmp_path/shards to an object store (fsspec's in memory); yields, for each request to it, the number of
+    byte ranges."""
     fsspec = pytest.importorskip("fsspec")
     pack(tmp_path, "shards", "--url", f"{URL}/")
     files = fsspec.filesystem("memory")
@@ -113,7 +114,7 @@ def test_an_object_store_gives_what_the_files_give(tmp_path: Path, store: list[i
         made.append(list(load_batches(data, BatchSampler(data.durations, 5))))
         assert not data.skipped.items
     assert all(np.array_equal(one.audio, other.audio) for one, other in zip(*made, strict=True))
-    assert sorted(store) == [3, 5, 5], "one request for a batch"
+    assert sorted(store) == [3, 5, 5], "one request for each batch"
 
 
 def test_what_an_object_store_does_not_give_is_named(tmp_path: Path, store: list[int], capsys) -> None:

@@ -92,7 +92,7 @@ def test_noise_has_the_level_and_colour_asked_for(slope):
     assert 10 * np.log10(np.mean(speech**2) / np.mean(noise**2)) == pytest.approx(20.0, abs=0.3)
     power = np.abs(np.fft.rfft(noise)) ** 2
     fall = 10 * np.log10(power[500:1000].mean() / power[5000:7500].mean())
-    assert fall == pytest.approx(-slope * 9.0, abs=1.0)  # bands 8x apart: 10*log10(8) = 9
+    assert fall == pytest.approx(-slope * 9.0, abs=1.0)  # frequencies a factor of 8 apart: 10*log10(8) = 9
     assert np.array_equal(noisy, add_noise(speech, 20.0, slope, seed=3))
     silence = np.zeros(100, np.float32)
     assert np.array_equal(add_noise(silence, 20.0, slope, seed=3), silence)
@@ -138,4 +138,4 @@ def test_tempo_and_noise_reach_the_items_and_repeat(tmp_path):
     assert dataset.durations(3)[0] == pytest.approx(len(item.audio) / 8000, abs=1e-3)
     assert np.array_equal(item.audio, dataset[(3, 0)].audio)
     assert not np.array_equal(item.audio[:8000], dataset[(4, 0)].audio[:8000])
-    assert np.abs(plain[0].audio - speech).max() < 1e-4  # 16 bits
+    assert np.abs(plain[0].audio - speech).max() < 1e-4  # the rounding of 16-bit files

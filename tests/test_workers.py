@@ -1,4 +1,4 @@
-"""Processes that load batches stay over epochs, outlive signals to their group, and are replaced when killed."""
+"""Processes that load batches live for many epochs, survive signals to their group, and are replaced when killed."""
 
 import multiprocessing
 import os
@@ -21,7 +21,8 @@ from jasper_fast.speech.text import Vocabulary
 
 
 class Watched(SpeechDataset):
-    """Stores in an item's ``start`` which process read it; reading the item ``deadly`` kills the process."""
+    """Stores in an item's ``start`` the id of the process that read it. Reading the item ``deadly`` kills the
+    process."""
 
     deadly = -1
 
@@ -44,7 +45,7 @@ def take(loader, count: int) -> list:
 
 @pytest.fixture
 def begun():
-    """Returns a function that returns the processes begun in the test. At its end, none may be left."""
+    """Returns a function that returns the processes started in the test. At the end of the test none may be left."""
     before, deadline = set(multiprocessing.active_children()), time.monotonic() + 60
     yield lambda: set(multiprocessing.active_children()) - before
     while (left := set(multiprocessing.active_children()) - before) and time.monotonic() < deadline:
@@ -121,7 +122,7 @@ def test_sigterm_ends_them_from_their_parent_alone(data, begun) -> None:
 
 
 def killed_training(data: SpeechDataset, out: Connection) -> None:
-    """Sends the loading processes' ids, and is killed."""
+    """Sends the ids of its loading processes, and then kills itself."""
     loader = load_batches(data, BatchSampler(data.durations, 1), workers=2, endless=True)
     out.send({int(batch.starts[0]) for batch in take(loader, 4)})
     os.kill(os.getpid(), signal.SIGKILL)

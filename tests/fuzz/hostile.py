@@ -21,15 +21,15 @@ from jasper_fast.nn.model import Jasper
 from jasper_fast.speech import audio as reader
 from jasper_fast.speech.audio import AudioError
 
-HANG = 20  # seconds, far more than the tiny files take
+HANG = 20  # seconds, far more than a reader needs for the tiny files
 
 
 @contextmanager
 def time_limit():
-    """Raises an error in a case that takes longer than HANG seconds."""
+    """Raises AssertionError in its block after HANG seconds."""
 
     def stop(*_):
-        raise AssertionError(f"no answer after {HANG} s")
+        raise AssertionError(f"not finished after {HANG} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(HANG)

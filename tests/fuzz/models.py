@@ -98,9 +98,9 @@ def compare(what: str, got: dict, lows: list[dict], ref: dict, floor: int = 64) 
     """Fails unless `got` is within twice the error of the eager twin in fp32, plus `floor` eps of the values' size.
 
     `lows` are results of the eager twin in fp32, from the same inputs and from inputs changed by rounding errors. Batch
-    norm over few values can magnify rounding without limit, and the spread of these results shows by how much. The size
-    of a gradient is that of the largest gradient of the step, and the size of a mean is its standard deviation, because
-    values that cancel to zero consist of rounding alone.
+    norm over few values can magnify rounding without limit, and the spread of these results shows by how much. Values
+    that cancel to zero consist only of rounding errors. So the size of a gradient is at least the largest gradient of
+    the step, and that of a running mean at least the largest standard deviation of its channels.
     """
     assert got.keys() == ref.keys(), f"{what}: other entries: {got.keys() ^ ref.keys()}"
     largest = max((float(v.abs().max()) for k, v in ref.items() if k.startswith("grad")), default=0.0)
@@ -172,7 +172,7 @@ def case(seed: int) -> None:
         ref, mine = step(double, features.double(), lengths, seed), step(ours, features, lengths, seed)
         try:
             compare("training", mine, lows, ref, floor)
-        except AssertionError:  # four results do not show how far rounding can be magnified, so compare with many
+        except AssertionError:  # four results may not show how far rounding is magnified, so compare with many
             lows += [low(eager, state, x, True, lengths, seed) for _ in range(8) for x in near]
             compare("training", mine, lows, ref, floor)
     except Exception as error:

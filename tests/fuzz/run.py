@@ -1,7 +1,7 @@
 """Runs many random cases of one kind: python tests/fuzz/run.py KIND --cases 2000 --seed 1, KIND one of KINDS.
 
-Case i has the seed SEED + i. For every failing case it prints the seed, the error and a command that runs that case
-alone. The exit status is 1 if any case failed.
+Case i has the seed SEED + i. For every failing case it prints the seed, the error and a command that runs only
+that case. The exit status is 1 if any case failed.
 """
 
 import argparse

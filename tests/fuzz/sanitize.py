@@ -1,4 +1,4 @@
-"""Run tests of the ops with the CPU library and the emulated CUDA kernels under AddressSanitizer, UBSan and TSan.
+"""Runs tests of the ops with the CPU library and the emulated CUDA kernels under AddressSanitizer, UBSan and TSan.
 
     python tests/fuzz/sanitize.py [address] [thread]
 
@@ -44,7 +44,7 @@ def compiler() -> str:
 
 
 def alone(kind: str) -> list[str]:
-    """Returns a command prefix that switches off address randomisation, with which TSan's runtime can fail."""
+    """Returns a command prefix that switches off address randomisation, because TSan's runtime can fail with it."""
     return ["setarch", platform.machine(), "-R"] if kind == "thread" else []
 
 
@@ -52,7 +52,7 @@ def environment(kind: str) -> dict[str, str]:
     where = [subprocess.check_output([compiler(), f"-print-file-name={name}"], text=True).strip()
              for name in (RUNTIME[kind], "libstdc++.so.6")]  # fmt: skip
     return os.environ | {
-        # libstdc++ too, because the runtime looks for __cxa_throw when it starts, before torch is loaded
+        # libstdc++ is preloaded as well: at its start, before torch is loaded, the runtime looks for __cxa_throw.
         "LD_PRELOAD": " ".join(where),
         "JASPER_FAST_LIB": str(ROOT / "build" / "sanitize" / kind),
         "JASPER_FAST_SANITIZE": kind,
@@ -65,7 +65,7 @@ def environment(kind: str) -> dict[str, str]:
 
 
 def blind(kind: str, folder: Path) -> list[str]:
-    """Builds planted.cpp in `folder`; returns the faults in it that the sanitizers of `kind` do not report."""
+    """Builds planted.cpp in `folder`; returns those of its faults that the sanitizers of `kind` do not report."""
     flags = runpy.run_path(str(ROOT / "csrc/build.py"))["SANITIZE"][kind].split()
     source, library = Path(__file__).with_name("planted.cpp"), folder / "planted.so"
     how = ["-shared", "-fPIC", "-std=c++20", "-O1", "-g1", "-fvisibility=hidden", "-pthread"]

@@ -1,4 +1,4 @@
-"""Runs a few random cases of every kind; run.py runs as many as you ask for."""
+"""Runs a few random cases of every kind; run.py runs any number."""
 
 import sys
 from pathlib import Path

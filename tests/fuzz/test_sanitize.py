@@ -18,7 +18,7 @@ def test_planted_faults_are_seen(kind: str, tmp_path: Path) -> None:
         pytest.skip("no C++ compiler, or no setarch")
     where = subprocess.check_output([sanitize.compiler(), f"-print-file-name={sanitize.RUNTIME[kind]}"], text=True)
     if not Path(where.strip()).is_absolute():
-        pytest.skip(f"the compiler brings no {sanitize.RUNTIME[kind]}")
+        pytest.skip(f"the compiler does not have {sanitize.RUNTIME[kind]}")
     assert sanitize.blind(kind, tmp_path) == []
 
 
