@@ -140,7 +140,7 @@ def test_filters_count_and_list(corpus):
     assert "CTC needs 22 for its 19 symbols" in dataset.skipped.items[3].detail
     assert "5 skipped" in str(dataset.skipped)
     kept = a_set(corpus + more, training=False, max_duration=16.7)
-    assert len(kept) == 17 and not len(kept.skipped)  # an evaluation keeps all of them
+    assert len(kept) == 17 and not len(kept.skipped)  # for evaluation all utterances are kept
     raw = a_set([*corpus, Utterance(path, 1.0, "Ä!")], normalize_transcripts=False)
     assert raw.skipped.counts == {"unknown_symbols": 1} and "'!', 'Ä'" in raw.skipped.items[0].detail
     with pytest.raises(ValueError, match=r"none of the 1 utterances can be used: 1 skipped \(1 too_long\)"):
@@ -309,7 +309,7 @@ def test_join(corpus):
         item = dataset[epoch, index]
         clips = [LETTERS.index(word.strip()) for word in item.text.split("word ")[1:]]
         assert 2 <= len(clips) <= 4 and index in clips
-        assert {c % 2 for c in clips} == {index % 2}  # one speaker
+        assert {c % 2 for c in clips} == {index % 2}  # all clips are of one speaker
         levels = [int(k) for k, _ in itertools.groupby(np.round(item.audio * 16)) if k]
         assert levels == [c + 1 for c in clips]
         assert item.audio[:1600].max() == 0 and item.audio[-1600:].max() == 0

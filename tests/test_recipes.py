@@ -35,8 +35,8 @@ def test_the_page_has_its_commands() -> None:
 
 
 def run_chain(folder: Path, sets: dict[str, dict], config: dict, **training) -> dict:
-    """Runs the commands from archives to manifests, a check, training and evaluation; returns the evaluation's
-    figures."""
+    """Runs the commands that make manifests of archives, check them, train and evaluate. Returns the figures of the
+    evaluation."""
     archives = {f"{name}.tar.gz": corpora.archive(name, spoken) for name, spoken in sets.items()}
     for name, content in archives.items():
         (folder / name).write_bytes(content)

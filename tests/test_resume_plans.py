@@ -48,7 +48,7 @@ class Plan:
         return self.splits[0].steps(epoch, self.accumulation)
 
     def taken(self, epoch: int, first: int, end: int) -> list[int]:
-        """Returns the items of all ranks in the steps from `first` to `end`."""
+        """Returns the items that all ranks use in the steps from `first` up to, but not including, `end`."""
         window = slice(first * self.accumulation, end * self.accumulation)
         return [i for split in self.splits for batch in split.sampler.batches(epoch)[window] for i in batch]
 

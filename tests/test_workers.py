@@ -107,8 +107,8 @@ def test_an_error_of_the_program_is_no_death(data, monkeypatch) -> None:
 
 
 def test_sigterm_ends_them_from_their_parent_alone(data, begun) -> None:
-    """Shows that a worker ignores SIGTERM from others. torchrun and SLURM send it to the whole group, and the training
-    process then ends its workers itself."""
+    """Shows that a worker ignores SIGTERM unless its parent sends it. torchrun and SLURM send SIGTERM to the whole
+    group, and the training process then ends its workers itself."""
     loader = load_batches(data, BatchSampler(data.durations, 1), workers=1, endless=True)
     take(loader, 1)
     [process] = begun()

@@ -56,8 +56,9 @@ class BatchSampler:
     are halved. If there are fewer utterances than ranks, some are repeated. Without shuffling, some ranks may have one
     batch more than others.
 
-    ``shards`` is the shard number of each item, from 0 on. Shuffled batches then use the items of ``open_shards``
-    randomly chosen shards before those of the next ones, so that storage reads few files at a time.
+    ``shards`` is the shard number of each item, from 0 on. Shuffled batches are then made from the items of
+    ``open_shards`` randomly chosen shards at a time, so that few files are read at a time.
+
     Raises ValueError for sizes that are not positive or a rank out of range.
     """
 

@@ -106,7 +106,8 @@ class Perturb:
         return self.speed is None and self.tempo is None
 
     def draw(self, rng: np.random.Generator) -> Change:
-        """Draws the Change of one utterance. The order of the draws must not change, or seeds give other data."""
+        """Draws the Change of one utterance. The order of the draws must not change: a seed must always give the same
+        data."""
         drawn = {name: part.draw(rng) for name in ("speed", "gain", "shift") if (part := getattr(self, name))}
         drawn["variant"] = rng.random()
         if self.noise:

@@ -44,7 +44,7 @@ class AudioSettings:
 
     @classmethod
     def from_config(cls, audio_dataset: dict[str, Any] | None) -> Self:
-        """Makes the settings from an ``audio_dataset`` of NVIDIA's Jasper. It may also have the keys
+        """Makes the settings from an ``audio_dataset`` of NVIDIA's Jasper. The dict may also have the keys
         ``noise_perturbation``, ``tempo_perturbation``, ``join`` and ``preload``. Raises ValueError, which names an
         unknown key or a setting out of range."""
         left, parts = dict(audio_dataset or {}), {}

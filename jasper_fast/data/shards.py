@@ -65,7 +65,7 @@ def locate(entry: dict[str, Any], root: str) -> tuple[str, Packed]:
     The shard is the entry's ``tar``, if it has one. Otherwise it is audio_SHARD.tar in the folder ``root``, or, if
     ``root`` is a pattern (audio__OP_0..127_CL_.tar), path number ``shard_id`` (from 0 on) of the pattern. The file is
     ``tar_size`` bytes from byte ``tar_start`` on, as `prepare shards` writes them. Without these keys, as in NeMo's
-    manifests, it is looked up in the shard by its name. Raises KeyError, TypeError, ValueError or OSError for an
+    manifests, the file is looked up in the shard by its name. Raises KeyError, TypeError, ValueError or OSError for an
     invalid entry.
     """
     member, shard = str(entry["audio_filepath"]), entry["shard_id"]

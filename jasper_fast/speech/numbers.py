@@ -23,8 +23,8 @@ def _ordinal(match: re.Match[str]) -> str:
 
 
 def _number(match: re.Match[str]) -> str:
-    """Writes years as two pairs of digits, long numbers and those with a leading zero digit by digit, and others as
-    cardinals."""
+    """Writes years as two pairs of digits. Long numbers and those with a leading zero are written digit by digit, and
+    others as cardinals."""
     n = int(match[0])
     if len(match[0]) > _LONGEST or match[0][0] == "0" or (n > 10**9 and n % 10**4):
         return _words(match[0], group=1)

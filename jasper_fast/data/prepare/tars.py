@@ -17,8 +17,8 @@ TEXTS = ("txt", "lab", "trn", "transcript")
 
 
 def named(source: str) -> list[str]:
-    """Returns the tars that a source names. It may be a folder, a path, a pattern or a URL. For any other source the
-    list is empty."""
+    """Returns the tars that a source names. The source may be a folder, a path, a pattern or a URL. For any other
+    source the list is empty."""
     if not places.is_url(source) and os.path.isdir(source):
         return sorted(str(path) for path in Path(source).glob("*.tar"))
     return [tar for tar in places.expanded(source) if tar.endswith(".tar")]
