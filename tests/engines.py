@@ -36,7 +36,7 @@ BLOCKS = {
 
 
 def config(kind: str | list[dict] = "jasper", masks=True, classes=7, feats=FEATS):
-    """Returns the configuration of a model of these blocks, or of those that BLOCKS has under this name."""
+    """Returns the configuration of a small model. `kind`: its blocks, or their name in BLOCKS."""
     blocks = BLOCKS[kind] if isinstance(kind, str) else kind
     last = blocks[-1]["filters"]
     encoder = {"in_feats": feats, "activation": "relu", "use_conv_masks": masks, "blocks": blocks}
@@ -76,7 +76,7 @@ def valid(log_probs: Tensor, lengths: Tensor) -> Tensor:
 
 
 def poison(engine: InferenceEngine) -> None:
-    """Fills the buffers that the engine keeps between calls with NaN, and lengths with the largest integer."""
+    """Fills the engine's buffers: those of activations with NaN, those of lengths with the largest integer."""
     for held in (engine._run.buffers, getattr(engine._run, "lengths", None)):
         for buffer in held.held.values() if held is not None else ():
             buffer.fill_(float("nan") if buffer.is_floating_point() else torch.iinfo(buffer.dtype).max)

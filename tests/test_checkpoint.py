@@ -51,7 +51,7 @@ def trained_model():
 
 
 def own_document(model, **more):
-    """Returns what this project's checkpoint of `model` holds, with the entries `more` changed."""
+    """Returns what this project's checkpoint of `model` holds, with the entries in `more` added or replaced."""
     document = {"format": checkpoint.FORMAT, "config": model.config.to_dict(), "labels": LABELS}
     return document | {"state_dict": model.state_dict()} | more
 
@@ -173,7 +173,7 @@ def test_a_broken_newest_is_reported_and_the_one_before_taken(tmp_path):
         folder.save(run_state(step))
     newest = tmp_path / "step_00000003.pt"
     newest.write_bytes(newest.read_bytes()[:-100])
-    torch.save({"state_dict": {}}, tmp_path / "step_00000004.pt")  # somebody else's
+    torch.save({"state_dict": {}}, tmp_path / "step_00000004.pt")  # a checkpoint of another program
     (tmp_path / ".step_00000005.pt.tmp").write_bytes(b"half")
     reports = []
     path, state = folder.latest(reports.append)

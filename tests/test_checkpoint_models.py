@@ -1,4 +1,4 @@
-"""What is read as a model: own checkpoints, those of the reference and of NeMo, and warm starts."""
+"""Loading of models: checkpoints of this project, of NVIDIA's Jasper and of NeMo, and warm starts."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_own_checkpoints_carry_their_configuration(tmp_path):
 
 
 def v1_entries(state):
-    """Returns the entries under their names of 2019, with the extra copies and buffers that the reference then
-    saved."""
+    """Returns the entries under their names of 2019, with the extra copies and buffers that NVIDIA's Jasper
+    then saved."""
     entries = {"audio_preprocessor.featurizer.window": torch.ones(320)}
     for name, tensor in state.items():
         old = name.replace("encoder.layers.", "jasper_encoder.encoder.")
@@ -223,7 +223,8 @@ def test_warm_start_from_a_file_that_may_not_say_its_labels(tmp_path, kind):
     else:
         document = state if kind == "bare" else {"state_dict": state, "optimizer": {}}
     torch.save(document, tmp_path / "a.pt")
-    row = 0 if kind == "Lightning" else None  # only Lightning's file names its labels; both alphabets share the first
+    # Row 0, the space, is the only label in both alphabets. It is copied from the one file that names its labels.
+    row = 0 if kind == "Lightning" else None
     with pytest.warns(UserWarning, match="the decoder is initialised anew"):
         warm = load_model(tmp_path / "a.pt", config=config(other), strict=False, backend="reference")
     head, old = warm.decoder.layers[0], model.decoder.layers[0]
@@ -234,13 +235,13 @@ def test_warm_start_from_a_file_that_may_not_say_its_labels(tmp_path, kind):
         warnings.simplefilter("error")
         load_weights(warm, weights, labels=other, strict=False, decoder="keep")
         assert torch.equal(head.weight, old.weight)
-    with pytest.warns(UserWarning, match="as asked"):
+    with pytest.warns(UserWarning, match="because of decoder='new'"):
         load_weights(warm, weights, labels=LABELS, strict=False, decoder="new")
 
 
 def test_the_published_alphabet_keeps_its_decoder(tmp_path):
-    """Shows that a file without labels is taken to have NVIDIA's published alphabet, which all of NVIDIA's files
-    have."""
+    """Shows that a file without labels is assumed to have the published alphabet, with which NVIDIA trained its
+    models."""
     model = Jasper(config(published_labels()), backend="reference")
     torch.save({"state_dict": model.state_dict()}, tmp_path / "a.pt")
     with pytest.warns(UserWarning, match="does not name its labels"):

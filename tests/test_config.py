@@ -1,4 +1,4 @@
-"""Configurations: the reference's keys, and errors that name what is wrong."""
+"""Configurations: NVIDIA's keys, and errors that name what is wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `jasper-fast convert`, and the hostile files that it refuses in one line."""
+"""The command `jasper-fast convert`: what it writes, and its one-line errors for damaged or malicious files."""
 # ruff: noqa: F811 (fixtures)
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def headed(content: bytes, change) -> bytes:
 
 
 def with_bias(**changes):
-    """Returns a function that changes what a header says of the decoder's bias."""
+    """Returns a function that changes the entry of the decoder's bias in a safetensors header."""
     return lambda header: header["decoder.layers.0.bias"].update(changes)
 
 
@@ -87,7 +87,7 @@ def settings_that_lie(header):
 
 
 def rezipped(content: bytes) -> bytes:
-    """Returns a checkpoint whose tensors claim more elements than their records contain."""
+    """Returns a checkpoint in which a tensor claims more elements than its record contains."""
     file, source = io.BytesIO(), zipfile.ZipFile(io.BytesIO(content))
     with zipfile.ZipFile(file, "w") as out:
         for name in source.namelist():
@@ -97,7 +97,7 @@ def rezipped(content: bytes) -> bytes:
 
 
 def hostile(forms: dict[str, bytes], trap: Path) -> dict[str, bytes]:
-    """Returns a hostile file of each kind. `trap`: what those with code in them would make."""
+    """Returns a hostile file of each kind. `trap`: the folder that code in a file would make if it ran."""
     pickled, archive, tensors = forms["nvidia"], untarred(forms["nemo"]), forms["safetensors"]
     evil = saved({"state_dict": {"encoder.layers.0.conv.0.weight": Bomb(trap)}})
     yaml_bomb = b"a: !!python/object/apply:os.mkdir [" + str(trap).encode() + b"]\n"
@@ -162,7 +162,7 @@ HOSTILE = (
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, model) -> tuple[dict[str, bytes], Path]:
-    """Returns the hostile files by kind, and what those with code in them would make."""
+    """Returns the hostile files by kind, and the folder that code in a file would make if it ran."""
     folder = tmp_path_factory.mktemp("forms")
     checkpoint.save(folder / "in.pt", own_document(model, config=full_config().to_dict()))
     found = {}

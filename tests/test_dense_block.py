@@ -36,7 +36,7 @@ def grams(block: JasperBlock, sources) -> list[ops.Gram | None]:
 
 
 def run(block: JasperBlock, sources, seeds) -> torch.Tensor:
-    """Returns the block's output, with masks; the padding of `sources` may hold anything."""
+    """Returns the block's output, with masks. The padding of `sources` may have any values."""
     steps = [LENGTHS]
     for _ in range(block.b.repeat):
         steps.append(block.b.out_length(steps[-1]))
@@ -49,7 +49,7 @@ def inputs() -> list[torch.Tensor]:
 
 
 def definition(block: EagerBlock, sources, seeds) -> torch.Tensor:
-    """Computes the reference's block with the dropout masks that `seeds` give, all kept if it is None."""
+    """Computes what `block` defines, with the dropout masks of `seeds`, or without dropout if `seeds` is None."""
     b, lens = block.cfg, LENGTHS
     keep = [1.0] * b.repeat
     x = sources[-1]

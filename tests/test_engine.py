@@ -110,7 +110,8 @@ def test_low_precision_is_as_good_as_pytorchs(dtype, face):
 
 @pytest.mark.parametrize("name", ["cpu", "triton"])
 def test_folding_is_precise_whatever_the_dtype(name):
-    """Shows that folding works in fp16 where a variance and a scale exceed fp16's range but their quotient does not."""
+    """Shows that folding works in fp16 where variance and gamma exceed fp16's range, but gamma / sqrt(variance)
+    does not."""
     face = make_face(name)
     eager, ours = pair(config(), name, face.device)
     for model in (eager, ours):
@@ -252,7 +253,7 @@ def test_tensor_descriptors_change_no_bit(kind, monkeypatch):
     _, ours = pair(config(kind, feats=16), "triton", device)
     engine = InferenceEngine(ours, dtype=torch.float16, graphs=False)
     features, lengths = batch([150, 61, 0], feats=16, device=device)
-    if kind == "dense first":  # its panes read the features directly, so their padding must be finite
+    if kind == "dense first":  # its panes read the features, whose padding must then be finite
         features = features.nan_to_num(0.0)
     results = []
     for on in (False, True):

@@ -203,7 +203,7 @@ def test_graphs_need_a_gpu():
 @pytest.mark.parametrize("kind", ["jasper", "dense first", "lengths change twice"])
 @pytest.mark.parametrize("masks", [True, False])
 def test_the_steps_through_the_library_are_captured_too(kind, masks, monkeypatch):
-    """Shows that steps through the library replay right, with NaN in the buffers, a batch shorter than its bucket and
+    """Shows that graphs of the aten face replay correctly, with NaN in the buffers, a batch shorter than its bucket and
     new lengths."""
     monkeypatch.setattr(engine_module, "CudaGraphs", Replays)
     _, ours = pair(config(kind, masks=masks), "reference")

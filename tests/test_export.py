@@ -1,4 +1,4 @@
-"""The graph for other runtimes gives the engine's results for any batch, length and padding."""
+"""The graph that is exported for other runtimes gives the engine's results for any batch, length and padding."""
 
 from __future__ import annotations
 

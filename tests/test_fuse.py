@@ -98,8 +98,10 @@ def steps(model: nn.Module, training: bool, number: int = 2) -> dict[str, torch.
 
 
 def equal_steps(single: nn.Module, training: bool, number: int = 2, rtol: float = 1e-9, factor: float = 4.0) -> tuple:
-    """Checks that a few steps of a model are the same fused and not, in fp32 and in fp64. Returns the model in fp64,
-    the fused one in fp32 and the report of fuse()."""
+    """Checks that a few steps of a model give the same with and without fusion, in fp32 and in fp64.
+
+    Returns the model in fp64, the fused one in fp32 and the report of fuse().
+    """
     exact = copy.deepcopy(single).double()
     doubles, fused = copy.deepcopy(exact), copy.deepcopy(single)
     for model in (doubles, fused):
@@ -326,7 +328,7 @@ def test_a_block_or_an_encoder_alone_and_twice():
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_nvidias_numbers(fused):
-    """Shows that the look-alike gives the reference system's evaluation and gradients, fused and not."""
+    """Shows that the look-alike gives the outputs and gradients of NVIDIA's own code, with and without fusion."""
     from safetensors import safe_open
 
     with safe_open(GOLDEN / "jasper_small_dense.safetensors", "pt") as f:

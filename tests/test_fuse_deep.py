@@ -1,4 +1,4 @@
-"""Other projects' Jasper 10x5 at full depth and a sixteenth of the width, fused and not."""
+"""Other projects' Jasper 10x5 at full depth and a sixteenth of the width, with and without fusion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Panes of fused blocks from Gram matrices, as on a GPU: each matrix is computed once for all blocks of an encoder."""
+"""Fused blocks whose panes take their statistics from Gram matrices, as on a GPU: one matrix serves all blocks."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_activation_checkpointing_of_a_block(counted, monkeypatch):
         monkeypatch.delattr(kind, "__call__")
         results.append({"output": out.detach(), **gradients_and_buffers(model)})
     for name, want in results[0].items():
-        if "running" in name or "num_batches" in name:  # in both models the second pass updates them again
+        if "running" in name or "num_batches" in name:  # the second pass updates these again, in both models
             continue
         torch.testing.assert_close(results[1][name], want, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
     assert "panes_plain" in counted and "gram" not in counted

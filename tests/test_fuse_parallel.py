@@ -34,11 +34,11 @@ def _in_parallel(rank: int) -> dict[tuple, dict[str, torch.Tensor]]:
         model = build("nvidia").train()
         if when == "before":
             fuse(model, strict=True)
-        if synced:  # without DDP, which takes no SyncBN on a CPU
+        if synced:  # without DDP, which does not accept SyncBN on a CPU
             run = model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         else:
             run = nn.parallel.DistributedDataParallel(model)
-        # as on a GPU; this is the last case
+        # the Gram form, as on a GPU; it stays set, so this must be the last case
         choose.pane_form = (lambda *of: "gram") if when == "gram" else choose.pane_form
         if when in ("after", "gram"):
             assert fuse(run, strict=True).fused[0] == ("" if synced else "module.") + "encoder.layers.0"

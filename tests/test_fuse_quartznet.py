@@ -1,4 +1,4 @@
-"""fuse() on QuartzNets: NeMo's look-alike and the eager twin, fused and not."""
+"""fuse() on QuartzNets: the look-alike of NeMo's and EagerJasper, with and without fusion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In evaluation one engine runs a whole fused encoder, with the weights of that moment."""
+"""In evaluation one engine runs a whole fused encoder, with the model's current weights."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ CHANGES = {
 
 @pytest.mark.parametrize(("change", "graphs"), [(change, True) for change in CHANGES] + [("in place", False)])
 def test_a_change_is_in_the_next_output(change, graphs, runs, monkeypatch):
-    """Shows that the next output has the change, on an engine, block by block, and in training."""
+    """Shows that the next output reflects the change, on an engine, block by block, and in training."""
     monkeypatch.setattr(engine_module, "CudaGraphs", Replays)
     plain, model = twins("nvidia", backend="reference", graphs=graphs)
     before = evaluate(model)
@@ -197,7 +197,7 @@ def test_a_write_without_a_trace_is_seen_after_refresh_or_eval(fold_anew, runs):
     before = evaluate(model)
     for m in (model, plain):
         weight_of(m).data.mul_(1.5)
-    assert torch.equal(evaluate(model), before), "if this is seen now, refresh is no longer needed: say so"
+    assert torch.equal(evaluate(model), before), "this write is noticed now, so the docs need no longer ask for refresh"
     {"refresh": report.refresh, "eval": model.encoder.eval, "eval of the model": model.eval}[fold_anew]()
     torch.testing.assert_close(evaluate(model), evaluate(plain), **CLOSE)
     assert len(runs) == 3
@@ -265,7 +265,7 @@ def test_a_hook_on_the_encoder_is_called_and_one_on_a_block_may_go_again(runs):
 
 
 def test_masks_switched_off_are_followed(runs):
-    """Shows this for an engine and block by block."""
+    """Shows that a fused encoder follows masks that are switched off, on an engine and block by block."""
     plain, fused = twins("nemo")
     evaluate(fused)
     for model in (plain, fused):
@@ -329,7 +329,7 @@ def saved(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
 @pytest.mark.parametrize("which", KINDS)
 def test_copies_are_fused_and_independent(which, copied, runs):
-    """Shows that a copy has weights and an engine of its own, and runs on it and block by block as the original did."""
+    """Shows that a copy has its own weights and engine, and gives the original's results on it and block by block."""
     plain, model = twins(which)
     want, by_blocks = evaluate(model), call(model, features())
     other = copied(model)
@@ -384,7 +384,7 @@ def with_blocks(*blocks: dict) -> nn.Module:
 def test_an_encoder_that_no_engine_computes_is_left_with_a_reason():
     dense, plain = {"residual": True, "dense": True}, {"residual": True}
     model = with_blocks(block(16, k=5), block(16, 1, 3, **dense), block(16, 1, 3, **plain), block(16, k=1))
-    with pytest.raises(ValueError, match=r"cannot fuse encoder: .* a plain residual after a dense one"):
+    with pytest.raises(ValueError, match=r"cannot fuse encoder: .* a plain residual follows one with a dense"):
         fuse(model, strict=True)
     assert type(model.encoder) is nvidia.JasperEncoder
     report = fuse(model)
@@ -408,7 +408,7 @@ def test_a_last_block_whose_list_is_wanted(runs):
 
 
 def test_watching_is_undone_with_the_model():
-    """Shows that what fuse() keeps to watch optimisers does not keep a model alive."""
+    """Shows that the set of encoders for the hook on optimiser steps does not keep a model alive."""
     model = build("nvidia").eval()
     fuse(model)
     evaluate(model)

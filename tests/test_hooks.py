@@ -1,5 +1,5 @@
-"""Modules whose weights are read without calling them: hooks that would be skipped are refused, parametrizations
-work."""
+"""Convs and norms whose weights are read, but which are never called: hooks on them are refused, because they would
+not run, and parametrizations work."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def parametrized(model: nn.Module) -> list[nn.Parameter]:
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_parametrizations_work(backend):
-    """Shows that parametrized weights train, evaluate and run in the engine as in the eager twin."""
+    """Shows that parametrized weights train, evaluate and run in the engine as in EagerJasper."""
     eager, results = EagerJasper(config("dense")), []
     fused = Jasper(eager.config, backend=backend)
     fused.load_state_dict(eager.state_dict())

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor wr
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    """Removes the graphs of other tests, and uses PyTorch's random numbers, so that both sides drop the same
-    elements."""
+    """Removes the graphs of other tests, and makes Inductor use PyTorch's random numbers, so that compiled and
+    uncompiled models drop the same elements."""
     import torch._inductor.config as inductor
 
     torch._dynamo.reset()  # otherwise recompilations of other tests would count towards the limit
@@ -36,8 +36,8 @@ def lengths_of(frames: int) -> torch.Tensor:
 
 
 def step(model: Jasper, run, frames: int, low: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """Runs one training step of `model`, called as `run`, with dropout; returns loss, gradients and running
-    statistics."""
+    """Runs one training step of `model` with dropout. `run` is the model or its compiled form. Returns loss,
+    gradients and running statistics."""
     torch.manual_seed(frames)
     model.zero_grad()
     features, lengths = torch.randn(3, 8, frames), lengths_of(frames)
@@ -53,8 +53,8 @@ def step(model: Jasper, run, frames: int, low: torch.dtype | None) -> dict[str, 
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "panes"), [("cpu", "plain"), ("cpu", "gram")])
 def test_a_compiled_step_equals_an_uncompiled_one_at_every_length(backend, panes):
-    """Shows equal losses, gradients and statistics in fp32, and that of all further lengths only the first compiles
-    again."""
+    """Shows equal losses, gradients and statistics in fp32, and that only the second length compiles again, not the
+    third and the fourth."""
     _, plain = pair(config(dropout=0.2), backend, panes=panes)
     ours, counter = copy.deepcopy(plain), CompileCounterWithBackend("inductor")
     run, graphs = torch.compile(ours, backend=counter, fullgraph=True), []

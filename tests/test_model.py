@@ -1,4 +1,4 @@
-"""The model equals its eager rival: shapes of every kind of block, masks, padding, NaN, modes, autocast, compile."""
+"""The model equals EagerJasper: every kind of block, masks, padding, NaN, modes, autocast, compile."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_evaluation_equals_eager(kind, masks, backend):
     ],
 )  # fmt: skip
 def test_training_step_equals_eager(kind, masks, frozen, panes, any_backend):
-    """Shows equal gradients and statistics, and with frozen batch norms that no statistics change."""
+    """Shows that gradients and running statistics equal those of EagerJasper, also with frozen batch norms."""
     backend = any_backend
     if (kind == "none" or frozen) and panes == "plain":
         pytest.skip("no panes, or none whose form matters")
@@ -189,8 +189,8 @@ def test_dropout_differs_between_steps_and_repeats_with_the_generator(backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("panes", ["gram", "plain"])
 def test_lengths_that_halve_to_nothing_train(any_backend, panes):
-    """Shows that T, T/2, T/4 and 0 frames give every face the reference's step, with the same elements dropped and
-    finite everywhere."""
+    """Shows that for utterances of T, T/2, T/4 and 0 frames the training step of every face is finite, and equals that
+    of the reference face, which drops the same elements."""
     lengths = (61, 30, 15, 0)
     results = []
     for backend in ("reference", any_backend):

@@ -1,4 +1,4 @@
-"""QuartzNet: separable blocks in the model, the engine, the exported graph and NeMo's archives, against eager."""
+"""QuartzNet: separable blocks in the model, the engine, the exported graph and NeMo's archives."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""`transcribe` on many files, some faulty: each fault gives one line, all others are written, and a kill loses
-nothing."""
+"""`transcribe` on many files, some faulty: each fault gives one line, all others are written, and `--resume`
+completes the output after a kill."""
 
 import io
 import json

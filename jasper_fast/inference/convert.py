@@ -22,7 +22,7 @@ from jasper_fast.nn.model import Jasper
 from jasper_fast.speech.features import LogMelFeatures
 
 HOLDS_AVERAGE = ("jasper_fast", "nvidia")
-RULES = "there, lengths, the ends of the audio and dither follow other rules"
+RULES = "they follow other rules for their lengths, for the ends of the audio and for dither"
 
 
 class ConvertError(ValueError):
@@ -120,8 +120,9 @@ def _with_labels(config: JasperConfig, weights: Weights) -> JasperConfig:
 
 
 def _entries(weights: Weights, config: JasperConfig) -> tuple[dict[str, Tensor], list[str]]:
-    """Returns the entries in the order of the model, each contiguous in memory of its own, and the names of entries
-    that are not in the file. These are the counters of batch norms, which PyTorch 0.4 did not save."""
+    """Returns (entries, made): the entries in the order of the model, each contiguous and in memory of its own, and
+    the names of those that are not in the file. Only the counters of batch norms may be missing, because PyTorch 0.4
+    did not save them."""
     try:
         with torch.device("meta"):
             own = Jasper(config).state_dict()
@@ -179,7 +180,7 @@ def _jasper_fast(
 def _nvidia(
     file: BinaryIO, entries: dict[str, Tensor], average: dict[str, Tensor] | None, config: JasperConfig, report: Report
 ) -> dict[str, str]:
-    wrapped = any(block.separable for block in config.encoder.blocks)  # NVIDIA's QuartzNet has other names
+    wrapped = any(block.separable for block in config.encoder.blocks)  # NVIDIA's QuartzNet names its convs mconv
     theirs = {name: name.replace(".conv.", ".mconv.") if wrapped else name for name in {**entries, **(average or {})}}
     state, mean = ({theirs[k]: v for k, v in of.items()} if of else None for of in (entries, average))
     torch.save({"state_dict": state, "ema_state_dict": mean}, file)
@@ -208,7 +209,7 @@ def _nemo(
     settings["log_zero_guard_value"] = features.log_guard
     settings["pad_align"] = settings["pad_align"] or 0
     if features.convention != "nemo":
-        report.warnings.append(f"the model was trained on the reference's features; NeMo's differ: {RULES}")
+        report.warnings.append(f"the model was trained on NVIDIA's features; NeMo's differ: {RULES}")
     theirs = nemo_file.names(entries, config.encoder.use_conv_masks)
     made = {"preprocessor.featurizer.window": features.window, "preprocessor.featurizer.fb": features.mel[None]}
     document = nemo_file.document(config, labels, settings)
@@ -235,7 +236,7 @@ def _labels(config: JasperConfig, report: Report) -> list[str] | None:
     if config.labels is None:
         report.warnings.append("the labels are not known; give a configuration with labels as --config")
     if not _features(config):
-        report.warnings.append("the settings of the features are not known; those of the reference are assumed")
+        report.warnings.append("the settings of the features are not known; NVIDIA's are assumed")
     return list(config.labels) if config.labels is not None else None
 
 
@@ -244,7 +245,7 @@ def _features(config: JasperConfig) -> dict[str, Any]:
 
 
 def _settings(config: JasperConfig) -> dict[str, Any]:
-    """Returns all settings of the input by dotted names."""
+    """Returns all settings in `input_val` and `input_train`, by dotted names."""
     return _leaves(config.input_val, "input_val") | _leaves(config.input_train, "input_train")
 
 
@@ -255,10 +256,10 @@ def _leaves(value: Any, name: str) -> dict[str, Any]:
 
 
 def yaml_of(config: JasperConfig) -> str:
-    """Returns the configuration as YAML text in the reference's form."""
+    """Returns the configuration as YAML text in the form of NVIDIA's files."""
     import yaml
 
     document = config.to_dict()
-    if config.labels is not None:  # then n_classes is their number, and the reference's own files do not have it
+    if config.labels is not None:  # n_classes follows from the labels, so NVIDIA's files do not have it
         del document["jasper"]["decoder"]["n_classes"]
     return yaml.safe_dump({k: v for k, v in document.items() if v}, sort_keys=False, allow_unicode=True)

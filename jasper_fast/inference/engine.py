@@ -39,18 +39,20 @@ class InferenceEngine:
     an engine of the copy.
 
     On the triton and cuda faces a call runs one kernel per sub-block and one for the decoder. ATen does the log-softmax
-    of a vocabulary of more than 128 symbols, and copies the features if the first block's panes read them.
+    of a vocabulary of more than 128 symbols, and copies the features if the first block's panes read them. On the aten
+    face a sub-block runs up to four kernels, one of which is cuDNN's conv.
 
     The kernels between the first and the last are captured in a CUDA graph per shape. With conv masks T' is rounded up
     to a multiple of `bucket` frames, so that few shapes occur. The `graph_limit` most recently used graphs are kept.
-    Convs on cuDNN, with up to four kernels per sub-block, run in such graphs too.
+    On the aten face such a graph has all kernels of the network.
 
-    graphs: "auto" captures on a GPU when a shape occurs for the second time; True at the first time, and is a
-    ValueError without a GPU; False never. On the triton face results have the same bits with and without graphs.
+    graphs: "auto" captures a shape when it occurs for the second time, if there is a GPU. True captures a shape when it
+    first occurs, and raises ValueError without a GPU. False captures nothing. On the triton face results have the same
+    bits with and without graphs.
 
     With `backend="auto"` on a GPU each call uses the fastest face for its N*T'. The times are measured once on each
     GPU, at the first such call (see `jasper_fast.dispatch.tuned`); with the model's `tune=False` they come from tables
-    and estimates. The engine then has one copy of the weights per face.
+    and estimates. In this mode the engine has one copy of the weights for each face that it may use.
 
     fp32_precision: the precision of products of fp32 weights on a GPU, "ieee" or "tf32". None: PyTorch's own switches
     decide at each call (`jasper_fast.kernels.precision`). Engines for which it is set run one at a time, because a call
@@ -94,7 +96,7 @@ class InferenceEngine:
             with turns.turn():
                 runs = {face: self._runner(face, dtype, turns) for face in faces}
             self._turns, self._runs, self._device, self._dtype = turns, runs, weight.device, dtype
-            # The allocator does not know the other streams that use the buffers: wait for them before freeing them.
+            # The allocator does not know which other streams use the buffers: wait for these streams before freeing.
             self._waits = weakref.finalize(self, turns.finish)
             self._waits.atexit = False
 

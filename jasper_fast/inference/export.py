@@ -1,4 +1,5 @@
-"""Exports a model as a plain graph of convolutions for other runtimes. ONNX files are compared with the engine."""
+"""Exports a model as a plain graph of convolutions for other runtimes. Results of ONNX files are compared with
+the engine's."""
 
 from __future__ import annotations
 
@@ -57,8 +58,8 @@ class PlainJasper(nn.Module):
     """Jasper for evaluation with only convolutions, sums, ReLU and masks, for export to other runtimes.
 
     `forward(features (N, C, T), lengths (N,)) -> (log_probs (N, T', V) fp32, lengths (N,))` equals that of
-    `model.eval()` on rows t < length. `model` is a Jasper or an EagerJasper; batch norm is folded into copies of its
-    weights. With conv masks, results depend neither on the length of the padding nor on its content.
+    `model.eval()` on rows t < length. `model` is a Jasper or an EagerJasper; batch norm is folded into copies of the
+    model's weights. With conv masks, results depend neither on the length of the padding nor on its content.
     """
 
     @torch.no_grad()
@@ -126,7 +127,7 @@ def write_onnx(
     Raises MissingExtra without onnx and onnxscript.
     """
     need("onnx", "export"), need("onnxscript", "export")
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision is absent
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # otherwise it reports that torchvision is absent
     plain = program(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings of PyTorch's exporter about its own code
@@ -209,7 +210,7 @@ def export_onnx(model: Jasper, labels: Sequence[str], folder: str | Path) -> flo
 
 
 def _beside(model: Jasper, labels: Sequence[str]) -> dict[str, str]:
-    """Returns the content of the other files of the folder, by name."""
+    """Returns the texts of vocab.txt, config.json and features.json, by file name."""
     config = model.config
     symbols = ["▁" if label == " " else label for label in labels] + ["<blk>"]
     about: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Runs other projects' Jaspers on fused ops, and in evaluation without gradients whole encoders on one engine.
+"""Runs other projects' Jaspers on fused ops, and runs whole encoders on one engine in evaluation without gradients.
 
 A fused encoder keeps its modules, parameters and buffers, as fused blocks do (`nn.fuse`). Its new forward calls the
 engine if that gives the same result. Otherwise it calls the original forward: in training, with gradients, while a
@@ -78,7 +78,7 @@ def describe(module: nn.Module, kind: type[FusedEncoder], backend: str) -> Encod
     layers = []
     for block in kind.blocks_of(module):
         if "forward" in vars(block):
-            raise Unfit("a forward bound to a block")
+            raise Unfit("a forward method was set on one of its blocks")
         layers.append(_layer(block, parts(block)))
     masks = {kind.masks_of(module, layer) for layer in layers}
     all_dense = "its last block is dense, so the outputs of all blocks are returned"
@@ -90,7 +90,7 @@ def describe(module: nn.Module, kind: type[FusedEncoder], backend: str) -> Encod
         plain = b.residual and not b.residual_dense and not layer.takes_last
         refuse(
             (channels != (c_in, panes), "its convs have other channels than those of a Jasper"),
-            (plain and after_dense, "a plain residual after a dense one"),
+            (plain and after_dense, "a block with a plain residual follows one with a dense residual"),
         )
     return found
 
@@ -101,7 +101,7 @@ def _layer(block: nn.Module, found: Parts) -> Layer:
     known = {*convs, *pointwise, *taps}
     norms = [sub.bn for sub in found.sub_blocks] + [bn for _, bn in found.panes]
     refuse(
-        ({m for m in block.modules() if isinstance(m, nn.Conv1d)} != known, "convs that an engine does not have"),
+        ({m for m in block.modules() if isinstance(m, nn.Conv1d)} != known, "convs outside sub-blocks and panes"),
         (any("weight" in vars(m) for m in (*known, *norms)), "a weight that is not a parameter"),
         (any(bn.running_mean is None for bn in norms), "a batch norm without running statistics"),
     )
@@ -132,7 +132,7 @@ class Whole:
         return Whole, self._how
 
     def drop(self) -> None:
-        """Drops the engines and their copies of the weights. The next call of `engine` makes a new one."""
+        """Drops the engines and their copies of the weights. The next call of `engine` makes new ones."""
         with self._lock:
             self._engines: dict[torch.dtype, EncoderEngine] = {}
             self._watch: Watch | None = None
@@ -149,8 +149,8 @@ class Whole:
                 self.drop()
 
     def describe(self, encoder: FusedEncoder) -> Encoder | None:
-        """Returns the encoder as it is now, or None if no engine can compute it. Then the blocks run one by one,
-        and raise errors themselves."""
+        """Returns the encoder as it is now, or None if no engine can compute it. In the second case the blocks
+        run one by one, and raise any error themselves."""
         with self._lock, contextlib.suppress(Unfit):
             if self._watch is None or not self._watch.same():
                 self.drop()
@@ -169,7 +169,7 @@ class Whole:
         """Returns the engine in `dtype` for `found`, which `describe` has returned."""
         with self._lock:
             if dtype not in self._engines:
-                with torch.inference_mode(False):  # tensors made in inference mode are of no use outside it
+                with torch.inference_mode(False):  # tensors made in inference mode cannot be written to outside it
                     self._engines[dtype] = EncoderEngine(found, dtype=dtype, graphs=self._how[1])
             return self._engines[dtype]
 
@@ -211,11 +211,11 @@ class FusedEncoder(Before):
         return (m for m in self.modules() if m is not self)
 
     def train(self, mode: bool = True):
-        vars(self)[STATE].drop()  # every eval() folds the weights again, and training can use the engines' memory
+        vars(self)[STATE].drop()  # so that eval() folds the weights again, and training gets the engines' memory
         return super().train(mode)
 
     def sharing(self) -> contextlib.AbstractContextManager[None]:
-        """Returns a context for the original forward. In training the blocks then share work on the same output."""
+        """Returns a context for the original forward. In training, the blocks share work on outputs that they read."""
         if self.training and not torch.compiler.is_compiling():
             with contextlib.suppress(Unfit):  # the block's forward raises the error
                 return sharing(Shared(self.blocks_of(self)))
@@ -248,7 +248,7 @@ class FusedEncoder(Before):
 
 
 def _fits(found: Encoder, x: Tensor, lengths: Tensor | None) -> bool:
-    """Returns whether an engine can take these arguments. For others the original forward raises its own error."""
+    """Returns whether an engine can take these arguments. If not, the original forward raises its own error."""
     return (
         type(x) is Tensor
         and x.dim() == 3
@@ -286,7 +286,7 @@ class NeMosEncoder(FusedEncoder):
 
 
 class EagerModel(FusedEncoder):
-    """EagerJasper, whose encoder has no forward and is run by the model's."""
+    """EagerJasper. Its `encoder` has no forward of its own, so the forward of the whole model is replaced."""
 
     where = "encoder.layers"
 
@@ -315,13 +315,13 @@ KINDS: dict[str, type[FusedEncoder]] = {
 
 
 def fuse(model: nn.Module, backend: str = "auto", strict: bool = False, *, graphs: Graphs = "auto") -> Report:
-    """Makes the Jasper blocks in `model` run fused ops on their own parameters and buffers. Returns a report of the
-    blocks that do.
+    """Makes the Jasper blocks in `model` run fused ops on their own parameters and buffers. Returns a report of what
+    was fused.
 
     Blocks of NVIDIA's Jasper, of NeMo's and of `EagerJasper` are recognised by class name and attributes. A block that
-    the ops cannot compute is left unchanged, with the reason in the report. With `strict` it raises ValueError, and
-    nothing is changed. State-dict keys, hooks on blocks and on modules around them, train(), deepcopy, pickle and
-    optimisers stay valid. With conv masks, outputs of blocks are zero in the padding.
+    the ops cannot compute is left unchanged, with the reason in the report. With `strict` such a block raises
+    ValueError, and nothing is changed. State-dict keys, hooks on blocks and on modules around blocks, train(),
+    deepcopy, pickle and optimisers stay valid. With conv masks, outputs of blocks are zero in the padding.
 
     A fused block reads its weights in every call. In evaluation without gradients, an encoder whose blocks are all
     fused runs on an `InferenceEngine`, with batch norm folded, one kernel per sub-block, and CUDA graphs on a GPU
@@ -330,7 +330,7 @@ def fuse(model: nn.Module, backend: str = "auto", strict: bool = False, *, graph
     make the blocks run one by one.
 
     Raises ValueError for a model without such blocks, and BackendMissing for a backend that cannot run here. Equivalent
-    to the model itself, up to rounding and to which elements are dropped.
+    to the model itself, up to rounding and to the choice of the elements that dropout drops.
     """
     if graphs not in ("auto", True, False):
         raise ValueError(f"graphs must be 'auto', True or False, not {graphs!r}")
@@ -364,7 +364,7 @@ def _encoders(
             if strangers := [type(m).__name__ for m in inner if id(m) not in fused]:
                 raise Unfit(f"it contains a {strangers[0]}, which is not a Jasper block")
             if "forward" in vars(module):
-                raise Unfit("a forward bound to it")
+                raise Unfit("a forward method was set on the encoder itself")
             describe(module, kind, backend)
             yield name, module
         except Unfit as reason:

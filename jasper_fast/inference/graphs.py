@@ -17,11 +17,11 @@ from jasper_fast.kernels.capture import record
 
 
 class CudaGraphs:
-    """Captures launches on one CUDA device. The launches allocate nothing, so the memory pool of each graph stays
-    empty.
+    """Captures launches on one CUDA device.
 
-    Each graph has its own pool. A shared pool would be destroyed with its last graph, and PyTorch would then refuse to
-    capture into it.
+    Each graph has a memory pool of its own. On the triton and cuda faces the pool stays empty, because their launches
+    allocate nothing. A shared pool would be destroyed with its last graph, and PyTorch would then refuse to capture
+    into it.
     """
 
     def __init__(self, device: torch.device):
@@ -112,7 +112,7 @@ class Bound(ABC):
 
 
 class Shapes:
-    """The `limit` most recently used shapes.
+    """The bound launches of the `limit` most recently used shapes.
 
     `graphs` captures their launches; if it is None, they run one by one. `patient`: capture at the second call of a
     shape, not at the first.

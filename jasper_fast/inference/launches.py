@@ -131,8 +131,8 @@ class Launches:
             if changes[i]:
                 before, lens = lens, self.lengths.held[f"lengths{sum(changes[:i])}"][:n]
                 told = Lengths(before, None, lens, plan.masks)
-            # `clean` says that padding is zero. Kernels write zeros past the lengths, but the features of the caller,
-            # which are copied to a buffer if panes read them, may have any padding.
+            # `clean` says that the padding of all inputs is zero. That is true of what kernels write, but not of the
+            # caller's features, which the first step reads. If panes read the features, later steps do so too.
             chain = Chain(early=i > 1 and bool(packs[i - 1]), ahead=packs[i + 1])
             call = partial(step.conv, out=out, panes=panes, clean=i > 0 and not plan.panes_read_source, chain=chain)
             calls.append(call if i == 0 else partial(call, x, lengths=told))

@@ -83,8 +83,8 @@ class FoldedConv(Protocol):
     def __call__(
         self, x: Tensor, out: Tensor, panes: Tensor | None = None, lengths: Lengths = FULL, **how: object
     ) -> None:
-        """Computes `out` (N, T', C_out) from `x` (N, T, C_in) and `panes` (N, T', C2), which count as zero beyond
-        `lengths.before`.
+        """Computes `out` (N, T', C_out) from `x` (N, T, C_in) and `panes` (N, T', C2). Beyond `lengths.before`, `x`
+        and `panes` count as zero.
 
         how: further arguments that depend on the face.
         """
@@ -161,8 +161,8 @@ class Plan:
         return list(accumulate(self.steps, lambda before, step: step.b.out_length(before), initial=t))
 
     def span(self, bucket: int) -> int:
-        """Returns the T at which T' is `bucket`. If T is rounded up to a multiple of it, T' is a multiple of `bucket`.
-        Without masks it is 1, because padding would change the results."""
+        """Returns a number of frames such that, for every multiple T of it, T' is a multiple of `bucket`. Without masks
+        the number is 1, so that T is never rounded up, because more padding would change the results."""
         return bucket * prod(step.b.s for step in self.steps) if self.masks else 1
 
     @cached_property

@@ -32,7 +32,7 @@ class Recognition:
 
     ``audio_seconds`` is the length of the transcribed audio; ``compute_seconds`` is the time from samples to text;
     ``wall_seconds`` also includes reading files. While ``Recognizer.stream`` runs, ``finished`` is the number of
-    utterances that have their final result, and ``done`` is the number at the beginning of the list that have it.
+    utterances that have their final result, and ``done`` counts those before the first utterance that has none yet.
     """
 
     transcripts: list[Transcript | None]
@@ -150,10 +150,11 @@ class Recognizer:
     ) -> Iterator[Recognition]:
         """Like ``recognize``, but yields the same Recognition after each batch, each time with more results.
 
-        With ``window`` utterances are sorted by length only within groups of so many consecutive ones, so that ``done``
-        grows steadily. An utterance is skipped like an unreadable file if the model's output for it is NaN, or if it
-        does not fit the memory even alone. ``keep`` is called with the index and the log-probabilities (T', V) of each
-        utterance that is used. With a ``decoder`` the model runs later batches while earlier ones are still decoded.
+        With ``window`` utterances are sorted by length only within groups of ``window`` consecutive ones, so that
+        ``done`` grows steadily. An utterance is skipped like an unreadable file if the model's output for it is NaN, or
+        if memory does not suffice even for a batch of this one utterance. ``keep`` is called with the index and the
+        log-probabilities (T', V) of each utterance that is used. With a ``decoder`` the model runs later batches while
+        earlier ones are still decoded.
         """
         started = time.perf_counter()
         audio = AudioSettings(self.sample_rate, bool(self.audio_settings.get("trim_silence", False)))

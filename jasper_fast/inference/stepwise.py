@@ -103,7 +103,7 @@ class Stepwise:
 
 class Padding:
     """The padding of a batch: `beyond` (N, T, 1) is True beyond the lengths, and `top` is the largest allowed value: 0
-    there, and infinity elsewhere."""
+    beyond the lengths, and infinity within them."""
 
     def __init__(self, lengths: Tensor, t: int, dtype: torch.dtype):
         self.beyond = layout.padding(lengths, t).transpose(1, 2)

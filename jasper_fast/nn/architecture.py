@@ -13,7 +13,8 @@ BN_EPS, BN_MOMENTUM = 1e-3, 0.1
 
 def pane_sources(config: JasperConfig) -> list[list[int]]:
     """Returns the sources that the panes of each block read. Source 0 is the features, and j + 1 the output of block j.
-    With dense residuals, a block has a pane for every earlier block output."""
+    A block with a dense residual has a pane for its own input, and for the input of each dense block in the unbroken
+    row of dense blocks before it."""
     found, sources = [], [0]
     for j, b in enumerate(config.encoder.blocks):
         found.append((sources if b.residual_dense else sources[-1:]) if b.residual else [])
@@ -47,7 +48,7 @@ def convs_and_norm(c_in: int, c_out: int, b: BlockConfig | None, conv: type[nn.C
 
 
 def add_layers(model: nn.Module, config: JasperConfig, blocks: Iterable[nn.Module]) -> None:
-    """Adds encoder and decoder under the reference's names, and initialises their weights as the reference does: convs
+    """Adds encoder and decoder under the names of NVIDIA's Jasper, and initialises their weights as NVIDIA does: convs
     by `init` (gain 1), batch norm's gamma to 1 and beta to 0."""
     model.encoder, model.decoder = nn.Module(), nn.Module()
     model.encoder.layers = nn.ModuleList(blocks)

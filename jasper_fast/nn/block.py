@@ -1,4 +1,4 @@
-"""A Jasper block: its parameters have the reference's names, and the fused ops compute it in NTC memory."""
+"""A Jasper block. Its parameters have the names of NVIDIA's Jasper, and the fused ops compute it in NTC memory."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from jasper_fast.ops import sync
 from jasper_fast.ops.conv1d_op import autocast
 
 PANE_FORMS = ("auto", "gram", "plain")
-# With fewer rows the Gram form is not used. The variance of few rows can be tiny, and cancellation then destroys it.
+# With fewer rows (frames of a batch) the Gram form is not used. Few rows can have a tiny variance, and cancellation in
+# the Gram form would destroy it.
 FEW_ROWS = 16
 
 
 class JasperBlock(nn.Module):
     """R sub-blocks (conv, batch norm, ReLU, dropout). The last one adds the residual panes before its ReLU.
 
-    `conv` and `res` are dictionaries keyed by the positions in the reference's nn.Sequential (`conv.0.weight`,
+    `conv` and `res` are dictionaries keyed by the positions in NVIDIA's lists of modules (`conv.0.weight`,
     `conv.1.running_mean`, `conv.4.weight`, ..., `res.0.0.weight`), so state dicts are the same. A separable sub-block
     takes five positions: `conv.0.weight` is depthwise, `conv.1.weight` pointwise, and `conv.2` the batch norm.
 
@@ -69,7 +70,7 @@ class JasperBlock(nn.Module):
     def forward(
         self, x: Tensor, sources: list[Tensor], grams: list, lengths: list[Tensor] | None, seeds: Tensor | None
     ) -> Tensor:
-        """Computes `x` (N, C_in, T) to (N, C_out, T'), both zero in the padding.
+        """Returns the block's output (N, C_out, T') for `x` (N, C_in, T). Both are zero in the padding.
 
         `sources`: the block outputs that the panes read. `grams`: in training, the Gram matrix of each source (None for
         the plain form). `lengths`: frames at the input of each sub-block and at the end, R + 1 tensors (N,); None
@@ -113,7 +114,7 @@ class Pass:
     packs: Packs
 
     def __call__(self, x: Tensor, sources: list[Tensor], grams: list[ops.Gram | None]) -> Tensor:
-        """Computes `x` (N, C_in, T) to (N, C_out, T'). `sources` and `grams`: as for `JasperBlock.forward`."""
+        """Returns the output (N, C_out, T') for `x` (N, C_in, T). `sources`, `grams`: see `JasperBlock.forward`."""
         y, stats = self._conv(0, x)
         for i, sub in enumerate(self.sub_blocks[1:]):
             conv, following = sub.conv, of_the_batch(sub.bn)
@@ -132,7 +133,7 @@ class Pass:
         return self._fused(ops.bn_relu_dropout, y, stats, len(self.sub_blocks) - 1, residual=residual)
 
     def _conv(self, i: int, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Returns conv `i` of `x`, with the statistics of its output if batch norm needs them."""
+        """Returns the output of conv `i` for `x`, with the statistics of that output if batch norm needs them."""
         sub, stats = self.sub_blocks[i], of_the_batch(self.sub_blocks[i].bn)
         how = self._how(i) | {"stride": sub.in_time.stride[0], "stats": stats}
         how |= {"lengths": self.steps[i], "backend": self.backend}
@@ -254,7 +255,7 @@ def momentum_of(bn: nn.BatchNorm1d) -> float | Tensor:
 
 
 def count_batch(norms: Iterable[nn.BatchNorm1d]) -> None:
-    """Adds one to the batches that those of `norms` in training mode have seen."""
+    """Adds one to the batch counter of each of `norms` that is in training mode."""
     counters = [bn.num_batches_tracked for bn in norms if bn.training and bn.num_batches_tracked is not None]
     if counters:
         torch._foreach_add_(counters, 1)

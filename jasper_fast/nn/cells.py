@@ -1,4 +1,7 @@
-"""Lists the distinct convs and norms of a Jasper as cells of the tables of measured times."""
+"""Lists the distinct convs and norms of a Jasper as cells of the tables of measured times.
+
+A cell is an op in one dtype, at one shape, with about 2**rows_log2 rows.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,16 @@ from jasper_fast.nn.config import JasperConfig
 
 MODES = ("training", "evaluation", "inference")  # an InferenceEngine is in mode "inference"
 
-# A norm moves about 8 bytes per element, forward and backward. That takes as long as this many multiply-adds of a conv.
+# The forward and backward passes of a norm together move about 8 bytes per element. That takes as long as this many
+# multiply-adds of a conv.
 PRODUCTS_OF_NORM = 2400
 
 
 class Conv(NamedTuple):
     """A conv of the network: `shape` (c_in, c_out, taps, stride, dilation) and the frames of its output.
 
-    `place`: "first" of the network, "opening" a block, "inner", or the "decoder".
+    `place`: "first" (of the network), "opening" (the first of a later block, or a conv with a stride), "inner" (a later
+    conv of a block) or "decoder". The conv of a separable sub-block is always "opening".
     """
 
     shape: tuple[int, int, int, int, int]
@@ -52,7 +57,8 @@ def convs(config: JasperConfig, t: int = 2) -> Iterator[Conv]:
 
 
 def cells(config: JasperConfig, n: int, t: int, dtype: torch.dtype, mode: str) -> list[Cell]:
-    """Returns the cells of `n` utterances of `t` frames of features in `mode`, one of MODES, sorted by falling work.
+    """Returns the cells of `n` utterances of `t` frames of features in `mode`, one of MODES, those with the
+    most work first.
 
     The list is empty for a dtype that no table has.
     """

@@ -1,4 +1,4 @@
-"""Jasper's configuration: the reference's YAML files and dictionaries, checked key by key."""
+"""Jasper's configuration: YAML files and dictionaries in the form of NVIDIA's Jasper, checked key by key."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ class ConfigError(ValueError):
 
 
 def _refuse(*faults: tuple[bool, str]) -> None:
-    """Raises ConfigError with the message of the first of `faults`, pairs of (whether it is one, message), that is
-    true."""
+    """Raises ConfigError with the message of the first pair in `faults`, (is_one, message), whose `is_one` is true."""
     for is_one, message in faults:
         if is_one:
             raise ConfigError(message)
@@ -23,7 +22,7 @@ def _refuse(*faults: tuple[bool, str]) -> None:
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """One block: `repeat` sub-blocks of conv, batch norm, ReLU and dropout. The keys are the reference's.
+    """One block: `repeat` sub-blocks of conv, batch norm, ReLU and dropout. The keys are NVIDIA's.
 
     separable: each conv is a depthwise conv with this kernel, stride and dilation, followed by a pointwise conv, as in
     QuartzNet.
@@ -69,7 +68,7 @@ class BlockConfig:
 
     @property
     def padding(self) -> int:
-        """Frames of zero padding on each side: `(k // 2) * d`, as in the reference."""
+        """Frames of zero padding on each side: `(k // 2) * d`, as in NVIDIA's Jasper."""
         return (self.k // 2) * self.d
 
     @property
@@ -134,8 +133,8 @@ _TOP_KEYS = {"name", "labels", "input_val", "input_train", "jasper"}
 class JasperConfig:
     """A Jasper BxR model, with the alphabet and the input settings of its YAML file.
 
-    `input_train` and `input_val` are the reference's own dictionaries (`audio_dataset`, `filterbank_features`,
-    `spec_augment`, `cutout_augment`). The keys come from the reference's `jasper/config.py` and `configs/*.yaml`.
+    `input_train` and `input_val` are dictionaries as in NVIDIA's files (`audio_dataset`, `filterbank_features`,
+    `spec_augment`, `cutout_augment`). The keys come from NVIDIA's `jasper/config.py` and `configs/*.yaml`.
     """
 
     encoder: EncoderConfig
@@ -194,12 +193,12 @@ class JasperConfig:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> JasperConfig:
-        """Reads a YAML file in the reference's form. Raises ConfigError naming the file and the key."""
+        """Reads a YAML file in the form of NVIDIA's. Raises ConfigError naming the file and the key."""
         import yaml
 
         path = Path(path)
         if path.suffix == ".toml":
-            raise ConfigError(f"{path}: TOML was the format of the reference's first version; convert the file to YAML")
+            raise ConfigError(f"{path}: TOML was the format of NVIDIA's first Jasper; convert the file to YAML")
         try:
             document = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:

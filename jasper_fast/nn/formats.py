@@ -29,13 +29,13 @@ class Weights:
     state_dict: dict[str, Tensor]
     config: dict[str, Any] | None = None
     labels: list[str] | None = None
-    average: dict[str, Tensor] | None = None  # the moving average, if the file has one that was not asked for
+    average: dict[str, Tensor] | None = None  # the moving average, if the file has one and `ema` was false
     names: dict[str, str] = field(default_factory=dict)  # this project's names -> names of the entries in the file
-    left_out: list[str] = field(default_factory=list)  # what else the file holds
+    left_out: list[str] = field(default_factory=list)  # names of the other contents of the file
 
 
 def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
-    """Reads the weights in a file of any known layout. `ema` asks for the moving average.
+    """Reads the weights in a file of any known layout. With `ema`, reads the moving average instead.
 
     Known layouts are this project's checkpoints; NVIDIA's Jasper for PyTorch of 2021 and later (`encoder.layers.*`) and
     of 2019 and 2020 (`jasper_encoder.encoder.*`); NVIDIA's QuartzNet; bare state dicts and safetensors files of any of
@@ -152,7 +152,8 @@ def jasper10x5dr(n_classes: int = 29) -> dict[str, Any]:
 
 
 _V1 = ((r"^jasper_encoder\.encoder\.", "encoder.layers."), (r"^jasper_decoder\.decoder_layers\.", "decoder.layers."))
-_QUARTZNET = ((r"^(encoder\.layers\.\d+)\.mconv\.", r"\1.conv."),)  # NVIDIA's QuartzNet, whose convs are not wrapped
+# NVIDIA's QuartzNet names its convs mconv, as NeMo does, but does not wrap them.
+_QUARTZNET = ((r"^(encoder\.layers\.\d+)\.mconv\.", r"\1.conv."),)
 _NEMO_DROP = ("preproc", "spec_aug")
 _NEMO = (
     (r"^encoder\.encoder\.", "encoder.layers."),
@@ -165,7 +166,8 @@ _NEMO = (
 def _named_ours(
     path: Path, kind: str, entries: dict[str, Tensor], rules: Sequence[tuple[str, str]] = (), drop: Sequence[str] = ()
 ) -> Weights:
-    """Renames the entries by `rules` to this project's names, and leaves out those with a part of `drop` in theirs."""
+    """Renames the entries to this project's names by `rules`. Leaves out an entry if its name contains a string of
+    `drop`."""
     names, dropped = {}, []
     for name in entries:
         ours = _unwrapped(name)
@@ -191,7 +193,7 @@ def _read_nemo(path: Path) -> Weights:
             for member in archive:
                 place = PurePosixPath(member.name)
                 if place.is_absolute() or ".." in place.parts:
-                    raise CheckpointError(f"its path {member.name!r} leads out of the archive, so it is not NeMo's")
+                    raise CheckpointError(f"its path {member.name!r} leads out of the archive, as none of NeMo's does")
                 if member.isfile() and place.name in ("model_config.yaml", "model_weights.ckpt"):
                     members[place.name] = archive.extractfile(member).read()
         if len(members) < 2:
@@ -217,7 +219,8 @@ def _read_nemo(path: Path) -> Weights:
 
 
 def _nemo_config(document: dict[str, Any]) -> dict[str, Any]:
-    """Returns NeMo's configuration in this project's terms. Raises CheckpointError for blocks that no Jasper has."""
+    """Returns NeMo's configuration in this project's terms. Raises CheckpointError for a tokenizer, and for blocks that
+    no Jasper has."""
     document = _resolved(document, document)
     if document.get("tokenizer"):
         raise CheckpointError("the NeMo model has a tokenizer: its symbols are word pieces, but a Jasper's are letters")

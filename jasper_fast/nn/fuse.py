@@ -22,7 +22,7 @@ from jasper_fast.nn.shared import Shared, shared
 from jasper_fast.ops.conv1d_op import autocast
 
 STATE = "_jasper_fast"  # the attribute of a fused module with our state: (backend, Packs) for a block
-ENCODER = "its blocks are fused, but in evaluation it cannot run as one: "  # begins every reason given for an encoder
+ENCODER = "its blocks are fused, but in evaluation no engine can run it: "  # begins every reason given for an encoder
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,14 @@ def survey(model: nn.Module, backend: str) -> tuple[Report, list[tuple[str, nn.M
 
 
 def become(module: nn.Module, kind: type[Before], state: object) -> None:
-    """Replaces the class of `module` by a subclass of both `kind` and its own class, which keeps `state`."""
+    """Replaces the class of `module` by a subclass of both `kind` and its own class, and stores `state` in `module`."""
     vars(module)[STATE] = state
     module.__class__ = _fused_class(kind, type(module))
 
 
 class Before:
-    """A mixin that comes before a module's own class. Copying and pickling store these two classes and join them
-    again."""
+    """A mixin that comes before a module's own class in the bases of a fused class. Copies and pickles store the two
+    bases, and make the fused class from them again."""
 
     def __reduce_ex__(self, protocol):
         _, _, *state = super().__reduce_ex__(max(protocol, 2))

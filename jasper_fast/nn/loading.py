@@ -92,8 +92,8 @@ def load_weights(
 def compared(own: dict[str, Tensor], weights: Weights) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
     """Compares a file's entries with those of a model, `own`. Returns (entries, faults, extra).
 
-    entries: those of the file, with the batch counters that PyTorch 0.4 did not save. faults: why an entry of the model
-    cannot be taken from the file, by name. extra: names that the model does not have.
+    entries: those of the file, and zeros for batch counters, which PyTorch 0.4 did not save. faults: by name, why an
+    entry of the model cannot be taken from the file. extra: names that the model does not have.
     """
     given = dict(weights.state_dict)
     for name in own:
@@ -126,8 +126,8 @@ def _decoder_rows(
 ) -> tuple[list[tuple[int, int]] | None, str | None]:
     """Returns (rows, message): what a warm start does with the decoder.
 
-    rows pairs a row of the model with its row in the file; None copies all rows. The message is for the user. `wrong`:
-    the faults of the decoder's entries.
+    rows: pairs of a row of the model and the row of the file that is copied to it; None copies all rows. message: a
+    warning for the user, or None. `wrong`: the faults of the decoder's entries.
     """
     misfit = next(filter(None, wrong), None)
     if decoder == "keep":
@@ -135,7 +135,7 @@ def _decoder_rows(
             raise CheckpointError(f"{weights.path}: its decoder cannot be kept ({misfit})")
         return None, None
     if decoder == "new":
-        return [], "the decoder is initialised anew, as asked"
+        return [], "the decoder is initialised anew, because of decoder='new'"
     old = _row_of_label(weights, labels, like)
     if labels is None:
         return ([], f"the decoder is initialised anew ({misfit})") if misfit else (None, None)

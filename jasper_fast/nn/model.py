@@ -19,7 +19,7 @@ from jasper_fast.ops.conv1d_op import autocast
 
 
 class Jasper(nn.Module):
-    """The Jasper acoustic model on fused sub-blocks, with the reference's state-dict names.
+    """The Jasper acoustic model on fused sub-blocks, with NVIDIA's state-dict names.
 
     `forward(features (N, C, T) float, lengths (N,) frames) -> (log_probs (N, T', V) fp32, lengths (N,) of T' frames)`.
     Rows of `log_probs` at t >= length are meaningless. With conv masks (the default configurations) the padding of
@@ -33,11 +33,11 @@ class Jasper(nn.Module):
     all ranks (for torch.compile see `jasper_fast.ops.sync`).
 
     `backend`: "auto" takes the fastest face on the device of the input. "reference", "cpu", "triton" or "cuda" names a
-    face; BackendMissing, which says how to get the face, is raised if it cannot run. `tune`: on a GPU, "auto" measures
-    what no table has yet at the first forward pass of each kind (training or evaluation, dtype and size), and keeps the
-    results on disk (`jasper_fast.dispatch.tuned`). False uses only existing tables and rules. The semantics are those
-    of the reference's `jasper/model.py`. Equivalent to `jasper_fast.nn.eager.EagerJasper(config)` with the same state
-    dict.
+    face; BackendMissing, which says how to get the face, is raised if it cannot run. `tune`: whether "auto" on a GPU
+    measures times that no table has yet. The model does so in the first forward pass of each kind (training or
+    evaluation, dtype and size), and keeps the results on disk (`jasper_fast.dispatch.tuned`). With `tune=False` it uses
+    only existing tables and rules. The semantics are those of NVIDIA's `jasper/model.py`. Equivalent to
+    `jasper_fast.nn.eager.EagerJasper(config)` with the same state dict.
     """
 
     def __init__(self, config: JasperConfig, backend: str = "auto", panes: str = "auto", tune: bool = True):

@@ -20,7 +20,7 @@ class Unfit(Exception):
 
 
 def refuse(*faults: tuple[object, str]) -> None:
-    """Raises Unfit with the reason of the first of `faults`, pairs of (whether it is one, reason), that is true."""
+    """Raises Unfit with the reason of the first pair in `faults`, (is_one, reason), whose `is_one` is true."""
     for is_one, reason in faults:
         if is_one:
             raise Unfit(reason)
@@ -43,7 +43,8 @@ class SubBlock:
 
     @property
     def halo(self) -> int:
-        """The output of `conv` is zero from so many frames beyond the length on. A pointwise conv adds none."""
+        """The number of frames after the output's length in which the output of `conv` may differ from zero, for an
+        input that is zero after its own length. It is 0 for a pointwise conv."""
         (k,), (s,), (p,), (d,) = self.conv.kernel_size, self.conv.stride, self.conv.padding, self.conv.dilation
         return -(-max(0, d * (k - 1) - p) // s)
 
@@ -149,8 +150,10 @@ def captures(block: nn.Module) -> bool:
 
 
 def _sub_block(group: list[nn.Module]) -> tuple[nn.Module | float, ...]:
-    """Returns the conv, or the depthwise and the pointwise one, then the norm and the probability of dropout. `group`:
-    the modules of one sub-block in order."""
+    """Returns (conv, norm, probability of dropout), or (depthwise conv, pointwise conv, norm, probability of dropout).
+
+    `group`: the modules of one sub-block in order.
+    """
     (conv, *rest), taps = group, []
     if _is_depthwise(conv):
         taps = [conv]

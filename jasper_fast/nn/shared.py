@@ -1,8 +1,8 @@
 """What the fused blocks of an encoder share during a forward pass: prepared block outputs, and their Gram matrices.
 
-Every dense block reads all block outputs before it. Alone, it would mask and cast each of them again, and would compute
-the statistics of its panes (1x1 residual convs) from the outputs of the panes. When blocks share, each block output is
-prepared once, and its one Gram matrix serves all blocks that read it.
+Every dense block reads all block outputs before it. Without sharing, it would mask and cast each of these outputs
+again, and would compute the statistics of its panes (1x1 residual convs) from the outputs of the panes. When blocks
+share, each block output is prepared once, and its one Gram matrix serves all blocks that read it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from jasper_fast.ops import sync
 
 
 class Shared:
-    """What `blocks`, given in the order of their calls, share. Raises Unfit if one of them cannot be fused."""
+    """The prepared block outputs and Gram matrices of `blocks`, which are in the order of their calls. Raises Unfit if
+    a block cannot be fused."""
 
     def __init__(self, blocks: list[nn.Module]):
         self.parts = {id(block): parts(block) for block in blocks}
@@ -39,7 +40,7 @@ class Shared:
     def gram(self, found: Parts, pane: int, x: Tensor, backend: str) -> ops.Gram | None:
         """Returns the Gram matrix of `x` with the statistics of `pane` of block `found`; None if that pane needs none.
 
-        The first block that asks computes the statistics for all later blocks that read `x`.
+        The first call for `x` also computes the statistics for all later blocks that read `x`.
         """
         bn = found.panes[pane][1]
         if not reads_gram(bn, x, backend, "auto"):

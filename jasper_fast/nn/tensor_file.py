@@ -12,7 +12,8 @@ from torch import Tensor
 from jasper_fast.extras import need
 from jasper_fast.nn.checkpoint import FORMAT, CheckpointError
 
-KEY = "jasper_fast"  # all that we write into the header is one entry, because safetensors varies the order of several
+# The only entry that we write into the header. Several entries would not always be written in the same order.
+KEY = "jasper_fast"
 
 
 def is_one(path: str | Path) -> bool:
