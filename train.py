@@ -84,7 +84,7 @@ OPTIONS = {
                help="precision of fp32 products on a GPU (default: PyTorch's, tf32 in convs, ieee elsewhere)"),
         training_options.SEED,
         option("--cuda-graphs", action="store_true",
-               help="launch a step as one CUDA graph, from the second step of its shape on"),
+               help="launch a step as one CUDA graph, from the second step with this batch shape on"),
         option("--compile", action="store_true",
                help="run the model through torch.compile; run `jasper-fast tune` first"),
         option("--deterministic", action="store_true", help="make repeated runs on a GPU bit-equal; slower"),
@@ -171,8 +171,8 @@ def distributed(core: nn.Module, ranks: Ranks) -> nn.Module:
 def resume(
     args: argparse.Namespace, folder: Folder, state: TrainingState, train: Split, ranks: Ranks, console: Any
 ) -> Any:
-    """Loads the newest checkpoint of `folder` into `state` and returns the saved state of the random generators. That
-    is None for a new run, and if the number of processes has changed."""
+    """Loads the newest checkpoint of `folder` into `state` and returns the saved state of the random generators, or
+    None for a new run and if the number of processes has changed."""
     if folder.steps() and not args.resume:
         raise RunError(
             f"{folder.path} holds checkpoints of an earlier run: add --resume or choose another --output-dir"

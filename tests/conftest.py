@@ -20,7 +20,7 @@ else:
 
 os.environ["JASPER_FAST_TUNE"] = "0"  # off, except in the tests of first-use tuning
 
-GOLDEN = Path(__file__).with_name("golden")  # results of the reference system, described in its README.md
+GOLDEN = Path(__file__).with_name("golden")  # results of NVIDIA's Jasper, see its README.md
 FACES = ("reference", "cpu", "triton", "cuda")
 
 

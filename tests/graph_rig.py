@@ -42,14 +42,14 @@ def batch(n: int, seconds: float, labels: int, seed: int) -> Batch:
 
 
 def padded(one: Batch, shape: tuple[tuple[int, ...], int]) -> Batch:
-    """Returns a batch with zeros up to this shape, see `GraphedStep._shape`."""
+    """Returns the batch padded with zeros to this shape, see `GraphedStep._shape`."""
     (_, samples), labels = shape
     audio, targets = (F.pad(x, (0, n - x.shape[1])) for x, n in ((one.audio, samples), (one.targets, labels)))
     return dataclasses.replace(one, audio=audio, targets=targets)
 
 
 def moved(module: torch.nn.Module, device: str) -> None:
-    """Replaces a module's parameters and buffers by empty ones on `device`, where fake tensors may lie."""
+    """Replaces a module's parameters and buffers by uninitialised ones, unless `device` is the CPU."""
     for m in module.modules() if device != "cpu" else ():
         for name, p in m._parameters.items():
             m._parameters[name] = None if p is None else torch.nn.Parameter(torch.empty(p.shape, device=device))
@@ -91,7 +91,7 @@ class Rig:
         return train_step(*parts, **self.how)
 
     def equal(self, other: Rig) -> bool:
-        """Returns whether both have the same numbers bit by bit, NaN included."""
+        """Returns whether the states of both rigs are equal, where a NaN equals a NaN."""
         return same(list(self.state()), list(other.state()))
 
     def graphed(self, monkeypatch, **more) -> tuple[GraphedStep, TapeRecorder]:

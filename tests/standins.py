@@ -42,7 +42,7 @@ def verdicts_of_its_own(tmp_path, monkeypatch):
 
 @pytest.fixture(name="put_table")
 def imaginary_gpus_table(tmp_path, monkeypatch):
-    """Returns a function that writes these rows as the table of the imaginary GPU or of `gpu`, and returns its path."""
+    """Returns a function that writes rows as the table of the imaginary GPU, or of `gpu`, and returns its path."""
     where = tmp_path / "tables"
     monkeypatch.setenv("JASPER_FAST_TABLES", str(where))
     monkeypatch.setattr(tables, "_gpu_name", lambda index: GPU_NAME)

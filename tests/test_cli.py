@@ -81,7 +81,7 @@ def bad(tmp_path):
 
 
 def run(name, *argv):
-    """Runs a command. The options in `argv` come last, so they count."""
+    """Runs a command. The options in `argv` come last, so they override the others."""
     return command.main([name, *(["--backend", "reference", "--quiet"] if name != "info" else []), *map(str, argv)])
 
 

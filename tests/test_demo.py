@@ -114,7 +114,7 @@ def test_the_page_is_well_formed_and_needs_nothing_else(points):
     curves = {kind: curve[:points] for kind, curve in RESULT["curves"].items()}
     features = [np.random.default_rng(0).random((64, 100)), None]
     page = report.render(RESULT | {"curves": curves}, features, [b"RIFF", None])
-    root = ElementTree.fromstring(page.partition("\n")[2])  # without its doctype the page is XML too
+    root = ElementTree.fromstring(page.partition("\n")[2])  # without its doctype the page is valid XML
     for said in ("1.3 %", "prefers-color-scheme: dark", "width=device-width", "A &lt;CPU&gt; &amp; more", "a&lt;b"):
         assert said in page
     links = [e.get(k) for e in root.iter() for k in ("src", "href") if e.get(k)]

@@ -58,8 +58,8 @@ def test_the_interval_of_a_gain():
 
 
 def spoken(folder, noise: float, sharp: float) -> tuple[Saved, list[str]]:
-    """Saves log-probs of twelve random texts of three words, and returns them with the texts. The first frame
-    suggests a "d", although no text begins with one, by `sharp`."""
+    """Saves log-probs of twelve random texts of three words, and returns them with the texts. `sharp` is added
+    to the score of "d" in the first frame, although no text begins with a "d"."""
     torch.manual_seed(0)
     rng, v = random.Random(0), Vocabulary()
     texts = [" ".join(rng.choices(("one", "two", "three", "four"), k=3)) for _ in range(12)]

@@ -1,4 +1,4 @@
-"""The reference system's own numbers on each face: evaluation, first gradients, BN buffers, four NovoGrad steps."""
+"""Each face gives the numbers of NVIDIA's Jasper: evaluation, first gradients, BN buffers, four NovoGrad steps."""
 
 import json
 
@@ -65,7 +65,7 @@ def which(request):
 def test_evaluation(golden, which):
     config, tensors = golden
     model = _build(which, config, tensors).eval()
-    features, lengths = tensors["features"][1:, :, :121], tensors["feature_lengths"][1:]  # without the longest
+    features, lengths = tensors["features"][1:, :, :121], tensors["feature_lengths"][1:]  # not the longest utterance
     for forward in [model] if which == "eager" else [model, InferenceEngine(model)]:
         with torch.no_grad():
             log_probs, out_lengths = forward(features, lengths)
@@ -117,6 +117,6 @@ def test_four_novograd_steps(golden, which):
         if name.endswith("weight") and parameter.dim() == 1:
             before, off = tensors[f"state.{name}"], parameter.detach() - want[name]
             decays.append((off @ before / before.square().sum()).item())
-    # Weight decay changes a scale by only 1e-4 in all, far less than the bound above. It shows in the mean error along
-    # the original scales.
+    # Weight decay changes a scale by only 1e-4 in all, far less than the bound above. A wrong decay would show as a
+    # mean error in the direction of the original scales.
     assert abs(sum(decays) / len(decays)) <= 5e-6

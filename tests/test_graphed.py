@@ -29,7 +29,8 @@ from jasper_fast.training.step import Frontend, StepResult
 
 @pytest.fixture(autouse=True)
 def loss_on_the_device(monkeypatch):
-    """Uses the CTC loss that reads no lengths, in plain PyTorch, which is faster than interpreted Triton."""
+    """Uses the CTC loss that a CUDA graph can capture (`ops.ctc_loss`), on the reference face, because that is faster
+    than interpreted Triton."""
     interpreted()
     monkeypatch.setattr(step, "reads_no_lengths", lambda device: True)
     monkeypatch.setattr(graphed, "reads_no_lengths", lambda device: True)
@@ -40,7 +41,7 @@ def both(
     ours: Rig, made: GraphedStep, plain: Rig, seed: int, batches: list[Batch], pad: bool = True
 ) -> list[StepResult]:
     """Makes the graphed step, and the plain one over the same padded batches, from one seed. Returns both results.
-    Everything that the steps change must be equal bit by bit, and so must the numbers that they draw."""
+    Everything that the steps change must be equal bit by bit, and so must the state of the random generator."""
     results, states = [], []
     for run, given in ((made, batches), (plain.plain, [padded(b, made._shape(b)) if pad else b for b in batches])):
         torch.manual_seed(seed)
@@ -101,7 +102,7 @@ class Taped:
 @pytest.mark.slow
 def test_novograd_in_cuda_is_graphed_too(monkeypatch):
     """Shows equal bits with plain steps when graphs record the CUDA face. Its launches read the table and the settings
-    of their graph, although plain steps and another graph send others in between."""
+    of their own graph, although plain steps and the other graph send different ones in between."""
     taped = Taped(monkeypatch)
     ours, plain = Rig(), Rig()
     made, recorder = ours.graphed(monkeypatch, bucket=16)
@@ -142,8 +143,8 @@ def test_the_graphs_used_last_are_kept(monkeypatch):
 
 
 def test_what_a_graph_needs_is_kept_alive(monkeypatch):
-    """Shows that a graph keeps its memory alive although plain steps make new packs. The stand-in finds freed
-    memory."""
+    """Shows that a graph keeps its memory alive although plain steps make new packs. A replay of the stand-in fails
+    if memory of its graph has been freed."""
     ours = Rig("adamw", amp_dtype=torch.bfloat16)
     made, _ = ours.graphed(monkeypatch, bucket=16)
     for _ in range(2):
@@ -258,7 +259,7 @@ def test_hindrances_are_told_in_a_line(monkeypatch):
     assert "need a GPU, but the model is on cpu" in told[-1]
     rig.optimizer = torch.optim.SGD(rig.model.parameters(), lr=0.1)
     made(rig, recorder=recorder)
-    assert "SGD decides on the host: use NovoGrad, or AdamW(..., fused=True)" in told[-1]
+    assert "SGD skips steps on the host: use NovoGrad, or AdamW(..., fused=True)" in told[-1]
     monkeypatch.setattr(graphed, "reads_no_lengths", lambda device: False)
     made(Rig("adamw"), recorder=recorder)
     assert "CTC loss reads lengths on the host" in told[-1]
@@ -272,8 +273,8 @@ def test_hindrances_are_told_in_a_line(monkeypatch):
 
 @pytest.fixture(scope="module")
 def counted() -> dict:
-    """Returns what tests/graph_stand_in.py found, in its own process, because PyTorch can register one such device
-    only."""
+    """Returns what tests/graph_stand_in.py found, in its own process, because a process can register only one such
+    device."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     script = Path(__file__).with_name("graph_stand_in.py")
     done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)

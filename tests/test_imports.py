@@ -33,7 +33,7 @@ LAYERS = {
     | {"dispatch", "kernels"},
     "": {"cli"},
 }
-# These import nothing of the package but each other.
+# Modules that import nothing of the package except each other.
 BELOW_ALL = {"jasper_fast", "jasper_fast.extras", "jasper_fast.options", "jasper_fast.page"}
 PACKAGE = set(LAYERS) - {"demo", "cli", ""}
 BENCH = ("harness", "rivals", "cases", "report", ("commands", "compile"), ("gpu", "tune"), "cli", "__main__")

@@ -1,4 +1,4 @@
-"""The machine's limits: which one applies to an fp32 row."""
+"""The machine's limits: which matmul rate applies to a result in fp32."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ GPU = torch.device("cuda")
 
 @pytest.fixture
 def rates(monkeypatch):
-    """A GPU whose rates tell the settings under which they were measured."""
+    """Replaces the measured matmul rates by numbers that tell the dtype, and whether TF32 was allowed."""
 
     def rate(device, dtype, size):
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -20,7 +20,7 @@ def tensors(dtype=torch.float64):
 
 
 def by_hand(params, grads, state, *, lr, betas, eps, weight_decay, grad_averaging):
-    """Does one NovoGrad step on lists of fp64 tensors, one tensor at a time, as the reference defines it."""
+    """Does one NovoGrad step on lists of fp64 tensors, one tensor at a time, by its definition."""
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         if g is None:
             continue
@@ -44,7 +44,7 @@ def test_equals_a_plain_loop(betas, grad_averaging, lr):
     for step in range(5):
         grads = [torch.randn_like(p) for p in params]
         if step < 2:
-            grads[3 - step] = None  # no gradient in the first step, or in a later one
+            grads[3 - step] = None  # parameter 3 has no gradient in step 0, parameter 2 none in step 1
         for p, g in zip(params, grads, strict=True):
             p.grad = None if g is None else g.clone()
         optimizer.step()
@@ -248,7 +248,7 @@ def learn(backend, together, steps=5, bad=(2,), warmup=True, weights=None):
     for step in range(steps):
         optimizer.zero_grad()
         with torch.no_grad():
-            model.still += 1  # someone else's doing
+            model.still += 1  # not changed by the optimiser
         (model(torch.randn(4, 2, 5)) * torch.randn(4, 3, 5)).sum().mul(torch.nan if step in bad else 1.0).backward()
         outcomes.append(optimizer.guarded_step())
         if not together:
@@ -345,8 +345,8 @@ def test_an_optimizer_can_be_copied_and_pickled():
 @pytest.mark.parametrize("fp16", [False, True])
 @pytest.mark.parametrize("kind", [NovoGrad, functools.partial(torch.optim.AdamW, fused=True), torch.optim.SGD])
 def test_an_update_skips_bad_steps_and_scales_alike(kind, fp16):
-    """Shows that bad steps are skipped and losses scaled alike for NovoGrad, for a fused optimiser with found_inf, and
-    for one without it, where the host decides."""
+    """Shows that NovoGrad, a fused optimiser (which takes found_inf) and an optimiser for which the host decides skip
+    the same steps and have the same loss scales."""
     torch.manual_seed(1)
     model = nn.Linear(3, 2)
     optimizer = kind(model.parameters(), lr=0.1)

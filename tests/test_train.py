@@ -31,7 +31,7 @@ ALONE = Ranks(0, 1, CPU)
 
 
 class Model(EagerJasper):
-    """The eager Jasper, so that these tests depend on the training code alone."""
+    """The eager Jasper, so that these tests depend only on the training code."""
 
     def __init__(self):
         super().__init__(JasperConfig.from_dict(CONFIG))

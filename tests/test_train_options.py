@@ -110,7 +110,7 @@ def test_a_resumed_run_counts_on(paths, tmp_path, monkeypatch, returns):
     assert not returns
     monkeypatch.setattr(train, "validate_state", judged([0.7]))
     run(train_arguments(paths, tmp_path, steps=3, val_every=1, reload_best=2, resume=True))
-    assert returns == [(0, 2), (3, 1)]  # the first is the resuming itself
+    assert returns == [(0, 2), (3, 1)]  # resuming calls `go_back` too
 
 
 def test_in_place_of_the_end_after_bad_steps(paths, tmp_path, monkeypatch, returns, capsys):
@@ -132,10 +132,10 @@ def test_in_place_of_the_end_after_bad_steps(paths, tmp_path, monkeypatch, retur
 def test_without_a_best_or_without_an_end_the_run_ends(paths, tmp_path, monkeypatch, returns):
     monkeypatch.setattr(train, "validate_state", judged(repeat(0.5)))
     monkeypatch.setattr("jasper_fast.data.batches.collate", spoiled(range(100)))
-    with pytest.raises(RunError, match="2 steps in a row were skipped"):  # nothing was judged
+    with pytest.raises(RunError, match="2 steps in a row were skipped"):  # no validation, so no best.pt
         run(train_arguments(paths, tmp_path / "a", steps=20, max_bad_steps=2, val_every=10, reload_best=True))
     monkeypatch.setattr("jasper_fast.data.batches.collate", spoiled(range(2, 100)))
-    with pytest.raises(RunError, match="2 steps in a row were skipped"):  # it keeps going wrong
+    with pytest.raises(RunError, match="2 steps in a row were skipped"):  # all later steps are bad
         run(train_arguments(paths, tmp_path / "b", steps=20, max_bad_steps=2, val_every=1, reload_best=True))
     assert [best for _, best in returns] == [1, 1, 1]
 

@@ -26,7 +26,8 @@ from jasper_fast.nn.eager import EagerJasper
 from jasper_fast.training import step
 from jasper_fast.training.optim import EMA
 
-BLOCKS, CONVS, PANES = 6, 9, 1 + 2 + 3  # of config("dense"): its repeats are 1, 2, 3, 1, 1, 1
+# of config("dense"): its blocks have 1, 2, 3, 1, 1 and 1 convs, and its three residual blocks 1, 2 and 3 panes
+BLOCKS, CONVS, PANES = 6, 9, 1 + 2 + 3
 
 
 @pytest.fixture
@@ -65,11 +66,11 @@ def test_a_step_runs_no_conv_twice_and_takes_no_pass_for_statistics(launches, fo
     assert backward == {
         "conv1d_wgrad": CONVS - 1,
         "conv1d_wgrad_merge": CONVS - 1,
-        "conv1d_wgrad direct": 1,  # one share is enough
+        "conv1d_wgrad direct": 1,  # its sum is in one part, so nothing is merged
         "conv1d_dgrad": BLOCKS - 1,  # the features need no gradient
         "conv1d_dgrad norm": inside,
         "conv1d_sums_merge": inside,
-        "forward": inside,  # z, made again
+        "forward": inside,  # computes z again
         "backward_reduce": BLOCKS,  # block outputs have several readers
         "sum_merge": BLOCKS,
         "backward_apply halo": CONVS,
@@ -97,7 +98,7 @@ def test_a_step_waits_for_nothing(launches, form, training, monkeypatch):
 
 
 def kept(module: torch.nn.Module, n: int, t: int) -> int:
-    """Returns the bytes of storages that the second training forward makes and leaves alive, as `bench memory` does."""
+    """Returns the bytes that the second training forward allocates and keeps for backward, as `bench memory` does."""
     device = next(module.parameters()).device
     features = torch.zeros(n, 64, t, device=device)
     lengths = torch.full((n,), t, device=device)
@@ -108,12 +109,12 @@ def kept(module: torch.nn.Module, n: int, t: int) -> int:
 
 @pytest.mark.slow
 def test_a_step_keeps_a_quarter_of_what_eager_keeps(launches):
-    """Shows that a step of Jasper 10x5 saves at most a quarter of eager's bytes. Conv and block outputs are 0.21 of
-    them; the Gram form adds covariances, whatever the batch."""
+    """Shows that a step of Jasper 10x5 saves at most a quarter of eager's bytes. The outputs of convs and
+    blocks are 0.21 of eager's bytes. The Gram form also saves covariances, whose size does not depend on the batch."""
     cfg = models.config("jasper10x5")
     with torch.device("meta"):
         eager = kept(EagerJasper(cfg).train(), 2, 400)
-        ours, shares = Jasper(cfg, backend="triton").train().to_empty(device="cpu"), {}  # no numbers are needed
+        ours, shares = Jasper(cfg, backend="triton").train().to_empty(device="cpu"), {}  # values do not matter
     for form in ("gram", "plain"):
         for layer in ours.encoder.layers:
             layer.pane_form = form
@@ -158,8 +159,8 @@ def test_packs_are_in_no_state_dict_and_no_copy(launches, copied):
 
 @pytest.mark.parametrize("form", ["gram", "plain"])
 def test_plain_convs_cast_and_turn_a_weight_once_a_step(form, monkeypatch):
-    """Shows that each weight is cast once per step, into a buffer of its module, with the results of a cast per
-    call."""
+    """Shows that each weight is cast once per step, into a buffer of its module, and that the results are those
+    of a cast in each call."""
     torch.manual_seed(0)
     ours, (features, lengths) = Jasper(config("dense", dropout=0.0), backend="reference", panes=form).train(), batch()
     found = []
@@ -204,7 +205,8 @@ def test_a_forward_takes_the_weights_as_they_are_now():
 
 # ---- the optimiser's step ----
 
-# Limits of one launch of ATen's multi-tensor kernels: tensors, by the number of lists, and blocks of 64 Ki elements
+# Limits of one launch of ATen's multi-tensor kernels: the number of tensors (by the number of tensor lists), and the
+# number of blocks, of 64 Ki elements each
 TENSORS, BLOCKS_, CHUNK = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}, 320, 65536
 
 
@@ -301,7 +303,8 @@ def test_the_step_moves_32_bytes_a_parameter(launches, monkeypatch):
     optimizer = NovoGrad(ours.parameters(), ema=ema, backend="triton")
     step.update(ours, optimizer, torch.amp.GradScaler("cpu", enabled=False))
     rows = optimizer._held[torch.device("meta")]["rows"]
-    moved = {table.UPDATE: 4 + 16 + 12, table.AVERAGE: 12, table.COPY: 8}  # squares, then reads and writes
+    # bytes per element; UPDATE reads the gradient for its norm, then reads four values and writes three
+    moved = {table.UPDATE: 4 + 16 + 12, table.AVERAGE: 12, table.COPY: 8}
     count = sum(p.numel() for p in ours.parameters())
     others = sum(b.numel() for b in ours.buffers())
     total = sum(row[5] * moved[row[7]] for row in rows)
@@ -314,8 +317,8 @@ def test_the_step_moves_32_bytes_a_parameter(launches, monkeypatch):
     [("gram", None, 2300), ("gram", torch.bfloat16, 2600), ("plain", torch.bfloat16, 2850)],
 )
 def test_a_training_step_launches_so_many_kernels_and_ops(launches, form, amp, ceiling):
-    """Shows the launches of a whole step of Jasper 10x5, without frontend and loss (some 15 more). A sixteenth of its
-    channels is used, because the count does not depend on them."""
+    """Counts the launches of a whole step of Jasper 10x5, without frontend and loss (some 15 more). The model has a
+    sixteenth of the channels, because their number does not change the count."""
     cfg = models.config("jasper10x5")
     blocks = [dataclasses.replace(b, filters=b.filters // 16) for b in cfg.encoder.blocks]
     decoder = dataclasses.replace(cfg.decoder, in_feats=cfg.decoder.in_feats // 16)
@@ -338,5 +341,5 @@ def test_a_training_step_launches_so_many_kernels_and_ops(launches, form, amp, c
     launches.clear()
     with Dispatched() as seen:
         run()
-    assert 450 < len(launches) < 600  # some weight gradients take one launch, where one share is enough
+    assert 450 < len(launches) < 600  # a weight gradient takes two launches, or one if nothing is merged
     assert ceiling - 300 < len(launches) + seen.count.total() <= ceiling, seen.count

@@ -1,4 +1,4 @@
-"""Training in several processes: all ranks agree on what to do about the trouble of one, and the run is saved."""
+"""Training in several processes: all ranks react alike to a fault on one of them, and a checkpoint is saved."""
 
 import inspect
 import json
@@ -20,7 +20,7 @@ pytestmark = [
 
 
 def without(paths, which: str, gone, tmp_path) -> dict:
-    """Returns `paths` with a manifest in which the files at these places are missing."""
+    """Returns `paths` with a copy of the manifest `which`. In it the lines numbered in `gone` name missing files."""
     lines = [json.loads(line) for line in paths[which].read_text().splitlines()]
     for i, line in enumerate(lines):
         line["audio_filepath"] = f"gone{i}.wav" if i in gone else str(paths[which].parent / line["audio_filepath"])
@@ -41,7 +41,7 @@ def ran(paths, tmp_path):
 
 
 def no_substitutes(train, rank: int) -> None:
-    """Makes files that cannot be read leave their places in a batch empty."""
+    """Stops the dataset from putting other utterances in place of those that cannot be read."""
     from jasper_fast.data import dataset
 
     dataset._SUBSTITUTES = 0
@@ -95,7 +95,7 @@ def test_a_signal_to_one_process_ends_all_within_a_step(ran, tmp_path, on_rank):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_signal_is_heard_while_a_step_is_loaded(ran, tmp_path, size):
-    """Shows that after a signal in the first of four micro-batches the others are not read and the step is not done."""
+    """Shows that after a signal in the first of four micro-batches the other three are not read and no step is made."""
     how = {"batch_size": 1, "epochs": 9, "grad_accumulation": 4, "val_manifests": None}
     members = ran(size, worlds.signal_in, size - 1, "load", **how)
     assert [len(m.steps) for m in members] == [1] * size
@@ -125,7 +125,7 @@ def test_what_keeps_one_process_from_starting_ends_all(ran, name):
 
 @pytest.mark.parametrize("name", ["broadcast_buffers", "forward_sync_buffers"])
 def test_buffers_are_left_alone_by_either_name(name, monkeypatch):
-    """Shows that buffers are not broadcast, by the option's name before torch 2.13 and by its name since."""
+    """Shows that the broadcast of buffers is off, whether the option has its old name or that of torch 2.13."""
     given = {}
 
     class Parallel:

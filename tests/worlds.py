@@ -22,8 +22,8 @@ _PRELOAD += ["jasper_fast.lm.saved", "rich.progress", "soundfile", "worlds"]
 
 @dataclass
 class Member:
-    """How one process ended: its exit status, its two outputs, and the (epoch, name) of each utterance of each of its
-    training steps."""
+    """How one process ended: its exit status, its standard error (`said`) and output (`printed`), and for each of its
+    training steps the (epoch, name) of the utterances."""
 
     status: int
     said: str
@@ -32,7 +32,7 @@ class Member:
 
 
 def nothing(train, rank: int) -> None:
-    """The plain run."""
+    """Prepares nothing."""
 
 
 def world(
@@ -79,7 +79,7 @@ def processes(size: int, folder: Path, run: Callable, *args) -> list[Member]:
 
 
 def _member(rank: int, size: int, port: int, folder: Path, run: Callable, args: tuple) -> None:
-    multiprocessing.set_start_method("fork", force=True)  # a forkserver of its own would import torch for each loader
+    multiprocessing.set_start_method("fork", force=True)  # so that no data loader imports torch again
     with open(folder / f"{rank}.err", "w", buffering=1) as said, open(folder / f"{rank}.out", "w") as printed:
         os.dup2(said.fileno(), 2)
         if size > 1:

@@ -321,7 +321,7 @@ def recognize(
 
 
 def hypotheses(transcript: Any) -> dict[str, list[dict[str, Any]]]:
-    """Returns the entry for the beam search's hypotheses in the JSON output, none after greedy decoding."""
+    """Returns the JSON entry for the beam search's hypotheses, or an empty dict after greedy decoding."""
     found = [
         {"text": h.text.strip(), "score": round(h.score, 4), "log_prob": round(h.log_prob, 4)}
         for h in transcript.hypotheses
@@ -362,7 +362,7 @@ def joined(arguments: argparse.Namespace) -> Iterator[Ranks]:
 
 
 def count(done: int, total: int, what: str, quiet: bool) -> None:
-    """Shows on a terminal how much is done, in place of the last such line."""
+    """Shows on a terminal how much is done. Each call overwrites the line of the call before."""
     if sys.stderr.isatty() and not quiet:
         end = "\r" if done < total else "\n"
         print(f"\r{done} of {total} {what}", end=end, file=sys.stderr, flush=True)
@@ -388,7 +388,7 @@ def write(path: str, text: str) -> None:
         target.write_text(text, encoding="utf-8", errors="backslashreplace")
         return
     temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # invalid UTF-8 as \udcff
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # bytes that are not UTF-8 become \udcff
     os.replace(temporary, target)
 
 

@@ -44,7 +44,8 @@ examples:
   jasper-fast transcribe talk.wav --checkpoint runs/best.pt --lm 4-gram.arpa.gz --json --n-best 5"""
 
 
-_WINDOW = 8  # batches whose files are sorted by length: more of them save padding, fewer give earlier output
+# The files of this many batches are sorted by length together. More save padding, fewer give earlier output.
+_WINDOW = 8
 OPTIONS = {
     "": [
         option("files", nargs="*", metavar="FILE", help="audio files, or folders of them"),

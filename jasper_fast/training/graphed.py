@@ -28,7 +28,7 @@ LABELS = 32  # transcripts are padded to a multiple of this
 
 
 class CudaRecorder:
-    """Captures on a side stream. All graphs share one memory pool, which is as large as the largest graph needs."""
+    """Captures CUDA graphs on a side stream. They share one memory pool, as large as the largest graph needs."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream, self._pool = torch.cuda.Stream(device), None
@@ -36,7 +36,7 @@ class CudaRecorder:
     def capture(self, step: Callable[[], StepResult], alone: bool) -> tuple[StepResult, Callable[[], None]]:
         """Captures `step` without running it. Returns its result and a function that runs it.
 
-        Each run writes into the memory of that result. `alone` says that no other capture is alive. Raises
+        Each run writes into the memory of that result. `alone` says that no earlier graph exists any more. Raises
         RuntimeError for a step that cannot be captured.
         """
         current, graph = torch.cuda.current_stream(self._stream.device), torch.cuda.CUDAGraph()
@@ -80,10 +80,10 @@ class GraphedStep:
     optimisers), which existing graphs do not see.
 
     If a step cannot be captured, all steps are plain steps, and `say` is called once with the reason. This is the case
-    on a CPU, in several processes, with an optimiser that decides on the host (all except NovoGrad and PyTorch's fused
-    Adam and AdamW), without the CTC loss in Triton, and after a capture has failed. Graphs need as much memory as the
-    largest step, in addition to that of plain steps and validation. `recorder` replaces CUDA graphs
-    in tests: anything with the method `capture`.
+    on a CPU, in several processes, with an optimiser that skips bad steps on the host (all except NovoGrad and
+    PyTorch's fused Adam and AdamW), without the CTC loss in Triton, and after a capture has failed. Graphs need as much
+    memory as the largest step, in addition to that of plain steps and validation. `recorder` replaces CUDA graphs in
+    tests: anything with the method `capture`.
     """
 
     model: nn.Module
@@ -147,9 +147,9 @@ class GraphedStep:
         if self.recorder is None and self.device.type != "cuda":
             return f"CUDA graphs need a GPU, but the model is on {self.device}"
         if not isinstance(self.optimizer, NovoGrad) and not (fused and "capturable" in self.optimizer.defaults):
-            return f"{type(self.optimizer).__name__} decides on the host: use NovoGrad, or AdamW(..., fused=True)"
+            return f"{type(self.optimizer).__name__} skips steps on the host: use NovoGrad, or AdamW(..., fused=True)"
         if isinstance(self.optimizer, NovoGrad) and self.device.type == "cuda" and not self.optimizer.in_kernels():
-            return "NovoGrad's kernels cannot run (they take dense fp32 parameters), and PyTorch's form needs the host"
+            return "NovoGrad's kernels cannot run (they need dense fp32 parameters); no other face can be captured"
         if any(isinstance(g["lr"], Tensor) and g["lr"].device != self.device for g in self.optimizer.param_groups):
             return f"the learning rate is a tensor on another device: use a number, or move it to {self.device}"
         if not reads_no_lengths(self.device):
@@ -173,7 +173,7 @@ class GraphedStep:
     def _shape(self, batch: Batch) -> tuple[tuple[int, ...], int]:
         """Returns the shape that the audio is padded to and the number of labels that transcripts are padded to.
 
-        Audio is padded so that its frames are a multiple of `bucket`, if the frontend says how many samples that takes.
+        Audio is padded to a multiple of `bucket` frames if the frontend computes `LogMelFeatures`.
         """
         *rest, samples = batch.audio.shape
         features = getattr(self.frontend, "features", None)
@@ -183,7 +183,7 @@ class GraphedStep:
         return (*rest, samples), max(1, -(-batch.targets.shape[1] // LABELS)) * LABELS
 
     def _inputs(self, shapes: Shapes) -> list[Batch]:
-        """Returns memory for the micro-batches, which all shapes share as long as it is large enough."""
+        """Returns the memory that micro-batches are copied to. All shapes share it while it is large enough."""
         found = []
         for i, (audio, labels) in enumerate(shapes):
             n = audio[0]
@@ -202,7 +202,7 @@ class GraphedStep:
     # ------------------------------------------------------------------------------------------------------- graphs
 
     def _capture(self, shapes: Shapes, inputs: list[Batch]) -> Captured:
-        """Captures a step on `inputs` and keeps the graph. It changes only the gradients, which become None."""
+        """Captures a step on `inputs` and keeps the graph. The capture changes only the gradients: they become None."""
         while len(self.graphs) >= self.limit:
             self._finish()  # a graph must not be freed while it runs
             self.graphs.popitem(last=False)

@@ -140,7 +140,7 @@ class Loop(ABC):
         return True
 
     def broken_off(self, results: Any) -> bool:
-        """Returns whether a signal interrupted the validation: `results` is then None.
+        """Returns whether a signal interrupted the validation, in which case `results` is None.
 
         This is recorded in the state, so that a resumed run repeats the validation.
         """
@@ -162,7 +162,7 @@ class Loop(ABC):
             self.go_back(f"{self.state.stale} validations in a row were no better")
 
     def save(self, *names: str | None) -> None:
-        """Writes one checkpoint for each of `names`. None names it after its step."""
+        """Writes one checkpoint for each of `names`. With None, the file is named by the step."""
         self.ranks.same_buffers(self.state.model)
         everything = self.state.state_dict() | self.about | {"rng": self.ranks.gather(rng_state())}
         for name in names if self.ranks.first else ():

@@ -1,4 +1,4 @@
-"""The NovoGrad optimiser and the moving average of a model, which a step of NovoGrad updates too."""
+"""The NovoGrad optimiser, and the moving average of a model. One step of NovoGrad can update weights and average."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +12,8 @@ from jasper_fast.kernels import capture
 from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
 from jasper_fast.kernels.novograd.reference import average
 
-FACES = ("cpu", "triton", "cuda")  # faces that have a kernel of the step, for fp32; all else runs on the reference
+# The faces that have a NovoGrad kernel, for dense fp32 parameters. Everything else runs on the reference face.
+FACES = ("cpu", "triton", "cuda")
 
 
 class EMA:
@@ -44,7 +45,7 @@ class EMA:
         self.take([([live[name] for name in self.average], list(self.average.values()))])
 
     def begin(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Begins an update that an optimiser completes. Yields all pairs of a tensor of the model and its average."""
+        """Begins an update, which the optimiser completes. Yields (live tensor, its average) for each tensor."""
         self.updates += 1
         live = self.model.state_dict(keep_vars=True)
         return ((live[name], average) for name, average in self.average.items())
@@ -57,9 +58,10 @@ class EMA:
 
     @contextlib.contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """A context in which the model has the averaged weights. At its end, even after an error, it has its own again.
+        """A context in which the model has the averaged weights. Its own weights always return at the end.
 
-        The two are exchanged tensor by tensor, so the extra memory is one tensor. Do not call `update` inside.
+        Weights and averages are swapped one tensor at a time, so this needs memory for one more tensor. Do not call
+        `update` inside.
         """
         self._exchange(model)
         try:
@@ -70,7 +72,7 @@ class EMA:
     @torch.no_grad()
     def _exchange(self, model: nn.Module) -> None:
         for name, tensor in model.state_dict().items():
-            # Copy in place, so that autograd's version counters change, which marks packed copies of a weight as stale.
+            # Copy in place. This increases autograd's version counters, which show that packed copies are stale.
             live = tensor.clone()
             tensor.copy_(self.average[name])
             self.average[name].copy_(live)
@@ -80,7 +82,7 @@ class EMA:
         return dict(self.average)
 
     def load_state_dict(self, state_dict: dict[str, Tensor], updates: int = 0) -> None:
-        """Loads a saved average. `updates` is the number of its updates so far, which the warm-up needs.
+        """Loads a saved average. `updates`: how often it has been updated; the decay's warm-up depends on this.
 
         Raises KeyError, which names the first missing entry.
         """
@@ -98,7 +100,7 @@ class NovoGrad(torch.optim.Optimizer):
     `params`: floating-point parameters or groups of them. `lr`: a float or a one-element tensor. `betas`: decay rates
     of the first and second moment. `grad_averaging`: scales each new term of the first moment by `1 - beta1`.
     `ema`: a moving average of the model. Each step updates it as `ema.update(model)` would, in the same pass over
-    memory, so do not call `ema.update` as well. `backend`: the face of the step, see `jasper_fast.dispatch`.
+    memory, so do not call `ema.update` as well. `backend`: the face that runs the step, see `jasper_fast.dispatch`.
     The state of a parameter is `exp_avg` (its shape and dtype) and `exp_avg_sq` (a scalar, fp32 or fp64).
     Gradients are not changed. Nothing here waits for the device. The `found_inf` of a `GradScaler` is read on the
     device, and if it is set, parameters and state do not change.
@@ -153,7 +155,7 @@ class NovoGrad(torch.optim.Optimizer):
 
         Gradients are divided by `grad_scale` and clipped to the norm `clip_norm` (0: not clipped). If the norm is not
         finite, only the moving average changes. Returns a tensor (2,) on the device: the norm before clipping, and 1.0
-        if it was not finite or else 0.0. Raises RuntimeError if the parameters are on several devices.
+        if that norm is NaN or infinite, else 0.0. Raises RuntimeError if the parameters are on several devices.
         """
         found = self._step(grad_scale, None, clip_norm, guard=True)
         if len(found) > 1:
@@ -196,7 +198,7 @@ class NovoGrad(torch.optim.Optimizer):
             step = backends.face("novograd", self._face(device, [p for p, _ in mine])).step
             settings, held = self._settings(device), self._held.setdefault(device, {})
             found.append(step(tensors, watched.pop(device, NOTHING), settings, *moved, clip_norm, guard, held))
-        if watched:  # these are on devices where no parameter has a gradient
+        if watched:  # averages on devices where no parameter has a gradient
             self.ema.take(watched.values())
         return found
 
@@ -251,7 +253,10 @@ class NovoGrad(torch.optim.Optimizer):
         return averaged, watched
 
     def _settings(self, device: torch.device) -> Tensor:
-        """Returns one row of settings per group (see kernels/novograd/operands.py), sent again if one has changed."""
+        """Returns the settings on `device`, one row per group (see kernels/novograd/operands.py).
+
+        They are copied to the device again only if one of them has changed.
+        """
         rows, rates = [], []
         for i, group in enumerate(self.param_groups):
             (beta1, beta2), lr = group["betas"], group["lr"]
@@ -295,7 +300,7 @@ def _dense(p: Tensor) -> bool:
 
 
 def _like(p: Tensor, x: Tensor) -> Tensor:
-    """Returns `x` in the memory order of `p`, copied only if it has another one.
+    """Returns `x` in the memory order of `p`. Copies it only if its own order differs and `p` is dense.
 
     The stride of a dimension of size 1 does not matter.
     """

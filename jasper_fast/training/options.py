@@ -12,7 +12,7 @@ RESTARTED = "TORCHELASTIC_RESTART_COUNT"
 SEED = option("--seed", type=int, default=42, help="seed of weights, data order, augmentation and dropout (42)")
 AMP = option(
     "--amp", choices=("off", "fp16", "bf16"), default="off", help="mixed precision; fp16 scales the loss"
-)  # the keys of step.AMP_DTYPES
+)  # the choices are the keys of step.AMP_DTYPES
 OUTPUT = [
     option("--resume", action="store_true", help="continue from the newest complete checkpoint, if there is one"),
     option(
@@ -87,8 +87,8 @@ def optimisation(
 def wrong(args: argparse.Namespace, counts: Sequence[str] = (), faults: Iterable[tuple[bool, str]] = ()) -> str | None:
     """Returns what is wrong with the options, or None. Sets `resume` if torchrun has restarted the run.
 
-    A command's own options: those in `counts` must be at least 1 or not set, and `faults` has, for each other fault,
-    whether it is there and a message.
+    `counts` names further options of the command that must be at least 1 or not set. `faults` holds its other checks:
+    (whether the options are wrong, message).
     """
     if int(os.environ.get(RESTARTED, 0)):  # `torchrun --max-restarts` has restarted this process
         args.resume = True

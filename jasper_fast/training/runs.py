@@ -79,7 +79,7 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A context in which an error on one rank raises a RunError on all others, so that they do not wait for it."""
+        """A context in which an error on one rank raises a RunError on all others, which would wait for it."""
         try:
             yield
         except Exception:
@@ -99,7 +99,7 @@ class Ranks:
     def same_buffers(self, *modules_or_tensors: Any) -> None:
         """Copies the given tensors, or the buffers of the given modules, from rank 0 to all ranks.
 
-        Running statistics differ between ranks.
+        Without this, running statistics differ between ranks.
         """
         if self.world > 1:
             for item in modules_or_tensors:
@@ -108,7 +108,7 @@ class Ranks:
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a flag that the loop reads between steps. A second one stops at once."""
+    """Turns the first SIGINT or SIGTERM into a flag that the loop reads between steps. The second one ends the run."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
@@ -210,7 +210,7 @@ class Folder:
         self.path, self.keep, self.milestones = Path(path), keep, frozenset(milestones)
 
     def save(self, state: dict[str, Any], name: str | None = None) -> None:
-        """Writes `state` as `name`.pt, or without a name under its step. Raises CheckpointError.
+        """Writes `state` as `name`.pt, or without a name as step_NUMBER.pt. Raises CheckpointError.
 
         Of the checkpoints named by their step, only the last `keep` are kept.
         """

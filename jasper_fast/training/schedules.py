@@ -13,7 +13,7 @@ class Schedule:
     In the first `warmup_steps` steps the rate is `lr * (step + 1) / (warmup_steps + 1)`, in the next `hold_steps` it is
     `lr`. Then it depends on the policy:
     - "exponential": `lr * gamma ** (epoch - warmup - hold)`. Epochs have `steps_per_epoch` steps and count from 1.
-      Warm-up and hold are measured in epochs, also fractions of one. As in NVIDIA's Jasper, the first epoch after the
+      Here `warmup` and `hold` are in epochs, and may be fractions. As in NVIDIA's Jasper, the first epoch after the
       hold already has the rate `lr * gamma`.
     - "polynomial": `lr * (1 - progress) ** power`, where progress goes from 0 to 1 over the rest of `total_steps`. With
       power 2 it is the "legacy" policy of NVIDIA's Jasper.

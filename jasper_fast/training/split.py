@@ -129,7 +129,7 @@ class Split:
         """Yields the micro-batches of each step on `device`, from the position of `state` on, for any number of epochs.
 
         The caller must advance `state` after each step. A batch is empty if none of its files could be read. When
-        `stopped` returns True, no more batches are read. The loading processes live over all epochs.
+        `stopped` returns True, no more batches are read. The loading processes are started once, for all epochs.
         """
         first = state.position * accumulation
         how = self.workers, device.type == "cuda"

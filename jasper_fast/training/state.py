@@ -1,6 +1,6 @@
 """The state of a training run: everything that a checkpoint needs so that the run continues exactly.
 
-The meter collects the figures of steps on the device and reads many together, so that steps do not wait.
+The meter keeps the figures of steps on the device and reads those of many steps together, so that no step waits.
 """
 
 import math
@@ -18,7 +18,7 @@ from jasper_fast.training.step import StepResult
 _COUNTS = ("bad_in_a_row", "bad_losses", "overflows", "unread")
 ADVICE = (
     "Check the audio of these files, lower the learning rate, lengthen the warm-up, or use bf16 or fp32",
-    "Check the paths in the manifests and that their drive is mounted; --data-dir sets the folder that they start from",
+    "Check the paths in the manifests and that their drive is mounted; --data-dir is the folder of relative paths",
 )  # the first against NaN and infinity, the second against files that cannot be read
 
 
@@ -51,9 +51,10 @@ class Meter:
     def read(self) -> list[str]:
         """Waits for the device and returns one line for each cause of a skipped step since the last call.
 
-        For a bad loss, these are the utterances whose features are not finite, because batch norm spreads a NaN over
-        the whole batch. If there are none, they are all utterances whose loss is not finite. After `max_bad` skipped
-        steps in a row it raises an error that names the last cause: RunError if files could not be read, else Diverged.
+        For a bad loss, the lines name the utterances whose features are not finite. Losses do not show which utterance
+        is bad, because batch norm spreads a NaN over the whole batch. If all features are finite, the lines name the
+        utterances whose loss is not finite. After `max_bad` skipped steps in a row it raises an error that names the
+        last cause: RunError if files could not be read, else Diverged.
         """
         if not self._pending:
             return []
@@ -141,7 +142,8 @@ class TrainingState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores everything except the optimiser's settings, such as its learning rate, which do not change.
 
-        If the saved run had no moving average, it starts from the loaded weights. If it had no loss scale, that stays.
+        If the saved run had no moving average, the average starts from the loaded weights. If the saved run had no loss
+        scale, the present scale stays.
         """
         self.go_back(state)
         for name in self._PARTS:

@@ -28,8 +28,8 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths
     """Returns the CTC loss of each utterance, (N,) fp32, not divided by its target's length.
 
     `log_probs` (N, T, V) with the blank last, `lengths` (N,) frames, `targets` (N, U) or concatenated, `target_lengths`
-    (N,). The loss is infinite where a target does not fit into its frames. For targets (N, U) on a device with
-    `reads_no_lengths`, it is `ops.ctc_loss`, and lengths and targets are moved to the device. Otherwise it is PyTorch's
+    (N,). The loss is infinite where a target does not fit into its frames. If `reads_no_lengths(device)` and the
+    targets are (N, U), it is `ops.ctc_loss`, and lengths and targets are moved to the device. Otherwise it is PyTorch's
     loss, which waits for the device unless the lengths are on the host. Semantics: NVIDIA's `CTCLossNM`. Equivalent to
     `F.ctc_loss(log_probs.transpose(0, 1), ..., blank=V - 1, reduction="none")` in fp32.
     """
@@ -43,7 +43,10 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths
 
 
 def reads_no_lengths(device: torch.device) -> bool:
-    """Returns whether the loss on `device` needs no lengths on the host, so that a CUDA graph can capture a step."""
+    """Returns whether the CTC loss on `device` is a kernel that reads the lengths there, and not on the host.
+
+    Only such a loss can be captured in a CUDA graph.
+    """
     return device.type != "cpu" and choose.ctc_face("auto", device) == "triton"
 
 
@@ -60,7 +63,7 @@ def compiled(model: nn.Module, device: torch.device) -> nn.Module:
     """Returns `model` compiled by `torch.compile` for batches of any length.
 
     The result shares the parameters and draws the same dropout. `model` itself does not change: use it for validation
-    and checkpoints, whose names then have no prefix. Raises RunError if PyTorch finds no compiler.
+    and for checkpoints, so that the names of the weights have no prefix. Raises RunError if PyTorch finds no compiler.
     """
 
     def small(x: Tensor) -> Tensor:
@@ -89,9 +92,9 @@ class Frontend(nn.Module):
         self.features, self.augment = features, augment or Augment()
 
     def forward(self, audio: Tensor, audio_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the features, their lengths on the device, and their lengths where `audio_lengths` is.
+        """Returns the features, their lengths on the device of `audio`, and their lengths on that of `audio_lengths`.
 
-        `audio` (N, samples), `audio_lengths` (N,) samples.
+        `audio`: (N, samples). `audio_lengths`: (N,), in samples.
         """
         features, lengths = self.features(audio, audio_lengths.to(audio.device, non_blocking=True))
         return self.augment(features, lengths), lengths, self.features.frames(audio_lengths)
@@ -139,7 +142,7 @@ def missed_step(device: torch.device, batches: Sequence[Batch]) -> StepResult:
     """Returns the result of a step that is skipped because this or another rank could read none of its files."""
     causes = [skipped.detail for batch in batches for skipped in batch.skipped]
     if any(map(len, batches)) or not causes:
-        causes = ["another process could read no file of it"]
+        causes = ["another process could read none of its files"]
     nothing = torch.zeros(0, device=device)
     nan = torch.tensor(math.nan, device=device)
     return StepResult([nothing], [nothing.bool()], [], nan, nothing, nothing, [], causes[-1])
@@ -162,8 +165,8 @@ def train_step(
 
     If the loss or the gradient has a NaN or an infinity, parameters, optimiser state and running statistics stay as
     they were. NovoGrad and PyTorch's fused AdamW decide this on the device. For other optimisers the host decides, and
-    waits for the device. `model` may be compiled or a DistributedDataParallel. `ema` is updated at the end, by the
-    optimiser if that has it.
+    waits for the device. `model` may be compiled or a DistributedDataParallel. `ema` is updated at the end, or in the
+    optimiser's step if the optimiser was made with it.
     """
     core = inner(model)
     guard.remember()
@@ -215,8 +218,9 @@ def update(
 ) -> Tensor:
     """Makes one step of `optimizer` with the gradients of `model`, which `scaler` has scaled.
 
-    Returns their norm without the scale. If it is not finite, only the scale changes. NovoGrad needs two passes over
-    memory and leaves the gradients as they are. For other optimisers they are unscaled and clipped in place.
+    Returns the norm of the unscaled gradients. If that is not finite, the weights do not change and the
+    loss scale falls. NovoGrad needs two passes over memory and leaves the gradients as they are. For other optimisers
+    the gradients are unscaled and clipped in place.
     """
     if isinstance(optimizer, NovoGrad):
         scale = scaler._scale if scaler.is_enabled() else None

@@ -70,7 +70,7 @@ def validate(
                 return None
             if not more:
                 break
-            if not batch:  # only other ranks have one left, or no file of it could be read (the dataset reports that)
+            if not batch:  # only other ranks have a batch left, or none of its files could be read
                 continue
             features, lengths, frames = frontend(batch.audio.to(device, non_blocking=True), batch.audio_lengths)
             with torch.autocast(device.type, amp_dtype or torch.float32, enabled=amp_dtype is not None):

@@ -23,6 +23,6 @@ def with_panes(blocks: list[dict], c_in: int) -> Iterator[tuple[int, dict, list[
 
 
 def frames(conv: torch.nn.Conv1d, lens: torch.Tensor) -> torch.Tensor:
-    """Returns the frames of the conv's output."""
+    """Returns the number of frames of the conv's output for inputs of `lens` frames."""
     (k,), (s,), (p,), (d,) = conv.kernel_size, conv.stride, conv.padding, conv.dilation
     return torch.div(lens + 2 * p - d * (k - 1) - 1, s, rounding_mode="floor") + 1
