@@ -117,6 +117,6 @@ def test_four_novograd_steps(golden, which):
         if name.endswith("weight") and parameter.dim() == 1:
             before, off = tensors[f"state.{name}"], parameter.detach() - want[name]
             decays.append((off @ before / before.square().sum()).item())
-    # Weight decay changes a scale by only 1e-4 in all, far less than the bound above. A wrong decay would show as a
-    # mean error in the direction of the original scales.
+    # Weight decay changes the scales of batch norms by only 1e-4, far less than the bound above. A wrong decay would
+    # show as a mean error in the direction of the original scales.
     assert abs(sum(decays) / len(decays)) <= 5e-6

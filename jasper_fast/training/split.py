@@ -97,8 +97,8 @@ class Split:
     def go_on(self, state: TrainingState, saved: dict[str, Any], accumulation: int) -> str:
         """Continues the epoch of a stopped run, whose batches may have had other sizes.
 
-        Items that the stopped run has used are not used again in this epoch. All others are. `saved` is the checkpoint.
-        Returns one line that says what has changed, or "".
+        Items that the stopped run has used are not used again in this epoch. All other items are.
+        `saved` is the checkpoint. Returns one line that says what has changed, or "".
         """
         then, now = saved["arguments"], self.sampler
         sizes = (then["batch_size"], then["batch_seconds"], not then["no_bucketing"], len(saved["rng"]))
