@@ -59,7 +59,7 @@ def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
 def captured(
     call: Callable[[], Any], device: torch.device | None = None, before: int = 1
 ) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """Returns `call` as a CUDA graph, and its result in the capture.
+    """Captures `call` as a CUDA graph. Returns the graph, and what `call` returned during the capture.
 
     Before the capture, `call` runs `before` times on a side stream, so that one-time work is done.
     """

@@ -27,7 +27,7 @@ def traits(index: int) -> Traits | None:
     if not torch.cuda.is_available():
         return None
     p = torch.cuda.get_device_properties(index)
-    # In kHz and bits; memory makes two transfers per clock. Older versions of torch lack these properties.
+    # The clock is in kHz, and memory makes two transfers per clock. Older versions of torch lack these properties.
     clock, bits = getattr(p, "memory_clock_rate", 0), getattr(p, "memory_bus_width", 0)
     return Traits(f"sm_{p.major}{p.minor}", p.multi_processor_count, 2e3 * clock * bits / 8)
 

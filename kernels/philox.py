@@ -1,6 +1,6 @@
 """Counter-based random bits: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
-Every face draws the same dropout bits by this scheme, so nothing is stored between forward and backward. Element e =
+Every face draws the same dropout bits by this scheme. Backward draws them again, so no mask is stored. Element e =
 (n*T + t)*C + c of an NTC tensor uses word e % 4 at the 64-bit counter e // 4. The low half of that counter is word 0 of
 Philox's 128-bit counter, the high half is word 1, and words 2 and 3 are 0. The 64-bit seed is the key, low half first.
 The element is kept if and only if its word >= p * 2**32. This file is the definition. It uses PyTorch's int64

@@ -56,8 +56,8 @@ def guarded(tensors: Tensors, shifts: tuple[int, ...]) -> tuple[Tensors, list[tu
 
 
 def steps(shifts: tuple[int, ...]) -> list[Tensor]:
-    """Compares several steps with the reference, on tensors of several runs with these alignments (see `guarded`).
-    Returns all results."""
+    """Compares several steps with the reference. The tensors have the alignments ``shifts`` (see `guarded`), and some
+    are processed in several runs. Returns all results."""
     found = []
     rows = [settings(beta2=0.5), settings(lr=0.5, beta2=0.9, averaging=True, weight_decay=0.0)]
     tensors, watched = make(CUDA.device, groups=(0, 1))

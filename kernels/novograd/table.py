@@ -21,8 +21,9 @@ UPDATE, AVERAGE, COPY = 0, 1, 2  # kinds of rows
 def keep(
     tensors: Tensors, watched: Watched, device: torch.device, held: dict
 ) -> tuple[Tensor, Tensor, int, int, int, bool]:
-    """Returns the table, int64 (tensors, COLUMNS), and the runs, int64 (programs, 2), on the device; the elements of a
-    run, the number of runs that are updates, the number of all runs, and whether all tensors are aligned to 16 bytes.
+    """Returns the table, int64 (tensors, COLUMNS), and the runs, int64 (programs, 2), on the device; the most
+    elements of a run, the number of runs that update parameters, the number of all runs, and whether all tensors are
+    aligned to 16 bytes.
 
     The results are kept in `held` and made again only if a row of the table has changed. Addresses in the table are
     distances from the first parameter, in fp32 elements. Each row of the runs is the number of a tensor and the first
