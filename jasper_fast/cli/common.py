@@ -369,7 +369,7 @@ def count(done: int, total: int, what: str, quiet: bool) -> None:
 
 
 def any_name() -> None:
-    """Sets the standard output to UTF-8 in any locale, and writes file names that are not UTF-8 byte by byte."""
+    """Sets the standard output to UTF-8 in any locale, and writes the bytes of other file names unchanged."""
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 

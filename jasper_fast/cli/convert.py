@@ -3,7 +3,7 @@
 Writes the weights of a checkpoint in another format. IN may be a checkpoint of this project, of NVIDIA's Jasper for
 PyTorch (2019 to today), of Lightning, a .nemo archive, the encoder and decoder files of NeMo 0.x, or a safetensors
 file. OUT contains the same bits under the names of its format, and also the labels and the settings of the features if
-the format has a place for them. It is read back and compared before it appears under its name. The report lists the
+the format has a place for them. OUT is read back and compared before it appears under its name. The report lists the
 new name of each entry, and what was left out.
 """
 

@@ -2,8 +2,8 @@
 
 Writes one line per file to the standard output: the path, a tab, and the text. With --json each line is a JSON object
 that also has the times of the words. Reads all formats of libsndfile (WAV, FLAC, OGG, MP3, ...), at any sample rate
-and with any number of channels. Lines are written in UTF-8, in the order of the files; a name in another encoding is
-written byte by byte (in JSON as \\udcXX).
+and with any number of channels. Lines are written in UTF-8, in the order of the files; the bytes of a name in
+another encoding are written unchanged (in JSON as \\udcXX).
 
 Messages go to the standard error. A file that cannot be used is reported there, with the reason, and left out. If a
 file is shorter than its header says, the audio that it has is transcribed, with a warning.

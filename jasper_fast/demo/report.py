@@ -13,7 +13,7 @@ import numpy as np
 from jasper_fast import page
 from jasper_fast.extras import need
 
-# Colours from dark to bright, similar to the map magma: readable on a light and on a dark page.
+# Colours from dark to bright, similar to matplotlib's colour map magma: readable on a light and on a dark page.
 _PALETTE = (
     (11, 9, 36),
     (60, 16, 110),

@@ -26,7 +26,7 @@ OPTIONS = """--layers 2 --width 128 --heads 4 --memory 32 --segment 32 --batch-s
 
 
 def learn(texts: Path, out: Path, steps: int) -> None:
-    """Trains the neural model on nine tenths of the texts; the last tenth chooses its checkpoint."""
+    """Trains the neural model on nine tenths of the texts, and keeps the checkpoint that is best on the rest."""
     lines = texts.read_text().splitlines(keepends=True)
     out.mkdir()
     for name, of in (("train.txt", slice(0, len(lines) * 9 // 10)), ("dev.txt", slice(len(lines) * 9 // 10, None))):

@@ -40,7 +40,7 @@ class CudaRecorder:
         RuntimeError for a step that cannot be captured.
         """
         current, graph = torch.cuda.current_stream(self._stream.device), torch.cuda.CUDAGraph()
-        gc.collect()  # reference cycles may keep the autograd graph of an earlier step, which would break the capture
+        gc.collect()  # a reference cycle may keep an earlier step's autograd graph, and that would break the capture
         torch.cuda.empty_cache()  # the pool cannot use cached memory of plain steps, so free it
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -73,7 +73,7 @@ class GraphedStep:
     each micro-batch. The first step of a shape is a plain step over the same padded batch. The `limit` most recently
     used graphs are kept. Learning rates are read from the optimiser's groups. If plain steps are reproducible bit by
     bit, graphed steps return the same bits, except that PyTorch's optimisers read their learning rate in fp32 in a
-    graph. Gradients are not kept.
+    graph. A replay leaves no gradients.
 
     Call `forget()` after a `load_state_dict` of the model, optimiser, scaler or average, and whenever one of their
     tensors is replaced. Call it also after other changes outside the step (modes, requires_grad, betas of PyTorch's

@@ -101,7 +101,7 @@ class NovoGrad(torch.optim.Optimizer):
     of the first and second moment. `grad_averaging`: scales each new term of the first moment by `1 - beta1`.
     `ema`: a moving average of the model. Each step updates it as `ema.update(model)` would, in the same pass over
     memory, so do not call `ema.update` as well. `backend`: the face that runs the step, see `jasper_fast.dispatch`.
-    The state of a parameter is `exp_avg` (its shape and dtype) and `exp_avg_sq` (a scalar, fp32 or fp64).
+    The state of a parameter is `exp_avg` (of its shape and dtype) and `exp_avg_sq` (a scalar, fp32 or fp64).
     Gradients are not changed. Nothing here waits for the device. The `found_inf` of a `GradScaler` is read on the
     device, and if it is set, parameters and state do not change.
     Raises ValueError for settings out of range and RuntimeError for sparse gradients. Equivalent, for one parameter `p`
@@ -179,7 +179,7 @@ class NovoGrad(torch.optim.Optimizer):
     def renew(self, held: dict) -> None:
         """Prepares the replay of a CUDA graph that was captured inside `holding(held)`.
 
-        Sends settings that have changed, such as the learning rate, and counts the update of the moving average.
+        Copies changed settings, such as the learning rate, to the device, and counts the moving average's update.
         """
         if self.ema is not None:
             self.ema.updates += 1

@@ -61,7 +61,7 @@ def seed_everything(seed: int) -> None:
 
 
 def settle(deterministic: bool, cudnn_benchmark: bool) -> None:
-    """Makes repeated runs bit-identical on a GPU too if `deterministic`. With `cudnn_benchmark`, cuDNN times its
+    """With `deterministic`, repeated runs are bit-identical, even on a GPU. With `cudnn_benchmark`, cuDNN times its
     algorithms at each new shape."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

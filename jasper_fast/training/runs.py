@@ -70,7 +70,7 @@ class Ranks:
         return f"{torch.get_num_threads()} CPU threads"
 
     def vote(self, *flags: bool) -> tuple[bool, ...]:
-        """Returns for each flag whether it is true on any rank. All ranks must call it. It waits for no device."""
+        """Returns for each flag whether it is true on any rank. All ranks must call this. No device is waited for."""
         if self.world == 1:
             return tuple(map(bool, flags))
         votes = torch.tensor(flags, dtype=torch.int32)
@@ -79,7 +79,7 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A context in which an error on one rank raises a RunError on all others, which would wait for it."""
+        """A context: if one rank raises an error, all others raise a RunError and so do not wait for that rank."""
         try:
             yield
         except Exception:
@@ -108,7 +108,7 @@ class Ranks:
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a flag that the loop reads between steps. The second one ends the run."""
+    """Turns the first SIGINT or SIGTERM into a flag, read by the loop between steps. A second one ends the process."""
 
     def __init__(self) -> None:
         self.signal: str | None = None

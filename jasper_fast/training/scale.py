@@ -1,4 +1,4 @@
-"""The size of a step: how many micro-batches make a global batch, and whether the largest fits in memory."""
+"""The size of a step: how many micro-batches make a global batch, and whether the largest batch fits in memory."""
 
 import torch
 from torch import nn
@@ -12,9 +12,9 @@ from jasper_fast.training.step import BufferGuard, Frontend, ctc_loss
 def accumulation_for(wanted: int, sampler: BatchSampler, utterances: int) -> tuple[int, str]:
     """Returns how many micro-batches per process make a step of ``wanted`` utterances, and a sentence that says so.
 
-    The number is rounded to the nearest integer. A micro-batch has ``batch_size`` utterances. Without a batch size, it
-    is the mean over the first epoch, which has ``utterances``. Raises RunError if one micro-batch per process is
-    already more than 1.5 times ``wanted``.
+    The number is rounded to the nearest integer. A micro-batch has ``batch_size`` utterances. Without a batch size, the
+    mean size over the first epoch counts; ``utterances`` is the number in that epoch. Raises RunError if one micro-batch
+    per process is already more than 1.5 times ``wanted``.
     """
     world = sampler.world_size
     mean = utterances / max(sampler.steps(0) * world, 1)
@@ -66,7 +66,7 @@ def scan_memory(
     device: torch.device,
     amp_dtype: torch.dtype | None = None,
 ) -> str:
-    """Runs forward and backward over the batches ``shapes`` (utterances, seconds), and returns a line about the first.
+    """Runs forward and backward over the batches ``shapes`` (utterances, seconds), and reports on the first one.
 
     ``shapes`` comes from `largest_batches`. Nothing is learnt: gradients are dropped, running statistics and random
     generators are as before. If a batch does not fit, raises RunError with the number of utterances that fit.

@@ -126,7 +126,7 @@ class BufferGuard:
 
 @dataclass
 class StepResult:
-    """The results of a step. Its tensors are on the device; `losses` and `heard` have one per micro-batch."""
+    """The results of a step. Its tensors are on the device; `losses` and `heard` have one tensor per micro-batch."""
 
     losses: list[Tensor]  # one loss per utterance
     heard: list[Tensor]  # whether each utterance's features are finite
@@ -183,7 +183,7 @@ def train_step(
             frames = out_lengths if on_device else core.out_lengths(frames)
             each = ctc_loss(log_probs, frames, targets, batch.target_lengths)
             loss = batch_loss(each)
-            # where no utterance has a frame, the loss is infinite but its gradient is 0: make that NaN too
+            # where no utterance has a frame, the loss is infinite but its gradient is 0: make the gradient NaN
             log_probs.register_hook(functools.partial(torch.add, other=loss.detach(), alpha=0))
             scaler.scale(loss / len(batches)).backward()
         losses.append(each.detach())

@@ -53,9 +53,9 @@ def validate(
 ) -> Validation | None:
     """Returns loss, WER and CER of `model` by greedy decoding, over the batches of all ranks.
 
-    The model is in evaluation mode meanwhile. Utterances whose loss is NaN or infinite are listed in `bad` and not in
-    the mean loss. If an output has a NaN, its transcript counts as empty. Waits for the device. Returns None as soon as
-    `stopped` returns True on any of `ranks`. Raises RunError if there is no utterance.
+    The model is in evaluation mode meanwhile. Utterances whose loss is NaN or infinite are listed in `bad` and left out
+    of the mean loss. If an output has a NaN, its transcript counts as empty. Waits for the device. Returns None as soon
+    as `stopped` returns True on any of `ranks`. Raises RunError if there is no utterance.
     """
     device, modes = ranks.device, [(module, module.training) for module in (model, frontend)]
     references, hypotheses, losses, bad = [], [], [], []
