@@ -83,7 +83,7 @@ class Tape(TorchDispatchMode):
         return out
 
     def replay(self, held: Iterable[Tensor]) -> None:
-        """Repeats the recorded calls; `held` are all tensors that somebody still holds."""
+        """Repeats the recorded calls; `held`: all tensors that are still referenced."""
         lost = self.outside - {place(x) for x in held}
         assert not lost, f"{len(lost)} of the {len(self.outside)} inputs of the graph have been freed"
         with torch.no_grad():

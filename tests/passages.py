@@ -1,7 +1,7 @@
 """Draws 60 passages of the project's prose by a seed, to be judged by a reader who does not know the code.
 
     python tests/passages.py                 the draw of the committed seed
-    python tests/passages.py --seed 2        another one
+    python tests/passages.py --seed 2        another draw
 
 A passage is a paragraph of a docstring, a comment, a paragraph or table row of a README, or a message. Each comment or
 message is shown with its line of code. At most 3 of 60 should need a second reading.

@@ -167,7 +167,7 @@ def test_what_the_host_sends_to_a_graph_lies_outside_of_its_memory(monkeypatch):
         made([batch(1, 0.2, 2, 0)])
     (graph,), (tape,) = made.graphs.values(), recorder.tapes
     (held,) = graph.held.values()
-    sent = tensors([x for name, x in held.items() if name not in ("one", "zero")])  # the graph writes these itself
+    sent = tensors([x for name, x in held.items() if name not in ("one", "zero")])  # the graph writes these two itself
     assert len(sent) == 3 and not set(map(place, sent)) & tape.made  # table, runs and settings
 
 

@@ -95,7 +95,7 @@ def graph() -> dict[str, set[str]]:
 
 
 def room(module: str) -> str:
-    """Returns the room of a module, "" if it is in none."""
+    """Returns the room of a module (a key of LAYERS), "" if it is in none."""
     parts = module.split(".")[1:]
     names = [".".join(parts[:2]), *parts[:1]] if parts[:1] == ["bench"] else parts[:1]
     return next((name for name in names if name in LAYERS), "")

@@ -68,7 +68,7 @@ def commands() -> dict[str, list[str]]:
 
 
 def result() -> dict[str, list[str]]:
-    """Returns the keys of a result's machine and of its measured rows, nested ones included."""
+    """Returns the keys of a benchmark's result: of the machine and of the measured rows, nested keys included."""
     import tempfile
 
     from bench_runs import CPU, make_run, softplus_case

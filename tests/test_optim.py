@@ -312,8 +312,8 @@ def test_an_average_of_another_model_is_refused():
 
 @pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
 def test_a_state_of_the_foreach_form_goes_on(name):
-    """Shows that a state of earlier versions loads. In it each second moment is a tensor of its own. Moments, like
-    gradients, may have another memory order than their parameter."""
+    """Shows that a state of earlier versions loads, where each second moment is a tensor of its own. Moments and
+    gradients may have another memory order than their parameter."""
     device = make_face(name).device
     start = torch.randn(4, 6, 3, device=device)
     moment, grad = (torch.randn(3, 6, 4, device=device).permute(2, 1, 0) for _ in range(2))

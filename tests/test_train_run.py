@@ -103,7 +103,7 @@ def test_files_that_cannot_be_read_are_reported_and_left_out(run_train, paths, t
 
 
 def test_a_nan_loss_is_named_and_training_goes_on(run_train, paths, tmp_path, monkeypatch):
-    monkeypatch.setattr(batches, "collate", batches.collate)  # restored at the end
+    monkeypatch.setattr(batches, "collate", batches.collate)  # so that it is restored at the end
     worlds.nan_in(None, 0, "train7.wav")
     said = run_train(train_arguments(paths, tmp_path, epochs=2, val_manifests=None))
     assert "step skipped: " in said and "train7.wav: its features are not finite" in said

@@ -71,7 +71,7 @@ def test_a_step_runs_no_conv_twice_and_takes_no_pass_for_statistics(launches, fo
         "conv1d_dgrad norm": inside,
         "conv1d_sums_merge": inside,
         "forward": inside,  # computes z again
-        "backward_reduce": BLOCKS,  # block outputs have several readers
+        "backward_reduce": BLOCKS,  # the gradients of a block output's readers are summed first
         "sum_merge": BLOCKS,
         "backward_apply halo": CONVS,
     }
@@ -227,8 +227,8 @@ def multi_tensor(lists: int, sizes: list[int]) -> int:
 
 
 class Dispatched(TorchDispatchMode):
-    """Counts the launches of ATen ops on a GPU: one each, foreach ops by the rule above, none for views and
-    allocations."""
+    """Counts the launches that ATen ops would need on a GPU: one per op, those of `multi_tensor` per foreach op, none
+    for views and allocations."""
 
     NONE = ("view", "_unsafe_view", "transpose", "t", "unsqueeze", "squeeze", "slice", "select", "detach", "expand",
             "alias", "as_strided", "unbind", "split", "empty", "empty_like", "empty_strided", "new_empty", "reshape",
@@ -313,7 +313,7 @@ def test_the_step_moves_32_bytes_a_parameter(launches, monkeypatch):
 
 @pytest.mark.parametrize(
     ("form", "amp", "ceiling"),
-    # with ATen's optimiser and statistics per pane these were 4,782, 5,314 and 3,649
+    # with ATen's optimiser and statistics per pane the counts were 4,782, 5,314 and 3,649
     [("gram", None, 2300), ("gram", torch.bfloat16, 2600), ("plain", torch.bfloat16, 2850)],
 )
 def test_a_training_step_launches_so_many_kernels_and_ops(launches, form, amp, ceiling):

@@ -61,7 +61,7 @@ def test_a_step_that_one_rank_cannot_read_is_skipped_by_all(ran, paths, tmp_path
 def test_a_step_in_which_one_rank_has_a_nan_is_skipped_by_all(ran, tmp_path):
     members = ran(2, worlds.nan_in, "train7.wav", batch_size=2, epochs=2, val_manifests=None)
     said = members[0].said + members[1].said
-    assert "Warning" not in said  # nothing that PyTorch will remove is used
+    assert "Warning" not in said  # such as PyTorch's about a feature that it will remove
     assert said.count("step skipped: ") == 2 and said.count("train7.wav: its features are not finite") == 2
     assert [len(m.steps) for m in members] == [8, 8] and "done: step 8" in members[0].said
     state = checkpoint.load(tmp_path / "run" / "step_00000008.pt")

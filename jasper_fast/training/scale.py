@@ -13,8 +13,8 @@ def accumulation_for(wanted: int, sampler: BatchSampler, utterances: int) -> tup
     """Returns how many micro-batches per process make a step of ``wanted`` utterances, and a sentence that says so.
 
     The number is rounded to the nearest integer. A micro-batch has ``batch_size`` utterances. Without a batch size, the
-    mean size over the first epoch counts; ``utterances`` is the number in that epoch. Raises RunError if one micro-batch
-    per process is already more than 1.5 times ``wanted``.
+    mean size in the first epoch, which has ``utterances``, counts instead. Raises RunError if one micro-batch per
+    process is already more than 1.5 times ``wanted``.
     """
     world = sampler.world_size
     mean = utterances / max(sampler.steps(0) * world, 1)
