@@ -1,13 +1,13 @@
 # Needs Python >= 3.11 (with venv), a C++ compiler and make: every target makes .venv and installs what it needs.
 #
 #   make install    .venv with jasper_fast, editable, and its native libraries
-#   make demo       train on synthetic speech, transcribe voices it never heard, fused beside eager
+#   make demo       train on synthetic speech, transcribe new voices, compare fused with eager
 #   make test       all tests
 #   make test-fast  all but the slow ones, under three minutes
 #   make compile    every Triton kernel for sm_80 to sm_100, by the pinned Triton and the GPU machines', and the CUDA convs
 #                   and NovoGrad for sm_75 to sm_120, against the tables
 #   make bench      measure kernels, training, latency and memory beside eager PyTorch, under ten minutes
-#   make mutants    the CUDA convs and NovoGrad with 92 small wrongs, each of which a test must find, about ten minutes
+#   make mutants    the CUDA convs and NovoGrad with 92 small mistakes, each of which a test must find, about ten minutes
 #   make sanitize   tests of the ops under AddressSanitizer, UBSan and ThreadSanitizer
 #   make wheelhouse build/wheelhouse: wheels for a machine without a network that has PyTorch (WHEELS=3.12, its Python)
 #   make lint       ruff
@@ -40,9 +40,9 @@ $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: set PYTHON="; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# torch comes first and alone: nothing that follows may replace the build that was chosen. Its own pins go with
-# the torch of constraints.txt only: others ask for other versions of Triton and setuptools, and the interpreter of
-# Triton 3.6 for numpy before 2.4.
+# torch is installed first, by itself, so that no later package replaces the chosen build. The pins of constraints.txt
+# hold only for its torch: other versions of torch need other versions of Triton and setuptools, and the interpreter of
+# Triton 3.6 needs numpy before 2.4.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt | $(PY)
 	@$(PY) -c 'import torch' 2>/dev/null || { echo "installing torch $(TORCH) and the rest, a few minutes"; \
 	  $(PIP) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "torch==$(TORCH)"; }

@@ -26,7 +26,7 @@ ENGINE = [
 ]
 BUILT = ROOT / "build" / "emulated"
 FLAGS = ["-std=c++20", "-fPIC", "-pthread", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
-# GCC 12 warns wrongly of an overlap in "a" + std::string.
+# GCC 12 wrongly reports an overlap in "a" + std::string.
 FLAGS += ["-Wno-restrict", "-Wno-unknown-warning-option"]
 
 
@@ -98,7 +98,7 @@ def compiled(compiler: str, source: Path, flags: list[str], folder: Path = CSRC,
 
 
 def made(target: Path, command: list[str]) -> Path:
-    """Runs `command` with `-o target` unless the target exists. A lock lets one process at a time do so."""
+    """Runs `command` with `-o target` unless the target exists. A lock lets only one process at a time build it."""
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -114,9 +114,8 @@ def made(target: Path, command: list[str]) -> Path:
 
 def run_sanitized(program: Path, sanitize: str, *arguments: str) -> str:
     """Runs a program built with `sanitize`; returns its output, reports of the sanitizer included."""
-    options = (
-        "detect_leaks=0" if sanitize == "address" else "halt_on_error=1"
-    )  # a launch that fails does not free the stacks of its threads
+    # no check for leaks, because a launch that fails does not free the stacks of its threads
+    options = "detect_leaks=0" if sanitize == "address" else "halt_on_error=1"
     environment = os.environ | {"ASAN_OPTIONS": options, "TSAN_OPTIONS": options}
     environment.pop("LD_PRELOAD", None)
     # setarch -R: ThreadSanitizer's runtime can fail if addresses are randomised

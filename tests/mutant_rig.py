@@ -15,7 +15,7 @@ from pathlib import Path
 import cuda_host
 from fuzz import sanitize
 
-SECONDS = 120  # seconds, over a hundred times what the checks take
+SECONDS = 120  # time limit of the checks: over a hundred times what they take
 
 
 def chosen(mutants: Sequence[str]) -> list[str]:

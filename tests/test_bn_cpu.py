@@ -47,7 +47,7 @@ def keep_bits(first: int, count: int, seed: int, p: float) -> Tensor:
 
 
 def test_words_at_the_threshold():
-    """Shows that p = word / 2**32 keeps the word, and the next p does not. The words are those of counter and key 0."""
+    """Shows that p = word / 2**32 keeps the word, and the next larger p drops it. Counter and key of Philox are 0."""
     words = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
     for i, word in enumerate(words):
         at, above = (keep_bits(0, 4, 0, (word + more) / 2.0**32) for more in (0, 1))

@@ -1,5 +1,5 @@
-"""Every face of bn_relu_dropout is compared with fp64, beside PyTorch's ops at the same precision with the same
-mask."""
+"""Every face of bn_relu_dropout is compared with fp64. The errors of PyTorch's ops, at the same precision and with the
+same dropout mask, set the limits."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def rstd_of(m2: Tensor, rows: int) -> Tensor:
 def run(op, case: Case, training: bool, soiled: Tensor | None = None, halo: int | None = None) -> dict[str, Tensor]:
     """Runs one forward and backward through the four functions of a face, as autograd calls them.
 
-    soiled: what `backward_apply` gets as y, and halo: what it is told about it.
+    soiled: the y for `backward_apply`, if not that of the case. halo: the argument of `backward_apply`.
     """
     n, _, t = case.y.shape
     if training:
@@ -105,7 +105,7 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 
 
 def chain(case: Case, training: bool) -> dict[str, Tensor]:
-    """Computes the same with PyTorch's batch norm, sum, ReLU, dropout mask, masked_fill and autograd."""
+    """Computes the results of `run` with PyTorch's batch norm, sum, ReLU, dropout mask, masked_fill and autograd."""
     n, _, t = case.y.shape
     y, gamma, beta = (x.detach().clone().requires_grad_() for x in (case.y, case.gamma, case.beta))
     residual = None if case.residual is None else case.residual.clone().requires_grad_()
@@ -127,8 +127,8 @@ def check(face, case: Case, training: bool = True) -> dict[str, Tensor]:
     low, ref = chain(case, training), chain(case.to(torch.float64), training)
     for name in ref.keys() - {"mean", "m2"}:
         assert_close(name, got[name], low[name], ref[name])
-    # A sum's rounding depends on its order, which each face chooses. That is a few eps, far less than a mistake such as
-    # 1/(M-1).
+    # Each face chooses the order of its sums, which changes results by a few eps. A mistake such as 1/(M-1) would
+    # change them far more.
     rows, bound = case.y.shape[0] * case.y.shape[2], 4e-6 if case.y.is_cuda else 1e-6  # a GPU's division rounds twice
     off = (got["mean"] - ref["mean"]).abs() / (ref["mean"].abs() + (ref["m2"] / rows).sqrt())
     assert off.max() <= bound, f"mean is off by {off.max():.1e} deviations"

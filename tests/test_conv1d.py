@@ -1,4 +1,4 @@
-"""conv1d: the reference equals F.conv1d and autograd in fp64, and the CPU kernels meet the tolerance rule."""
+"""conv1d: reference.py equals F.conv1d and autograd in fp64, and the CPU kernels meet the tolerance rule."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def make(case: Case, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor
 
 
 def pytorch(case: Case, x: Tensor, weight: Tensor, dy: Tensor, lengths: Tensor | None, dtype) -> tuple[Tensor, ...]:
-    """Returns y, dx and dweight of F.conv1d and autograd in `dtype`; dx is zero in the padding, as ours is."""
+    """Returns y, dx and dweight of F.conv1d and autograd in `dtype`; dx is zero in the padding, as in our faces."""
     x = mask(x, lengths).to(dtype).clone(memory_format=torch.contiguous_format).requires_grad_()
     weight = weight.to(dtype).clone().requires_grad_()
     y = F.conv1d(x, weight, None, *case.geometry)
@@ -94,7 +94,7 @@ def test_reference_is_conv1d(case: Case) -> None:
 
 # The fast algorithms multiply rounded sums of two or four operands, so their errors are larger.
 FACTOR = {"direct": 2.0, "fast_fir_1": 4.0, "fast_fir_2": 6.0}
-REACH = {"direct": 0, "fast_fir_1": 1, "fast_fir_2": 3}  # how many rows beyond the taps a NaN may reach
+REACH = {"direct": 0, "fast_fir_1": 1, "fast_fir_2": 3}  # rows beyond the reach of the taps to which a NaN may spread
 
 
 @pytest.fixture(params=FACTOR)

@@ -25,7 +25,7 @@ def cpu():
     return cpu_impl
 
 
-# C_in, C_out, K, T, stride, dilation, lengths: odd channels, more channels than a chunk (128, 512), rows past a tile
+# (C_in, C_out, K, T, stride, dilation, lengths): odd C, more channels than a chunk (128, 512), more rows than a tile
 SHAPES = [
     (1, 1, 1, 1, 1, 1, (1, 0)),
     (29, 33, 1, 37, 1, 1, (37, 5, 0)),
@@ -41,7 +41,7 @@ SHAPES = [
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_exact_products_of_rounded_operands(shape, relu, cpu) -> None:
-    """Shows that outputs are as close to fp64 as PyTorch's in fp32 are, all from operands rounded to bf16."""
+    """Shows that outputs are as close to fp64 as PyTorch's fp32 outputs, from the same operands, rounded to bf16."""
     c_in, c_out, k, t, stride, dilation, lengths = shape
     lengths = torch.tensor(lengths)
     x, weight = torch.randn(len(lengths), t, c_in), torch.randn(c_out, c_in, k) / (c_in * k) ** 0.5
@@ -115,7 +115,7 @@ def test_a_nan_and_an_infinity_come_out_of_their_rows_only(cpu) -> None:
     weight = torch.randn(33, 41, 11)
     for value in (float("nan"), float("inf")):
         x = torch.randn(1, 60, 41)
-        x[0, 30, 40] = value  # the last of 41 channels, which has no partner
+        x[0, 30, 40] = value  # the last of 41 channels, which forms no pair
         bad = ~cpu.fused(x, cpu.pack(weight, dtype=BF16), PADDED).isfinite().all(2)[0]
         assert bad[25:36].all() and not bad[:25].any() and not bad[36:].any()
 
@@ -146,7 +146,7 @@ def test_wrong_packs_are_named(cpu) -> None:
 
 
 def test_a_lower_instruction_set_says_so() -> None:
-    """Runs in the processes of test_cpu_instruction_sets.py."""
+    """Shows the error where bf16 is not multiplied. test_cpu_instruction_sets.py runs this test in such processes."""
     if cpu_impl.has_bf16():
         pytest.skip("this process multiplies bf16")
     with pytest.raises(RuntimeError, match="does not multiply; pack in float32"):

@@ -1,4 +1,4 @@
-"""The CUDA C++ face of conv1d, run on the CPU through host twins of its PTX instructions (tests/cuda_host.py)."""
+"""The CUDA C++ face of conv1d, run on the CPU with its PTX instructions emulated (tests/cuda_host.py)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def functions() -> cuda_launch.Functions:
 
 
 class Face:
-    """The CUDA face on a pretended GPU."""
+    """The CUDA face on an emulated GPU."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, functions: cuda_launch.Functions) -> None:
         self._patch = monkeypatch
@@ -111,7 +111,7 @@ def test_layers(face: Face, direction: str, name: str, loop: int, dtype: torch.d
 
 
 FUSED = {
-    # layer, channels of the panes, whether to split the reduction, whether x is the features as they are, log-softmax
+    # layer, channels of the panes, whether: the reduction is split, x is fp32 features, log-softmax
     "features": ("prologue", 0, False, True, False),
     "last of a block": ("k11", 88, False, False, False),
     "shared": ("k25", 64, True, False, False),
@@ -183,13 +183,14 @@ def check_inference(
         assert not space.arrived.any(), "a counter was not set back for the next launch"
 
 
-# Every tile size of every loop, several tiles per CTA in loop 90, and more steps than twice the stages.
+# These layers are run with every tile size of every loop. In loop 90 they give a CTA several tiles, and more steps than
+# twice its stages.
 WIDE = [
     (2, 72, 136, 150, 11, 1, 1, [150, 61]),
     (1, 136, 200, 233, 9, 1, 1, [233]),
     (2, 200, 72, 131, 9, 1, 2, [30, 131]),
     (3, 72, 200, 141, 11, 2, 1, [141, 1, 0]),
-    (1, 64, 72, 230, 3, 1, 100, [230]),  # panels too high for three stages of wgrad in loop 90
+    (1, 64, 72, 230, 3, 1, 100, [230]),  # its panels have too many rows for three stages of wgrad in loop 90
 ]
 TILES = [(loop, block) for loop, blocks in cuda_tiles.BLOCKS.items() for block in blocks]
 

@@ -1,4 +1,4 @@
-"""A whole Jasper on the emulated CUDA convs in fp16 gives the reference system's numbers, forward and backward."""
+"""A whole Jasper on the emulated CUDA convs in fp16 gives the numbers of NVIDIA's Jasper, forward and backward."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from test_conv1d_cuda_chain import check_early
 
 from jasper_fast.kernels.conv1d import cuda_launch, cuda_tiles
 
-# several chunks, tiles and CTAs, dilation with padding, a stride, and a single tap with more chunks than places
+# They have several chunks, tiles and CTAs, dilation with padding, a stride, and more chunks at one tap than buffers.
 LAYERS = {
     "dilated": (1, 24, 40, 70, 3, 1, 2, [63]),  # one tile contains only frames of the halo
     "long": (1, 16, 24, 1500, 3, 1, 1, [1500]),  # a share has more segments than there are stages
@@ -37,7 +37,7 @@ def checked(
     layers: Iterable[str] = LAYERS,
     chained: Iterable[str] = CHAINED,
 ) -> None:
-    """Checks these directions on `layers`, with threads ordered by `seed`; raises AssertionError if a result is wrong.
+    """Checks these directions on `layers`; raises AssertionError if a result is wrong. `seed` orders the threads.
 
     With direction "forward" it also checks inference, and launches of the layers `chained` that begin early.
     """
@@ -89,7 +89,8 @@ def test_a_mutant_is_found(name: str, tmp_path: Path) -> None:
 def races(folder: Path, loop: int) -> str:
     """Runs checks under ThreadSanitizer on the kernels in `folder`; returns its reports, "" if there are none.
 
-    Only the gradient of the weight has more steps in the long layer than in the others.
+    The long layer is checked for the gradient of the weight only: in the other directions it has no more steps than the
+    other layers.
     """
     path = cuda_host.build(
         [folder / "cuda" / "emulate" / "conv1d.cpp"], [f"-DJF_FEW={loop}", "-Wno-error"], "thread", folder=folder

@@ -38,7 +38,7 @@ SHAPES = ODD | {
     for layer, (c_in, c_out, *rest) in LAYERS.items()
     for batch, size in BATCHES.items()
 }
-# Triton's interpreter is slow: each layer and each batch has both dtypes, each pair of a layer and a batch has one.
+# Triton's interpreter is slow, so a pair of a layer and a batch has one dtype. Each layer and each batch gets both.
 INTERPRETED = [(name, dtype) for name in ODD for dtype in ("float32", "float16")] + [
     (f"{layer}, {batch}", ("float32", "float16")[(i + j) % 2])
     for i, layer in enumerate(LAYERS)
@@ -81,7 +81,7 @@ def test_cpu(name, dtype):
     [pytest.param(*of, marks=[pytest.mark.slow] if is_large(of[0]) else []) for of in INTERPRETED],
 )
 def test_triton(name, dtype):
-    # forward and dgrad run the kernels of forward_stats and dgrad_bn with a shorter epilogue, which fp16 shows
+    # forward and dgrad run the kernels of forward_stats and dgrad_bn with a shorter epilogue: fp16 is enough for them
     functions = CONV if dtype == "float16" else ("forward_stats", "dgrad_bn", "wgrad")
     assert_right("triton", SHAPES[name], dtype, functions)
 

@@ -16,7 +16,7 @@ from jasper_fast.kernels.layout import empty_ntc
 from jasper_fast.kernels.operands import Geometry
 
 HALF = torch.float16
-FRAMES = 1 << 22  # by 512 channels: 2^31
+FRAMES = 1 << 22  # with 512 channels an utterance has 2^31 elements
 
 
 @pytest.fixture(autouse=True)

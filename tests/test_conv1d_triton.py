@@ -1,4 +1,4 @@
-"""Training convs in Triton (interpreted if there is no GPU) against fp64, beside PyTorch at the same precision."""
+"""Training convs in Triton (interpreted if there is no GPU), compared with fp64 by the tolerance rule of all tests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ triton_impl = pytest.importorskip("jasper_fast.kernels.conv1d.triton_impl")
 )
 def test_tensor_descriptors_at_stride_2(c_in, t, lengths, monkeypatch):
     """Shows when stride 2 uses tensor descriptors, and that results stay equal. A row of the descriptor holds two
-    frames, so utterances must be an even number of frames apart. 24 channels fill no block."""
+    frames, so utterances must be an even number of frames apart. 24 channels do not fill a block."""
     wrap(monkeypatch, triton_tiles, "choose", lambda right, *a: right(*a)._replace(t=16))
     case = (2, c_in, 32, t, 5, 2, 1, lengths)
     x, weight, shape, lengths = make(case, torch.float16, make_face("triton").device)
@@ -157,8 +157,8 @@ def test_wgrad_for_a_master_weight_is_not_rounded():
 
 
 def test_a_batch_costs_its_frames_and_its_halo(monkeypatch):
-    """Shows that a batch with lengths (T, T/2, T/4, 0) costs the matrix products of its frames and halo alone, with the
-    same results."""
+    """Shows that a batch with lengths (T, T/2, T/4, 0) needs only the matrix products of its frames and halo, and
+    gives the same results."""
     device = make_face("triton").device
     if device.type == "cuda":
         pytest.skip("products are counted in the interpreter")
@@ -206,8 +206,8 @@ def test_a_batch_costs_its_frames_and_its_halo(monkeypatch):
     ids=str,
 )
 def test_wgrad_of_two_taps_a_program_and_without_partials(layer, shares, monkeypatch):
-    """Shows the launches of wgrad: two taps share a step of dy, an odd last tap goes alone, and a single share writes
-    dw itself in one launch."""
+    """Shows the launches of wgrad: two taps share each load of dy, an odd last tap is computed by itself, and a single
+    share writes dw in the same launch."""
     monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", True)
     x, weight, shape, lengths = make(layer, torch.float16, make_face("triton").device)
     k = weight.shape[2]
@@ -238,8 +238,8 @@ def test_wgrad_of_two_taps_a_program_and_without_partials(layer, shares, monkeyp
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "descriptors"), [("k11", False), ("prologue", True), ("k11", True), ("pane", True)])
 def test_padding_that_is_zero_gives_the_same_bits_as_padding_that_is_masked(name, descriptors, monkeypatch):
-    """Shows that zero padding with `clean`, as ops and engine call it, gives the same as padding that the kernel
-    masks."""
+    """Shows that zero padding with `clean=True`, which the ops and the engine pass, gives the same bits as padding that
+    the kernel masks."""
     monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", descriptors)
     x, weight, shape, lengths = make(LAYERS[name], torch.float16, make_face("triton").device)
     k, poisoned = weight.shape[2], ntc(mask(x, lengths, torch.nan))

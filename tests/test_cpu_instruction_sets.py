@@ -1,4 +1,4 @@
-"""The CPU faces with the instruction sets below this machine's best, with which all other tests of these faces run.
+"""Runs tests of the CPU faces with every instruction set below the machine's best, which the other test files use.
 
 A process chooses its instruction set when it loads the library, so each set runs those tests in a process of its own.
 """
@@ -20,7 +20,7 @@ pytestmark = [
 ]
 LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
 FILES = ("bn_cpu", "bn_relu_dropout", "conv1d", "conv1d_16bit", "depthwise", "panes")
-# tests of numbers on the CPU face; those of autograd and of arguments reach no other kernels
+# selects tests of the CPU face's numbers; tests of autograd and of arguments would run no further kernels
 WORDS = "(bn_cpu or conv1d or cpu) and not (is_conv1d or librarys or arguments or engine or aten or opcheck or triton)"
 CHILD = """
 import sys

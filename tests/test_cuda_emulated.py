@@ -1,5 +1,5 @@
 """The CUDA kernels of bn_relu_dropout, compiled as host C++ and run thread by thread, so that their indexing is tested
-without a GPU. The imported tests are those of every face."""
+without a GPU. The imported tests also run on every other face."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def face(emulated: Emulated) -> SimpleNamespace:
     return SimpleNamespace(device=torch.device("cpu"), load=lambda op: emulated)
 
 
-# wide CTAs, uneven columns, one column, the scalar path, several turns of the loops, T = 1
+# (N, C, T). They cover wide CTAs, uneven columns, one column, the scalar path, several turns of the loops, and T = 1.
 SHAPES = [(2, 64, 37), (3, 200, 21), (2, 8, 300), (2, 29, 19), (1, 16, 700), (5, 24, 1), (2, 3, 70)]
 
 

@@ -68,7 +68,7 @@ def test_opcheck_gram_form():
 
 
 def test_statistics_of_all_readers_of_a_source_are_taken_at_once(monkeypatch):
-    """Shows that a dense Jasper computes the statistics of each source once, with the same gradients as separately."""
+    """Shows that a dense Jasper computes each source's statistics once; gradients equal those of separate calls."""
     from test_model import batch, config
 
     once = ops.pane_stats
@@ -188,7 +188,7 @@ def test_precision(form, low):
 @pytest.mark.parametrize("upstream", ["centred", "shifted"])
 @pytest.mark.parametrize("low", LOW, ids=str)
 def test_large_means_do_not_cancel(form, low, upstream):
-    """Shows the precision where block outputs have means of 30 deviations and the gradient may have a mean."""
+    """Checks precision for block outputs with means of 30 standard deviations, and for gradients with a large mean."""
     torch.manual_seed(5)
     xs, *parameters = pane_inputs(m=(4, 300), widths=(24, 32), c_out=16)
     xs = [x.detach().add(30 * x.detach().std() * (1 + torch.rand(x.shape[1])[:, None])) for x in xs]
@@ -208,8 +208,8 @@ def test_small_gradients_do_not_underflow(form, low):
 
 @pytest.mark.parametrize("low", LOW, ids=str)
 def test_on_a_gpu_dtypes_fit(low):
-    """Shows dtypes and strides of the GPU's branch, where another ATen op sums 16-bit products in fp32, on fake
-    tensors."""
+    """Checks dtypes and strides in the branch for GPUs, on fake tensors. There another ATen op sums 16-bit products in
+    fp32."""
     from torch._subclasses import FakeTensorMode
 
     with FakeTensorMode():

@@ -16,7 +16,7 @@ from jasper_fast.kernels.nvrtc import BOOL, TYPES, Kernels, device_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 THREADS, MERGE_CHANNELS = 256, 32
-ROWS, BACKWARD_ROWS = 4, 2  # rows that a thread has in flight
+ROWS, BACKWARD_ROWS = 4, 2  # rows that a thread has in flight: in forward kernels, in backward kernels
 _ACTIVATIONS = ("y", "residual", "z", "dz", "out", "dres")
 _CHANNELS = ("mean", "rstd", "gamma", "beta", "mean_g", "mean_gy")
 _PLAN = ("tx", "columns", "parts", "part_rows", "tiles", "tile_rows")
@@ -112,7 +112,7 @@ def _gate(z: Tensor | None, seed: Tensor | None) -> str:
 
 
 def _width(y: Tensor, a: Args) -> int:
-    """Channels per thread: 16 bytes of them if all rows and pointers are aligned to 16 bytes, else one."""
+    """Returns the channels per thread: as many as fill 16 bytes if all rows and pointers are so aligned, else one."""
     width = 16 // y.element_size()
     aligned = all((getattr(a, name) or 0) % 16 == 0 for name in (*_ACTIVATIONS, *_CHANNELS))
     return width if a.c % width == 0 and aligned else 1

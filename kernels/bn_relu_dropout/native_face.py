@@ -16,25 +16,25 @@ from jasper_fast.kernels.operands import Mask, Norm
 
 
 class NativeFace:
-    """A face whose ops `ops()` returns. It is called at every use, because loading a library may fail or take long."""
+    """A face that calls the ops of `ops()`, and `ops` at every use, because loading a library may fail or take long."""
 
     def __init__(self, ops: Callable[[], Any]) -> None:
         self._ops = ops
 
     def stats(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and M2 (sum of squared deviations) per channel of y (N, C, T) over all N*T rows, fp32."""
+        """Returns the mean and M2 (sum of squared deviations) per channel of y (N, C, T) over all N*T rows, fp32."""
         mean, m2 = _channels(y), _channels(y)
         self._ops().bn_stats(y, mean, m2)
         return mean, m2
 
     def forward(self, y: Tensor, norm: Norm, residual: Tensor | None, mask: Mask) -> Tensor:
-        """z = mask(dropout(relu((y - mean)*rstd*gamma + beta [+ residual]))) in the dtype of y; 0 at t >= length."""
+        """Returns z = mask(dropout(relu((y - mean)*rstd*gamma + beta [+ residual]))) in the dtype of y."""
         z = torch.empty_like(y)
         self._ops().bn_forward(y, *norm, residual, *mask, z)
         return z
 
     def backward_reduce(self, dz: Tensor, y: Tensor, z: Tensor | None, norm: Norm, mask: Mask) -> tuple[Tensor, Tensor]:
-        """(dbeta, dgamma) = (sum g, sum g*yhat) per channel; g = dz/(1-p) where ReLU, dropout, mask pass it, else 0."""
+        """Returns dbeta = sum g and dgamma = sum g*yhat. g is dz/(1-p) where ReLU, dropout and mask pass it, else 0."""
         dbeta, dgamma = _channels(y), _channels(y)
         self._ops().bn_backward_reduce(dz, y, z, *norm, *mask, dbeta, dgamma)
         return dbeta, dgamma

@@ -26,7 +26,7 @@ def stats(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward(y: Tensor, norm: Norm, residual: Tensor | None, mask: Mask) -> Tensor:
-    """z (N, C, T) of y's dtype, NTC memory: mask(dropout(relu((y - mean)*rstd*gamma + beta [+ residual])))."""
+    """Returns z = mask(dropout(relu((y - mean)*rstd*gamma + beta [+ residual]))), (N, C, T), in NTC memory."""
     pre = _pre(y, norm)
     if residual is not None:
         pre = pre + _wide(residual)
@@ -38,9 +38,9 @@ def forward(y: Tensor, norm: Norm, residual: Tensor | None, mask: Mask) -> Tenso
 
 
 def backward_reduce(dz: Tensor, y: Tensor, z: Tensor | None, norm: Norm, mask: Mask) -> tuple[Tensor, Tensor]:
-    """(dbeta, dgamma) = (sum g, sum g*yhat) per channel, (C,) each, where g is the gradient at the ReLU's input.
+    """Returns dbeta = sum g and dgamma = sum g*yhat, (C,) each, where g is the gradient at the input of the ReLU.
 
-    z: the output of `forward` if there was a residual, else None: the sign of the ReLU's input then follows from y.
+    z: the output of `forward` if there was a residual, else None. Without z, y gives the sign of the ReLU's input.
     """
     open_ = _open(y, z, norm, mask)
     g = (_wide(dz) * _scale(mask.p)).where(open_, 0.0)
@@ -94,7 +94,7 @@ def _pre(y: Tensor, norm: Norm) -> Tensor:
 
 
 def _alive(y: Tensor, mask: Mask) -> Tensor | None:
-    """True for elements that are neither padding nor dropped: bool, broadcastable to (N, C, T); None: true for all."""
+    """Returns bool, broadcastable to (N, C, T): True where an element is neither padding nor dropped; None: all are."""
     alive = None if mask.lengths is None else ~padding(mask.lengths, y.shape[2])
     if mask.p > 0:
         keep = philox.keep_mask(*y.shape, mask.p, mask.seed, y.device)
@@ -103,8 +103,8 @@ def _alive(y: Tensor, mask: Mask) -> Tensor | None:
 
 
 def _open(y: Tensor, z: Tensor | None, norm: Norm, mask: Mask) -> Tensor:
-    """True for elements through which the gradient flows: bool (N, C, T)."""
-    if z is not None:  # z is exactly 0 where clipped or dropped; padding follows from the lengths, not from z
+    """Returns bool (N, C, T): True for elements through which the gradient flows."""
+    if z is not None:  # z is 0 where the ReLU or dropout made it 0; padding follows from the lengths, not from z
         passed, mask = ~(z <= 0), Mask(mask.lengths)
     else:
         passed = ~(_pre(y, norm) <= 0)

@@ -1,14 +1,14 @@
 """bn_relu_dropout in Triton (NVIDIA sm_80 and later; on a CPU through Triton's interpreter).
 
     forward          z = relu((y - mean)*a + beta [+ residual])/(1-p) where t < length and kept, else 0
-    backward_reduce  dbeta = sum g, dgamma = sum g*yhat;  g = dz/(1-p) where also the ReLU was open, else 0
+    backward_reduce  dbeta = sum g, dgamma = sum g*yhat;  g = dz/(1-p) where the ReLU was open too, else 0
     backward_apply   dy = a*(g - mean_g - yhat*mean_gy), dres = g;  a = gamma*rstd
 
 An activation is a matrix of M = N*T rows (frames) by C channels. A pointwise program owns one tile of BLOCK_M rows by
 BLOCK_C channels. Per element, forward reads 1 value (2 with a residual) and writes 1; backward_apply reads 2 (3) and
 writes 1 (2). A reducing program owns a chunk of rows by BLOCK_C channels and writes one partial result per channel; a
 second kernel merges the partial results in a fixed order. Per element, stats reads 1 value and backward_reduce 2 (3
-with z). Padding is read only by stats and by backward_apply with batch statistics, which count it as the reference
+with z). Padding is read only by stats and by backward_apply with batch statistics, which count it as reference.py
 does. With `halo`, backward_apply reads nothing beyond length + halo: y is zero there and dy is one constant row.
 """
 
@@ -39,9 +39,10 @@ _SLICES = ("lengths_ptr", "seed_ptr")  # slices of one int64 tensor: half are no
 
 @triton.jit
 def _places(m0, rows, frames, BLOCK_M: tl.constexpr):
-    """Returns utterance n and frame t of the BLOCK_M rows from m0 on, unsigned, with 32 bits if `rows` has 32.
+    """Returns utterance n and frame t of each of the BLOCK_M rows from m0 on.
 
-    A 64-bit division is a call of 80 instructions, and a signed division costs more than an unsigned one.
+    Both are unsigned integers, of 32 bits if `rows` has 32. A 64-bit division is a call of 80 instructions, and
+    a signed division costs more than an unsigned one.
     """
     UNSIGNED: tl.constexpr = tl.uint32 if rows.dtype == tl.int32 else tl.uint64
     m0, frames = m0.to(UNSIGNED), tl.cast(frames, UNSIGNED)
@@ -81,7 +82,7 @@ def _stats_kernel(
     y_ptr, mean_ptr, m2_ptr, rows, chunk, c_groups,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Partial result g: each lane of the tile runs Welford's algorithm down chunk g, then the lanes are merged."""
+    """Writes partial result g: each lane runs Welford's algorithm over its rows of chunk g, then lanes are merged."""
     C = c_groups * VEC
     c_blocks = tl.cdiv(C, BLOCK_C)
     g = (tl.program_id(0) // c_blocks).to(tl.int64)
@@ -322,7 +323,7 @@ def stats(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward(y: Tensor, norm: Norm, residual: Tensor | None, mask: Mask) -> Tensor:
-    """z (N, C, T) of y's dtype, NTC memory; see `reference.forward`."""
+    """Returns z (N, C, T) in the dtype of y and in NTC memory; see `reference.forward`."""
     n, c, t = y.shape
     rows = _rows(y)
     z = empty_ntc(n, c, t, like=y)
@@ -338,7 +339,7 @@ def forward(y: Tensor, norm: Norm, residual: Tensor | None, mask: Mask) -> Tenso
 
 
 def backward_reduce(dz: Tensor, y: Tensor, z: Tensor | None, norm: Norm, mask: Mask) -> tuple[Tensor, Tensor]:
-    """(dbeta, dgamma) = (sum g, sum g*yhat), fp32 (C,) each; see `reference.backward_reduce`."""
+    """Returns dbeta = sum g and dgamma = sum g*yhat, fp32 (C,) each; see `reference.backward_reduce`."""
     rows, c = _rows(y), y.shape[1]
     seed = mask.seed if z is None else None  # z is 0 where dropped
     dbeta, dgamma = _vectors(y, 2)
@@ -370,7 +371,7 @@ def backward_apply(
     has_residual: bool,
     halo: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """dy and, with a residual, dres: (N, C, T) of y's dtype, NTC memory; see `reference.backward_apply`."""
+    """Returns dy and, with a residual, dres, in the shape, dtype and memory of y; see `reference.backward_apply`."""
     n, c, t = y.shape
     rows = _rows(y)
     seed = mask.seed if z is None else None  # z is 0 where dropped

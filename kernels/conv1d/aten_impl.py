@@ -2,8 +2,8 @@
 
 N batch, C channels, T frames, K taps. This face serves every device and dtype for which we have no faster kernel.
 ATen's own conv1d would copy its input to NCT order. A (N, C, 1, T) view with C innermost is not copied: it takes the
-NHWC kernels of cuDNN and oneDNN, which need a channels-last weight too. A pack is such a weight, in the dtype of the
-activations; forward and dgrad read the same one. Without a pack, ATen casts and transposes the weight in every call.
+NHWC kernels of cuDNN and oneDNN. These also need a channels-last weight. A pack is such a weight, in the dtype of the
+activations; forward and dgrad read the same pack. Without a pack, ATen casts and transposes the weight in every call.
 """
 
 from __future__ import annotations
@@ -90,14 +90,14 @@ def _in(x: Tensor, weight: Tensor, packed: Tensor | None) -> Tensor:
 
 
 def conv2d(x: Tensor, weight: Tensor, geometry: Geometry, groups: int = 1) -> Tensor:
-    """Returns the conv of `x` (N, C_in, T) with `weight` (C_out, C_in / groups, K); ATen sees a height of 1."""
+    """Returns the conv of `x` (N, C_in, T) with `weight` (C_out, C_in / groups, K), as a conv2d of height 1."""
     return F.conv2d(x.unsqueeze(2), weight.unsqueeze(2), None, *_in_2d(geometry), groups).squeeze(2)
 
 
 def conv2d_backward(
     dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, which: tuple[bool, bool], groups: int = 1
 ) -> tuple[Tensor | None, Tensor | None, None]:
-    """Returns the gradients of x and weight of `conv2d`, those that are wanted, with the height of 1."""
+    """Returns the gradients of `x` and of `weight`, with a height of 1, or None where `which` (x, weight) is False."""
     return torch.ops.aten.convolution_backward(
         dy.unsqueeze(2), x.unsqueeze(2), weight.unsqueeze(2), None,
         *_in_2d(geometry), False, (0, 0), groups, (*which, False),

@@ -29,7 +29,7 @@ _FAST_ROWS = 512
 
 @dataclass(frozen=True)
 class Packed:
-    """A conv's weight in the order that the kernel reads. `pack` makes it, for the instruction set of this process.
+    """A conv's weight in the order in which the kernel of this process's instruction set reads it; made by `pack`.
 
     `fast_fir_1` (Parker and Parhi's two-parallel FIR filter) does 1.3 times fewer multiplications than `direct`, and
     its pack is 1.5 times as large. `fast_fir_2` nests the filter once more: it does 1.7 times fewer multiplications
@@ -74,8 +74,8 @@ def pack(
 def pack_once(weight: Tensor, dtype: torch.dtype, stride: int = 1) -> Packed:
     """Packs `weight` (C_out, C_in, K) of any dtype for many calls of `fused` at `stride`, in a network in `dtype`.
 
-    The pack is bf16 if the network is and this CPU multiplies bf16, at twice the rate of fp32. Otherwise it is fp32,
-    because no other dtype is faster here.
+    The pack is bf16 if the network is in bf16 and this CPU multiplies bf16, which it does at twice the rate of fp32.
+    Otherwise the pack is fp32, because no other dtype is faster on a CPU.
     """
     if dtype == torch.bfloat16 and has_bf16():
         return pack(weight.float(), dtype=dtype)
@@ -101,14 +101,13 @@ def fused(
     panes: tuple[Tensor, Packed] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Returns mask(relu(conv1d(x) + x2 @ packed2 + bias)) of `x` (N, T, C_in), in `out` (N, T', C_out) if given.
+    """Returns mask(relu(conv1d(x) + x2 @ packed2 + bias)), (N, T', C_out), for `x` (N, T, C_in), in `out` if given.
 
     panes: x2 (N, T', C2) and packed2, a 1x1 conv packed `direct`. x, x2 and out need unit channel stride; their other
     strides are free, so they may be slices of wider buffers. `out` is fp32, or bf16 if the weights are and there is no
     bias. Rows of x and x2 at t >= `lengths.before` count as zero and are not read. Rows of the result at t >=
-    `lengths.after` are zero. These rows cost nothing, and neither do rows that depend on no row of x. Raises ValueError
-    for `lengths.made` and for `masked=False`, which only GPU faces
-    support.
+    `lengths.after` are zero. No work is done for these rows, nor for rows that depend on no row of x. Raises ValueError
+    for `lengths.made` and for `masked=False`, which only GPU faces support.
     """
     if lengths.made is not None or not lengths.masked:
         raise ValueError("the cpu face always masks and does not compute output lengths: give it lengths.after")
@@ -154,7 +153,7 @@ def dgrad(
 ) -> Tensor:
     """Returns the gradient of x, (N, C_in, T = `t`), zero at t >= `lengths`, from `dy` (N, C_out, T'); stride 1.
 
-    It is the conv of dy with the taps reversed and the channels swapped. NTC memory.
+    The gradient is the conv of dy with the taps reversed and the channels swapped. It has NTC memory.
     """
     stride, padding, dilation = geometry
     flipped = dilation * (weight.shape[2] - 1) - padding

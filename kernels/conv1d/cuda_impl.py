@@ -46,7 +46,7 @@ SOFTMAX_MAX = OUT  # maximum number of symbols of a log-softmax in the epilogue
 def packed_shape(weight: Tensor) -> tuple[int, int, int, int]:
     """Shape of what `pack` writes for `weight` (C_out, C_in, K).
 
-    It is (K, blocks of C_in, blocks of C_out, 4096): images of 64 x 64 channels.
+    The shape is (K, blocks of C_in, blocks of C_out, 4096); the last dimension is an image of 64 x 64 channels.
     """
     c_out, c_in, taps = weight.shape
     return taps, pack_blocks(c_in), pack_blocks(c_out), IMAGE
@@ -125,9 +125,9 @@ def dgrad(
     lengths: Tensor | None = None,
     packed: Tensor | None = None,
 ) -> Tensor:
-    """Returns the gradient of x, (N, C_in, T = `t`), zero at t >= `lengths`, from `dy` (N, C_out, T'); stride 1.
+    """Returns the gradient of x, (N, C_in, T = `t`) in NTC memory, from `dy` (N, C_out, T') for a conv of stride 1.
 
-    NTC memory.
+    The gradient is zero at t >= `lengths`.
     """
     return _dgrad(dy, weight, t, geometry, lengths, packed)[0]
 
@@ -227,16 +227,16 @@ def fused(
     workspace: Workspace | None = None,
     chain: Chain = ALONE,
 ) -> Tensor:
-    """Returns mask(relu(conv1d(x) + x2 @ packed2 + bias)) of `x` (N, T, C_in), in `out` (N, T', C_out) if given.
+    """Returns mask(relu(conv1d(x) + x2 @ packed2 + bias)), (N, T', C_out), for `x` (N, T, C_in), in `out` if given.
 
     panes: x2 (N, T', C2) and packed2, a 1x1 conv. `x`, x2 and `out` may be slices of wider buffers. `x` may have any
     strides, and may be fp32 for any dtype of the pack. Rows of x and x2 at t >= `lengths.before` count as zero and are
     not read. Rows of the result at t >= `lengths.after` are zero. With a mask, `out` may have more rows than the conv
     produces. `bias` is fp32 (C_out,).
 
-    log_softmax: applied to up to 128 channels; `out` is then fp32. workspace: lets several CTAs share the reduction of
-    a tile. clean: not used. chain: the launches before and after this one, which may overlap with it on sm_90 and
-    later. Raises ValueError for shapes that do not fit and TypeError for dtypes.
+    log_softmax: ends with a log-softmax over C_out, at most 128; `out` is then fp32. workspace: lets several CTAs share
+    the reduction of a tile. clean: not used. chain: the launches before and after this one, which may overlap with it
+    on sm_90 and later. Raises ValueError for shapes that do not fit and TypeError for dtypes.
     """
     w, (n, t, c_in) = packed, x.shape
     x2, w2 = panes or (None, None)
@@ -298,7 +298,7 @@ def _args(source: Operand, out: Tensor, frames: int, taps: int, geometry: Geomet
 
 
 def _fetch_ahead(args: Args, gpu: cuda_tiles.Gpu, packs: tuple[Tensor, ...]) -> None:
-    """Makes the launch fetch `packs` into L2, up to half of its size."""
+    """Makes the launch fetch `packs` into L2, up to half of the size of L2."""
     room, image = gpu.l2 // 2, IMAGE * 2
     for i, pack in enumerate(packs):
         taken = min(pack.numel() * pack.element_size(), room) // image * image

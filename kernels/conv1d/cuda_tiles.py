@@ -15,14 +15,14 @@ from jasper_fast.kernels.conv1d.cuda_args import CHUNK, OUT
 BLOCKS = {75: (64,), 80: (128, 64), 90: (216, 176, 104, 64)}  # frames per tile: the choices of each loop
 STAGES = {75: 2, 80: 3}  # buffers for weights; loop 90 has as many as fit, up to MAX_STAGES
 MAX_STAGES, MAX_PANELS = 8, 4
-SLAB = 32  # frames that pass the epilogue at a time
+SLAB = 32  # frames that the epilogue processes at a time
 FRAMES = 64  # frames that wgrad reduces in one step
 MIN_STEPS = 8  # minimum steps per split: with fewer, adding up the splits would cost more than splitting saves
 _WEIGHTS = OUT * CHUNK * 2  # bytes of a step's weights
 _STAGING = SLAB * (OUT + 8) * 4
 _STAGING_90 = SLAB * (OUT + 4) * 4
 PRODUCTS = {75: 512, 80: 1024, 90: 2048}  # peak 16-bit multiply-adds per clock of the instruction of each loop
-HALF_RATE = ((8, 6), (8, 9), (12, 0), (12, 1))  # GPUs of loop 80 whose multiprocessors have half of the A100's rate
+HALF_RATE = ((8, 6), (8, 9), (12, 0), (12, 1))  # compute capabilities with half the A100's rate
 _PORT, _L2 = 128, 64  # bytes per clock of one multiprocessor: through the shared-memory port, and from L2
 
 
@@ -36,7 +36,7 @@ class Gpu(NamedTuple):
     loop: int
     sms: int
     shared: int
-    l2: int = 4 << 20  # Turing's
+    l2: int = 4 << 20  # the bytes on a T4 (Turing)
     products: int = 0
 
 
@@ -101,7 +101,10 @@ class Work(NamedTuple):
 
 
 def panel_rows(block: int, taps: int, dilation: int, stride: int) -> int:
-    """Rows of a panel per residue of t modulo the stride: odd, so that the cells of a row lie in different banks."""
+    """Returns the rows of a panel for one residue of t modulo the stride.
+
+    The number is odd, so that the cells of a row lie in different banks.
+    """
     return (block + (taps - 1) * dilation // stride) | 1
 
 
@@ -157,7 +160,7 @@ def _plan(gpu: Gpu, work: Work, block: int, may_split: bool) -> Plan | None:
         return None
     grid = tiles * splits
     if gpu.loop == 90:
-        grid = min(grid, gpu.sms)  # persistent CTAs walk over the tiles
+        grid = min(grid, gpu.sms)  # a persistent CTA computes several tiles
     return Plan(block, t_blocks, o_blocks, splits, grid, shared, panels, stages)
 
 
@@ -188,7 +191,7 @@ def _clocks(gpu: Gpu, work: Work, p: Plan) -> float:
 def plan_wgrad(gpu: Gpu, work: Work) -> Wgrad:
     """Returns the plan for dw (c_out, c_red, taps). Raises ValueError if none fits the GPU's shared memory.
 
-    It makes one wave of CTAs for loop 90, and two waves for the other loops, whose CTAs are smaller.
+    The plan has one wave of CTAs for loop 90, and two waves for the other loops, whose CTAs are smaller.
     """
     for loop, taps in _wgrad_ways(gpu.loop, work):
         if (cut := _plan_wgrad(gpu, work, loop, taps)) is not None:
@@ -197,7 +200,7 @@ def plan_wgrad(gpu: Gpu, work: Work) -> Wgrad:
 
 
 def _wgrad_ways(loop: int, work: Work) -> list[tuple[int, int]]:
-    """Returns pairs of an inner loop and the taps of a CTA, the best first. Loop 90 needs stride 1, and 3 taps or 1."""
+    """Returns pairs (inner loop, taps of a CTA), the best first. Loop 90 needs stride 1; its CTAs have 3 taps or 1."""
     ways = [(90, 3 if work.taps >= 3 else 1)] if loop == 90 and work.stride == 1 else []
     return ways + [(min(loop, 80), min(taps, work.taps)) for taps in (2, 1)]
 
@@ -214,7 +217,7 @@ def _plan_wgrad(gpu: Gpu, work: Work, loop: int, taps: int) -> Wgrad | None:
     x = panel_rows(FRAMES, taps, work.dilation, work.stride) * parities * CHUNK * 2
     stage = 2 * _panel_bytes(FRAMES, 1, 1, 1) + (2 * x + 16 if wide else x)
     stages = min(6, gpu.shared // stage) if wide else STAGES[loop]
-    if stages < (3 if wide else 2) or stages * stage > gpu.shared:  # with fewer, producer and consumers deadlock
+    if stages < (3 if wide else 2) or stages * stage > gpu.shared:  # with fewer stages they deadlock
         return None
     return Wgrad(
         loop, taps, in_blocks, out_blocks, groups, segments, share, shares, tiles * shares, stages * stage, stages

@@ -20,11 +20,11 @@ class Packed(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """What a launch of `fused` is told about the launches before and after it in its stream.
+    """How a launch of `fused` is connected with the previous and the next launch in its stream.
 
-    early: it may begin while the launch before it still runs. The caller promises that the launch before it is of the
-    same face and began after the weights of this launch were packed. ahead: up to two packed weights that the launch
-    after it reads; this launch fetches them into L2.
+    early: this launch may begin while the previous one still runs. The caller ensures that the previous launch is of
+    the same face and began after the weights of this launch were packed. ahead: up to two packed weights that the next
+    launch reads; this launch fetches them into L2.
     """
 
     early: bool = False
@@ -86,9 +86,10 @@ def fused_shape(
     out: Tensor | None,
     masked: bool,
 ) -> tuple[int, int, int]:
-    """Returns the shape of the result of `fused`, with the rows that `out` has if it is masked by output lengths.
+    """Returns the shape (N, T', C_out) of the result of `fused`.
 
-    Raises ValueError if the operands do not fit.
+    If output lengths mask the result, `out` may have more rows than the conv produces; T' is then that of `out`. Raises
+    ValueError if the operands do not fit.
     """
     n, t, c_in = x.shape
     if c_in != w.c_in:
@@ -124,13 +125,16 @@ def check_offsets(*tensors: Tensor | None) -> None:
 
 
 def sizes(*tensors: Tensor) -> tuple[int, ...]:
-    """Returns VEC of all `tensors` (N, T, C), then the channels and the strides of T and N of each, in units of VEC."""
+    """Returns VEC, then for each tensor (N, T, C) its channels and its strides of T and N, in units of VEC.
+
+    VEC is the largest of 8, 4 and 1 that divides all of these sizes.
+    """
     found = []
     for x in tensors:
         (n, t, c), (item, row, one) = x.shape, x.stride()
         if one != 1 and c > 1:
             raise ValueError(f"activations need unit stride over channels, got strides {x.stride()} for (N, T, C)")
-        # if there is only one row or utterance, its stride is never used: take one that is aligned
+        # the stride of a dimension of size 1 is never used: take one that is aligned
         found.append((c, row if t > 1 else c, item if n > 1 else t * c))
     vec = next(v for v in (8, 4, 1) if not any(s % v for of in found for s in of))
     return vec, *(tuple(s // vec for s in of) for of in found)

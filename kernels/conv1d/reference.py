@@ -74,7 +74,7 @@ def dgrad_bn(
 
     Batch norm (`norm`), ReLU, dropout and mask (`mask`) turned y (N, C, T) into `z`, the input of the conv. g has the
     shape and dtype of y and is the gradient at the input of the ReLU, which was open where z > 0. dbeta = sum g and
-    dgamma = sum g*yhat, (C,) each.
+    dgamma = sum g*yhat are (C,) each.
     """
     dz = dgrad(dy, weight, y.shape[2], geometry, mask.lengths)
     sums = bn.backward_reduce(dz, y, z, norm, mask)  # z tells where the ReLU was open
@@ -109,7 +109,7 @@ def fused(
     relu: bool = False,
     panes: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Returns mask(relu(conv1d(x) + x2 @ weight2 + bias)) of `x` (N, T, C_in), which is (N, T', C_out).
+    """Returns mask(relu(conv1d(x) + x2 @ weight2 + bias)), (N, T', C_out), for `x` (N, T, C_in).
 
     weight: (C_out, C_in, K); panes: x2 (N, T', C2) and weight2 (C_out, C2, 1); bias: (C_out,). Rows of x and x2 at
     t >= `lengths.before` count as zero. Rows of the result at t >= `lengths.after` are zero.
@@ -128,7 +128,7 @@ def fused(
 
 
 def tap_rows(tap: int, t_out: int, geometry: Geometry) -> slice:
-    """Returns which rows of a padded input `tap` multiplies, for `t_out` frames of output."""
+    """Returns the rows of a padded input that are multiplied with `tap`, for `t_out` frames of output."""
     begin = tap * geometry.dilation
     return slice(begin, begin + max(0, (t_out - 1) * geometry.stride + 1), geometry.stride)
 

@@ -64,7 +64,7 @@ def conv1d_fused_kernel(
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """HAS_MASK: mask by the lengths. Otherwise they only serve to compute lengths_out.
+    """HAS_MASK: the lengths mask x, x2 and z. Without HAS_MASK they only serve to compute lengths_out.
 
     IS_CLEAN: the padding of x and x2 is zero in memory.
     """
@@ -126,7 +126,7 @@ def conv1d_fused_kernel(
     offs_t = t0 + tl.arange(0, BLOCK_T)
     offs_o = o0 + tl.arange(0, BLOCK_N)
     mine = split == 0
-    if HAS_SPLITS:  # noqa: SIM102 (the outer one is resolved when compiling)
+    if HAS_SPLITS:  # noqa: SIM102 (the outer condition is resolved at compile time)
         if steps > 0:
             scratch = tl.arange(0, BLOCK_T)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
             slot = part_ptr + pid.to(tl.int64) * splits * (BLOCK_T * BLOCK_N)
@@ -151,6 +151,6 @@ def conv1d_fused_kernel(
         if HAS_MASK:
             acc = tl.where((offs_t < end)[:, None], acc, 0.0)
         offs = offs_t[:, None] * (z_row * VEC_OUT) + offs_o[None, :]
-        mask_o = offs_o < (c_out // VEC_OUT) * VEC_OUT  # as before, written so that the compiler sees the alignment
+        mask_o = offs_o < (c_out // VEC_OUT) * VEC_OUT  # offs_o < c_out, written to show the compiler the alignment
         mask = (offs_t < frames_out)[:, None] & mask_o[None, :]
         tl.store(z_ptr + n * z_item * VEC_OUT + offs, acc.to(z_ptr.dtype.element_ty), mask=mask)

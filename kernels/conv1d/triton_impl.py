@@ -58,7 +58,7 @@ def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None
 
 
 def packed_shape(weight: Tensor) -> tuple[int, int, int]:
-    """Shape of what `pack` writes for `weight` (C_out, C_in, K): (K, C_in, C_out rounded up to 16), zeros added."""
+    """Shape of what `pack` writes for `weight` (C_out, C_in, K): (K, C_in, C_out rounded up to 16)."""
     c_out, c_in, taps = weight.shape
     return taps, c_in, triton.cdiv(c_out, PAD_OUT) * PAD_OUT
 
@@ -137,9 +137,9 @@ def dgrad(
     lengths: Tensor | None = None,
     packed: Tensor | None = None,
 ) -> Tensor:
-    """Returns the gradient of x, (N, C_in, T = `t`), zero at t >= `lengths`, from `dy` (N, C_out, T'); stride 1.
+    """Returns the gradient of x, (N, C_in, T = `t`) in NTC memory, from `dy` (N, C_out, T') for a conv of stride 1.
 
-    NTC memory.
+    The gradient is zero at t >= `lengths`.
     """
     return _dgrad(dy, weight, t, geometry, lengths, packed)[0]
 
@@ -278,18 +278,18 @@ def fused(
     workspace: Workspace | None = None,
     chain: Chain = ALONE,
 ) -> Tensor:
-    """Returns mask(relu(conv1d(x) + x2 @ packed2 + bias)) of `x` (N, T, C_in), in `out` (N, T', C_out) if given.
+    """Returns mask(relu(conv1d(x) + x2 @ packed2 + bias)), (N, T', C_out), for `x` (N, T, C_in), in `out` if given.
 
     panes: x2 (N, T', C2) and packed2, a 1x1 conv. `out` and x2 need unit channel stride; their other strides are free,
     so they may be slices of wider buffers. `x` has unit channel stride too, or it is features with unit frame stride,
     which may be fp32 for any dtype of the pack. Rows of x and x2 at t >= `lengths.before` count as zero and are not
-    read. Rows of the result at t >= `lengths.after` are zero. A tile of such rows only, or of rows that depend on no
-    row of x, costs no loads and no products. With a mask, `out` may have more rows than the conv produces. `bias` is
+    read. Rows of the result at t >= `lengths.after` are zero. A tile that has only such rows, or rows that depend on no
+    row of x, loads and multiplies nothing. With a mask, `out` may have more rows than the conv produces. `bias` is
     fp32 (C_out,).
 
-    clean: as in `forward`, for x and x2. log_softmax: applied to up to 128 channels; `out` is then fp32. workspace:
-    lets several programs share the reduction of a tile. chain: not used. Raises ValueError for shapes that do not fit
-    and TypeError for dtypes.
+    clean: as in `forward`, for x and x2. log_softmax: ends with a log-softmax over C_out, at most 128; `out` is then
+    fp32. workspace: lets several programs share the reduction of a tile. chain: not used. Raises ValueError for shapes
+    that do not fit and TypeError for dtypes.
     """
     w, (stride, padding, dilation), (n, t, c_in) = packed, geometry, x.shape
     # nct: x is features, with unit frame stride. With one frame its strides fit both layouts, so the dtype decides.
@@ -362,7 +362,7 @@ def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, nct) ->
 
 def takes_tf32() -> bool:
     """Returns whether PyTorch's own fp32 convs round to TF32. The fp32 convs of this face do the same."""
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # allow_tf32 cannot be read once this has been set
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # PyTorch forbids reading allow_tf32 once this is set
 
 
 # ---- what the launches share ----
@@ -380,7 +380,7 @@ def _packed(weight: Tensor, data: Tensor | None, x: Tensor) -> Packed:
 def _activations(x: Tensor, stride: int, block_t: int, block_c: int) -> TensorDescriptor | None:
     """Returns a descriptor of `x` (N, T, C) as (N, T // stride, stride*C), for blocks of frames by channels.
 
-    None if the GPU has no TMA or x does not meet its conditions.
+    Returns None if the GPU has no TMA or x does not meet TMA's conditions.
     """
     (n, t, c), (item, row, _) = x.shape, x.stride()
     if not _has_tma(x) or c % block_c or x.data_ptr() % 16 or any(s * x.element_size() % 16 for s in (item, row)):
@@ -398,7 +398,7 @@ def _has_tma(x: Tensor) -> bool:
 
 
 def _weights(packed: Packed | None, block_rows: int, block_cols: int, wanted: bool) -> TensorDescriptor | None:
-    """Returns a descriptor of a pack as (K*C_in, C_pad); None if it is not `wanted` or there is no pack."""
+    """Returns a descriptor of a pack as (K*C_in, C_pad), or None if no descriptor is `wanted` or there is no pack."""
     if packed is None or not wanted:
         return None
     rows = packed.data.view(-1, packed.data.shape[2])

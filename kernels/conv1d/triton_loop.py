@@ -28,9 +28,9 @@ def out_frames(frames, taps, stride, padding, dilation):
 
 @triton.jit
 def strided_row(shift, padding, STRIDE: tl.constexpr):
-    """Returns, for frame t*STRIDE + shift (shift >= -padding), its row minus t, and its place in that row.
+    """Returns where the descriptor has frame t*STRIDE + shift: the number of its row minus t, and its place in the row.
 
-    A row of the descriptor has STRIDE frames.
+    A row of the descriptor holds STRIDE frames. shift is at least -padding.
     """
     above = shift + padding * STRIDE  # made non-negative, because // truncates here
     return above // STRIDE - padding, above % STRIDE

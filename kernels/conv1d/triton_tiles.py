@@ -1,4 +1,4 @@
-"""Tiles of the Triton convs: which tile dispatch takes, from a table or by default, and which tiles tuning tries.
+"""Chooses the tiles of the Triton convs: the one that a call uses (from a table, or the default), and those to tune.
 
 A forward, dgrad or fused program owns `t` frames by `n` output channels. In each step it takes `k` input channels of
 one tap, so a 16-bit step of 128 x 128 x 64 moves 32 KB for 2.1 MFLOP. `splits` programs share the reduction of one
@@ -16,7 +16,7 @@ import torch
 from jasper_fast.kernels import tables
 
 # Defaults are chosen for a large GPU (an H100). These are constants, so that every GPU makes the same choice.
-WAVE = 132  # programs that fill the GPU once, one per multiprocessor; of wgrad's programs, two fit a multiprocessor
+WAVE = 132  # programs that fill the GPU once, one per multiprocessor (two if they are wgrad's with one tap)
 FLOP_S = 660e12  # FLOP/s of 16-bit matrix products that these tiles reach at best
 BYTES_S = 3e12  # bytes per second of the GPU's memory
 L2_S = 5.5e12  # bytes per second from L2 to all multiprocessors
@@ -75,7 +75,7 @@ def default(op: str, dtype: torch.dtype, shape: Shape, frames: int, exact: bool 
     if op == "fused" and exact and not wide:
         t = 32  # with 64 frames shared reductions spill: with 4 warps on sm_86, with 8 on sm_100
     n, k = _fit(out, 16, 128 if wide else 64), _fit(reduced, 16, 64 if wide else 32)
-    small = op == "fused" and not wide and t * n < 64 * 64  # with 4 warps panes on sm_100 and the last conv spill
+    small = op == "fused" and not wide and t * n < 64 * 64  # 4 warps spill in the last conv, and in panes on sm_100
     warps = 8 if small else _warps(t * n)
     tile = Tile(t, n, k, warps, 3)
     return _split(tile, shape, dtype) if op == "fused" else tile
@@ -129,7 +129,7 @@ def shortlist(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> list[Ti
 def _seconds(op: str, dtype: torch.dtype, tile: Tile, shape: Shape) -> float:
     """Returns an estimate of the time: programs run in whole waves, and partial sums are written and read once.
 
-    A step takes as long as its reads from L2 or its products, whichever take longer.
+    A step takes as long as its reads from L2 or as its products, whichever is longer.
     """
     if op == "wgrad":
         taps = wgrad_taps(tile, shape.taps)
@@ -160,7 +160,7 @@ def wgrad_taps(tile: Tile, taps: int) -> int:
 
 
 def transpose_meta(taps: int) -> dict[str, int]:
-    """Block of a program that packs weights or adds up their gradients: all K taps, 4096 elements for up to 32 taps."""
+    """Returns the block of a program that packs weights or adds up their gradients: all K taps of 4 x 32 channels."""
     return {"BLOCK_K": 1 << (taps - 1).bit_length(), "BLOCK_I": 4, "BLOCK_O": 32}
 
 

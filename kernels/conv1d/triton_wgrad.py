@@ -5,10 +5,10 @@
 A program owns BLOCK_I input by BLOCK_O output channels of TAPS taps, one or two, over a share of the utterances, and
 takes BLOCK_T frames in each step. x is read once for each tap and each block of output channels, and dy once for each
 group of TAPS taps and each block of input channels; only the first read comes from memory, the others from cache. Rows
-whose shifted x does not exist or is padding are not read, with two exceptions, for which x is zero: rows that only one
-of two taps has, and with IS_CLEAN the last step of an utterance. With IS_DIRECT there is one share, and the kernel
-writes dw (C_out, C_in, K) itself, in the order of PyTorch. Otherwise a second kernel adds the fp32 partial results
-(shares, K, C_in, C_out) in a fixed order.
+whose shifted x does not exist or is padding are not read, with two exceptions: of two taps one may need a row that the
+other does not, and with IS_CLEAN the last step of an utterance may reach too far. x is zero in these rows. With
+IS_DIRECT there is one share, and the kernel writes dw (C_out, C_in, K) itself, in the order of PyTorch. Otherwise a
+second kernel adds the fp32 partial results (shares, K, C_in, C_out) in a fixed order.
 """
 
 import triton
@@ -81,7 +81,7 @@ def two_taps(
     acc = tl.zeros([BLOCK_I, BLOCK_O], tl.float32)
     next_acc = tl.zeros([BLOCK_I, BLOCK_O], tl.float32)
     for n in range(first, last):
-        # outputs for which one of the two taps has an input: the first is of the next tap, the last is of this tap
+        # outputs for which a tap has an input: the first of them has one for the next tap, the last for this tap
         begin = tl.maximum(0, -shift - dilation)
         end = tl.minimum(frames_out, limit_of(n, frames, lengths_ptr, HAS_LENGTHS) - shift)
         for i in range(tl.cdiv(tl.maximum(end - begin, 0), BLOCK_T)):
@@ -166,7 +166,7 @@ def conv1d_wgrad_merge_kernel(
     part_ptr, dw_ptr, shares, taps, c_in, c_out,
     BLOCK_K: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """dw [BLOCK_O, BLOCK_I, all K taps]: the sum of the partial results of all shares, transposed on the chip."""
+    """Writes dw [BLOCK_O, BLOCK_I, all K taps]: adds the partial results of all shares and transposes the sum."""
     i_blocks = tl.cdiv(c_in, BLOCK_I)
     offs_i = (tl.program_id(0) % i_blocks) * BLOCK_I + tl.arange(0, BLOCK_I)
     offs_o = (tl.program_id(0) // i_blocks) * BLOCK_O + tl.arange(0, BLOCK_O)

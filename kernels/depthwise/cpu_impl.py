@@ -60,7 +60,7 @@ def dgrad(
 ) -> Tensor:
     """Returns the gradient of x, (N, C, T = `t`), from `dy` (N, C, T') in NTC memory.
 
-    It is the conv of dy with the taps reversed, for which the rows of dy lie `stride` apart, with zeros between them.
+    The gradient is a conv of dy with the taps reversed, with `stride - 1` rows of zeros between the rows of dy.
     """
     (stride, padding, dilation), k = geometry, weight.shape[2]
     dx = torch.empty((dy.shape[0], t, dy.shape[1]), dtype=dy.dtype)

@@ -20,8 +20,8 @@ from jasper_fast.kernels.layout import empty_ntc
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FEW_ROWS = 4096  # below this number of rows tiles are smaller, to make enough programs for a GPU
-SHARES = 8  # maximum number of parts of a batch that the weight gradient sums separately
+FEW_ROWS = 4096  # with fewer rows N*T' tiles are smaller, so that there are enough programs to fill a GPU
+SHARES = 8  # maximum number of shares of a batch, each of which the weight gradient sums separately
 
 
 def pack_once(weight: Tensor, dtype: torch.dtype) -> Tensor:

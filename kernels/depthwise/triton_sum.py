@@ -1,10 +1,11 @@
 """The depthwise conv, and the gradient of its input, which is a depthwise conv too.
 
-    y[n, t, c] = sum_k w[k, c] * x[n, (t*STRIDE + k*dilation - padding) / UP, c]    where that is a whole number
+    y[n, t, c] = sum_k w[k, c] * x[n, (t*STRIDE + k*dilation - padding) / UP, c]
 
-FLIPPED takes the taps in reverse. Forward has UP = 1; the gradient of a conv at a stride has that stride as UP and
-STRIDE = 1. A program owns BLOCK_T frames of one utterance by BLOCK_C channels. It reads x once for each tap, only the
-first time from memory, and sums in fp32. It leaves out taps at which all its inputs lie outside of x.
+The sum is over those k for which the row of x is a whole number. FLIPPED takes the taps in reverse. In forward UP is 1.
+In the gradient UP is the stride of the conv, and STRIDE is 1. A program owns BLOCK_T frames of one utterance by BLOCK_C
+channels. It reads x once for each tap, only the first time from memory, and sums in fp32. It leaves out taps at which
+all its inputs lie outside of x.
 """
 
 import triton
@@ -26,7 +27,7 @@ def depthwise_sum_kernel(
     HAS_OUT_LENGTHS: tl.constexpr, HAS_LENGTHS_OUT: tl.constexpr, HAS_MASK: tl.constexpr, VEC: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """HAS_MASK: mask by the lengths. Otherwise they only serve to compute lengths_out."""
+    """HAS_MASK: the lengths mask x and y. Without HAS_MASK they only serve to compute lengths_out."""
     # sizes and strides of activations are in units of VEC elements, which tells the compiler their alignment
     C = groups * VEC
     c_blocks = tl.cdiv(C, BLOCK_C)

@@ -9,7 +9,7 @@ products. The fp32 partial results (shares, K, C) are added in a fixed order by 
 import triton
 import triton.language as tl
 
-TAPS = 4  # per program
+TAPS = 4  # taps of a program
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def depthwise_wgrad_kernel(
             limit = tl.minimum(tl.load(in_lengths_ptr + n).to(tl.int32), limit)
         if HAS_OUT_LENGTHS:
             end = tl.minimum(tl.load(out_lengths_ptr + n).to(tl.int32), end)
-        # outputs at which one of the four taps has an input
+        # outputs at which at least one of the four taps has an input
         begin = tl.cdiv(tl.maximum(-(shift + 3 * dilation), 0), STRIDE)
         end = tl.minimum(end, tl.cdiv(tl.maximum(limit - shift, 0), STRIDE))
         x_n = x_ptr + tl.cast(n, tl.int64) * x_item * VEC

@@ -1,7 +1,7 @@
 """The CPU face of the panes: threaded C++ kernels (csrc/cpu), which skip the padding.
 
 Activations are fp32, or bf16 on a CPU that multiplies pairs of bf16 (`takes`). Shapes are those of reference.py. All
-tensors except the xs must be contiguous. Results are bit-identical for any number of threads.
+tensors except the xs and the weights must be contiguous. Results are bit-identical for any number of threads.
 """
 
 from __future__ import annotations

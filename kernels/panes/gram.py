@@ -6,8 +6,8 @@ each block output and shared by every later block):
     mean_y = W m,   var_y = diag(W S W^T),   a = gamma*(var_y + eps)^-1/2
     out = sum_k x_k (diag(a_k) W_k)^T + (beta_k - a_k mean_y_k)
 
-As soon as a block output exists, `statistics` computes the statistics of all its panes in later blocks at once, by two
-products with S. No pane output is stored, forward or backward. x may have a large mean, so either its rows or the
+As soon as a block output exists, `statistics` computes the statistics of all its panes in later blocks together, by
+two products with S. No pane output is stored, forward or backward. x may have a large mean, so either its rows or the
 matrix that multiplies them is centred before a product; rounding errors are then relative to the deviations.
 
 S is symmetric, so only three quarters of it are computed and kept. Cut S into 2 x 2 blocks. L consists of its two
@@ -76,7 +76,7 @@ def _row_product(x):
 
 
 def gram_backward(x: Tensor, mean: Tensor, dmean: Tensor, dcov: Tensor, m: Tensor | int) -> Tensor:
-    """Returns the gradient of `x` (N, C, T) from the gradients of the mean and of L, which are over `m` rows."""
+    """Returns the gradient of `x` (N, C, T) from the gradients of the mean and of L of `m` rows."""
     n, c, t = x.shape
     d11, d21, d22, _ = _blocks(dcov, c)
     d = torch.cat([torch.cat([d11 + d11.T, 2 * d21.T], 1), torch.cat([2 * d21, d22 + d22.T], 1)]).div_(m)
@@ -92,7 +92,7 @@ def gram_backward(x: Tensor, mean: Tensor, dmean: Tensor, dcov: Tensor, m: Tenso
 
 
 def _times_lower(w, flat, alpha=1):
-    """w L, in which `alpha` multiplies the first block on the diagonal."""
+    """Returns w L, where `alpha` multiplies the first diagonal block of L."""
     l11, _, _, below = _blocks(flat, w.shape[1])
     left, right = _halves(w)
     out = right @ below
@@ -101,7 +101,7 @@ def _times_lower(w, flat, alpha=1):
 
 
 def _times_twice(w, flat):
-    """w (L + L^T) = 2 w S."""
+    """Returns w (L + L^T) = 2 w S."""
     out = _times_lower(w, flat, alpha=2)
     _halves(out)[1].addmm_(_halves(w)[0], _blocks(flat, w.shape[1])[1].T, beta=2)
     return out
@@ -138,7 +138,7 @@ def forward(
     scaled = _scaled(weights, a, xs[0].dtype)
     # shift is computed from the rounded weights, so that their rounding error multiplies centred rows only
     shift = torch.stack(betas).double().sum(0) - torch.cat(scaled, 1).double() @ torch.cat(means).double()
-    out = torch.addmm(shift.to(xs[0].dtype), rows(ntc(xs[0])), scaled[0].T)  # the shift of all panes
+    out = torch.addmm(shift.to(xs[0].dtype), rows(ntc(xs[0])), scaled[0].T)  # adds the shift of all panes
     for x, weight in zip(xs[1:], scaled[1:], strict=True):
         out.addmm_(rows(ntc(x)), weight.T)
     return out.view(n, t, -1).transpose(1, 2)
@@ -181,7 +181,7 @@ def backward(
     dvar = dgamma * a * rstd * -0.5
     dweights = [by[:, None] * part for by, part in zip(a, products.split(sizes, 1), strict=True)]
     scaled = _scaled(weights, a, g.dtype)
-    # The part of dx that comes from the mean of g is subtracted here. It would cancel later, but with rounding errors.
+    # A part of dx comes from the mean of g. It is subtracted here; it would cancel later, but with rounding errors.
     # The mean of g differs between ranks, so with several ranks the gradient of the mean subtracts it.
     given = total @ torch.cat(scaled, 1).to(wide)
     shift = torch.zeros_like(given, dtype=g.dtype) if synced else (given / -g.shape[0]).to(g.dtype)
