@@ -64,7 +64,7 @@ def test_the_driver_s_library_is_read_and_what_it_lacks_is_left_out(driver, monk
     old = Driver()
     del old.nvmlDeviceGetCurrentClocksThrottleReasons
     driver(old)
-    assert "held_by" not in machine.clocks(CUDA), "a driver without a function tells the rest"
+    assert "held_by" not in machine.clocks(CUDA), "a driver that lacks one function still reports the rest"
     assert machine.clocks(CUDA)["sm_mhz"] > 0
     driver(None)
     assert (machine.clocks(CUDA), nvml.driver(), nvml.cuda_driver()) == ({}, None, None), "no driver"
@@ -118,7 +118,7 @@ def test_clocks_are_read_seldom_but_never_not_at_all(monkeypatch):
     m = Measurement(softplus_case({"eager": F.softplus}), CPU)
     checking.prepare(m)
     timing.measure(m, FAST)
-    assert [r["sm_mhz"] for r in m.readings] == [1, 2]  # one reading after the first of its few rounds, one at the end
+    assert [r["sm_mhz"] for r in m.readings] == [1, 2]  # after the first of the few rounds, and at the end
 
 
 def test_a_machine_that_tells_no_clock_has_rows_all_the_same(tmp_path, monkeypatch):

@@ -87,7 +87,7 @@ class Context:
             raise RuntimeError(f"CUDA error: {self.fault}")
 
     def break_it(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns at once, as a launch does; the fault appears at the next synchronisation."""
+        """Returns immediately, as a launch does; the fault appears at the next synchronisation."""
         self.fault = "an illegal memory access was encountered"
         return F.softplus(x)
 
@@ -116,8 +116,8 @@ def test_who_loses_the_device_has_a_row_and_no_second_chance(tmp_path, context):
 
 
 def test_a_lost_device_costs_its_part_and_not_the_run(tmp_path, context, monkeypatch):
-    """Shows that the run continues in a new process. The lost part is tried once more, after all others, and then given
-    up."""
+    """Shows that the run continues in a new process. The part that lost the device is tried once more after all other
+    parts, and is then abandoned."""
 
     class Replaced(BaseException):
         """Ends the pretended process when another takes its place."""
@@ -191,8 +191,8 @@ gpu.go_on_elsewhere(N(arguments=('gpu', '--help')), time.monotonic() + 9)
 
 @pytest.mark.slow
 def test_a_kernel_that_never_ends_is_left_behind(tmp_path, monkeypatch):
-    """Shows that a part which does not react to the alarm is left behind. A part that blocks the signal stands in for a
-    call into C++, which does not see signals."""
+    """Shows that a part which does not react to the alarm is abandoned. The part of this test blocks the signal. It
+    stands in for a call into C++, during which Python does not handle signals."""
     left = threading.Event()
 
     def deaf(run: Run) -> None:
@@ -247,7 +247,7 @@ def test_a_part_that_is_cut_off_leaves_no_compiler_at_work(how, tmp_path, monkey
 
 @pytest.mark.slow
 def test_the_compilers_that_a_cut_off_part_leaves_can_be_ended():
-    """Shows that `end_compilers` is right about the private parts of PyTorch that it uses."""
+    """Shows that the private parts of PyTorch which `end_compilers` uses exist and work as it expects."""
     python("""
 import torch, torch._inductor.async_compile as a, torch._inductor.config as c, time; c.compile_threads = 2
 from jasper_fast.bench.gpu import gpu; pool = a.AsyncCompile.process_pool(); pool.submit(time.sleep, 600)

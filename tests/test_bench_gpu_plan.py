@@ -83,7 +83,7 @@ def test_the_plan_has_every_question_once_and_the_most_valuable_first(tmp_path):
         "sub-blocks",
         "self-check in full",
     ]
-    assert sum(part.seconds for part in plan[:13]) <= gpu.BUDGET, "all of them have their share in one run"
+    assert sum(part.seconds for part in plan[:13]) <= gpu.BUDGET, "one run has time for all these parts"
 
 
 def test_the_full_self_check_keeps_the_verdicts_that_it_reached(tmp_path, monkeypatch):

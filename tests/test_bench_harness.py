@@ -58,7 +58,7 @@ def test_a_run_comes_back_to_its_cases(tmp_path):
     twin = twice["test op=softplus / twin"]
     assert twin["ratio"]["visits"] == 2 and "visits" not in once["test op=softplus / twin"]["ratio"]
     assert twin["time_s"]["samples"] > once["test op=softplus / twin"]["time_s"]["samples"]
-    # its answer is wrong in the second visit, so its time from the first visit is dropped too
+    # the answer of this contender is wrong in the second visit, so its time from the first visit is dropped too
     assert twice["test op=again / scaled later"]["status"] == "wrong"
 
 
@@ -73,7 +73,7 @@ def test_backward_alone_is_timed_in_both_visits(tmp_path):
 
 def test_a_case_takes_its_own_rounds_and_share_in_both_visits(tmp_path):
     run = make_run(tmp_path, revisits=True)
-    # a target so wide that the fewest rounds meet it
+    # the target is so wide that `min_rounds` rounds meet it
     run.effort = Effort(seconds=60.0, min_rounds=4, max_rounds=20, target=1e9)
     changes = {"softplus": {}, "more": {"rounds": 12}, "less": {"share": 1e-9}}
     run.cases("test", [softplus_case({"twin": F.softplus}, op, **change) for op, change in changes.items()])

@@ -77,7 +77,7 @@ FAULTS = [
     ("fp32", "a layer scaled by 1.01"),
     ("fp16", "a layer scaled by 1.01"),
     ("bf16", "a layer scaled by 1.15"),
-    # fp16 has the tolerance of bf16 and smaller errors
+    # not in fp16, which has the same tolerance as bf16 and smaller errors
     *((dtype, fault) for dtype in ("fp32", "bf16") for fault in ("no bias", "no panes", "stale frames")),
 ]
 
@@ -89,7 +89,8 @@ def short(monkeypatch):
 
 
 def engine(change=dict, dtype=torch.float32, around=lambda engine: engine):
-    """Returns a replacement of our engine for `rows_of`: one whose weights are changed by `change`."""
+    """Returns a replacement of our engine for `rows_of`. `change` changes the weights, and `around` wraps the
+    engine."""
 
     def build(shared: latency.Models) -> Model:
         fused = models.fused(shared.cfg, change(shared.state), "reference").eval()

@@ -108,7 +108,7 @@ def test_a_run_pays_for_the_newest_matrix_and_adds_the_gradients_of_the_older(mo
     sums."""
     i = panes.Inputs(2, 40, BLOCK, torch.float32, CPU)
     runner = panes.runner(panes.fused("gram", "auto"), i, "ntc", mode, gram=True)
-    runner.run()  # makes what earlier blocks of the step would have made, and the graph that backward goes through
+    runner.run()  # makes the Gram matrices that earlier blocks make in a step, and the graph for backward
     with Calls() as calls:
         runner.run()
     assert calls.seen == CHARGED[mode]

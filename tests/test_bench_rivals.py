@@ -101,7 +101,8 @@ def graphs_run(monkeypatch) -> list[int]:
 
 
 def dense(blocks: int) -> tuple[EagerJasper, torch.Tensor, torch.Tensor]:
-    """Returns a model of this many dense blocks, each with other panes, between two more blocks, and its inputs."""
+    """Returns a model of this many dense blocks, each with a different number of panes, between two other blocks, and
+    its inputs."""
     widths = tuple((8, 3, 0.0) for _ in range(blocks))
     encoder = {"in_feats": 8, "activation": "relu", "use_conv_masks": True}
     encoder["blocks"] = models._blocks(8, widths, 1, 8)
@@ -138,8 +139,8 @@ def test_every_shape_of_a_grid_is_compiled_or_an_error(graphs_run, monkeypatch):
 
 
 def test_a_sub_block_s_compiled_function_never_runs_in_eager(graphs_run):
-    """Shows that a sub-block's function may have more than eight variants, and that those of earlier cases do not
-    count."""
+    """Shows that a sub-block's function may have more than eight compiled variants, and that variants compiled for
+    earlier cases do not count."""
     with torch._functorch.config.patch(donated_buffer=True):  # restored afterwards
         for _ in range(2):
             call = compiler.max_autotuned(lambda x: 2 * x, "forward")

@@ -68,7 +68,7 @@ def test_clear_weights_keep_every_relu_away_from_zero():
             module.register_forward_pre_hook(watch)
     with models.dropout_off(model):
         model(batch.features, batch.lengths)
-    assert len(nearest) == 11 and min(nearest) > 0.1, nearest  # at the usual weights this is 1e-5
+    assert len(nearest) == 11 and min(nearest) > 0.1, nearest  # at the usual weights the smallest is 1e-5
     assert all(abs(share - (1 - 1 / models.OFF)) < 0.01 for share in signs), signs
 
 

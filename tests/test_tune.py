@@ -1,4 +1,5 @@
-"""`python -m bench tune` on the stand-in: what it measures, refuses and keeps, and how it resumes."""
+"""`python -m bench tune` on tiny shapes in Triton's interpreter: what it measures, refuses and keeps, and how it
+resumes."""
 
 import io
 import json
@@ -65,7 +66,7 @@ def test_the_command_times_right_tiles_faces_and_the_library_and_makes_a_table(t
     assert {row["status"] for row in data["rows"]} == {"ok"}, said
     wanted = tune_cases.plan(CPU, torch.float32, ops)
     table = tables.parse(data["table"], "the result")
-    assert len(table.rows) == 2 * len(wanted), "the best of ours and plain PyTorch, each"
+    assert len(table.rows) == 2 * len(wanted), "each cell has two rows: our fastest contender and plain PyTorch"
     for row in table.rows:
         same = [r for r in data["rows"] if (r["tune"]["op"], r["tune"]["face"]) == (row.op, row.face)
                 and r["tune"]["c_in"] == row.c_in]  # fmt: skip
@@ -182,7 +183,8 @@ def test_the_library_computes_what_the_kernel_does(function):
     low, ref = case.low(), case.reference()
     lengths = case.inputs["lengths"]
     assert 0 < lengths.min() <= cell.batch[1]
-    # g is computed by the next pass, which is not timed; our kernel's epilogue computes it too
+    # The library returns dx. g would follow in the next pass, which is not timed; our kernel already computes g in
+    # its epilogue.
     if function == "dgrad_bn":
         assert set(got) == {"dx", "dbeta", "dgamma"} and got.pop("dx") is not None
     for name, out in got.items():
@@ -203,7 +205,7 @@ def test_the_librarys_weight_is_cast_and_ordered_once(monkeypatch, function):
     call(), call()
     seen = [w for w in forward + backward if w.shape[0] == cell.c_out]
     assert len(seen) >= 2 and all(w.is_contiguous(memory_format=torch.channels_last) for w in seen)
-    assert len({w.data_ptr() for w in seen}) == 1, "a captured graph reads the same memory"
+    assert len({w.data_ptr() for w in seen}) == 1, "all calls read the weight at one address, as a captured graph must"
     assert torch.equal(seen[-1].squeeze(2), inputs["weight"].bfloat16())
 
 

@@ -64,7 +64,7 @@ def test_faces_are_installed_and_chosen_from_and_the_gate_has_no_more_to_compile
         tables.fastest, device=GPU, dtype=torch.bfloat16, **tables.shape_of_norm(256), rows=4096
     )
     assert (fastest(tables.NORM_OPS), fastest(tables.NORM_OPS[:1])) == ("cuda", "triton")
-    assert list(launches.measured(90, "bfloat16")) == [], "a face without a tile is compiled with the rest"
+    assert list(launches.measured(90, "bfloat16")) == [], "a face without tiles adds nothing to compile"
 
 
 def test_results_of_the_same_versions_add_up_and_others_are_replaced(tmp_path):

@@ -24,7 +24,8 @@ def cases(op: str) -> common.Cases:
     """Returns a function that makes the cases of one layer after another, so that only one layer's tensors are in
     memory.
 
-    Every mode is a case. sub_block has inference as a mode too. With `--quick` there are only two layers.
+    Each layer has one case per mode. The op sub_block also has the mode inference. With `--quick` there are only two
+    layers.
     """
     every = (*common.MODES, "inference") if op == "sub_block" else common.MODES
 

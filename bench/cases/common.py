@@ -20,11 +20,12 @@ from jasper_fast.nn.architecture import BN_MOMENTUM as MOMENTUM
 P = 0.2  # dropout rate
 MODES = ("both", "forward", "backward")
 Cases = Callable[[Run, str | None], Iterable[list[Case]]]  # (run, mode or None) -> groups of cases, made lazily
-# A conv adds up to 22,000 products, and the order depends on the kernel. Even PyTorch's convs in the two layouts differ
-# by 20 eps.
+# An output of a conv is the sum of as many as 22,000 products, in an order that depends on the kernel. Even PyTorch's
+# own convs in NCT and in channels_last memory differ by 20 eps.
 CONV_TOLERANCE = correct.Tolerance(factor=2.0, floor=40.0)
-# Four times the eps of TF32, because tensor cores truncate the operands. TF32's eps is 2**-10, while fp32's is 2**-23.
-# PyTorch's own error may be far smaller, because cuDNN decides whether it uses TF32.
+# For fp32 convs that may use TF32. The floor is four times the eps of TF32, because tensor cores truncate the operands.
+# It is counted in eps of fp32 (2**-23; TF32 has 2**-10). PyTorch's own error cannot set the limit, because cuDNN may
+# choose a kernel without TF32.
 ROUNDED = correct.Tolerance(factor=2.0, floor=4.0 * 2**13)
 
 
@@ -109,8 +110,9 @@ def timed(
 ) -> Callable[[], object]:
     """Returns the function to time for an op in training.
 
-    The returned function calls `forward`, or `gradients(out, retain_graph=True)` again and again for the same forward,
-    or both.
+    In the mode "forward" the returned function calls `forward`. In "backward" it calls only `gradients(out,
+    retain_graph=True)`, and all its calls share the `out` of one forward pass. In "both" it calls `forward` and then
+    `gradients`.
     """
     graph: dict[int, object] = {}
 

@@ -145,8 +145,8 @@ def bn_relu_dropout_bytes(N: int, C: int, T: int, itemsize: int, mode: str, resi
     """Returns the bytes that the op moves in training.
 
     Forward reads y for the statistics, reads it again and writes z. Backward reads dz and y for its sums, reads both
-    again and writes dy. With a residual, forward also reads that. Backward then also reads z twice for its sign, and
-    writes the gradient of the residual.
+    again and writes dy. With a residual, forward also reads the residual. Backward then also reads z twice (its sign
+    tells where the ReLU was open), and writes the gradient of the residual.
     """
     tensors = {"forward": 3 + residual, "backward": 5 + 3 * residual, "both": 8 + 4 * residual}
     return tensors[mode] * N * C * T * itemsize
@@ -176,7 +176,8 @@ def panes_bytes(panes: Sequence[Conv], itemsize: int, mode: str) -> int:
 def bn_relu_dropout_flops(N: int, C: int, T: int, mode: str) -> int:
     """Returns the operations by the formula, without those of the random numbers.
 
-    Forward has 4 per element for the statistics and 5 to apply them; backward has 6 for the sums and 7 to apply them.
+    Per element, forward needs 4 operations for the statistics and 5 to compute z. Backward needs 6 for the sums and 7
+    to compute dy.
     """
     per_element = {"forward": 9, "backward": 13, "both": 22}
     return per_element[mode] * N * C * T

@@ -87,7 +87,7 @@ def posteriors(kind: str, log_probs: Tensor, seed: int) -> None:
 
 
 def _settings(kind: str) -> tuple[Any, ...]:
-    """Returns the arguments of the prefix search after the beam and the number of hypotheses."""
+    """Returns the arguments of the prefix search that follow the beam and the number of hypotheses."""
     alpha, beta = WEIGHTS[kind]
     if kind == "words":
         return None, alpha, 0.0, closed().words(alpha, beta)
@@ -97,7 +97,7 @@ def _settings(kind: str) -> tuple[Any, ...]:
 def _flashlight(kind: str, beam: int) -> Callable[[np.ndarray], float]:
     """Returns flashlight-text's search, a function that returns the best score of log-probabilities (T, V).
 
-    Only with a model of words the search uses a lexicon.
+    The search uses a lexicon only if `kind` is "words".
     """
     try:
         from flashlight.lib.text import decoder
@@ -119,8 +119,8 @@ def _flashlight(kind: str, beam: int) -> Callable[[np.ndarray], float]:
 
 
 def _rule() -> Rule:
-    """Returns the rule for another search. It prunes in another order, so it may find another hypothesis, whose score
-    must be close to ours."""
+    """Returns the rule for flashlight's search, which prunes in another order than ours. So it may find another
+    hypothesis, but with a score close to that of the reference search."""
     words = f"score within {100 * _LOWER:.0f} % of the reference search's"
 
     def judge(got: Answer, low: Answer | None, ref: Answer, found: dict) -> list[str]:

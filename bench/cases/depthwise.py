@@ -56,7 +56,7 @@ def eager(x: Tensor, i: Inputs, weight: Tensor) -> Tensor:
 
 
 def eager_2d(x: Tensor, i: Inputs, weight: Tensor) -> Tensor:
-    """Computes the same as a 2D conv in channels_last memory."""
+    """Computes PyTorch's grouped conv as a 2D conv in channels_last memory."""
     return F.conv2d(x.unsqueeze(2), weight.unsqueeze(2), None, 1, (0, i.K // 2), 1, weight.shape[0]).squeeze(2)
 
 

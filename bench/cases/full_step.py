@@ -23,7 +23,8 @@ LR, WEIGHT_DECAY, DECAY = 1e-4, 1e-3, 0.999
 
 
 class Trained(nn.Module):
-    """A contender as `train_step` needs it. `call` computes the model with the parameters and buffers of `module`."""
+    """A contender with the interface that `train_step` expects. `call` computes the model with the parameters and
+    buffers of `module`."""
 
     def __init__(self, module: nn.Module, call: Model, cfg) -> None:
         super().__init__()
@@ -53,8 +54,8 @@ def full_step(
     `inputs` returns features, their lengths, transcripts and their lengths, with the lengths on the host. Our `Jasper`
     is trained with `NovoGrad`, which also updates the average. Every other model is trained in PyTorch's usual way: a
     foreach form of NovoGrad, a separate pass for the average, and a host that decides whether to skip the step. `wrap`
-    wraps the model for several processes. With `graphs` the step is a CUDA graph from the second call on; it raises
-    Absent if the step cannot be captured.
+    wraps the model for several processes. With `graphs` the step is a CUDA graph from the second call on. A step that
+    cannot be captured raises Absent.
     """
     trained = Trained(module, call, cfg).train()
     learning = [p for p in module.parameters() if p.requires_grad]

@@ -298,10 +298,10 @@ def misread(log_probs: Tensor, lengths: Tensor, texts: Sequence[str], words: Voc
 
 
 def sampled(run: Run) -> dict[str, float]:
-    """Returns the fields `rounds` and `share` of a case: on a GPU enough rounds for a P99, if rounds are short.
+    """Returns the fields `rounds` and `share` of a case. On a GPU, `rounds` is the number that a P99 needs.
 
-    A case with long rounds stops at 3x its seconds. It gets half the seconds, so that it takes little longer than
-    other cases.
+    If rounds take long, a case ends after 3x its seconds, with fewer rounds. `share` halves these seconds, so that such
+    a case takes little longer than other cases.
     """
     if run.device.type != "cuda" or run.quick:
         return {}

@@ -31,7 +31,8 @@ class Layer:
         return self.stride > 1
 
     def frames(self, T):
-        """Returns the output frames for T input frames, a number or a tensor. It is T itself if the conv keeps them."""
+        """Returns the number of output frames for `T` input frames. `T` is a number or a tensor, and is returned itself
+        if the conv keeps the number of frames."""
         if self.stride == 1 and self.K % 2:
             return T
         return (T + 2 * self.padding - self.dilation * (self.K - 1) - 1) // self.stride + 1

@@ -51,8 +51,8 @@ def step(module: nn.Module, batch: Batch, dtype: torch.dtype, device: torch.devi
 
 
 def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Module], Callable[[], Batch]]:
-    """Returns the case that checks the contenders of one model, a dict for their modules by name, and a function that
-    returns the batch to count with.
+    """Returns the case that checks the contenders of one model, a dict into which their modules are put by name, and a
+    function that returns the batch to count with.
 
     The modules are made when the contenders are built. A large model is checked on a small batch, because the bytes do
     not depend on the batch of the check.

@@ -70,8 +70,8 @@ _made: dict[tuple, dict[str, Tensor]] = {}
 def weights(cfg: JasperConfig, device: torch.device, frames: int = 208) -> dict[str, Tensor]:
     """Returns a state dict with the usual initialisation, random gamma and beta, and running statistics of one batch.
 
-    With it activations neither vanish nor overflow, so that a wrong layer changes the output. The latest state dict is
-    cached for the next case of the same network, so copy its tensors before you change them.
+    With these weights activations neither vanish nor overflow, so that a wrong layer changes the output. The latest
+    state dict is cached for the next case of the same network, so copy its tensors before you change them.
     """
     key = (repr(cfg), device, frames)
     if key not in _made:
@@ -96,18 +96,18 @@ def _weights(cfg: JasperConfig, device: torch.device, frames: int) -> dict[str, 
     return model.state_dict()
 
 
-FAR = 6.0  # distance from zero of the mean input of a clear network's ReLU, in standard deviations
-OFF = 8  # one of this many channels is off, which means that its ReLU is always closed
+FAR = 6.0  # in a clear network, the mean input of each ReLU is this many standard deviations away from zero
+OFF = 8  # in one of this many channels the mean input is below zero, so the ReLU is always closed
 
 
 @torch.no_grad()
 def clear(cfg: JasperConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns `state` changed such that no ReLU has an input near zero.
 
-    With these weights the gradients of right contenders differ only by rounding. Every norm's beta is FAR standard
-    deviations above zero, or in one of OFF channels FAR below. The weights of every tap are orthogonal to the mean m
-    (C_in,) of their input, because a large constant from m would hide the signal and would change at the edges of an
-    utterance. All values are representable in bf16, so casting to bf16 changes nothing.
+    With these weights the gradients of right contenders differ only by rounding. The beta of every norm is FAR standard
+    deviations above zero, but in every OFF-th channel FAR standard deviations below. The weights of every tap are
+    orthogonal to the mean m (C_in,) of their input, because a large constant from m would hide the signal and would
+    change at the edges of an utterance. All values are representable in bf16, so casting to bf16 changes nothing.
     """
     made = dict(state)
 
@@ -126,8 +126,8 @@ def clear(cfg: JasperConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             place = f"{at}.conv.{4 * r}"
             if block.separable:
                 taps, place = made[f"{at}.conv.{5 * r}.weight"].float(), f"{at}.conv.{5 * r + 1}"
-                # All channels get the same taps up to a factor, so that a constant input keeps its direction over the
-                # channels at the edges of an utterance too.
+                # All channels get the same taps up to a factor. At the edges of an utterance, where some taps see
+                # zeros, an input that is constant in time then changes by the same factor in all channels.
                 made[f"{at}.conv.{5 * r}.weight"] = taps = taps.flatten(1).norm(dim=1)[:, None, None] * taps[:1].sign()
                 m = None if m is None else m * taps.sum((1, 2))
             orthogonal(f"{place}.weight", m)

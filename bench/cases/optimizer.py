@@ -120,7 +120,7 @@ def stepping(inputs: Inputs, ours: bool) -> Runner:
 
 
 def copying(inputs: Inputs) -> Runner:
-    """Returns the runner of a copy of half of the buffer over the other half, twice: per parameter it reads 16 bytes
+    """Returns the runner that copies half of the buffer over the other half, twice. Per parameter this reads 16 bytes
     and writes 16."""
 
     @torch.no_grad()

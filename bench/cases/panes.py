@@ -56,7 +56,7 @@ def blocks() -> list[Block]:
 
 
 def ends_and_middle() -> list[Block]:
-    """Returns the last block, the fifth and the first, which is from the largest to the smallest."""
+    """Returns the last, the fifth and the first dense block, largest first."""
     found = blocks()
     return [found[-1], found[(len(found) - 1) // 2], found[0]]
 
@@ -114,7 +114,7 @@ class Leaves:
 
 # ------------------------------------------------------------------ the contenders
 # `(leaves, lengths, running statistics, Gram matrices of the older inputs) -> sum (N, C_out, T)`. Only the Gram form
-# gets Gram matrices; the others get ().
+# gets Gram matrices; the other contenders get ().
 
 PaneSum = Callable[[Leaves, Tensor, list[common.Stats], Sequence[ops.Gram]], Tensor]
 

@@ -45,7 +45,7 @@ class SubBlock(nn.Module):
         return x.to(self.conv.weight.dtype) if self.layer.head else masked(x.to(self.conv.weight.dtype), lengths)
 
     def masked_last(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """Returns the same in NTC memory."""
+        """Returns `masked(x, lengths)` in NTC memory."""
         x = layout.ntc(x.to(self.conv.weight.dtype))
         return x if self.layer.head else masked_last(x, lengths)
 

@@ -52,7 +52,7 @@ def tolerance(dtype: torch.dtype, cfg=None) -> correct.Tolerance:
     `relative` is used if there is no eager step to compare with. QuartzNet 15x5 is twice as deep as Jasper 10x5. Its
     largest errors along the gradient at (2, 64, 400) in fp32 are 1e-5 for eager and 1.8e-5 for ours with clear weights,
     and 0.82 % and 0.85 % with usual weights. So if `cfg` has separable convs, the bounds along the gradient are eight
-    times and three times as wide.
+    times as wide with clear weights and three times as wide with usual weights.
     """
     separable = cfg is not None and any(b.separable for b in cfg.encoder.blocks)
     along, along_usual = ALONG[dtype] * (8 if separable else 1), ALONG_USUAL[dtype] * (3 if separable else 1)
@@ -133,8 +133,9 @@ def runner(
 ) -> Runner:
     """Returns the runner of a training step.
 
-    `call` computes the model with the parameters of `module`, which may have other names. The timed step has dropout
-    on, and in fp16 a scaled loss, because small gradients would be zero otherwise. The full step is that of train.py.
+    `call` computes the model with the parameters of `module`, whose names may differ from those of the state dict. The
+    timed step has dropout on, and in fp16 a scaled loss, because small gradients would be zero otherwise. The full step
+    is that of train.py.
     """
     module.train()
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -274,6 +275,6 @@ def rivals_of(run: Run) -> dict[str, Callable[[nn.Module], Model]]:
 
 
 def of_batch(chosen: dict, full: bool) -> dict:
-    """Returns the rivals for a batch. If its lengths are `full` they are eager with and without masks, else all with
-    masks."""
+    """Returns the rivals for a batch. With `full` lengths these are eager with and without masks. Otherwise they are
+    all chosen rivals except eager without masks."""
     return {n: b for n, b in chosen.items() if (n in ("eager", "eager_no_masks") if full else n != "eager_no_masks")}

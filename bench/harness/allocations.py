@@ -1,4 +1,5 @@
-"""Counts the bytes that a forward keeps and the peak of allocated bytes. Nothing is sampled."""
+"""Counts the bytes that a forward pass keeps for backward, and the peak of allocated bytes. Both are exact, not
+sampled."""
 
 import gc
 from collections.abc import Callable, Collection, Sequence
@@ -72,11 +73,12 @@ def kept(forward: Callable[[], Tensor], device: torch.device) -> tuple[int, Birt
 
 
 def peak(work: Callable[[], object], device_type: str, parameters: Collection[nn.Parameter] = ()) -> int:
-    """Returns the most bytes that `work` has allocated at once on the device, without the gradients of `parameters`.
+    """Returns the most bytes that `work` has allocated at the same time on the device, without the gradients of
+    `parameters`.
 
     Every allocation by PyTorch's allocators counts, including those in C++ and in custom ops. Memory that an op takes
-    directly from the system does not count. That is some scratch memory of oneDNN, and 0.3 MiB per thread of our CPU
-    kernels at Jasper 10x5.
+    directly from the system does not count. Such memory is some scratch memory of oneDNN, and 0.3 MiB per thread of our
+    CPU kernels at Jasper 10x5.
     """
     with recorded([ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
@@ -94,10 +96,11 @@ def peak(work: Callable[[], object], device_type: str, parameters: Collection[nn
 
 
 def most_alive(events: Sequence[tuple[int, int]], but: Collection[int] = ()) -> int:
-    """Returns the most bytes alive at once, from a list of (address, bytes allocated or, if negative, freed).
+    """Returns the most bytes alive at the same time, from a list of (address, bytes). Positive bytes are an allocation,
+    negative bytes a free.
 
-    Frees of memory that was allocated before the list begins do not count. Nor does the last allocation at each of the
-    addresses `but`.
+    Frees of memory that was allocated before the list begins do not count. The last allocation at each of the addresses
+    `but` does not count either.
     """
     alive: dict[int, int] = {}
     last = {address: i for i, (address, nbytes) in enumerate(events) if nbytes > 0 and address in but}

@@ -13,7 +13,8 @@ Answer = Mapping[str, Tensor]  # the tensors by which contenders are compared
 
 @dataclass
 class Rule:
-    """A rule looser than the case's tolerance, for a contender whose `precision` cannot meet that. `words` describe it.
+    """A rule looser than the case's tolerance, for a contender whose `precision` cannot meet that tolerance. `words`
+    describe the rule.
 
     `judge(got, low, ref, found)` returns complaints. It writes numbers for the contender's row into `found`.
     """

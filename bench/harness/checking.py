@@ -34,9 +34,9 @@ def check(m: Measurement, seeds: Sequence[int]) -> None:
     """Compares every runner with fp64 on fresh inputs and drops the wrong ones.
 
     Every contender is compared on at least two inputs, so one that returns an answer to earlier inputs is found wrong.
-    Contenders run after `poison` and before the reference, so that freed memory contains no correct answer that could
-    hide an element that was never written. If the reference cannot be computed (for lack of memory, for instance), no
-    contender gets a number.
+    Contenders run before the fp64 answer is computed, and after the first one `poison` fills freed memory with NaN. So
+    an element that a contender never writes cannot be right by chance. If the fp64 answer cannot be computed (for lack
+    of memory, for instance), no contender gets a number.
     """
     case = m.case
     for seed in seeds:
@@ -67,8 +67,8 @@ def check(m: Measurement, seeds: Sequence[int]) -> None:
 
 @contextlib.contextmanager
 def answerable(m: Measurement) -> Iterator[None]:
-    """A context for making inputs and the reference. If that fails, no contender of the case gets a number, and the run
-    continues."""
+    """A context for making inputs and the fp64 answer. If making them fails, no contender of the case gets a number,
+    and the run continues."""
     try:
         with cudnn_search.off():
             yield

@@ -31,7 +31,7 @@ class WallClock:
         return (time.perf_counter() - start) / inner
 
     def host(self, run: Callable[[], object]) -> float | None:
-        """Returns the seconds until `run` returns to the host, after which a GPU continues alone; None on a CPU."""
+        """Returns the seconds until `run` returns to the host, when a GPU may still be working; None on a CPU."""
         return None if self.device.type == "cpu" else host_seconds(run, self.device)
 
 
@@ -121,7 +121,8 @@ class Gauge:
         self.device, self.readings, self.last = device, readings, -math.inf
 
     def look(self, last: bool = False) -> None:
-        """Takes a reading if the previous one is older than EVERY seconds, or if this is the last one of a case."""
+        """Takes a reading if the previous reading is older than EVERY seconds, or if `last` is true, as after the last
+        round of a case."""
         now = time.monotonic()
         if (last or now - self.last >= self.EVERY) and (found := machine.clocks(self.device)):
             self.readings.append(found)
@@ -142,7 +143,7 @@ def clocks_during(readings: Sequence[dict]) -> dict:
 
 def mhz(reading: dict) -> float | None:
     """Returns the clock at which the work ran: that of a GPU's multiprocessors, or that of the fastest CPU core,
-    because others may be idle."""
+    because other cores may be idle."""
     return reading.get("sm_mhz", max(reading.get("cpu_mhz", ()), default=None))
 
 
@@ -158,5 +159,5 @@ Clock = WallClock | CudaClock
 
 
 def clock(device: torch.device, wall: bool) -> Clock:
-    """Returns the clock to use: events on a GPU, or with `wall` (and on a CPU) the wall clock."""
+    """Returns what measures time: events on a GPU; the wall clock on a CPU, and with `wall` on a GPU."""
     return CudaClock(device) if device.type == "cuda" and not wall else WallClock(device)

@@ -97,9 +97,10 @@ def launch_overhead(device: torch.device) -> dict[str, float]:
 
 
 def cupy_launch(device: torch.device) -> tuple[dict[str, float], str]:
-    """Returns the seconds of a launch on the host and on the device, measured by CuPy's profiler, and CuPy's version.
+    """Returns (times, CuPy's version). The times are the seconds that a launch takes on the host and on the device,
+    measured by CuPy's profiler.
 
-    Without CuPy it returns no times, and the reason instead of the version.
+    If CuPy is missing or fails, the times are empty, and the text is the reason.
     """
     if importlib.util.find_spec("cupyx") is None:
         return {}, f"absent: pip install cupy-cuda{(torch.version.cuda or '13').partition('.')[0]}x"

@@ -89,7 +89,8 @@ def clocks(device: torch.device) -> dict:
 def packages() -> dict[str, str]:
     """Returns the versions of installed packages that affect results: PyTorch, Triton, rivals, NVIDIA's libraries."""
     found: dict[str, str] = {}
-    for distribution in importlib.metadata.distributions():  # in the order of sys.path, so Python imports the first
+    # Distributions come in the order of sys.path. Of two with the same name, Python imports the first.
+    for distribution in importlib.metadata.distributions():
         name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
         if PACKAGES.match(name):
             found.setdefault(name, distribution.version)

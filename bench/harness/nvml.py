@@ -9,7 +9,8 @@ import torch
 
 from jasper_fast.bench.harness.console import say
 
-# Reasons for a lowered clock. Not among them: that the GPU is idle, and that the user has lowered the clock.
+# The reasons for a lowered clock that are recorded. Two are left out: an idle GPU, and a clock that the user has
+# lowered.
 REASONS = {
     "SwPowerCap": "software power cap",
     "HwSlowdown": "hardware slowdown",
@@ -21,8 +22,8 @@ REASONS = {
 
 @functools.cache
 def library() -> ModuleType | None:
-    """Returns pynvml, initialised. Returns None if there is no driver, or (and prints a line) if pynvml is not
-    installed."""
+    """Returns pynvml, initialised. Returns None if there is no driver. If pynvml is not installed, prints a line and
+    returns None."""
     try:
         import pynvml
     except ImportError:
@@ -36,13 +37,13 @@ def library() -> ModuleType | None:
 
 @functools.cache
 def handle(device: torch.device) -> object | None:
-    """Returns the library's handle of PyTorch's device, or None. It is found by UUID, because CUDA_VISIBLE_DEVICES
-    changes PyTorch's indices but not the library's."""
+    """Returns the library's handle of PyTorch's device, or None. The handle is found by UUID, because
+    CUDA_VISIBLE_DEVICES changes PyTorch's indices but not the library's."""
     nvml = library()
     if nvml is None:
         return None
     uuid = str(torch.cuda.get_device_properties(device).uuid)
-    # PyTorch's UUID has no prefix, but the library's has.
+    # The library's UUID has a prefix, which PyTorch's lacks.
     found = (_told(nvml.nvmlDeviceGetHandleByUUID, prefix + uuid) for prefix in ("GPU-", "MIG-", ""))
     return next((at for at in found if at is not None), None)
 

@@ -25,10 +25,10 @@ def ratio(rival: Sequence[float], ours: Sequence[float], resamples: int = 2000, 
 def interval(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
     """Returns the interval of the median, at the confidence that `confidence` returns.
 
-    The interval covers both the bootstrap interval and the interval by ranks. The bootstrap resamples short sequences
-    of neighbours, because neighbouring values share the state of the machine. The bootstrap interval alone is too
-    narrow for few values: at 95 % it contains the true median in only 83 % of cases with six values, and in 89 % with
-    twelve.
+    The interval covers both the bootstrap interval and the distribution-free interval from order statistics
+    (`rank_of_interval`). The bootstrap resamples short sequences of neighbours, because neighbouring values share the
+    state of the machine. The bootstrap interval alone is too narrow for few values: at 95 % it contains the true median
+    in only 83 % of cases with six values, and in 89 % with twelve.
     """
     rng, n = random.Random(seed), len(values)
     block = max(1, round(n ** (1 / 3)))
@@ -57,9 +57,10 @@ def rank_of_interval(n: int) -> int:
 
 
 def confidence(n: int) -> float:
-    """Returns the confidence of an interval from `n` values: CONFIDENCE, or less if the values are few.
+    """Returns the confidence of an interval from `n` values: CONFIDENCE, or less if `n` is small.
 
-    All values are on one side of the true median in 2 of 2^n cases, so no interval can have more than 1 - 2 / 2^n.
+    With probability 2 / 2^n all values lie on one side of the true median. So even the interval from the smallest to
+    the largest value has only the confidence 1 - 2 / 2^n.
     """
     return min(CONFIDENCE, 1 - 2 * 0.5**n)
 

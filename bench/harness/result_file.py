@@ -15,12 +15,12 @@ from jasper_fast.bench.harness.clocks import mark_throttled
 from jasper_fast.bench.harness.measurement import LOST, Row
 
 SCHEMA = 1
-TRIES = 2  # how often a failing part of a run is attempted
+TRIES = 2  # the most attempts at a part of a run
 
 
 def header(device: torch.device, arguments: Mapping[str, object], effort: Effort | None = None) -> dict:
-    """Returns the part of a result that says where it comes from: machine, arguments, and effort (default: the
-    usual)."""
+    """Returns the part of a result that says where it comes from: machine, arguments, and effort (default:
+    `Effort()`)."""
     return {
         "machine": machine.describe(device),
         "arguments": {k: str(v) for k, v in arguments.items()},
@@ -29,8 +29,8 @@ def header(device: torch.device, arguments: Mapping[str, object], effort: Effort
 
 
 def against_limits(row: Row, limits: dict) -> None:
-    """Adds `limit` to the row: the least time that the machine's measured ceilings allow, and the share of that speed
-    that the row reaches."""
+    """Adds `limit` to the row: the least time that the machine's measured ceilings allow and, if the row was timed,
+    that time divided by the row's median time."""
     rate, bandwidth = limits.get("matmul_flops_per_s", {}).get(row["dtype"]), limits.get("copy_bytes_per_s")
     bounds = (("compute", row["flops"], rate), ("memory", row["bytes"], bandwidth))
     if floors := {bound: amount / speed for bound, amount, speed in bounds if amount and speed}:

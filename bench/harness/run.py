@@ -88,8 +88,8 @@ class Run:
     def begun(self, case: Case) -> Iterator[Measurement]:
         """A context with a `Measurement` of the case, in which contenders that must not run count as failed.
 
-        If the device is lost inside, the row of the contender that broke it is written. In a new process the others may
-        run again, but that one may not.
+        If the device is lost inside, the row of the contender that broke it is written. In a new process the other
+        contenders may run again, but not the one that broke the device.
         """
         m = Measurement(case, self.device, failed=self.results.fatal(case.id))
         if why := self.refusal(case.needs):
@@ -115,7 +115,8 @@ class Run:
         return ""
 
     def close(self, release: Callable[[], None]) -> None:
-        """Calls `release` when the cases so far are no longer needed. That is now, or after their second timing."""
+        """Calls `release` when the cases so far are no longer needed: now, or with `revisits` after their second
+        timing."""
         if self.revisits:
             self.at_end.append(release)
         else:

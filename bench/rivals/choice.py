@@ -83,7 +83,8 @@ SUB_BLOCK = ("eager", "eager_2d_channels_last", "compile_max_autotune", "cudnn")
 def for_sub_blocks(run: Run) -> tuple[str, ...]:
     """Returns the rivals of a conv or sub-block: those that `--rivals` names.
 
-    The default is all on a GPU, and only the eager ones on a CPU or with `--quick`. The result of `cuda_face` is added.
+    The default is all on a GPU, and only the eager ones on a CPU or with `--quick`. Our CUDA kernels are added if
+    `cuda_face` chooses them.
     """
     if run.rivals == "all":
         return (*SUB_BLOCK, *cuda_face(run))

@@ -72,8 +72,8 @@ def compiled_blocks_frozen(model: nn.Module) -> Model:
 def max_autotuned(function: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]:
     """Returns the function compiled with max-autotune.
 
-    With CUDA graphs the backward pass of one forward cannot run more than once. So there are none if the mode is
-    "backward", in which that pass is timed alone.
+    With CUDA graphs the backward pass of one forward cannot run more than once. So no CUDA graphs are used in the mode
+    "backward", which times many backward passes of one forward.
     """
     fresh_compiler()
     import torch._functorch.config as functorch

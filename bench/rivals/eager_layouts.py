@@ -19,7 +19,7 @@ def eager(model: nn.Module) -> Model:
 
 
 def eager_no_masks(model: nn.Module) -> Model:
-    """Returns the same without masks, which is faster, but right only for batches without padding."""
+    """Returns eager PyTorch without masks, which is faster, but right only for batches without padding."""
     bare = copy.copy(model)
     encoder = dataclasses.replace(model.config.encoder, use_conv_masks=False)
     bare.config = dataclasses.replace(model.config, encoder=encoder)

@@ -59,7 +59,7 @@ def put_table(run: Run) -> None:
 
 
 def winners(rows: list[dict]) -> list[tables.Row]:
-    """Returns the fastest right configuration for each key of the table."""
+    """Returns the fastest correct configuration for each key of the table."""
     best: dict[tuple, tables.Row] = {}
     for row in rows:
         if row["status"] == "ok":
@@ -110,7 +110,7 @@ def install(path: Path) -> int:
 
 
 def _table_of(path: Path) -> tables.Table:
-    """Returns the table of a result. Raises TableError if there is none of a GPU."""
+    """Returns the table of a result. Raises TableError if the file has no table that was measured on a GPU."""
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:

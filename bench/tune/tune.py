@@ -1,14 +1,14 @@
 """Finds the fastest implementation and tile of each op on this GPU, for the table by which `--backend auto` chooses.
 
 `python -m bench tune` measures, and `python -m bench tune --install RESULT` puts the result into the committed table of
-its GPU. The tuner is also the one that runs at first uses (`jasper-fast tune`). Here it times every distinct conv of
-Jasper 10x5 and every width of its bn_relu_dropout, at several batches. The shapes with the most work come first, so
-that an interrupted run has the most valuable rows.
+its GPU. The same tuner (`jasper_fast.tuning`) runs at first use and in `jasper-fast tune`. In this subcommand it times
+every distinct conv of Jasper 10x5 and every width of its bn_relu_dropout, at several batches. The shapes with the most
+work come first, so that an interrupted run has the most valuable rows.
 
-All kernels are compiled in advance, in parallel. Each contender is first compared with fp64. One that is wrong, spills
-registers or does not compile gets a row that says so, and is never chosen. On a GPU a contender is a CUDA graph of one
-call, on a batch with as much padding as a batch of speech. The measured choices take effect for this user at once. The
-result file has the table so far, and `--resume` continues.
+All kernels are compiled in advance, in parallel. Each contender is first compared with fp64. A contender that is wrong,
+spills registers or does not compile gets a row that says so, and is never chosen. On a GPU a contender is a CUDA graph
+of one call, on a batch with as much padding as a batch of speech. Dispatch uses the measured choices immediately, for
+this user. The result file has the rows measured so far, and `--resume` continues.
 
 With TRITON_INTERPRET=1 and `--device cpu` the same code runs on tiny shapes in Triton's interpreter, as a test. Such a
 result cannot be installed.
