@@ -61,7 +61,7 @@ def test_without_an_answer_only_that_case_has_no_number(tmp_path):
     refilled = dataclasses.replace(refilled, refill=no_memory)
     rows = make_run(tmp_path).cases("test", [broken, refilled, fine])
     assert [r["status"] for r in rows] == ["failed"] * 4 + ["ok"] * 2
-    assert all("there is no reference to compare with: OutOfMemoryError" in r["why"] for r in rows[:4])
+    assert all("the inputs or the fp64 answer cannot be made: OutOfMemoryError" in r["why"] for r in rows[:4])
 
 
 def test_a_case_is_on_disk_before_the_next_is_prepared(tmp_path):

@@ -67,14 +67,14 @@ def check(m: Measurement, seeds: Sequence[int]) -> None:
 
 @contextlib.contextmanager
 def answerable(m: Measurement) -> Iterator[None]:
-    """A context for making inputs and the fp64 answer. If making them fails, no contender of the case gets a number,
-    and the run continues."""
+    """A context for making inputs and the fp64 answer. If making them fails, no contender of the case
+    gets a number, and the run continues."""
     try:
         with cudnn_search.off():
             yield
         m.wait()
     except Exception as error:
         for name in list(m.runners):
-            m.fail(name, "failed", f"there is no reference to compare with: {first_line(error)}")
+            m.fail(name, "failed", f"the inputs or the fp64 answer cannot be made: {first_line(error)}")
         if told := devices.lost(m.device):
-            raise DeviceLost(f"the reference of {m.case.label()}: {told}") from error
+            raise DeviceLost(f"inputs or fp64 answer of {m.case.label()}: {told}") from error

@@ -13,7 +13,7 @@ from jasper_fast.bench.harness.clocks import clocks_during
 from jasper_fast.bench.harness.errors import Absent, DeviceLost, first_line
 from jasper_fast.bench.harness.ratios import ratio_of_visits, summary
 
-# The beginning of the reason in the row of the contender that broke the device.
+# In the row of a contender that broke the device, the reason begins with this text.
 LOST = "the device ran nothing more in that process"
 
 

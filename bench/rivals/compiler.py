@@ -16,8 +16,8 @@ VARIANTS = 64  # the most compiled variants of one function
 def fresh_compiler() -> None:
     """Empties torch.compile's cache and switches off its fallback to eager.
 
-    By default it compiles at most 8 variants of a function, then warns and runs further ones in eager, so that eager
-    would be timed. Jasper's twelve blocks, or a grid of shapes, need more than 8.
+    By default torch.compile makes at most 8 variants of a function. Then it warns and runs further variants in eager,
+    so that eager would be timed. Jasper's twelve blocks, or a grid of shapes, need more than 8.
     """
     needs_compiler()
     torch._dynamo.reset()

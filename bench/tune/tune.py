@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ops", default="all", help=f"ops to tune: all, or some of {','.join(OPS)} (default: all)")
     parser.add_argument(
-        "--seconds", type=options.seconds, default=None, help="seconds to time a shape (default: at most 1.5)"
+        "--seconds", type=options.seconds, default=None, help="the longest time for timing one shape (default: 1.5)"
     )
     parser.add_argument(
         "--budget", type=options.seconds, default=BUDGET, metavar="SECONDS",
