@@ -40,9 +40,9 @@ $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: set PYTHON="; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# torch is installed first, by itself, so that no later package replaces the chosen build. The pins of constraints.txt
-# hold only for its torch: other versions of torch need other versions of Triton and setuptools, and the interpreter of
-# Triton 3.6 needs numpy before 2.4.
+# torch is installed first, by itself, so that no later package replaces the chosen build. The pins of Triton,
+# setuptools and numpy in constraints.txt hold only for the torch that it pins: other versions of torch need other versions
+# of Triton and setuptools, and the interpreter of Triton 3.6 needs numpy before 2.4.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt | $(PY)
 	@$(PY) -c 'import torch' 2>/dev/null || { echo "installing torch $(TORCH) and the rest, a few minutes"; \
 	  $(PIP) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "torch==$(TORCH)"; }

@@ -1,5 +1,5 @@
-"""Triton kernels that write what bn_relu_dropout computes for a tile: the dropout bits, or each row's utterance and
-frame."""
+"""Triton kernels that store two things which bn_relu_dropout computes for a tile: `draw` stores the dropout bits, and
+`places` each row's utterance and frame."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""Chooses the tiles of the Triton convs: the one that a call uses (from a table, or the default), and those to tune.
+"""Chooses the tiles of the Triton convs: the tile of a call (from a table, or the default), and the tiles to be timed.
 
 A forward, dgrad or fused program owns `t` frames by `n` output channels. In each step it takes `k` input channels of
 one tap, so a 16-bit step of 128 x 128 x 64 moves 32 KB for 2.1 MFLOP. `splits` programs share the reduction of one
