@@ -1,11 +1,11 @@
 # Needs Python >= 3.11 (with venv), a C++ compiler and make: every target makes .venv and installs what it needs.
 #
 #   make install    .venv with jasper_fast, editable, and its native libraries
-#   make demo       train on synthetic speech, transcribe new voices, compare fused with eager
+#   make demo       train on synthetic speech, transcribe new synthetic voices, compare the fused engine with eager
 #   make test       all tests
 #   make test-fast  all but the slow ones, under three minutes
-#   make compile    every Triton kernel for sm_80 to sm_100, by the pinned Triton and the GPU machines', and the CUDA convs
-#                   and NovoGrad for sm_75 to sm_120, against the tables
+#   make compile    compile every Triton kernel for sm_80 to sm_100 with two versions of Triton, and the CUDA convs and
+#                   NovoGrad for sm_75 to sm_120, and compare the results with the committed tables
 #   make bench      measure kernels, training, latency and memory beside eager PyTorch, under ten minutes
 #   make mutants    the CUDA convs and NovoGrad with 92 small mistakes, each of which a test must find, about ten minutes
 #   make sanitize   tests of the ops under AddressSanitizer, UBSan and ThreadSanitizer
@@ -88,8 +88,8 @@ mutants: install
 sanitize: install
 	$(PY) tests/fuzz/sanitize.py
 
-# What a GPU machine has comes with its PyTorch, and stays: torch, Triton, numpy. There: pip install --no-index
-# --find-links build/wheelhouse and the names of what is missing, or call 1 of `python -m jasper_fast.bench.gpu.day`.
+# A GPU machine keeps the torch, Triton and numpy that it has. To install the other packages there, run
+# pip install --no-index --find-links build/wheelhouse PACKAGES, or call 1 of `python -m jasper_fast.bench.gpu.day`.
 WHEELS ?= 3.12
 wheelhouse: | $(PY)
 	@mkdir -p build/wheelhouse

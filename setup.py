@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class BuildNative(Command):
-    """Compile csrc/ into jasper_fast/lib/: in place alone or for an editable install, else into the wheel."""
+    """Compile csrc/ into jasper_fast/lib/ of the wheel, or of the checkout (run alone or for an editable install)."""
 
     description = "build the native libraries (in place when run alone)"
     user_options = []
@@ -49,7 +49,7 @@ class Build(build):
 
 
 class BuildPython(build_py):
-    """train.py, at the top of a checkout, becomes jasper_fast.train; csrc has sources for NVRTC, but no modules."""
+    """Packs train.py, which is at the top of a checkout, as jasper_fast.train, and takes no modules from csrc."""
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         found = super().find_package_modules(package, package_dir) if package != "jasper_fast.csrc" else []
@@ -62,7 +62,7 @@ class Binary(Distribution):
 
 
 class Wheel(bdist_wheel):
-    """One wheel per platform: the libraries know nothing of the Python version."""
+    """Builds one wheel per platform, because the native libraries do not depend on the Python version."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]

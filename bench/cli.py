@@ -93,8 +93,7 @@ MODEL = option("--model", type=choices.model, default="jasper10x5", help=f"{MODE
 
 
 def models_option(batch: tuple[int, int]) -> Option:
-    """Returns the option `--model`, which may be repeated. A model may name its own batch. The default is `batch`, (N,
-    T)."""
+    """Returns the option `--model`, which may be repeated. Without a batch of its own a model gets `batch`, (N, T)."""
     return option(
         "--model",
         type=choices.models_batch(batch),
@@ -183,12 +182,12 @@ COMMANDS = {
         ),
     ),
     "decode": Command(
-        "time beam searches and flashlight-text, alone and as a part of features to text",
+        "time our beam searches and flashlight-text: the search only, and the acoustic model with the search",
         lambda run, args: decode.main(run, args.model),
         (MODEL,),
     ),
     "memory": Command(
-        "count the bytes that a training forward keeps for backward, and the peak of the step",
+        "count the bytes that a training forward keeps for backward, and the peak bytes of the step",
         lambda run, args: memory.main(run, tuple(args.model or ())),
         (models_option((2, 400)),),
     ),
@@ -235,12 +234,12 @@ COMMANDS = {
 DATA = (
     option("--manifest", type=Path, help="manifest of the utterances to read (default: generated audio)"),
     option("--seconds", type=options.seconds, default=10.0, help="seconds to spend on each stage (default: 10)"),
-    option("--workers", type=options.count, help="worker processes of the last stage (default: one per core)"),
+    option("--workers", type=options.count, help="number of worker processes to measure with (default: one per core)"),
     option(
         "--rate",
         type=options.seconds,
         default=480.0,
-        help="utterances per second that a GPU trains on (default: 480, those of one H200)",
+        help="utterances per second that a GPU trains on (default: 480, the rate of one H200)",
     ),
     option(
         "--length",
@@ -275,7 +274,7 @@ def parser() -> argparse.ArgumentParser:
         add(made, {"": command.options})
     about = "measure how fast one core prepares padded batches from audio files, and how many cores a GPU needs"
     more = """. Reads the files of --manifest, or FLAC files that it makes. First it measures one thread in CPU time, on
-which other work on the machine has little effect. Then it measures worker processes, by the clock too."""
+which other work on the machine has little effect. Then it measures worker processes, in CPU time and by the clock."""
     add(sub.add_parser("data", help=about, description=about + more), {"": DATA})
     about = "compile every kernel for sm_80 to sm_100 without a GPU, and compare the results with a committed table"
     add(sub.add_parser("compile", help=about, description=about), {"": gate.OPTIONS})
@@ -356,7 +355,7 @@ def _measure(run: Run, args: argparse.Namespace, work: Callable[[Run, argparse.N
         work(run, args)
     except choice.UnknownRival as error:
         raise SystemExit(f"--rivals: {error}") from None
-    except DeviceLost as error:  # the row of the contender that broke the device is on disk
+    except DeviceLost as error:  # the result file already has the row of the contender that broke the device
         say(f"{error}\n{run.device} no longer works in this process; --resume continues without that contender")
         return 1
     data = run.results.data
@@ -408,7 +407,7 @@ def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtyp
 
 
 def start(args: argparse.Namespace, arguments: Sequence[str]) -> Run:
-    """Returns a new run with its device, precision and result file, after measuring the machine's ceilings."""
+    """Sets the device and precision, opens the result file, measures the machine's ceilings; returns the run."""
     device, dtype = device_and_dtype(args)
     if args.backend != "auto" and (reason := backends.why_missing(args.backend, device)):
         raise SystemExit(f"--backend {args.backend}: {reason}")

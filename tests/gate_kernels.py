@@ -34,7 +34,7 @@ def product(x_ptr, w_ptr, y_ptr, steps, C, TRANSPOSED: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def relu(x_ptr, y_ptr, PLAIN: tl.constexpr, BLOCK: tl.constexpr):
-    """With PLAIN it takes the maximum, which drops a NaN; otherwise the select, which lets a NaN pass."""
+    """ReLU. With PLAIN it is a maximum, which drops a NaN, and otherwise a select, which keeps a NaN."""
     x = tl.load(x_ptr + tl.arange(0, BLOCK))
     y = tl.maximum(x, 0.0) if PLAIN else tl.where(x <= 0, 0.0, x)
     tl.store(y_ptr + tl.arange(0, BLOCK), y)

@@ -81,9 +81,11 @@ CONTENDERS |= {"aten library": 1.5e-3, "triton direct": 1e-3, "reference library
 
 @dataclasses.dataclass
 class Tuning:
-    """An imaginary GPU for tuning. `seconds` is the time that each contender takes, by a clock that only contenders
-    move. `wrong` says what the compiler or the check finds wrong with a contender. `measured` lists the cells whose
-    measurement has begun. `happen(what)` is called at every event and may raise."""
+    """An imaginary GPU for tuning, with a clock that only contenders move.
+
+    `seconds`: the time that each contender takes. `wrong`: the fault that the compiler or the check finds in a
+    contender. `measured`: the cells whose measurement has begun. `happen(what)` is called at every event and may raise.
+    """
 
     seconds: dict[str, float] = dataclasses.field(default_factory=lambda: dict(CONTENDERS))
     wrong: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -197,8 +199,10 @@ def wrap(monkeypatch, owner: object, name: str, around) -> None:
 
 
 def spied(monkeypatch, owner: object, name: str, note=lambda *args, **more: args) -> list:
-    """Records `note(...)` of the arguments of each call of `owner.name`, which still works; returns the list of
-    records."""
+    """Records `note(...)` of the arguments of each call of `owner.name`; returns the list of records.
+
+    The call still runs the original function.
+    """
     calls: list = []
 
     def around(right, *args, **more):

@@ -92,12 +92,12 @@ def test_the_rules_that_a_kernel_breaks_are_named(rules, of, facts):
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_every_fp32_product_has_a_row_rounded_to_tf32_and_an_exact_one(arch):
-    """Shows that each fp32 product has a row rounded to TF32 and an exact one. PyTorch's TF32 setting decides which of
-    the two is launched."""
+    """Shows that each fp32 product has two rows: one rounded to TF32 and one exact. PyTorch's TF32 setting decides
+    which of the two kernels is launched."""
     found = {"tf32": set(), "ieee": set()}
     for kernel, layer, source in launches.recorded(arch, "float32"):
         values = source.constants
-        if kernel.startswith("ctc"):  # exact under either setting
+        if kernel.startswith("ctc"):  # CTC kernels do not depend on the setting
             continue
         if (precision := values.pop("PRECISION", None)) is not None:
             assert kernel.endswith(" ieee") == (precision == "ieee")
@@ -159,8 +159,8 @@ def run(arguments: list[str], **env: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_facts_of_kernels_that_break_the_rules_on_purpose(made):
-    """Shows also that `where(x <= 0, 0, x)`, which all our kernels use as ReLU, compiles to a select and not to a
-    maximum, which drops a NaN."""
+    """Also shows that `where(x <= 0, 0, x)`, which all our kernels use as ReLU, compiles to a select. A maximum would
+    drop a NaN."""
     judged = {name: complaints(job(80), facts) for name, facts in made.items() if isinstance(facts, dict)}
     assert judged["good"] == set()
     assert judged["spilling"] == {"no spill", "shared memory fits"}

@@ -59,7 +59,7 @@ def test_every_launch_of_a_training_step_is_a_row(arch, dtype, panes, masks):
     def step():
         with torch.device("meta"):
             model = Jasper(jasper10x5(masks), backend="triton", panes=panes)
-        model = model.to_empty(device="cpu").train()  # no weight is read
+        model = model.to_empty(device="cpu").train()  # gives the weights memory; their values do not matter
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             log_probs, _ = model(torch.randn(2, 64, 400), torch.tensor([400, 300]))
         log_probs.sum().backward()
@@ -80,7 +80,7 @@ def test_every_launch_of_an_inference_call_is_a_row(arch, dtype, frames, masks, 
 
 @pytest.mark.parametrize(("first", "missing"), [(0, 0), (8, 0), (1, 1)])
 def test_a_launch_of_another_alignment_is_no_row(first, missing):
-    """Shows that a tensor which does not begin at a multiple of 16 bytes gets another kernel, and so has no row."""
+    """Shows that a tensor whose address is not a multiple of 16 needs a kernel of its own, which has no row."""
     y = torch.zeros(first + 2 * 40 * 256, dtype=torch.float16)[first:].view(2, 40, 256).transpose(1, 2)
     found = uncovered(lambda: bn.stats(y), 80, "float16")
     assert len(found) == missing and all("((0,), [])" in differences for differences in found)

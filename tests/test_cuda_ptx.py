@@ -1,5 +1,5 @@
-"""The host twins of the PTX instructions: their layouts, by exhaustive one-hot operands, and mistakes that they
-report."""
+"""The host functions that emulate PTX instructions: their layouts, tested with every one-hot operand, and the mistakes
+that they report."""
 
 import ctypes
 import itertools
@@ -32,7 +32,7 @@ def call(library: ctypes.CDLL) -> Callable:
 
 
 def one_hots(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
-    """(elements, *shape): each element 1 in turn."""
+    """Returns (elements, *shape): all operands in which one element is 1 and the others are 0."""
     count = torch.Size(shape).numel()
     return torch.eye(count).reshape(count, *shape).to(dtype)
 
@@ -69,7 +69,7 @@ def test_wgmma_one_hot(call: Callable, a_mn: int, b_mn: int) -> None:
 
 @pytest.mark.parametrize("panel", [135, 136])
 def test_wgmma_row_shifts(call: Callable, panel: int) -> None:
-    """Shows that a panel may be read from any row on, in both majors, and that core matrices may overlap."""
+    """Shows that an operand may begin at any row of a panel (K-major or MN-major), and core matrices may overlap."""
     image = probe.panels()
     for b in [b for *_, b in probe.row_shifts(panel)] + [b for _, b in probe.overlaps()]:
         want = probe.wgmma_expected(image, probe.A, b, 64, torch.float16)

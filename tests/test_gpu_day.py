@@ -47,7 +47,7 @@ def test_a_call_has_nine_minutes_and_its_first_steps_come_first():
     for call in ("2", "3"):
         assert sum(step.limit for step in day.plan(call, "cuda", Path("out"), ROOT)) <= 550
     steps = {step.name: step for step in day.plan("1", "cuda", Path("out"), ROOT)}
-    order = [name for name in steps if name not in ("wheels", "probe of the device")]  # which not every checkout has
+    order = [name for name in steps if name not in ("wheels", "probe of the device")]  # not in every checkout
     assert order[:4] == ["preflight", "native libraries", "self-check", "tests of the ops"]
     assert order[4:] == ["times of bn_relu_dropout", "times of conv1d"] and steps["self-check"].gate
 
@@ -71,7 +71,7 @@ def test_steps_are_cut_off_and_what_came_of_them_is_on_disk(tmp_path, monkeypatc
     told = {one["name"]: (one["status"], one["told"]) for one in done}
     assert told["good"] == ("ok", "all is well") and told["bad"] == ("failed", "why")
     assert told["endless"] == ("cut off", "begun") and told["absent"][0] == "failed" and told["after them"][0] == "ok"
-    with pytest.raises(ProcessLookupError):  # a process that the step started has ended with it
+    with pytest.raises(ProcessLookupError):  # the process that the step started has ended
         for _ in range(50):
             os.kill(int(pid.read_text()), 0)
             time.sleep(0.1)

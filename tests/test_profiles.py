@@ -52,8 +52,8 @@ def test_both_contenders_have_tables_of_all_layers(mode, tmp_path):
 
 
 def test_backward_s_nodes_belong_to_the_layer_that_made_them(tmp_path):
-    """Shows that eager's backward nodes are assigned to their layers. By hand: mask, conv, norm, ReLU and dropout are
-    one node each, and the mask of the features has none."""
+    """Shows that eager's backward nodes are assigned to their layers. The expected counts: mask, conv, norm, ReLU and
+    dropout have one node each, and the mask of the features has none."""
     config = models.config("small")
     model, (x, lengths) = EagerJasper(config).train(), models.features(config, 2, T, CPU, 0, ragged=True)
 
@@ -100,5 +100,5 @@ def test_an_engine_is_as_it_was_after_its_ranges(backend, monkeypatch):
     with torch.profiler.profile() as trace:
         after = engine(*inputs)[0]
     assert engine._run.plan is plan and not any(e.key.startswith(profile.LAYER) for e in trace.key_averages())
-    if backend != "triton":  # triton's launches did nothing here
+    if backend != "triton":  # Triton's launches are replaced above by a function that does nothing
         assert torch.equal(before, inside) and torch.equal(before, after)

@@ -1,7 +1,8 @@
-"""How many seconds of audio can one core prepare per second, by decoding, a change of speed, and padding into batches?
+"""How many seconds of audio can one core decode, change in speed and pad into batches, per second?
 
 `python -m bench data` reads the files of --manifest, or FLAC files that it makes. First it measures one thread in CPU
-time, on which other work on the machine has little effect. Then it measures worker processes, by the clock too.
+time, on which other work on the machine has little effect. Then it measures worker processes, in CPU time and by the
+clock.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from jasper_fast.speech.audio import AudioError
 from jasper_fast.speech.text import Vocabulary
 
 GOAL = 1200.0  # seconds of audio that a core should prepare per second
-SECONDS = 16.7  # of the longest utterance
+SECONDS = 16.7  # length of the longest utterance
 BATCH_SECONDS = 16 * SECONDS
 
 
@@ -55,8 +56,8 @@ def main(args: argparse.Namespace) -> int:
         spread = f"{len(values)} rounds: {min(values):,.0f} to {max(values):,.0f}"
         say(f"{name}: {statistics.median(values):,.0f} seconds of audio per CPU second ({spread})")
     say(
-        f"through {workers} worker processes: {shared:,.0f} seconds of audio per CPU second of all processes, their "
-        f"start included; {through:,.0f} per second by the clock"
+        f"through {workers} worker processes: {shared:,.0f} seconds of audio per CPU second of all processes, which "
+        f"includes their start; {through:,.0f} per second by the clock"
     )
     say(
         f"a GPU that trains on {args.rate:g} utterances of {args.length:g} s per second needs {wanted:,.0f} seconds of "
@@ -132,7 +133,7 @@ def stages(utterances: list[Utterance]) -> dict[str, Callable[[], float]]:
 def rates(stage: Callable[[], float], seconds: float) -> list[float]:
     """Returns the seconds of audio per second of CPU time, for each round of a stage.
 
-    There are at least three rounds, and they take at least `seconds` together.
+    There are at least three rounds, and together they take at least `seconds`.
     """
     stage()
     found: list[float] = []
@@ -156,8 +157,8 @@ def cpu_seconds() -> float:
 def through_workers(utterances: list[Utterance], workers: int, seconds: float) -> tuple[float, float]:
     """Returns two rates of preparing batches in worker processes, in seconds of audio.
 
-    The first is per second of CPU time of all processes, their start included. The second is per second by the clock,
-    counted from the first batch.
+    The first rate is per second of CPU time of all processes, which includes their start. The second is per second by
+    the clock, counted from the first batch.
     """
     data = data_of(utterances * max(1, math.ceil(workers * 8 * BATCH_SECONDS / sum(u.seconds for u in utterances))))
     sampler = BatchSampler(data.durations, max_seconds=BATCH_SECONDS)

@@ -1,4 +1,4 @@
-"""How fast are beam searches, and how much of the time from sound to text do they take?
+"""How fast are beam searches, and how much of the time from features to text do they take?
 
 `python -m bench decode` measures our searches and flashlight-text in utterances of 16.7 s per second, on confident and
 unsure posteriors, without a language model and with n-grams of characters and of words.
@@ -10,12 +10,12 @@ from jasper_fast.bench.cases import decode, latency
 from jasper_fast.bench.harness.run import Run
 
 BEAMS = (16, 128, 512)
-GOAL = 128  # the beam of the goals
+GOAL = 128  # the beam for which we have a speed goal
 
 
 def main(run: Run, model: str) -> list[dict]:
-    """Measures the search of one utterance by posteriors, beam and language model, then the search of several
-    utterances on all cores, then the acoustic model and the search together."""
+    """Measures the search of one utterance for each kind of posteriors, beam and language model. Then it measures the
+    search of several utterances on all cores, and the acoustic model together with the search."""
     found = []
     for lm in decode.LMS:
         for kind in decode.SHARP:

@@ -24,8 +24,8 @@ def operations() -> dict[str, common.Cases]:
 
 
 def check_rivals(run: Run) -> None:
-    """Raises UnknownRival for a name in `--rivals` that no op has. In `python -m bench all` rivals of models are
-    accepted too."""
+    """Raises UnknownRival for a name in `--rivals` that no op has. `python -m bench all` also accepts the rivals of
+    models."""
     if run.rivals in ("default", "all"):
         return
     models = [name for kind in choice.KINDS.values() for name in kind] if run.brief else []

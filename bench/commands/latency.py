@@ -17,9 +17,9 @@ SOUND_CPU_GRID = ((1, 2.0), (1, 7.0))
 
 
 def grids(run: Run, full: bool, grid: tuple) -> tuple[tuple, tuple]:
-    """Returns two lists of (N, seconds): for the acoustic model alone, and from sound to text.
+    """Returns the (N, seconds) to measure: a list for the acoustic model alone, and one from sound to text.
 
-    Both lists come from `grid`, or if that is empty from the default grid of the device.
+    Both lists come from `grid`. If `grid` is empty, they come from the default grid of the device.
     """
     everything = full or run.device.type == "cuda"
     alone = grid or (GRID if everything else CPU_GRID[: 1 if run.quick else 3 if run.brief else None])
@@ -31,9 +31,7 @@ def grids(run: Run, full: bool, grid: tuple) -> tuple[tuple, tuple]:
 def main(run: Run, model: str = "jasper10x5", full: bool = False, grid: tuple = ()) -> list[dict]:
     """Measures `grid` or the device's default grid, for the acoustic model alone and then from sound to text.
 
-    Returns the rows.
-
-    With `full` the default on a CPU is the whole GRID, as on a GPU.
+    With `full` the default on a CPU is the whole GRID, as on a GPU. Returns the rows.
     """
     shared = latency.Models(run, model)
     alone, heard = grids(run, full, grid)

@@ -1,6 +1,7 @@
 """How many ops and kernels does one call launch, and how long does the host take to launch them?
 
-`python -m bench launches` runs the models on one utterance of 32 frames, so that almost all of the time is overhead.
+`python -m bench launches` runs the models on one utterance of 32 frames. At this size almost all of the time is the
+host's work to launch kernels.
 """
 
 import dataclasses
@@ -64,8 +65,8 @@ def count(runner: Runner, device: torch.device) -> dict[str, int]:
 
 
 def cases(run: Run) -> list[Case]:
-    """Returns the cases: inference and training of the small Jasper, and on a GPU of Jasper 10x5 too, at a size where
-    almost all of the time is overhead."""
+    """Returns the cases: inference and training of the small Jasper, and on a GPU also of Jasper 10x5. The input is so
+    short that almost all of the time is overhead."""
     made = []
     inference, training = (
         dataclasses.replace(run, rivals=choice.only(kind, run.rivals)) for kind in ("inference", "training")

@@ -8,7 +8,9 @@ from jasper_fast.bench.harness.run import Run
 
 
 def main(run: Run, models: tuple[str, ...] = ()) -> list[dict]:
-    """Measures the step of these networks; returns the rows. The default is Jasper 10x5, with `--quick` the small
-    one."""
+    """Measures the optimiser's step for each of `models`; returns the rows.
+
+    The default is Jasper 10x5, and with `--quick` the small Jasper.
+    """
     chosen = models or ("small" if run.quick else "jasper10x5",)
     return [row for model in chosen for row in run.cases(f"optimizer {model}", [optimizer.case(run, model)])]

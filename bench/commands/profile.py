@@ -1,10 +1,10 @@
 """Where does the time of a step go? A torch.profiler trace with ranges named after layers, and tables by layer and op.
 
 `python -m bench profile` writes `trace_<model>_<mode>_<contender>_<time>.json`, which chrome://tracing and Perfetto can
-open. The answers are checked first, as everywhere in bench.
+open. The outputs are checked first, as everywhere in bench.
 
-Profiling adds to a step only the work of the profiler and, on the host, one range per layer (in the engine, per
-sub-block). It adds no kernels and no hooks in backward. The time of an autograd node is counted for the layer whose
+Besides the profiler's own work, a step has only one more range per layer on the host (in the engine, one per
+sub-block). No kernels and no backward hooks are added. The time of an autograd node is counted for the layer whose
 forward created it, which PyTorch's sequence numbers show. The time of the step is printed with and without the
 profiler. A CUDA graph has no layers, so the engine is profiled without graphs.
 """
@@ -66,7 +66,7 @@ def ranges(module: nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         for layer in layers.values():
-            del layer.forward  # the method of its class is in effect again
+            del layer.forward  # removes our wrapper, so that the method of the class is used again
 
 
 @contextlib.contextmanager
@@ -81,7 +81,7 @@ def engine_ranges(engine: InferenceEngine, device: torch.device) -> Iterator[Non
         f"encoder.layers.{i}" for i, layer in enumerate(engine._model.encoder.layers) for _ in range(layer.b.repeat)
     ]
     steps = [dataclasses.replace(s, conv=in_range(n, s.conv, device)) for n, s in zip(names, plan.steps, strict=True)]
-    bound.clear()  # the engine prepares its calls once per shape; forget those that it prepared without ranges
+    bound.clear()  # the engine prepares calls once per shape; delete the calls prepared without ranges
     runner.plan = dataclasses.replace(plan, steps=tuple(steps), head=in_range(HEAD, plan.head, device))
     try:
         yield
@@ -148,8 +148,8 @@ def backward(events: Iterable, on_gpu: bool) -> list[dict]:
         if event.name.startswith(BACKWARD):
             nodes.append(event)
         elif within(event, BACKWARD) is None:
-            # An op that creates no node has the number of the next op that creates one. So of all ops with a number,
-            # the one that starts last created the node.
+            # An op that creates no node has the sequence number of the next op that does. So if several ops have the
+            # same number, the last of them to start created the node.
             found = (event.time_range.start, (within(event, LAYER) or "").removeprefix(LAYER))
             made[event.sequence_nr] = max(made.get(event.sequence_nr, found), found)
     spent: dict[str, list[float]] = {}
@@ -222,7 +222,7 @@ def training(run: Run, model: str, N: int, T: int) -> tuple[Case, Callable[[str,
 
 
 def main(run: Run, model: str = "small", mode: str = "train", N: int = 8, T: int = 400) -> list[dict]:
-    """Profiles one training step or one inference call of jasper_fast and of eager, if their answers are right.
+    """Profiles one training step or one inference call of jasper_fast and of eager, if their outputs are right.
 
     Returns the records, which are also in the result file.
     """

@@ -1,9 +1,10 @@
 """How does a training step scale over processes? `torchrun --nproc-per-node 8 -m jasper_fast.bench train`.
 
-The step is measured with n = 1, 2, 4, ... of the processes, each with its own batch. A row has the utterances per
-second of all processes, the efficiency, and the exposed communication. The efficiency is that rate / (n * the rate of
-one process alone). The exposed communication is the time by which a step is longer than the same step without exchange
-of gradients (DDP's no_sync). The two kinds of step are timed in turns, and the slowest process counts.
+The step is measured with n = 1, 2, 4, ... of the processes, each with its own batch. A row has the rate (utterances
+per second of all n processes), the efficiency, and the exposed communication. The efficiency is rate / (n * rate of a
+single process). The exposed communication is the time that a step takes longer than the same step without an exchange
+of gradients (DDP's no_sync). Steps with and without the exchange are timed in turns. The time of a step is that of the
+slowest process.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from jasper_fast.bench.harness.measurement import Row
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.kernels import tables
 
-SAMPLE = 0.2  # least seconds of a sample, which is several steps one after another, as in training
+SAMPLE = 0.2  # least seconds of a sample; a sample has as many consecutive steps as this needs
 WARM = 3  # steps before the timing; in the second one DDP rebuilds its buckets
 
 
@@ -105,9 +106,9 @@ def main(
     backend: str,
     run: Run | None,
 ) -> None:
-    """Measures the grid, which is the same on every process.
+    """Measures the (model, N, T) of the grid, which every process is given.
 
-    `run` is given in the first process only, which writes the rows.
+    Only the first process has a `run`, and it writes the rows.
     """
     grid = grid or (train.GPU_GRID[:1] if device.type == "cuda" else train.CPU_GRID[:1])
     groups = {w: dist.new_group(list(range(w))) for w in team.sizes if w > 1}
@@ -135,7 +136,7 @@ def main(
 def _measured(
     contender: str, at: scaling.Setting, rank: int, group: dist.ProcessGroup | None, seconds: float
 ) -> dict[str, Any]:
-    """Returns samples of the seconds of a step with communication (`shared`) and without (`silent`).
+    """Returns samples of the seconds of a step with exchange of gradients (`shared`) and without (`silent`).
 
     Each sample is that of the slowest process. If the gradients are wrong, only the reason is returned, as `wrong`.
     """
@@ -203,7 +204,7 @@ def _begin_row(at: scaling.Setting, contender: str, world: int) -> Row:
 
 
 def _finish(row: Row, made: dict[str, Any], world: int, alone: float) -> Row:
-    """Returns the row with the measured values. `alone`: utterances per second of one process without others."""
+    """Returns the row with the measured values. `alone`: utterances per second when only one process runs."""
     N = row.pop("items")
     if "wrong" in made:
         return row | {"status": "wrong", "why": made["wrong"]}

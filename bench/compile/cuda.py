@@ -1,4 +1,4 @@
-"""The ahead-of-time gate of the convs and of NovoGrad in CUDA C++: compiles them with nvcc for each architecture.
+"""The ahead-of-time gate of the convs and NovoGrad in CUDA C++: compiles their kernels with nvcc, by architecture.
 
 `python -m bench compile --cuda` prints the registers and instructions of each kernel. It fails if a kernel spills
 registers, does not use tensor cores, asynchronous copies or 16-byte loads where it should, waits between the products
@@ -50,7 +50,7 @@ _MODES = {"0": "plain", "1": "stats", "2": "norm", "3": "log-softmax"}
 
 
 def compile_for(nvcc: str, arch: str, source: Path, folder: Path) -> list[dict]:
-    """Returns a row with the facts of every kernel of `source` that is not empty on `arch`."""
+    """Returns one row of facts per kernel of `source`, except kernels whose body is empty on `arch`."""
     folder.mkdir(parents=True, exist_ok=True)
     cubin = folder / f"{source.stem}.sm_{arch}.cubin"
     flags = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", f"-arch=sm_{arch}", "-Xptxas", "-v"]  # as in the library
@@ -75,9 +75,9 @@ def compile_for(nvcc: str, arch: str, source: Path, folder: Path) -> list[dict]:
 
 
 def describe(name: str) -> str | None:
-    """Returns a readable name for a demangled kernel, such as "conv_90 fp16 stats 216", or None.
+    """Returns a readable name for a demangled kernel, such as "conv_90 fp16 stats 216", or None for other functions.
 
-    "dgrad" in it means that the weights are transposed.
+    "dgrad" in the name means that the kernel computes the gradient of x, with transposed weights.
     """
     found = _KERNEL.search(name)
     if found is None:

@@ -5,9 +5,9 @@ The command prints a line for each conv of Jasper 10x5, for N = 32 utterances of
     frames                  the planned tile
     regs                    registers per thread, from nvcc
     CTAs                    how many fit on a multiprocessor, by their shared memory and registers
-    KB/step                 read from L2 in a step (128 output channels, 64 input channels, one tap)
+    KB/step                 KB that a step (128 output channels, 64 input channels, one tap) reads from L2
     tensor, port, L2        clock cycles of a step in the tensor cores, in the shared-memory port (128 bytes per cycle),
-                            and in L2 (64 bytes per cycle and multiprocessor). The largest is the limit of the loop.
+                            and in L2 (64 bytes per cycle and multiprocessor). The largest of the three limits the loop.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ SHAPES = (
     (512, 512, 17, 1, 1), (512, 640, 21, 1, 1), (640, 640, 21, 1, 1), (640, 768, 25, 1, 1), (768, 768, 25, 1, 1),
     (768, 896, 29, 1, 2), (896, 1024, 1, 1, 1), (1024, 29, 1, 1, 1),
 )  # fmt: skip
-# By the architecture of the table, one GPU: its inner loop, multiprocessors, and most shared memory of a block.
+# One GPU for each architecture of the table: its inner loop, multiprocessors, and maximum shared memory of a block.
 GPUS = {
     "75": ("T4", cuda_tiles.Gpu(75, 40, 65536)), "80": ("A100", cuda_tiles.Gpu(80, 108, 166912)),
     "86": ("A10", cuda_tiles.Gpu(80, 72, 101376, products=512)),
@@ -33,7 +33,7 @@ FRAMES, BATCH = 835, 32
 
 
 def show(rows: Iterable[dict]) -> None:
-    """Prints a line for each architecture and shape. `rows` are those of the gate, and have the registers."""
+    """Prints a line for each architecture and shape. `rows` are the gate's rows, from which registers are read."""
     registers = {(row["arch"], row["kernel"]): row["registers"] for row in rows}
     print(f"N = {BATCH}, T' = {FRAMES}, fp16, forward with statistics")
     print(f"{'GPU':>5} {'conv':<22}{'frames':>7}{'regs':>6}{'CTAs':>6}{'KB/step':>9}{'tensor':>8}{'port':>6}{'L2':>6}")

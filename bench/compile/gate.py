@@ -43,7 +43,7 @@ TABLE = Table(
     },
     order=lambda key: (key[0], DTYPES.index(key[1]), *key[2:]),
 )  # fmt: skip
-COLD = re.compile(r"merge|pack")  # these run once per step on little data, so a spill costs almost nothing
+COLD = re.compile(r"merge|pack")  # kernels that run once per step on little data, so a spill costs almost nothing
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Job:
 
 
 def jobs(archs: Iterable[int], dtypes: Iterable[str]) -> Iterator[Job]:
-    """Yields each distinct launch of Jasper 10x5's layers once. It has the name of the widest layer that makes it."""
+    """Yields a job for each distinct launch of Jasper 10x5's layers, named after the widest layer that makes it."""
     from jasper_fast.bench.compile.launches import recorded
 
     for arch in archs:
@@ -90,7 +90,7 @@ def jobs(archs: Iterable[int], dtypes: Iterable[str]) -> Iterator[Job]:
                     continue
                 if job.key in seen:
                     raise ValueError(
-                        f"two different launches are called {TABLE.label(job.key)}; give them different names"
+                        f"two different launches have the key {TABLE.label(job.key)}; rename the kernel or layer of one"
                     )
                 seen |= {(kernel, source), job.key}
                 yield job
@@ -102,7 +102,7 @@ def jobs(archs: Iterable[int], dtypes: Iterable[str]) -> Iterator[Job]:
 def compiled(todo: list[Job], processes: int, cache: Path | None, on_row: Callable[[], None]) -> dict[str, dict]:
     """Returns the facts of every job by digest.
 
-    What is not in the cache is compiled by `processes` processes. `on_row` is called after each compilation.
+    Jobs that are not in the cache are compiled by `processes` processes. `on_row` is called after each compilation.
     """
     known = json.loads(cache.read_text()) if cache is not None and cache.exists() else {}
     missing = {job.digest: job for job in todo if job.digest not in known}
@@ -182,7 +182,7 @@ def _exact_products(job: Job, facts: dict) -> str | None:
 def _tensor_cores(job: Job, facts: dict) -> str | None:
     if not facts["dots"] or _exact(job):
         return None
-    # The tiles of fp32 are smaller and do not fill the instruction of a warp group.
+    # Some fp32 tiles have fewer than the 64 rows of a warpgroup's instruction; these use mma.sync.
     whole = facts["dot_rows"] >= 64 or job.dtype != "float32"
     unit = {90: "wgmma", 100: "tcgen05"}.get(job.arch, "mma_sync") if whole else "mma_sync"
     found, other = facts[unit], facts["mma_sync"] if unit != "mma_sync" else 0
@@ -241,7 +241,7 @@ RULES = (
             ("all unaligned", "slices of a buffer are not aligned"),
         ),
     ),
-    Rule("a NaN passes", _nan, (("conv1d last", "the maximum of log-softmax drops it, but its exp restores it"),)),
+    Rule("a NaN passes", _nan, (("conv1d last", "the maximum of log-softmax drops a NaN, but its exp restores it"),)),
 )
 
 
@@ -284,7 +284,7 @@ OPTIONS = (
     option(
         "--quick",
         action="store_true",
-        help="compile fp16 for all architectures and other dtypes only for sm_90; with --cuda, for 75, 80 and 90a",
+        help="compile fp16 for all architectures, and other dtypes only for sm_90; with --cuda only sm_75, 80 and 90a",
     ),
     option(
         "--kernel", type=options.pattern, default="", metavar="REGEX", help="compile only kernels whose name matches"
@@ -292,7 +292,7 @@ OPTIONS = (
     option(
         "--update", action="store_true", help="replace the rows of the committed table; check the differences first"
     ),
-    option("--table", type=Path, help="the table to compare with (default: the version's in bench/compiled)"),
+    option("--table", type=Path, help="the table to compare with (default: the one of this version in bench/compiled)"),
     option(
         "--processes", type=options.count, default=2, help="number of processes that compile in parallel (default: 2)"
     ),
@@ -312,7 +312,7 @@ def main(args: argparse.Namespace) -> int:
         options.writable(args.out)
     if args.cuda:
         return cuda.main(args)
-    if os.environ.get("TRITON_INTERPRET") == "1":  # Triton reads it when kernels are defined, so use a process without
+    if os.environ.get("TRITON_INTERPRET") == "1":  # Triton reads this when kernels are defined
         rest = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         return subprocess.run(
             [sys.executable, "-m", "jasper_fast.bench", *sys.argv[sys.argv.index("compile") :]], env=rest

@@ -1,4 +1,4 @@
-"""The Triton kernels to compile. They are the recorded launches of our Triton functions at Jasper 10x5's layers.
+"""Lists the Triton kernels to compile, by recording the launches of our Triton functions at Jasper 10x5's layers.
 
 The functions are called with tensors on the meta device, so nothing is computed.
 """
@@ -22,13 +22,14 @@ from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
 from jasper_fast.kernels.operands import Geometry, Lengths, Mask, Norm
 from jasper_fast.kernels.prefix_beam import triton_impl as prefix_beam
 
-N, P = 32, 0.2  # number of utterances (with FRAMES, enough rows to fill tiles), and dropout rate
+N = 32  # utterances of a batch; times FRAMES, these are enough rows to fill tiles
+P = 0.2  # dropout rate
 FRAMES = (840, 48, 16)  # the T' of 16.7 s, and two smaller ones at which the default tiles have fewer rows
 LABELS = (120, 250, 500)  # numbers of labels of a target; a batch of speech has up to about 400
 PANES = 256  # channels of the panes of a residual block
 TAPS_C = 512  # channels of QuartzNet's depthwise convs
-# (T', K, stride, masks) of depthwise convs, for large and small tiles. The taps K fill 64 or 128 rows of the block in
-# which dw is summed.
+# (T', K, stride, masks) of depthwise convs, for large and small tiles. The kernel that sums dw pads K to 64 or 128 (its
+# BLOCK_K). The numbers of taps here give both.
 TAPS = (
     *((840, 87, 1, True), (840, 63, 1, False), (840, 33, 2, True)),
     *((16, 63, 1, True), (16, 63, 1, False), (16, 33, 2, True)),
@@ -116,9 +117,9 @@ def conv_calls(a: Layer, T: int, dtype: torch.dtype, masks: bool) -> dict[str, C
 
 
 def _fused(a: Layer, x: torch.Tensor, weight: torch.Tensor, how: Geometry, lengths: torch.Tensor, masks: bool) -> None:
-    """Makes the call of the inference engine for a layer.
+    """Calls the fused conv as the inference engine does for this layer.
 
-    The first layer reads fp32 features, and the last ends in log-softmax.
+    The first layer of the model reads fp32 features, and its last layer ends in log-softmax.
     """
     fused = functools.partial(
         conv1d.fused, packed=conv1d.pack(weight, x.dtype), geometry=how, bias=weight.new_empty(a.C_out),
@@ -187,8 +188,8 @@ def prefixes() -> None:
 
 
 def _exacts(dtype: torch.dtype) -> tuple[bool, ...]:
-    """Returns the values of `exact` to compile with. For fp32 they are False (products rounded to TF32) and True,
-    between which PyTorch's setting decides."""
+    """Returns the values of `exact` to compile with. Only fp32 has both: False (products rounded to TF32) and True. At
+    run time PyTorch's setting chooses between the two."""
     return (False, True) if dtype == torch.float32 else (False,)
 
 

@@ -1,6 +1,6 @@
-"""The rows of a compile gate: the committed table, how the rows differ from it, and what the command prints and writes.
+"""The rows of a compile gate: compares them with the committed table, prints them and writes them.
 
-The gate of the Triton kernels and that of the CUDA kernels share this.
+Both gates use this: that of the Triton kernels and that of the CUDA kernels.
 """
 
 import argparse
@@ -18,8 +18,9 @@ COMMITTED = paths.BENCH / "compiled"
 class Table:
     """The form of a compiler's rows.
 
-    `key`: the fields that name a row. `name`: the format of that name for messages. `facts`: what the gate finds, where
-    a table leaves out the facts that are 0. `shown`: the headings of the printed facts. `order`: sorts keys.
+    `key`: the fields that identify a row. `name`: the format of a row's name in messages. `facts`: the fields that the
+    gate measures; a table leaves out those that are 0. `shown`: the headings of the printed facts. `order`: the sort
+    key of a row's key.
     """
 
     compiler: str
@@ -38,7 +39,7 @@ class Table:
         return {tuple(row[k] for k in self.key): row for row in rows}
 
     def read(self, text: str) -> dict[tuple, dict]:
-        """Returns the rows of a table by their keys, with the facts that are 0."""
+        """Returns the rows of a table by their keys. Facts that the table leaves out are 0."""
         return self.by_key(dict.fromkeys((*self.key, *self.facts), 0) | row for row in json.loads(text)["rows"])
 
     def text(self, version: str, rows: dict[tuple, dict]) -> str:
@@ -78,8 +79,8 @@ class Table:
     ) -> int:
         """Prints the rows, the broken rules and the differences from the table; returns the exit status.
 
-        With --update it writes the table, and with --out a file of the rows. Only the rows whose key is `asked` for are
-        compared and replaced.
+        With --update it writes the table, and with --out a file of the rows. It compares and replaces only rows for
+        whose key `asked` returns True.
         """
         compiler = f"{self.compiler} {version}"
         file = f"{self.compiler.lower()}-{version}.json"

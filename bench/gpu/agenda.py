@@ -14,7 +14,7 @@ from jasper_fast.bench.rivals import choice
 from jasper_fast.dispatch import backends
 
 MODEL = "jasper10x5"
-ALL_MODES = ("backward", "forward", "inference")  # backward is first because its fp64 answers include those of forward
+ALL_MODES = ("backward", "forward", "inference")  # backward first: its fp64 expected values include forward's
 LIGHT = "eager,eager_no_masks,eager_2d_channels_last,cuda_graph"
 LIGHT_TRAINING = "eager,eager_2d_channels_last"
 CONVS = f"{LIGHT_TRAINING},{choice.CUDA_FACE}"
@@ -25,7 +25,7 @@ SLOW = "compile_max_autotune"
 class Part:
     """A part of the plan. `measure(run)` gets at most `seconds` of the usual budget.
 
-    A part that was cut off gets more time after all other parts have had theirs.
+    A part that was cut off gets more time if some is left after the other parts.
     """
 
     title: str
@@ -74,7 +74,7 @@ def plan(run: Run) -> list[Part]:
 
 
 def first_nine_minutes() -> list[Part]:
-    """Returns the first parts, whose seconds add up to the budget. Ops with little host work come first."""
+    """Returns the parts for the first call, whose seconds add up to the budget."""
     return [
         Part("preflight", 5, preflight.main),
         Part("tests", 40, first.tests),
@@ -101,7 +101,7 @@ def first_nine_minutes() -> list[Part]:
 
 
 def and_then() -> list[Part]:
-    """Returns the parts for `--resume`. Slow compilers come last, where they cannot delay other parts."""
+    """Returns the parts for later calls with `--resume`. Parts with slow compilers come last and so delay no others."""
     return [
         Part("training grid", 40, lambda r: train.main(replace(r, rivals=f"{LIGHT_TRAINING},eager_no_masks"))),
         Part("sub-blocks beside max-autotune and cuDNN", 90, slow_rivals),

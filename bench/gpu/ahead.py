@@ -1,4 +1,4 @@
-"""Starts and ends the processes that compile in advance. Each of them runs the module `warm`."""
+"""Starts and ends the processes that compile kernels in advance. Each process runs the module `warm`."""
 
 import contextlib
 import os

@@ -6,8 +6,8 @@
   more  If time is left: compute-sanitizer, bf16, and all tests on the device.
 
 Every step has its own time limit and log. Its result is in day.json as soon as it ends, and at the end all results are
-printed as a table. If a step fails or is cut off, the later steps still run. The exception is a gate: after it fails,
-the later steps of the call would fail for the same reason, so they are skipped. With `--device cpu` the same steps run
+printed as a table. If a step fails or is cut off, the later steps still run. An exception is the self-check of call 1:
+if it fails, the later steps would fail for the same reason, so they are skipped. With `--device cpu` the same steps run
 on small stand-ins. `--dry-run` shows the steps.
 """
 
@@ -161,7 +161,7 @@ def run(step: Step, log: Path, seconds: float, root: Path) -> dict:
 
 def _end(process: subprocess.Popen) -> int:
     """Asks a step and its child processes to end, and kills them if they do not; returns the exit status."""
-    for what in (signal.SIGTERM, signal.SIGKILL):  # the second also ends child processes that outlived the step
+    for what in (signal.SIGTERM, signal.SIGKILL):  # SIGKILL also ends child processes that are still alive
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, what)
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -50,8 +50,7 @@ def tests(run: Run, *, files: tuple[str, ...] = TESTS, chosen: str = "triton or 
 
 
 def tune(run: Run, ops: tuple[str, ...] = cells.OPS) -> None:
-    """Tunes implementations and tiles in the run's dtype until the time is over. The later parts run with these
-    choices."""
+    """Tunes implementations and tiles in the run's dtype until the time is over. Later parts use the tuned choices."""
     device = tuned.indexed(run.device)
     todo = [cell for cell in cells.plan(run.device, run.dtype, ops) if not tables.covered(device, cell)]
     with verdicts.locked(tuned.PATIENCE, tuned.LOCK):

@@ -6,9 +6,9 @@ were cut off. A failure does not affect other parts. If it leaves the GPU unusab
 a new process. A part is tried at most twice.
 
 The run begins with a preflight (compiler, headers, disk, driver, clocks, memory), the most important tests, the
-self-check and tuning. Later parts run with the tuned tiles and skip kernels that the self-check found bad. Here
-`--backend auto` means Triton, because these numbers are the basis for the choices of `auto`. With `--device cpu` the
-same plan runs on small stand-ins: the small Jasper and small shapes.
+self-check and tuning. Later parts run with the tuned tiles and skip kernels that the self-check found bad. In this
+command `--backend auto` means Triton, because its results are used to decide what `auto` chooses elsewhere. With
+`--device cpu` the same plan runs on small stand-ins: the small Jasper and small shapes.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ def main(run: Run, budget: float = BUDGET) -> None:
     """Carries out the plan until it is done or the budget is used up. The budget begins with the start of the run."""
     scale = budget / BUDGET
     end = run.started + budget
-    if UNTIL in os.environ:  # this process continues the run of another, with what is left of its budget
+    if UNTIL in os.environ:  # another process began this run; use the rest of its budget
         end = time.monotonic() + float(os.environ.pop(UNTIL)) - time.time()
     run = replace(run, effort=run.effort.at_most(CASE))
     if run.device.type == "cuda" and run.backend == "auto":

@@ -1,4 +1,4 @@
-"""Checks before a run that the machine has what is needed, and names the remedy for each missing item."""
+"""Checks before a run that the machine has what the run needs, and prints how to get each missing item."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ class Finding(NamedTuple):
 
 
 def findings(device: torch.device) -> Iterator[Finding]:
-    """Yields all items, in the order in which a run would fail without them."""
+    """Yields a finding for each item, in the order in which a run needs the items."""
     yield _compiler()
     headers = Path(sysconfig.get_path("include")) / "Python.h"
     yield Finding("Python's headers", headers.is_file(), str(headers), "install python3-dev (Triton compiles C code)")

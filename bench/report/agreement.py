@@ -9,8 +9,8 @@ from jasper_fast.bench.report import words
 class Agreement:
     """How far two results agree.
 
-    `rows` is the number of rows that have an interval in both. `apart` has the ids of those whose intervals do not
-    overlap. `too_few` is the number of rows in both results that have too few pairs for an interval in one of them.
+    `rows`: the number of rows that have an interval in both results. `apart`: the ids of the rows whose two intervals
+    do not overlap. `too_few`: the number of common rows that have too few pairs for an interval in at least one result.
     """
 
     rows: int

@@ -9,9 +9,9 @@ from jasper_fast.bench.rivals.choice import CUDA_FACE
 
 @dataclass(frozen=True)
 class Goal:
-    """A goal: in eager's row that matches `key`, the ratio to us must be at least (or with `at_most` at most) `goal`.
+    """A goal for the case `key`: eager's time / ours must be at least `goal` (or at most, with `at_most`).
 
-    In rows of `python -m bench memory` the ratio is ours_over_kept.
+    In rows of `python -m bench memory` the ratio is `ours_over_kept`: the bytes that we keep for backward / eager's.
     """
 
     name: str
@@ -45,13 +45,13 @@ class Goal:
 
 
 class ShareOfLimit(Goal):
-    """A goal for our own row: it must reach the share `goal` of the ceiling that the same run measured.
+    """A goal for our own row: its rate must be at least `goal` times the ceiling that the same run measured.
 
     The ceiling is the rate of a matrix product or of a copy.
     """
 
     def judge(self, rows: list[dict]) -> Iterable[dict]:
-        """Yields the verdict on each of our rows to which the goal applies. It names eager's row, as in other goals."""
+        """Yields the verdict on each of our rows to which the goal applies. Its `row` is eager's row, as in Goal."""
         for row in rows:
             if row["ours"] and self.matches(row):
                 share = row.get("limit", {}).get("share")

@@ -28,7 +28,7 @@ def main(paths: Sequence[Path], html: Path | None, readme: bool) -> int:
         return readme_table.write(load(path) for path in list(paths) or committed)
     chosen = list(paths) or newest(OUT)
     if not chosen:
-        raise SystemExit("there is no result to report; run python -m bench all first, or name JSON files")
+        raise SystemExit("there is no result to report; run python -m bench all first, or give JSON files as arguments")
     results = [load(path) for path in chosen]
     if len(results) == 2:
         found = agreement(*results)
@@ -181,7 +181,7 @@ def percentiles_of(rows: Iterable[dict]) -> dict[str, list[tuple]]:
 
 
 def longest(groups: dict[str, list[tuple]]) -> float:
-    """Returns the largest value of a plot, which is the end of a bar, the mark at 1, or the highest percentile."""
+    """Returns the largest value that a plot shows: the end of an interval, the mark at 1, or a percentile."""
     return max(entry[2][-1] if len(entry) == 5 else max(entry[3], 1.0) for group in groups.values() for entry in group)
 
 
@@ -205,7 +205,7 @@ def roofs(result: dict) -> dict[str, functools.partial]:
 
 
 def facts(result: dict) -> dict[str, object]:
-    """Returns where the numbers come from and how to measure them again, as names and texts."""
+    """Returns the facts about a run, by name: machine, versions, command and measured limits, as text."""
     m, limits = result["machine"], result["limits"]
     told = {"machine": m["name"], "instructions": ", ".join(m["cpu"]["isa"]), "threads": m["threads"]}
     if m["load_average"]:

@@ -30,7 +30,7 @@ def training(batch: int, dtype: str) -> list[tuple[str, int, float]]:
 
 def scaling(gpus: int, dtype: str) -> list[tuple[str, int, float, float]]:
     """Returns the published (GPU, batch per GPU, utterances per second of all GPUs, efficiency) for this number of
-    GPUs. The efficiency is that rate divided by the number of GPUs times the rate of one."""
+    GPUs. The efficiency is utterances per second / (number of GPUs * utterances per second of one GPU)."""
     alone = {(gpu, n): (full, amp) for gpu, n, count, full, amp in TRAINING if count == 1}
     which, found = int(dtype in ("float16", "bfloat16")), []
     for gpu, n, count, *rates in TRAINING:

@@ -22,7 +22,7 @@ def write(results: Iterable[dict], readme: Path | None = None) -> int:
     for result in sorted(results, key=lambda r: r["machine"]["date"]):
         machines.setdefault(result["machine"]["name"], []).append(result)
     if not machines:
-        raise SystemExit("there is no result in bench/results; commit one, or name JSON files")
+        raise SystemExit("there is no result in bench/results; commit one, or give JSON files as arguments")
     made = f"{BEGIN}\n{''.join(map(table, machines.values()))}{END}"
     readme.write_text(text[: text.index(BEGIN)] + made + text[text.index(END) + len(END) :])
     terminal.console.print(f"wrote the table in {readme.name}")
@@ -32,7 +32,7 @@ def write(results: Iterable[dict], readme: Path | None = None) -> int:
 def chosen_goals(results: Sequence[dict]) -> list[tuple[dict, dict]]:
     """Returns (goal, result) for each goal, in order.
 
-    The result is the newest one that measured the goal without --quick, or the newest quick one if there is no other.
+    The result is the newest one without --quick that measured the goal. If there is none, it is the newest quick one.
     `results` are sorted by date.
     """
     order = dict.fromkeys(goal["name"] for result in reversed(results) for goal in result["goals"])
@@ -74,7 +74,7 @@ def table(results: Sequence[dict]) -> str:
 
 
 def source(result: dict) -> str:
-    """Returns command, versions and file of a result as text. The command is given without its --out."""
+    """Returns the command (without its --out), the versions and the file of a result, as text."""
     m, path = result["machine"], result["path"]
     file = f"[result](bench/results/{path.name})" if path.parent == COMMITTED else path.name
     command = re.sub(r" --out \S+", "", m["command"])

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 class Form:
     """The form of a plot for one page width.
 
-    The names and numbers of its rows are beside the bars, which begin at `left`, or above them, in a line of height
-    `above`.
+    Bars begin at `left`. The name and number of a bar are beside it, or in a line of height `above` above it. If
+    `above` is 0, they are beside the bar.
     """
 
     width: int

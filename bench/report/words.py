@@ -36,7 +36,7 @@ DASH = "–"
 FEW = f"{DASH} too few samples for this percentile: P90 needs 10, P95 needs 20, P99 needs 100."
 SLOWED = "‡ while this was timed, the clock was more than 5 % below the highest of the run."
 HURRIED = "† timed in fewer rounds than usual, because one round takes much of the time for a case."
-MARKED = {"throttled": SLOWED, "hurried": HURRIED}  # by field of a row, the note whose first character marks the row
+MARKED = {"throttled": SLOWED, "hurried": HURRIED}  # field of a row: its note, whose first character marks the row
 # A ratio with fewer pairs has no interval. With n pairs even the range from the smallest to the largest contains the
 # median only at a confidence of 1 - 2^(1 - n), which is below 95 % for n < 6.
 PAIRS = 6
@@ -71,7 +71,7 @@ def span(ratio: dict) -> str:
 
 
 def share(row: dict) -> str:
-    """Returns the share of its limit's speed that a row reaches, as text, with a star if FOOTNOTE applies."""
+    """Returns a row's rate as a percentage of its limit, as text. A star marks values over 100 % (see FOOTNOTE)."""
     limit = row.get("limit", {})
     if "share" not in limit:
         return ""
@@ -150,8 +150,8 @@ PROFILE = ("time", "share", "calls")  # the columns after the name
 
 
 def profiled(records: Sequence[dict], limit: int) -> list[tuple[str, list[tuple[str, ...]]]]:
-    """Returns (title, lines) for each kind of record that a profile has. A line is a name and its cells of PROFILE, and
-    there are at most `limit` of them."""
+    """Returns (title, lines) for each kind of record that a profile has. There are at most `limit` lines. A line is a
+    name and the cells of the columns PROFILE."""
     found = []
     for kind, title in PROFILE_TITLES.items():
         mine = [r for r in records if r["kind"] == kind]

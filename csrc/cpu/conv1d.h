@@ -30,7 +30,7 @@ struct ConvForward {
   const int64_t* in_lengths = nullptr;
   const int64_t* out_lengths = nullptr;
   float* y = nullptr;
-  uint16_t* rounded = nullptr;  // if not null, receives the result in bf16 instead of y; for bf16 weights without bias
+  uint16_t* rounded = nullptr;  // if not null, the result goes here in bf16, not to y; only for bf16 weights, no bias
   int64_t y_stride_n = 0;
   int64_t y_stride_t = 0;
   int64_t n = 0, t_in = 0, t_out = 0, c_out = 0;
@@ -53,7 +53,7 @@ struct ConvWeightGrad {
   int64_t n = 0, t_in = 0, t_out = 0;
   int64_t taps = 1, stride = 1, dilation = 1, padding = 0;
   int64_t fir_level = 0;
-  bool bf16 = false;  // multiply in bf16: x and dy are rounded to bf16 unless they are stored as bf16
+  bool bf16 = false;  // whether to multiply in bf16; an x or dy in fp32 is then rounded to bf16
 };
 
 struct ConvPack {

@@ -146,7 +146,7 @@ void tile(const Tile& g) {
   const float* b = g.b;
   const float* next = g.next;
   const int64_t chain = std::max<int64_t>(1, kChain / g.depth);  // taps
-  int64_t flush = g.taps - chain;  // the number of taps that are left when the accumulators are next added to `sums`
+  int64_t flush = g.taps - chain;  // when this many taps are left, the accumulators are added to `sums`
   for (int64_t k = g.taps; k > 0; --k) {
     const float* a = g.a + g.tap_offsets[g.taps - k];
     const int64_t step = g.a_step;

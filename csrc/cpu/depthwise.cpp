@@ -122,7 +122,7 @@ void depthwise_sum(const Tensor& x, const Tensor& packed, int64_t taps, int64_t 
   });
 }
 
-// Computes dw (C, 1, K) from x and dy. Shares depend on the number of rows only, so the threads do not change results.
+// Computes dw (C, 1, K) from x and dy. Shares depend only on the number of rows, so threads do not change results.
 void depthwise_wgrad(const Tensor& x, const Tensor& dy, int64_t stride, int64_t dilation, int64_t padding,
                      const std::optional<Tensor>& in_lengths, const std::optional<Tensor>& out_lengths, Tensor dw) {
   DepthwiseGrad args;

@@ -9,7 +9,7 @@ namespace jf {
 enum class Isa { generic, avx2, avx512, avx512_bf16 };
 
 // The best level of this CPU. The environment variable JASPER_FAST_ISA=generic|avx2|avx512|avx512_bf16 can lower it.
-// Throws std::runtime_error for an unknown name and for a level that this machine lacks.
+// Throws std::runtime_error for an unknown level and for a level that this CPU does not support.
 Isa cpu_isa();
 
 const char* isa_name(Isa isa);

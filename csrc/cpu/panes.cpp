@@ -24,8 +24,8 @@ using Tensors = std::vector<Tensor>;
 using OptionalTensor = std::optional<Tensor>;
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kChunkRows = 64;   // rows per task of a pass; sums of tasks are merged in a fixed order
-constexpr int64_t kGroupRows = 256;  // rows of one item per task of a matrix product
+constexpr int64_t kChunkRows = 64;   // rows per task of a pass over y; the tasks' sums are merged in a fixed order
+constexpr int64_t kGroupRows = 256;  // rows per task of a matrix product; a task has rows of one utterance only
 
 // ---- arguments ----
 // The data of `x`, which must be bf16 if `bf16`, else fp32.
@@ -57,7 +57,7 @@ PanesArgs args_of(const Tensor& y) {
   return a;
 }
 
-// The N*T rows that all xs have. Without lengths they are treated as one item.
+// The rows of the inputs xs: N items of T rows, or without lengths one item of N*T rows.
 struct Batch {
   int64_t n, t;
   const int64_t* lengths;

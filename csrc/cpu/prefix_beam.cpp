@@ -1,5 +1,5 @@
-// CTC prefix beam search with shallow fusion of n-grams. kernels/prefix_beam/reference.py is the definition. Sums are
-// made in the same order here, so that both agree in every bit. A task is one utterance.
+// CTC prefix beam search with shallow fusion of n-grams. kernels/prefix_beam/reference.py is the definition. Both take
+// their sums in the same order, so their results agree in every bit. A task is one utterance.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -30,7 +30,7 @@ struct Entry {  // a prefix in the beam: log b, log n, log(b + n), what its symb
 
 struct Candidate {
   double score;
-  int64_t order;  // the lower wins among equal scores: first the beam's entries, then symbol c after entry i
+  int64_t order;  // of equal scores, the lower order wins: first the beam's entries, then symbol c after entry i
 };
 
 bool better(const Candidate& x, const Candidate& y) {
@@ -103,7 +103,8 @@ class Search {
     }
   }
 
-  // log of the probability of the paths that `symbol` can extend. A repeated symbol needs a blank in between.
+  // Returns the log of the probability of the paths that `symbol` extends. If it equals the last symbol, these are only
+  // the paths that end in a blank.
   double paths(const Entry& e, int32_t symbol) const {
     return e.node != 0 && nodes_[e.node].symbol == symbol ? e.b : e.total;
   }

@@ -1,6 +1,6 @@
-// What language models add to the score of prefixes: n-grams of symbols, and n-grams of words with their spellings. A
-// row has what each symbol adds in one state; it is made when a search first needs it. Sums are made in the order of
-// kernels/prefix_beam/reference.py.
+// Computes what language models add to the score of prefixes: n-grams of symbols, and n-grams of words with spellings.
+// A row has the score that each symbol adds in one state. It is computed when a search first needs it. Sums are taken
+// in the same order as in kernels/prefix_beam/reference.py.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

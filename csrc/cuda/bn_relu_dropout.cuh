@@ -5,10 +5,10 @@
 //   backward_apply   dy = a*(g - mean_g - yhat*mean_gy),  dres = g
 // A thread owns V neighbouring channels (16 bytes) and goes down the rows, so it loads the parameters of its channels
 // once. A CTA is `tx` such columns wide and kThreads/tx rows high. In a reduction each CTA writes one partial result, and
-// a second kernel merges them in a fixed order. No atomics are used, so runs are bit-identical.
+// a second kernel merges the partial results in a fixed order. No atomics are used, so runs are bit-identical.
 //
 // Values moved per element (with residual): stats reads 1, forward reads 1 (2) and writes 1, reduce reads 2 (3), apply
-// reads 2 (3) and writes 1 (2). Elements of padding move fewer.
+// reads 2 (3) and writes 1 (2). For padding fewer values are moved.
 #pragma once
 
 #include "common.cuh"
@@ -224,8 +224,9 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Args<T> a) {
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
-// How the kernel knows which elements pass the gradient. `z`: from the sign of z, which is 0 where ReLU or dropout made
-// it 0. `sign`: from the sign of the ReLU's input, computed again from y. `sign_dropout`: also from the dropout bits.
+// How the kernel decides which elements pass the gradient. `z`: those where z > 0 or z is NaN, because ReLU and dropout
+// made z 0 at the others. `sign`: by the sign of the ReLU's input, computed again from y. `sign_dropout`: by that sign
+// and the dropout bits.
 enum class Gate { z, sign, sign_dropout };
 
 // Returns which elements pass the gradient: bit i is for element + i. The caller handles padding.
@@ -321,7 +322,8 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(Args<T> a) {
   const int begin = tile % a.tiles * a.tile_rows, end = begin + a.tile_rows < a.t ? begin + a.tile_rows : a.t;
   if (c0 >= a.c) return;
   const int length = valid_frames(a.lengths, n, a.t);
-  const bool training = a.mean_g != nullptr;  // otherwise dy = a*g: zero in padding, and y is read only for the gate
+  // In evaluation dy = a*g, which is zero in padding, and y is read only to decide where the gradient passes.
+  const bool training = a.mean_g != nullptr;
   // dy = scale*g - (flat + (y - mean)*slope)
   float mean[V] = {}, scale[V] = {}, beta[V] = {}, flat[V] = {}, slope[V] = {};
   if (training || begin < length) {

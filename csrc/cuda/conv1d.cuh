@@ -6,7 +6,7 @@
 //
 // A *pack* has the weight as *images* of 64 x 64 channels, [C_in/8][C_out][8 of C_in], so that a kernel can reduce over
 // C_in or over C_out. Its order is (tap, block of C_in, block of C_out, image). Both numbers of blocks are even, and
-// blocks are filled up with zeros.
+// missing channels are zeros.
 #pragma once
 
 #include "ptx.cuh"
@@ -20,7 +20,8 @@ constexpr int kOut = 128;                            // output channels of a til
 constexpr int kSlab = 32;                            // frames that the epilogue handles at a time
 
 enum Mode : int { kPlain = 0, kStats = 1, kNorm = 2, kLogSoftmax = 3 };
-// Whether the kernel serves inference. There a launch may begin before the previous one has ended, so the kernel waits.
+// Whether the kernel serves inference. In inference a launch may begin before the previous one has ended, so the kernel
+// must wait for it.
 template <int MODE, bool TRANSPOSED>
 constexpr bool kChained = !TRANSPOSED && (MODE == kPlain || MODE == kLogSoftmax);
 // How activations are read: in cells of 16 bytes, in single elements of T, or in single fp32 elements.
@@ -41,7 +42,7 @@ struct Ahead {
 
 struct Args {
   Operand main, panes;                       // panes: one tap at the output's frames; 0 channels if there are none
-  const int64_t *in_lengths, *out_lengths;   // null: no padding
+  const int64_t *in_lengths, *out_lengths;   // null: all frames are valid
   int64_t* lengths_out;                      // if not null, receives the output lengths that follow from in_lengths
   void* out;
   const float* bias;
@@ -91,7 +92,7 @@ struct Tile {
   int stop;                     // the frame after the tile's last
   int main_steps, begin, count;  // steps of the conv; this split's first step and number of steps
 
-  // told: whether lengths may be read yet. If not, the tile is computed as if there were no padding.
+  // told: whether lengths may be read yet. If not, the tile's steps are those of a tile without padding.
   __device__ __forceinline__ Tile(const Args& a, int block, int id, bool told = true) {
     split = id % a.splits, id /= a.splits;
     o0 = id % a.o_blocks * kOut;  // channels vary fastest, so that neighbouring CTAs share their frames in L2

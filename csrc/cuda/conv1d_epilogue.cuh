@@ -6,16 +6,16 @@
 //   kStats       out = sum; also mean and M2 of the tile's sums
 //   kNorm        out = g; also the sums of g and g*yhat (see dgrad_bn in kernels/conv1d/reference.py)
 //
-// A thread owns 8 neighbouring channels (16 bytes) of every (threads/16)th frame. It writes out once. kNorm also reads y
-// and z once.
+// A thread owns 8 neighbouring channels (16 bytes) of every (threads/16)th frame. Each element of `out` is written once.
+// kNorm also reads each element of y and z once.
 #pragma once
 
 #include "conv1d.cuh"
 
 namespace jf::conv {
 
-// The distance in floats from one frame of a slab to the next. With these, the stores of each loop have no bank
-// conflicts.
+// The distance in floats from one frame of a slab to the next, for each inner loop. With these distances, its stores to
+// the staging memory have no bank conflicts.
 constexpr int kPitchMma = kOut + 8, kPitchWgmma = kOut + 4;
 constexpr int kStagingBytes = kSlab * kPitchMma * 4;
 
@@ -65,8 +65,8 @@ class Epilogue {
     }
   }
 
-  // Writes the tile's partial results, after all slabs. `scratch` is the staging memory, `sync` a barrier of these
-  // threads.
+  // In the modes kStats and kNorm, writes this tile's partial statistics or sums. Call it after the last slab.
+  // `scratch` is the staging memory, and `sync` is a barrier of the epilogue's threads.
   template <class Sync>
   __device__ __forceinline__ void finish(float* scratch, Sync&& sync) {
     if constexpr (MODE != kStats && MODE != kNorm) return;
@@ -115,7 +115,7 @@ class Epilogue {
     count_ += n;
   }
 
-  // Turns dz into g, and adds to the sums of g and g*(y - mean).
+  // Replaces dz by g, and adds g and g*(y - mean) to this thread's sums.
   __device__ __forceinline__ void gradient(float (&v)[8], int t) {
     const int channel = tile_.o0 + group_ * 8;
     const int64_t at = (static_cast<int64_t>(tile_.n) * a_.frames_out + t) * a_.c_out + channel;

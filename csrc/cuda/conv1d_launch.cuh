@@ -131,8 +131,8 @@ void run(const Launch& l, int threads, void (*kernel)(P...), const A&... args) {
 #endif
 }
 
-// Whether the instances of a loop are compiled. Tests of mutated sources compile often, so they define JF_FEW as one
-// loop. Only the instances of that loop with the smallest tiles are then compiled.
+// Whether the instances of an inner loop are compiled. If JF_FEW is defined, it names a loop, and only the instances of
+// that loop with the smallest tiles are compiled. Tests of mutated sources use this, because they compile often.
 #ifdef JF_FEW
 constexpr bool kFew = true;
 constexpr bool has(int loop) { return loop == JF_FEW; }

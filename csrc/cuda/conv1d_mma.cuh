@@ -4,7 +4,7 @@
 //
 //     out[t, o] = sum_chunk sum_k panel_chunk[t*stride + k*dilation, :] @ image[k, chunk, o]  [+ panes]
 //
-// A CTA of 4 warps owns BLOCK frames of one utterance by 128 output channels, and a warp owns half of each. Frames are
+// A CTA of 4 warps owns BLOCK frames of one utterance by 128 output channels. A warp owns BLOCK/2 by 64. Frames are
 // the rows of the product (M), so the channels of a sum are contiguous. Each step multiplies 64 channels of one tap. A
 // panel is loaded once per chunk and read K times. Weights have STAGES buffers of 16 KB and are loaded STAGES - 1 steps
 // ahead. A step reads 16 KB of weights and 1/K of a panel from L2, for BLOCK*128*64 products.
@@ -140,7 +140,7 @@ class MmaTile {
   // The buffer of a chunk's panel: 0, or 0 and 1 in turn if there are two.
   __device__ __forceinline__ int place(int chunk) const { return (chunk - first_chunk_) & (a_.panels_kept - 1); }
 
-  // Loads the panels that are needed within STAGES - 1 steps and whose buffer is free while chunk `current` is read.
+  // Loads each panel that is needed within STAGES - 1 steps, if its buffer is free while chunk `current` is read.
   __device__ __forceinline__ void load_due_panels(int current) {
     while (next_panel_ <= ahead_.chunk && next_panel_ <= last_chunk_ && next_panel_ < current + a_.panels_kept) {
       Step s(ahead_);

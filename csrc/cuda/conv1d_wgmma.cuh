@@ -3,8 +3,8 @@
 //
 //     out[o, t] = sum_chunk sum_k image[k, chunk, o]^T @ panel_chunk[t*stride + k*dilation, :]^T  [+ panes]
 //
-// The operands are swapped: output channels are the rows of the product (M), frames are its columns (N). So the number of
-// FRAMES of a tile can be any multiple of 8. A persistent CTA computes several tiles of FRAMES frames by 128 output
+// Unlike there, output channels are the rows of the product (M), and frames are its columns (N). So the number of FRAMES
+// of a tile can be any multiple of 8. A persistent CTA computes several tiles of FRAMES frames by 128 output
 // channels. In its first warpgroup, one thread copies weights (bulk copies, 16 KB per step, `stages` buffers) and three
 // warps copy panels. The other two warpgroups multiply, 64 output channels each, and share the panel. Panels have no
 // swizzle, so an operand can start at any row. A step reads 16 KB of weights and 1/K of a panel from L2, for

@@ -3,7 +3,7 @@
 //     dw[k] = sum_(n,t) dy[n, t, :]^T x[n, t*stride + k*dilation - padding, :]
 //
 // All utterances are cut into segments of 64 frames, and segments are grouped into shares. A CTA of 4 warps owns 128
-// output by 64 input channels of TAPS neighbouring taps, over one share. A warp owns half of the channels of each. Both
+// output by 64 input channels of TAPS neighbouring taps, over one share. A warp owns 64 by 32 of these channels. Both
 // operands are panels whose channels are contiguous, so both are read transposed. Segments in which no tap of the CTA has
 // an input are skipped. A second kernel adds the shares' fp32 partial sums (shares, K, C_out, C_in) in a fixed order and
 // writes dw (C_out, C_in, K), which is PyTorch's order. A step reads 24 KB from L2, for 128*64*TAPS*64 products.
@@ -18,7 +18,7 @@ constexpr int kDyRows = kFrames | 1, kDyBytes = kCells * kDyRows * 16;
 
 struct WgradArgs {
   Operand x, dy;
-  const int64_t* lengths;  // of x; null: no padding
+  const int64_t* lengths;  // lengths of x; null: all frames are valid
   float* parts;            // (shares, taps, C_out, C_in)
   int batch, frames, frames_out, taps, stride, padding, dilation;
   int in_blocks, out_blocks, tap_groups, shares;

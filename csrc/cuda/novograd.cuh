@@ -4,14 +4,16 @@
 //   update   norm = sqrt(sum of all partials)/scale;  clip = min(1, clip_norm/(norm + 1e-6))
 //            v = s if old == 0 or beta2 == 0, else beta2*old + rest2*s;  s = (clip/scale)^2 * (sum of the tensor's partials)
 //            m = beta1*m + share*clip/(scale*(sqrt(v) + eps))*g + decay*p;  p -= lr*m;  a += weight*(p - a)
-// g, m, p and a are the gradient, moment, value and moving average of an element. v is one number per tensor,
-// and s is the square of the norm of its clipped gradient. `found` is the gradient scaler's found_inf. If it is not 0, or if a guard is wanted and the norm is
-// not finite, the step is skipped: only the averages are updated.
+// g, m, p and a are the gradient, moment, value and moving average of an element. v and s are numbers of a tensor: v is
+// its second moment, and s is the squared norm of its clipped gradient. `found` is the gradient scaler's found_inf. The
+// step is skipped if `found` is not 0, or if `guard` is set and the norm is not finite. Then only the averages are
+// updated.
 //
-// A CTA owns a run, at most `size` elements of one tensor, and finds the addresses of its elements in the table (kernels/novograd/table.py).
-// A thread owns the same elements in the same order, whether it loads 16 bytes at once or, in a tensor that is not aligned,
-// one element. Every CTA of the second launch adds all partial sums in the same order. So no third launch is needed, and no
-// parameter changes before all gradients are known to be finite. No atomics are used, so runs are bit-identical.
+// A CTA owns a run, at most `size` elements of one tensor. The table (kernels/novograd/table.py) has their addresses. A
+// thread loads 16 bytes at a time, or one element at a time if the tensor is not aligned. It owns the same elements in
+// the same order in both cases. Every CTA of the second launch adds all partial sums in the same order. So no third
+// launch is needed, and no parameter changes before all gradients are known to be finite. No atomics are used, so runs
+// are bit-identical.
 // Bytes moved per parameter: squares reads 4, update reads 16 and writes 12.
 #pragma once
 
@@ -20,7 +22,7 @@
 namespace jf::novograd {
 
 constexpr int kThreads = 256;
-constexpr int kPack = 4;  // elements of 16 bytes
+constexpr int kPack = 4;  // fp32 elements in 16 bytes
 constexpr int kStep = kThreads * kPack;
 
 // Columns of the table. The first five are distances from the anchor in fp32 elements. For a buffer that is averaged or
@@ -34,11 +36,13 @@ enum Setting { kLr, kBeta1, kShare, kBeta2, kRest2, kEps, kDecay, kWeight, kSett
 struct Args {
   const int64_t *table, *runs;  // (tensors, kColumns); (CTAs, 2): tensor and first element
   float* anchor;                // the first parameter
-  float *partial, *old;         // one number per run of a parameter; one per tensor
+  float *partial, *old;         // partial: one sum per run of a parameter; old: one v per tensor
   const double* settings;       // (groups, kSettings)
   const float *scale, *found;   // null means 1 and 0
   float* outcome;               // the norm, and 1 if the step is skipped
-  int size, partials;           // maximum elements of a run, a multiple of kStep; runs of parameters, which come first
+  // size: maximum number of elements of a run, a multiple of kStep. partials: number of runs of parameters, which come
+  // before the runs of buffers.
+  int size, partials;
   float clip_norm;              // infinity for no clipping
   int guard, has_averages;
 };

@@ -17,15 +17,15 @@ namespace jf::probe {
 
 enum Op { kLdmatrix, kMma8, kMma16, kCopyAsync, kBarriers, kShuffle, kCounters, kCopyBulk, kWgmma };
 
-constexpr int kProducts = 4;  // the same wgmma is issued so many times: d = [in +] kProducts * a * b
+constexpr int kProducts = 4;  // how often the same wgmma is issued: d = [in +] kProducts * a * b
 
-// The arguments of one launch. CTA i copies `image`[i] to its shared memory, or reads it, and writes `out`[i].
+// The arguments of one launch. CTA i uses `image`[i], most probes through a copy in shared memory, and writes `out`[i].
 struct Case {
   const uint4* image;  // [grid][cells]
   const float* in;     // initial accumulators, or null: [grid][threads][registers]
   float* out;          // [grid][threads][registers]
   int64_t* clocks;     // [grid]: clocks from issue to result
-  int* counters;       // zeros; for ldmatrix the cell of each row
+  int* counters;       // for ldmatrix: the cell that each lane supplies; for the other probes: zeros
   uint64_t a, b;       // for wgmma: descriptors whose start addresses are relative to the image
   int64_t grid, cells, option;
   int64_t n, a_mn, b_mn, half;  // for wgmma: the template arguments
@@ -44,7 +44,8 @@ __device__ __forceinline__ float as_float(uint32_t bits) {
   return x;
 }
 
-// Lane i passes cell counters[i] of the image as its row. With option 1 the matrices are transposed.
+// Lane i gives ldmatrix the address of 16-byte cell counters[i] of the image, which is the row that this lane supplies.
+// With option 1 the matrices are loaded transposed.
 __global__ void __launch_bounds__(32) ldmatrix_kernel(Case c) {
   const uint32_t base = fill(c, 32);
   __syncthreads();

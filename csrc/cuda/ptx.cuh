@@ -106,8 +106,8 @@ __device__ __forceinline__ float shuffle_xor(float x, int lanes) { return __shfl
 
 // ---- global memory that other CTAs write during the kernel -----------------------------------------------------------
 
-// Loads a counter. What other CTAs wrote before the add_release whose result this reads is then visible. A loop that
-// polls must call this.
+// Loads a counter. If it reads the result of an add_release, all that the other CTA wrote before that add_release is
+// visible afterwards. A loop that polls must call this.
 __device__ __forceinline__ int load_acquire(const int* at) {
   int value;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(__cvta_generic_to_global(at)) : "memory");
@@ -195,8 +195,8 @@ __device__ __forceinline__ void prefetch_bulk([[maybe_unused]] const void* from,
                         : "memory"));
 }
 
-// Waits until the grids that this grid may overlap with have completed. What they wrote is then visible. Returns at once
-// if there are none.
+// Waits until the grids that this grid may overlap with have completed. What they wrote is then visible. If there are no
+// such grids, it returns immediately.
 __device__ __forceinline__ void grid_dependency_wait() { JF_SM_90(asm volatile("griddepcontrol.wait;" ::: "memory")); }
 
 // Allows the next grid to begin when every CTA of this one has called this or has ended. It has an effect only if the
@@ -221,16 +221,16 @@ __device__ __forceinline__ void registers_more() {
 
 // Returns the descriptor of an operand in shared memory without swizzle. It consists of 8x8 core matrices of 128
 // contiguous bytes each. The next core matrix along M or N is `sbo` bytes further, and the next along K is `lbo` bytes
-// further. This is so for K-major and for MN-major operands.
+// further. Both meanings hold for K-major and for MN-major operands.
 __device__ __forceinline__ uint64_t wgmma_operand(uint32_t start, uint32_t lbo, uint32_t sbo) {
   const auto field = [](uint32_t bytes) { return static_cast<uint64_t>((bytes & 0x3ffff) >> 4); };
   return field(start) | field(lbo) << 16 | field(sbo) << 32;
 }
 
 // Must be called before the first product, and between any use of an accumulator's registers and the next product into
-// them. It is not needed between two products of the same shape.
+// them. It is not needed between two products of the same shape into the same accumulators.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-// Commits the warpgroup's products since the last commit as one group.
+// Puts the warpgroup's products since the last commit into one group.
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // Waits until at most the newest N of the warpgroup's groups are incomplete.

@@ -121,7 +121,7 @@ struct Sum {
 
 // Statistics of a chunk, per channel. For each block of kStatsRows rows, which stays in L1, it computes the mean of y -
 // shift and then the squared deviations from it, and merges both into those of the chunk (Chan's formula). The shift is
-// the mean of the chunk's first block. It keeps the numbers small if |mean| is much larger than the standard deviation.
+// the mean of the chunk's first block. It keeps y - shift small if |mean| is much larger than the standard deviation.
 // The sum of y itself is taken in fp64, because the mean must be accurate to the last bit. sums: the sum of y (fp64),
 // then in fp32 the shift, the mean of y - shift, and M2.
 template <class T>
@@ -206,7 +206,7 @@ void forward_chunk(const BnArgs& a, int64_t row, int64_t end) {
 
 // ---- backward ----
 // Gate says what decides where the gradient passes ReLU, dropout and mask. With a residual, the input of the ReLU
-// cannot be computed from y. But z is exactly 0 where it was clipped, dropped or masked, so z decides. Without a
+// cannot be computed from y. But z is exactly 0 where ReLU, dropout or the mask made it 0, so z decides. Without a
 // residual, the sign of (y - mean)*gain + beta decides, and with dropout also the keep bits.
 enum class Gate { z, sign, sign_and_keep };
 
@@ -252,7 +252,7 @@ void reduce_chunk(const BnArgs& a, int64_t row, int64_t end, double* partial) {
             F x = load_part<kFull>(y + (b.row + r) * a.c + c, n);
             const Gradient gated = gradient<kGate, kFull, T>(a, keep, b, r, c, n, x - mean, gain, beta);
             const F g = select(gated.open, gated.value);
-            x = select(gated.open, x);  // y may be NaN where it was dropped or clipped
+            x = select(gated.open, x);  // y may be NaN where no gradient passes, and 0 * NaN is NaN
             sum_g.add(lower(g), upper(g));
             sum_gy.add(lower(g) * (lower(x) - mean_lower), upper(g) * (upper(x) - mean_upper));
           }

@@ -25,7 +25,7 @@ struct Chunk {
   const float* packed;    // the panel of the first block in this chunk
   int64_t block_stride;   // floats between the panels of neighbouring blocks
   int64_t depth;          // units
-  const float* after;     // the panel that is used after that of the last block
+  const float* after;     // the panel that is used after the last block's panel
   bool first, last;
 };
 

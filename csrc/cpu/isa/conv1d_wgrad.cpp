@@ -60,8 +60,7 @@ struct WeightGrad {
 
   int64_t tile_begin(int64_t i) const { return channels * i / tiles; }
   int64_t tile_height(int64_t i) const { return tile_begin(i + 1) - tile_begin(i); }
-  // The number of channels to copy for tile i. Whole vectors are copied if x has the channels, although the tile uses
-  // fewer.
+  // The number of channels to copy for tile i. It is rounded up to whole vectors if x has that many channels.
   int64_t copied(int64_t i) const {
     return c_begin + tile_begin(i) + kGradStride <= args.x.channels ? kGradStride : tile_height(i);
   }
@@ -77,8 +76,8 @@ struct WeightGrad {
     for (int64_t j = columns; j < kColumns; ++j) to[j] = 0.0f;
   }
 
-  // Adds the products of `depth` rows of x, a_step apart, and of dy to the sums of a slot. In bf16 these are pairs of
-  // rows.
+  // Multiplies `depth` rows of x, a_step apart, by rows of dy, and adds the products to the sums of a slot. In bf16 a
+  // step takes a pair of rows.
   template <class OP>
   void multiply(int64_t i, int64_t slot, const float* a, int64_t a_step, const float* b, int64_t depth) const {
     static constexpr int64_t no_offset = 0;

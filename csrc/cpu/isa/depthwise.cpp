@@ -42,7 +42,7 @@ JF_INLINE T* at(const DepthwiseRows& rows, const DepthwiseTask& task) {
   return static_cast<T*>(rows.data) + task.n * rows.stride_n + task.block * kColumns;
 }
 
-// acc[i] += one[j * one_step] * many[j * many_step + i * many_next] over j in [0, count).
+// Adds one[j * one_step] * many[j * many_step + i * many_next] to acc[i], for each i and each j in [0, count).
 template <int ROWS>
 JF_INLINE void multiply(const float* one, int64_t one_step, const float* many, int64_t many_step, int64_t many_next,
                         int64_t count, F* acc) {
