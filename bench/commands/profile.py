@@ -135,7 +135,7 @@ def profile(step: Callable[[], object], device: torch.device, target: Path) -> l
 
 
 def backward(events: Iterable, on_gpu: bool) -> list[dict]:
-    """Returns one record per layer: the time of the autograd nodes that its forward created.
+    """Returns one record per layer: the time of the autograd nodes that the layer's forward created.
 
     Nodes and the ops that created them have the same sequence numbers.
     """

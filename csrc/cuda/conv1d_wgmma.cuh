@@ -58,8 +58,8 @@ __device__ __forceinline__ void copy_weights(const Args& a, const Tile& tile, ui
   }
 }
 
-// The rings of a thread that copies panels: `ring` is at the next panel to copy, `landed` at the next to declare full,
-// which happens when its copies have completed.
+// The rings of a thread that copies panels. `ring` is at the next panel to copy. `landed` is at the next panel to mark as
+// full, once the copies of that panel have completed.
 struct PanelCopies {
   Ring ring, landed;
 
@@ -168,7 +168,9 @@ __device__ __forceinline__ void wgmma_conv(const Args& a) {
   // No launch writes weights, so those of the first steps are copied while the previous launch may still run.
   // Lengths must not be read yet, so the steps are those of a tile without padding. All else comes after the wait.
   const int first = static_cast<int>(blockIdx.x);
-  int early = 0, wrong = 0;  // steps whose weights were copied early; those to drop because the tile has other steps
+  // early: the number of steps whose weights were copied early. wrong: how many of these to drop, because the tile turned
+  // out to have other steps.
+  int early = 0, wrong = 0;
   if constexpr (kChained<MODE, TRANSPOSED>) {
     const Tile guess(a, FRAMES, first, false);
     early = guess.count < a.stages ? guess.count : a.stages;

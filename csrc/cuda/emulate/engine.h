@@ -54,7 +54,8 @@ struct Warp {
   Cta* cta = nullptr;
   Fiber* lanes[32] = {};
   int index = 0;
-  uint32_t all = 0, ready = 0, turn = 0;  // bits of lanes: those that exist, can run, and are still to run in this turn
+  // Bits of lanes. all: the lanes that exist; ready: those that can run; turn: those still to run in this turn.
+  uint32_t all = 0, ready = 0, turn = 0;
   bool queued = false;
   const char* name = nullptr;  // the collective instruction at which lanes have arrived
   Collective run = nullptr;
