@@ -169,7 +169,7 @@ def test_a_process_that_does_not_tune_is_one_line(tmp_path, monkeypatch, capsys)
     )
     code, data = run(tmp_path)
     assert code == 1 and not data["finished"] and data["rows"] == []
-    assert "the process that tunes ended with status 1: no luck" in capsys.readouterr().err
+    assert "the tuning process ended with status 1: no luck" in capsys.readouterr().err
 
 
 # ---- the library as a contender ----

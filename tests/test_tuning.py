@@ -182,7 +182,7 @@ def test_a_process_that_does_not_start_is_one_line_and_the_defaults(tuning, monk
     monkeypatch.setattr(children, "talk", lambda *_: ended)
     assert conv_face() == "triton"
     said = capsys.readouterr().err
-    assert "not possible (the process that tunes ended with status 1: no GPU left)" in said and said.count("\n") == 1
+    assert "not possible (the tuning process ended with status 1: no GPU left)" in said and said.count("\n") == 1
 
 
 def test_a_cache_that_cannot_be_read_is_said_and_tuned_again(tuning, capsys):

@@ -2,7 +2,7 @@
 
 A kernel that crashes or never ends would break the user's process and its CUDA context. So kernels that are not yet
 known to be good run in a child process. It reads its task as JSON from standard input, and writes a line to standard
-output for each thing that it begins or finds.
+output for each piece of work that it begins and each result.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def tell(kind: str, value: object) -> None:
 class Ended:
     """How a process ended.
 
-    told: it sent its last message. hung: it was silent for too long. code: its exit status. how: how it ended, in
-    words. last: the last line of its standard error, after a colon.
+    told: whether it sent its last message. hung: whether it was silent for too long. code: its exit status. how: how
+    it ended, in words. last: the last line of its standard error, after a colon, or "" if it wrote none.
     """
 
     told: bool
@@ -52,10 +52,10 @@ class Ended:
 
 
 def talk(argv: Sequence[str], wanted: object, hear: Callable[[str, Any], bool], seconds: float) -> Ended:
-    """Starts `argv`, sends it `wanted` as JSON, and calls `hear(kind, value)` for each message until that returns True.
+    """Starts `argv`, sends it `wanted` as JSON, and calls `hear(kind, value)` on each message until `hear` is True.
 
-    The process may be silent for at most `seconds` between messages, and for START_SECONDS before the first. Any
-    exception in this function kills the process and its descendants at once.
+    The process may be silent for at most `seconds` between messages, and for START_SECONDS before the first message.
+    Any exception in this function kills the process and its descendants immediately.
     """
     env = dict(os.environ)
     home = str(Path(__file__).resolve().parents[2])
@@ -67,7 +67,7 @@ def talk(argv: Sequence[str], wanted: object, hear: Callable[[str, Any], bool], 
         )  # fmt: skip
         spoke, hung, ended, told = False, False, False, False
         try:
-            with contextlib.suppress(BrokenPipeError):  # the process died at once; its exit status is read below
+            with contextlib.suppress(BrokenPipeError):  # the process has already died; its exit status is read below
                 process.stdin.write(json.dumps(wanted))
                 process.stdin.close()
             for kind, value in _lines(process.stdout, START_SECONDS, seconds):

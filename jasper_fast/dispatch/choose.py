@@ -20,7 +20,7 @@ from jasper_fast.kernels.tables import Cell
 
 CONVS = ("triton", "cuda")  # faces whose convs run on a GPU
 
-# the end of a warning: what "auto" does if a verdict is not good
+# the last part of a warning: what "auto" does if a verdict is not good
 PLAIN = "backend='auto' uses plain PyTorch for it instead, which is slower"
 LIBRARY = "backend='auto' uses PyTorch's own conv instead, which is slower here"
 
@@ -30,7 +30,7 @@ def resolve(backend: str, device: torch.device | str, op: str | None = None, dty
     """Returns the face that runs for `backend` on `device`. Raises BackendMissing if `backend` names a face that cannot
     run.
 
-    `op` and `dtype` say what will run, for "auto". In fp64 the face is "reference". On a GPU the verdict on the op must
+    For "auto", `op` and `dtype` say what will run. In fp64 the face is "reference". On a GPU the verdict on the op must
     be good (see `dispatch.verdicts`), in all dtypes if `dtype` is None. Without `op` verdicts are ignored.
     """
     return _resolve(backend, device, op, dtype)

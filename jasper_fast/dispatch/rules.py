@@ -1,4 +1,4 @@
-"""Estimates which face is fastest if no times were measured, from counts of FLOP, bytes and launches.
+"""When no times were measured, estimates which face is fastest, from counts of FLOP, bytes and launches.
 
     seconds = max(FLOP / (peak * reach), bytes / bandwidth) + bytes of later kernels / bandwidth + launches * LAUNCH
 
@@ -26,7 +26,8 @@ REACH = {
     ("triton", True): 0.70, ("aten", True): 0.75,  # 16 bits
     ("triton", False): 0.45, ("aten", False): 0.70,  # TF32; Triton's loop is slower because it loads without TMA
 }  # fmt: skip
-# (extra passes over the output in the conv's own kernel, passes over it in later kernels, launches)
+# For each op and face: extra passes over the output in the conv's own kernel, passes over the output in later kernels,
+# and the number of launches.
 PASSES = {
     "conv1d.forward": {"triton": (0, 0, 1), "aten": (0, 0, 1)},
     "conv1d.forward_stats": {"triton": (0, 0, 2), "aten": (0, 1, 3)},

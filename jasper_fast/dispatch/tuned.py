@@ -38,7 +38,7 @@ SWITCH = "JASPER_FAST_TUNE"
 FIRST_USE = 120.0  # seconds that tuning may take at a first use; the next process tunes the cells that are left
 PATIENCE = 300.0  # seconds that a process waits while another one tunes
 CONTENDER = 90.0  # seconds that the child may be silent, including compilation
-GRACE = 5.0  # seconds beyond the budget, in which the child may finish its current measurement
+GRACE = 5.0  # seconds that the child may take beyond the budget to finish its current measurement
 LOCK = "tuning.lock"
 COMMAND = (sys.executable, "-W", "ignore", "-m", "jasper_fast.tuning.child")
 
@@ -177,14 +177,14 @@ def tune(
             session.out_of_time = len(session.done) < len(session.cells)
             return session
         if current is None or ended.from_outside:
-            raise CannotTune(f"the process that tunes {ended.how}{ended.last}")
+            raise CannotTune(f"the tuning process {ended.how}{ended.last}")
         _keep_fault(device, *current)
 
 
 # ------------------------------------------------------------------------------------------------------- first use
 
 changed: list[Callable[[], None]] = []  # called after tables have new rows, to drop cached choices
-_waiting: dict[torch.device, dict[Cell, str]] = {}  # cells to tune at the next good moment, and what needs each
+_waiting: dict[torch.device, dict[Cell, str]] = {}  # cells to tune once tuning is possible, with what needs each
 _asked: set[tuple[torch.device, Cell]] = set()  # cells already tried in this process, with or without a result
 _local = threading.local()
 

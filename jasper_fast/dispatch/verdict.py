@@ -56,7 +56,7 @@ FIXES = (
     ("busy or unavailable", "another process uses the GPU exclusively: see nvidia-smi"),
     ("driver version is insufficient", "update the NVIDIA driver"),
 )
-# the same by the kind of error, if no text fits
+# fixes by the type of the error, used if no text in FIXES fits
 FIXES_OF_KINDS = (
     (subprocess.SubprocessError,  # the C compiler failed (ptxas: PTXASError)
      "Triton compiles its launcher in C: it needs gcc, Python's headers (python3-dev) and space in TMPDIR"),

@@ -104,7 +104,7 @@ def path(device: torch.device) -> Path:
 
 def read(device: torch.device) -> dict[tuple[str, str, str], Verdict]:
     """Reads the saved verdicts for `device`, by (op, face, dtype). If the file cannot be used, prints why and returns
-    none."""
+    an empty dict."""
     file = path(device)
     try:
         return _parse(json.loads(file.read_text(encoding="utf-8")), device)
@@ -155,9 +155,10 @@ def keep(device: torch.device, verdicts: Iterable[Verdict]) -> None:
 
 @contextmanager
 def locked(patience: float = LOCK_SECONDS, name: str = "lock") -> Iterator[bool]:
-    """Locks out the other processes that share the cache, so that of all ranks of a training run only one checks.
+    """Locks out the other processes that share the cache, so that only one rank of a training run makes the check.
 
-    Yields True with the lock. After `patience` seconds without it the block runs nevertheless, and gets False.
+    Yields True with the lock. If the lock is not free within `patience` seconds, yields False, and the block
+    runs without it.
     """
     import fcntl  # does not exist on Windows, but neither does Triton
 
@@ -165,7 +166,7 @@ def locked(patience: float = LOCK_SECONDS, name: str = "lock") -> Iterator[bool]
         folder().mkdir(parents=True, exist_ok=True)
         file = open(folder() / name, "w")  # noqa: SIM115
     except OSError:
-        yield True  # Without a cache folder there is no result to wait for. Whoever saves a result reports the folder.
+        yield True  # Without a cache folder there is no result to wait for. `keep` reports the folder.
         return
     with file:
         until, mine = time.monotonic() + patience, False

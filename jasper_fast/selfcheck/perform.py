@@ -2,7 +2,8 @@
 
 Results must be within the tolerance of tests and benchmarks (`tolerance.py`: twice the error of plain PyTorch at the
 same precision, plus a floor). The repeated call must return the same bits. Padding that a kernel must not read holds
-NaN. Kernels are called as dispatch calls them. For example, Triton's convs are told that x has zero padding (`clean`).
+NaN. Kernels are called as dispatch calls them. For example, `clean` promises Triton's convs that the padding of x is
+zero.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from jasper_fast.selfcheck.checks import EXACT, WAVE, Check
 from jasper_fast.selfcheck.tolerance import Compared, Tolerance, compare
 
 FLOOR = 40.0  # in fp32 roundings: sums of 10,000 products in two orders differ by about 20 of them
-# The floor for fp32 convs, as a relative error, where PyTorch's convs may round fp32 to TF32. Ours truncate to TF32,
-# so each element is off by up to one rounding, and about two thirds of that error is common to all elements. cuDNN may
-# choose a kernel without TF32, so its error cannot serve as the limit.
+# The floor (relative error) for fp32 convs where PyTorch may use TF32. Our kernels truncate to TF32, so an input is off
+# by up to one TF32 unit, and about two thirds of that is a bias of the same sign everywhere, which does not average
+# out. PyTorch's error cannot set the limit, because cuDNN may choose a kernel without TF32.
 TF32 = 4 * 2.0**-10
 AGAIN = {WAVE: 2}  # how often a check repeats the first call, by variant; once for all other variants
 
@@ -33,9 +34,9 @@ AGAIN = {WAVE: 2}  # how often a check repeats the first call, by variant; once 
 def perform(check: Check, device: torch.device) -> dict[str, Any]:
     """Runs `check` and returns its description with its status and errors.
 
-    The status is "ok", "wrong", "failed", "no memory" or "environment". The last means that this machine lacks
-    something that the kernel needs, and `detail` says what to do. `ours` and `theirs` are the relative errors of our
-    and plain PyTorch's result in the tensor that came nearest to its limit. `share` is our error divided by that limit.
+    The status is "ok", "wrong", "failed", "no memory" or "environment". "environment" means that this machine
+    lacks something that the kernel needs, and `detail` says what to do. `ours` and `theirs` are the relative errors of
+    our and plain PyTorch's result in the tensor that came nearest to its limit. `share` is our error divided by that limit.
     """
     started = time.perf_counter()
     row = check.plain() | {"status": "ok", "ours": None, "theirs": None, "share": None, "detail": ""}

@@ -14,7 +14,7 @@ SIGMAS = 5.0  # standard deviations allowed for a sum of independent roundings
 @dataclass(frozen=True)
 class Tolerance:
     """The limit: `factor` times the error of plain PyTorch at the same precision, plus `floor` roundings in fp32 or one
-    rounding in other dtypes. Where there is no result of plain PyTorch, the limit is `relative`.
+    rounding in other dtypes. Without a result of plain PyTorch the limit is `relative`.
 
     fp32 has its own floor because sums in two orders can differ by more roundings than plain PyTorch's error shows.
     The RMS norm of the error must be within the limit. It detects a small error everywhere. The max norm must be
@@ -37,7 +37,7 @@ class Tolerance:
 class Compared:
     """How one tensor compares with the fp64 result in one norm.
 
-    That is the first norm in which the error exceeds its limit, else the one in which it comes nearest to it.
+    The norm is the first in which the error exceeds its limit, or else the one in which the error is nearest to it.
     `ours` and `theirs` are the relative errors of our result and of plain PyTorch's. `share` is our error divided by
     the limit: above 1 the result is wrong. `detail` describes the comparison in words.
     """
