@@ -22,7 +22,7 @@ OPS = {
 
 
 def public(op: str, stem: str) -> dict[str, str]:
-    """Returns the signatures of a face's public functions, types without their modules."""
+    """Returns the signatures of a face's public functions, by name. Types stand without their modules."""
     if stem.startswith("triton"):
         pytest.importorskip("triton")
     package = f"jasper_fast.kernels.{op}"

@@ -1,4 +1,4 @@
-"""One switch sets the precision of fp32 products: in convs and all others, on every face and in plain PyTorch."""
+"""One switch sets the precision of fp32 products, in convs and matrix products, on every face and in plain PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests find the right device, on a pretended machine with a GPU, where tensors have no content."""
+"""Tensors of a test are made on the device of its face. A GPU is pretended: fake tensors have no content."""
 
 from __future__ import annotations
 
