@@ -243,7 +243,7 @@ class Formats(TorchDispatchMode):
 
 @pytest.mark.parametrize(("n", "t", "stride"), [(3, 37, 1), (1, 12, 1), (2, 40, 2)])
 def test_the_librarys_gradients_stay_in_channels_last_memory(n, t, stride):
-    """Shows that the library's backward copies nothing to another memory order. ATen decides this by strides, and an
+    """Shows that ATen's backward copies no tensor to another memory order. Whether ATen copies depends on strides: an
     expanded x (stride 0) once made it copy dy and dx."""
     from jasper_fast.kernels.conv1d import aten_impl
 

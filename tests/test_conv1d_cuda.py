@@ -111,7 +111,7 @@ def test_layers(face: Face, direction: str, name: str, loop: int, dtype: torch.d
 
 
 FUSED = {
-    # layer, channels of the panes, whether: the reduction is split, x is fp32 features, log-softmax
+    # layer, channels of the panes, is the reduction split?, is x fp32 features?, is there a log-softmax?
     "features": ("prologue", 0, False, True, False),
     "last of a block": ("k11", 88, False, False, False),
     "shared": ("k25", 64, True, False, False),

@@ -14,7 +14,7 @@ import cuda_host
 import pytest
 import torch
 from close import assert_close
-from test_bn_relu_dropout import (  # noqa: F401 (tests that run on the face here)
+from test_bn_relu_dropout import (  # noqa: F401 (pytest collects the imported tests here and runs them on the emulated face)
     DTYPES,
     check,
     dtypes,

@@ -1,6 +1,8 @@
-"""Each instruction of csrc/cuda/ptx.cuh, run on a device, does what the PTX ISA (and so the host twin) says.
+"""Each instruction of csrc/cuda/ptx.cuh, run on a device, does what the PTX ISA says. The functions that emulate these
+instructions on the host, their "host twins", follow the same text.
 
-    python tests/test_cuda_probe.py        prints clocks by row shift and the effect of 128-byte swizzle
+    python tests/test_cuda_probe.py    prints how many clocks products of wgmma take if their operand begins at
+                                       different rows of a panel, and what 128-byte swizzle does
 
 The tests assert everything that the kernels rely on. Swizzle that starts inside its pattern is only reported.
 """

@@ -128,7 +128,7 @@ def test_folding_is_precise_whatever_the_dtype(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("held", [torch.float16, torch.float64])
 def test_a_model_of_another_dtype_runs_in_the_wanted_one(held, face):
-    """Shows that a model in fp16 or fp64 gives the results of the same weights in fp32."""
+    """Shows that an fp32 engine gives the same results whether the model holds the weights in fp16, fp64 or fp32."""
     _, ours = pair(config(), face.name, face.device)
     ours.half()
     features, lengths = batch([31, 17], device=face.device)

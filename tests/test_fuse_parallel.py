@@ -55,7 +55,8 @@ def _in_parallel(rank: int) -> dict[tuple, dict[str, torch.Tensor]]:
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="PyTorch was built without gloo")
 def test_in_parallel(tmp_path):
-    """Shows that DDP gives the same with and without fusion, and SyncBN the same as one process on both batches."""
+    """Shows that DDP gives the same gradients, buffers and outputs with and without fusion. With SyncBN they equal
+    those of one process that gets the batches of both ranks."""
     whole = build("nvidia").train()
     xs, lengths = zip(*map(_share, range(2)), strict=True)
     _step(whole, torch.cat(xs), torch.cat(lengths))

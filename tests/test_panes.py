@@ -362,7 +362,8 @@ def test_frames_beyond_the_lengths_are_skipped_and_counted(face, dtype):
 
 
 def saved(inputs, **how) -> int:
-    """Returns the number of elements that the plain form saves besides its inputs and vectors."""
+    """Returns the number of elements that the plain form of the panes saves for backward, except its inputs and the
+    vectors of length C."""
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append((t.dim(), t.numel())), lambda _: None):
         out = ops.panes_plain(*inputs, **how)[0]

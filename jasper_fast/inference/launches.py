@@ -120,7 +120,8 @@ class Launches:
         plan, buffers = self.plan, self.buffers
         source = buffers.view(plan.source, n, frames[0]) if plan.reads_source else None
         # A launch may fetch the weights of the next one ahead, and may begin before the previous one ends (`Chain`).
-        # The first launch and the first of the graph do not begin early, because they follow the caller's work.
+        # Launch 0 runs outside the CUDA graph and follows work of the caller. Launch 1 is the first of the graph, and
+        # the start of a graph waits for what was launched before. Neither begins early.
         convs = [*(step.conv for step in plan.steps), plan.head]
         packs = [conv.packs if isinstance(conv, KernelConv) else () for conv in convs]
         calls, x, lens = [], source, None

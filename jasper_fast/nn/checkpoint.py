@@ -112,7 +112,8 @@ def read(file: BinaryIO, name: str, map_location: str | torch.device = "cpu") ->
 def refuse_endless(value: Any, name: str, most: int = 100_000) -> None:
     """Raises CheckpointError if the lists and dictionaries in `value` have too many items when written out.
 
-    A few bytes can hold lists that refer to each other and would fill any memory, or a list that contains itself.
+    A file of a few bytes can define lists that refer to each other many times and would fill any memory when written
+    out, or a list that contains itself.
     """
     waiting, seen = [value], 0
     while waiting:

@@ -193,7 +193,7 @@ def _read_nemo(path: Path) -> Weights:
             for member in archive:
                 place = PurePosixPath(member.name)
                 if place.is_absolute() or ".." in place.parts:
-                    raise CheckpointError(f"its path {member.name!r} leads out of the archive, as none of NeMo's does")
+                    raise CheckpointError(f"it contains the path {member.name!r}, which leads out of the archive")
                 if member.isfile() and place.name in ("model_config.yaml", "model_weights.ckpt"):
                     members[place.name] = archive.extractfile(member).read()
         if len(members) < 2:

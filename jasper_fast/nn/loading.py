@@ -152,7 +152,7 @@ def _decoder_rows(
     if bias is None or len(bias) != len(old) + 1 or not shared:
         return [], f"the decoder is initialised anew ({misfit or 'other labels'})"
     rows = f"its rows for the blank and for {len(shared)} of the {len(labels)} labels are copied"
-    return [*shared, (len(labels), len(old))], f"the decoder is initialised anew for other labels, but {rows}"
+    return [*shared, (len(labels), len(old))], f"the decoder is initialised anew for other labels, except that {rows}"
 
 
 def label_pair(text: str) -> tuple[str, str]:

@@ -1,4 +1,5 @@
-"""An n-gram of symbols as an automaton in flat arrays: a state is a context, an arc is an n-gram of the model."""
+"""An n-gram model of symbols as an automaton in flat arrays. A state is a context. An arc is one n-gram of the model: a
+context and the symbol that follows it."""
 
 from typing import NamedTuple
 

@@ -46,7 +46,8 @@ struct Unseen {
   static void begin() { AnnotateIgnoreReadsBegin(__FILE__, __LINE__), AnnotateIgnoreWritesBegin(__FILE__, __LINE__); }
   static void end() { AnnotateIgnoreWritesEnd(__FILE__, __LINE__), AnnotateIgnoreReadsEnd(__FILE__, __LINE__); }
 };
-// Reports a read or write that an instruction of the running thread makes, also while an Unseen is alive.
+// Tells ThreadSanitizer of a read or write that an instruction of the running thread makes. Every Unseen that is alive
+// is suspended for it, because ThreadSanitizer would otherwise ignore it.
 template <class Access>
 inline void seen(const Access& access) {
   const int depth = running().unseen;
