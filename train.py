@@ -58,7 +58,7 @@ OPTIONS = {
         option("--init-from", metavar="CKPT", help="checkpoint with the first weights; decoder: see --init-decoder"),
         option("--init-ema", action="store_true", help="take the moving average in --init-from, not the weights"),
         option("--init-decoder", choices=loading.DECODERS, default="auto",
-               help="auto: take the decoder rows of labels in both alphabets; keep: take all; new: take none (auto)"),
+               help="auto: take the decoder rows of labels that CKPT and --config share; keep: all; new: none (auto)"),
         option("--init-map", nargs="+", default=[], metavar="NEW=OLD", help="start NEW's decoder row from OLD's"),
         option("--freeze-encoder", action="store_true", help="train only the decoder"),
     ],

@@ -307,8 +307,8 @@ class Arithmetic(TorchDispatchMode):
 
 
 def test_flops_of_bn_relu_dropout_are_those_of_its_formula():
-    """Shows that the formula of kernels/README.md equals autograd, and that bench counts the operations that it
-    takes."""
+    """Shows that the formulas of kernels/README.md give autograd's gradients, and that bench counts the operations
+    of these formulas."""
     inputs = bn_relu_dropout.Inputs(2, 8, 40, torch.float64, CPU, False)
     y, dz = (inputs.nct[n].detach() for n in ("y", "dz"))
     gamma, beta = (t.detach().double()[:, None] for t in (inputs.gamma, inputs.beta))

@@ -77,7 +77,7 @@ def test_without_masks_each_length_has_its_graph(device):
 @pytest.mark.parametrize(
     ("kind", "frames", "held"),
     [
-        ("jasper", (9, 16, 12), [(1, 16)]),  # in one bucket of 8 frames after the stride of 2
+        ("jasper", (9, 16, 12), [(1, 16)]),  # one bucket: at the stride of 2, 16 frames make 8
         ("jasper", (17, 16), [(1, 32), (1, 16)]),
         ("plain residual", (24, 8, 24, 16), [(1, 24), (1, 16)]),  # the largest first, so that the buffers never grow
     ],

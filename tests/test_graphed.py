@@ -1,5 +1,5 @@
-"""The graphed step without a GPU: a recording replaces CUDA graphs, and a stand-in counts what would break a
-capture."""
+"""The graphed step without a GPU: a recorder of PyTorch's ops takes the place of CUDA graphs, and a stand-in device
+counts the operations that a capture forbids."""
 
 import ctypes
 import json

@@ -1,4 +1,5 @@
-"""n-grams of symbols from ARPA files: numbers equal KenLM's, and broken files are named."""
+"""n-grams of symbols from ARPA files: the scores equal KenLM's, and the error for a broken file names
+the file."""
 
 import gzip
 import random

@@ -1,4 +1,4 @@
-"""Geometry of the plots in plots.html.j2: a form for each of two page widths, and the axes of a roofline plot."""
+"""Geometry of the plots in plots.html.j2: their sizes on a wide and a narrow page, and the axes of a roofline plot."""
 
 import math
 import textwrap
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Form:
-    """The form of a plot for one page width.
+    """The sizes of a plot for one page width.
 
     Bars begin at `left`. The name and number of a bar are beside it, or in a line of height `above` above it. If
     `above` is 0, they are beside the bar.

@@ -15,7 +15,8 @@ def duration(seconds: float) -> str:
 
 
 def rate(row: dict) -> str:
-    """Returns the rate of a row as text: bytes per second if memory is its limit, else FLOP per second."""
+    """Returns the rate of a row as text: bytes per second if memory is its limit, else FLOP per second. Without
+    a count of FLOPs it is empty."""
     if row.get("limit", {}).get("bound") == "memory":
         return per_second(row["bytes_per_s"], "B")
     return per_second(row["flops_per_s"], "FLOP") if "flops_per_s" in row else ""
@@ -105,7 +106,7 @@ def notes(rows: Sequence[dict]) -> list[str]:
     )
 
 
-OPTIONAL: list[Column] = [  # columns that a table has if one of its cells has a text
+OPTIONAL: list[Column] = [  # columns that a table leaves out if all their cells are empty
     ("host", lambda row: duration(row["host_s"]) if "host_s" in row else ""),
     ("utterances/s", lambda row: plain(row["items_per_s"]) if "items_per_s" in row else ""),
     ("RTFx", lambda row: plain(row["items_per_s"] * row["key"]["audio_s"]) if "audio_s" in row["key"] else ""),

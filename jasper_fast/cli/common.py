@@ -129,7 +129,9 @@ DECODING = {  # the options of `decoder`
             help="language model: ARPA or KenLM binary of words, ARPA of the model's symbols, or the YAML file of "
             "`lm tune`. Without any option of this group decoding is greedy",
         ),
-        option("--lexicon", metavar="FILE", help="words to recognise, one per line (those of the ARPA file)"),
+        option(
+            "--lexicon", metavar="FILE", help="the words that can be recognised, one per line (those of the ARPA file)"
+        ),
         option(
             "--open-vocabulary", action="store_true", help="also recognise words that the language model does not list"
         ),

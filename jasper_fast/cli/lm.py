@@ -57,7 +57,7 @@ _TUNE = {
     "": [
         option("--log-probs", required=True, metavar="DIR", help="the folder that `evaluate --save-log-probs` wrote"),
         option("--lm", metavar="FILE", help="a language model that `transcribe --lm` reads"),
-        option("--lexicon", metavar="FILE", help="words to recognise, one per line"),
+        option("--lexicon", metavar="FILE", help="the words that can be recognised, one per line"),
         option("--beam", type=common.positive(int), default=128, metavar="N", help="width of the search (128)"),
         option("--alpha", type=numbers, metavar="A,B,..", help="values of --alpha to try (0,0.5,1,1.5,2,2.5,3)"),
         option("--beta", type=numbers, metavar="A,B,..", help="values of --beta to try (-1,-0.5,0,0.5,1)"),

@@ -20,9 +20,9 @@ class Unfit(Exception):
 
 
 def refuse(*faults: tuple[object, str]) -> None:
-    """Raises Unfit with the reason of the first pair in `faults`, (is_one, reason), whose `is_one` is true."""
-    for is_one, reason in faults:
-        if is_one:
+    """Raises Unfit with the reason of the first of `faults`, pairs (applies, reason), that applies."""
+    for applies, reason in faults:
+        if applies:
             raise Unfit(reason)
 
 

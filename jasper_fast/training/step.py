@@ -135,7 +135,7 @@ class StepResult:
     log_probs: Tensor  # of the last micro-batch, as are `lengths` and `texts`
     lengths: Tensor
     texts: list[str]
-    unread: str = ""  # why no step was made, if some rank could read no file
+    unread: str = ""  # why the step was skipped, if a rank could read none of its files; else ""
 
 
 def missed_step(device: torch.device, batches: Sequence[Batch]) -> StepResult:

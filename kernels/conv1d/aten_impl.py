@@ -19,7 +19,7 @@ from jasper_fast.kernels.operands import Geometry
 def packs(weight: Tensor, dtype: torch.dtype) -> bool:
     """Returns whether packing `weight` in `dtype` saves a copy.
 
-    On a CPU it saves only a cast, because oneDNN reorders the weight in any case.
+    On a CPU packing saves only the cast to `dtype`: oneDNN reorders the weight in every call.
     """
     return weight.is_cuda or weight.dtype != dtype
 

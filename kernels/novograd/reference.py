@@ -22,8 +22,7 @@ def step(
 ) -> Tensor:
     """Makes one step in place. Returns (2,): the norm of all unscaled gradients before clipping, and 1 if skipped.
 
-    held: a dict that the caller keeps between steps, for faces that store something in it; not used here. The host does
-    not wait for a GPU.
+    The host never waits for a GPU. held: a dict that the caller keeps between steps. Other faces store things in it.
     """
     grads = tensors.grads
     wide = functools.reduce(torch.promote_types, (g.dtype for g in grads), torch.float32)
