@@ -21,8 +21,8 @@ from jasper_fast.kernels import launch
 from jasper_fast.kernels.panes import gram
 from jasper_fast.nn.eager import EagerJasper
 
-N = 3  # equal to no number of taps, so that a tensor with a dimension N is known to be an activation
-PADDED = 32  # channels in the decoder's pack
+N = 3  # batch size; no conv has as many taps, so a tensor with a dimension of this size is an activation
+PADDED = 32  # output channels in the decoder's pack
 CPU = torch.device("cpu")
 LAYERS = layers()
 INNER = [layer for layer in LAYERS if not layer.first]
@@ -48,7 +48,7 @@ def jasper10x5():
 
 
 def moved(launches) -> int:
-    """Returns the elements that all launches so far have moved, and clears the list: activations and a conv's weight.
+    """Returns how many elements of activations and weights all launches so far have moved, and clears the list.
 
     Packing, merging shares and the zeros that pad the decoder's pack from 29 to 32 channels do not count.
     """
@@ -137,7 +137,7 @@ def test_training_bytes_are_what_a_step_of_jasper_10x5_moves(jasper10x5, hollow,
 def test_forward_bytes_are_what_the_engine_moves(jasper10x5, hollow, launches):
     T = 128
     engine = InferenceEngine(hollow.eval(), graphs=False, bucket=1)
-    launches.clear()  # the packs
+    launches.clear()  # drops the launches that packed the weights
     engine(torch.zeros(N, 64, T), torch.full((N,), T))
     assert [name for name, _ in launches] == ["conv1d_fused"] * 54
     assert counts.forward_bytes(jasper10x5, N, T, 4) == 4 * (moved(launches) + models.VOCABULARY)  # and a bias
@@ -180,7 +180,7 @@ def test_bytes_of_sub_blocks_are_what_their_kernels_move(layer, statistics, laun
     merges = sum(name == "conv1d_wgrad_merge" for name, _ in launches)  # the shares of a weight count as one gradient
     assert count("backward") == 4 * (moved(launches) + merges * weight.numel())
     assert count("both") == count("forward") + count("backward")
-    if layer.C_in == layer.C_out and not statistics:  # kernels/README.md: 4s and 11s, weights aside
+    if layer.C_in == layer.C_out and not statistics:  # kernels/README.md: 4s and 11s, without weights
         assert count("forward") - 4 * weight.numel() == 4 * 4 * y.numel()
         assert count("backward") - 4 * 2 * weight.numel() == 11 * 4 * y.numel()
 
@@ -198,8 +198,8 @@ def pytorchs_flops(call: Callable[[], torch.Tensor]) -> dict[str, int]:
 @pytest.mark.parametrize("op", ["conv1d", "sub_block"])
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda a: f"{a.C_in}-{a.C_out}-{a.K}-{a.stride}")
 def test_flops_of_conv_cases_are_pytorchs(op, layer, tmp_path):
-    """Shows that the FLOPs of a case are those of its conv by PyTorch's counter; the norm adds below half a per
-    cent."""
+    """Shows that the FLOPs of a case are those of its conv by PyTorch's counter; the norm adds less than
+    half a per cent."""
     T = 40
     x = torch.empty(N, layer.C_in, T, device="meta", requires_grad=not layer.first)
     weight = torch.empty(layer.C_out, layer.C_in, layer.K, device="meta", requires_grad=True)
@@ -214,7 +214,7 @@ def test_counts_of_sub_blocks_in_inference(layer, launches, tmp_path):
     T = 40
     case = sub_block_inference.case(make_run(tmp_path, backend="triton"), N, T, layer)
     runner = case.contenders[0].build()
-    launches.clear()  # the pack
+    launches.clear()  # drops the launch that packed the weight
     runner.run()
     assert [name for name, _ in launches] == ["conv1d_fused"]
     assert case.nbytes == 4 * (moved(launches) + layer.C_out)

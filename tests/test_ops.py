@@ -92,8 +92,8 @@ def test_a_pack_changes_no_bit():
 
 
 def test_a_weight_changed_before_backward_is_noticed():
-    """Shows that backward rejects a weight that has changed since, because autograd saves the weight and not the
-    pack."""
+    """Shows that backward rejects a weight that has changed since forward, because autograd saves the weight and not
+    the pack."""
     settle("triton")
     x, w = torch.randn(2, 8, 19), torch.randn(20, 8, 5, requires_grad=True)
     y = ops.conv1d(x, w, padding=2, backend="triton", packed=packed_by_triton(w))
@@ -151,7 +151,7 @@ def test_sub_block_equals_its_two_halves(backend, p):
         out = run(*leaves, *running)
         torch.manual_seed(1)
         results.append([out.detach(), *running, *torch.autograd.grad(out, leaves, torch.randn(out.shape))])
-    near = 1e-5 if backend == "triton" else 0.0  # in Triton the conv computes the sums of backward over other tiles
+    near = 1e-5 if backend == "triton" else 0.0  # in Triton dgrad computes dbeta and dgamma, over other tiles
     torch.testing.assert_close(*results, atol=near, rtol=near)
 
 
@@ -168,7 +168,7 @@ def test_opcheck_sub_block(backend, stats):
 
 
 def test_sub_block_takes_and_gives_statistics(backend):
-    """Shows that passing y's statistics changes nothing, and that the returned ones are those of the next y."""
+    """Shows that passing the statistics of y changes no result, and that sub_block returns those of its output."""
     y, gamma, beta, mean, var = inputs(c=8, t=21)
     weight, lengths = torch.randn(6, 8, 5), torch.tensor([21, 9])
     how = {"lengths": lengths, "padding": 2, "p": 0.25, "seed": 5, "backend": backend}
@@ -182,7 +182,7 @@ def test_sub_block_takes_and_gives_statistics(backend):
 
 
 def grads_of_sub_block(backend, halo, dtype=torch.float32, c=24, t=37, k=7, **how):
-    """Returns the output and all gradients of a sub-block whose y is the output of a conv of masked input."""
+    """Returns the output and all gradients of a sub-block. Its y is the output of a conv whose input is masked."""
     torch.manual_seed(7)
     lengths = torch.tensor([t, 11, 1, 0])
     x = torch.randn(4, 8, t).masked_fill(torch.arange(t) >= lengths[:, None, None], 0).to(dtype)
@@ -245,7 +245,8 @@ def test_given_statistics_are_used(backend):
 
 
 def test_modes(backend):
-    """Shows that evaluation neither drops nor updates, and that frozen drops but keeps the running statistics."""
+    """Shows that evaluation drops nothing and leaves the running statistics as they are. `frozen` also leaves them, but
+    drops elements."""
     y, gamma, beta, mean, var = inputs()
     mean += 0.3
     before = mean.clone(), var.clone()
@@ -338,7 +339,7 @@ def test_a_conv_names_what_does_not_fit(backend):
 
 
 def twice_differentiable() -> dict:
-    """Returns, for each op, a function of leaf tensors and those leaves."""
+    """Returns {op: (function that calls the op on leaf tensors, these leaf tensors)}."""
     x, w = torch.randn(2, 4, 9, requires_grad=True), torch.randn(5, 4, 3, requires_grad=True)
     gamma, beta = torch.rand(4, requires_grad=True), torch.randn(4, requires_grad=True)
     pane = torch.randn(5, 4, 1, requires_grad=True)

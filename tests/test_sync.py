@@ -26,7 +26,8 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="PyTorch wa
 
 
 def spawn(folder: Path, tasks: dict) -> dict:
-    """Runs each task, a function and its arguments after the rank, on both ranks. Returns their results by task."""
+    """Runs each task (function, *arguments) on both ranks as function(rank, *arguments). Returns {task: [results of
+    the ranks]}."""
     mp.spawn(_rank, (str(folder), tasks), nprocs=len(SPLIT))
     ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(len(SPLIT))]
     return {name: [found[name] for found in ranks] for name in tasks}
@@ -116,7 +117,7 @@ def test_two_ranks_equal_one_process(backend, form, eager, two_models):
 
 
 def compiled_step(rank: int, backend: str, form: str, state: dict) -> tuple[int, dict, list[dict[str, torch.Tensor]]]:
-    """Returns (graphs, graph breaks, [compiled step, plain step]) of this rank. The compiled step runs first, while no
+    """Returns (graphs, graph breaks, [compiled step, uncompiled step]). The compiled step runs first, while no
     other graph exists."""
     torch._dynamo.reset()
     counters.clear()
@@ -131,8 +132,8 @@ def compiled_step(rank: int, backend: str, form: str, state: dict) -> tuple[int,
 
 @pytest.mark.slow
 def test_two_compiled_ranks_equal_themselves_uncompiled(tmp_path, eager):
-    """Shows that each rank compiles one graph although the batches differ, and that it gives the plain step's
-    numbers."""
+    """Shows that each rank compiles one graph although the batches differ, and that it gives the
+    results of the uncompiled step."""
     make_face("cpu")
     tasks = {of: (compiled_step, *of, eager.state_dict()) for of in (("reference", "gram"), ("cpu", "plain"))}
     for ranks in spawn(tmp_path, tasks).values():

@@ -43,8 +43,8 @@ def silent() -> warnings.catch_warnings:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Pretends that there is a GPU. Set its `found` to the verdicts that checks give, by op, by op and face, or by op,
-    face and dtype; `checked` lists the checks that were made."""
+    """Pretends that there is a GPU. `found` maps an op, (op, face) or (op, face, dtype) to the verdict that a check of
+    it gives. `checked` lists the checks that were made."""
     found: dict[str | tuple[str, ...], Verdict] = {}
     checked: list[tuple] = []
 
@@ -194,8 +194,8 @@ def test_the_cpu_is_neither_checked_nor_looked_up(gpu, norm_table, monkeypatch):
 
 
 def test_without_a_table_arithmetic_chooses(gpu):
-    """Shows that without a table 16 bits run in Triton, which skips padding. fp32 runs in the library, whose products
-    are faster, except with few rows, where bytes and launches decide."""
+    """Shows that without a table 16-bit convs run in Triton, which skips padding. fp32 convs run in the library, whose
+    matrix products are faster. With few rows they run in Triton, because then memory traffic and launches decide."""
     step = choose.conv_calls(stats=True, dx=True, dw=True, norm=True)
     assert conv_face(calls=step, rows_log2=15) == conv_face(calls=step, rows_log2=None) == "triton"
     assert conv_face(torch.float32, calls=step, rows_log2=15) == "aten"
@@ -233,15 +233,15 @@ def test_a_faster_face_that_is_wrong_is_not_taken(gpu, conv_table):
 @pytest.mark.parametrize(
     ("asked", "wanted", "checked"),
     [
-        ((256,), "cuda", [IN_CUDA]),  # 1.5 + 0.2 < 1 + 1
-        ((256, 11), "cuda", [IN_CUDA]),  # the nearest measured
+        ((256,), "cuda", [IN_CUDA]),  # forward + backward: cuda 1.5 + 0.2 s < triton 1 + 1 s
+        ((256, 11), "cuda", [IN_CUDA]),  # the nearest measured number of rows is 2**12
         ((256, 15), "triton", [IN_TRITON]),
         ((256, 16), "triton", [IN_TRITON]),
-        ((256, None), "triton", [IN_TRITON]),  # the most measured
+        ((256, None), "triton", [IN_TRITON]),  # the largest measured number of rows is 2**15
         ((384,), "reference", []),
         ((512,), "triton", [IN_TRITON]),  # not measured
         ((640,), "triton", [IN_TRITON]),  # its backward was not measured
-        ((768,), "triton", [IN_TRITON]),  # 0.5 + 2 > 1 + 1
+        ((768,), "triton", [IN_TRITON]),  # forward + backward: cuda 0.5 + 2 s > triton 1 + 1 s
         ((256, 12, torch.float16), "triton", [(GPU, NORM, "triton", FP16)]),  # not measured
         ((256, 12, torch.float64), "reference", []),  # no kernel takes fp64
     ],
@@ -316,7 +316,7 @@ def test_a_block_takes_the_form_that_was_chosen(gpu, form, status, wanted):
 
 
 class Faces(TorchDispatchMode):
-    """Records the face of bn_relu_dropout that each of our ops is called with."""
+    """Records which face for bn_relu_dropout and its statistics each call of our ops gets."""
 
     def __init__(self):
         super().__init__()
@@ -343,8 +343,8 @@ def test_the_ops_run_on_the_face_that_was_chosen(gpu, norm_table, channels, want
 
 
 def test_a_convs_statistics_come_from_the_face_of_the_norm_after_it(gpu, norm_table, monkeypatch):
-    """Shows that a conv's statistics come from the face of the norm after it, and that a verdict is asked for only
-    then."""
+    """Shows that a conv's statistics come from the face of the norm after it. The verdict on that face is needed only
+    if the conv computes statistics with backend="auto"."""
     monkeypatch.setattr(rules, "fastest", lambda *_: "aten")
     with FakeTensorMode(), Faces() as faces:
         x = torch.empty(4, 1000, 96, dtype=torch.bfloat16, device=GPU).transpose(1, 2)
@@ -360,7 +360,7 @@ def test_a_convs_statistics_come_from_the_face_of_the_norm_after_it(gpu, norm_ta
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_the_face_of_a_norm_is_a_constant_of_a_compiled_graph(gpu, norm_table, dynamic):
-    """Shows that a dynamic graph is compiled for each number of channels and not for each length."""
+    """Shows that a dynamic graph is compiled again for another number of channels, but not for another length."""
     counter = CompileCounter()
 
     def chosen(y):
@@ -394,7 +394,7 @@ def test_the_choice_is_a_constant_of_a_compiled_graph():
 
     x, weight = torch.ones(2, 3, 4), torch.ones(5, 3, 1)
     compiled = torch.compile(chosen, backend="eager", fullgraph=True)
-    with silent():  # tracing into the choice would warn, and on a GPU it would meet files and processes
+    with silent():  # if the choice were traced, Dynamo would warn; on a GPU it would trace file access too
         assert torch.equal(compiled(x, weight), chosen(x, weight))
 
 
@@ -410,7 +410,7 @@ def test_a_first_check_may_happen_while_a_graph_is_traced(gpu):
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_every_face_of_the_norms_that_can_be_chosen_has_its_checks(monkeypatch, tmp_path, quick):
-    """Shows that the CUDA face of the norms has the same checks as Triton's, in every function."""
+    """Shows that every function of the norms has the same checks on the CUDA face as on the Triton face."""
     monkeypatch.setenv("JASPER_FAST_TABLES", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Imaginary 9000")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

@@ -26,7 +26,7 @@ BF16, FP16, FP32 = "bfloat16", "float16", "float32"
 
 
 def of_conv(check=None, dtype: str = BF16):
-    """Returns the verdict on the conv in Triton. The test fails if this needs a check and none is given."""
+    """Returns the verdict on the conv in Triton. If a check is needed, runs `check`; without one the test fails."""
     return verdicts.verdict("conv1d", "triton", CPU, dtype, check or (lambda *_: pytest.fail("checked")))
 
 

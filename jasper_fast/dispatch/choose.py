@@ -18,7 +18,7 @@ from jasper_fast.kernels import tables
 from jasper_fast.kernels.conv1d import cuda_launch
 from jasper_fast.kernels.tables import Cell
 
-CONVS = ("triton", "cuda")  # faces whose convs run on a GPU
+CONVS = ("triton", "cuda")  # our faces that have convs for GPUs
 
 # the last part of a warning: what "auto" does if a verdict is not good
 PLAIN = "backend='auto' uses plain PyTorch for it instead, which is slower"
@@ -30,8 +30,9 @@ def resolve(backend: str, device: torch.device | str, op: str | None = None, dty
     """Returns the face that runs for `backend` on `device`. Raises BackendMissing if `backend` names a face that cannot
     run.
 
-    For "auto", `op` and `dtype` say what will run. In fp64 the face is "reference". On a GPU the verdict on the op must
-    be good (see `dispatch.verdicts`), in all dtypes if `dtype` is None. Without `op` verdicts are ignored.
+    For "auto", `op` and `dtype` say what will run. In fp64 the face is "reference". On a GPU the face is "reference"
+    too, unless the verdict on the op is good (see `dispatch.verdicts`), in all dtypes if `dtype` is None. Without `op`
+    verdicts are ignored.
     """
     return _resolve(backend, device, op, dtype)
 
@@ -74,8 +75,11 @@ def depthwise_face(backend: str, device: torch.device, dtype: torch.dtype) -> st
 
 @torch.compiler.assume_constant_result
 def ctc_face(backend: str, device: torch.device) -> str:
-    """Returns the face of the CTC loss in fp32 on `device`: "triton" if its verdict is good, else "reference". No other
-    face has a CTC loss."""
+    """Returns the face of the CTC loss in fp32 on `device`: "triton" or "reference". No other face has a CTC loss.
+
+    On a GPU it is "triton" if Triton can run and its verdict is good, except for backend="reference". A verdict is not
+    needed for backend="triton".
+    """
     gpu = torch.device(device).type == "cuda"
     if gpu and backend != "reference" and backends.why_missing("triton", device) is None:
         return "triton" if backend == "triton" else resolve("auto", device, CTC, torch.float32)
@@ -184,9 +188,9 @@ Convs = tuple[tuple[tuple[int, ...], int], ...]  # shapes (c_in, c_out, taps, st
 def fused_faces(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     """Returns the faces that may run a whole network at inference in `dtype`: some of "triton", "cuda", "cpu", "aten".
 
-    It is a single face, except for "auto" on a GPU. There it is "aten" and those of our faces that run and have a good
-    verdict on fused sub-blocks, and `fused_face` chooses one of them for each batch. On a GPU too old for Triton it is
-    the CUDA face alone.
+    Returns a single face, except for "auto" on a GPU. In that case it returns "aten" and those of our faces that can
+    run and have a good verdict on fused sub-blocks, and `fused_face` chooses one of them for each batch. On a GPU too
+    old for Triton it returns only the CUDA face, or only "aten" if the verdict on the CUDA face is not good.
     """
     device = torch.device(device)
     first = resolve(backend, device)

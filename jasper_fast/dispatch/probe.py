@@ -39,8 +39,8 @@ class Report:
         return [self.found[check["id"]] for check in self.planned if check["id"] in self.found]
 
     def decided(self) -> list[dict[str, Any]]:
-        """Returns the rows whose verdict can be made: either all checks of their op, face and dtype are finished, or
-        one of them failed."""
+        """Returns the rows of each op, face and dtype whose verdict is certain, because all its checks are finished or
+        one of them has failed."""
         rows, open_ = self.rows, {group_of(check) for check in self.planned if check["id"] not in self.found}
         open_ -= {group_of(row) for row in rows if row["status"] in FAULTS}
         return [row for row in rows if group_of(row) not in open_]
@@ -57,13 +57,13 @@ def supervise(
     on_row: Callable[[dict, int], None] = lambda row, total: None,
     report: Report | None = None,
 ) -> list[dict[str, Any]]:
-    """Performs all checks for `device` in child processes, and returns their rows. The statuses are those of
-    `checks.perform`, and "died", "hung" and "skipped".
+    """Performs all checks for `device` in child processes, and returns their rows. Their statuses are
+    those of `checks.perform`, plus "died", "hung" and "skipped".
 
-    `ops`, `faces`, `dtypes` ("float16", ...): what to check, as in `checks.plan`. After a kernel has died or hung, the
-    other checks of its op, face and dtype are skipped, because the verdict on them is known. `seconds` limits each
-    check. `on_row(row, total)` is called for each new row. Any exception kills the child at once, and `report` then has
-    the results so far. Raises CannotCheck if the child does not reach the first check.
+    `ops`, `faces`, `dtypes` ("float16", ...): what to check, as in `checks.plan`. If a check crashes or hangs its
+    process, the other checks of the same op, face and dtype are skipped, because their verdict is known. `seconds`
+    limits each check. `on_row(row, total)` is called for each new row. An exception in this function kills the child,
+    and `report` then has the results so far. Raises CannotCheck if the child does not reach the first check.
     """
     report = report or Report()
     wanted = {"device": str(device), "quick": quick, "ops": list(ops), "faces": list(faces), "dtypes": list(dtypes)}

@@ -7,9 +7,9 @@ which checks each before it times it. A cell (an op at a shape, see `tables.Cell
 so a run that is killed loses at most one cell.
 
 Nothing is tuned while a graph is captured or traced, or inside `not_now()`. Then "auto" chooses by tables or estimates,
-and the cells are tuned at the next request outside. `JASPER_FAST_TUNE=0` turns tuning off, and `off()` turns it
-off for the code inside its block. If several processes need the same times, one tunes, and the others wait and read its
-results.
+and the cells are tuned when "auto" next chooses a face and tuning is allowed. `JASPER_FAST_TUNE=0` turns tuning off,
+and `off()` turns it off for the code inside its block. If several processes need the same times, one tunes, and the
+others wait and read its results.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def keep(device: torch.device, rows: Sequence[Row]) -> None:
     if not rows:
         return
     cells, file = {row.cell for row in rows}, path(device)
-    with verdicts.locked(10.0, "tuned.lock"):  # for this write only; LOCK is for all of a tuning
+    with verdicts.locked(10.0, "tuned.lock"):  # held during this write; LOCK is held during the whole tuning
         kept = [row for row in read(device) if row.cell not in cells]
         try:
             tables.write(file, _header(device), [*kept, *rows])
@@ -123,8 +123,8 @@ tables.lay_over(rows)
 
 @dataclass
 class Session:
-    """The cells that one call tunes, the results so far (also which contenders were refused, and why), and whether the
-    time ran out."""
+    """The cells that one call of `tune` measures, the results so far (with the contenders that were refused, and
+    why), and whether the time ran out."""
 
     cells: Sequence[Cell]
     done: dict[Cell, dict[str, Any]] = field(default_factory=dict)
@@ -141,11 +141,11 @@ def tune(
     seconds: float | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Session:
-    """Measures `cells` in a child process for at most `budget` seconds. Saves each result at once if `keeps`.
+    """Measures `cells` in a child process for at most `budget` seconds. With `keeps` saves each finished cell.
 
-    `seconds`: the time for one cell (None: the tuner's default). If a contender crashes or hangs the child, that is
-    saved, the contender is not tried again, and a new child continues. `on_cell(session, activity)` is called at each
-    message. Raises CannotTune if a child ends outside any measurement, or by a signal from outside.
+    `seconds`: the time for one cell (None: the tuner's default). If a contender crashes or hangs the child, the fault
+    is saved, the contender is not tried again, and a new child continues. `on_cell(session, activity)` is called at
+    each message of the child. Raises CannotTune if a child ends outside any measurement, or by a signal from outside.
     """
     session, end = Session(list(dict.fromkeys(cells))), clock() + budget
     while True:
@@ -184,7 +184,7 @@ def tune(
 # ------------------------------------------------------------------------------------------------------- first use
 
 changed: list[Callable[[], None]] = []  # called after tables have new rows, to drop cached choices
-_waiting: dict[torch.device, dict[Cell, str]] = {}  # cells to tune once tuning is possible, with what needs each
+_waiting: dict[torch.device, dict[Cell, str]] = {}  # {cell to tune once tuning is allowed: `what` of `want`}
 _asked: set[tuple[torch.device, Cell]] = set()  # cells already tried in this process, with or without a result
 _local = threading.local()
 
@@ -203,7 +203,7 @@ def _more(name: str) -> Iterator[None]:
         setattr(_local, name, getattr(_local, name) - 1)
 
 
-# Context managers for the current thread. Inside `off()` requests are ignored; inside `not_now()` they are tuned later.
+# Context managers for the current thread. Inside `off()` nothing is tuned; inside `not_now()` tuning is put off.
 off = functools.partial(_more, "off")
 not_now = functools.partial(_more, "not_now")
 
@@ -225,7 +225,7 @@ def good_moment(device: torch.device) -> bool:
 
 def want(device: torch.device, cells: Iterable[Cell], what: str) -> None:
     """Tunes those of `cells` that were never measured on this GPU, now or at the next good moment. "auto" calls this
-    before it chooses. `what` names what needs the cells, for the message ("Jasper's inference")."""
+    before it chooses. `what` is printed as the thing that is tuned ("Jasper's inference")."""
     if not enabled():
         return
     device = indexed(device)
@@ -288,6 +288,6 @@ def _tell_and_tune(device: torch.device, cells: Sequence[Cell], what: str) -> No
 
 
 def forget() -> None:
-    """Forgets which cells wait and which were already tried."""
+    """Forgets which cells wait to be tuned, and which were already tried."""
     _waiting.clear()
     _asked.clear()

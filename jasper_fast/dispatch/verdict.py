@@ -24,8 +24,8 @@ class Verdict:
     """What the self-check found for one op on one face in one dtype ("bfloat16").
 
     status: "good", "bad", or "unchecked" if the check itself could not run (no memory, no compiler). quick: only the
-    quick check was made, which takes seconds. checked: the number of checks that passed. failure: the first fault, and
-    the kernel that has it.
+    quick check was made, which takes seconds. checked: the number of checks that passed. failure: the first fault and
+    its kernel, or why a check could not run.
     """
 
     op: str
@@ -60,7 +60,7 @@ FIXES = (
 FIXES_OF_KINDS = (
     (subprocess.SubprocessError,  # the C compiler failed (ptxas: PTXASError)
      "Triton compiles its launcher in C: it needs gcc, Python's headers (python3-dev) and space in TMPDIR"),
-    ((OSError, ImportError),  # a kernel itself uses no files
+    ((OSError, ImportError),  # not the kernel's fault: a kernel uses no files
      "this user must be allowed to read and run the files of Triton, and to write its cache"),
     (PlainPyTorchFailed, "without its result the kernel cannot be checked"),
 )  # fmt: skip

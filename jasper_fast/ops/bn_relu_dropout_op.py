@@ -49,8 +49,8 @@ def _backward(
 
 
 def mean_sums(dbeta: Tensor, dgamma: Tensor, y: Tensor, rows: Tensor | None, group: str) -> tuple[Tensor, Tensor]:
-    """Returns (dbeta/M, dgamma/M) over the rows of all ranks of `group`, from the sums of this rank, which are not
-    changed."""
+    """Returns (dbeta/M, dgamma/M) over the rows of all ranks of `group`. `dbeta` and `dgamma` are the sums of this
+    rank, and are not changed."""
     if not group:
         m = y.shape[0] * y.shape[2]
         return tuple(torch._foreach_div([dbeta, dgamma], m))
@@ -85,8 +85,8 @@ def _(dz, y, z, mean, rstd, gamma, beta, lengths, seed, rows, p, batch_stats, ha
 def _save(ctx, inputs, output):
     *norm, residual, lengths, seed, rows, ctx.p, ctx.batch_stats, ctx.halo, ctx.group, ctx.face = inputs
     ctx.has_residual = residual is not None
-    # With a residual the output z is saved to tell where the ReLU was open. As a block output it stays in memory in any
-    # case.
+    # With a residual, the output z is saved: it shows backward where the ReLU let values pass. This takes no extra
+    # memory, because z is then the output of a block, which stays in memory anyway.
     ctx.save_for_backward(norm[0], output if ctx.has_residual else None, *norm[1:], lengths, seed, rows)
 
 
@@ -109,7 +109,7 @@ def norm_face(x: Tensor, backend: str, channels: int, frames: int) -> str:
 
 
 def draw_seeds(count: int, device: torch.device | str) -> Tensor:
-    """Draws `count` dropout seeds, int64 (count,) on `device`, from PyTorch's default generator there.
+    """Draws `count` dropout seeds, int64 (count,) on `device`, from PyTorch's default generator of that device.
 
     On CUDA the seeds are drawn on the device without a host sync, so a captured graph has new masks in each replay.
     """
@@ -165,7 +165,7 @@ def bn_relu_dropout(
     Raises ValueError for shapes that do not fit, p outside [0, 1), a negative halo, and N*T = 1 in training, as PyTorch
     does. Raises BackendMissing for a named backend that cannot run here.
 
-    Semantics: one sub-block of the reference's `jasper/model.py` after its conv. Equivalent to
+    Semantics: what follows the conv in a sub-block of NVIDIA's `jasper/model.py`. Equivalent to
 
         z = F.batch_norm(y, running_mean, running_var, gamma, beta, training, momentum, eps)
         z = F.dropout(F.relu(z + residual), p, training)
@@ -204,7 +204,8 @@ def normaliser(
     backend: str,
     group: torch.distributed.ProcessGroup | None,
 ) -> Normaliser:
-    """Returns the batch's statistics and updates the running ones with them, or returns the running statistics."""
+    """Returns the batch's statistics, and updates the running statistics with them. Without `training`, or if `frozen`,
+    returns the running statistics."""
     wide = wide_dtype(y)
     batch_stats = training and not frozen
     rows, name = None, sync.name(group) if batch_stats else ""
@@ -228,7 +229,7 @@ def normaliser(
 
 
 def dropout_seed(p: float, seed: Tensor | int | None, device: torch.device) -> tuple[float, Tensor | None]:
-    """Returns (p, seed), the seed as a tensor (1,). It is drawn if none is given, and None if nothing is dropped."""
+    """Returns (p, seed), the seed as a tensor (1,). Draws a seed if none is given. If p is 0, the seed is None."""
     if p == 0.0:
         return p, None
     if not isinstance(seed, Tensor):
@@ -264,7 +265,7 @@ def check(y, gamma, beta, running_mean, running_var, residual, lengths, p, halo)
 
 
 def check_rows(x: Tensor, synced: bool | str) -> None:
-    """Raises ValueError if `x` (N, C, T) has one row and no other rank has any, because one row has no variance."""
+    """Raises ValueError if `x` (N, C, T) has only one row, unless `synced`: then other ranks have rows."""
     if not synced and x.shape[0] * x.shape[2] == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
 

@@ -79,8 +79,8 @@ def _(dy, x, weight, lengths, packed, stride, padding, dilation, need_dx, face):
 
 
 def _save(ctx, inputs, output):
-    # The pack is not saved by autograd: the module refills its buffer from the weight, which is saved and
-    # version-checked.
+    # The pack is not saved with save_for_backward, because each forward pass of the module refills its buffer in place.
+    # The weight is saved, so autograd raises an error if the weight changes before backward.
     x, weight, lengths, ctx.packed, ctx.stride, ctx.padding, ctx.dilation, _, _, ctx.face = inputs
     ctx.save_for_backward(x, weight, lengths)
     ctx.mark_non_differentiable(*output[1:])
@@ -122,8 +122,8 @@ def conv1d(
     cases, and 16-bit dtypes on a CPU with AMX, run ATen's conv2d on a channels-last view of the same memory.
 
     Raises ValueError for shapes that do not fit. Equivalent to `F.conv1d(x, weight, None, stride, padding, dilation)`,
-    and with `stats` to `bn_stats` of the result. The mask is that of the reference's `MaskedConv1d` (jasper/model.py),
-    which was applied before.
+    and with `stats` to `bn_stats` of the result. NVIDIA's `MaskedConv1d` (jasper/model.py) also zeroes the padding of
+    `x`; here bn_relu_dropout has done that.
     """
     check_channels("x", x, weight)
     check_lengths(lengths, x.shape[0])
@@ -162,11 +162,11 @@ def conv_face(
     stats: bool = False,
     norm: bool = False,
 ) -> tuple[str, Tensor | None]:
-    """Chooses the face for the conv of `x` (N, C, T). Returns it and its pack.
+    """Returns the face for the conv of `x` (N, C, T), and the weight packed for that face (or None).
 
-    The face is one of ours if that has the dtype and the gradients, else ATen. On a GPU "auto" takes cuDNN in
-    channels-last memory unless a measured table has a faster face for this shape. `stats` and `norm` tell which calls
-    of the conv to compare (see `choose.conv_face`).
+    The face is one of ours if that has the dtype and the gradients, else "aten". On a GPU "auto" takes the face with
+    the least measured or estimated time, which may be "aten" (cuDNN in channels-last memory). `stats` and `norm` tell
+    which calls of the conv to compare (see `choose.conv_face`).
     """
     grad, (c_out, c_in, taps) = torch.is_grad_enabled(), weight.shape
     rows = x.shape[0] * -(-x.shape[2] // geometry.stride)

@@ -62,13 +62,13 @@ def ctc_loss(
     zero_infinity: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Returns the CTC loss of each utterance, (N,). All arguments are on one device, and nothing waits for it.
+    """Returns the CTC loss of each utterance, (N,). All arguments are on one device.
 
-    `log_probs` (N, T, V) are log-softmax values in fp32 or fp64. `lengths` (N,) in frames, `targets` (N, U) and
-    `target_lengths` (N,) are int64; targets beyond their length may have any values. `blank`: None means V - 1. If a
-    target does not fit into its frames, the loss is infinite and its gradient NaN; with `zero_infinity` both are 0. The
-    gradient is 0 at t >= length. Lengths beyond T and U are clamped to them. The Triton face takes only fp32. Other
-    faces and dtypes run the reference, which makes some 20 launches per frame.
+    The host never waits for the device. `log_probs` (N, T, V) are log-softmax values in fp32 or fp64. `lengths` (N,) in
+    frames, `targets` (N, U) and `target_lengths` (N,) are int64; targets beyond their length may have any values.
+    `blank`: None means V - 1. If a target does not fit into its frames, the loss is infinite and its gradient NaN; with
+    `zero_infinity` both are 0. The gradient is 0 at t >= length. Lengths beyond T and U are clamped to them. The Triton
+    face takes only fp32. All other cases run in plain PyTorch (`reference`), which makes some 20 launches per frame.
 
     Raises ValueError for shapes and dtypes that do not fit. Equivalent to `F.ctc_loss(log_probs.transpose(0, 1),
     targets, lengths, target_lengths, blank, "none", zero_infinity)`.

@@ -85,8 +85,8 @@ def depthwise(
     the dtype of the weight.
 
     Raises ValueError for shapes that do not fit. Equivalent to `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None,
-    stride, padding, dilation, groups=C)`, followed by `masked_fill` at t >= out_lengths: NeMo's depthwise
-    `MaskedConv1d`, and the mask of the pointwise one after it.
+    stride, padding, dilation, groups=C)`, followed by `masked_fill` at t >= out_lengths. In NeMo this is a
+    depthwise `MaskedConv1d`, followed by the mask of the pointwise `MaskedConv1d` after it.
     """
     check_depthwise("x", x, weight, stride, padding, dilation)
     check_lengths(lengths, x.shape[0])

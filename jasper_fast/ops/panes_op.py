@@ -208,10 +208,10 @@ def gram(x: Tensor, group: torch.distributed.ProcessGroup | None = None) -> Gram
 
 
 def pane_stats(gram: Gram, weights: list[Tensor]) -> list[Gram]:
-    """Returns `gram` once for each pane that reads its block output, with the statistics of that pane.
+    """Returns one copy of `gram` for each pane that reads this block output, with the statistics of the pane's output.
 
-    `weights`: (C_out, C, 1) of each pane. The statistics of all panes are computed at once. They are equivalent to the
-    mean and the biased variance over the rows of `x.transpose(1, 2).reshape(-1, C) @ weight[:, :, 0].T`, per pane.
+    `weights`: (C_out, C, 1) of each pane. The statistics of all panes are computed together. They equal the mean and
+    the biased variance over the rows of `x.transpose(1, 2).reshape(-1, C) @ weight[:, :, 0].T`, per pane.
     """
     sizes = [w.shape[0] for w in weights]
     mean, var = torch.ops.jasper_fast.pane_stats(gram.mean, gram.cov, list(weights))

@@ -1,9 +1,9 @@
 """The sum of dense-residual panes (1x1 conv + batch norm) as PyTorch computes it: one GEMM and statistics per pane.
 
 This is the plain form; panes_op.py has the Gram form. A pane's output is freed once it is added, and backward computes
-it again. Only the block outputs are kept, which other layers keep anyway. On a CPU the outputs of the newest KEPT panes
-are saved too, because recomputing them costs more there than the memory. With y = x W^T, yhat = (y - mean)*rstd and g
-the gradient of the sum, which is the same for every pane:
+it again. Only the block outputs are kept, which other layers keep anyway. On a CPU the outputs of the last KEPT panes,
+whose inputs are the newest block outputs, are saved, because recomputing them is slow on a CPU. With y = x W^T,
+yhat = (y - mean)*rstd and g the gradient of the sum, which is the same for every pane:
     dgamma = sum g*yhat,   dbeta = sum g,   dy = gamma*rstd*(g - dbeta/M - yhat*dgamma/M),   dW = dy^T x,   dx = dy W
 """
 
@@ -20,7 +20,7 @@ from jasper_fast.ops.bn_relu_dropout_op import check_lengths, check_rows, norm_f
 from jasper_fast.ops.panes_op import unbiased
 from jasper_fast.ops.registration import lib, op, register_autograd
 
-KEPT = 7  # pane outputs that a block saves on a CPU; the newest inputs are the widest
+KEPT = 7  # how many pane outputs a block saves on a CPU, at most: those of the last panes, with the widest inputs
 
 
 def _impl_name(face: str, weights: list[Tensor], *activations: Tensor) -> str:
@@ -44,8 +44,8 @@ def _saved(keep: int, face: str, xs: list[Tensor], weights: list[Tensor]) -> int
 
 
 def _groups(panes, kept):
-    """Yields slices of the `panes`, each with a buffer for its outputs: first each pane that is not saved, then all
-    saved panes together."""
+    """Yields (slice of `panes`, buffer for its outputs): first one slice for each pane whose output is not saved, then
+    one slice for all panes whose outputs are saved."""
     passing = len(panes) - len(kept)
     place = kept.new_empty((1, *kept.shape[1:])) if passing else kept
     yield from ((slice(k, k + 1), place) for k in range(passing))

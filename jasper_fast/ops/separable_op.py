@@ -129,8 +129,8 @@ def separable_conv(
 
     Returns (N, C_out, T') in NTC memory. Rows of `x` at t >= `lengths` (N,) count as zero, and so do rows of the
     depthwise conv's output at t >= `out_lengths`. With `stats` the result is (y, (mean, M2)), as for `conv1d`. `packed`
-    is the pack of `weight`, as for `conv1d`. Backward keeps only `x`. Raises ValueError for shapes that do not fit.
-    Equivalent to `F.conv1d(depthwise(x, ...), weight)`.
+    is the pack of `weight`, as for `conv1d`. Of all activations, only `x` is kept for backward. Raises ValueError for
+    shapes that do not fit. Equivalent to `F.conv1d(depthwise(x, ...), weight)`.
     """
     x, geometry = autocast(x), Geometry(stride, padding, dilation)
     _check("x", x, depthwise, weight, geometry, lengths, out_lengths)
@@ -172,8 +172,8 @@ def separable_sub_block(
     """Computes batch norm, ReLU, dropout and mask of a conv's output `y` (N, C, T), then `separable_conv`, as one node.
 
     Returns (N, C_out, T') in NTC memory and in the dtype of `y`. With `next_stats` returns this tensor and (mean, M2).
-    The other arguments and the errors are those of `bn_relu_dropout` and `separable_conv`. Backward keeps only `y`.
-    Equivalent to `separable_conv(bn_relu_dropout(y, ...), depthwise, weight, ...)`.
+    The other arguments and the errors are those of `bn_relu_dropout` and `separable_conv`. Of all activations, only `y`
+    is kept for backward. Equivalent to `separable_conv(bn_relu_dropout(y, ...), depthwise, weight, ...)`.
     """
     check(y, gamma, beta, running_mean, running_var, None, lengths, p, halo)
     geometry = Geometry(stride, padding, dilation)

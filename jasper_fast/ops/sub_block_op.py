@@ -44,7 +44,7 @@ def _backward(
     norm, mask, geometry = Norm(mean, rstd, gamma, beta), Mask(lengths, seed, p), Geometry(1, padding, dilation)
     z = bn.forward(y, norm, None, mask)
     dw = impl.wgrad(z, dout, weight.shape[2], geometry, lengths, weight.dtype, clean=True)
-    if hasattr(impl, "dgrad_bn"):  # it sums in its epilogue, and returns g with dropout applied
+    if hasattr(impl, "dgrad_bn"):  # computes dbeta and dgamma in its epilogue; g has the dropout applied
         g, dbeta, dgamma = impl.dgrad_bn(dout, weight, geometry, y, z, norm, mask, packed)
         mask = Mask(lengths)
     else:
@@ -114,9 +114,9 @@ def sub_block(
 
     `y` is the output of the conv before. Returns (N, C_out, T') in NTC memory and in the dtype of `y`. With
     `next_stats` returns this tensor and (mean, M2), as `conv1d` does with `stats`. `weight` (C_out, C, K) is cast
-    inside. `packed` is as for `conv1d`. The other arguments and the errors are those of `bn_relu_dropout`. Backward
-    keeps `y` but not the input of the conv. Equivalent to `F.conv1d(bn_relu_dropout(y, ...), weight, None, 1, padding,
-    dilation)`.
+    inside. `packed` is as for `conv1d`. The other arguments and the errors are those of `bn_relu_dropout`. For
+    backward, `y` is kept and the input of the conv is not. Equivalent to `F.conv1d(bn_relu_dropout(y, ...), weight,
+    None, 1, padding, dilation)`.
     """
     check(y, gamma, beta, running_mean, running_var, None, lengths, p, halo)
     check_channels("y", y, weight)
