@@ -1,7 +1,5 @@
 """Writes files that other processes may read at the same time."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -7,8 +7,6 @@ The element is kept if and only if its word >= p * 2**32. This file is the defin
 arithmetic, so it runs on any device.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

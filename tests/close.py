@@ -1,7 +1,5 @@
 """The tolerance rule of every numeric test."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from jasper_fast.selfcheck.tolerance import Tolerance, compare

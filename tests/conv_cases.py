@@ -1,7 +1,5 @@
 """Conv layers for the tests of the Triton and CUDA kernels: their inputs, and gradients by plain PyTorch."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -4,8 +4,6 @@ The libraries are written to build/emulated. Their names contain a hash of every
 and parallel processes share each build.
 """
 
-from __future__ import annotations
-
 import fcntl
 import functools
 import hashlib

@@ -3,8 +3,6 @@ wrong text) by name."""
 
 # ruff: noqa: E501 (one line per mistake)
 
-from __future__ import annotations
-
 WGMMA, MMA, PANELS, EPILOGUE = "conv1d_wgmma.cuh", "conv1d_mma.cuh", "conv1d.cuh", "conv1d_epilogue.cuh"
 WGRAD, WGRAD90 = "conv1d_wgrad.cuh", "conv1d_wgrad90.cuh"
 STEP = "novograd.cuh"

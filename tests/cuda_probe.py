@@ -4,8 +4,6 @@
 functions make operands and expected results.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable, Iterator
 from typing import NamedTuple

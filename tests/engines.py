@@ -1,7 +1,5 @@
 """Helpers for the tests of the inference engine: small models, a stand-in for CUDA graphs, poisoned buffers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Makes a mistake in a copy of the CUDA sources, and runs checks of the copy in a separate process."""
 
-from __future__ import annotations
-
 import faulthandler
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Files as NeMo writes them, for the tests of loading and converting: archives, and pairs of files."""
 
-from __future__ import annotations
-
 import io
 import tarfile
 from pathlib import Path

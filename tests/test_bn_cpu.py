@@ -3,8 +3,6 @@
 test_bn_relu_dropout.py tests what all faces share.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import make_face

@@ -1,7 +1,5 @@
 """Checkpoints: atomic writes, rotation, and reads that report what is wrong."""
 
-from __future__ import annotations
-
 import os
 import random
 import re

@@ -1,7 +1,5 @@
 """Loading of models: checkpoints of this project, of NVIDIA's Jasper and of NeMo, and warm starts."""
 
-from __future__ import annotations
-
 import warnings
 
 import nemo_files

@@ -1,7 +1,5 @@
 """Configurations: NVIDIA's keys, and errors that name what is wrong."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """conv1d: reference.py equals F.conv1d and autograd in fp64, and the CPU kernels meet the tolerance rule."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pytest

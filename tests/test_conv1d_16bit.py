@@ -1,7 +1,5 @@
 """16 bits on the CPU face: bf16 products that are exact and summed in fp32, at inference and in training."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from close import assert_close

@@ -1,7 +1,5 @@
 """The CUDA C++ face of conv1d, run on the CPU with its PTX instructions emulated (tests/cuda_host.py)."""
 
-from __future__ import annotations
-
 import ctypes
 from types import SimpleNamespace
 

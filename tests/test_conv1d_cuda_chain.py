@@ -4,8 +4,6 @@ The emulation begins such a launch with NaN in all memory that the previous laun
 memory only when no thread can continue without its wait (csrc/cuda/emulate/grids.cpp).
 """
 
-from __future__ import annotations
-
 import ctypes
 
 import conv_cases

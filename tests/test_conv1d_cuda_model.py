@@ -1,7 +1,5 @@
 """A whole Jasper on the emulated CUDA convs in fp16 gives the numbers of NVIDIA's Jasper, forward and backward."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from close import assert_close

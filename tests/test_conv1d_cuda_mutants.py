@@ -1,7 +1,5 @@
 """Each mistake in tests/cuda_mutants.py, made in the CUDA conv's sources, makes a check of the conv fail."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Iterable
 from pathlib import Path

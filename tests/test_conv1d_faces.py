@@ -3,8 +3,6 @@
 The self-check supplies the inputs and the results of plain PyTorch and of fp64. The tolerance is that of the tests.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from close import assert_close

@@ -3,8 +3,6 @@
 The tests use tensors on the meta device, which have sizes and strides but no memory.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 

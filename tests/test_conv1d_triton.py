@@ -1,7 +1,5 @@
 """Training convs in Triton (interpreted if there is no GPU), compared with fp64 by the tolerance rule of all tests."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from close import assert_close

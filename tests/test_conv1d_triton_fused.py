@@ -1,7 +1,5 @@
 """Inference convs in Triton: one kernel per sub-block, the network's first and last layer, shared reductions."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from close import assert_close

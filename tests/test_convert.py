@@ -1,7 +1,5 @@
 """Conversion of checkpoints: every format to every other and back bit for bit, and the report."""
 
-from __future__ import annotations
-
 import io
 import math
 import os

@@ -1,8 +1,6 @@
 """The command `jasper-fast convert`: what it writes, and its one-line errors for damaged or malicious files."""
 # ruff: noqa: F811 (fixtures)
 
-from __future__ import annotations
-
 import io
 import json
 import os

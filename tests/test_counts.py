@@ -1,8 +1,6 @@
 """FLOPs and bytes as bench counts them equal PyTorch's counter and the sizes of the tensors that kernels get. For all
 convs and norms of Jasper 10x5, Triton's launches are recorded and not run."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator

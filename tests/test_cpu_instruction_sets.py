@@ -3,8 +3,6 @@
 A process chooses its instruction set when it loads the library, so each set runs those tests in a process of its own.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

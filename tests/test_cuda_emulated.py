@@ -1,8 +1,6 @@
 """The CUDA kernels of bn_relu_dropout, compiled as host C++ and run thread by thread, so that their indexing is tested
 without a GPU. The imported tests also run on every other face."""
 
-from __future__ import annotations
-
 import ctypes
 import itertools
 import math

@@ -7,8 +7,6 @@ instructions on the host, their "host twins", follow the same text.
 The tests assert everything that the kernels rely on. Swizzle that starts inside its pattern is only reported.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """cuDNN searches for its fastest algorithm only in calls that are timed."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

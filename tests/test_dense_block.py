@@ -1,7 +1,5 @@
 """The gradients of a whole dense-residual block in fp64: conv sub-blocks, panes in both forms, masks and dropout."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

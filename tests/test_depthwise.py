@@ -1,7 +1,5 @@
 """The depthwise conv on every face: against F.conv1d and autograd in fp64, by the tolerance rule of all tests."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """The inference engine on each face: every kind of block, layouts and dtypes of features, folding, errors, threads."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest

@@ -1,7 +1,5 @@
 """Graphs of the engine: buckets, growth, eviction, refresh, streams. Without a GPU a stand-in replays the launches."""
 
-from __future__ import annotations
-
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """An engine call on the triton face launches one kernel per sub-block and one for the decoder, and calls no ATen op."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The graph that is exported for other runtimes gives the engine's results for any batch, length and padding."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """Every face of an op exports the same functions with the same signatures."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import re

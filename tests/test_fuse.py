@@ -1,7 +1,5 @@
 """fuse() on other projects' Jaspers: the same results with the same parameters, and unfuse() undoes everything."""
 
-from __future__ import annotations
-
 import copy
 import json
 

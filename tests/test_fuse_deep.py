@@ -1,7 +1,5 @@
 """Other projects' Jasper 10x5 at full depth and a sixteenth of the width, with and without fusion."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

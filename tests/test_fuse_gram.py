@@ -1,7 +1,5 @@
 """Fused blocks whose panes take their statistics from Gram matrices, as on a GPU: one matrix serves all blocks."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 

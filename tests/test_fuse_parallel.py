@@ -1,7 +1,5 @@
 """Fused blocks on two gloo processes: under DDP, and with SyncBN."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.distributed as dist

@@ -1,7 +1,5 @@
 """fuse() on QuartzNets: the look-alike of NeMo's and EagerJasper, with and without fusion."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from engines import block, config, draw_statistics

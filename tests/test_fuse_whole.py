@@ -1,7 +1,5 @@
 """In evaluation one engine runs a whole fused encoder, with the model's current weights."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

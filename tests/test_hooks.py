@@ -1,8 +1,6 @@
 """Convs and norms whose weights are read, but which are never called: hooks on them are refused, because they would
 not run, and parametrizations work."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

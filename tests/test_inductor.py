@@ -3,8 +3,6 @@
 tests/test_model.py compiles with aot_eager, which traces like Inductor but does not fuse, reorder or free anything.
 """
 
-from __future__ import annotations
-
 import copy
 import shutil
 

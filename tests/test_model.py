@@ -1,7 +1,5 @@
 """The model equals EagerJasper: every kind of block, masks, padding, NaN, modes, autocast, compile."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """Every batch norm of a Jasper, panes' included, obeys its own settings, as nn.BatchNorm1d defines them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from test_model import config

@@ -1,7 +1,5 @@
 """The registered ops: opcheck, statistics, packs, halo, argument errors, seeds, running statistics."""
 
-from __future__ import annotations
-
 import functools
 
 import pytest

@@ -1,7 +1,5 @@
 """Dense-residual panes in training, Gram and plain form, against their definition: fp64, low precision, large means."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """One switch sets the precision of fp32 products, in convs and matrix products, on every face and in plain PyTorch."""
 
-from __future__ import annotations
-
 import argparse
 import copy
 import threading

@@ -1,7 +1,5 @@
 """QuartzNet: separable blocks in the model, the engine, the exported graph and NeMo's archives."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 

@@ -1,8 +1,6 @@
 """One check of the self-check: right kernels pass, wrong ones are found, and a fault of the machine blames no
 kernel."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import subprocess

@@ -1,7 +1,5 @@
 """The plan of the self-check has every kernel and configuration that dispatch can choose, once."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The process of the self-check: a kernel that kills it or hangs is named; the command prints and saves the results."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

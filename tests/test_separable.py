@@ -1,7 +1,5 @@
 """Separable sub-blocks as one node equal the ops that they consist of, and eager PyTorch."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

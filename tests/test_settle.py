@@ -1,7 +1,5 @@
 """Tensors of a test are made on the device of its face. A GPU is pretended: fake tensors have no content."""
 
-from __future__ import annotations
-
 import conftest
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """SyncBatchNorm over two gloo processes with different batches equals one process with the whole batch."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from pathlib import Path

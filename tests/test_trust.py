@@ -1,7 +1,5 @@
 """`backend="auto"` chooses by verdicts and tables, and the choice is a constant of a compiled graph."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import warnings

@@ -1,8 +1,6 @@
 """What `backend="auto"` chooses on a GPU that is too old for Triton."""
 # ruff: noqa: F811 (fixtures)
 
-from __future__ import annotations
-
 import pytest
 import torch
 from standins import GPU_NAME, imaginary_gpus_table, verdict, verdicts_of_its_own  # noqa: F401 (fixtures)

@@ -1,7 +1,5 @@
 """First-use tuning on an imaginary GPU: what it picks and refuses, what survives a kill, and who tunes when."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

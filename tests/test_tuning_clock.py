@@ -1,7 +1,5 @@
 """How the tuner times: captured calls in turns, each with an emptied cache."""
 
-from __future__ import annotations
-
 import contextlib
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """Verdicts: how they are saved, when a check is made, and what the command line prints about them."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

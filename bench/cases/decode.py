@@ -1,7 +1,5 @@
 """Cases of `python -m bench decode`: beam searches over log-probabilities, alone and after the acoustic model."""
 
-from __future__ import annotations
-
 import functools
 import math
 import random

@@ -1,7 +1,5 @@
 """The values of `backend=`, and whether this machine can run each of them."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import os

@@ -5,8 +5,6 @@ known to be good run in a child process. It reads its task as JSON from standard
 output for each piece of work that it begins and each result.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -4,8 +4,6 @@ A face is one implementation of an op: "reference" (plain PyTorch), "cpu", "trit
 kernel, in place of "reference" for convs). A verdict is the result of checking a kernel on this machine.
 """
 
-from __future__ import annotations
-
 import functools
 import warnings
 

@@ -6,8 +6,6 @@ or falls silent, the check that it had begun is at fault, and a new child does t
 interrupted, its `Report` has the results so far.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace

@@ -6,8 +6,6 @@
 where they come from. The estimates are used only if there are no measured times, not even of a similar GPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

@@ -12,8 +12,6 @@ and `off()` turns it off for the code inside its block. If several processes nee
 others wait and read its results.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import functools

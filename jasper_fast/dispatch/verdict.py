@@ -1,7 +1,5 @@
 """Makes verdicts on kernels from the results of checks, and tells errors of a kernel from errors of the machine."""
 
-from __future__ import annotations
-
 import datetime
 import errno
 import subprocess

@@ -6,8 +6,6 @@ only for the GPU, driver, torch, Triton and sources with which it was made, and 
 cache is the folder `JASPER_FAST_CACHE`, else `$XDG_CACHE_HOME/jasper_fast`, else `~/.cache/jasper_fast`.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import importlib.metadata
@@ -124,7 +122,7 @@ def _parse(data: dict, device: torch.device) -> dict[tuple[str, str, str], Verdi
     found = {}
     for values in data["verdicts"]:
         verdict = Verdict(**values)
-        wrong = [f.name for f in fields(Verdict) if type(getattr(verdict, f.name)).__name__ != f.type]
+        wrong = [f.name for f in fields(Verdict) if type(getattr(verdict, f.name)) is not f.type]
         if wrong or verdict.status not in (GOOD, BAD):
             raise ValueError(f"{', '.join(wrong) or 'status'} of a verdict is invalid")
         found[verdict.op, verdict.face, verdict.dtype] = verdict

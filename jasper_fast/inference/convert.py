@@ -1,7 +1,5 @@
 """Converts checkpoints between formats, with an exact report of what became of each entry."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """The inference engine."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import threading

@@ -1,7 +1,5 @@
 """Summarises an evaluation: error rates overall and by set, length and speaker, and a page of the worst utterances."""
 
-from __future__ import annotations
-
 import base64
 import io
 from bisect import bisect_right

@@ -1,7 +1,5 @@
 """Captures CUDA graphs, keeps one for each input shape, and orders the work on buffers that several streams share."""
 
-from __future__ import annotations
-
 import contextlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict

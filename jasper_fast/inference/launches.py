@@ -4,8 +4,6 @@ The first launch reads the caller's features and lengths, and the last one write
 use only the engine's buffers, so on a GPU they are captured in one CUDA graph per batch size and bucket of lengths.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

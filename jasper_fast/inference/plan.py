@@ -5,8 +5,6 @@ Panes are the 1x1 convs of residual connections. All block outputs that panes re
 panes are a single sum of GEMMs with one bias.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial

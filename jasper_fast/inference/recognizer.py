@@ -1,7 +1,5 @@
 """Transcribes audio: puts checkpoint, features, engine and decoding together."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections import deque

@@ -1,7 +1,5 @@
 """What the fused and the eager Jasper share: block shapes, modules, output lengths and initial weights."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """A Jasper block. Its parameters have the names of NVIDIA's Jasper, and the fused ops compute it in NTC memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial

@@ -3,8 +3,6 @@
 A cell is an op in one dtype, at one shape, with about 2**rows_log2 rows.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Checkpoint files. They are written atomically, and reading one executes nothing in it."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -4,8 +4,6 @@ It works in NCT memory with one module per step: masked_fill, Conv1d, BatchNorm1
 that the fused model must return, and every benchmark compares with it.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

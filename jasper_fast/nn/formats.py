@@ -1,7 +1,5 @@
 """Reads the weights in checkpoints of this project, of NVIDIA's Jasper and of NeMo, under one set of names."""
 
-from __future__ import annotations
-
 import io
 import re
 import tarfile

@@ -1,7 +1,5 @@
 """Loads the weights of a file into a model."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import warnings

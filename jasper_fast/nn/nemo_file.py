@@ -1,7 +1,5 @@
 """Weights as a `.nemo` archive: a tar with NeMo's configuration, and with the weights under NeMo's names."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import re

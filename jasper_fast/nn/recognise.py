@@ -1,7 +1,5 @@
 """Recognises Jasper blocks of other projects by class name and attributes, without importing those projects."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

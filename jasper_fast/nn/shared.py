@@ -5,8 +5,6 @@ again, and would compute the statistics of its panes (1x1 residual convs) from t
 share, each block output is prepared once, and its one Gram matrix serves all blocks that read it.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar

@@ -1,7 +1,5 @@
 """Weights as safetensors files: plain tensors, with the configuration and the labels in the header."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

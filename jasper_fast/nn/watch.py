@@ -1,7 +1,5 @@
 """Detects changes in modules: in their settings, their submodules, and the values of their tensors."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """Batch norm, residual sum, ReLU, dropout and the mask of the next conv as one op."""
 
-from __future__ import annotations
-
 import operator
 from typing import NamedTuple
 

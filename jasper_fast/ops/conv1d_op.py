@@ -1,7 +1,5 @@
 """1D convolution in NTC memory, and the batch statistics of its output."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import ModuleType
 

@@ -1,7 +1,5 @@
 """The CTC loss with all lengths on the device. The host reads nothing, so a CUDA graph can contain the loss."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Depthwise 1D convolution in NTC memory, with the masks of its input and output."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The sum of dense-residual panes (1x1 conv + batch norm), with statistics from the Gram matrices of their inputs."""
 
-from __future__ import annotations
-
 import itertools
 from typing import NamedTuple
 

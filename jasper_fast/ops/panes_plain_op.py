@@ -7,8 +7,6 @@ yhat = (y - mean)*rstd and g the gradient of the sum, which is the same for ever
     dgamma = sum g*yhat,   dbeta = sum g,   dy = gamma*rstd*(g - dbeta/M - yhat*dgamma/M),   dW = dy^T x,   dx = dy W
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The `jasper_fast` namespace of torch.library, in which every op of this package is defined."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

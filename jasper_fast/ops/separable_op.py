@@ -4,8 +4,6 @@ The node saves its input and a few vectors. Backward computes the input and the 
 separable sub-block keeps one tensor, the output of its pointwise conv, while eager PyTorch keeps four.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ The node saves y and a few vectors, and backward computes z again, so a sub-bloc
 conv computes the statistics of its output, they are passed along with the output and need no pass of their own.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -8,8 +8,6 @@ torch.compile keeps these ops, but Inductor reorders them to save memory, and th
 batches differ in shape between ranks, compile with options={"reorder_for_peak_memory": False}, which keeps the order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """A check's inputs and its three results: the kernel's, plain PyTorch's at the same precision, and the fp64 result."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Lists the checks that a device needs: one for every kernel and configuration that dispatch can choose there."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass

@@ -3,8 +3,6 @@
 It prints one line when it begins a check and one line with the result.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from typing import IO

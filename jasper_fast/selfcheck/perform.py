@@ -6,8 +6,6 @@ NaN. Kernels are called as dispatch calls them. For example, `clean` promises Tr
 zero.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from dataclasses import asdict

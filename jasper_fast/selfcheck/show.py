@@ -1,7 +1,5 @@
 """The command `jasper-fast selfcheck`: runs the checks, prints the results and saves the verdicts."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence

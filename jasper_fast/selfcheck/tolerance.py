@@ -1,7 +1,5 @@
 """How far a result may be from the fp64 result: one rule for the tests, the self-check and the benchmarks."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The process that tunes: `dispatch.tuned` starts `python -m jasper_fast.tuning.child` and reads its output."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable

@@ -5,8 +5,6 @@ once, as Triton's own launcher would, into Triton's cache on disk. The measuring
 Workers need no GPU.
 """
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

@@ -7,8 +7,6 @@ The function returns an empty list if its face cannot run the cell. Proposals ar
 matters only if the time runs out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The inputs of a cell, and functions that run its contenders on them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Finds the fastest of several calls by timing them in turns. Clearly slow ones are timed only once."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Mapping

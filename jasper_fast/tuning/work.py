@@ -1,7 +1,5 @@
 """The tuner. For each cell it checks all contenders, times the correct ones, and reports the result immediately."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Iterable

@@ -3,8 +3,6 @@
 Results are bit-identical for any number of threads.
 """
 
-from __future__ import annotations
-
 from jasper_fast.kernels import native
 from jasper_fast.kernels.bn_relu_dropout.native_face import NativeFace
 

@@ -3,8 +3,6 @@
 Reductions merge partial results in a fixed order, so runs on one GPU are bit-identical.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

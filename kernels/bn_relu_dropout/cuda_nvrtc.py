@@ -3,8 +3,6 @@
 `cut` divides the work as `plan` in csrc/cuda/bn_relu_dropout.cuh does; tests/test_cuda_nvrtc.py compares the two.
 """
 
-from __future__ import annotations
-
 import ctypes
 from types import ModuleType
 

@@ -4,8 +4,6 @@ The ops are those of the CPU library, of the CUDA library, or of `cuda_nvrtc.Com
 memory, fp32, fp16 or bf16, with fp32 arithmetic inside; channel vectors are (C,) fp32. For fp64 use the reference face.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -5,8 +5,6 @@ gradient, as in PyTorch. A dropped or masked element is replaced by zero, not mu
 not survive.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

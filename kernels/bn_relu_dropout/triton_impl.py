@@ -12,8 +12,6 @@ with z). Padding is read only by stats and by backward_apply with batch statisti
 does. With `halo`, backward_apply reads nothing beyond length + halo: y is zero there and dy is one constant row.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -6,8 +6,6 @@ NHWC kernels of cuDNN and oneDNN. These also need a channels-last weight. A pack
 activations; forward and dgrad read the same pack. Without a pack, ATen casts and transposes the weight in every call.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

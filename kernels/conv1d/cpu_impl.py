@@ -8,8 +8,6 @@ The functions for training choose the algorithm by the shape and pack the weight
 or its padding.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

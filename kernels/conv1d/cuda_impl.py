@@ -5,8 +5,6 @@ gradients of inputs, conv1d_wgrad.cuh and conv1d_wgrad90.cuh for gradients of we
 epilogue. Accumulators are fp32. Dispatch takes ATen for other dtypes and for the gradient of x at a stride above 1.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

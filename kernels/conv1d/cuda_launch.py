@@ -1,7 +1,5 @@
 """Launches the CUDA convs on the device of their data, on the current stream of that device."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 

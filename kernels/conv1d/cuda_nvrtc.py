@@ -1,7 +1,5 @@
 """The functions of csrc/cuda/conv1d.cu without the CUDA library: NVRTC compiles the same kernels at run time."""
 
-from __future__ import annotations
-
 import ctypes
 from types import ModuleType
 

@@ -5,8 +5,6 @@ Times are estimates, in clocks of one multiprocessor, derived from its peak rate
 to compare tiles.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Types and helpers that the GPU faces of conv1d and depthwise share."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

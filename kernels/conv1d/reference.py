@@ -3,8 +3,6 @@
 N batch, C channels, T frames, K taps. A conv is a sum of K shifted matrix products, and so is each of its gradients.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

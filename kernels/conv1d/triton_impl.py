@@ -6,8 +6,6 @@ Activations are fp16, bf16 or fp32. fp32 is rounded to TF32 if PyTorch's own con
 Accumulators are fp32.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 from torch import Tensor

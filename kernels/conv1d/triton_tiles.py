@@ -6,8 +6,6 @@ tile. A wgrad program owns `n` input by `k` output channels of one tap or two (`
 each step; `splits` programs share the utterances.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 

@@ -9,8 +9,6 @@ states in registers, get the neighbouring state by one exchange between threads,
 made in a fixed order, so runs are bit-identical.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -3,8 +3,6 @@
 This face serves every device and dtype for which we have no faster kernel.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

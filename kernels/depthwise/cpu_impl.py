@@ -4,8 +4,6 @@ Activations are fp32, fp16 or bf16; sums and weights are fp32. Results are bit-i
 output of an utterance does not depend on its batch or its padding.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 N batch, C channels, T frames, K taps. The conv is a sum of K shifted products, and so is each of its gradients.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

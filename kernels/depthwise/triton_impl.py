@@ -4,8 +4,6 @@ This file has the launches and checks; the kernels are in triton_sum.py and trit
 or fp32 and sums are fp32. No tensor core is used, so fp32 is never rounded to TF32.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 from torch import Tensor

@@ -8,8 +8,6 @@ A program owns a run: a range of elements of one tensor (see table.py). squares 
 16 and writes 12. Sums are made in a fixed order, so a repeated step gives identical bits.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

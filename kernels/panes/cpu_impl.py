@@ -4,8 +4,6 @@ Activations are fp32, or bf16 on a CPU that multiplies pairs of bf16 (`takes`). 
 tensors except the xs and the weights must be contiguous. Results are bit-identical for any number of threads.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

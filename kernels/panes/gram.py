@@ -15,8 +15,6 @@ diagonal blocks and twice the block below the diagonal, in one flat tensor. For 
 2 S = L + L^T.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

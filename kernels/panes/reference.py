@@ -5,8 +5,6 @@ xs; mean, scale = gamma*rstd and slope are (P, C_out), fp32 or wider; g is the g
 mean_g (C_out,) its mean over rows. The xs are zero at t >= lengths, (N,) int64 or None.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

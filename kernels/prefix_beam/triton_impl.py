@@ -17,8 +17,6 @@ The n-gram is a table here, with 12 bytes for each state and class: what the cla
 follows.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -5,8 +5,6 @@ description. Golden results of NVIDIA's own system check its look-alike. A block
 NVIDIA's configuration files.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -3,8 +3,6 @@
 It is written from a description, not from NeMo's source.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -3,8 +3,6 @@
 It is written from a description, not from NVIDIA's source. Golden results of NVIDIA's own system check its numbers.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 
