@@ -111,6 +111,7 @@ def test_a_kernel_that_ruins_the_context_is_named():
     """Shows that a kernel which ruins a CUDA context is named. On a GPU the synchronisation after it raises, and so
     does everything after that."""
     code = """
+import jasper_fast.kernels.philox  # its annotations use torch.device, which the next lines replace
 device_of = torch.device
 torch.device = lambda name: device_of(name) if name != "cpu" else Pretended()
 class Pretended:
