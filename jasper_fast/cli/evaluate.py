@@ -4,8 +4,8 @@ Transcribes every utterance of a manifest (JSON lines with audio_filepath, durat
 Jasper). Prints the word and character error rate over all of them, the speed in seconds of audio per second (RTFx), and
 the worst utterances. References are normalised as in training; symbols that this drops are counted per manifest. Files
 that cannot be used are listed and do not count in the error rates. If a file is shorter than its header or the manifest
-says, the audio that it has is used, with a warning. Several processes share the utterances and report the same texts
-and rates as one process.
+says, the available audio is used, with a warning. Several processes share the utterances and report the same texts and
+rates as one process.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ def _run(arguments: argparse.Namespace, share: Ranks) -> int:
 
 
 def _together(share: Ranks, places: list[int], rows: list[dict], result: Recognition) -> tuple[list[dict], Recognition]:
-    """Returns the rows of all processes in the manifests' order, and the result with their times and skipped files."""
+    """Returns the rows of all processes in the order of the manifests, and ``result`` with the times and skipped files
+    of all processes."""
     seconds = (result.audio_seconds, result.compute_seconds, result.wall_seconds)
     parts = share.gather((places, rows, seconds, result.skipped))
     by_place = dict(pair for places, rows, _, _ in parts for pair in zip(places, rows))

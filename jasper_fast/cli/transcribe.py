@@ -6,7 +6,7 @@ and with any number of channels. Lines are written in UTF-8, in the order of the
 another encoding are written unchanged (in JSON as \\udcXX).
 
 Messages go to the standard error. A file that cannot be used is reported there, with the reason, and left out. If a
-file is shorter than its header says, the audio that it has is transcribed, with a warning.
+file is shorter than its header says, the available audio is transcribed, with a warning.
 
 To continue an interrupted run, repeat the command with --resume. Files that have a line in --out are not transcribed
 again, an incomplete last line is dropped, and files that could not be used are tried again. Under torchrun
@@ -44,7 +44,7 @@ examples:
   jasper-fast transcribe talk.wav --checkpoint runs/best.pt --lm 4-gram.arpa.gz --json --n-best 5"""
 
 
-# The files of this many batches are sorted by length together. More save padding, fewer give earlier output.
+# Files are sorted by length in groups of this many batches. Large groups save padding, small ones give output earlier.
 _WINDOW = 8
 OPTIONS = {
     "": [
@@ -100,27 +100,27 @@ def _run(arguments: argparse.Namespace, share: Ranks) -> int:
     errors = "backslashreplace" if arguments.json else "surrogateescape"
     with _output(arguments, share) as out:
         for found, speed in _heard(arguments, share, recognizer, utterances):
-            told = speed
+            summary = speed
             for i, transcript, seconds in found:
                 if transcript is not None:
                     out.write(f"{line(files[i], transcript, seconds)}\n".encode("utf-8", errors))
                     written += 1
             out.flush()
     if not arguments.quiet:
-        print(told, file=sys.stderr)
+        print(summary, file=sys.stderr)
     return int(not written or (arguments.strict and written < every))
 
 
 def _heard(
     arguments: argparse.Namespace, share: Ranks, recognizer: Recognizer, utterances: Sequence[Utterance]
 ) -> Iterator[tuple[list[tuple[int, Any, float]], str]]:
-    """Yields results as they come, on every process: a list of (index, transcript, seconds) in the order of the
-    utterances, and a line with the speed so far. The transcript of a skipped utterance is None."""
+    """Yields the results of each group of files, on every process: a list of (index, transcript, seconds) in the order
+    of the utterances, and a line with the speed so far. The transcript of a skipped utterance is None."""
     if share.world == 1:
         done = 0
         for result in common.recognize(arguments, recognizer, utterances, _WINDOW * arguments.batch_size):
-            places = range(done, result.done)
-            yield [(i, result.transcripts[i], result.seconds[i]) for i in places], common.speed(result)
+            found = [(i, result.transcripts[i], result.seconds[i]) for i in range(done, result.done)]
+            yield found, common.speed(result)
             done = result.done
         return
     started, heard = time.perf_counter(), 0.0
@@ -142,7 +142,7 @@ def _seconds(file: str) -> float:
 
     try:
         return audio.duration(file)
-    except audio.AudioError:  # reported when it is read
+    except audio.AudioError:  # reported when the file is read
         return 0.0
 
 
@@ -171,6 +171,7 @@ def _name(file: str, json: bool = False) -> str:
 
 
 def _take(kept: Counter[str], name: str) -> bool:
+    """Takes one occurrence of a name from the counts. Returns whether there was one."""
     kept[name] -= 1
     return kept[name] >= 0
 

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 class Batch:
     """Utterances of one step: audio (N, S) fp32, zero beyond audio_lengths (N,) in samples; targets (N, U) int64,
     0 beyond target_lengths (N,); texts, names, indices in the dataset, and ``starts``, the seconds trimmed from the
-    beginning of each utterance. ``skipped`` lists utterances that were left out, and ``warned`` utterances that are
-    used although something is wrong with them. ``epoch`` and ``step`` say where in the run the batch belongs; steps
-    count from 0 in each epoch. N is 0 if no utterance could be read."""
+    beginning of each utterance. N is 0 if no utterance could be read.
+
+    ``skipped`` lists utterances that were left out, and ``warned`` utterances that are used although something is wrong
+    with them. ``step`` is the number of the batch in its ``epoch``, from 0 on.
+    """
 
     audio: Tensor
     audio_lengths: Tensor

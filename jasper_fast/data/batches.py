@@ -14,7 +14,7 @@ from jasper_fast.data.batch import Batch
 from jasper_fast.data.dataset import Item, SpeechDataset
 from jasper_fast.data.manifest import Skipped
 
-_TRIES = 3  # attempts to read a batch, if the process that reads it dies each time
+_TRIES = 3  # how many processes may die while they read a batch before it is left out
 
 
 def _padded(rows: Sequence[np.ndarray | list[int]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -43,18 +43,18 @@ class BatchSampler:
     """Decides which items form which batch. The batches of an epoch depend only on (seed, epoch), so that a resumed run
     need only skip the steps already done.
 
-    ``durations`` in seconds: a list, or a function of the epoch (``dataset.durations``). Give ``batch_size``
-    (utterances per batch and rank), ``max_seconds`` (of padded audio per batch and rank: the number of utterances times
-    the longest), or both. An utterance longer than ``max_seconds`` is a batch of its own.
+    ``durations`` in seconds: a list, or a function of the epoch (``dataset.durations``). At least one limit must be
+    given: ``batch_size`` (utterances per batch and rank), or ``max_seconds`` of audio per batch and rank, padding
+    included. An utterance longer than ``max_seconds`` is a batch of its own.
 
     ``bucketing`` puts items of similar length together: it sorts them by length times a random factor from 1 to 1.1.
     Batches are shuffled. With ``shuffle=False`` items keep the given order or, with bucketing, are sorted by length. If
     ``window`` is given, this sorts only within groups of ``window`` consecutive items.
 
-    With ``world_size`` ranks each utterance is used once, by one of them. When shuffling, every rank has the same
-    number of steps, and the batches of a step have similar lengths. To make the numbers of steps equal, large batches
-    are halved. If there are fewer utterances than ranks, some are repeated. Without shuffling, some ranks may have one
-    batch more than others.
+    Each utterance is used by one of the ``world_size`` ranks. With shuffling, every rank has the same number of steps,
+    and the batches of a step have similar lengths. To make the numbers of steps equal, large batches are halved; if
+    there are fewer utterances than ranks, some are repeated. Without shuffling, some ranks may have one batch more than
+    others.
 
     ``shards`` is the shard number of each item, from 0 on. Shuffled batches are then made from the items of
     ``open_shards`` randomly chosen shards at a time, so that few files are read at a time.
@@ -107,8 +107,8 @@ class BatchSampler:
             return self._kept[epoch]
 
     def prepare(self, epoch: int) -> None:
-        """Starts a thread that makes the batches of an epoch ahead of time. With 280,000 utterances at random speeds
-        this takes seconds. Without this call the training would wait for them in ``batches``."""
+        """Makes the batches of an epoch ahead of time, in a thread. With 280,000 utterances at random speeds this takes
+        seconds, for which the training would otherwise wait in ``batches``."""
         threading.Thread(target=self.batches, args=(epoch,), daemon=True).start()
 
     def steps(self, epoch: int = 0) -> int:
@@ -136,8 +136,7 @@ class BatchSampler:
         return mine
 
     def _parts(self, order: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-        """Splits the order into parts that are batched one after another: one part for each group of ``open_shards``
-        shards. Without shards there is one part."""
+        """Splits ``order`` into one part for each group of ``open_shards`` shards. Without shards there is one part."""
         if self.shards is None:
             return [order]
         shard = self.shards[order % len(self.shards)]  # joining may make more items than utterances
@@ -182,51 +181,47 @@ def load_batches(
     endless: bool = False,
 ) -> Iterator[Batch]:
     """Yields the batches of an epoch from ``start_step`` on, loaded by ``workers`` processes (0: by this process). With
-    ``endless`` the same processes go on to load all later epochs.
+    ``endless`` the same processes continue with all later epochs.
 
-    Skipped utterances are added to ``dataset.skipped``. A process that dies is replaced, and its batch is read again. A
-    batch whose reading has killed three processes is yielded empty. No random numbers are drawn from torch's global
-    generator.
+    Skipped utterances are added to ``dataset.skipped``. A process that dies is replaced, and its batch is read again;
+    after three deaths the batch is yielded empty. No random numbers are drawn from torch's global generator.
     """
     place = epoch, start_step
     while place is not None:
         ahead: deque[tuple[tuple[int, int], list[int]]] = deque()
-        source = processes.begin(dataset, _noted(_plan(sampler, *place, endless), ahead), collate, workers, pin_memory)
+        source = processes.begin(dataset, _keys(sampler, *place, endless, ahead), collate, workers, pin_memory)
         try:
             while (batch := next(source, None)) is not None:
-                yield _told(dataset, batch, ahead.popleft()[0])
+                yield _recorded(dataset, batch, ahead.popleft()[0])
             place = None
         except processes.WorkerDied:
             del source  # ends the other processes
-            # The next batch is missing. It is read by itself, and new processes read all later batches.
+            # The next batch is missing. It is read in a process of its own, and new processes read all later batches.
             place, items = ahead.popleft()
-            yield _told(dataset, _alone(dataset, items, place[0], pin_memory), place)
+            yield _recorded(dataset, _alone(dataset, items, place[0], pin_memory), place)
             place = place[0], place[1] + 1
 
 
-def _plan(sampler: BatchSampler, epoch: int, step: int, endless: bool) -> Iterator[tuple[tuple[int, int], list[int]]]:
-    """Yields (epoch, step) and the items of each batch, from the given epoch and step on."""
+def _keys(
+    sampler: BatchSampler, epoch: int, step: int, endless: bool, ahead: deque[tuple[tuple[int, int], list[int]]]
+) -> Iterator[list[tuple[int, int]]]:
+    """Yields, for each batch from the given epoch and step on, the keys of its items in the dataset. Before that it
+    appends ((epoch, step), items) to ``ahead``: the batches that the loader has begun and not yet delivered."""
     while True:
         batches = sampler.batches(epoch)
         if endless:
             sampler.prepare(epoch + 1)
-        yield from (((epoch, at), batches[at]) for at in range(step, len(batches)))
+        for at in range(step, len(batches)):
+            ahead.append(((epoch, at), batches[at]))
+            yield [(epoch, item) for item in batches[at]]
         if not endless:
             return
         epoch, step = epoch + 1, 0
 
 
-def _noted(plan: Iterator, ahead: deque) -> Iterator[list[tuple[int, int]]]:
-    """Yields the keys of each planned batch's items in the dataset. Appends the batch to ``ahead`` when the loader
-    takes its keys."""
-    for place, items in plan:
-        ahead.append((place, items))
-        yield [(place[0], item) for item in items]
-
-
 def _alone(dataset: SpeechDataset, items: list[int], epoch: int, pin_memory: bool) -> Batch:
-    """Reads a batch again, in a new process, after the process that read it has died. Returns an empty batch if every
-    new process dies as well."""
+    """Reads a batch again, in a new process, because the process that read it has died. Returns an empty batch if the
+    new processes die as well."""
     why = None
     for _ in range(_TRIES - 1):
         try:
@@ -239,7 +234,7 @@ def _alone(dataset: SpeechDataset, items: list[int], epoch: int, pin_memory: boo
     return batch
 
 
-def _told(dataset: SpeechDataset, batch: Batch, place: tuple[int, int]) -> Batch:
+def _recorded(dataset: SpeechDataset, batch: Batch, place: tuple[int, int]) -> Batch:
     batch.epoch, batch.step = place
     dataset.skipped.add(batch.skipped, batch.warned)
     return batch

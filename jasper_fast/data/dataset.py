@@ -1,4 +1,4 @@
-"""Utterances with their audio and targets: filtered, perturbed, joined.
+"""Datasets: utterances with their audio and targets, filtered, perturbed and joined.
 
 Everything random is a function of (seed, epoch, index), so a resumed run draws the same numbers as an uninterrupted
 one. Unusable utterances are skipped, counted by reason and listed in ``SpeechDataset.skipped``; they never end a run.
@@ -31,9 +31,10 @@ _SUBSTITUTES = 8  # in training, how many other utterances are tried in place of
 
 @dataclass
 class Item:
-    """An utterance, or several that are joined, ready to be collated. ``audio`` is None if it had to be skipped.
+    """An utterance, or several that are joined, ready to be collated. ``audio`` is None if nothing could be used.
 
-    ``start``: seconds trimmed from the beginning; ``warned``: what is wrong with audio that is used anyway.
+    ``skipped`` lists utterances that were left out. ``warned`` has an entry if the audio is used although something is
+    wrong with it. ``start``: seconds trimmed from the beginning.
     """
 
     index: int
@@ -56,16 +57,17 @@ class SpeechDataset(Dataset):
     """Utterances with their targets. They are filtered by the manifest when the dataset is made, and by their audio
     when they are read.
 
-    Indexed by ``index`` or ``(epoch, index)``; returns Items for ``collate``. For training, it skips utterances whose
-    manifest duration (before any perturbation) is outside the settings' bounds, whose text is empty after
-    normalisation, or which have fewer output frames than CTC needs. ``frame_samples`` is the number of samples per
-    output frame, the hop times the model's stride. An unreadable file is replaced by an utterance of similar length.
+    Indexed by ``index`` or ``(epoch, index)``; returns Items for ``collate``. For training, the dataset leaves out
+    utterances whose duration in the manifest (before any perturbation) is outside the settings' bounds, whose text is
+    empty after normalisation, or which have fewer output frames than CTC needs. ``frame_samples`` is the number of
+    samples per output frame, the hop times the model's stride. In place of an utterance that cannot be read, training
+    gets one of similar length.
 
     With ``training=False`` nothing is perturbed, joined or replaced, and utterances of any length and with empty text
-    are kept. Unreadable files are skipped, and truncated ones are used as far as they go, with a warning.
+    are kept. Unreadable files are skipped. Of a truncated file the available audio is used, with a warning.
 
-    Texts with symbols that are not labels are always skipped. ``kept`` lists the indices of the remaining utterances in
-    the argument ``utterances``. Raises ValueError if none remains.
+    Utterances whose text has symbols that are not labels are always left out. ``kept`` lists the indices of the
+    remaining utterances in the argument ``utterances``. Raises ValueError if none remains.
     """
 
     def __init__(
@@ -85,9 +87,8 @@ class SpeechDataset(Dataset):
         self.skipped = SkipReport()
         usable = []
         for place, utterance in enumerate(utterances):
-            text, lost = utterance.text, []
-            if settings.normalize_text:
-                text, lost = normalize_and_lost(text, vocabulary)
+            text = utterance.text
+            text, lost = normalize_and_lost(text, vocabulary) if settings.normalize_text else (text, [])
             if lost:
                 self.skipped.lose(utterance.manifest, lost)
             try:
@@ -95,10 +96,10 @@ class SpeechDataset(Dataset):
                 unfit = self._unfit(utterance, target) if training else None
             except UnknownSymbolError as error:
                 unfit = Skipped(utterance.name, "unknown_symbols", str(error))
-            if unfit is not None:
+            if unfit is None:
+                usable.append((place, utterance, text, target))
+            else:
                 self.skipped.add([unfit])
-                continue
-            usable.append((place, utterance, text, target))
         if not usable:
             raise ValueError(f"none of the {len(utterances)} utterances can be used: {self.skipped}")
         self.kept, self.utterances, self.texts, self.targets = map(list, zip(*usable, strict=True))
@@ -128,7 +129,7 @@ class SpeechDataset(Dataset):
         return cls(utterances[: settings.max_utterances or None], vocabulary, settings, **others)
 
     def _unfit(self, utterance: Utterance, target: list[int]) -> Skipped | None:
-        """Returns why an utterance cannot be used for training, judged by its manifest entry, or None if it can."""
+        """Returns why the manifest entry of an utterance forbids its use for training, or None if it does not."""
         seconds, name, bounds = utterance.duration, utterance.name, self.settings
         for reason, holds, detail in (
             (
@@ -144,7 +145,7 @@ class SpeechDataset(Dataset):
                 return Skipped(name, reason, f"{name}: {detail}")
         if bounds.join is None:
             return self._too_short_for_ctc(name, round(seconds * bounds.sample_rate), target)
-        return None  # a joined item is lengthened by silence until it has enough frames for CTC
+        return None  # silence is added to a joined item until it has enough frames for CTC
 
     def _too_short_for_ctc(self, name: str, samples: int, target: list[int]) -> Skipped | None:
         frames, needed = -(-samples // self.frame_samples), ctc_frames(target)
@@ -155,7 +156,7 @@ class SpeechDataset(Dataset):
         return (self.settings.join and self.settings.join.items) or len(self.utterances)
 
     def durations(self, epoch: int = 0) -> list[float]:
-        """Returns the seconds of every item in that epoch, after joining and perturbation, for a BatchSampler."""
+        """Returns the seconds of every item in an epoch, after joining and perturbation."""
         if self.settings.join is None and self.settings.perturb.keeps_length:
             return list(self._seconds)
         draws = (self._draw(epoch, i) for i in range(len(self)))
@@ -163,7 +164,7 @@ class SpeechDataset(Dataset):
 
     @property
     def shards(self) -> list[int] | None:
-        """The shard of each utterance, numbered from 0 on; None unless all utterances are packed in shards."""
+        """The number of each utterance's shard, from 0 on. None unless all utterances are packed in shards."""
         if not all(u.packed for u in self.utterances):
             return None
         numbers: dict[str, int] = {}
@@ -174,8 +175,8 @@ class SpeechDataset(Dataset):
         own, join = index % len(self.utterances), self.settings.join
         clips = Clips((own,))
         if join is not None:
-            speaker = self._by_speaker[self.utterances[own].speaker]
-            pool = speaker if join.same_speaker else range(len(self.utterances))
+            everyone = range(len(self.utterances))
+            pool = self._by_speaker[self.utterances[own].speaker] if join.same_speaker else everyone
             clips = join.draw(own, pool, self._seconds, self.settings.max_duration, rng)
         return clips, self.settings.perturb.draw(rng)
 
@@ -198,7 +199,9 @@ class SpeechDataset(Dataset):
             return item
         order = sorted(range(len(self.utterances)), key=self._seconds.__getitem__)
         rank = order.index(index)
-        neighbours = order[:rank][::-1] + order[rank + 1 :]  # shorter ones first: they do not make the batch longer
+        neighbours = (
+            order[:rank][::-1] + order[rank + 1 :]
+        )  # shorter ones first, because they do not make the batch longer
         for neighbour in neighbours[:_SUBSTITUTES]:
             skipped += item.skipped
             item = self._single(neighbour, change)

@@ -24,8 +24,8 @@ class Wait:
 def feed(batches: Iterable[Batch], device: torch.device, wait: Wait) -> Iterator[Batch]:
     """Yields the batches with audio and targets on the device. Lengths stay on the host, where the CTC loss reads them.
 
-    To a GPU a batch is copied on a separate stream. If the batch is in pinned memory, this happens while the GPU still
-    computes the step before. The seconds that the host waits for batches are added to ``wait``.
+    Batches are copied to a GPU on a separate stream. A batch in pinned memory is copied while the GPU still computes
+    the step before. The seconds that the host waits for batches are added to ``wait``.
     """
     source = iter(batches)
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None

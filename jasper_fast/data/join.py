@@ -8,8 +8,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Clips:
-    """The parts of an item: the indices of its utterances, the silences before, between and after them in seconds, and
-    the level of the noise in the silences in dB (None: no noise)."""
+    """The parts of an item: the ``indices`` of its utterances, and ``gaps``, the seconds of silence before, between and
+    after them. ``noise_db`` is the level of the noise in the silences, in dB of full scale (None: no noise)."""
 
     indices: tuple[int, ...]
     gaps: tuple[float, ...] = (0.0, 0.0)
@@ -19,7 +19,7 @@ class Clips:
         return sum(durations[i] for i in self.indices) + sum(self.gaps)
 
     def silence(self, samples: int, rng: np.random.Generator) -> np.ndarray:
-        """Returns (samples,) fp32 zeros, or white noise of the level ``noise_db`` (0 is full scale)."""
+        """Returns (samples,) fp32 zeros, or white noise of the level ``noise_db``."""
         if self.noise_db is None:
             return np.zeros(samples, np.float32)
         return rng.standard_normal(samples, np.float32) * np.float32(10 ** (self.noise_db / 20))
@@ -29,10 +29,9 @@ class Clips:
 class Join:
     """Joins min_clips..max_clips utterances into one, with silences of min_gap..max_gap seconds around and between.
 
-    Each item contains one utterance given by its index, and random others. With ``same_speaker`` the others are of the
-    same speaker, if the manifest names speakers. ``noise_db`` (low, high) fills the silences with white noise of a
-    random level in that range (negative numbers; 0 is full scale); None fills them with zeros. ``items`` is the number
-    of items per epoch; None means one per utterance.
+    Item i contains utterance i and random others. With ``same_speaker`` these are of the same speaker, if the manifest
+    names speakers. ``noise_db`` (low, high) fills the silences with white noise of a random level in that range, in dB
+    of full scale; None fills them with zeros. ``items`` is the number of items per epoch (None: one per utterance).
     """
 
     min_clips: int = 1
@@ -52,8 +51,8 @@ class Join:
     def draw(
         self, own: int, pool: Sequence[int], durations: Sequence[float], longest: float, rng: np.random.Generator
     ) -> Clips:
-        """Returns utterance ``own`` among random others of ``pool``. Beyond ``min_clips``, there are only as many as
-        fit into ``longest`` seconds."""
+        """Returns utterance ``own`` among random others of ``pool``. Drops clips beyond ``min_clips`` that do not fit
+        into ``longest`` seconds."""
         count = int(rng.integers(self.min_clips, self.max_clips + 1))
         indices = [pool[i] for i in rng.integers(0, len(pool), count)]
         indices[int(rng.integers(0, count))] = own

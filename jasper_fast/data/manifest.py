@@ -13,7 +13,7 @@ from jasper_fast.data.shards import Packed, locate
 from jasper_fast.speech import audio
 from jasper_fast.speech.audio import AudioError, Memory
 
-_SHOWN = 40  # a message about lost symbols lists at most this many
+_SHOWN = 40  # symbols that a message about lost symbols lists at most
 
 
 class ManifestError(ValueError):
@@ -22,11 +22,11 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class Utterance:
-    """One line of a manifest: ``duration`` seconds of the file at ``path`` from ``offset`` seconds on, and its text.
+    """One line of a manifest: ``duration`` seconds of the file at ``path`` from ``offset`` seconds on, and their text.
 
-    ``alternatives``: files of the same utterance at several speeds, one of which training takes at random;
-    ``manifest``: the manifest that lists the utterance; ``packed``: the place of the utterance in a shard, or None if
-    it is in a file of its own.
+    ``alternatives``: files of the same utterance at several speeds, from which training picks one at random;
+    ``manifest``: the manifest that lists the utterance; ``packed``: the place of the file in a shard, or None if it is
+    not in a shard.
     """
 
     path: str
@@ -61,7 +61,8 @@ class Utterance:
 
 
 def entry(audio_filepath: str | os.PathLike, duration: float, text: str, **known: Any) -> dict[str, Any]:
-    """Returns an entry of a manifest. Values of ``known`` (speaker, offset, files) that are empty or 0 are left out."""
+    """Returns an entry of a manifest. Values of ``known`` (speaker, offset, files) are left out if they are empty or
+    0."""
     plain = {"audio_filepath": os.fspath(audio_filepath), "duration": duration, "text": text}
     return plain | {name: value for name, value in known.items() if value}
 
@@ -74,8 +75,9 @@ def read_manifest(
 
     ``path`` may be a URL or a pattern (manifest__OP_0..127_CL_.json). Relative paths start at ``data_dir``, by default
     the manifest's folder; for shards ``data_dir`` may be the pattern of their paths. A missing duration is read from
-    the file's header (NaN if that fails, which the dataset reports). Of the ``files`` of an entry only the one at speed
-    1 is used, or all with ``offline_speeds``. Raises ManifestError, which names the line or entry.
+    the file's header. If that fails, it is NaN, which the dataset reports. Of the ``files`` of an entry only the one at
+    speed 1 is used; with ``offline_speeds`` all become alternatives. Raises ManifestError, which names the line or
+    entry.
     """
     utterances = []
     for found in each_utterance(path, data_dir, offline_speeds):
@@ -170,10 +172,9 @@ def _utterance(entry: Any, root: str, offline_speeds: bool) -> Utterance:
     if "shard_id" in entry and "files" not in entry:
         path, packed = locate(entry, root)
     speaker = None if entry.get("speaker") is None else str(entry["speaker"])
-    known = math.nan if duration is None else float(duration)
-    found = Utterance(path, known, text, offset, speaker, alternatives, packed=packed)
+    found = Utterance(path, math.nan, text, offset, speaker, alternatives, packed=packed)
     if duration is not None:
-        return found
+        return replace(found, duration=float(duration))
     try:
         return replace(found, duration=audio.duration(found.source()) - offset)
     except AudioError:
@@ -181,7 +182,7 @@ def _utterance(entry: Any, root: str, offline_speeds: bool) -> Utterance:
 
 
 class Skipped(NamedTuple):
-    """Why an utterance was left out: ``reason`` is the category under which it is counted, ``detail`` a sentence."""
+    """Why the utterance ``name`` was left out: ``reason`` is a category for counting, ``detail`` a sentence."""
 
     name: str
     reason: str
@@ -191,8 +192,8 @@ class Skipped(NamedTuple):
 class SkipReport:
     """The utterances that were left out: ``items`` lists each utterance once per reason, ``counts`` counts by reason.
 
-    ``warned`` lists utterances that were used although something is wrong with them. ``lost`` maps each manifest to the
-    number of texts that lost symbols in normalisation, and the lost symbols.
+    ``warned`` lists utterances that were used although something is wrong with them. ``lost`` maps each manifest to
+    (the number of its texts that lost symbols in normalisation, the lost symbols).
     """
 
     def __init__(self) -> None:
@@ -203,7 +204,7 @@ class SkipReport:
     def lose(self, manifest: str, symbols: Sequence[str], texts: int = 1) -> None:
         """Counts ``texts`` more texts from which normalisation dropped these symbols."""
         count, known = self.lost.get(manifest, (0, []))
-        self.lost[manifest] = count + texts, [*known, *(s for s in symbols if s not in known)]
+        self.lost[manifest] = count + texts, list(dict.fromkeys([*known, *symbols]))
 
     @property
     def warned(self) -> list[Skipped]:

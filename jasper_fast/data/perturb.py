@@ -12,9 +12,10 @@ from jasper_fast.speech import audio
 class Change:
     """The perturbation drawn for one utterance; the default values change nothing.
 
-    ``speed`` and ``tempo`` are factors, ``gain`` is in decibels, ``shift`` in milliseconds to the left. Noise is
-    ``snr_db`` decibels below the speech, its power is proportional to frequency ** ``slope`` (0 white, -2 brown), and
-    it is drawn with ``noise_seed``. ``variant``, from 0 to 1, chooses among the alternatives of an utterance.
+    ``speed`` and ``tempo`` are factors, ``gain`` is in decibels, ``shift`` in milliseconds to the left. The mean power
+    of the noise is ``snr_db`` decibels below that of the speech. At each frequency it is proportional to
+    frequency ** ``slope`` (0 white, -2 brown). ``noise_seed`` is the seed of the noise. ``variant``, from 0 to 1,
+    chooses among the alternatives of an utterance.
     """
 
     speed: float = 1.0
@@ -27,8 +28,7 @@ class Change:
     tempo: float = 1.0
 
     def apply(self, samples: np.ndarray, sample_rate: int) -> np.ndarray:
-        """Returns the samples after speed, tempo, noise, gain and shift, in this order. The argument is not
-        modified."""
+        """Returns the samples after speed, tempo, noise, gain and shift, in this order."""
         samples = audio.change_speed(samples, self.speed)
         samples = audio.change_tempo(samples, self.tempo, sample_rate)
         if self.snr_db < math.inf and len(samples):
@@ -42,10 +42,11 @@ class Change:
 
 
 def add_noise(samples: np.ndarray, snr_db: float, slope: float, seed: int) -> np.ndarray:
-    """Returns (samples,) fp32 with added noise, whose mean power is ``snr_db`` decibels below that of the samples. Its
-    power at each frequency is proportional to frequency ** ``slope``. Digital silence stays as it is."""
+    """Returns (samples,) fp32 with added noise. The mean power of the noise is ``snr_db`` decibels below that of the
+    samples, and its power at each frequency is proportional to frequency ** ``slope``. Digital silence stays as it
+    is."""
     spectrum = np.fft.rfft(np.random.default_rng(seed).standard_normal(len(samples), np.float32))
-    spectrum *= np.linspace(0.01, 1, len(spectrum)) ** (slope / 2)  # not from 0, whose negative powers are infinite
+    spectrum *= np.linspace(0.01, 1, len(spectrum)) ** (slope / 2)  # not from 0, because 0 ** -1 is infinite
     noise = np.fft.irfft(spectrum, len(samples))
     wanted = np.sqrt(np.mean(np.square(samples, dtype=np.float64))) * 10 ** (-snr_db / 20)
     return (samples + noise * (wanted / max(noise.std(), 1e-12))).astype(np.float32)
@@ -53,11 +54,11 @@ def add_noise(samples: np.ndarray, snr_db: float, slope: float, seed: int) -> np
 
 @dataclass(frozen=True)
 class Chance:
-    """A random number: with probability ``p`` from the range ``low`` to ``high``, else ``nothing``, the value that
-    leaves the samples unchanged.
+    """The distribution of one perturbation: with probability ``p`` a number from ``low`` to ``high``, else ``nothing``,
+    the value that leaves the samples unchanged.
 
     The distribution is uniform, or log-uniform with ``log``. With ``discrete`` the number is low, nothing or high.
-    Raises ValueError for an empty range, and for a factor (``nothing`` is 1) that is not positive.
+    Raises ValueError for an empty range, and for factors (``nothing`` is 1) that are not positive.
     """
 
     low: float
@@ -93,7 +94,7 @@ TEMPO = Chance(0.8, 1.25, nothing=1.0, log=True)
 
 @dataclass(frozen=True)
 class Perturb:
-    """The perturbations of a data set: the ranges from which a Change is drawn. What is None is not applied."""
+    """The perturbations of a data set, from which a Change is drawn. A perturbation that is None is not applied."""
 
     speed: Chance | None = None
     gain: Chance | None = None

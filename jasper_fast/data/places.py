@@ -1,4 +1,4 @@
-"""Joins, expands and reads paths and URLs in the same way. The URLs are those that fsspec and its plugins know."""
+"""Joins, expands and reads paths and URLs. A URL may have any scheme that fsspec or one of its plugins supports."""
 
 import itertools
 import math
@@ -21,9 +21,9 @@ def is_url(place: str) -> bool:
 
 def joined(root: str, name: str) -> str:
     """Returns ``name`` below ``root``, or ``name`` itself if it is a URL or an absolute path."""
-    if is_url(name) or not is_url(root):
-        return name if is_url(name) else str(Path(root) / name)
-    return name if os.path.isabs(name) else f"{root.rstrip('/')}/{name}"
+    if is_url(name) or os.path.isabs(name):
+        return name
+    return f"{root.rstrip('/')}/{name}" if is_url(root) else str(Path(root) / name)
 
 
 def parent(place: str) -> str:
@@ -51,8 +51,8 @@ def expanded(pattern: str) -> list[str]:
 
 
 def _numbers(first: str, last: str) -> list[str]:
-    """Returns the numbers from ``first`` to ``last``, padded with zeros to the width of ``first`` if that begins with
-    0. Returns at most _MOST + 1 numbers, by which ``expanded`` sees that there are too many."""
+    """Returns the numbers from ``first`` to ``last``. If ``first`` begins with 0, they are padded with zeros to its
+    width. Stops after _MOST + 1 numbers, which ``expanded`` refuses."""
     width = len(first) if first.startswith("0") else 0
     return [f"{i:0{width}d}" for i in range(int(first), min(int(last), int(first) + _MOST) + 1)]
 
@@ -69,14 +69,14 @@ def _remote() -> Iterator[None]:
 
 
 def files_of(url: str) -> tuple[Any, str]:
-    """Returns fsspec's file system for a URL, and the path in it. Raises OSError, for instance if the plugin for it
-    (s3fs, gcsfs) is not installed."""
+    """Returns fsspec's file system for a URL, and the path in it. Raises OSError, for instance if the file system's
+    plugin (s3fs, gcsfs) is not installed."""
     with _remote():
         return need("fsspec.core", "train").url_to_fs(url)
 
 
 def read(place: str, start: int = 0, end: int | None = None) -> bytes:
-    """Returns the bytes of a URL from ``start`` to ``end``. Raises OSError."""
+    """Returns the bytes of a URL from ``start`` to ``end`` (exclusive; None: to the end). Raises OSError."""
     files, path = files_of(place)
     with _remote():
         return files.cat_file(path, start=start, end=end)
@@ -88,7 +88,7 @@ def read_text(place: str) -> str:
 
 
 def opened(place: str) -> BinaryIO:
-    """Opens a file or URL for reading from front to back. Raises OSError."""
+    """Opens a file or URL for reading bytes. Raises OSError."""
     if not is_url(place):
         return open(place, "rb")
     files, path = files_of(place)

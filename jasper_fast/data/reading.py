@@ -11,7 +11,7 @@ from jasper_fast.data.shards import Packed
 from jasper_fast.speech import audio
 from jasper_fast.speech.audio import AudioError, Memory, ShortAudio
 
-_ROUNDING = 0.1  # seconds; a manifest's duration may exceed the file's by this plus 1 %
+_ROUNDING = 0.1  # seconds by which, plus 1 %, the duration in a manifest may exceed the file's
 
 
 class AudioReader:
@@ -30,15 +30,16 @@ class AudioReader:
     def read(self, utterance: Utterance, variant: float | None = None) -> tuple[np.ndarray, float]:
         """Returns the samples (S,) fp32, read-only, and the seconds that trimming removed from their beginning.
 
-        ``variant``, from 0 to 1, chooses among the utterance's alternatives, if it has any. Raises AudioError, or, if
-        the audio is shorter than its header or the manifest says, ShortAudio with the available samples.
+        ``variant``, from 0 to 1, chooses among the utterance's alternatives, if it has any. Raises ShortAudio, which
+        has the available samples, if the audio is shorter than its header or the manifest says, and AudioError if it
+        cannot be read.
         """
         if utterance in self._memory:
             return self._memory[utterance]
         path, seconds = utterance.path, utterance.seconds
         if utterance.alternatives and variant is not None:
             path = utterance.alternatives[int(variant * len(utterance.alternatives))]
-            seconds = 0.0  # read the whole file, because the manifest does not give the length of an alternative
+            seconds = 0.0  # read the whole file, because the utterance has no duration for an alternative
         try:
             if (fetched := self._fetched.get(utterance.packed)) is not None:
                 source = Memory(path, fetched)

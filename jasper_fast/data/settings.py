@@ -8,7 +8,7 @@ from jasper_fast.data import perturb
 from jasper_fast.data.join import Join
 from jasper_fast.data.perturb import Perturb
 
-# For each perturbation: its default, and the field of Chance that each key of the configuration sets.
+# For each perturbation: its default Chance, and a dict from keys of the configuration to fields of Chance.
 _P = {"p": "p"}
 _RATES = {"min_rate": "low", "max_rate": "high"} | _P
 _PERTURBATIONS = {
@@ -25,10 +25,10 @@ _ELSEWHERE = {"pad_to_max_duration", "sort_by_duration"}  # not used here: LogMe
 
 @dataclass(frozen=True)
 class AudioSettings:
-    """Sample rate and trimming, the bounds of a training utterance in seconds, and its random perturbations.
+    """Sample rate, trimming, the shortest and longest training utterance in seconds, and random perturbations.
 
-    ``offline_speeds`` also uses an utterance's files at other speeds. Only the first ``max_utterances`` are used (0:
-    all). ``preload`` keeps all audio in memory.
+    With ``offline_speeds`` the files of an utterance at other speeds are also used. Only the first ``max_utterances``
+    are used (0: all). ``preload`` keeps all audio in memory.
     """
 
     sample_rate: int = 16000

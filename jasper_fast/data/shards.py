@@ -1,9 +1,9 @@
 """Finds and reads utterances packed in tar files (shards), as NeMo and WebDataset write them.
 
-Each utterance is read at its own place in the shard; the library `webdataset` would read the shard from front to back.
-Because of this, the batches of an epoch depend only on its seed, utterances of similar length share a batch, and a run
-can resume at any step with any number of processes. The sampler uses few shards at a time, and all utterances that a
-batch needs from an object store are requested together.
+Each utterance is read from its byte range of the shard; the library `webdataset` would read the shard from front to
+back. With byte ranges the batches of an epoch depend only on its seed, utterances of similar length share a batch, and
+a run can resume at any step with any number of processes. The sampler uses few shards at a time, and all utterances
+that a batch needs from an object store are requested together.
 """
 
 import functools
@@ -40,8 +40,8 @@ class Packed(NamedTuple):
 
 
 def fetch(packed: Iterable[Packed]) -> dict[Packed, bytes]:
-    """Reads the files in object stores among ``packed`` with one request per store, and returns their bytes. Files that
-    cannot be read are left out; ``Packed.read`` then raises the error."""
+    """Returns the bytes of those files that lie in object stores, read with one request per store. Files that cannot be
+    read are left out; ``Packed.read`` then raises the error."""
     groups: dict[int, tuple[Any, list[Packed], list[str]]] = {}
     for each in dict.fromkeys(p for p in packed if places.is_url(p.tar)):
         try:
@@ -95,7 +95,7 @@ def _tars(root: str) -> tuple[list[str], str]:
 
 
 def _stem(member: str) -> str:
-    """Returns the name by which NeMo finds a member: without folders, extension and the number of a part (-sub2)."""
+    """Returns the name by which NeMo finds a member: the file name without extension and part number (-sub2)."""
     return re.sub(r"-sub\d+$", "", os.path.splitext(os.path.basename(member))[0])
 
 

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-# What PyTorch raises when a worker process has died. The second form comes from the thread that pins memory, when it
-# fetches a batch from a dead process.
+# The messages of PyTorch's errors when a worker process has died. The second comes from the thread that pins memory.
 _DEATH = re.compile(r"DataLoader worker \(pid|Caught (Connection|EOF|FileNotFound)\w* in pin memory thread")
 
 
@@ -26,11 +25,11 @@ class WorkerDied(RuntimeError):
 def begin(
     dataset: Dataset, keys: Iterable[list[Any]], collate: Callable, workers: int, pin_memory: bool
 ) -> Iterator[Any]:
-    """Returns an iterator over batches, which ``workers`` processes load (0: this process). Each entry of ``keys`` has
-    the keys of one batch's items in the dataset.
+    """Returns an iterator over batches, which ``workers`` processes load (0: this process). ``keys`` yields for each
+    batch the keys of its items in the dataset.
 
-    The iterator raises WorkerDied if the process that loads the next batch has died. The processes end with the
-    iterator.
+    The iterator raises WorkerDied if the process that loads the next batch has died. When the iterator is deleted, the
+    processes end.
     """
     loader = DataLoader(
         dataset,
@@ -53,11 +52,11 @@ def _named(source: Iterator[Any]) -> Iterator[Any]:
     try:
         yield from source
     except (RuntimeError, OSError, EOFError) as error:
-        told = str(error)
-        if not _DEATH.match(told) and (isinstance(error, RuntimeError) or told.startswith("Caught ")):
+        message = str(error)
+        if not _DEATH.match(message) and (isinstance(error, RuntimeError) or message.startswith("Caught ")):
             raise
         advice = "a worker process died; if it was killed for lack of memory, set a smaller --num-workers"
-        raise WorkerDied(f"{advice} ({told.splitlines()[0].strip() if told else 'end of file'})") from None
+        raise WorkerDied(f"{advice} ({message.splitlines()[0].strip() if message else 'end of file'})") from None
 
 
 def _outlive_signals(worker: int) -> None:

@@ -17,13 +17,13 @@ from jasper_fast.speech import mp3
 SOUNDS = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".sph", ".w64", ".caf"}  # file extensions
 _LOUDEST = 1e10  # full scale is 1, or 2^31 for integers kept as floats; the squares of louder samples overflow fp32
 _LOWEST_RATE = 1000  # Hz; at lower rates resampling would make a small file fill the memory
-_CHUNK = 1 << 22  # samples read at a time, so that a header with a false length costs no memory
-_STREAMED = 0x7FFF0000  # bytes; a header written before the length was known says this or more
+_CHUNK = 1 << 22  # samples; longer files are read in parts, so that a header with a false length costs no memory
+_STREAMED = 0x7FFF0000  # bytes; a header that was written before the length was known states this or more
 
 
 @dataclass(frozen=True)
 class Memory:
-    """An audio file whose bytes are in memory. ``name`` stands for the path in error messages."""
+    """An audio file whose bytes are in memory. Error messages show ``name`` instead of a path."""
 
     name: str
     data: bytes
@@ -46,10 +46,8 @@ class AudioError(Exception):
 
 
 class ShortAudio(AudioError):
-    """A file is shorter than promised. ``samples`` is the available audio, from ``start`` seconds on.
-
-    ``reason`` is "truncated" if the file's header promised more, and "wrong_duration" if the manifest did.
-    """
+    """A file is shorter than its header ("truncated") or the manifest ("wrong_duration") says. ``samples`` is the
+    available audio, from ``start`` seconds on."""
 
     def __init__(self, path: str | os.PathLike | Memory, cause: str, reason: str, samples: np.ndarray) -> None:
         super().__init__(path, cause)
@@ -58,8 +56,7 @@ class ShortAudio(AudioError):
 
 
 class _File(soundfile.SoundFile):
-    """A file that is read from front to back, because some codecs cannot seek and soundfile would seek after each
-    read."""
+    """A file that is read from front to back. soundfile would seek after each read, which some codecs cannot."""
 
     def seekable(self) -> bool:
         return False
@@ -68,9 +65,9 @@ class _File(soundfile.SoundFile):
         """Skips ``frames`` frames at the beginning of the file."""
         if super().seekable():
             self.seek(frames)
-            return
-        for _ in self.chunks(frames):
-            pass
+        else:
+            for _ in self.chunks(frames):
+                pass
 
     def chunks(self, frames: int):
         """Yields the next ``frames`` frames, or fewer at the end of the file, in arrays (n, channels) fp32."""
@@ -86,8 +83,8 @@ class _File(soundfile.SoundFile):
         log = self.extra_info
         for name in ("data|SSND|BODY|Data Size", "riff|Riff size"):
             if found := re.search(rf"^\s*(?:{name})\s*: (\d+) \(should be (\d+)\)", log, re.MULTILINE):
-                said, held = int(found[1]), int(found[2])
-                if held < said < _STREAMED and (more := self.frames * said // max(held, 1)) > self.frames:
+                stated, real = int(found[1]), int(found[2])
+                if real < stated < _STREAMED and (more := self.frames * stated // max(real, 1)) > self.frames:
                     return more
         return self.frames
 
@@ -101,7 +98,7 @@ def _bytes(path: str | os.PathLike) -> io.BytesIO:
 
 
 def _counted(source: io.BytesIO | bytes) -> bytes | None:
-    """Applies ``mp3.with_length`` to a file, and reads only as much of the file as that needs."""
+    """Returns ``mp3.with_length`` of a file. Maps a file on disk into memory, so that only the parts used are read."""
     if isinstance(source, io.BytesIO):
         return mp3.with_length(source.getvalue())
     with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -122,7 +119,7 @@ def _open(path: str | os.PathLike | Memory, pipes: bool = True) -> _File:
         ):
             if holds:
                 raise AudioError(path, cause)
-        # soundfile would assume from the name *.raw that the file has no header, so it gets the bytes, not the name.
+        # Given the name *.raw, soundfile would assume that the file has no header. It gets the bytes instead.
         source = _bytes(path) if pipe or name.lower().endswith(b".raw") else name
         if not (len(source.getbuffer()) if isinstance(source, io.BytesIO) else status.st_size):
             raise AudioError(path, "empty file (0 bytes)" if not pipe else "empty: this pipe delivered no data")
@@ -137,7 +134,7 @@ def _open(path: str | os.PathLike | Memory, pipes: bool = True) -> _File:
 
 
 def _decoder(source: io.BytesIO | bytes) -> _File:
-    """Opens the bytes of an audio file, or the audio file with this name."""
+    """Opens an audio file, given by its bytes or its name."""
     file = _File(source)
     if file.format == "MP3" and (counted := _counted(source)) is not None:
         file.close()
@@ -158,9 +155,11 @@ def load(
     """Returns the audio of a file as (samples,) fp32, mono (mean of the channels), resampled to ``sample_rate``.
 
     Reads ``duration`` seconds from ``offset`` seconds on; None or 0 reads to the end. Integer formats are scaled to
-    [-1, 1). A pipe is read to its end, and can be read only once. Raises AudioError, which names the file and the
-    cause: the file is missing, unreadable or empty, has no samples at the offset, or has samples that are NaN, infinite
-    or beyond 1e10. Raises ShortAudio, which has the available samples, if the file is shorter than its header promises.
+    [-1, 1). A pipe is read to its end, and can be read only once.
+
+    Raises AudioError, which names the file and the cause: it is missing, unreadable or empty, has no samples at the
+    offset, or has samples that are NaN, infinite or beyond 1e10. Raises ShortAudio if the file is shorter than its
+    header promises, so that a part of the requested audio is missing.
     """
     if not (offset >= 0 and math.isfinite(offset)) or (duration is not None and not duration >= 0):
         raise AudioError(path, f"offset={offset} and duration={duration} must not be negative")
@@ -200,14 +199,14 @@ def _load(path: str | os.PathLike | Memory, sample_rate: int, offset: float, dur
     found = np.ascontiguousarray(resample(mono, rate, sample_rate))
     if not len(found):
         raise AudioError(path, f"too short: {len(mono)} samples at {rate} Hz give not one sample at {sample_rate} Hz")
-    if wanted - len(samples) > rate // 100:  # codecs count in blocks, so small differences are no error
+    if wanted - len(samples) > rate // 100:  # codecs round lengths to whole blocks, so 10 ms may be missing
         raise ShortAudio(path, f"truncated: {lengths}", "truncated", found)
     return found
 
 
 def resample(samples: np.ndarray, rate: float, new_rate: float) -> np.ndarray:
-    """Resamples (samples,) from ``rate`` to ``new_rate`` Hz by soxr at quality HQ. Returns (samples * new_rate / rate,)
-    fp32."""
+    """Resamples (samples,) from ``rate`` to ``new_rate`` Hz by soxr at quality HQ. Returns
+    (samples * new_rate / rate,) fp32."""
     samples = np.asarray(samples, dtype=np.float32)
     if rate == new_rate or not len(samples):
         return samples
@@ -222,8 +221,9 @@ def change_speed(samples: np.ndarray, speed: float) -> np.ndarray:
 def change_tempo(samples: np.ndarray, tempo: float, sample_rate: int) -> np.ndarray:
     """Makes (samples,) ``tempo`` times as fast at the same pitch. Returns round(samples / tempo) values, fp32.
 
-    Waveform-similarity overlap-add (Verhelst and Roelands, 1993): windows of 30 ms that overlap by half are taken from
-    the input at the new tempo. Each is moved by up to 8 ms, to where it best continues the window before.
+    The method is waveform-similarity overlap-add (Verhelst and Roelands, 1993). It adds windows of 30 ms that overlap
+    by half. They are taken from the input at distances of 15 ms times ``tempo``. Each is moved by up to 8 ms, to the
+    place where it best continues the window before.
     """
     half, reach = round(0.015 * sample_rate), round(0.008 * sample_rate)
     size = round(len(samples) / tempo)
@@ -233,7 +233,7 @@ def change_tempo(samples: np.ndarray, tempo: float, sample_rate: int) -> np.ndar
     count = -(-size // half)
     window = (0.5 - 0.5 * np.cos(np.pi * (np.arange(2 * half) + 0.5) / half)).astype(np.float32)
     out = np.zeros((count + 1) * half, np.float32)
-    start = reach  # of the current window, in `padded`
+    start = reach  # where the current window begins in `padded`
     out[:half] = padded[start : start + half] * (1 - window[:half])  # the first window does not fade in
     for i in range(count):
         out[i * half : (i + 2) * half] += padded[start : start + 2 * half] * window
@@ -245,18 +245,16 @@ def change_tempo(samples: np.ndarray, tempo: float, sample_rate: int) -> np.ndar
 
 
 def silence_bounds(samples: np.ndarray, top_db: float = 60.0, frame: int = 2048, hop: int = 512) -> tuple[int, int]:
-    """Returns the first sample and the end of the part that is not silent. A hop is silent if its power is more than
-    ``top_db`` below that of the loudest hop.
+    """Returns (first, end) of the part ``samples[first:end]`` without the silence at both ends. Samples count as silent
+    where the power of a ``frame`` is more than ``top_db`` below that of the loudest frame.
 
-    If everything is silent or equally loud, the part is all samples. Equivalent: ``librosa.effects.trim(samples,
-    top_db)[1]``.
+    If everything is silent, the part is all samples. Equivalent: ``librosa.effects.trim(samples, top_db)[1]``.
     """
     if not len(samples):
         return 0, 0
     energy = np.concatenate(([0.0], np.cumsum(np.square(samples, dtype=np.float64))))
     centres = np.arange(1 + len(samples) // hop) * hop
-    first, end = (centres + d for d in (-(frame // 2), frame // 2))
-    power = (energy[end.clip(0, len(samples))] - energy[first.clip(0, len(samples))]) / frame
+    power = (energy[(centres + frame // 2).clip(max=len(samples))] - energy[(centres - frame // 2).clip(min=0)]) / frame
     loud = np.flatnonzero(power > max(power.max(), 1e-10) * 10 ** (-top_db / 10))
     if not len(loud):
         return 0, len(samples)

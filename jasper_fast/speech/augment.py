@@ -21,12 +21,11 @@ def _uniform_int(low: int, high: Tensor | int, shape: tuple[int, ...], device: t
 
 
 def _spans(count: Tensor | int, masks: int, low: int, high: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Draws spans of low..high cells, and returns their first cells and ends, each (N, masks). A span of at most
-    ``count`` cells lies within 0..count-1."""
+    """Draws ``masks`` spans of low..high cells for each utterance. A span that fits lies within cells 0..count-1.
+    Returns the first cells and the ends (exclusive) of the spans, each (N, masks)."""
     shape = (like.shape[0], masks)
     width = _uniform_int(low, high, shape, like.device)
-    room = count - width
-    first = _uniform_int(0, room.clamp(min=1) - 1, shape, like.device)
+    first = _uniform_int(0, (count - width).clamp(min=1) - 1, shape, like.device)
     return first, first + width
 
 
@@ -45,7 +44,7 @@ class SpecAugment(nn.Module):
     """Zeroes ``freq_masks`` spans of min_freq..max_freq mel bands, and ``time_masks`` spans of min_time..max_time
     frames.
 
-    ``max_time_ratio`` limits a span in time to that share of the utterance, for corpora with very short utterances.
+    For corpora with very short utterances, ``max_time_ratio`` limits a span in time to this fraction of the utterance.
     With 1.0 there is no such limit, as in NVIDIA's Jasper. Raises ValueError for an empty range.
     """
 
@@ -130,11 +129,8 @@ class Augment(nn.Module):
 
 
 def from_config(input_train: dict[str, Any]) -> Augment:
-    """Builds the augmentation that ``input_train`` describes with the keys spec_augment, cutout_augment and
-    speaker_warp, at its top level or in filterbank_features. An augmentation without a key is not applied.
-
-    Raises ValueError naming an unknown key.
-    """
+    """Builds the augmentations for which ``input_train`` has a key: spec_augment, cutout_augment or speaker_warp, at
+    the top level or in filterbank_features. Raises ValueError, which names an unknown setting."""
     places = (input_train, input_train.get("filterbank_features") or {})
     kinds, built = {"cutout_augment": SpecCutout, "spec_augment": SpecAugment, "speaker_warp": SpeakerWarp}, []
     for name, kind in kinds.items():

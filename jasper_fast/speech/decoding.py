@@ -31,7 +31,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A text that a beam search found. ``score`` and ``log_prob`` (log p_CTC) are natural logarithms; ``symbols`` are
+    """A text that a beam search found, with the search's ``score``, the natural logarithm of its CTC probability, and
     the classes of its symbols."""
 
     text: str
@@ -53,8 +53,6 @@ class Transcript:
 
     def shifted(self, seconds: float) -> Self:
         """Returns the transcript with all times ``seconds`` later."""
-        if not seconds:
-            return self
         symbols, words = (
             [replace(w, start=w.start + seconds, end=w.end + seconds) for w in pieces]
             for pieces in (self.symbols, self.words)
@@ -76,11 +74,12 @@ def check_shapes(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> 
 
 
 def _best_path(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the best class of each frame (-1 at t >= length) and its probability, both (N, T), on the host."""
+    """Returns the most probable class of each frame (-1 at t >= length) and its probability, both (N, T), on the
+    host."""
     check_shapes(log_probs, lengths, vocabulary)
     best, ids = log_probs.detach().max(-1)
     beyond = torch.arange(ids.shape[1], device=ids.device) >= lengths.to(ids.device)[:, None]
-    # fp32 represents class numbers exactly, so one transfer copies both arrays. NaN beyond the length is ignored.
+    # fp32 represents class numbers exactly, so both arrays can be copied in one transfer.
     packed = torch.stack((ids.masked_fill(beyond, -1).float(), best.float().masked_fill(beyond, 0))).cpu().numpy()
     broken = np.isnan(packed[1]).any(1).nonzero()[0]
     if broken.size:
@@ -89,36 +88,33 @@ def _best_path(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> tu
 
 
 def _emitted(ids: np.ndarray, blank: int) -> np.ndarray:
-    """Returns, in the shape of ``ids``, whether a frame begins a symbol: it is valid, not blank, and differs from the
-    frame before."""
-    emit = (ids >= 0) & (ids != blank)
-    emit[..., 1:] &= ids[..., 1:] != ids[..., :-1]
-    return emit
+    """Returns (T,) bool: whether a frame of the path ``ids`` (T,) begins a symbol. It does if it is valid, not blank,
+    and differs from the frame before."""
+    return (ids >= 0) & (ids != blank) & (np.diff(ids, prepend=-1) != 0)
 
 
 def greedy_decode(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> list[str]:
     """Returns the texts of the best paths: the argmax of each frame, with repeats collapsed and blanks dropped.
 
-    log_probs (N, T, V) of any float dtype, lengths (N,) in frames; frames at t >= length are ignored. It synchronises
-    with the device once. Raises ValueError for wrong shapes and for a number of classes that is not the vocabulary's,
-    and NotFinite, which names the batch items, for NaN in a valid frame.
+    log_probs (N, T, V) of any float dtype, lengths (N,) in frames; frames at t >= length are ignored. Synchronises with
+    the device once. Raises ValueError for wrong shapes or a wrong number of classes, and NotFinite, which names the
+    batch items, for NaN in a valid frame.
 
     Equivalent, for one utterance: ``[c for c, _ in itertools.groupby(log_probs[:length].argmax(-1).tolist())]``
     without the blanks.
     """
     ids, _ = _best_path(log_probs, lengths, vocabulary)
-    emitted = _emitted(ids, vocabulary.blank)
-    return [vocabulary.decode(row[emit].tolist()) for row, emit in zip(ids, emitted, strict=True)]
+    return [vocabulary.decode(row[_emitted(row, vocabulary.blank)].tolist()) for row in ids]
 
 
 def greedy_transcripts(
     log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary, frame_seconds: float = 0.02
 ) -> list[Transcript]:
-    """Decodes like ``greedy_decode``, and returns also the times and confidences of symbols and words.
+    """Decodes like ``greedy_decode``, and also returns the times and confidences of symbols and words.
 
-    ``frame_seconds``: the duration of an output frame. CTC emits a symbol at some frame of its sound, not during all of
-    it. Here a symbol lasts from its first frame to the end of its repeats. Its confidence is the highest probability
-    among those frames; the confidence of a word is the product over its symbols.
+    ``frame_seconds``: the duration of an output frame. A symbol lasts from its first frame to the end of its repeats,
+    which may be shorter than its sound, because CTC needs to emit it in only one frame. Its confidence is the highest
+    probability among these frames. The confidence of a word is the product over its symbols.
     """
     ids, probs = _best_path(log_probs, lengths, vocabulary)
     return [path_transcript(i, p, vocabulary, frame_seconds) for i, p in zip(ids, probs, strict=True)]

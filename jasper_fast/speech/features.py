@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 LOG_GUARDS = {"reference": 1e-20, "nemo": 2**-24}  # by convention: the value added before the logarithm
 STD_GUARD = 1e-5  # added to the standard deviation before the division
-_NOISE_PERIOD = 16384  # the dither of evaluation mode repeats after so many samples
+_NOISE_PERIOD = 16384  # samples, after which the dither of evaluation mode repeats
 _AUGMENT_KEYS = ("spec_augment", "cutout_augment")  # may be in filterbank_features, but are read by augment.py
 
 _SAME = "sample_rate window_size window_stride window n_fft dither normalize log pad_to_max_duration max_duration"
@@ -75,12 +75,12 @@ class LogMelFeatures(nn.Module):
 
     Semantics (``convention="reference"``): FilterbankFeatures of NVIDIA's Jasper for PyTorch (DeepLearningExamples),
     with these differences:
-    - Samples beyond the length count as zero, whatever they are.
+    - Samples beyond the length are taken as zero.
     - With ``batch_invariant=True`` (the default) zeros follow the end of every utterance. With False, as
-      in NVIDIA's, the end of the longest utterance of a batch is reflected. Then the last frame of an utterance
-      depends on the rest of its batch, unless the utterance's length is a multiple of the hop.
-    - Dither is added in training and evaluation, as in NVIDIA's. In evaluation mode it is the same noise in each
-      call, so that transcripts repeat; ``dither=0`` switches it off.
+      in NVIDIA's, the end of the padded batch is reflected. Then the last frame of an utterance depends on the rest of
+      its batch, unless the utterance's length is a multiple of the hop.
+    - Dither is added in training and evaluation, as in NVIDIA's. In evaluation mode every call adds the same noise, so
+      that a repeated call gives the same transcript; ``dither=0`` switches it off.
     - The features of an utterance of one frame or none are zeros. (NVIDIA's are NaN, because one value has no
       variance.)
     - A batch with S <= n_fft / 2, which is too short for the reflection, is extended by zeros. (NVIDIA's raises an
@@ -177,10 +177,11 @@ class LogMelFeatures(nn.Module):
         return cls(**({_KEYS[key]: value for key, value in given.items()} | overrides))
 
     def _constants(self) -> dict[str, Tensor]:
-        bank = mel_filterbank(self.sample_rate, self.n_fft, self.n_mels, self._f_min, self._f_max)
-        noise = torch.randn(_NOISE_PERIOD, generator=torch.Generator().manual_seed(0))
-        window = _WINDOWS[self._window_name](self.win_length, periodic=False, dtype=torch.float32)
-        constants = {"mel": bank, "window": window, "noise": noise}
+        constants = {
+            "mel": mel_filterbank(self.sample_rate, self.n_fft, self.n_mels, self._f_min, self._f_max),
+            "window": _WINDOWS[self._window_name](self.win_length, periodic=False, dtype=torch.float32),
+            "noise": torch.randn(_NOISE_PERIOD, generator=torch.Generator().manual_seed(0)),
+        }
         if isinstance(self.normalize, dict):
             constants["fixed"] = torch.tensor([self.normalize[key] for key in ("fixed_mean", "fixed_std")]).float()
         return constants
@@ -188,7 +189,7 @@ class LogMelFeatures(nn.Module):
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         if self.mel.dtype != torch.float32 and not self.mel.is_meta:
-            # .half() of a model that contains this module must not round the filters. They keep fp32.
+            # A call such as model.half() must not round the filters, so they are made again in fp32.
             for name, value in self._constants().items():
                 setattr(self, name, value.to(self.mel.device))
         return self
@@ -214,9 +215,8 @@ class LogMelFeatures(nn.Module):
         lengths = lengths.clamp(max=samples)
         beyond = torch.arange(samples, device=audio.device) >= lengths[:, None]
         audio = audio.masked_fill(beyond, 0)
-        # Zeros up to the next hop, so that no valid frame reaches the reflection at the end (see batch_invariant).
-        extend = -samples % self.hop_length if self.batch_invariant else 0
-        extend = max(extend, self.n_fft // 2 + 1 - samples)
+        # With zeros up to the next hop no valid frame reaches the reflection at the end (see batch_invariant).
+        extend = max(-samples % self.hop_length if self.batch_invariant else 0, self.n_fft // 2 + 1 - samples)
         audio = F.pad(audio, (0, extend))
         if self.dither > 0 and (self.training or not nemo):
             many = -(-audio.shape[1] // _NOISE_PERIOD)
@@ -232,7 +232,7 @@ class LogMelFeatures(nn.Module):
         )  # fmt: skip
         total = 1 + samples // self.hop_length
         real, imag = torch.view_as_real(spectrum[..., :total]).unbind(-1)
-        # (N, T, bins) with frames outermost in memory, which .sum(-1) over real and imaginary parts would not keep
+        # (N, T, bins), contiguous; .sum(-1) over real and imaginary parts would give another memory order
         power = torch.addcmul(real.square(), imag, imag).transpose(1, 2)
         if self.mag_power != 2:
             power = power.pow(self.mag_power / 2)

@@ -23,8 +23,8 @@ class Errors:
 
     @property
     def rate(self) -> float:
-        """Errors per reference token: a fraction that may exceed 1. If all references are empty, it is the number of
-        insertions."""
+        """Errors per word or character of the references; may exceed 1. If all references are empty, it is the number
+        of insertions."""
         return self.total / max(self.length, 1)
 
 
@@ -37,8 +37,12 @@ def _count(references: Sequence[str] | str, hypotheses: Sequence[str] | str, pro
     if len(references) != len(hypotheses):
         raise ValueError(f"{len(references)} references, but {len(hypotheses)} hypotheses; give one per reference")
     result = getattr(need("jiwer", "train"), process)(references, hypotheses)
-    length = result.hits + result.substitutions + result.deletions
-    return Errors(result.substitutions, result.deletions, result.insertions, length)
+    return Errors(
+        result.substitutions,
+        result.deletions,
+        result.insertions,
+        length=result.hits + result.substitutions + result.deletions,
+    )
 
 
 def word_errors(references: Sequence[str] | str, hypotheses: Sequence[str] | str) -> Errors:

@@ -1,18 +1,19 @@
-"""Finds the length of MP3 files that do not state it in a header. For these, libsndfile only guesses the length from
-the bit rate of the first frame."""
+"""Counts the frames of MP3 files that do not state their length in a header. For such a file libsndfile only estimates
+the length from the bit rate of the first frame."""
 
 import mmap
 
-_KBITS = {  # kbit/s in layer III: by the header's version bits, one for each bit-rate index from 1 to 14
+_KBITS = {  # bit rates of layer III in kbit/s, by the header's version bits, for the bit-rate indices 1 to 14
     3: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),  # MPEG-1
     2: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),  # MPEG-2
     0: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),  # MPEG-2.5
 }
+# Sample rates in Hz, by the header's version bits, for the sample-rate indices 0 to 2.
 _RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
 
 
 def _size(header: bytes) -> int:
-    """Returns the bytes of the layer III frame with this header, or 0 if the bytes are no such header or do not
+    """Returns the size in bytes of the layer III frame with this header, or 0 if the bytes are no such header or do not
     determine the size."""
     if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
         return 0
@@ -51,6 +52,7 @@ def with_length(data: bytes | mmap.mmap) -> bytes | None:
         at += size
     if not count:
         return None
-    head = bytes((header[0], header[1] | 1, header[2] & 0x0D | 0x90, header[3]))  # no checksum; the bit rate gives room
+    # The first frame's header, without a checksum, and with a bit rate at which the frame has room for a Xing header.
+    head = bytes((header[0], header[1] | 1, header[2] & 0x0D | 0x90, header[3]))
     table = b"Xing" + (1).to_bytes(4, "big") + count.to_bytes(4, "big")
     return (head + bytes(_side(head) - 4) + table).ljust(_size(head), b"\0") + data[start:]

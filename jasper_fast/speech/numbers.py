@@ -5,7 +5,7 @@ import re
 
 from jasper_fast.extras import need
 
-_LONGEST = 21  # digits; longer numbers are written digit by digit
+_LONGEST = 21  # digits of a number; longer numbers are written digit by digit
 
 
 @functools.cache
@@ -18,13 +18,12 @@ def _words(number: int | str, andword: str = "", **settings: object) -> str:
 
 
 def _ordinal(match: re.Match[str]) -> str:
-    number = match[1]
-    return _words(number, group=1) if len(number) > _LONGEST else _words(f"{int(number)}th", "and")
+    return _words(match[1], group=1) if len(match[1]) > _LONGEST else _words(f"{int(match[1])}th", "and")
 
 
 def _number(match: re.Match[str]) -> str:
-    """Writes years as two pairs of digits. Long numbers and those with a leading zero are written digit by digit, and
-    others as cardinals."""
+    """Writes years as two pairs of digits, long numbers and numbers with a leading zero digit by digit, and others as
+    cardinals."""
     n = int(match[0])
     if len(match[0]) > _LONGEST or match[0][0] == "0" or (n > 10**9 and n % 10**4):
         return _words(match[0], group=1)

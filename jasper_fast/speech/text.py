@@ -1,4 +1,4 @@
-"""Vocabularies, which convert text to the symbols of any alphabet and back, and the normalisation of text."""
+"""Vocabularies, which convert text to class indices and back, and the normalisation of text."""
 
 import re
 import string
@@ -18,8 +18,8 @@ class UnknownSymbolError(ValueError):
 class Vocabulary:
     """The symbols of a CTC model, in the order of the model's outputs. The blank comes after them.
 
-    Either every label is one character, or every label is a word of two or more characters. With words, a model for a
-    small closed vocabulary (digits, commands) cannot misspell them. ``labels`` defaults to space, a-z, apostrophe.
+    Either every label is one character, or every label is a word of two or more characters. A model for a few words
+    (digits, commands) cannot misspell them if they are its labels. ``labels`` defaults to space, a-z, apostrophe.
     Raises ValueError, which names the label, if two labels are equal after Unicode composition, or if characters and
     words are mixed.
     """
@@ -91,8 +91,8 @@ def _is_word(label: str) -> bool:
 
 
 def _one_character(index: int, label: str) -> str:
-    composed = unicodedata.normalize("NFC", label) if isinstance(label, str) else label
-    if not isinstance(composed, str) or len(composed) != 1:
+    composed = unicodedata.normalize("NFC", label) if isinstance(label, str) else ""
+    if len(composed) != 1:
         hint = "; leave out the blank, which is added automatically" if "blank" in str(label).lower() else ""
         raise ValueError(
             f"label {index} is {label!r}; labels must all be single characters, or all be words of several{hint}"
@@ -121,8 +121,8 @@ def normalize(text: str, labels: Sequence[str] | Vocabulary | None = None, engli
 def normalize_and_lost(
     text: str, labels: Sequence[str] | Vocabulary | None = None, english: bool | None = None
 ) -> tuple[str, list[str]]:
-    """Returns the text from ``normalize``, and the letters, digits and symbols of ``text``, in lower case, of which all
-    or a part was dropped: 'hello мир' with Russian labels -> 'мир', ['h', 'e', 'l', 'o']."""
+    """Returns the text from ``normalize``, and the letters, digits and symbols that were dropped from ``text``, wholly
+    or in part, in lower case: 'hello мир' with Russian labels -> 'мир', ['h', 'e', 'l', 'o']."""
     vocabulary = labels if isinstance(labels, Vocabulary) else Vocabulary(labels)
     keep = vocabulary.characters
     if english is None:
@@ -139,20 +139,19 @@ def normalize_and_lost(
         for sign, word in (("&", " and "), ("+", " plus ")):
             text = text if sign in keep else text.replace(sign, word)
     if not _has_case(keep, str.lower) and _has_case(keep, str.upper):
-        text = "".join(c if c in keep else c.upper() for c in text)  # words inserted above become upper case
-    punctuation = {ord(c): " " for c in string.punctuation if c not in keep}
-    text = text.translate(punctuation)
+        text = "".join(c if c in keep else c.upper() for c in text)  # the words that were inserted
+    text = text.translate({ord(c): " " for c in string.punctuation if c not in keep})
     dropped = {c for c in text if c not in keep and not c.isspace()}
     text = " ".join("".join(c for c in text if c not in dropped).split())
     return text.replace(" ", vocabulary.separator), _lost(before, dropped, keep)
 
 
 def _lost(before: str, dropped: set[str], keep: set[str]) -> list[str]:
-    """Returns the characters of the text ``before`` normalisation that were lost in it.
+    """Returns the characters that normalisation lost from the text ``before``.
 
-    These are the characters whose ASCII form has ``dropped`` characters, letters and digits without an ASCII form, and
-    dropped characters that come from no character of the text (such as letters of numbers that were written in words).
-    ``keep``: the labels' characters.
+    These are characters whose ASCII form has a ``dropped`` character, letters and digits without an ASCII form, and
+    dropped characters that are in no character of the text, such as letters of a number that was written in words.
+    ``keep``: the characters of the labels.
     """
     lower, lost, explained = {c.lower() for c in dropped}, {}, set()
     for c in dict.fromkeys(before):

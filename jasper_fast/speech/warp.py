@@ -1,4 +1,4 @@
-"""Imitates other speakers and microphones by changing features, on their device and without a synchronisation.
+"""Imitates other speakers and microphones by changing features, on their device and without synchronising with it.
 
 Shapes: N utterances, F mel bands, T frames.
 """
@@ -18,14 +18,16 @@ class SpeakerWarp(nn.Module):
     which are 0 at and beyond the length.
 
     To imitate another vocal tract, frequencies are multiplied by a factor between 1 / ``max_warp`` and ``max_warp``
-    (log-uniform). ``f_max`` is the upper edge of the highest band; above about ``knee`` times ``f_max`` the map bends
-    so that it stays within the bands. To imitate another microphone, four cosines over the bands are added to every
-    frame; ``equalize`` / sqrt(j) is the standard deviation of the amplitude of cosine j. The features are already
-    normalised here. Normalisation of each band removes what a microphone adds to every frame, so ``equalize`` is of use
-    mainly with ``normalize: all_features``. Raises ValueError for arguments out of range.
+    (log-uniform). ``f_max`` is the upper edge of the highest band. Above about ``knee`` times ``f_max`` another slope
+    maps ``f_max`` to itself.
 
-    Source: N. Jaitly and G. Hinton, Vocal Tract Length Perturbation improves speech recognition, 2013, applied to mel
-    bands instead of the filterbank. Equivalent, for one utterance ``x`` (F, T) and its factor ``a``::
+    To imitate another microphone, four cosines over the bands are added to every frame. The amplitude of cosine j is
+    normal with standard deviation ``equalize`` / sqrt(j). This helps mainly with ``normalize: all_features``, because
+    the normalisation of each band already removes what a microphone adds to every frame.
+
+    Raises ValueError for arguments out of range. Source: N. Jaitly and G. Hinton, Vocal Tract Length Perturbation
+    improves speech recognition, 2013. They warp the filters; here the mel bands are interpolated. Equivalent, for one
+    utterance ``x`` (F, T) and its factor ``a``::
 
         position = bands_of(frequency / a)             # for each band, the fractional band to read
         y = interpolate(x, position)
@@ -46,14 +48,12 @@ class SpeakerWarp(nn.Module):
     def matrices(self, factors: Tensor, bands: int) -> Tensor:
         """Returns (N, F, F) fp32. Row f has the weights of the source bands for band f; each row sums to 1."""
         f_max, device = self.f_max, factors.device
-        top = _hz_to_mel(torch.full((), f_max, dtype=torch.float32, device=device))
-        step = top / (bands + 1)
+        step = _hz_to_mel(torch.full((), f_max, dtype=torch.float32, device=device)) / (bands + 1)
         hz = _mel_to_hz(step * torch.arange(1, bands + 1, device=device, dtype=torch.float32))
         a = factors.float()[:, None]
-        bend = self.knee * f_max * a.clamp(max=1)  # up to this frequency the result at hz is the source at hz / a
+        bend = self.knee * f_max * a.clamp(max=1)  # up to this frequency, the value at hz is read at hz / a
         above = bend / a + (hz - bend) * (f_max - bend / a) / (f_max - bend)
-        source = torch.where(hz <= bend, hz / a, above)
-        position = (_hz_to_mel(source) / step - 1).clamp(0, bands - 1)
+        position = (_hz_to_mel(torch.where(hz <= bend, hz / a, above)) / step - 1).clamp(0, bands - 1)
         return (1 - (position[..., None] - torch.arange(bands, device=device)).abs()).clamp(min=0)
 
     @torch.no_grad()

@@ -1,10 +1,10 @@
 """`jasper-fast prepare librispeech`: download, verify and unpack LibriSpeech, and write its manifests.
 
 Downloads the sets of LibriSpeech (or takes archives from a folder), verifies the MD5 of each, unpacks it and writes a
-manifest, DIR/SET.jsonl: JSON lines with audio_filepath (relative to DIR), duration, text and speaker. FLAC files stay
-as they are. --speeds adds copies at other speeds; with ignore_offline_speed_perturbation: false in the audio_dataset of
-a configuration, training then picks one of the copies at random. The command first prints what it will download and
-write. If it is interrupted, at any point, the same command continues.
+manifest, DIR/SET.jsonl: JSON lines with audio_filepath (relative to DIR), duration, text and speaker. FLAC files are
+not changed. --speeds adds copies at other speeds. Training then picks one speed at random for each utterance, if the
+configuration's audio_dataset has ignore_offline_speed_perturbation: false. The command first prints what it will
+download and write. Repeat the command to continue an interrupted run.
 """
 
 import argparse

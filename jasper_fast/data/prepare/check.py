@@ -21,10 +21,10 @@ from jasper_fast.data.reading import AudioReader
 from jasper_fast.speech.audio import AudioError, ShortAudio
 from jasper_fast.speech.text import UnknownSymbolError, Vocabulary, normalize_and_lost
 
-SILENT_DB = -60.0  # an utterance with a lower peak counts as silent; 0 is full scale
-CLIPPED = 0.001  # an utterance with a larger share of samples at full scale counts as clipped
-_FULL = 0.9995  # a sample of at least this size counts as at full scale
-_WARNINGS = {"clipped", "out_of_alphabet"}  # utterances with only these faults are reported but kept
+SILENT_DB = -60.0  # dB of full scale; an utterance whose loudest sample is below counts as silent
+CLIPPED = 0.001  # an utterance with more than this fraction of its samples at full scale counts as clipped
+_FULL = 0.9995  # a sample of at least this absolute value counts as at full scale
+_WARNINGS = {"clipped", "out_of_alphabet"}  # an utterance that has only these faults is reported but kept
 REASONS = {
     "bad_entry": "the line is not a valid utterance",
     "unreadable": "the audio cannot be read",
@@ -43,7 +43,8 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Rules:
-    """What an utterance must satisfy: the alphabet, bounds in seconds, and samples per output frame of the model."""
+    """The rules for utterances: the alphabet, the shortest and longest duration in seconds, and the samples per output
+    frame of the model, from which the frames for CTC are computed."""
 
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     min_duration: float = 0.1
@@ -51,11 +52,11 @@ class Rules:
     frame_samples: int = 320
     sample_rate: int = 16000
     normalize_text: bool = True
-    strict: bool = False  # also leave out utterances whose faults are only worth a warning
+    strict: bool = False  # also leave out utterances that would only be reported
 
 
 class Fault(NamedTuple):
-    """Something wrong with an utterance: a key of REASONS, and details."""
+    """A fault of an utterance: a key of REASONS, and details."""
 
     reason: str
     detail: str
@@ -64,7 +65,7 @@ class Fault(NamedTuple):
 @dataclass
 class Found:
     """What was found about one entry of a manifest; ``utterance`` is None if the entry is not valid. Levels are in dB
-    relative to full scale."""
+    of full scale, and ``print_of_samples`` is a hash of the samples."""
 
     entry: Any
     utterance: Utterance | None
@@ -89,10 +90,8 @@ class Found:
 
 def look(entry: Any, utterance: Utterance, rules: Rules) -> Found:
     """Reads the audio of an utterance, and checks audio and text against the rules."""
-    found = Found(entry, utterance)
-    text, lost = utterance.text, []
-    if rules.normalize_text:
-        text, lost = normalize_and_lost(text, rules.vocabulary)
+    found, text = Found(entry, utterance), utterance.text
+    text, lost = normalize_and_lost(text, rules.vocabulary) if rules.normalize_text else (text, [])
     try:
         target = rules.vocabulary.encode(text)
     except UnknownSymbolError as error:
@@ -118,7 +117,7 @@ def look(entry: Any, utterance: Utterance, rules: Rules) -> Found:
 
 
 def _listen(found: Found, samples: np.ndarray, rules: Rules) -> None:
-    """Fills in length, levels and digest of the samples, and reports their faults."""
+    """Enters the length, levels and hash of the samples, and the faults that they show."""
     found.seconds = len(samples) / rules.sample_rate
     found.print_of_samples = hashlib.blake2b(samples.tobytes(), digest_size=16).digest()
     size = np.abs(samples)
@@ -128,12 +127,8 @@ def _listen(found: Found, samples: np.ndarray, rules: Rules) -> None:
         found.fault("silent", f"the loudest sample is at {found.peak_db:.0f} dB")
     elif (part := float(np.mean(size >= _FULL))) > CLIPPED:
         found.fault("clipped", f"{part:.2%} of the samples are at full scale")
-    for reason, holds in (
-        ("too_long", found.seconds > rules.max_duration),
-        ("too_short", found.seconds < rules.min_duration),
-    ):
-        if holds:
-            found.fault(reason, f"{found.seconds:.2f} s")
+    if not rules.min_duration <= found.seconds <= rules.max_duration:
+        found.fault("too_long" if found.seconds > rules.max_duration else "too_short", f"{found.seconds:.2f} s")
 
 
 def check(
@@ -164,8 +159,8 @@ def check(
 def clean_entries(
     results: Sequence[Found], manifest: str, target: Path, data_dir: str | os.PathLike | None = None, strict=False
 ) -> Iterator[dict[str, Any]]:
-    """Yields the entries of the clean manifest ``target``. Their paths become absolute if ``target`` is not in the
-    folder of ``manifest``, or if ``data_dir`` is given."""
+    """Yields the entries of the clean manifest ``target``. Paths in them become absolute if ``target`` is in another
+    folder than ``manifest``, or if ``data_dir`` is given."""
     root = os.fspath(data_dir or places.parent(manifest))
     same = os.path.realpath(places.parent(manifest)) == str(target.resolve().parent) and data_dir is None
 
@@ -204,7 +199,7 @@ def figures(results: Sequence[Found], strict: bool) -> dict[str, Any]:
 
 
 def html(manifest: str, results: Sequence[Found], rules: Rules, most: int = 200) -> str:
-    """Returns a page with histograms and the faulty utterances, at most ``most`` per kind of fault."""
+    """Returns an HTML page with histograms and at most ``most`` faulty utterances per kind of fault."""
     heard = [f for f in results if f.seconds]
     histograms = {
         "seconds": page.histogram([f.seconds for f in heard]),

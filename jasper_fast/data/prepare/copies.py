@@ -1,4 +1,4 @@
-"""Makes copies of audio files at other speeds or in another format. Copies that exist are kept."""
+"""Makes copies of audio files at other speeds or in another format. Does not make a copy again if it exists."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -16,14 +16,15 @@ from jasper_fast.speech.audio import AudioError
 
 @dataclass(frozen=True)
 class Copy:
-    """A kind of copy of every file: its ``speed`` factor, and the ``suffix`` of its format."""
+    """A kind of copy that is made of every file: the ``speed`` relative to the original, and the ``suffix`` of the
+    format."""
 
     speed: float = 1.0
     suffix: str = ".flac"
 
     @property
     def plain(self) -> bool:
-        """Whether this kind is the original itself, which is not copied."""
+        """Whether this kind is the original itself, so that nothing is copied."""
         return self.speed == 1.0 and self.suffix == ".flac"
 
     def folder(self, original: Path) -> Path:
@@ -32,16 +33,15 @@ class Copy:
         return original if self.plain else original.with_name(f"{original.name}{speed}{self.suffix.replace('.', '-')}")
 
     def path(self, file: Path, original: Path) -> Path:
-        """Returns the path of the copy of ``file``, which lies in the folder of originals."""
+        """Returns the path of the copy of ``file``, a file in the folder ``original``."""
         return self.folder(original) / file.relative_to(original).with_suffix(self.suffix)
 
 
 def make(file: Path, copy: Copy, target: Path, work: Path) -> float:
-    """Writes a 16-bit copy of an audio file at the file's own sample rate, unless the copy exists. Returns its length
-    in seconds.
+    """Writes a 16-bit copy of an audio file to ``target``, at the same sample rate, unless ``target`` exists. Returns
+    the length of the copy in seconds.
 
-    The copy lies in the folder ``work`` until it is complete. Raises PrepareError, which names a file that cannot be
-    read.
+    An incomplete copy lies in the folder ``work``. Raises PrepareError, which names a file that cannot be read.
     """
     try:
         if not copy.plain and not target.exists():
@@ -58,12 +58,11 @@ def in_parallel(
     work: Callable[[Any], Any], items: Sequence[Any], jobs: int, what: str, progress: Progress
 ) -> Iterator[Any]:
     """Yields the result of ``work`` for each item, in order, computed by ``jobs`` threads (0: one per core). Threads
-    are enough, because decoding and resampling release Python's lock. Unlike processes, they cannot outlive a run that
-    is killed."""
+    suffice, because decoding and resampling release Python's global lock. Unlike processes, they end with a killed
+    run."""
     with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
-        results = pool.map(work, items)
         try:
-            for done, result in enumerate(results, 1):
+            for done, result in enumerate(pool.map(work, items), 1):
                 progress(what, done, len(items))
                 yield result
         finally:

@@ -11,15 +11,15 @@ from pathlib import Path
 from jasper_fast.data.prepare.writing import PrepareError, Progress, move, writing
 
 TRIES = 8  # give up after this many attempts in a row that received nothing
-PAUSE = 1.0  # seconds before the second attempt; doubled for each further one
-LONGEST_PAUSE = 60.0
-TIMEOUT = 60.0  # seconds without data before a connection counts as broken
-_CHUNK = 1 << 20
+PAUSE = 1.0  # seconds before the second attempt; doubled before each further one
+LONGEST_PAUSE = 60.0  # seconds
+TIMEOUT = 60.0  # seconds without data after which a connection counts as broken
+_CHUNK = 1 << 20  # bytes read at a time
 _LATER = {408, 425, 429}  # the 4xx statuses that ask the client to try again
 
 
 def verify(path: Path, md5: str, progress: Progress) -> None:
-    """Raises PrepareError unless the file has this MD5, given in hexadecimal digits."""
+    """Raises PrepareError unless the file has this MD5 (hexadecimal)."""
     digest, done, total = hashlib.md5(usedforsecurity=False), 0, path.stat().st_size
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
@@ -32,12 +32,11 @@ def verify(path: Path, md5: str, progress: Progress) -> None:
 
 
 def fetch(url: str, target: Path, md5: str, progress: Progress) -> None:
-    """Downloads ``url``, verifies its MD5, and only then creates ``target``.
+    """Downloads ``url`` to ``target.part``, verifies the MD5, and renames the file to ``target``.
 
     A ``target.part`` from an earlier run is continued. If the connection breaks or is silent for a minute, or if the
     server is busy, the download is tried again, until ``TRIES`` attempts in a row have received nothing. Raises
-    PrepareError for errors that a retry cannot mend, and for a wrong MD5. In the latter case the downloaded file is
-    deleted.
+    PrepareError for other errors of the server, and for a wrong MD5, after which ``target.part`` is deleted.
     """
     part = target.with_name(f"{target.name}.part")
     with writing(part):
@@ -67,7 +66,8 @@ def fetch(url: str, target: Path, md5: str, progress: Progress) -> None:
 
 
 def _receive(url: str, part: Path, progress: Progress) -> None:
-    """Appends the rest of ``url`` to ``part``. Raises OSError or HTTPException if the connection breaks."""
+    """Appends to ``part`` the bytes of ``url`` that are missing in it. Raises OSError or HTTPException if the
+    connection breaks."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:

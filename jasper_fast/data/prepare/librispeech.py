@@ -17,8 +17,8 @@ from jasper_fast.data.prepare.unpack import HostileArchive, unpack
 from jasper_fast.data.prepare.writing import PrepareError, Progress, alone_in, move, write_manifest
 
 HOME = "https://www.openslr.org/resources"
-WORK = Path(".prepare")  # folder within the corpus for downloads and everything else that is not complete yet
-UNFINISHED = WORK / "unfinished"  # folder for unpacked sets, copies and manifests that are not complete yet
+WORK = Path(".prepare")  # folder within the corpus for downloads and incomplete files
+UNFINISHED = WORK / "unfinished"  # folder for unpacked sets, copies and manifests that are incomplete
 
 
 class Published(NamedTuple):
@@ -48,8 +48,8 @@ WAV_SIZE = 1.9  # size of a WAV file relative to its FLAC file
 
 @dataclass(frozen=True)
 class Corpus:
-    """What is prepared, and where: the ``sets``, in the folder ``out``, from ``source`` (a URL or folder that has
-    ``SET.tar.gz`` for each set; None: OpenSLR).
+    """Which ``sets`` are prepared in the folder ``out``. ``source`` is a URL or folder that has ``SET.tar.gz`` for each
+    set (None: OpenSLR).
 
     ``speeds``: speeds of the copies made beside the originals; ``wav``: make copies in WAV, which is read faster;
     ``checksums``: MD5 by set, for archives that are not the published ones; ``keep_archives``: do not delete archives
@@ -80,7 +80,7 @@ class Corpus:
         return _KNOWN[name].md5
 
     def place(self, name: str) -> tuple[str, Path]:
-        """Returns the URL of a set's archive ("" if it is on this machine), and its local path."""
+        """Returns the URL of a set's archive ("" if ``source`` is a folder), and the archive's path on this machine."""
         file = f"{name}.tar.gz"
         if self.source is not None and not re.match(r"https?://", self.source):
             return "", Path(self.source, file)
@@ -133,12 +133,12 @@ def needed(corpus: Corpus) -> tuple[int, int]:
 
 
 def prepare(corpus: Corpus, jobs: int, say: Callable[[str], None], progress: Progress) -> None:
-    """Prepares every set, and writes a manifest of it (JSON lines: audio_filepath, duration, text, speaker, and
+    """Prepares every set, and writes a manifest for each (JSON lines: audio_filepath, duration, text, speaker, and
     ``files`` if there are copies at other speeds).
 
-    First reports (to ``say``) what will be downloaded and written. Copies are made by ``jobs`` threads (0: one per
-    core). Complete files are never made again, so the same call continues an interrupted run, with the same result.
-    Raises PrepareError for a wrong MD5, a damaged or hostile archive, too little space, or a server that does not
+    First calls ``say`` with a line on what will be downloaded and written. Copies are made by ``jobs`` threads (0: one
+    per core). Complete files are never made again, so the same call continues an interrupted run, with the same result.
+    Raises PrepareError for a wrong MD5, a damaged or hostile archive, too little disk space, or a server that does not
     answer.
     """
     for name in corpus.sets:
@@ -188,8 +188,8 @@ def _unpacked(corpus: Corpus, name: str, progress: Progress) -> None:
 
 
 def spoken(folder: Path) -> list[tuple[Path, str]]:
-    """Returns file and text of each utterance of an unpacked set, sorted by name. Raises PrepareError if a text or an
-    audio file is missing."""
+    """Returns the audio file and text of each utterance of an unpacked set, sorted by name. Raises PrepareError if a
+    text or an audio file is missing."""
     texts: dict[str, str] = {}
     for listing in sorted(folder.rglob("*.trans.txt")):
         try:

@@ -30,19 +30,18 @@ def pack(
     jobs: int,
     progress: Progress,
 ) -> tuple[Path, int]:
-    """Writes utterances, in random order, to shards ``audio_N.tar`` of similar size and a manifest. Returns the path of
-    the manifest and the number of shards.
+    """Packs utterances, in random order, in shards ``audio_N.tar`` of similar size, and writes a manifest. Returns the
+    path of the manifest and the number of shards.
 
-    A file that is one utterance is packed as it is. If an utterance is part of a longer file, that part is packed as
-    FLAC. ``url``: the folder in which the shards will lie, if not beside the manifest. Equal arguments produce equal
+    A file that is one utterance is packed unchanged. If an utterance is part of a longer file, that part is packed as
+    FLAC. ``url``: the folder from which the shards will be read (None: the manifest's). Equal arguments produce equal
     bytes. Raises PrepareError, which names a file that cannot be read.
     """
     order = list(utterances)
     random.Random(seed).shuffle(order)
     taken: set[str] = set()
     named = [(u, _name(u, taken)) for u in order]
-    total = sum(_size(u) for u in order)
-    count = max(1, min(len(named), math.ceil(total / shard_bytes)))
+    count = max(1, min(len(named), math.ceil(sum(_size(u) for u in order) / shard_bytes)))
     shares = [named[i * len(named) // count : (i + 1) * len(named) // count] for i in range(count)]
 
     def write(number: int) -> list[dict[str, Any]]:
@@ -68,8 +67,8 @@ def _size(utterance: Utterance) -> int:
 
 
 def _name(utterance: Utterance, taken: set[str]) -> str:
-    """Returns a unique file name whose only dot is before the suffix, because WebDataset splits names at the first
-    dot."""
+    """Returns a file name that is not in ``taken``. Its only dot is before the suffix, because WebDataset splits names
+    at the first dot."""
     path = Path(utterance.path)
     first = re.sub(r"[^A-Za-z0-9_-]", "_", path.stem)[:80] or "utterance"
     more = (f"{first}_{number}" for number in itertools.count(1))
@@ -93,7 +92,7 @@ def _content(utterance: Utterance) -> tuple[bytes, float]:
 
 
 def _write(path: Path, number: int, share: Sequence[tuple[Utterance, str]], url: str | None) -> list[dict[str, Any]]:
-    """Writes one shard of utterances under the given names, and returns the lines of the manifest for it."""
+    """Writes one shard of (utterance, file name) pairs, and returns its manifest entries."""
     lines = []
     with whole(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
         for utterance, name in share:

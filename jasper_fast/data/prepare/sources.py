@@ -23,7 +23,7 @@ Report = Callable[[str], None]  # called with a message for each utterance that 
 _AUDIO_COLUMNS = ("path", "audio_filepath", "audio", "wav_filename", "file", "filename", "file_name", "wav", "mp3_path")
 _TEXT_COLUMNS = ("sentence", "text", "transcript", "transcription", "normalized_text", "normalized_transcription")
 _SPEAKER_COLUMNS = ("client_id", "speaker", "speaker_id", "spk_id")
-_LONGEST_FIELD = 1 << 24
+_LONGEST_FIELD = 1 << 24  # characters in a field of a CSV file
 
 
 def kind_of(name: str) -> str:
@@ -62,7 +62,7 @@ def entries(source: str, kind: str, audio_dir: Path | None, report: Report) -> I
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields number and content of each line that is not blank, from a file that may be gzipped."""
+    """Yields the number and content of each line that is not blank. The file may be gzipped."""
     try:
         opener = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
@@ -78,22 +78,21 @@ def _text_of(path: Path) -> str:
 
 
 def _seconds(path: Path, report: Report) -> float | None:
-    """Returns the length of an audio file in seconds, from its header. If that cannot be read, reports it and returns
-    None."""
+    """Returns the length of an audio file in seconds, from its header. Returns None, after a report, if the header
+    cannot be read."""
     try:
-        seconds = audio.duration(path)
+        return round(audio.duration(path), 6)
     except AudioError as error:
         report(str(error))
         return None
-    return round(seconds, 6)
 
 
 # ------------------------------------------------------------------ a folder
 
 
 def _folder(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Entry]:
-    """Reads a folder of audio files. The text of each is in a file beside it that differs only in the suffix, or in a
-    *.trans.txt (LibriSpeech) or metadata.csv (LJ Speech) of its folder or of one above."""
+    """Reads a folder of audio files. The text of each is in a file beside it with another suffix, or in a *.trans.txt
+    (LibriSpeech) or metadata.csv (LJ Speech) in its folder or in a folder above."""
     listed: dict[Path, dict[str, str]] = {}
     found = 0
     for folder, folders, files in os.walk(source):
@@ -137,7 +136,7 @@ def _table(path: Path, least: int = 1) -> dict[str, str]:
 
 def _kaldi(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Entry]:
     """Reads wav.scp and text of a Kaldi folder, and segments and utt2spk if they exist. Relative paths start at
-    ``audio_dir``, the folder in which Kaldi was run. By default that is ``source`` for files found there, else the
+    ``audio_dir``, the folder in which Kaldi was run. Without it, a file is looked for in ``source``, then in the
     current working directory."""
     recordings, texts = _table(source / "wav.scp"), _table(source / "text", 0)
     speakers = _table(source / "utt2spk") if (source / "utt2spk").is_file() else {}
@@ -175,8 +174,8 @@ def _kaldi(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Ent
 
 
 def _kaldi_path(place: str, source: Path, audio_dir: Path | None) -> Path | None:
-    """Returns the file in a line of wav.scp, also for the commands `flac ... FILE |` and `cat FILE |`. Returns None for
-    any other command."""
+    """Returns the file that ``place``, the value in a line of wav.scp, names. It may be in a command `flac ... FILE |`
+    or `cat FILE |`; returns None for any other command."""
     if place.endswith("|"):
         words = place.rstrip("| ").split()
         files = [word for word in words if Path(word).suffix.lower() in SOUNDS]
@@ -192,8 +191,8 @@ def _kaldi_path(place: str, source: Path, audio_dir: Path | None) -> Path | None
 
 
 def _csv(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Entry]:
-    """Reads a table with a header. Audio lies in ``audio_dir``, or else beside the table or in a folder ``clips``
-    beside it (Common Voice)."""
+    """Reads a table with a header. Audio is in ``audio_dir``; without it, in the folder of the table, or in the folder
+    ``clips`` there (Common Voice)."""
     tabs = source.name.lower().removesuffix(".gz").endswith(".tsv")
     lines = (f"{line}\n" for _, line in _lines(source))
     csv.field_size_limit(_LONGEST_FIELD)
@@ -236,7 +235,7 @@ def _beside(name: str, source: Path, audio_dir: Path | None) -> Path:
 
 
 def _manifest(source: str, audio_dir: Path | None, report: Report) -> Iterator[Entry]:
-    """Reads NeMo's JSON lines, or the array of NVIDIA's Jasper, from which the files at speed 1 are taken."""
+    """Reads NeMo's JSON lines, or the JSON array of NVIDIA's Jasper, of which only the files at speed 1 are used."""
     try:
         utterances = read_manifest(source, audio_dir)
     except ManifestError as error:

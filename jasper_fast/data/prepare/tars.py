@@ -1,4 +1,4 @@
-"""Reads utterances from tar files in the form of WebDataset: NAME.flac with NAME.txt or NAME.json, and no manifest."""
+"""Reads utterances from WebDataset's tar files, which have no manifest but NAME.flac with NAME.txt or NAME.json."""
 
 import itertools
 import json
@@ -17,16 +17,16 @@ TEXTS = ("txt", "lab", "trn", "transcript")
 
 
 def named(source: str) -> list[str]:
-    """Returns the tars that a source names. The source may be a folder, a path, a pattern or a URL. For any other
-    source the list is empty."""
+    """Returns the tars that a source names: a folder, a path, a pattern or a URL. The list is empty if it names
+    none."""
     if not places.is_url(source) and os.path.isdir(source):
         return sorted(str(path) for path in Path(source).glob("*.tar"))
     return [tar for tar in places.expanded(source) if tar.endswith(".tar")]
 
 
 def entries(source: str, report: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """Yields a manifest entry for each sample with audio and text. The entry has the place of the audio in the tar,
-    from which the audio is read later.
+    """Yields a manifest entry for each sample with audio and text. The entry has the byte range of the audio in the
+    tar.
 
     ``report`` is called with a message for each sample that is left out. Raises PrepareError, which names a file that
     is not a tar.
@@ -52,7 +52,7 @@ def _of_tar(tar: str, shard: int, file: BinaryIO, report: Callable[[str], None])
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Returns key and extension of a member's name, split at the first dot as WebDataset does."""
+    """Splits a member's name at the first dot, as WebDataset does, and returns key and extension."""
     folder, _, last = name.rpartition("/")
     stem, _, end = last.partition(".")
     return (f"{folder}/{stem}" if folder else stem), end.lower()

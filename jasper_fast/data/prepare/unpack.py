@@ -1,4 +1,4 @@
-"""Unpacks archives that are not trusted: a member outside the folder, a link or a device is an error."""
+"""Unpacks archives without trust in them: a member outside the folder, a link or a device is an error."""
 
 import gzip
 import shutil
@@ -10,7 +10,7 @@ from jasper_fast.data.prepare.writing import PrepareError, Progress, whole
 
 
 class HostileArchive(PrepareError):
-    """An archive would write outside its folder, or holds links or devices."""
+    """An archive would write outside its folder, or contains links or devices."""
 
 
 def parts_of(member: tarfile.TarInfo, archive: Path) -> tuple[str, ...]:
@@ -26,8 +26,7 @@ def parts_of(member: tarfile.TarInfo, archive: Path) -> tuple[str, ...]:
 
 def unpack(archive: Path, inside: str, folder: Path, progress: Progress) -> None:
     """Unpacks the files under the path ``inside`` of a tar (plain or compressed) into ``folder``. Files from an earlier
-    run are kept. Until a file is complete, it lies beside ``folder``. Raises PrepareError for a damaged or hostile
-    archive."""
+    run are kept. An incomplete file lies beside ``folder``. Raises PrepareError for a damaged or hostile archive."""
     wanted, count, size = PurePosixPath(inside).parts, 0, archive.stat().st_size
     try:
         with open(archive, "rb") as raw, tarfile.open(fileobj=raw, mode="r:*") as tar:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-Progress = Callable[[str, int, int | None], None]  # called with the name of the work, the amount done, and the total
+Progress = Callable[[str, int, int | None], None]  # gets the name of the work, the amount done, and the total if known
 
 
 class PrepareError(ValueError):
@@ -18,12 +18,12 @@ class PrepareError(ValueError):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raises PrepareError, which names ``path``, for an error of the file system (full disk, no permission) in its
-    block."""
+    """Turns an error of the file system (full disk, no permission) in its block into a PrepareError, which names
+    ``path``."""
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # A library raised this for what it read. It is not an error of the file system.
+        if error.errno is None:  # raised by a library for the content of a file
             raise
         raise PrepareError(
             f"{path}: {error.strerror}; complete files are kept; solve the problem and run the command again"
@@ -52,7 +52,7 @@ def whole(path: Path, folder: Path | None = None) -> Iterator[Path]:
 
 
 def write_manifest(path: Path, entries: Iterable[dict[str, Any]], work: Path | None = None) -> int:
-    """Writes entries as JSON lines, and returns their number. ``work``: the folder of the file until it is complete."""
+    """Writes entries as JSON lines, and returns their number. ``work``: the folder of the incomplete file."""
     count = 0
     with whole(path, work) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
         for entry in entries:
