@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jasper_fast.inference.recognizer import labels_of
 from jasper_fast.nn import nemo_file, tensor_file
-from jasper_fast.nn.checkpoint import FORMAT, CheckpointError, replacing
+from jasper_fast.nn.checkpoint import FORMAT, CheckpointError, first_line, replacing
 from jasper_fast.nn.config import JasperConfig
 from jasper_fast.nn.formats import NEMO_FEATURES, Weights, read_weights
 from jasper_fast.nn.loading import compared, config_of, refuse_misfits
@@ -70,9 +70,9 @@ def convert(
     """Writes the weights in `source`, in any format that `read_weights` knows, to the file `out` in the format `to`.
     Returns the report and the model's configuration.
 
-    Every entry keeps its dtype and bits. The new file is read back and compared under a temporary name, and then
-    renamed to `out`. `config` is for files without a configuration. `ema` writes the moving average in place of the
-    weights. Without `ema`, the average is converted too if the format has a place for it.
+    Every entry keeps its dtype and bits. The new file is written under a temporary name, read back and compared, and
+    then renamed to `out`. `config` is for files without a configuration. With `ema`, the moving average is written in
+    place of the weights. Without `ema`, the average is written besides the weights if the format has a place for it.
 
     Raises ConvertError if `out` exists and `force` is false, and for a model that the format cannot represent. Raises
     CheckpointError for a file that cannot be read or does not fit its configuration.
@@ -101,7 +101,7 @@ def convert(
 
 
 def refuse_existing(force: bool, *paths: str | Path) -> None:
-    """Raises ConvertError if one of the files exists, unless `force`."""
+    """Raises ConvertError if one of the files exists and `force` is false."""
     for path in paths:
         if Path(path).exists() and not force:
             raise ConvertError(f"{path} exists; choose another name, or add --force to replace it")
@@ -118,15 +118,16 @@ def _with_labels(config: JasperConfig, weights: Weights) -> JasperConfig:
 
 
 def _entries(weights: Weights, config: JasperConfig) -> tuple[dict[str, Tensor], list[str]]:
-    """Returns (entries, made): the entries in the order of the model, each contiguous and in memory of its own, and
-    the names of those that are not in the file. Only the counters of batch norms may be missing, because PyTorch 0.4
-    did not save them."""
+    """Returns (entries, made). entries: those of the file in the order of the model, each contiguous and in memory of
+    its own. made: the names of entries that the file lacks. These can only be batch counters, which PyTorch 0.4 did not
+    save."""
     try:
         with torch.device("meta"):
             own = Jasper(config).state_dict()
     except RuntimeError as error:
-        said = str(error).partition("\n")[0]
-        raise CheckpointError(f"{weights.path}: no model can be made from its configuration ({said})") from error
+        raise CheckpointError(
+            f"{weights.path}: no model can be made from its configuration ({first_line(error)})"
+        ) from error
     given, wrong, extra = compared(own, weights)
     for name in [name for name in own if name not in wrong]:
         tensor = given[name]
@@ -147,7 +148,7 @@ def _entries(weights: Weights, config: JasperConfig) -> tuple[dict[str, Tensor],
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)  # compare bytes, because a NaN is not equal to itself
+    return tensor.reshape(-1).view(torch.uint8)  # bytes are compared, because a NaN is not equal to itself
 
 
 def _compare(
@@ -187,7 +188,7 @@ def _nvidia(
         "NVIDIA's format stores neither labels nor settings; to use the file, NVIDIA's scripts and jasper-fast need a "
         "configuration, which --config-out writes"
     )
-    if _features(config).get("convention", "reference") != "reference":
+    if config.filterbank.get("convention", "reference") != "reference":
         report.warnings.append(f"the model was trained on NeMo's features; NVIDIA's differ: {RULES}")
     return theirs
 
@@ -198,7 +199,7 @@ def _nemo(
     labels = labels_of(config)
     if config.labels is None:
         report.warnings.append("the source does not name its labels; the published ones are used: space, a to z, '")
-    given = {"n_filt": config.encoder.in_feats} | _features(config)
+    given = {"n_filt": config.encoder.in_feats} | config.filterbank
     try:
         features = LogMelFeatures.from_config(given, pad_to_max_duration=False)
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
@@ -215,8 +216,9 @@ def _nemo(
     report.made += made
     kept = {f"filterbank_features.{ours}": settings[ours] for ours, _ in NEMO_FEATURES.values()}
     kept |= {"audio_dataset.sample_rate": settings["sample_rate"], "filterbank_features.convention": "nemo"}
-    left = {name: value for name, value in _settings(config).items() if kept.get(name.partition(".")[2], {}) != value}
-    report.settings_left_out += left
+    report.settings_left_out += (
+        name for name, value in _settings(config).items() if kept.get(name.partition(".")[2], {}) != value
+    )
     return theirs
 
 
@@ -233,13 +235,9 @@ WRITERS = {"jasper_fast": _jasper_fast, "nvidia": _nvidia, "nemo": _nemo, "safet
 def _labels(config: JasperConfig, report: Report) -> list[str] | None:
     if config.labels is None:
         report.warnings.append("the labels are not known; give a configuration with labels as --config")
-    if not _features(config):
+    if not config.filterbank:
         report.warnings.append("the settings of the features are not known; NVIDIA's are assumed")
     return list(config.labels) if config.labels is not None else None
-
-
-def _features(config: JasperConfig) -> dict[str, Any]:
-    return (config.input_val or config.input_train).get("filterbank_features") or {}
 
 
 def _settings(config: JasperConfig) -> dict[str, Any]:

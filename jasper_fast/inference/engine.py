@@ -17,6 +17,7 @@ from jasper_fast.inference.plan import Network, weight_of
 from jasper_fast.inference.stepwise import Stepwise
 from jasper_fast.kernels import precision, tables
 from jasper_fast.nn.cells import convs
+from jasper_fast.nn.config import refuse
 from jasper_fast.nn.model import Jasper, check_features
 
 
@@ -28,8 +29,8 @@ class InferenceEngine:
     kernels clamp them, because a check would have to wait for the GPU. No gradient flows through the engine.
 
     The constructor copies, folds (in fp32 or wider) and packs the model's weights. Call `refresh()` after they change.
-    dtype: of weights and activations, by default that of the model; sums are always fp32. bf16 is fastest on a CPU with
-    AVX512-BF16 or AMX. On a CPU fp16 is computed in fp32, which is faster.
+    dtype: that of weights and activations, by default the model's; sums are always fp32. On a CPU with AVX512-BF16 or
+    AMX bf16 is fastest. On a CPU an engine in fp16 computes in fp32, which is faster.
 
     The engine reuses its activation buffers between calls. Results are in new memory and depend only on the input of
     the call. Any number of threads and CUDA streams may call one engine. It runs on the caller's current stream, one
@@ -50,11 +51,11 @@ class InferenceEngine:
 
     With `backend="auto"` on a GPU each call uses the fastest face for its N*T'. The times are measured once on each
     GPU, at the first such call (see `jasper_fast.dispatch.tuned`); with the model's `tune=False` they come from tables
-    and estimates. In this mode the engine has one copy of the weights for each face that it may use.
+    and estimates. An engine with `backend="auto"` has one copy of the weights for each face that it may use.
 
     fp32_precision: the precision of products of fp32 weights on a GPU, "ieee" or "tf32". None: PyTorch's own switches
-    decide at each call (`jasper_fast.kernels.precision`). Engines for which it is set run one at a time, because a call
-    sets PyTorch's switches while it runs.
+    decide at each call (`jasper_fast.kernels.precision`). Engines with "ieee" or "tf32" run one at a time, because each
+    call changes PyTorch's switches while it runs.
 
     Equivalent to `model.eval()(features, lengths)` under `torch.no_grad()`, on rows t < length.
     """
@@ -69,12 +70,14 @@ class InferenceEngine:
         graph_limit: int = 32,
         fp32_precision: str | None = None,
     ):
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating-point dtype such as torch.float16, not {dtype}")
-        if graphs not in ("auto", True, False):
-            raise ValueError(f"graphs must be 'auto', True or False, not {graphs!r}")
-        if bucket < 1 or graph_limit < 1:
-            raise ValueError(f"bucket and graph_limit must be at least 1, not {bucket} and {graph_limit}")
+        floating = dtype is None or dtype.is_floating_point
+        few = f"bucket and graph_limit must be at least 1, not {bucket} and {graph_limit}"
+        refuse(
+            ValueError,
+            (not floating, f"dtype must be a floating-point dtype such as torch.float16, not {dtype}"),
+            (graphs not in ("auto", True, False), f"graphs must be 'auto', True or False, not {graphs!r}"),
+            (bucket < 1 or graph_limit < 1, few),
+        )
         self._model, self._wanted, self._fp32 = model, dtype, precision.check(fp32_precision)
         self._graphs, self._bucket, self._limit = graphs, bucket, graph_limit
         self._lock = threading.Lock()
@@ -94,7 +97,7 @@ class InferenceEngine:
             with turns.turn():
                 runs = {face: self._runner(face, dtype, turns) for face in faces}
             self._turns, self._runs, self._device, self._dtype = turns, runs, weight.device, dtype
-            # The allocator does not know which other streams use the buffers: wait for these streams before freeing.
+            # The allocator does not know which streams use the buffers, so wait for them before the buffers are freed.
             self._waits = weakref.finalize(self, turns.finish)
             self._waits.atexit = False
 
@@ -108,8 +111,6 @@ class InferenceEngine:
         return functools.partial(type(self), dtype=self._wanted, fp32_precision=self._fp32, **shapes), (self._model,)
 
     def _runner(self, face: str, dtype: torch.dtype, turns: Turns) -> Launches | Stepwise:
-        if self._graphs is True and face == "cpu":
-            raise ValueError("graphs=True needs a CUDA GPU, but the weights are on the CPU; use graphs='auto'")
         wanted = turns.device.type == "cuda" if self._graphs == "auto" else self._graphs
         graphs = CudaGraphs(turns.device) if wanted else None
         shapes = Shapes(turns, graphs, patient=self._graphs == "auto", limit=self._limit)
@@ -127,7 +128,7 @@ class InferenceEngine:
 
     @property
     def _run(self) -> Launches | Stepwise:
-        """The first runner, which on a CPU is the only one."""
+        """The first runner. On a CPU there is no other."""
         return next(iter(self._runs.values()))
 
     @torch.no_grad()

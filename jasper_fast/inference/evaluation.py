@@ -28,7 +28,8 @@ def length_of(row: Row) -> str:
 
 
 def grouped(rows: Sequence[Row], key: Callable[[Row], str | None]) -> dict[str, dict[str, Any]]:
-    """Returns counts and error rates by the name that ``key`` returns. Rows for which it returns None are left out."""
+    """Groups rows by the name that ``key`` returns, and returns ``totals`` by name. Rows with the name None are left
+    out."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if (name := key(row)) is not None:
@@ -37,7 +38,7 @@ def grouped(rows: Sequence[Row], key: Callable[[Row], str | None]) -> dict[str, 
 
 
 def totals(rows: Sequence[Row]) -> dict[str, Any]:
-    """Returns counts and error rates of rows. If they have no words, the rate is the number of errors."""
+    """Returns counts and error rates of ``rows``. If the references have no words, ``wer`` is the number of errors."""
     sums = {k: sum(row[k] for row in rows) for k in ("word_errors", "words", "character_errors", "characters")}
     rates = {
         "wer": sums["word_errors"] / max(sums["words"], 1),

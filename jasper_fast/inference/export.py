@@ -1,4 +1,4 @@
-"""Exports a model as a plain graph of convolutions for other runtimes. Results of ONNX files are compared with
+"""Exports a model as a plain graph of convolutions for other runtimes. The results of an ONNX file are compared with
 the engine's."""
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,19 +78,17 @@ class PlainJasper(nn.Module):
         self.head = _Conv(head.weight.detach().clone(), head.bias.detach().clone())
 
     def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        lens = lengths
-        xs = [self._masked(features.unsqueeze(2), lens)]
+        xs = [self._masked(features.unsqueeze(2), lengths)]
         for convs, panes, b in zip(self.blocks, self.panes, self.config.encoder.blocks, strict=True):
             x = xs[-1]
             for i, conv in enumerate(convs):
-                x, lens = conv(x), conv.b.out_length(lens) if conv.b else lens
+                x, lengths = conv(x), conv.b.out_length(lengths) if conv.b else lengths
                 if i == len(convs) - 1:
                     for pane, source in zip(panes, xs if b.residual_dense else xs[-1:], strict=False):
                         x = x + pane(source)
-                x = self._masked(x if conv.bias is None else x.relu(), lens)
+                x = self._masked(x if conv.bias is None else x.relu(), lengths)
             xs = [*xs, x] if b.dense else [x]
-        log_probs = self.head(xs[-1]).squeeze(2).transpose(1, 2).float().log_softmax(dim=2)
-        return log_probs, lens
+        return self.head(xs[-1]).squeeze(2).transpose(1, 2).float().log_softmax(dim=2), lengths
 
     def _masked(self, x: Tensor, lengths: Tensor) -> Tensor:
         if not self.config.encoder.use_conv_masks:
@@ -137,11 +134,11 @@ def write_onnx(
 
 
 def differs(run: Run, engine: Run, model: nn.Module, seed: int = 0) -> float:
-    """Returns the largest difference between the outputs of `run` and `engine`, over the valid frames of random
+    """Returns the largest difference between the log-probabilities of `run` and `engine` in valid frames, for random
     features.
 
-    `run` gets three utterances in one batch, with NaN in the padding if there are conv masks, and then each alone at
-    its own length. The lengths are not those with which the export was traced.
+    `run` gets three utterances in one batch, with NaN in the padding if there are conv masks, and then each utterance
+    by itself at its own length. The lengths are not those with which the export was traced.
     """
     generator = torch.Generator().manual_seed(seed)
     masks = model.config.encoder.use_conv_masks
@@ -158,8 +155,7 @@ def differs(run: Run, engine: Run, model: nn.Module, seed: int = 0) -> float:
         alone = features[i : i + 1, :, :length].contiguous(), lengths[i : i + 1]
         wanted = engine(*alone)[0][0, :frames]
         for got in (batch[i, :frames], run(*alone)[0][0, :frames]):
-            difference = (got - wanted).abs().max().item()
-            worst = max(worst, math.inf if math.isnan(difference) else difference)
+            worst = max(worst, (got - wanted).abs().nan_to_num(math.inf).max().item())
     return worst
 
 
@@ -170,8 +166,7 @@ def in_onnx_runtime(path: str | Path) -> Run:
 
     def run(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         given = dict(zip(INPUTS, (features.numpy(), lengths.numpy()), strict=True))
-        log_probs, frames = session.run(list(OUTPUTS), given)
-        return torch.from_numpy(log_probs), torch.from_numpy(frames)
+        return tuple(map(torch.from_numpy, session.run(list(OUTPUTS), given)))
 
     return run
 
@@ -211,16 +206,11 @@ def export_onnx(model: Jasper, labels: Sequence[str], folder: str | Path) -> flo
 
 def _beside(model: Jasper, labels: Sequence[str]) -> dict[str, str]:
     """Returns the texts of vocab.txt, config.json and features.json, by file name."""
-    config = model.config
+    encoder = model.config.encoder
     symbols = ["▁" if label == " " else label for label in labels] + ["<blk>"]
-    about: dict[str, Any] = {
-        "model_type": "nemo-conformer-ctc",
-        "features_size": config.encoder.in_feats,
-        "subsampling_factor": config.encoder.stride,
-    }
-    features = (config.input_val or config.input_train).get("filterbank_features") or {}
+    about = {"features_size": encoder.in_feats, "subsampling_factor": encoder.stride}
     return {
         "vocab.txt": "".join(f"{symbol} {i}\n" for i, symbol in enumerate(symbols)),
-        "config.json": json.dumps(about, indent=1),
-        "features.json": json.dumps(features, indent=1),
+        "config.json": json.dumps({"model_type": "nemo-conformer-ctc"} | about, indent=1),
+        "features.json": json.dumps(model.config.filterbank, indent=1),
     }

@@ -24,10 +24,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from jasper_fast.inference.engine import EncoderEngine
 from jasper_fast.nn.architecture import block_shapes, out_lengths
-from jasper_fast.nn.config import BlockConfig, ConfigError, EncoderConfig
+from jasper_fast.nn.config import BlockConfig, ConfigError, EncoderConfig, refuse
 from jasper_fast.nn.fuse import ENCODER, STATE, Before, FusedBlock, Report, become, counts, survey
 from jasper_fast.nn.packs import Packs
-from jasper_fast.nn.recognise import Parts, Unfit, captures, parts, refuse
+from jasper_fast.nn.recognise import Parts, Unfit, captures, parts
 from jasper_fast.nn.shared import Shared, sharing
 from jasper_fast.nn.watch import Watch
 
@@ -75,20 +75,21 @@ class Encoder:
 def describe(module: nn.Module, kind: type[FusedEncoder], backend: str) -> Encoder:
     """Returns the encoder `module` in the form that an engine reads. Raises Unfit, with the reason, if an engine cannot
     compute it."""
-    layers = []
-    for block in kind.blocks_of(module):
-        if "forward" in vars(block):
-            raise Unfit("a forward method was set on one of its blocks")
-        layers.append(_layer(block, parts(block)))
+    layers = [_layer(block, parts(block)) for block in kind.blocks_of(module)]
     masks = {kind.masks_of(module, layer) for layer in layers}
     all_dense = "its last block is dense, so the outputs of all blocks are returned"
-    refuse((len(masks) > 1, "only some of its blocks have masks"), (kind.returns_all and layers[-1].dense, all_dense))
+    refuse(
+        Unfit,
+        (len(masks) > 1, "only some of its blocks have masks"),
+        (kind.returns_all and layers[-1].dense, all_dense),
+    )
     found = Encoder(layers, *masks, backend)
     for (c_in, b, panes), layer, before in zip(block_shapes(found.config), layers, [None, *layers[:-1]], strict=True):
         channels = layer.sub_blocks[0].conv.in_channels, [conv.in_channels for conv, _ in layer.panes]
         after_dense = before is not None and before.b.residual_dense
         plain = b.residual and not b.residual_dense and not layer.takes_last
         refuse(
+            Unfit,
             (channels != (c_in, panes), "its convs have other channels than those of a Jasper"),
             (plain and after_dense, "a block with a plain residual follows one with a dense residual"),
         )
@@ -101,14 +102,15 @@ def _layer(block: nn.Module, found: Parts) -> Layer:
     known = {*convs, *pointwise, *taps}
     norms = [sub.bn for sub in found.sub_blocks] + [bn for _, bn in found.panes]
     refuse(
+        Unfit,
         ({m for m in block.modules() if isinstance(m, nn.Conv1d)} != known, "convs outside sub-blocks and panes"),
         (any("weight" in vars(m) for m in (*known, *norms)), "a weight that is not a parameter"),
         (any(bn.running_mean is None for bn in norms), "a batch norm without running statistics"),
     )
-    first, residual, c = in_time[0], bool(found.panes), convs[0].out_channels
+    first, c = in_time[0], convs[0].out_channels
     try:
         sizes = c, len(convs), first.kernel_size, first.stride, first.dilation
-        b = BlockConfig(*sizes, 0.0, residual, found.dense, bool(taps))
+        b = BlockConfig(*sizes, 0.0, bool(found.panes), found.dense, bool(taps))
     except ConfigError as reason:
         raise Unfit(str(reason)) from None
     shape = ((b.k,), (b.s,), (b.d,), (b.padding,))
@@ -149,8 +151,8 @@ class Whole:
                 self.drop()
 
     def describe(self, encoder: FusedEncoder) -> Encoder | None:
-        """Returns the encoder as it is now, or None if no engine can compute it. In the second case the blocks
-        run one by one, and raise any error themselves."""
+        """Returns the encoder as it is now, or None if no engine can compute it. Then the blocks run one by one, and
+        raise any error themselves."""
         with self._lock, contextlib.suppress(Unfit):
             if self._watch is None or not self._watch.same():
                 self.drop()
@@ -192,7 +194,7 @@ class FusedEncoder(Before):
     """An encoder whose forward calls the engine if that gives the same result."""
 
     where: str  # dotted path of the blocks
-    returns_all = False  # whether forward returns a list of block outputs instead of the last one
+    returns_all = False  # whether forward returns a list of all block outputs, not only the last output
 
     @classmethod
     def blocks_of(cls, module: nn.Module) -> list[nn.Module]:
@@ -207,7 +209,7 @@ class FusedEncoder(Before):
         return block.masked
 
     def tree(self) -> Iterator[nn.Module]:
-        """Returns the modules whose weights and settings decide what an engine must compute."""
+        """Returns the modules whose weights and settings the engine's results depend on."""
         return (m for m in self.modules() if m is not self)
 
     def train(self, mode: bool = True):
@@ -215,9 +217,9 @@ class FusedEncoder(Before):
         return super().train(mode)
 
     def sharing(self) -> contextlib.AbstractContextManager[None]:
-        """Returns a context for the original forward. In training, the blocks share work on outputs that they read."""
+        """Returns a context for the original forward, in which the blocks share work in training (`nn.shared`)."""
         if self.training and not torch.compiler.is_compiling():
-            with contextlib.suppress(Unfit):  # the block's forward raises the error
+            with contextlib.suppress(Unfit):  # the unfit block's own forward raises the error
                 return sharing(Shared(self.blocks_of(self)))
         return contextlib.nullcontext()
 
@@ -352,8 +354,8 @@ def fuse(model: nn.Module, backend: str = "auto", strict: bool = False, *, graph
 def _encoders(
     model: nn.Module, report: Report, blocks: list[tuple[str, nn.Module]], backend: str
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Yields (name, encoder) for each encoder that can run on one engine. If an encoder cannot although all its blocks
-    are fused, the reason is added to `report`."""
+    """Yields (name, encoder) for each encoder that can run on one engine. If all blocks of an encoder are fused but it
+    cannot run on one engine, the reason is added to `report`."""
     fused = {id(block): name in report.fused for name, block in blocks}
     for name, module in model.named_modules():
         kind = KINDS.get(type(module).__name__)

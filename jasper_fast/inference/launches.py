@@ -20,8 +20,8 @@ from jasper_fast.kernels.operands import FULL, Lengths
 
 @dataclass
 class Kernels(Bound):
-    """The launches for one (N, T), bound to the buffers: `first`, which still needs the features and lengths, the
-    launches `between`, and `last`, the input of the last launch."""
+    """The launches for one (N, T), bound to the buffers: `first`, which still needs the features and lengths, and the
+    launches `between` the first and the last one. `last` is the input of the last launch."""
 
     source: Tensor | None  # (N, T, C_in), if the first block's panes need the features
     first: Callable[..., None]
@@ -30,7 +30,7 @@ class Kernels(Bound):
     lengths: Tensor
 
     def launch(self) -> None:
-        """Runs all launches between the first and the last."""
+        """Runs the launches in `between`."""
         for call in self.between:
             call()
 
@@ -82,8 +82,9 @@ class Launches:
         out_lengths = torch.empty((n,), dtype=torch.int64, device=last.device)
         dtype = torch.float32 if self._softmax else self._dtype
         out = torch.empty((n, t, self.plan.channels), dtype=dtype, device=last.device)
-        told = Lengths(lengths, None, out_lengths, masked=False)
-        self.plan.head(last, out, lengths=told, clean=True, log_softmax=self._softmax)
+        self.plan.head(
+            last, out, lengths=Lengths(lengths, None, out_lengths, masked=False), clean=True, log_softmax=self._softmax
+        )
         return out if self._softmax else out.float().log_softmax(dim=2), out_lengths
 
     def _readable(self, features: Tensor) -> Tensor:
@@ -103,10 +104,8 @@ class Launches:
 
     def _bound(self, n: int, t: int) -> Kernels:
         """Returns the launches for a shape, bound to the buffers, which grow if they are too small."""
-        changes = [
-            True,
-            *(step.b.resizes for step in self.plan.steps[1:]),
-        ]  # whether a step needs a new lengths buffer
+        # whether a step writes its lengths into a new buffer
+        changes = [True, *(step.b.resizes for step in self.plan.steps[1:])]
 
         def sizes() -> dict[Buffers, dict[str, int]]:
             lengths = {f"lengths{i}": n for i in range(sum(changes))}
@@ -118,8 +117,8 @@ class Launches:
         plan, buffers = self.plan, self.buffers
         source = buffers.view(plan.source, n, frames[0]) if plan.reads_source else None
         # A launch may fetch the weights of the next one ahead, and may begin before the previous one ends (`Chain`).
-        # Launch 0 runs outside the CUDA graph and follows work of the caller. Launch 1 is the first of the graph, and
-        # the start of a graph waits for what was launched before. Neither begins early.
+        # Launch 0 runs outside the CUDA graph, after work of the caller. Launch 1 is the first of the graph, and the
+        # start of a graph waits for all earlier work. So neither of these two launches begins early.
         convs = [*(step.conv for step in plan.steps), plan.head]
         packs = [conv.packs if isinstance(conv, KernelConv) else () for conv in convs]
         calls, x, lens = [], source, None
@@ -130,8 +129,8 @@ class Launches:
             if changes[i]:
                 before, lens = lens, self.lengths.held[f"lengths{sum(changes[:i])}"][:n]
                 told = Lengths(before, None, lens, plan.masks)
-            # `clean` says that the padding of all inputs is zero. That is true of what kernels write, but not of the
-            # caller's features, which the first step reads. If panes read the features, later steps do so too.
+            # `clean`: the padding of all inputs is zero. This is true of tensors that kernels have written, but not of
+            # the caller's features. The first step reads the features, and so do steps whose panes read them.
             chain = Chain(early=i > 1 and bool(packs[i - 1]), ahead=packs[i + 1])
             call = partial(step.conv, out=out, panes=panes, clean=i > 0 and not plan.panes_read_source, chain=chain)
             calls.append(call if i == 0 else partial(call, x, lengths=told))

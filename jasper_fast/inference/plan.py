@@ -1,8 +1,7 @@
 """Folds a model into steps, one per sub-block, and places their outputs in buffers.
 
-Panes are the 1x1 convs of residual connections. All block outputs that panes read lie side by side in one
-(N, T', sum C) buffer. The panes of a block read the first channels of this buffer, so the block's last conv and all its
-panes are a single sum of GEMMs with one bias.
+Panes are the 1x1 convs of residual connections. The block outputs that the panes of a block read lie side by side in
+one (N, T', sum C) buffer. So the block's last conv and all its panes are a single sum of GEMMs with one bias.
 """
 
 from collections.abc import Callable
@@ -22,30 +21,21 @@ from jasper_fast.nn.config import BlockConfig
 from jasper_fast.nn.recognise import SubBlock
 
 
-class Layer(Protocol):
-    """A block, as the plan reads it: a JasperBlock, or the description of another project's block."""
-
-    b: BlockConfig
-
-    @property
-    def sub_blocks(self) -> list[SubBlock]: ...
-
-    @property
-    def panes(self) -> list[tuple[nn.Conv1d, nn.BatchNorm1d]]: ...
-
-
 class Network(Protocol):
-    """A model, as an engine reads it: a Jasper, or an encoder of another project, whose `decoder` is None."""
+    """A model, as an engine reads it: a Jasper, or an encoder of another project, whose `decoder` is None.
+
+    `encoder.layers` are blocks with the attributes `b`, `sub_blocks` and `panes` of a JasperBlock.
+    """
 
     config: Any
-    encoder: Any  # its `layers` are blocks
+    encoder: Any
     decoder: Any
     backend: str
     tune: bool
 
 
 def weight_of(model: Network) -> Tensor:
-    """Returns a weight that has the dtype and the device of the model."""
+    """Returns a weight, for its dtype and device, which are those of the model."""
     conv = model.decoder.layers[0] if model.decoder is not None else model.encoder.layers[0].sub_blocks[0].conv
     return conv.weight
 
@@ -131,8 +121,8 @@ class DepthwiseConv:
 
 @dataclass(frozen=True)
 class Step:
-    """One sub-block, or one of the two convs of a separable sub-block: its conv, the place of its output, and the place
-    that its panes read, if it has any."""
+    """One sub-block, or one of the two convs of a separable sub-block: its conv, the place `out` of its output, and the
+    place that its panes read (None without panes)."""
 
     b: BlockConfig
     conv: FoldedConv
@@ -159,8 +149,8 @@ class Plan:
         return list(accumulate(self.steps, lambda before, step: step.b.out_length(before), initial=t))
 
     def span(self, bucket: int) -> int:
-        """Returns a number of frames such that, for every multiple T of it, T' is a multiple of `bucket`. Without masks
-        the number is 1, so that T is never rounded up, because more padding would change the results."""
+        """Returns the number of frames to a multiple of which T is rounded up, so that T' is a multiple of `bucket`.
+        Without masks the number is 1, because more padding would change the results."""
         return bucket * prod(step.b.s for step in self.steps) if self.masks else 1
 
     @cached_property
@@ -205,7 +195,7 @@ def make_plan(model: Network, conv: Callable[[Folded], FoldedConv], dtype: torch
 
     dtype: of the activations.
     """
-    layers: list[Layer] = list(model.encoder.layers)
+    layers = list(model.encoder.layers)
     precise = torch.promote_types(weight_of(model).dtype, torch.float32)
     places = _places(layers, model.config.encoder.in_feats)
     steps = []
@@ -241,7 +231,7 @@ def _folded(sub: SubBlock, panes: list[tuple[nn.Conv1d, nn.BatchNorm1d]], b: Blo
     return Folded(scale[:, None, None] * sub.conv.weight, bias, joined, b, relu=True)
 
 
-def _places(layers: list[Layer], in_feats: int) -> list[Place]:
+def _places(layers: list[Any], in_feats: int) -> list[Place]:
     """Returns the places of the features (index 0) and of each block's output.
 
     The outputs of consecutive dense blocks, and the input of the first of them, share one history buffer. Every other
@@ -265,13 +255,9 @@ class Buffers:
     def reserve(self, sizes: dict[str, int]) -> list[Tensor]:
         """Makes each buffer at least as large as `sizes` (name: elements) says. Returns the buffers that were replaced
         by larger ones."""
-        replaced = []
-        for name, size in sizes.items():
-            held = self.held.get(name)
-            if held is not None and held.numel() >= size:
-                continue
-            if held is not None:
-                replaced.append(held)
+        small = {k: size for k, size in sizes.items() if k not in self.held or self.held[k].numel() < size}
+        replaced = [self.held[name] for name in small if name in self.held]
+        for name, size in small.items():
             step = 1 << max(0, size.bit_length() - 3)  # round up by at most a quarter, so that buffers rarely grow
             with torch.inference_mode(False):  # otherwise calls outside inference mode could not write to the buffer
                 self.held[name] = torch.empty(-(-size // step) * step, dtype=self._dtype, device=self._device)

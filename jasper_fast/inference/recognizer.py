@@ -30,7 +30,7 @@ class Recognition:
 
     ``audio_seconds`` is the length of the transcribed audio; ``compute_seconds`` is the time from samples to text;
     ``wall_seconds`` also includes reading files. While ``Recognizer.stream`` runs, ``finished`` is the number of
-    utterances that have their final result, and ``done`` counts those before the first utterance that has none yet.
+    utterances that have their final result, and ``done`` the number of those before the first one that has none.
     """
 
     transcripts: list[Transcript | None]
@@ -45,15 +45,15 @@ class Recognition:
 
 
 class Decoder(Protocol):
-    """Decodes log-probabilities in two steps, as those of ``jasper_fast.lm.decoders`` do: ``begin`` starts the search,
-    and the function that it returns waits for the transcripts."""
+    """Decodes log-probabilities in two steps: ``begin`` starts the search and returns a function, which waits for the
+    transcripts. ``jasper_fast.lm.decoders`` has such decoders."""
 
     def begin(self, log_probs: Tensor, lengths: Tensor, frame_seconds: float) -> Callable[[], list[Transcript]]: ...
 
 
 Heard = Callable[[], list[Transcript | None]]
 Keep = Callable[[int, Tensor], None]
-_AHEAD = 2  # how many batches may still be decoded while the model runs the next one
+_AHEAD = 2  # batches that may still be decoded while the model runs the next batch
 
 
 class Recognizer:
@@ -61,8 +61,8 @@ class Recognizer:
 
     Features and labels are those of ``model.config`` (``input_val``). If it has no labels and the model has 29 classes,
     the English alphabet is used. ``dtype`` is the dtype of weights and activations, by default the model's; features
-    and sums are always fp32. ``fp32_precision``: as for ``InferenceEngine``. An utterance gets the same transcript
-    alone and in any batch. Decoding is greedy unless the attribute ``decoder`` is set. Raises ValueError if labels,
+    and sums are always fp32. ``fp32_precision``: as for ``InferenceEngine``. The transcript of an utterance does not
+    depend on the batch. Decoding is greedy unless the attribute ``decoder`` is set. Raises ValueError if labels,
     classes or mel bands do not match.
     """
 
@@ -82,9 +82,8 @@ class Recognizer:
                 f"the model has {config.decoder.n_classes} classes, but there are {len(self.vocabulary)} labels and "
                 "the blank; give the labels with which it was trained"
             )
-        settings = config.input_val or config.input_train
-        self.audio_settings: dict[str, Any] = settings.get("audio_dataset") or {}
-        bank = {"n_filt": config.encoder.in_feats} | (settings.get("filterbank_features") or {})
+        self.audio_settings: dict[str, Any] = (config.input_val or config.input_train).get("audio_dataset") or {}
+        bank = {"n_filt": config.encoder.in_feats} | config.filterbank
         self.features = LogMelFeatures.from_config(bank, pad_to_max_duration=False).to(self.device).eval()
         if self.features.n_mels != config.encoder.in_feats:
             raise ValueError(
@@ -196,7 +195,7 @@ class Recognizer:
 
     def _heard(self, batch: Batch, skipped: manifest.SkipReport, places: list[int], keep: Keep | None) -> Heard:
         """Runs a batch, and returns a function that waits for its transcripts. If the model fails on the batch, each
-        utterance is run alone; if that fails too, its transcript is None."""
+        utterance is run by itself. An utterance on which the model fails has the transcript None."""
         if not places:
             return list
 

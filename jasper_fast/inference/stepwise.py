@@ -23,8 +23,8 @@ from jasper_fast.kernels.operands import FULL, Lengths
 
 @dataclass
 class Steps(Bound):
-    """The steps for one (N, T), as the function `body`; the buffers that they read; and their `results`,
-    log-probabilities and lengths."""
+    """The steps for one (N, T): `body` runs them, `source` and `lengths` are the buffers that they read, and `results`
+    are the log-probabilities and lengths."""
 
     source: Tensor  # (N, T, C_in)
     lengths: Tensor
@@ -77,8 +77,7 @@ class Stepwise:
         return self.shapes.bound((n, t), sizes, bind)
 
     def _steps(self, bound: Steps) -> tuple[Tensor, Tensor]:
-        """Runs every step on the input in the buffers. Returns the results, which lie in new memory if there is a
-        decoder."""
+        """Runs every step on the input in the buffers. Returns the results, which without a decoder lie in a buffer."""
         plan, x, lens = self.plan, bound.source, bound.lengths
         n, t, _ = x.shape
         mask = Padding(lens, t, x.dtype) if plan.masks else None
@@ -102,8 +101,8 @@ class Stepwise:
 
 
 class Padding:
-    """The padding of a batch: `beyond` (N, T, 1) is True beyond the lengths, and `top` is the largest allowed value: 0
-    beyond the lengths, and infinity within them."""
+    """The padding of a batch: `beyond` (N, T, 1) is True beyond the lengths. `top`, an upper bound for the output, is 0
+    beyond the lengths and infinity within them."""
 
     def __init__(self, lengths: Tensor, t: int, dtype: torch.dtype):
         self.beyond = layout.padding(lengths, t).transpose(1, 2)

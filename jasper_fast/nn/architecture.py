@@ -10,9 +10,9 @@ BN_EPS, BN_MOMENTUM = 1e-3, 0.1
 
 
 def pane_sources(config: JasperConfig) -> list[list[int]]:
-    """Returns the sources that the panes of each block read. Source 0 is the features, and j + 1 the output of block j.
-    A block with a dense residual has a pane for its own input, and for the input of each dense block in the unbroken
-    row of dense blocks before it."""
+    """Returns the sources that the panes (1x1 residual convs) of each block read. Source 0 is the features, and source
+    j + 1 the output of block j. A block with a dense residual has a pane for its own input, and one for the input of
+    each of the consecutive dense blocks before it."""
     found, sources = [], [0]
     for j, b in enumerate(config.encoder.blocks):
         found.append((sources if b.residual_dense else sources[-1:]) if b.residual else [])
@@ -29,7 +29,7 @@ def block_shapes(config: JasperConfig) -> list[tuple[int, BlockConfig, list[int]
 
 
 def out_lengths(config: JasperConfig, lengths: Tensor) -> Tensor:
-    """Returns the frames of the log-probabilities for `lengths` (N,) frames of features."""
+    """Returns the lengths (N,) of the log-probabilities for features of `lengths` (N,), both in frames."""
     for b in config.encoder.blocks:
         for _ in range(b.repeat):
             lengths = b.out_length(lengths)

@@ -1,4 +1,4 @@
-"""A Jasper block. Its parameters have the names of NVIDIA's Jasper, and the fused ops compute it in NTC memory."""
+"""A Jasper block: parameters with the names of NVIDIA's Jasper, computed by the fused ops in NTC memory."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,17 +18,17 @@ from jasper_fast.ops import sync
 from jasper_fast.ops.conv1d_op import autocast
 
 PANE_FORMS = ("auto", "gram", "plain")
-# With fewer rows (frames of a batch) the Gram form is not used. Few rows can have a tiny variance, and cancellation in
-# the Gram form would destroy it.
+# The Gram form needs at least this many rows (frames of the batch). The variance of fewer rows can be tiny, and
+# cancellation in the Gram form would leave none of its digits correct.
 FEW_ROWS = 16
 
 
 class JasperBlock(nn.Module):
     """R sub-blocks (conv, batch norm, ReLU, dropout). The last one adds the residual panes before its ReLU.
 
-    `conv` and `res` are dictionaries keyed by the positions in NVIDIA's lists of modules (`conv.0.weight`,
-    `conv.1.running_mean`, `conv.4.weight`, ..., `res.0.0.weight`), so state dicts are the same. A separable sub-block
-    takes five positions: `conv.0.weight` is depthwise, `conv.1.weight` pointwise, and `conv.2` the batch norm.
+    The keys of `conv` are the positions in NVIDIA's list of modules (`conv.0.weight`, `conv.1.running_mean`,
+    `conv.4.weight`, ...), so state dicts have NVIDIA's keys. A separable sub-block takes five positions:
+    `conv.0.weight` is depthwise, `conv.1.weight` pointwise, and `conv.2` the batch norm.
 
     `pane_form`: how training computes the panes' statistics, "gram" (`ops.panes`) or "plain" (`ops.panes_plain`).
     "auto" is "gram" on a GPU and "plain" elsewhere (`choose.pane_form`). Batches of fewer than 16 frames in all are
@@ -52,8 +52,8 @@ class JasperBlock(nn.Module):
 
     @property
     def sub_blocks(self) -> list[SubBlock]:
-        """The R sub-blocks in order. Raises RuntimeError if one of the convs and norms, panes' included, has
-        hooks or a forward of its own."""
+        """The R sub-blocks in order. Raises RuntimeError if a conv or a norm, also of a pane, has hooks or a forward of
+        its own."""
         refuse_hooks(*self.conv.values(), *(m for pane in self.panes for m in pane))
         modules, p = list(self.conv.values()), self.b.dropout if self.training else 0.0
         count = len(modules) // self.b.repeat
@@ -75,8 +75,7 @@ class JasperBlock(nn.Module):
         without masks. `seeds`: R int64 numbers.
         """
         steps = lengths or [None] * (self.b.repeat + 1)
-        run = Pass(self.sub_blocks, self.panes, steps, seeds, self.backend, self.packs)
-        return run(autocast(x), sources, grams)
+        return Pass(self.sub_blocks, self.panes, steps, seeds, self.backend, self.packs)(autocast(x), sources, grams)
 
     def reads_gram(self, pane: int, source: Tensor) -> bool:
         """Returns whether `pane` takes its statistics from the Gram matrix of `source`."""
@@ -115,18 +114,16 @@ class Pass:
         """Returns the output (N, C_out, T') for `x` (N, C_in, T). `sources`, `grams`: see `JasperBlock.forward`."""
         y, stats = self._conv(0, x)
         for i, sub in enumerate(self.sub_blocks[1:]):
-            conv, following = sub.conv, of_the_batch(sub.bn)
-            if sub.taps is not None:
-                how = self._how(i + 1) | {"stride": sub.taps.stride[0], "out_lengths": self.steps[i + 2]}
-                weights = sub.taps.weight, conv.weight
-                out = self._fused(ops.separable_sub_block, y, stats, i, *weights, next_stats=following, **how)
-                y, stats = out if following else (out, None)
-            elif conv.stride == (1,):
-                how = self._how(i + 1) | {"next_stats": following}
-                out = self._fused(ops.sub_block, y, stats, i, conv.weight, **how)
-                y, stats = out if following else (out, None)
-            else:
+            if sub.taps is None and sub.conv.stride != (1,):
                 y, stats = self._conv(i + 1, self._fused(ops.bn_relu_dropout, y, stats, i))
+                continue
+            how = self._how(i + 1) | {"next_stats": of_the_batch(sub.bn)}
+            if sub.taps is None:
+                out = self._fused(ops.sub_block, y, stats, i, sub.conv.weight, **how)
+            else:
+                how |= {"stride": sub.taps.stride[0], "out_lengths": self.steps[i + 2]}
+                out = self._fused(ops.separable_sub_block, y, stats, i, sub.taps.weight, sub.conv.weight, **how)
+            y, stats = out if how["next_stats"] else (out, None)
         residual = pane_sum(self.panes, sources, grams, self.steps[0], self.backend) if sources else None
         return self._fused(ops.bn_relu_dropout, y, stats, len(self.sub_blocks) - 1, residual=residual)
 
@@ -147,8 +144,8 @@ class Pass:
         return {"padding": conv.padding[0], "dilation": conv.dilation[0], "packed": partial(self.packs, i)}
 
     def _fused(self, op, y: Tensor, stats, i: int, *args, **kwargs):
-        """Calls `op` with the batch norm, dropout and mask that follow conv `i`. `y` is the conv's output, and `stats`
-        has its statistics."""
+        """Calls `op` with the batch norm, dropout and mask that follow conv `i`. `y` is the output of that conv, and
+        `stats` are the statistics of `y`."""
         sub, lengths, bn = self.sub_blocks[i], self.steps[i + 1], self.sub_blocks[i].bn
         return op(
             y,
@@ -180,8 +177,8 @@ def pane_sum(
 ) -> Tensor:
     """Returns the sum over `panes` of BN(1x1 conv(source)), (N, C_out, T). Updates the running statistics.
 
-    `sources` are zero at t >= `lengths` (N,). Each pane has its own settings. Panes whose batch norms have the same
-    settings are computed in one call; as a rule, these are all panes.
+    `sources` are zero at t >= `lengths` (N,). Panes whose batch norms have the same settings are computed in one call.
+    Usually all panes have the same settings.
     """
     alike: dict[tuple | None, list[int]] = {}
     for k, (_, bn) in enumerate(panes):
@@ -220,10 +217,8 @@ def _batch_sum(xs, grams, weights, bns, lengths: Tensor | None, backend: str) ->
 
 
 def refuse_hooks(*modules: nn.Module) -> None:
-    """Raises RuntimeError if one of these convs and norms has hooks or a forward of its own.
-
-    Only their parameters are read, and they are never called, so a hook or such a forward would not run.
-    """
+    """Raises RuntimeError if one of these convs and norms has hooks or a forward of its own, because neither would run:
+    the fused ops only read the parameters of these modules."""
     if torch.compiler.is_compiling():
         return
     for m in modules:

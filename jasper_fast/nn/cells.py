@@ -46,7 +46,7 @@ def convs(config: JasperConfig, t: int = 2) -> Iterator[Conv]:
         for r in range(b.repeat):
             t = max(1, b.out_length(t))
             place = "inner" if r and b.s == 1 else "opening" if number or r else "first"
-            # A separable sub-block counts as its pointwise conv, whose gradients are never fused with batch norm's.
+            # A separable sub-block counts as its pointwise conv. That conv's backward is never fused with batch norm's.
             shape, place = ((1, 1, 1), "opening") if b.separable else ((b.k, b.s, b.d), place)
             yield Conv((c, b.filters, *shape), t, place)
             c = b.filters
@@ -55,8 +55,8 @@ def convs(config: JasperConfig, t: int = 2) -> Iterator[Conv]:
 
 
 def cells(config: JasperConfig, n: int, t: int, dtype: torch.dtype, mode: str) -> list[Cell]:
-    """Returns the cells of `n` utterances of `t` frames of features in `mode`, one of MODES, those with the
-    most work first.
+    """Returns the cells that `n` utterances of `t` frames of features need in `mode`, one of MODES. The cells with the
+    most work come first.
 
     The list is empty for a dtype that no table has.
     """

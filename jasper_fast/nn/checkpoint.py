@@ -18,13 +18,18 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, read or used. The message names the file and the fix."""
 
 
+def first_line(error: Exception) -> str:
+    """Returns the first line of the error's message, or the name of its class if it has no message."""
+    return (str(error) or type(error).__name__).partition("\n")[0]
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A context that yields a file to write, which takes the place of `path` at the end.
+    """A context that yields a temporary file to write, which replaces `path` at the end.
 
-    The bytes go to a temporary file next to `path`, are flushed to the disk (fsync), and only then the file is renamed.
-    So even after a crash `path` has either its old content or all that was written. Raises CheckpointError if the bytes
-    cannot be written (disk full). After any error the old file is unchanged.
+    The temporary file lies next to `path`. It is flushed to the disk (fsync) before it is renamed, so even after a
+    crash `path` has either its old content or the whole new one. Raises CheckpointError if the file cannot be written
+    (disk full). After any error the old file is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -47,10 +52,9 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             error = error.__context__  # PyTorch's writer hides the disk's own error
         free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0
         kept = f"; the earlier {path.name} is untouched" if path.exists() else ""
-        said = str(error).partition("\n")[0]
         raise CheckpointError(
-            f"cannot write {path}: {said} ({free:.0f} MiB free on that disk){kept}. Free some space, or choose "
-            f"another folder or a smaller number of kept checkpoints"
+            f"cannot write {path}: {first_line(error)} ({free:.0f} MiB free on that disk){kept}. Free some space, or "
+            f"choose another folder or a smaller number of kept checkpoints"
         ) from error
     finally:
         if temporary.exists():  # unlink(missing_ok=True) would fail if a file lies where the folder should be

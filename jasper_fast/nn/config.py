@@ -13,11 +13,11 @@ class ConfigError(ValueError):
     """A configuration that cannot be used. The message names the key and the file."""
 
 
-def _refuse(*faults: tuple[bool, str]) -> None:
-    """Raises ConfigError with the message of the first pair in `faults`, (is_one, message), whose `is_one` is true."""
-    for is_one, message in faults:
-        if is_one:
-            raise ConfigError(message)
+def refuse(kind: type[Exception], *faults: tuple[object, str]) -> None:
+    """Raises an error of this `kind` with the message of the first pair (applies, message) that applies."""
+    for applies, message in faults:
+        if applies:
+            raise kind(message)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class BlockConfig:
             object.__setattr__(self, name, value)
         few = f"filters and repeat must be at least 1, not {self.filters} and {self.repeat}"
         panes = "a residual block needs stride 1, because its panes are 1x1 convolutions at stride 1"
-        _refuse(
+        refuse(
+            ConfigError,
             (self.filters < 1 or self.repeat < 1, few),
             (not 0.0 <= self.dropout < 1.0, f"dropout must lie in [0, 1), not {self.dropout}"),
             (self.s > 1 and self.d > 1, "a block cannot have both stride > 1 and dilation > 1"),
@@ -99,10 +100,13 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         kernels = f"activation {self.activation!r} has no fused kernel; use 'relu', as every published Jasper does"
-        splicing = f"frame_splicing must be 1, not {self.frame_splicing}: no other value is supported"
-        _refuse(
+        refuse(
+            ConfigError,
             (self.activation != "relu", kernels),
-            (self.frame_splicing != 1, splicing),
+            (
+                self.frame_splicing != 1,
+                f"frame_splicing must be 1, not {self.frame_splicing}: no other value is supported",
+            ),
             (self.init not in INITS, f"init {self.init!r} is not one of {', '.join(INITS)}"),
             (not self.blocks, "blocks is empty: a Jasper needs at least one block"),
         )
@@ -122,7 +126,7 @@ class DecoderConfig:
     init: str = "xavier_uniform"
 
     def __post_init__(self) -> None:
-        _refuse((self.init not in INITS, f"init {self.init!r} is not one of {', '.join(INITS)}"))
+        refuse(ConfigError, (self.init not in INITS, f"init {self.init!r} is not one of {', '.join(INITS)}"))
 
 
 INITS = ("xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal")
@@ -145,14 +149,19 @@ class JasperConfig:
     input_val: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        last = self.encoder.blocks[-1].filters
-        if self.decoder.in_feats != last:
-            raise ConfigError(f"decoder.in_feats is {self.decoder.in_feats}, but the last block has {last} filters")
-        if self.labels is not None and self.decoder.n_classes != len(self.labels) + 1:
-            raise ConfigError(
-                f"decoder.n_classes is {self.decoder.n_classes}, but {len(self.labels)} labels and the blank make "
-                f"{len(self.labels) + 1}"
-            )
+        last, symbols = self.encoder.blocks[-1].filters, len(self.labels or ())
+        feats, classes = self.decoder.in_feats, self.decoder.n_classes
+        wrong = f"decoder.n_classes is {classes}, but {symbols} labels and the blank make {symbols + 1}"
+        refuse(
+            ConfigError,
+            (feats != last, f"decoder.in_feats is {feats}, but the last block has {last} filters"),
+            (self.labels is not None and classes != symbols + 1, wrong),
+        )
+
+    @property
+    def filterbank(self) -> dict[str, Any]:
+        """The settings of the features (`filterbank_features`) in evaluation; empty if there are none."""
+        return (self.input_val or self.input_train).get("filterbank_features") or {}
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> JasperConfig:
@@ -200,13 +209,11 @@ class JasperConfig:
         if path.suffix == ".toml":
             raise ConfigError(f"{path}: TOML was the format of NVIDIA's first Jasper; convert the file to YAML")
         try:
-            document = yaml.safe_load(path.read_text(encoding="utf-8"))
+            return cls.from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such configuration file") from None
         except yaml.YAMLError as error:
             raise ConfigError(f"{path}: not valid YAML: {error}") from error
-        try:
-            return cls.from_dict(document)
         except (ConfigError, TypeError) as error:
             raise ConfigError(f"{path}: {error}") from error
 

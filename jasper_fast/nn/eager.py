@@ -62,8 +62,7 @@ class EagerJasper(nn.Module):
         add_layers(self, config, (EagerBlock(*shape) for shape in block_shapes(config)))
 
     def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        masks = self.config.encoder.use_conv_masks
-        xs, lens = [features], lengths if masks else None
+        xs, lens = [features], lengths if self.config.encoder.use_conv_masks else None
         for layer in self.encoder.layers:
             xs, lens = layer(xs, lens)
         log_probs = self.decoder.layers[0](xs[-1]).transpose(1, 2).float().log_softmax(dim=2)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jasper_fast.nn import tensor_file
-from jasper_fast.nn.checkpoint import FORMAT, CheckpointError, load, read, refuse_endless
+from jasper_fast.nn.checkpoint import FORMAT, CheckpointError, first_line, load, read, refuse_endless
 from jasper_fast.nn.config import JasperConfig
 
 
@@ -164,8 +164,8 @@ _NEMO = (
 def _named_ours(
     path: Path, kind: str, entries: dict[str, Tensor], rules: Sequence[tuple[str, str]] = (), drop: Sequence[str] = ()
 ) -> Weights:
-    """Renames the entries to this project's names by `rules`. Leaves out an entry if its name contains a string of
-    `drop`."""
+    """Renames the entries to this project's names by `rules`, pairs (pattern, replacement). Leaves out entries whose
+    names contain a string of `drop`."""
     names, dropped = {}, []
     for name in entries:
         ours = _unwrapped(name)
@@ -207,8 +207,9 @@ def _read_nemo(path: Path) -> Weights:
     except (tarfile.TarError, EOFError, OSError, RuntimeError, zlib.error, yaml.YAMLError) as error:
         if isinstance(error, CheckpointError):
             raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from None
-        said = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path} is not a complete NeMo archive ({said}); copy or download it again") from error
+        raise CheckpointError(
+            f"{path} is not a complete NeMo archive ({first_line(error)}); copy or download it again"
+        ) from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{path}: its model_config.yaml does not describe a Jasper (at {error})") from error
     found = _named_ours(path, "NeMo", entries, _NEMO, _NEMO_DROP)
@@ -217,8 +218,8 @@ def _read_nemo(path: Path) -> Weights:
 
 
 def _nemo_config(document: dict[str, Any]) -> dict[str, Any]:
-    """Returns NeMo's configuration in this project's terms. Raises CheckpointError for a tokenizer, and for blocks that
-    no Jasper has."""
+    """Returns NeMo's configuration in the form of `JasperConfig.to_dict`. Raises CheckpointError for a tokenizer, and
+    for blocks that no Jasper has."""
     document = _resolved(document, document)
     if document.get("tokenizer"):
         raise CheckpointError("the NeMo model has a tokenizer: its symbols are word pieces, but a Jasper's are letters")
@@ -266,7 +267,7 @@ def _nemo_config(document: dict[str, Any]) -> dict[str, Any]:
 
 
 # Keys of NeMo's AudioToMelSpectrogramPreprocessor. NEMO_FEATURES: NeMo's key -> (key here, default). _NEMO_ONLY: keys
-# that must have this value. _NEMO_IDLE: keys that do not change the features in evaluation.
+# that are supported only with this value. _NEMO_IDLE: keys that do not change the features in evaluation.
 NEMO_FEATURES = {
     "sample_rate": ("sample_rate", 16000), "window_size": ("window_size", 0.02),
     "window_stride": ("window_stride", 0.01), "window": ("window", "hann"), "normalize": ("normalize", "per_feature"),
@@ -287,26 +288,23 @@ def _nemo_features(front: dict[str, Any]) -> dict[str, Any]:
     wrong = [key for key in front if key not in known]
     wrong += [key for key, only in _NEMO_ONLY.items() if front.get(key, only) != only]
     wrong += [key for key in ("_target_", "cls") if str(front.get(key, NEMO_TARGET)).split(".")[-1] != NEMO_TARGET]
-    normalize = front.get("normalize")
-    if isinstance(normalize, str) and normalize not in ("per_feature", "all_features"):
-        wrong.append("normalize")
-    if front.get("log_zero_guard_type", "add") not in ("add", "clamp"):
-        wrong.append("log_zero_guard_type")
     features = {ours: front.get(theirs, default) for theirs, (ours, default) in NEMO_FEATURES.items()}
-    guard = features["log_zero_guard_value"]
-    if isinstance(guard, str):
-        limits = torch.finfo(torch.float32)
-        features["log_zero_guard_value"] = {"tiny": limits.tiny, "eps": limits.eps}.get(guard)
-        wrong += ["log_zero_guard_value"] if guard not in ("tiny", "eps") else []
-    if not isinstance(features["pad_align"], int):
-        wrong.append("pad_to")
+    normalize, guard, limits = features["normalize"], features["log_zero_guard_value"], torch.finfo(torch.float32)
+    fits = {
+        "normalize": not isinstance(normalize, str) or normalize in ("per_feature", "all_features"),
+        "log_zero_guard_type": features["log_zero_guard_type"] in ("add", "clamp"),
+        "log_zero_guard_value": not isinstance(guard, str) or guard in ("tiny", "eps"),
+        "pad_to": isinstance(features["pad_align"], int),
+    }
+    wrong += [key for key, good in fits.items() if not good]
     if wrong:
         raise CheckpointError(
             f"preprocessor.{wrong[0]}={front[wrong[0]]!r} of the NeMo model is not supported, so the features that it "
             f"was trained on cannot be computed here"
         )
-    if not normalize and "normalize" in front:  # null, or false in older files, means no normalisation
-        features["normalize"] = None
+    features["normalize"] = normalize or None  # null, or false in older files, means no normalisation
+    if isinstance(guard, str):
+        features["log_zero_guard_value"] = getattr(limits, guard)
     return features | {"pad_align": features["pad_align"] or 1, "convention": "nemo"}
 
 

@@ -1,7 +1,7 @@
 """Fused sub-blocks for an existing Jasper model: NVIDIA's, NeMo's, or this project's eager one.
 
 A block keeps its modules, parameters and buffers. Only its class is replaced, by a subclass whose forward runs the
-fused ops. Copies and pickles have that class too, and unfuse restores the original one.
+fused ops. Copies and pickles of the block also have the subclass. `unfuse` restores the original class.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from jasper_fast.nn.recognise import LOOKED_FOR, Parts, Unfit, candidates, parts
 from jasper_fast.nn.shared import Shared, shared
 from jasper_fast.ops.conv1d_op import autocast
 
-STATE = "_jasper_fast"  # the attribute of a fused module with our state: (backend, Packs) for a block
-ENCODER = "its blocks are fused, but in evaluation no engine can run it: "  # begins every reason given for an encoder
+STATE = "_jasper_fast"  # the attribute that `become` adds to a fused module
+ENCODER = "its blocks are fused, but in evaluation no engine can run it: "  # the start of the reason for an encoder
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,6 @@ def survey(model: nn.Module, backend: str) -> tuple[Report, list[tuple[str, nn.M
     report = Report()
     for name, block in found:
         try:
-            if "forward" in vars(block):
-                raise Unfit("a forward method was set on the block itself")
             parts(block)
             report.fused.append(name)
         except Unfit as reason:
@@ -89,8 +87,8 @@ def become(module: nn.Module, kind: type[Before], state: object) -> None:
 
 
 class Before:
-    """A mixin that comes before a module's own class in the bases of a fused class. Copies and pickles store the two
-    bases, and make the fused class from them again."""
+    """The first base of a fused class; the second is the module's own class. Copies and pickles store both bases, and
+    make the fused class from them again."""
 
     def __reduce_ex__(self, protocol):
         _, _, *state = super().__reduce_ex__(max(protocol, 2))
@@ -106,8 +104,6 @@ class FusedBlock(Before):
             given = given[0]
         xs, lengths = (*given, None)[:2]
         try:
-            if "forward" in vars(self):
-                raise Unfit("a forward method was set on the block itself")
             known = shared()
             found = known.parts.get(id(self)) if known else None
             return _run(found or parts(self), *vars(self)[STATE], xs, lengths, known)
@@ -147,13 +143,13 @@ def _run(
     out = Pass(found.sub_blocks, found.panes, on_device, None, backend, packs)(sources[-1], read, grams)
     count_batch([sub.bn for sub in found.sub_blocks] + [bn for _, bn in found.panes])
     if steps[-1] is not None and not torch.compiler.is_compiling() and not out.is_inference():
-        out._jasper_fast_zero = (steps[-1], out._version)  # the next block then need not mask it
+        out._jasper_fast_zero = (steps[-1], out._version)  # so that the next block need not mask `out`
     return ([*xs, out] if found.dense else [out]), passed
 
 
 def counts(found: Parts, lengths: Tensor | None) -> tuple[list[Tensor | None], Tensor | None]:
-    """Returns (counts, passed) for a block: the frames at the input of each sub-block and at the end, which are None
-    without masks, and the lengths that the original block returns."""
+    """Returns (counts, passed) for a block. counts: the frames at the input of each sub-block and at the end, each None
+    without masks. passed: the lengths that the original block returns."""
     steps = [lengths if found.masked else None]
     for sub in found.sub_blocks:
         steps.append(_frames(sub.in_time, steps[-1]))

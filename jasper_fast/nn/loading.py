@@ -174,7 +174,7 @@ def _row_of_label(weights: Weights, labels: Sequence[str] | None, like: Mapping[
 
 
 def config_of(weights: Weights) -> JasperConfig:
-    """Returns the configuration in the file. NVIDIA's files have none, and are taken for Jasper 10x5 dense residual.
+    """Returns the configuration in the file, or that of Jasper 10x5 dense residual for NVIDIA's files, which have none.
 
     Raises CheckpointError for a configuration that is not a Jasper's, or that has more layers than there are weights.
     """
@@ -201,14 +201,13 @@ def load_model(
 ) -> Jasper:
     """Returns a Jasper in evaluation mode with the weights in `path`, a file that `read_weights` understands.
 
-    `config`: the model to build. By default it comes from the file. NVIDIA's files have none, and are taken for Jasper
-    10x5 dense residual. `strict=False` with a `config` for other labels is a warm start, with a warning (see
-    `load_weights`). Raises CheckpointError if the file cannot be read or does not fit.
+    `config`: the model to build, by default that of the file (see `config_of`). `strict=False` with a `config` for
+    other labels is a warm start, with a warning (see `load_weights`). Raises CheckpointError if the file cannot be read
+    or does not fit.
     """
     weights = read_weights(path, ema=ema)
-    if config is None:
-        config = config_of(weights)
-    # With `strict` all tensors come from the file, so none need be allocated here.
+    config = config or config_of(weights)
+    # With `strict` all tensors come from the file, so the model needs no memory of its own.
     with torch.device("meta") if strict else contextlib.nullcontext():
         model = Jasper(config, backend=backend)
     load_weights(model, weights, labels=config.labels, strict=strict)

@@ -72,8 +72,8 @@ class Jasper(nn.Module):
         return self._forward(features, lengths)
 
     def _measured(self, device: torch.device, n: int, t: int, dtype: torch.dtype) -> None:
-        """Measures all faces that a forward pass of (n, C, t) must choose between, if it is the first one of its kind.
-        Measuring each op when it first runs would start one process per op instead of one in all."""
+        """Before the first forward pass of its kind, measures all faces among which the pass must choose. One process
+        measures them all; measuring each op when it first runs would start one process per op."""
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
         mode = "training" if self.training and torch.is_grad_enabled() else "evaluation"
         kind = mode, dtype, tables.bucket(n * t)
@@ -93,9 +93,8 @@ class Jasper(nn.Module):
             lengths = torch.full((n,), t, dtype=torch.int64, device=features.device)
         lengths = lengths.to(torch.int64)
         x = ntc(autocast(mask(features, lengths) if masks else features))  # masked_fill returns NCT memory
-        seeds = self._seeds(x.device)
         sources, grams, lens = [x], {}, lengths
-        for j, (layer, seed) in enumerate(zip(self.encoder.layers, seeds, strict=True)):
+        for j, (layer, seed) in enumerate(zip(self.encoder.layers, self._seeds(x.device), strict=True)):
             b, x = layer.b, sources[-1]
             steps = [lens]
             for _ in range(b.repeat):
@@ -128,7 +127,7 @@ class Jasper(nn.Module):
         return [known.get((j, pane)) for pane in range(len(sources))]
 
     def out_lengths(self, lengths: Tensor) -> Tensor:
-        """Returns the frames of the log-probabilities for `lengths` (N,) frames of features."""
+        """Returns the lengths (N,) of the log-probabilities for features of `lengths` (N,), both in frames."""
         return architecture.out_lengths(self.config, lengths)
 
     def _seeds(self, device: torch.device) -> list[Tensor | None]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from jasper_fast.nn.config import refuse
+
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 NAMES = ("JasperBlock", "EagerBlock")
 LOOKED_FOR = (
@@ -17,17 +19,10 @@ class Unfit(Exception):
     """A block that the fused ops cannot compute. The message is the reason."""
 
 
-def refuse(*faults: tuple[object, str]) -> None:
-    """Raises Unfit with the reason of the first of `faults`, pairs (applies, reason), that applies."""
-    for applies, reason in faults:
-        if applies:
-            raise Unfit(reason)
-
-
 @dataclass(frozen=True)
 class SubBlock:
-    """A conv with its batch norm and the present probability of dropout. If `conv` is pointwise, `taps` may be the
-    depthwise conv before it."""
+    """A conv with its batch norm and `p`, the present probability of dropout. In a separable sub-block `conv` is the
+    pointwise conv, and `taps` the depthwise conv before it."""
 
     conv: nn.Conv1d
     bn: nn.BatchNorm1d
@@ -41,8 +36,8 @@ class SubBlock:
 
     @property
     def halo(self) -> int:
-        """The number of frames after the output's length in which the output of `conv` may differ from zero, for an
-        input that is zero after its own length. It is 0 for a pointwise conv."""
+        """The number of frames beyond the output's length in which the output of `conv` may differ from zero, if its
+        input is zero beyond the input's length. It is 0 for a pointwise conv."""
         (k,), (s,), (p,), (d,) = self.conv.kernel_size, self.conv.stride, self.conv.padding, self.conv.dilation
         return -(-max(0, d * (k - 1) - p) // s)
 
@@ -52,9 +47,9 @@ class Parts:
     """The modules of a block, not copies of them.
 
     `panes`: the 1x1 residual convs with their batch norms. `masked`: whether the convs zero the padding of their
-    inputs. `dense`: whether the output is appended to the list of block outputs. `keeps_lengths`: whether a block
-    without masks returns its input lengths unchanged, as NeMo's blocks do. `takes_last`: whether a plain residual takes
-    the last one of several block outputs.
+    inputs. `dense`: whether the block appends its output to the list of block outputs that it was given.
+    `keeps_lengths`: whether a block without masks returns its input lengths unchanged, as NeMo's blocks do.
+    `takes_last`: whether a plain residual reads the last of several block outputs.
     """
 
     sub_blocks: list[SubBlock]
@@ -108,6 +103,7 @@ def parts(block: nn.Module) -> Parts:
         masks.append(_masks(pane[0]))
     strided = any(sub.in_time.stride != (1,) for sub in subs)
     refuse(
+        Unfit,
         (len(set(masks)) > 1, "only some of its convs have masks"),
         (panes and strided, "it has a residual and a stride above 1"),
     )
@@ -118,21 +114,22 @@ def parts(block: nn.Module) -> Parts:
 
 def _check_kind(block: nn.Module) -> None:
     kind, mode = type(block).__name__, getattr(block, "residual_mode", "add")
-    if kind not in NAMES:
-        raise Unfit(f"its class is {kind}, not one of {', '.join(NAMES)}, so its forward may do something else")
+    other = f"its class is {kind}, not one of {', '.join(NAMES)}, so its forward may do something else"
     refuse(
+        Unfit,
+        (kind not in NAMES, other),
         (mode not in ("add", "stride_add"), f"residual_mode {mode}"),
         (getattr(block, "se", False), "squeeze-excite"),
         (getattr(block, "adapter_layer", None), "adapters"),
         (captures(block), "intermediate outputs are captured (InterCTC)"),
     )
     for name, module in block.named_modules():
-        if module is block:
-            continue
-        if (hook := hook_of(module)) is not None:
-            raise Unfit(f"a hook ({hook}) on {name}")
-        if "forward" in vars(module):
-            raise Unfit(f"a forward method was set on {name} itself")
+        hook = hook_of(module) if module is not block else None
+        refuse(
+            Unfit,
+            (hook is not None, f"a hook ({hook}) on {name}"),
+            ("forward" in vars(module), f"a forward method was set on {name or 'the block'} itself"),
+        )
 
 
 def hook_of(module: nn.Module) -> str | None:
@@ -160,16 +157,19 @@ def _sub_block(group: list[nn.Module]) -> tuple[nn.Module | float, ...]:
             raise Unfit("it has a depthwise conv without a pointwise one after it")
         conv, *rest = rest
     _check_conv(conv)
-    if taps and not _is_pointwise(_inner(conv)):
-        raise Unfit("it has a depthwise conv without a pointwise one after it")
-    if not rest:
-        raise Unfit("it has a conv without batch norm")
+    refuse(
+        Unfit,
+        (taps and not _is_pointwise(_inner(conv)), "it has a depthwise conv without a pointwise one after it"),
+        (not rest, "it has a conv without batch norm"),
+    )
     norm, *rest = rest
     _check_norm(norm)
-    if not rest or type(rest[0]) is not nn.ReLU:
-        raise Unfit(f"the activation is {type(rest[0]).__name__ if rest else 'missing'}, not ReLU")
-    if [type(m) for m in rest[1:]] not in ([], [nn.Dropout]):
-        raise Unfit(f"after its activation comes {', '.join(type(m).__name__ for m in rest[1:])}")
+    activation, *after = [type(m) for m in rest] or [None]
+    refuse(
+        Unfit,
+        (activation is not nn.ReLU, f"the activation is {activation.__name__ if rest else 'missing'}, not ReLU"),
+        (after not in ([], [nn.Dropout]), f"after its activation comes {', '.join(m.__name__ for m in after)}"),
+    )
     return *taps, conv, norm, sum(dropout.p for dropout in rest[1:] if dropout.training)
 
 
@@ -198,27 +198,34 @@ def _masks(conv: nn.Module) -> bool:
 
 
 def _check_conv(conv: nn.Module, groups: int = 1) -> None:
-    heads, pad = getattr(conv, "heads", -1), getattr(conv, "pad_layer", None)
-    if heads != -1:
-        raise Unfit(f"heads = {heads}")
-    if pad is not None:
-        raise Unfit("asymmetric padding (future_context)")
+    heads, inner = getattr(conv, "heads", -1), _inner(conv)
     masked = any("MaskedConv1d" in kind.__name__ for kind in type(conv).__mro__)
-    inner = _inner(conv)
-    foreign = type(inner).forward is not nn.Conv1d.forward and not (inner is conv and masked)
-    if not isinstance(inner, nn.Conv1d) or foreign or (inner is not conv and not masked):
-        kind = type(conv if inner is None else inner).__name__
-        raise Unfit(f"quantised: its conv is a {kind}" if "Quant" in kind else f"its conv is a {kind}")
-    if inner.groups != groups:
-        raise Unfit(f"grouped convs (groups = {inner.groups})")
-    if inner.bias is not None:
-        raise Unfit("it has a conv with a bias")
-    if isinstance(inner.padding, str) or inner.padding_mode != "zeros":
-        raise Unfit(f"padding {inner.padding!r}, padding_mode {inner.padding_mode!r}")
+    own = isinstance(inner, nn.Conv1d) and (type(inner).forward is nn.Conv1d.forward or (inner is conv and masked))
+    kind = type(conv if inner is None else inner).__name__
+    refuse(
+        Unfit,
+        (heads != -1, f"heads = {heads}"),
+        (getattr(conv, "pad_layer", None) is not None, "asymmetric padding (future_context)"),
+        (
+            not own or (inner is not conv and not masked),
+            f"quantised: its conv is a {kind}" if "Quant" in kind else f"its conv is a {kind}",
+        ),
+    )
+    refuse(
+        Unfit,
+        (inner.groups != groups, f"grouped convs (groups = {inner.groups})"),
+        (inner.bias is not None, "it has a conv with a bias"),
+        (
+            isinstance(inner.padding, str) or inner.padding_mode != "zeros",
+            f"padding {inner.padding!r}, padding_mode {inner.padding_mode!r}",
+        ),
+    )
 
 
 def _check_norm(norm: nn.Module) -> None:
-    if type(norm).forward not in (nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward):
-        raise Unfit(f"its norm is {type(norm).__name__}, not batch norm")
-    if norm.weight is None:
-        raise Unfit("it has a batch norm without weights (affine=False)")
+    foreign = type(norm).forward not in (nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward)
+    refuse(
+        Unfit,
+        (foreign, f"its norm is {type(norm).__name__}, not batch norm"),
+        (getattr(norm, "weight", None) is None, "it has a batch norm without weights (affine=False)"),
+    )

@@ -8,9 +8,9 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from jasper_fast.extras import need
-from jasper_fast.nn.checkpoint import FORMAT, CheckpointError
+from jasper_fast.nn.checkpoint import FORMAT, CheckpointError, first_line
 
-# The only entry that we write into the header. Several entries would not always be written in the same order.
+# The only entry that we write into the header, because the order of several entries would change between files.
 KEY = "jasper_fast"
 
 
@@ -28,7 +28,7 @@ def read(path: str | Path) -> dict[str, Any]:
     `config` and `labels`.
 
     Raises CheckpointError naming a file that is cut short or whose header does not fit its bytes, and MissingExtra
-    without safetensors. For the tensors it is equivalent to `safetensors.torch.load_file(path)`.
+    without safetensors. Its `state_dict` is that of `safetensors.torch.load_file(path)`.
     """
     safetensors = need("safetensors", "safetensors")
     try:
@@ -39,16 +39,14 @@ def read(path: str | Path) -> dict[str, Any]:
             about = json.loads(header[KEY])
             state |= {key: about[key] for key in ("format", "config", "labels")}
     except (safetensors.SafetensorError, RuntimeError, TypeError, ValueError, KeyError, RecursionError) as error:
-        said = (str(error) or type(error).__name__).partition("\n")[0]
         raise CheckpointError(
-            f"{path} is not a complete safetensors file ({os.path.getsize(path)} bytes, {said}); copy or download it "
-            f"again"
+            f"{path} is not a complete safetensors file ({os.path.getsize(path)} bytes, {first_line(error)}); copy or "
+            f"download it again"
         ) from error
     return state
 
 
 def write(file: BinaryIO, entries: dict[str, Tensor], config: dict[str, Any], labels: list[str] | None) -> None:
-    """Writes tensors, which must be contiguous and share no memory, and puts the description of the model in the
-    header."""
+    """Writes the file. The tensors in `entries` must be contiguous and share no memory."""
     about = {"format": FORMAT, "config": config, "labels": labels}
     file.write(need("safetensors.torch", "safetensors").save(entries, {KEY: json.dumps(about)}))

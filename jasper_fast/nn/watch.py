@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from jasper_fast.nn.recognise import HOOKS, Unfit
 
-# Settings that decide which function a Jasper's module computes in evaluation, in this project and in others.
+# The attributes on which the result of a Jasper's module depends in evaluation, in this project and in others.
 SETTINGS = (
     *("forward", "training", "eps", "track_running_stats", "kernel_size", "stride", "padding", "dilation", "groups"),
     *("padding_mode", "masked", "use_mask", "heads", "pad_layer", "dense_residual", "residual_mode", "separable", "se"),
@@ -29,13 +29,13 @@ class Watch:
 
     def __init__(self, modules: Iterable[nn.Module]):
         modules = list(modules)
-        settings = [(vars(m), name) for m in modules for name in SETTINGS if name in vars(m) or name == "forward"]
-        self._settings = _Entries(settings)
+        self._settings = _Entries(
+            [(vars(m), name) for m in modules for name in SETTINGS if name in vars(m) or name == "forward"]
+        )
         self._parts = _Entries([(m._modules, name) for m in modules for name in m._modules])
         self._sizes = [(m._modules, len(m._modules)) for m in modules]
         of = (tensors for m in modules for tensors in (m._parameters, m._buffers))
-        named = [(tensors, name) for tensors in of for name in tensors if name != "num_batches_tracked"]
-        self._places = _Entries(named)
+        self._places = _Entries([(ts, name) for ts in of for name in ts if name != "num_batches_tracked"])
         self._tensors = [tensor for tensor in self._places.then if tensor is not None]
         if any(tensor.is_inference() for tensor in self._tensors):
             raise Unfit("weights made in inference mode, whose changes cannot be noticed")
@@ -46,8 +46,8 @@ class Watch:
 
     def _now(self) -> tuple[list, ...]:
         """Returns versions, addresses and strides, which change when a tensor does."""
-        all_of_them = (list(map(found, self._tensors)) for found in (_VERSION, Tensor.data_ptr))
-        return *all_of_them, list(map(Tensor.stride, self._matrices))
+        versions, addresses = (list(map(of, self._tensors)) for of in (_VERSION, Tensor.data_ptr))
+        return versions, addresses, list(map(Tensor.stride, self._matrices))
 
     def same(self) -> bool:
         """Returns whether nothing has changed."""
@@ -69,8 +69,8 @@ class Watch:
 
 
 class _Entries:
-    """Dictionary entries and their remembered values. The loops run in C, because an engine checks thousands of entries
-    per call."""
+    """Dictionary entries and their remembered values. `map` makes the loops run in C, because an engine checks
+    thousands of entries per call."""
 
     def __init__(self, places: list[tuple[dict, str]]):
         self._of, self._names = [of for of, _ in places], [name for _, name in places]
