@@ -8,9 +8,9 @@
                                                     # --max-restarts torchrun resumes after a process was killed
 
 A step is one update of the weights. Its gradient is the mean over the --grad-accumulation micro-batches of all
-processes. The output folder holds log.jsonl, tensorboard/, the last checkpoints (step_*.pt), the best one by WER
-(best.pt) and milestones. On SIGINT and SIGTERM the run saves a checkpoint and ends. After a SIGKILL --resume continues
-from the newest complete checkpoint. Defaults of the options are in parentheses.
+processes. The output folder contains log.jsonl, tensorboard/, the last checkpoints (step_*.pt), the one with the lowest
+WER (best.pt) and those of --milestones. On SIGINT and SIGTERM the run saves a checkpoint and ends. After a SIGKILL
+--resume continues from the newest complete checkpoint. Defaults of the options are in parentheses.
 """
 
 import argparse
@@ -55,11 +55,13 @@ OPTIONS = {
         option("--train-manifests", nargs="+", required=True, metavar="FILE", help="JSON lines or NVIDIA's JSON array"),
         option("--val-manifests", nargs="+", default=[], metavar="FILE", help="data to validate on (none)"),
         option("--data-dir", metavar="DIR", help="folder where relative paths start (each manifest's own)"),
-        option("--init-from", metavar="CKPT", help="checkpoint with the first weights; decoder: see --init-decoder"),
-        option("--init-ema", action="store_true", help="take the moving average in --init-from, not the weights"),
+        option("--init-from", metavar="CKPT", help="checkpoint whose weights training starts from"),
+        option("--init-ema", action="store_true", help="start from the moving average in CKPT, not its weights"),
         option("--init-decoder", choices=loading.DECODERS, default="auto",
-               help="auto: take the decoder rows of labels that CKPT and --config share; keep: all; new: none (auto)"),
-        option("--init-map", nargs="+", default=[], metavar="NEW=OLD", help="start NEW's decoder row from OLD's"),
+               help="decoder rows to take from CKPT; auto: those of labels that --config has too; keep: all; new: none "
+                    "(auto)"),
+        option("--init-map", nargs="+", default=[], metavar="NEW=OLD",
+               help="start the decoder row of the label NEW from that of the label OLD in CKPT"),
         option("--freeze-encoder", action="store_true", help="train only the decoder"),
     ],
     "length of the run; the first limit reached ends it": training_options.length(),
@@ -77,14 +79,14 @@ OPTIONS = {
         option("--device", default="auto", help="device to train on: auto, cpu, cuda or cuda:1 (auto)"),
         option("--backend", choices=BACKENDS, default="auto", help="kernels to use; a missing one is an error (auto)"),
         option("--panes", choices=PANE_FORMS, default="auto",
-               help="source of the dense residual's batch statistics: Gram matrices or plain outputs (auto: gram on a "
-                    "GPU)"),
+               help="how to get the batch statistics of the dense residual: from Gram matrices of its inputs, or from "
+                    "the outputs of its convs (auto: gram on a GPU)"),
         training_options.AMP,
         option("--fp32-precision", choices=FP32_PRECISIONS,
                help="precision of fp32 products on a GPU (default: PyTorch's, tf32 in convs, ieee elsewhere)"),
         training_options.SEED,
         option("--cuda-graphs", action="store_true",
-               help="launch a step as one CUDA graph, from the second step with this batch shape on"),
+               help="launch a whole step as one CUDA graph, from the second step of each batch shape on"),
         option("--compile", action="store_true",
                help="run the model through torch.compile; run `jasper-fast tune` first"),
         option("--deterministic", action="store_true", help="make repeated runs on a GPU bit-equal; slower"),
@@ -100,8 +102,9 @@ OPTIONS = {
 
 
 def arguments(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
-    how = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(prog=prog, **how)
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add(parser, OPTIONS)
     args = parser.parse_args(argv)
     if args.batch_size is None and args.batch_seconds is None:
@@ -139,7 +142,7 @@ def load_data(args: argparse.Namespace, config: JasperConfig, ranks: Ranks, cons
 
 
 def make_state(args: argparse.Namespace, config: JasperConfig, ranks: Ranks) -> TrainingState:
-    """Returns the model, optimiser, loss scaler, meter and moving average: the state that a checkpoint saves."""
+    """Makes the model, optimiser, loss scaler, meter and moving average."""
     core = Jasper(config, backend=args.backend, panes=args.panes).to(ranks.device)
     if args.init_from:
         weights = formats.read_weights(args.init_from, ema=args.init_ema)
@@ -155,15 +158,16 @@ def make_state(args: argparse.Namespace, config: JasperConfig, ranks: Ranks) -> 
 def distributed(core: nn.Module, ranks: Ranks) -> nn.Module:
     """Returns `core` wrapped in DistributedDataParallel, or `core` itself if there is only one process.
 
-    Gradients are views of the buckets that are sent, which saves copying them. `static_graph` is not used. It would
-    only skip the search for unused parameters, which is off anyway, and with torch 2.13 it fails an internal assertion
-    if the first step accumulates gradients under `no_sync`.
+    Gradients are views of the communication buckets, so they need not be copied. `static_graph` is not used: it would
+    only skip the search for unused parameters, which is off anyway. With torch 2.13 it fails an internal assertion if
+    the first step accumulates gradients under `no_sync`.
     """
     if ranks.world == 1:
         return core
     places = [ranks.device.index] if ranks.device.type == "cuda" else None
     known = inspect.signature(DistributedDataParallel).parameters
-    # Running statistics are synchronised before they are used, not in every forward. torch 2.13 renamed the option.
+    # No broadcast of buffers in every forward: `Ranks.same_buffers` does it before validation and checkpoints. The
+    # option has another name since torch 2.13.
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(core, device_ids=places, gradient_as_bucket_view=True, **{buffers: False})
 
@@ -171,8 +175,8 @@ def distributed(core: nn.Module, ranks: Ranks) -> nn.Module:
 def resume(
     args: argparse.Namespace, folder: Folder, state: TrainingState, train: Split, ranks: Ranks, console: Any
 ) -> Any:
-    """Loads the newest checkpoint of `folder` into `state` and returns the saved state of the random generators, or
-    None for a new run and if the number of processes has changed."""
+    """Loads the newest checkpoint of `folder` into `state`. Returns the saved state of the random generators, or None
+    for a new run or another number of processes."""
     if folder.steps() and not args.resume:
         raise RunError(
             f"{folder.path} holds checkpoints of an earlier run: add --resume or choose another --output-dir"
@@ -192,9 +196,9 @@ def resume(
     try:
         state.load_state_dict(saved)
     except (RuntimeError, ValueError) as error:
-        what = str(error).splitlines()[0]
         raise RunError(
-            f"{path} does not fit the model of {args.config}: use its own configuration, {instead} ({what})"
+            f"{path} does not fit the model of {args.config}: use its own configuration, {instead} "
+            f"({str(error).splitlines()[0]})"
         ) from error
     for key, value in saved["arguments"].items():
         if getattr(args, key, None) != value and key not in ("resume", "output_dir"):
@@ -261,12 +265,11 @@ class Run(Loop):
         self.keep_best(r.wer)
 
     def end_epoch(self) -> None:
-        """Prints the files that turned out to be unusable since the last call."""
+        """Prints which files could not be used since the last call."""
         if lines := self.train.newly_skipped():
             talker().print(*lines, sep="\n")
 
     def finish(self, stopped: bool) -> None:
-        """Prints what was skipped, and ends the run."""
         self.tell_skipped()
         self.end_epoch()
         if len(self.train.dataset.skipped):
@@ -275,7 +278,7 @@ class Run(Loop):
 
 
 def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[nn.Module, Run, Any]:
-    """Returns the model to call, the new or resumed run, and the random generators' state to restore, or None."""
+    """Returns the wrapped model, the new or resumed run, and the saved state of the random generators or None."""
     ranks = Ranks.start(args.device)
     console = talker(quiet=not ranks.first)
     seed_everything(args.seed)
@@ -286,12 +289,12 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[nn.Module, Run
         train, val = load_data(args, config, ranks, console)
         state = make_state(args, config, ranks)
         schedule = training_options.make_schedule(args, train.steps(0, args.grad_accumulation))
-        seed_everything(args.seed + ranks.rank)  # noise and dropout differ between processes
+        seed_everything(args.seed + ranks.rank)  # so that noise and dropout differ between processes
         folder = Folder(args.output_dir, args.keep, args.milestones)
         generators = resume(args, folder, state, train, ranks, console)
         log = RunLog(folder.path, state.step, enabled=ranks.first)
         called = compiled(state.model, ranks.device) if args.compile else state.model
-    if train.changed and not args.steps:  # the remaining epochs have another number of steps than before
+    if train.changed and not args.steps:  # with other batches an epoch has another number of steps
         left = train.steps(state.epoch, args.grad_accumulation) - state.position
         left += (args.epochs - state.epoch - 1) * schedule.steps_per_epoch
         schedule = dataclasses.replace(schedule, total_steps=max(1, state.step + left))
@@ -301,18 +304,20 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[nn.Module, Run
     log.write(state.step, "start", device=ranks.place, processes=ranks.world, arguments=vars(args), versions=versions)
     size, total = sum(p.numel() for p in state.model.parameters()), schedule.total_steps
     console.print(f"{size:,} parameters on {ranks.place}, {schedule.steps_per_epoch} steps per epoch, {total} in all")
-    parts = (args, ranks, console, state, schedule, folder, about, stop, log, state.step, state.step)
-    return distributed(called, ranks), Run(*parts, train=train, val=val), generators
+    run = Run(
+        args, ranks, console, state, schedule, folder, about, stop, log, state.step, state.step, train=train, val=val
+    )
+    return distributed(called, ranks), run, generators
 
 
 def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingState], None] | None = None) -> None:
-    """Trains a model. `stop` ends the run early; `watch` is called after each step."""
+    """Trains a model. A signal in `stop` ends the run early. `watch` is called after each step."""
     model, run, generators = prepare(args, stop)
     state, train, ranks, console = run.state, run.train, run.ranks, run.console
     total, accumulation, on_gpu = run.schedule.total_steps, args.grad_accumulation, ranks.device.type == "cuda"
     with contextlib.closing(run.log), training_bar(console, state.step, total) as progress, run.saved():
         model.train(), train.frontend.train()
-        if on_gpu and state.step < total:  # if memory is too small, fail now and not in mid-epoch
+        if on_gpu and state.step < total:  # if memory is too small, fail now and not in the middle of an epoch
             largest = largest_batches(train.sampler, train.dataset.durations(0))
             console.print(scan_memory(model, train.frontend, largest, ranks.device, AMP_DTYPES[args.amp]))
         guard, stopped = BufferGuard(state.model), False
@@ -325,16 +330,14 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
             set_rng_state(generators)
         if state.unjudged:
             run.judge()
-        model.train(), train.frontend.train()
         while state.step < total:
-            # One step. All processes skip it if one of them could read none of its files.
             batches, late = next(steps), state.minutes >= (args.max_minutes or math.inf)
             readable = [batch for batch in batches if len(batch)]
             stopped, late, unread = ranks.vote(bool(stop.signal), late, not readable)
             if stopped or late:
                 break
             lr = run.set_learning_rate()
-            if unread:
+            if unread:  # on any process: all of them skip the step
                 result = missed_step(ranks.device, batches)
             elif graphed:
                 result = graphed(readable)
@@ -354,8 +357,10 @@ def command(argv: list[str] | None = None) -> int:
     except (RunError, CheckpointError, ConfigError, ManifestError, BackendMissing, MissingExtra) as error:
         print(f"error: {error}", file=sys.stderr)
     except torch.OutOfMemoryError as error:
-        advice = "Lower --batch-size or --batch-seconds, and raise --grad-accumulation by the same factor"
-        print(f"error: {error}\n{advice}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
+        print(
+            "Lower --batch-size or --batch-seconds, and raise --grad-accumulation by the same factor", file=sys.stderr
+        )
     finally:
         stop.restore()
         if torch.distributed.is_initialized():

@@ -160,8 +160,6 @@ def test_the_last_few_the_best_and_the_milestones_are_kept(tmp_path):
     ]  # fmt: skip
     assert load(tmp_path / "best.pt")["best_wer"] == 0.5
     assert folder.latest()[1]["step"] == 6
-    with pytest.raises(ValueError, match="keep"):
-        Folder(tmp_path, keep=0)
 
 
 def test_a_broken_newest_is_reported_and_the_one_before_taken(tmp_path):

@@ -150,13 +150,11 @@ def test_the_op_is_registered_well(face):
         torch.library.opcheck(checked, (*args, *how), test_utils=("test_schema", "test_faketensor"))
 
 
-def test_the_loss_of_a_step_takes_the_one_that_reads_no_lengths(monkeypatch):
-    """Shows that a training step uses `ops.ctc_loss`, which needs no lengths on the host, where `reads_no_lengths` says
-    so."""
+def test_a_step_uses_the_loss_that_a_graph_can_capture(monkeypatch):
     log_probs, lengths, targets, counts = inputs(torch.device("cpu"))
     targets = targets.clamp(max=V - 2)
     want = step.ctc_loss(log_probs, lengths, targets, counts)
-    monkeypatch.setattr(step, "reads_no_lengths", lambda device: True)
+    monkeypatch.setattr(step, "loss_is_capturable", lambda device: True)
     monkeypatch.setattr(F, "ctc_loss", None)
     torch.testing.assert_close(
         step.ctc_loss(log_probs.bfloat16().float(), lengths.int(), targets, counts), want, rtol=0.05, atol=0

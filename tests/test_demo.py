@@ -112,13 +112,12 @@ RESULT = {
 @pytest.mark.parametrize("points", [0, 1, 5])
 def test_the_page_is_well_formed_and_needs_nothing_else(points):
     curves = {kind: curve[:points] for kind, curve in RESULT["curves"].items()}
-    features = [np.random.default_rng(0).random((64, 100)), None]
-    page = report.render(RESULT | {"curves": curves}, features, [b"RIFF", None])
+    page = report.render(RESULT | {"curves": curves}, np.random.default_rng(0).random((2, 64, 100)), [b"RIFF"] * 2)
     root = ElementTree.fromstring(page.partition("\n")[2])  # without its doctype the page is valid XML
     for said in ("1.3 %", "prefers-color-scheme: dark", "width=device-width", "A &lt;CPU&gt; &amp; more", "a&lt;b"):
         assert said in page
     links = [e.get(k) for e in root.iter() for k in ("src", "href") if e.get(k)]
-    assert len(links) == 2 and all(link.startswith("data:") for link in links)
+    assert len(links) == 4 and all(link.startswith("data:") for link in links)
     assert len(root.findall(".//svg")) == 2
     assert len(root.findall(".//circle")) == points
 

@@ -32,8 +32,8 @@ def loss_on_the_device(monkeypatch):
     """Uses the CTC loss that a CUDA graph can capture (`ops.ctc_loss`), on the reference face, because that is faster
     than interpreted Triton."""
     interpreted()
-    monkeypatch.setattr(step, "reads_no_lengths", lambda device: True)
-    monkeypatch.setattr(graphed, "reads_no_lengths", lambda device: True)
+    monkeypatch.setattr(step, "loss_is_capturable", lambda device: True)
+    monkeypatch.setattr(graphed, "loss_is_capturable", lambda device: True)
     monkeypatch.setattr(choose, "ctc_face", lambda backend, device: "reference")
 
 
@@ -260,7 +260,7 @@ def test_hindrances_are_told_in_a_line(monkeypatch):
     rig.optimizer = torch.optim.SGD(rig.model.parameters(), lr=0.1)
     made(rig, recorder=recorder)
     assert "SGD skips steps on the host: use NovoGrad, or AdamW(..., fused=True)" in told[-1]
-    monkeypatch.setattr(graphed, "reads_no_lengths", lambda device: False)
+    monkeypatch.setattr(graphed, "loss_is_capturable", lambda device: False)
     made(Rig("adamw"), recorder=recorder)
     assert "CTC loss reads lengths on the host" in told[-1]
     assert all("\n" not in line for line in told) and len(told) == 3

@@ -111,7 +111,7 @@ HINTS = {
     "from jasper_fast.speech.text import normalize; normalize('5')": "'jasper-fast[train]'",
     "from jasper_fast.lm.words import *; WordSearch(WordLM('x', (), (' ',)), 1, 1, 1)": "'jasper-fast[lm]'",
     "from jasper_fast.training.runs import RunLog; RunLog('unused')": "tensorboard is not installed",
-    "from jasper_fast.demo import report; report.render({})": "'jasper-fast[demo]'",
+    "from jasper_fast.demo import report; report.render({}, (), ())": "'jasper-fast[demo]'",
     "from jasper_fast.cli.command import main; sys.exit(main(['demo']))": "error: rich is not installed",
 }
 IN_TURN = """

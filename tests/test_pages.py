@@ -109,7 +109,7 @@ def of_bench(_: Path) -> str:
 
 def of_demo(folder: Path) -> str:
     result = test_demo.RESULT | {"examples": [e | {"transcript": HOSTILE} for e in test_demo.RESULT["examples"]]}
-    return report.render(result, [np.random.default_rng(0).random((64, 100)), None], [b"RIFF", None])
+    return report.render(result, np.random.default_rng(0).random((2, 64, 100)), [b"RIFF"] * 2)
 
 
 @pytest.mark.parametrize("made", [of_evaluation, of_check, of_tuning, of_bench, of_demo])

@@ -3,7 +3,7 @@
 Reads the audio and text of every utterance and reports those that are unreadable, truncated, silent, clipped, without
 text, too long, too short, too short for CTC, duplicates, or that have symbols outside the alphabet. --clean writes a
 manifest of the good utterances. It also keeps clipped ones, and those whose text loses symbols in normalisation,
-unless --strict is given. --config takes the alphabet, the bounds and the frame rate from a model's configuration.
+unless --strict is given. With --config, the alphabet, the bounds and the frame rate are those of a model.
 """
 
 import argparse
@@ -48,29 +48,30 @@ def run(arguments: argparse.Namespace) -> int:
     rules = check.Rules(**_rules(arguments))
     with common.bars(arguments.quiet) as progress:
         results = check.check(arguments.manifest, rules, arguments.data_dir, arguments.jobs, progress)
-    told = check.figures(results, rules.strict)
+    figures = check.figures(results, rules.strict)
+    good, entries = figures["good"], figures["entries"]
     print(
-        f"{arguments.manifest}: {told['good']} of {told['entries']} utterances are good, {told['good_hours']:.2f} of "
-        f"{told['hours']:.2f} hours"
+        f"{arguments.manifest}: {good} of {entries} utterances are good, {figures['good_hours']:.2f} of "
+        f"{figures['hours']:.2f} hours"
     )
-    for reason, count in told["faults"].items():
+    for reason, count in figures["faults"].items():
         print(f"{count:7} {reason}: {check.REASONS[reason]}")
         culprits = [(f.name, fault.detail) for f in results for fault in f.faults if fault.reason == reason]
         for name, detail in culprits[: max(arguments.worst, 0)]:
             print(f"          {f'{name}: ' if name else ''}{detail}")
     if clean := arguments.clean and Path(arguments.clean):
-        entries = check.clean_entries(results, arguments.manifest, clean, arguments.data_dir, rules.strict)
-        print(f"{arguments.clean}: {writing.write_manifest(clean, entries)} utterances", file=sys.stderr)
+        kept = check.clean_entries(results, arguments.manifest, clean, arguments.data_dir, rules.strict)
+        print(f"{clean}: {writing.write_manifest(clean, kept)} utterances", file=sys.stderr)
     if arguments.html:
         common.write(arguments.html, check.html(arguments.manifest, results, rules))
     if arguments.out:
         record = check.record(arguments.manifest, results, rules.strict)
         common.write(arguments.out, json.dumps(record, indent=1) + "\n")
-    return int(told["good"] < told["entries"] or not told["entries"])
+    return int(good < entries or not entries)
 
 
 def _rules(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns the settings of the rules that the options or the configuration give."""
+    """Returns the arguments of `check.Rules` that the options or the configuration set."""
     from jasper_fast.data.settings import AudioSettings
     from jasper_fast.speech.text import Vocabulary
 

@@ -1,4 +1,4 @@
-"""What several subcommands share: options for a model and its decoding, recognition, output."""
+"""Shared by several subcommands: the options for a model and its decoding, recognition, and output."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 class UsageError(Exception):
-    """The command line asks for something that cannot be done."""
+    """Raised if a command line cannot be carried out. The message says what to change."""
 
 
 def subcommand(commands: Any, name: str, run: Callable, options: dict, help: str, description: str, end: str) -> None:
@@ -38,8 +38,8 @@ def subcommand(commands: Any, name: str, run: Callable, options: dict, help: str
 
 
 def add_modules(commands: Any, *modules: ModuleType) -> None:
-    """Adds a subcommand for each module. The first line of its docstring, after the colon, is the help in the list of
-    commands; the rest is the description. END comes after the options."""
+    """Adds a subcommand for each module. Of the module's docstring, the first sentence after the colon is the help in
+    the list of commands, and the text after the empty line is the description. END follows the options."""
     for module in modules:
         title, _, description = (module.__doc__ or "").partition("\n\n")
         help = " ".join(title.partition(": ")[2].removesuffix(".").split())
@@ -49,8 +49,8 @@ def add_modules(commands: Any, *modules: ModuleType) -> None:
 
 @contextmanager
 def bars(quiet: bool = False) -> Iterator[Callable[[str, int, int | None], None]]:
-    """Shows progress bars on the standard error. Yields the function ``progress(what, done, total)``, which updates the
-    bar named ``what``."""
+    """A context that shows progress bars on the standard error. Yields the function ``progress(what, done, total)``,
+    which updates the bar called ``what``."""
     if quiet or not sys.stderr.isatty():
         yield lambda what, done, total: None
         return
@@ -78,7 +78,7 @@ def positive(kind: type) -> Any:
 
 
 DEVICE = option("--device", default="auto", help="device to run on: cpu, cuda, cuda:1, ... (a GPU if there is one)")
-MODEL = {  # the options of `load` and `recognize`
+MODEL = {  # the options that `load` and `recognize` read
     "model": [
         option(
             "--checkpoint",
@@ -226,7 +226,7 @@ def decoder(arguments: argparse.Namespace, vocabulary: Any) -> Any:
 def _rescoring(
     arguments: argparse.Namespace, vocabulary: Any, lm: Any, given: dict[str, Any], model: str, weight: float
 ) -> Any:
-    """Returns the search that ``given`` asks for, followed by rescoring with a neural model."""
+    """Returns a beam search with the settings ``given``, followed by rescoring with a neural model."""
     from jasper_fast.lm import decoders
     from jasper_fast.lm.neural import scoring
     from jasper_fast.lm.rescore import LISTED, Rescoring
@@ -234,8 +234,8 @@ def _rescoring(
     if not math.isfinite(weight):
         raise UsageError(f"--rescore-weight {weight} is not finite")
     scorer, kept = scoring.load(model, device_of(arguments.device)), given.get("n_best", 1)
-    searched = given | {"n_best": max(kept, LISTED)}
-    first = decoders.decoder(vocabulary, lm, processes=arguments.decode_processes, **searched)
+    given = given | {"n_best": max(kept, LISTED)}
+    first = decoders.decoder(vocabulary, lm, processes=arguments.decode_processes, **given)
     return Rescoring(first, scorer, vocabulary, weight, kept)
 
 
@@ -291,8 +291,15 @@ def load(arguments: argparse.Namespace) -> Recognizer:
         torch.set_num_threads(arguments.threads)
     device = device_of(arguments.device)
     dtype = None if arguments.dtype is None else getattr(torch, DTYPES[arguments.dtype])
-    how = device, arguments.backend, dtype, arguments.fp32_precision
-    made = recognizer.load(arguments.checkpoint, arguments.config, arguments.ema, *how)
+    made = recognizer.load(
+        arguments.checkpoint,
+        arguments.config,
+        arguments.ema,
+        device,
+        arguments.backend,
+        dtype,
+        arguments.fp32_precision,
+    )
     made.decoder = decoder(arguments, made.vocabulary)
     return made
 
@@ -304,8 +311,8 @@ def recognize(
     window: int | None = None,
     keep: Callable[[int, torch.Tensor], None] | None = None,
 ) -> Iterator[Recognition]:
-    """Recognises the utterances and yields the results after each batch, like ``Recognizer.stream``. On the standard
-    error it reports skipped and incomplete utterances and, on a terminal, the progress."""
+    """Yields the results after each batch, like ``Recognizer.stream``. Prints on the standard error which utterances
+    were skipped or incomplete and, on a terminal, the progress."""
     options = arguments.batch_size, arguments.max_seconds, arguments.workers, window, keep
     total, told, warned = len(utterances), 0, 0
     for result in recognizer.stream(utterances, *options):
@@ -323,7 +330,7 @@ def recognize(
 
 
 def hypotheses(transcript: Any) -> dict[str, list[dict[str, Any]]]:
-    """Returns the JSON entry for the beam search's hypotheses, or an empty dict after greedy decoding."""
+    """Returns the hypotheses of a beam search as an entry of a JSON record, or an empty dict after greedy decoding."""
     found = [
         {"text": h.text.strip(), "score": round(h.score, 4), "log_prob": round(h.log_prob, 4)}
         for h in transcript.hypotheses
@@ -333,17 +340,16 @@ def hypotheses(transcript: Any) -> dict[str, list[dict[str, Any]]]:
 
 
 def share(sizes: Sequence[float], rank: int, world: int) -> list[int]:
-    """Returns the indices of one process's items, in order. Every process gets a similar mix of sizes."""
-    order = sorted(range(len(sizes)), key=lambda i: (sizes[i], i))
-    return sorted(order[rank::world])
+    """Returns the sorted indices of the items of process ``rank``. Every process gets a similar mix of sizes."""
+    by_size = sorted(range(len(sizes)), key=lambda i: sizes[i])
+    return sorted(by_size[rank::world])
 
 
 @contextmanager
 def joined(arguments: argparse.Namespace) -> Iterator[Ranks]:
-    """Joins the process group that torchrun describes, if there is one, and yields this process's place in it.
+    """A context in which this process belongs to the group that torchrun made, if any. Yields its place in the group.
 
-    In ``arguments`` it sets the device to the GPU of the process's rank, and turns off progress in all processes but
-    the first.
+    In ``arguments`` it sets the device to this process's GPU, and ``quiet`` in all processes except the first.
     """
     import torch
 
@@ -364,14 +370,13 @@ def joined(arguments: argparse.Namespace) -> Iterator[Ranks]:
 
 
 def count(done: int, total: int, what: str, quiet: bool) -> None:
-    """Shows on a terminal how much is done. Each call overwrites the line of the call before."""
+    """Shows on a terminal how much is done. Each call overwrites the line of the previous call."""
     if sys.stderr.isatty() and not quiet:
-        end = "\r" if done < total else "\n"
-        print(f"\r{done} of {total} {what}", end=end, file=sys.stderr, flush=True)
+        print(f"\r{done} of {total} {what}", end="\r" if done < total else "\n", file=sys.stderr, flush=True)
 
 
 def any_name() -> None:
-    """Sets the standard output to UTF-8 in any locale, and writes the bytes of other file names unchanged."""
+    """Lets the standard output print any file name: in UTF-8, and bytes that are not UTF-8 unchanged."""
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
@@ -384,7 +389,7 @@ def speed(result: Recognition) -> str:
 
 
 def write(path: str, text: str) -> None:
-    """Writes text to a file atomically. A device or a pipe is not replaced but written to directly."""
+    """Writes text to a file, which is replaced atomically. To a device or a pipe the text is written directly."""
     target = Path(path)
     if target.exists() and not target.is_file():
         target.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -2,9 +2,9 @@
 
 Writes the weights of a checkpoint in another format. IN may be a checkpoint of this project, of NVIDIA's Jasper for
 PyTorch (2019 to today), of Lightning, a .nemo archive, the encoder and decoder files of NeMo 0.x, or a safetensors
-file. OUT contains the same bits under the names of its format, and also the labels and the settings of the features if
-the format has a place for them. OUT is read back and compared before it appears under its name. The report lists the
-new name of each entry, and what was left out.
+file. OUT contains the same bits under the names of its format, and, if the format has a place for them, the labels and
+the settings of the features. The file is read back and compared with IN before it is renamed to OUT. The report lists
+the new name of each entry, and what was left out.
 """
 
 import argparse
@@ -38,8 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     from jasper_fast.nn.checkpoint import replacing
     from jasper_fast.nn.config import JasperConfig
 
-    extra = [path for path in (arguments.config_out, arguments.report) if path]
-    convert.refuse_existing(arguments.force, arguments.out, *extra)
+    convert.refuse_existing(arguments.force, *filter(None, (arguments.out, arguments.config_out, arguments.report)))
     config = JasperConfig.from_yaml(arguments.config) if arguments.config else None
     report, config = convert.convert(
         arguments.source, arguments.out, arguments.to, config=config, ema=arguments.ema, force=arguments.force

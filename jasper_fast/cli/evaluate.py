@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from jasper_fast.training.runs import Ranks
 
 END = """\
-exit status: 0 for success, 1 if no utterance could be read (with --strict: if any could not), 2 for a wrong command,
-manifest, checkpoint or configuration.
+exit status: 0 for success, 1 if no utterance could be read (with --strict: if one or more could not be read), 2 for a
+wrong command, manifest, checkpoint or configuration.
 
 examples:
   jasper-fast evaluate --manifest dev.jsonl --checkpoint runs/best.pt --out result.json

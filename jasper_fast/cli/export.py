@@ -1,9 +1,9 @@
 """`jasper-fast export`: write a checkpoint as an ONNX model.
 
-Writes a folder for ONNX Runtime and for packages that use it. model.onnx accepts any batch size and length; batch norm
-is folded into its convs. vocab.txt and config.json have the form that onnx-asr reads. The masks are in the graph, so
-the result of an utterance does not depend on the rest of its batch. The folder is written only if ONNX Runtime and the
-engine agree on batches, lengths and padding other than those the graph was traced with. Needs
+Writes a folder for ONNX Runtime and for packages that use it. model.onnx accepts any batch size and length. Batch norm
+is folded into the convs. vocab.txt and config.json have the form that onnx-asr reads. The model contains the masks, so
+the result of an utterance does not depend on the rest of its batch. The folder is written only if ONNX Runtime and our
+engine agree on inputs whose batch size, lengths and padding differ from those that were used to trace the model. Needs
 pip install 'jasper-fast[export]'.
 """
 
@@ -12,7 +12,7 @@ import argparse
 from jasper_fast.options import option
 
 END = """\
-features.json in the folder has the settings of the features. onnx-asr itself computes only features of 80 or 128 bands.
+features.json in the folder has the settings of the features. onnx-asr can compute only features of 80 or 128 bands.
 
 example: jasper-fast export onnx runs/best.pt jasper-onnx"""
 

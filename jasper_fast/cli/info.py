@@ -1,6 +1,6 @@
 """`jasper-fast info`: show the machine, backends and versions, and how to install what is missing.
 
-Shows the machine, which backends run on it, the versions, and how to install what is missing.
+Shows the machine, the backends that run on it, the versions, and how to install what is missing.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from typing import Any
 
 from jasper_fast.options import option
 
-# package, what it is for, the extra that installs it ("": installed with jasper-fast)
+# package, its purpose, the extra that installs it ("": installed with jasper-fast)
 _PACKAGES = (
     ("torch", "everything", ""),
     ("triton", "the triton backend, on Linux x86-64", ""),
@@ -76,7 +76,7 @@ def _backends() -> dict[str, dict[str, Any]]:
     if "cuda" in devices:
         from jasper_fast.kernels.conv1d import cuda_launch
 
-        found["cuda"]["way"] = cuda_launch.way()  # where its kernels come from: the library, or NVRTC through CuPy
+        found["cuda"]["way"] = cuda_launch.way()  # "library" or "NVRTC": where its kernels come from
     return found
 
 
@@ -89,7 +89,6 @@ def collect() -> dict[str, Any]:
     from jasper_fast.kernels import native
 
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    places = [torch.cuda.get_device_properties(d) for d in devices]
     gpus = [
         {
             "name": p.name,
@@ -97,7 +96,7 @@ def collect() -> dict[str, Any]:
             "memory_gib": round(p.total_memory / 2**30, 1),
             "multiprocessors": p.multi_processor_count,
         }
-        for p in places
+        for p in map(torch.cuda.get_device_properties, devices)
     ]
     packages = {}
     for name, purpose, extra in _PACKAGES:
@@ -107,7 +106,7 @@ def collect() -> dict[str, Any]:
             packages[name]["get"] = f"pip install '{f'jasper-fast[{extra}]' if extra else name}'"
     checked = [(d, verdict) for d in devices or [torch.device("cpu")] for verdict in verdicts.read(d).values()]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # missing packages are listed below anyway
+        warnings.simplefilter("ignore", RuntimeWarning)  # the report lists missing packages anyway
         auto = {device: choose.resolve("auto", device) for device in (["cpu", "cuda"] if gpus else ["cpu"])}
     return {
         "jasper_fast": __version__,

@@ -1,14 +1,14 @@
 """`jasper-fast selfcheck`: compare every kernel with fp64 on this machine.
 
-Runs every kernel and compares the results with fp64. It covers every configuration that dispatch can choose on the
-device (the tiles in its tables and the defaults), forward, backward and inference, on small shapes and on those of
-Jasper 10x5. An error may be twice that of plain PyTorch at the same precision, plus an allowance for rounding. The
+Runs every kernel and compares the results with fp64. The check covers every configuration that dispatch can choose on
+the device (the tiles in its tables and the defaults), in forward, backward and inference, on small shapes and on those
+of Jasper 10x5. The error may be twice that of plain PyTorch at the same precision, plus an allowance for rounding. The
 kernels run in a separate process, so a kernel that crashes or hangs gets a bad verdict and the check continues.
 
 Verdicts are saved per dtype, GPU, driver and versions. On a GPU, backend="auto" uses only kernels with a good verdict.
-If the machine lacks something that a check needs (a compiler, memory), this is reported and there is no verdict. If the
-check is ended early, for example by Ctrl-C, the verdicts so far are saved. Without a GPU it checks the CPU's kernels;
-with TRITON_INTERPRET=1 also those of Triton, in its interpreter.
+If the machine lacks something that a check needs (a compiler, memory), the command reports it and saves no verdict. If
+the command is interrupted, for example by Ctrl-C, the verdicts so far are saved. Without a GPU it checks the kernels of
+the cpu backend, and with TRITON_INTERPRET=1 also those of the triton backend, in Triton's interpreter.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = common.device_of(arguments.device)
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
         raise common.UsageError(
-            f"--device {arguments.device}: PyTorch sees {count} GPUs here; `jasper-fast info` says more"
+            f"--device {arguments.device}: PyTorch sees {count} GPUs; `jasper-fast info` lists them"
         )
     try:
         return show.main(

@@ -2,15 +2,16 @@
 
 Writes one line per file to the standard output: the path, a tab, and the text. With --json each line is a JSON object
 that also has the times of the words. Reads all formats of libsndfile (WAV, FLAC, OGG, MP3, ...), at any sample rate
-and with any number of channels. Lines are written in UTF-8, in the order of the files; the bytes of a name in
-another encoding are written unchanged (in JSON as \\udcXX).
+and with any number of channels. Lines are written in UTF-8, in the order of the files. Bytes of a file name that are
+not UTF-8 are written unchanged (in JSON as \\udcXX).
 
 Messages go to the standard error. A file that cannot be used is reported there, with the reason, and left out. If a
 file is shorter than its header says, the available audio is transcribed, with a warning.
 
 To continue an interrupted run, repeat the command with --resume. Files that have a line in --out are not transcribed
 again, an incomplete last line is dropped, and files that could not be used are tried again. Under torchrun
-(torchrun --nproc-per-node 8 -m jasper_fast transcribe ...) the processes share the files, and the first one writes.
+(torchrun --nproc-per-node 8 -m jasper_fast transcribe ...) the processes share the files, and the first process writes
+the output.
 """
 
 from __future__ import annotations
@@ -177,7 +178,7 @@ def _take(kept: Counter[str], name: str) -> bool:
 
 
 def _finished(out: Path, as_json: bool) -> Counter[str]:
-    """Counts how often each file appears in an output file. Removes an incomplete last line from the output file."""
+    """Returns how often each file appears in the output file `out`. Removes an incomplete last line from `out`."""
     content = out.read_bytes() if out.exists() else b""
     if whole := content.rpartition(b"\n")[0]:
         whole += b"\n"

@@ -1,10 +1,10 @@
 """`jasper-fast tune`: measure which kernels are fastest for a model on this GPU, and save the choice.
 
 Measures on this GPU which implementation and tile of each op is fastest at the shapes of a model, and saves the choice
-on disk for backend="auto". The first use of a model does the same; this command does it in advance, for all batches
-that you name. Contenders are compared with fp64 before they are timed. Shapes that were measured before are skipped. If
-the command is interrupted, the finished shapes are kept, and the same command continues. JASPER_FAST_TUNE=0 turns off
-the tuning at first use, but not this command.
+on disk for backend="auto". The first use of a model makes the same measurements. This command makes them in advance,
+for all batches that you name. An implementation is compared with fp64 before it is timed. Shapes that were measured
+before are skipped. If the command is interrupted, the finished shapes are kept, and the same command continues.
+JASPER_FAST_TUNE=0 turns off the tuning at first use, but not this command.
 """
 
 import argparse
@@ -67,8 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise common.UsageError(f"there is nothing to choose from: {reason}")
     wanted = cells_of(arguments, getattr(torch, common.DTYPES[arguments.dtype]))
     todo = [cell for cell in wanted if not tables.covered(device, cell)]
-    name = verdicts.key(device)["device"]
-    print(f"{len(wanted)} shapes on {name}, {len(todo)} of them to measure; saved in {tuned.path(device)}")
+    gpu = verdicts.key(device)["device"]
+    print(f"{len(wanted)} shapes on {gpu}, {len(todo)} of them to measure; results go to {tuned.path(device)}")
     started = time.monotonic()
     with verdicts.locked(tuned.PATIENCE, tuned.LOCK):
         session = _tune(device, todo, arguments.budget)
@@ -97,7 +97,8 @@ def _tune(device: Any, todo: list[Any], budget: float) -> Any:
 
     with training_bar(talker(quiet=not sys.stderr.isatty()), 0, len(todo), "starting") as progress:
         try:
-            show = lambda session, doing: progress(len(session.done), doing or "tuning")  # noqa: E731
-            return tuned.tune(device, todo, budget, on_cell=show)
+            return tuned.tune(
+                device, todo, budget, on_cell=lambda session, doing: progress(len(session.done), doing or "tuning")
+            )
         except tuned.CannotTune as error:
             raise common.UsageError(str(error)) from error

@@ -54,11 +54,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def picture(path: Path) -> np.ndarray:
-    """Returns the log-mel features (bands, frames) of a file, without normalisation, for a picture."""
+    """Returns the log-mel features (bands, frames) of a file, without normalisation."""
     samples = torch.from_numpy(audio.load(path, corpus.SAMPLE_RATE))[None]
     features = LogMelFeatures(normalize=None, dither=0.0, pad_to_multiple=1)
-    mel = features(samples, torch.tensor([samples.shape[1]]))[0][0]
-    return mel.clamp(min=-16.0).numpy()
+    return features(samples, torch.tensor([samples.shape[1]]))[0][0].clamp(min=-16.0).numpy()
 
 
 def table(result: dict) -> Table:
@@ -71,8 +70,8 @@ def table(result: dict) -> Table:
 
 
 def listen(model: Jasper, unheard: list[Utterance], device: torch.device, seed: int) -> tuple[list[Path], list[dict]]:
-    """Transcribes one utterance of each of three voices that were not in training. Returns the files and the
-    transcripts."""
+    """Transcribes one utterance of each of three voices that were not in training. Returns the files and their
+    examples for the page."""
     rng = random.Random(seed)
     voices = rng.sample(corpus.VOICES["test"], 3)
     chosen = [rng.choice([u for u in unheard if u.speaker == voice] or unheard) for voice in voices]
@@ -107,8 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     heard, unheard = read_manifest(train), read_manifest(test)
 
     ends.append(time.perf_counter())
-    how = args.steps, args.minutes, str(device), args.seed
-    model, losses, wers = learn.learn(args.config, (train, test), out / "training", *how)
+    model, losses, wers = learn.learn(
+        args.config, (train, test), out / "training", args.steps, args.minutes, str(device), args.seed
+    )
     last, voices = wers[-1], {split: len(names) for split, names in corpus.VOICES.items()}
     console.print(
         f"{last['step']} steps: [bold]WER {last['wer']:.1%} on {voices['test']} voices that were not in training[/]"
@@ -123,8 +123,8 @@ def main(argv: list[str] | None = None) -> int:
     ends.append(time.perf_counter())
     console.print("measuring fused against eager ...")
     frames = 16 * math.ceil(100 * statistics.median(u.duration for u in heard) / 16)
-    batch, seconds = (learn.BATCH_SIZE, frames), args.compare_seconds / 2
-    measured = compare.compare(args.config, out / "bench", batch, device, seconds)
+    batch = learn.BATCH_SIZE, frames
+    measured = compare.compare(args.config, out / "bench", batch, device, args.compare_seconds / 2)
     ends.append(time.perf_counter())
     result = {
         "wer_unseen": last["wer"],

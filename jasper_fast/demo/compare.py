@@ -12,11 +12,12 @@ from jasper_fast.extras import need
 def compare(
     config: Path, folder: Path, batch: tuple[int, int], device: torch.device, seconds: float
 ) -> dict[str, dict]:
-    """Measures the model of `config` and its eager twin with `jasper-fast bench`, which writes its results to `folder`.
+    """Runs `jasper-fast bench` for the fused and the eager model of `config`. The results are written to `folder`.
 
-    Training and inference take about `seconds` each. `batch`: utterances and feature frames of a training step. In the
-    returned dict, `train` and `inference` have utterances per second and `ratio`, the median eager time over the median
-    fused time. `memory` has the bytes that a training forward keeps for backward and `ratio`, fused over eager.
+    Training and inference are measured for about `seconds` each. `batch`: utterances and feature frames of a training
+    step. In the returned dict, `train` and `inference` have utterances per second and `ratio`, the median eager time
+    over the median fused time. `memory` has the bytes that a training forward keeps for backward, and `ratio`, fused
+    bytes over eager bytes.
     """
     model = f"{config}:{batch[0]},{batch[1]}"
     step = _measure("train", model, folder, device, seconds, "--mode", "step")
@@ -35,7 +36,7 @@ def compare(
 def _measure(
     command: str, model: str, folder: Path, device: torch.device, seconds: float, *more: str
 ) -> dict[str, Any]:
-    """Runs `jasper-fast bench COMMAND` and returns its rows for "fused" and "eager"."""
+    """Runs `jasper-fast bench COMMAND` and returns the rows of its result, by the keys "fused" and "eager"."""
     out = folder / command
     common = ["--device", str(device), "--dtype", "fp32", "--quick", "--seconds", str(seconds), "--out", str(out)]
     need("jasper_fast.bench.cli", "bench").main([command, "--model", model, *common, "--rivals", "eager", *more])

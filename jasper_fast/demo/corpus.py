@@ -1,4 +1,4 @@
-"""Makes the demo's synthetic corpus of spoken commands. Different voices speak the training and the test part."""
+"""Makes the demo's synthetic corpus of spoken commands. No voice is in both the training and the test part."""
 
 import random
 import re
@@ -27,7 +27,6 @@ _MEN = {
     " rob robert sandro travis victor",
     "test": "m3 Andy Michael gustave klatt3 paul",
 }
-# The voices of each split. No voice is in both. The accent is drawn anew for each sentence.
 VOICES = {split: f"{_WOMEN[split]} {_MEN[split]}".split() for split in ("train", "test")}
 
 COMMANDS = (
@@ -67,20 +66,21 @@ def number(rng: random.Random) -> str:
 
 def sentence(rng: random.Random) -> str:
     """Draws a command."""
-    words = lambda match: number(rng) if match[1] == "number" else rng.choice(WORDS[match[1]])  # noqa: E731
-    return re.sub(r"<(\w+)>", words, rng.choice(COMMANDS))
+    return re.sub(
+        r"<(\w+)>", lambda m: number(rng) if m[1] == "number" else rng.choice(WORDS[m[1]]), rng.choice(COMMANDS)
+    )
 
 
 def trim(samples: np.ndarray, sample_rate: int, keep: float = 0.08, level: float = 0.01) -> np.ndarray:
-    """Cuts leading and trailing silence, but leaves `keep` seconds of it on both sides."""
+    """Cuts the silence at the start and at the end, but leaves `keep` seconds of it."""
     loud = np.flatnonzero(np.abs(samples) > level * np.abs(samples).max())
     pad = int(keep * sample_rate)
     return samples[max(0, loud[0] - pad) : loud[-1] + pad]
 
 
 def record(path: Path, samples: np.ndarray, rate: int, uniform: Callable, noise: np.random.Generator) -> None:
-    """Writes samples as a WAV file, at a random loudness and with a little noise, because recordings are never quite
-    silent. `uniform(low, high)` draws a number."""
+    """Writes samples as a WAV file, at a random loudness and with a little noise, as in real recordings.
+    `uniform(low, high)` draws a number."""
     samples = samples * (uniform(0.2, 0.6) / np.abs(samples).max())
     samples += noise.standard_normal(len(samples), dtype=np.float32) * 10 ** uniform(-4, -2.5)
     soundfile.write(path, samples, rate, subtype="PCM_16")
@@ -89,8 +89,8 @@ def record(path: Path, samples: np.ndarray, rate: int, uniform: Callable, noise:
 def synthesise(out: Path, split: str, count: int, seed: int = 0, progress: bool = True) -> Path:
     """Synthesises `count` commands as 16 kHz WAV files in `out/split` and returns the manifest's path.
 
-    The manifest is JSON lines with `audio_filepath` relative to it, `duration` in seconds, `text` and `speaker`.
-    The voices of the split speak equally often. Accent, speed, pitch, loudness and a little noise are random.
+    The manifest is JSON lines with `audio_filepath` (relative to `out`), `duration` in seconds, `text` and `speaker`.
+    The voices of the split speak in turn. Accent, speed, pitch, loudness and noise are random.
     Raises `SynthError` if the synthesiser is missing.
     """
     speaker = espeak.start()
@@ -111,7 +111,7 @@ def synthesise(out: Path, split: str, count: int, seed: int = 0, progress: bool 
         samples = soxr.resample(trim(samples, speaker.sample_rate), speaker.sample_rate, SAMPLE_RATE)
         name = f"{split}/{index:04d}_{voice}.wav"
         record(out / name, samples, SAMPLE_RATE, rng.uniform, noise)
-        line = {"audio_filepath": name, "duration": round(len(samples) / SAMPLE_RATE, 4)}
-        lines.append(line | {"text": text, "speaker": voice})
+        seconds = round(len(samples) / SAMPLE_RATE, 4)
+        lines.append({"audio_filepath": name, "duration": seconds, "text": text, "speaker": voice})
     write_manifest(out / f"{split}.jsonl", lines)
     return out / f"{split}.jsonl"

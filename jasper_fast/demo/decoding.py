@@ -1,10 +1,10 @@
-"""Measures what a language model gains: greedy decoding against beam searches, on voices that were not in training.
+"""Measures how many errors a language model saves, compared with greedy decoding, on voices not used in training.
 
     python -m jasper_fast.demo.decoding --out build/decoding
     python -m jasper_fast.demo.decoding --out build/digits --digits FOLDER
 
-Trains a small Jasper on synthetic commands, or on strings joined from recordings of single digits. Trains an n-gram of
-the words and one of the characters of the training texts. Chooses alpha and beta on every other test utterance and
+Trains a small Jasper on synthetic commands, or on strings joined from recordings of single digits. From the training
+texts, trains an n-gram model of words and one of characters. Chooses alpha and beta on every other test utterance, and
 counts errors on the rest. Intervals are 95 % intervals by a paired bootstrap over utterances.
 """
 
@@ -33,7 +33,7 @@ from jasper_fast.speech.decoding import Hypothesis, greedy_decode
 from jasper_fast.speech.metrics import word_errors
 
 RATE = 8000  # sample rate of the digits
-DIGITS = ("digits_fsdd_train.jsonl", "digits_fsdd_dev.jsonl")  # to train on, and to test on
+DIGITS = ("digits_fsdd_train.jsonl", "digits_fsdd_dev.jsonl")  # manifests for training and for testing
 GRID = list(itertools.product((0.0, 0.5, 1.0, 1.5, 2.0, 3.0), (-1.0, 0.0, 1.0)))
 
 
@@ -41,11 +41,11 @@ def strings(manifest: Path, out: Path, count: int | None, words: tuple[int, int]
     """Joins recordings of single words into strings, each by one speaker, and returns the path of their manifest.
 
     ``count`` strings are drawn with repetition. With None, each recording is used in exactly one string. ``words``: the
-    least and the most words of a string.
+    smallest and the largest number of words in a string.
     """
     lines = [json.loads(line) for line in manifest.read_text().splitlines()]
     clips: dict[str, list[Utterance]] = {}
-    rng, out_lines = np.random.default_rng(seed), []
+    rng, made = np.random.default_rng(seed), []
     for line, utterance in zip(lines, read_manifest(manifest), strict=True):
         clips.setdefault(line.get("speaker", ""), []).append(utterance)
     out.mkdir(parents=True, exist_ok=True)
@@ -55,8 +55,8 @@ def strings(manifest: Path, out: Path, count: int | None, words: tuple[int, int]
             pieces += [audio.load(utterance.path, RATE), pause(rng)]
         joined, text = np.concatenate(pieces), " ".join(u.text for u in chosen)
         corpus.record(out / f"{i:05}.wav", joined, RATE, rng.uniform, rng)
-        out_lines.append({"audio_filepath": f"{i:05}.wav", "duration": len(joined) / RATE, "text": text})
-    write_manifest(out / "manifest.jsonl", out_lines)
+        made.append({"audio_filepath": f"{i:05}.wav", "duration": len(joined) / RATE, "text": text})
+    write_manifest(out / "manifest.jsonl", made)
     return out / "manifest.jsonl"
 
 
@@ -80,7 +80,7 @@ def _drawn(
 
 
 def spelt(heard: Path, out: Path) -> Path:
-    """Writes a variant of configs/digits.yaml whose labels are the letters of the training texts, not whole words."""
+    """Writes a variant of configs/digits.yaml whose labels are letters (those of the training texts), not words."""
     config = yaml.safe_load((files("jasper_fast.configs") / "digits.yaml").read_text())
     config["labels"] = sorted({" "}.union(*(u.text for u in read_manifest(heard))))
     config["input_train"]["audio_dataset"]["tempo_perturbation"] = {"min_rate": 0.75, "max_rate": 1.3}
@@ -89,7 +89,7 @@ def spelt(heard: Path, out: Path) -> Path:
 
 
 def say(model: torch.nn.Module, utterances: list[Utterance], folder: Path) -> Saved:
-    """Saves the model's log-probs of the utterances in a folder."""
+    """Saves the model's log-probs of the utterances in `folder`."""
     recognizer = Recognizer(model)
     saved = Saved.begin(folder, recognizer)
     *_, result = recognizer.stream(utterances, keep=saved.keep)
@@ -111,20 +111,19 @@ def errors(saved: Saved, texts: list[str]) -> np.ndarray:
 
 
 def gain(before: np.ndarray, after: np.ndarray, rounds: int = 4000) -> tuple[float, float, float]:
-    """Returns by how many per cent the errors fall, and the two ends of the interval by a paired bootstrap."""
-    rng = np.random.default_rng(0)
-    picks = rng.integers(0, len(before), (rounds, len(before)))
+    """Returns by how many per cent the errors fall, and the ends of the 95 % interval from a paired bootstrap."""
+    picks = np.random.default_rng(0).integers(0, len(before), (rounds, len(before)))
     ratios = 1 - after[picks, 0].sum(1) / np.maximum(before[picks, 0].sum(1), 1)
     return 100 * (1 - after[:, 0].sum() / before[:, 0].sum()), *(100 * np.percentile(ratios, (2.5, 97.5)))
 
 
 def rate(counted: np.ndarray) -> float:
-    """Returns the word error rate, in per cent, of what `errors` counted."""
+    """Returns the word error rate, in per cent. `counted` is a result of `errors`."""
     return 100 * counted[:, 0].sum() / counted[:, 1].sum()
 
 
 def log_probs(saved: Saved) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields the log-probs (1, T, V) of each utterance, and their length (1,)."""
+    """Yields for each utterance its log-probs (1, T, V) and their length (1,)."""
     for i in range(len(saved.utterances)):
         found = torch.from_numpy(saved.log_probs(i))[None]
         yield found, torch.tensor([found.shape[1]])
@@ -140,7 +139,7 @@ def decoded(saved: Saved, lm: Path | None, trial: Trial, beam: int, n_best: int 
 
 
 def compare(saved: Saved, texts: Path, out: Path, beam: int) -> list[str]:
-    """Returns the lines of the result."""
+    """Trains both n-gram models in `out`, and returns the lines of the result, one per decoder."""
     words, symbols = out / "words.arpa", out / "symbols.arpa"
     train([texts], words, 3)
     train([texts], symbols, 6, characters=True)
@@ -178,8 +177,9 @@ def main() -> None:
         heard = corpus.synthesise(out / "corpus", "train", 1500)
         test = corpus.synthesise(out / "corpus", "test", 400)
         config, steps, batch_size = learn.CONFIG, 1500, learn.BATCH_SIZE
-    budget = arguments.steps or steps, arguments.minutes
-    model, *_ = learn.learn(config, (heard, test), out / "run", *budget, "cpu", batch_size=batch_size)
+    steps = arguments.steps or steps
+    manifests, run = (heard, test), out / "run"
+    model, *_ = learn.learn(config, manifests, run, steps, arguments.minutes, "cpu", batch_size=batch_size)
     texts = out / "texts.txt"
     texts.write_text("".join(u.text + "\n" for u in read_manifest(heard)))
     saved = say(model.eval(), read_manifest(test), out / "log_probs")

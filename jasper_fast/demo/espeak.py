@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-AUDIO_OUTPUT_SYNCHRONOUS = 2  # espeak_Synth returns after the callback has received all samples
+AUDIO_OUTPUT_SYNCHRONOUS = 2  # `espeak_Synth` returns only when the callback has received all samples
 INITIALIZE_DONT_EXIT = 0x8000
 CHARS_UTF8 = 1
 RATE, VOLUME, PITCH, RANGE = 1, 2, 3, 4
@@ -21,11 +21,11 @@ _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctype
 
 
 class SynthError(RuntimeError):
-    """The synthesiser is missing, does not start, or cannot speak a text; the message says what to do."""
+    """Raised if the synthesiser is missing, does not start, or cannot speak a text. The message says what to do."""
 
 
 class Espeak:
-    """Speaks text. The library has global state, so a process has one synthesiser, for one thread at a time.
+    """Speaks text. The library has global state, so make one object per process, and use it in one thread at a time.
 
     Raises `SynthError` if the package `espeakng-loader` is missing or its library does not start.
     """
@@ -54,7 +54,7 @@ class Espeak:
                 f"espeak-ng did not start with the data in {data}: pip install --force-reinstall espeakng-loader"
             )
         self._chunks: list[np.ndarray] = []
-        self._callback = _Callback(self._collect)  # a reference keeps it alive for the library
+        self._callback = _Callback(self._collect)  # the library holds no reference to it, so keep one here
         self._lib.espeak_SetSynthCallback(self._callback)
 
     def _short_path(self, path: str) -> str:
@@ -68,12 +68,12 @@ class Espeak:
     def _collect(self, samples, count: int, _events) -> int:
         if samples and count > 0:
             self._chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
-        return 0  # go on
+        return 0  # 0 continues the synthesis
 
     def say(
         self, text: str, voice: str = "en-us", *, rate: int = 175, pitch: int = 50, pitch_range: int = 50
     ) -> np.ndarray:
-        """Returns the spoken text as float32 samples in [-1, 1) at `self.sample_rate` Hz, with silence around it.
+        """Returns the spoken text as float32 samples in [-1, 1) at `self.sample_rate` Hz, between stretches of silence.
 
         `voice` is an espeak-ng language with an optional variant ("en-us+f3"). `rate` is in words per minute (80 to
         450); `pitch` and `pitch_range` are 0 to 99. Raises `SynthError` for an unknown voice and if nothing was spoken.
@@ -93,5 +93,5 @@ class Espeak:
 
 @functools.cache
 def start() -> Espeak:
-    """Returns the process's synthesiser, and starts it at the first call."""
+    """Returns this process's synthesiser. The first call starts it."""
     return Espeak()

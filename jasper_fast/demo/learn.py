@@ -1,5 +1,4 @@
-"""Trains with train.py for a number of steps or minutes. The learning-rate schedule ends at whichever limit comes
-first."""
+"""Trains the demo's model with train.py for a number of steps or minutes, and finds the best number of threads."""
 
 import shutil
 import statistics
@@ -17,15 +16,15 @@ from jasper_fast.training.state import TrainingState
 
 CONFIG = Path(str(files("jasper_fast.configs") / "demo.yaml"))
 BATCH_SIZE = 8
-LOOKS = 6  # validations, each with the current weights and with their moving average
+LOOKS = 6  # number of validations
 
 
 class Threads:
     """Finds the fastest number of CPU threads: on busy cores one thread is faster than many that wait for each other.
 
     It is called after each training step. It times `trial` steps with each of the candidates in turn, but only two
-    steps with a candidate that is clearly slower than an earlier one. The fastest is then used until the step number is
-    a multiple of `period`, and the trials begin again.
+    steps with a candidate that is clearly slower than an earlier one. The fastest candidate is then used. At each step
+    number that is a multiple of `period`, the trials begin again.
     """
 
     def __init__(self, candidates: list[int], trial: int = 6, period: int = 250):
@@ -47,7 +46,7 @@ class Threads:
         torch.set_num_threads(self.candidates[0])
 
     def took(self, seconds: float) -> None:
-        """Records the time of a step and sets the threads for the next one."""
+        """Records the time of a step, and sets the number of threads for the next step."""
         if len(self.medians) == len(self.candidates):
             return
         self.seconds.append(seconds)
@@ -71,11 +70,11 @@ def learn(
     seed: int = 0,
     batch_size: int = BATCH_SIZE,
 ) -> tuple[Jasper, list[dict[str, Any]], list[dict[str, Any]]]:
-    """Trains a Jasper of `config` on the first manifest for `steps` steps, or for `minutes` if these end first, and
-    tests it on the second manifest. Deletes `folder` first if it exists. Returns the model with averaged weights, and
-    its records of training and of validation.
+    """Trains a Jasper of `config` on the first of `manifests` for `steps` steps or `minutes`, whichever end first, and
+    tests it on the second. The learning-rate schedule ends with the run. Deletes an existing `folder` first. Returns
+    the model with the averaged weights, and the log's records of training and of validation.
 
-    The tests influence nothing: the settings are fixed, and the last averaged weights are the result. Raises
+    The tests do not influence the result: the settings are fixed, and the last averaged weights are returned. Raises
     KeyboardInterrupt if a signal stopped the run.
     """
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Renders the demo's page, a single HTML file that adapts to light and dark mode and to small screens."""
+"""Renders the demo's page: one HTML file, for light and dark mode and for small screens."""
 
 import base64
 import struct
@@ -40,14 +40,14 @@ def png(levels: np.ndarray) -> bytes:
 
 
 def spectrogram(features: np.ndarray) -> bytes:
-    """Returns a PNG file of log-mel `features` (bands, frames), low bands at the bottom. The colours range from the 5 %
-    to the 99.5 % quantile."""
+    """Returns a PNG file of log-mel `features` (bands, frames), low bands at the bottom. The darkest colour is the 5 %
+    quantile, the brightest the 99.5 % quantile."""
     low, high = np.percentile(features, [5, 99.5])
     return png((features[::-1] - low) / max(high - low, 1e-9))
 
 
-def _uri(kind: str, data: bytes | None) -> str | None:
-    return None if data is None else f"data:{kind};base64,{base64.b64encode(data).decode()}"
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def ticks(top: float, count: int = 4) -> list[float]:
@@ -59,8 +59,8 @@ def ticks(top: float, count: int = 4) -> list[float]:
 
 
 def chart(points: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Returns the positions of the ticks and points of a line chart of (minutes, value) points, which the template
-    draws. Both axes begin at zero."""
+    """Returns what the template needs to draw a line chart of (minutes, value) `points`: the positions of ticks and
+    points. Both axes begin at zero."""
     left, right, top, bottom = 44, 448, 10, 196
     x_top = max((x for x, _ in points), default=0) or 1
     ys = ticks(max((y for _, y in points), default=1))
@@ -77,40 +77,36 @@ def chart(points: Sequence[tuple[float, float]]) -> dict[str, Any]:
 
 
 def comparison_rows(result: dict) -> list[tuple[str, ...]]:
-    """Returns the rows of the comparison for the terminal and the page: (what, eager, fused, number, meaning of the
-    number)."""
+    """Returns the rows of the comparison for the terminal and the page: (measured quantity, eager, fused, their ratio,
+    meaning of the ratio)."""
     rows = []
     for what, key in (("Training step", "train"), ("Inference", "inference")):
         m = result[key]
         rates = [f"{m[f'{side}_utterances_per_second']:.1f}" for side in ("eager", "fused")]
-        speed = f"times eager's speed, {what.lower()}"
-        rows.append((f"{what}, {m['shape']}: utterances per second", *rates, f"{m['ratio']:.2f}", speed))
+        title, meaning = f"{what}, {m['shape']}: utterances per second", f"times eager's speed, {what.lower()}"
+        rows.append((title, *rates, f"{m['ratio']:.2f}", meaning))
     m = result["memory"]
     sizes = [f"{m[f'{side}_bytes'] / 1e6:.1f}" for side in ("eager", "fused")]
-    rows.append(
-        (f"Kept for backward, {m['shape']}: MB", *sizes, f"{m['ratio']:.2f}", "of eager's bytes, kept for backward")
-    )
-    return rows
+    title, meaning = f"Kept for backward, {m['shape']}: MB", "of eager's bytes, kept for backward"
+    return [*rows, (title, *sizes, f"{m['ratio']:.2f}", meaning)]
 
 
-def render(result: dict, features: Sequence[np.ndarray | None] = (), wavs: Sequence[bytes | None] = ()) -> str:
-    """Returns the page for `result`, the content of result.json. `features` (bands, frames) and `wavs` belong to its
-    `examples`.
+def render(result: dict, features: Sequence[np.ndarray], wavs: Sequence[bytes]) -> str:
+    """Returns the page for `result`, the content of result.json. `features` (bands, frames) and `wavs` (WAV files) are
+    those of its `examples`.
 
     Raises MissingExtra if jinja2 is not installed.
     """
     need("jinja2", "demo")
-    images = [None if f is None else spectrogram(f) for f in features]
     examples = [
-        e | {"image": _uri("image/png", image), "sound": _uri("audio/wav", wav)}
-        for e, image, wav in zip(result["examples"], images, wavs, strict=True)
+        e | {"image": _uri("image/png", spectrogram(f)), "sound": _uri("audio/wav", wav)}
+        for e, f, wav in zip(result["examples"], features, wavs, strict=True)
     ]
-    curves = result["curves"]
-    values = result | {"examples": examples, "rows": comparison_rows(result)}
-    return page.render(
-        Path(__file__).parent,
-        "page.html.j2",
-        **values,
-        losses=chart([(p["minutes"], p["loss"]) for p in curves["loss"]]),
-        wers=chart([(p["minutes"], 100 * p["wer"]) for p in curves["wer"]]),
-    )
+    losses, wers = result["curves"]["loss"], result["curves"]["wer"]
+    values = {
+        "examples": examples,
+        "rows": comparison_rows(result),
+        "losses": chart([(p["minutes"], p["loss"]) for p in losses]),
+        "wers": chart([(p["minutes"], 100 * p["wer"]) for p in wers]),
+    }
+    return page.render(Path(__file__).parent, "page.html.j2", **result | values)

@@ -1,11 +1,11 @@
-"""Measures what a second pass gains: a small neural language model rescores the best texts of each search.
+"""Measures how many errors rescoring saves: a small neural language model rescores the best texts of each search.
 
     python -m jasper_fast.demo.decoding --out build/decoding --minutes 9
     python -m jasper_fast.demo.rescoring build/decoding
 
-Uses the files of the first command: log-probs, the training texts and their n-grams. Trains a Transformer-XL of words
-on nine tenths of these texts. Chooses alpha, beta and the weight of the second pass on every other test utterance and
-counts errors on the rest. Intervals are 95 % intervals by a paired bootstrap over utterances.
+Uses the files of the first command: log-probs, the training texts and their n-gram models. Trains a Transformer-XL of
+words on nine tenths of these texts. Chooses alpha, beta and the weight of the neural model on every other test
+utterance, and counts errors on the rest. Intervals are 95 % intervals by a paired bootstrap over utterances.
 """
 
 import argparse
@@ -36,12 +36,12 @@ def learn(texts: Path, out: Path, steps: int) -> None:
 
 
 def compare(saved: Saved, scorer: Scorer, passes: Sequence[tuple[str, Path | None]], beam: int) -> list[str]:
-    """Returns the lines of the result, one per first pass."""
+    """Returns the lines of the result: one for each of `passes`, (name, file of the n-gram model or None)."""
     chosen_on, judged_on, lines = part(saved, slice(0, None, 2)), part(saved, slice(1, None, 2)), []
     for name, lm in passes:
         grid = GRID if lm else [(0.0, 0.0)]
         tried = trials(chosen_on, lm, None, grid, beam, second=(scorer, WEIGHTS))
-        found = [*track(tried, f"weights, {name}", len(grid) * len(WEIGHTS), transient=True)]
+        found = [*track(tried, f"trying weights, {name}", len(grid) * len(WEIGHTS), transient=True)]
         first, second = best([t for t in found if not t.rescore]), best(found)
         counts, shown = [], []
         for trial in (first, second):

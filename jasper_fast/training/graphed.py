@@ -6,6 +6,7 @@ filled before each replay. Random numbers are drawn on the device, so each repla
 """
 
 import contextlib
+import functools
 import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -21,30 +22,31 @@ from jasper_fast.kernels import capture
 from jasper_fast.nn.packs import Packs
 from jasper_fast.speech.features import LogMelFeatures
 from jasper_fast.training.optim import EMA, NovoGrad
-from jasper_fast.training.step import BufferGuard, Frontend, StepResult, reads_no_lengths, train_step
+from jasper_fast.training.step import BufferGuard, Frontend, StepResult, loss_is_capturable, train_step
 
 Shapes = tuple[tuple[tuple[int, ...], int], ...]  # for each micro-batch: the audio's shape, and labels per transcript
 LABELS = 32  # transcripts are padded to a multiple of this
 
 
 class CudaRecorder:
-    """Captures CUDA graphs on a side stream. They share one memory pool, as large as the largest graph needs."""
+    """Captures CUDA graphs on a side stream. All graphs share one memory pool, as large as the largest graph needs."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream, self._pool = torch.cuda.Stream(device), None
 
     def capture(self, step: Callable[[], StepResult], alone: bool) -> tuple[StepResult, Callable[[], None]]:
-        """Captures `step` without running it. Returns its result and a function that runs it.
+        """Captures `step` without running it. Returns its result and a function that replays it.
 
-        Each run writes into the memory of that result. `alone` says that no earlier graph exists any more. Raises
-        RuntimeError for a step that cannot be captured.
+        Each replay writes into the memory of that result. `alone`: whether no earlier graph exists. Raises RuntimeError
+        for a step that cannot be captured.
         """
         current, graph = torch.cuda.current_stream(self._stream.device), torch.cuda.CUDAGraph()
-        gc.collect()  # a reference cycle may keep an earlier step's autograd graph, and that would break the capture
+        gc.collect()  # an autograd graph of an earlier step, kept by a reference cycle, would break the capture
         torch.cuda.empty_cache()  # the pool cannot use cached memory of plain steps, so free it
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            result = capture.record(graph, step, None if alone else self._pool)  # a pool is freed with its last graph
+            # without other graphs the old pool no longer exists: a pool is freed together with its last graph
+            result = capture.record(graph, step, None if alone else self._pool)
         current.wait_stream(self._stream)
         self._pool = graph.pool()
         return result, graph.replay
@@ -52,7 +54,7 @@ class CudaRecorder:
 
 @dataclass
 class Captured:
-    """A graph, with references to all memory that it uses and that would otherwise be freed."""
+    """A graph, with references that keep all memory alive that its replays use."""
 
     inputs: list[Batch]
     result: StepResult
@@ -68,22 +70,22 @@ class GraphedStep:
         step = GraphedStep(model, frontend, optimizer, scaler, guard, device=device, amp_dtype=torch.bfloat16, ema=ema)
         result = step(batches)
 
-    Arguments and results are those of `train_step`. Audio is padded with silence to a multiple of `bucket` frames of
-    features, if the frontend's features are `LogMelFeatures`. A shape consists of the utterances, frames and labels of
-    each micro-batch. The first step of a shape is a plain step over the same padded batch. The `limit` most recently
-    used graphs are kept. Learning rates are read from the optimiser's groups. If plain steps are reproducible bit by
-    bit, graphed steps return the same bits, except that PyTorch's optimisers read their learning rate in fp32 in a
-    graph. A replay leaves no gradients.
+    Arguments and results are those of `train_step`. If the frontend computes `LogMelFeatures`, audio is padded with
+    silence to a multiple of `bucket` frames. A shape consists of the utterances, frames and labels of each micro-batch.
+    The first step of a shape is a plain step over the padded batch. The `limit` most recently used graphs are kept.
+    Learning rates are read from the optimiser's groups. If plain steps are reproducible bit by bit, graphed steps give
+    the same bits, except with PyTorch's optimisers: in a graph they read the learning rate in fp32. After a replay the
+    parameters have no gradients.
 
-    Call `forget()` after a `load_state_dict` of the model, optimiser, scaler or average, and whenever one of their
-    tensors is replaced. Call it also after other changes outside the step (modes, requires_grad, betas of PyTorch's
-    optimisers), which existing graphs do not see.
+    Existing graphs do not see changes that are made outside the step. So call `forget()` after a `load_state_dict` of
+    the model, optimiser, scaler or average, after one of their tensors is replaced, and after a change of modes, of
+    requires_grad or of the betas of PyTorch's optimisers.
 
-    If a step cannot be captured, all steps are plain steps, and `say` is called once with the reason. This is the case
+    If steps cannot be captured, all steps are plain steps, and `say` is called once with the reason. This is the case
     on a CPU, in several processes, with an optimiser that skips bad steps on the host (all except NovoGrad and
     PyTorch's fused Adam and AdamW), without the CTC loss in Triton, and after a capture has failed. Graphs need as much
-    memory as the largest step, in addition to that of plain steps and validation. `recorder` replaces CUDA graphs in
-    tests: anything with the method `capture`.
+    memory as the largest step, in addition to the memory of plain steps and validation. `recorder` is for tests: an
+    object with the method `capture`, used instead of CUDA graphs.
     """
 
     model: nn.Module
@@ -152,7 +154,7 @@ class GraphedStep:
             return "NovoGrad's kernels cannot run (they need dense fp32 parameters); no other face can be captured"
         if any(isinstance(g["lr"], Tensor) and g["lr"].device != self.device for g in self.optimizer.param_groups):
             return f"the learning rate is a tensor on another device: use a number, or move it to {self.device}"
-        if not reads_no_lengths(self.device):
+        if not loss_is_capturable(self.device):
             return "PyTorch's CTC loss reads lengths on the host, and Triton's is not available"
         return None
 
@@ -183,7 +185,7 @@ class GraphedStep:
         return (*rest, samples), max(1, -(-batch.targets.shape[1] // LABELS)) * LABELS
 
     def _inputs(self, shapes: Shapes) -> list[Batch]:
-        """Returns the memory that micro-batches are copied to. All shapes share it while it is large enough."""
+        """Returns the memory that micro-batches are copied to. It is shared by all shapes that fit into it."""
         found = []
         for i, (audio, labels) in enumerate(shapes):
             n = audio[0]
@@ -212,7 +214,7 @@ class GraphedStep:
         mine = self.optimizer.holding(held) if isinstance(self.optimizer, NovoGrad) else self._capturable()
         try:
             with capture.put_off(self.device), mine:
-                step = lambda: self._step(inputs, self.ema if self._carried else None)  # noqa: E731
+                step = functools.partial(self._step, inputs, self.ema if self._carried else None)
                 result, replay = self.recorder.capture(step, alone=not self.graphs)
         except RuntimeError:
             if self.scaler.is_enabled():
@@ -261,7 +263,7 @@ class GraphedStep:
 
 
 def _fill(batch: Batch, to: Batch) -> None:
-    """Copies a micro-batch to where a graph reads it, with zeros after its samples and labels."""
+    """Copies a micro-batch to the memory that a graph reads, and fills the rest of this memory with zeros."""
     for name in ("audio", "targets"):
         source, into = getattr(batch, name), getattr(to, name)
         into[..., : source.shape[-1]].copy_(source, non_blocking=True)

@@ -15,16 +15,12 @@ from jasper_fast.training.schedules import Schedule
 from jasper_fast.training.state import Diverged, TrainingState
 from jasper_fast.training.step import StepResult
 
-RETURNS = 3  # how many times a run may go back to the same best weights
+RETURNS = 3  # how many times in a row a run may go back to the same best weights
 
 
 @dataclass
 class Loop(ABC):
-    """A training run: its parts, and its work between steps. Every rank does the same work.
-
-    A subclass defines `epoch_steps`, `validates`, `judge`, `tell_step` and `end_epoch`. `best` is the name of the field
-    in `state` that has the best figure so far, where lower is better.
-    """
+    """A training run: its parts, and its work between steps. Every rank does the same work."""
 
     args: argparse.Namespace
     ranks: Ranks
@@ -38,11 +34,11 @@ class Loop(ABC):
     judged: int  # the step of the last validation, at first the step where the run starts
     kept: int  # the step of the last checkpoint
 
-    # the step of the best weights that the run went back to last, and how many times in a row
+    # the step of the weights that the run went back to last, and how many times in a row it went back to them
     returned: tuple[int, int] = field(default=(-1, 0), init=False)
 
-    best: ClassVar[str]
-    best_text: ClassVar[str]  # a format string that prints the best figure
+    best: ClassVar[str]  # the field of `state` with the lowest figure so far, such as "best_wer"
+    best_text: ClassVar[str]  # a format string that prints this figure
 
     @abstractmethod
     def epoch_steps(self) -> int:
@@ -55,7 +51,7 @@ class Loop(ABC):
 
     @abstractmethod
     def judge(self) -> None:
-        """Validates the model, and saves a checkpoint "best" if the result is the best so far."""
+        """Validates the model, and saves the checkpoint best.pt if the result is the best so far."""
 
     @abstractmethod
     def tell_step(self, result: StepResult, lr: float, epoch: int, epochs: float) -> str:
@@ -104,7 +100,8 @@ class Loop(ABC):
     def tell_skipped(self) -> None:
         """Reads the figures so far and prints which utterances caused bad steps.
 
-        After too many bad steps in a row it goes back to the best weights with `--reload-best`, else raises RunError.
+        After too many bad steps in a row, goes back to the best weights with `--reload-best`. Otherwise, and if going
+        back is not possible, raises RunError.
         """
         try:
             bad = self.state.meter.read()
@@ -117,10 +114,10 @@ class Loop(ABC):
             self.log.write(self.state.step, "skipped", names=bad)
 
     def go_back(self, why: str) -> bool:
-        """Loads the weights of best.pt but keeps the position in the data. Prints `why`.
+        """Loads the weights of best.pt, but keeps the position in the data. Prints the reason, `why`.
 
         Returns False and changes nothing without `--reload-best`, without best.pt, or if the run has already gone back
-        to the same best.pt RETURNS times.
+        to the same best.pt RETURNS times in a row.
         """
         best = self.folder.path / "best.pt"
         if self.args.reload_best is None or self.ranks.vote(not best.exists())[0]:
@@ -140,9 +137,9 @@ class Loop(ABC):
         return True
 
     def broken_off(self, results: Any) -> bool:
-        """Returns whether a signal interrupted the validation, in which case `results` is None.
+        """Returns whether a signal interrupted the validation, that is, whether `results` is None.
 
-        This is recorded in the state, so that a resumed run repeats the validation.
+        Records it in the state, so that a resumed run repeats the validation.
         """
         self.state.unjudged = results is None
         if results is None:
@@ -150,7 +147,7 @@ class Loop(ABC):
         return results is None
 
     def keep_best(self, figure: float) -> None:
-        """Records the figure of a validation, and saves the state as "best" if no earlier figure was lower."""
+        """Records the figure of a validation, and saves the state as best.pt if the figure is the lowest so far."""
         before = getattr(self.state, self.best)
         self.judged = self.state.step
         setattr(self.state, self.best, min(figure, before))
@@ -172,7 +169,7 @@ class Loop(ABC):
 
     @contextlib.contextmanager
     def saved(self) -> Iterator[None]:
-        """A context that saves a checkpoint before it passes on a RunError, such as the one for too many bad steps."""
+        """A context that saves a checkpoint if a RunError ends the run, for example after too many bad steps."""
         try:
             yield
         except RunError:
@@ -189,5 +186,5 @@ class Loop(ABC):
         best = f", best {self.best_text.format(figure)}" if figure < math.inf else ""
         signal = self.stop.signal or "a signal to another process"
         how = f"stopped by {signal}; go on with --resume" if stopped else "done"
-        state, place = self.state, self.folder.path
-        self.console.print(f"{how}: step {state.step}, {state.minutes:.1f} minutes{best}, checkpoints in {place}")
+        spent = f"step {self.state.step}, {self.state.minutes:.1f} minutes"
+        self.console.print(f"{how}: {spent}{best}, checkpoints in {self.folder.path}")

@@ -1,4 +1,4 @@
-"""The NovoGrad optimiser, and the moving average of a model. One step of NovoGrad can update weights and average."""
+"""The NovoGrad optimiser, and the moving average of a model, which a step of NovoGrad can update together with it."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -12,17 +12,17 @@ from jasper_fast.kernels import capture
 from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
 from jasper_fast.kernels.novograd.reference import average
 
-# The faces that have a NovoGrad kernel, for dense fp32 parameters. Everything else runs on the reference face.
+# The faces that have a NovoGrad kernel for dense fp32 parameters. Other parameters use the reference face.
 FACES = ("cpu", "triton", "cuda")
 
 
 class EMA:
     """Moving average of everything in `model.state_dict()`: `average = decay * average + (1 - decay) * live`.
 
-    Floating-point entries (parameters, running statistics) are averaged with foreach operations on their own device.
-    Integer entries (`num_batches_tracked`) are copied. Nothing waits for the device. The average starts as a copy of
-    the model. With `warmup` the decay of update t (from 1) is `min(decay, (1 + t) / (10 + t))`, so that a short run
-    forgets its initial weights. Raises ValueError for a decay outside [0, 1).
+    Floating-point entries (parameters, running statistics) are averaged on their own device. Integer entries
+    (`num_batches_tracked`) are copied. Nothing waits for the device. The average starts as a copy of the model. With
+    `warmup` the decay of update t (counted from 1) is `min(decay, (1 + t) / (10 + t))`, so that a short run forgets its
+    initial weights. Raises ValueError for a decay outside [0, 1).
 
     `NovoGrad(params, ..., ema=ema)` updates the average in the optimiser's step. With other optimisers, call `update`.
     """
@@ -45,23 +45,23 @@ class EMA:
         self.take([([live[name] for name in self.average], list(self.average.values()))])
 
     def begin(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Begins an update, which the optimiser completes. Yields (live tensor, its average) for each tensor."""
+        """Begins an update that the optimiser completes. Returns (tensor of the model, its average) for each entry."""
         self.updates += 1
         live = self.model.state_dict(keep_vars=True)
         return ((live[name], average) for name, average in self.average.items())
 
     @torch.no_grad()
     def take(self, pairs: Iterable[tuple[list[Tensor], list[Tensor]]]) -> None:
-        """Updates the averages in `pairs` (lists of live tensors, lists of averages) with the decay of this update."""
+        """Updates the averages in `pairs` (list of tensors of the model, list of their averages)."""
         for lives, averages in pairs:
             average(lives, averages, 1 - self.decay_now)
 
     @contextlib.contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """A context in which the model has the averaged weights. Its own weights always return at the end.
+        """A context in which the model has the averaged weights. At the end its own weights are restored in any case.
 
-        Weights and averages are swapped one tensor at a time, so this needs memory for one more tensor. Do not call
-        `update` inside.
+        Weights and averages are swapped one tensor at a time, so the swap needs memory for only one more tensor. Do not
+        call `update` inside.
         """
         self._exchange(model)
         try:
@@ -72,7 +72,7 @@ class EMA:
     @torch.no_grad()
     def _exchange(self, model: nn.Module) -> None:
         for name, tensor in model.state_dict().items():
-            # Copy in place. This increases autograd's version counters, which show that packed copies are stale.
+            # A copy in place increases autograd's version counter, by which packed weights are known to be out of date.
             live = tensor.clone()
             tensor.copy_(self.average[name])
             self.average[name].copy_(live)
@@ -82,9 +82,9 @@ class EMA:
         return dict(self.average)
 
     def load_state_dict(self, state_dict: dict[str, Tensor], updates: int = 0) -> None:
-        """Loads a saved average. `updates`: how often it has been updated; the decay's warm-up depends on this.
+        """Loads a saved average. `updates`: the number of its updates so far, on which the decay's warm-up depends.
 
-        Raises KeyError, which names the first missing entry.
+        Raises KeyError if entries of the model are missing.
         """
         missing = sorted(self.average.keys() - state_dict.keys())
         if missing:
@@ -98,12 +98,11 @@ class NovoGrad(torch.optim.Optimizer):
     """NovoGrad (Ginsburg et al., 2019), with the update of NVIDIA's Jasper: the second moment is one scalar per tensor.
 
     `params`: floating-point parameters or groups of them. `lr`: a float or a one-element tensor. `betas`: decay rates
-    of the first and second moment. `grad_averaging`: scales each new term of the first moment by `1 - beta1`.
-    `ema`: a moving average of the model. Each step updates it as `ema.update(model)` would, in the same pass over
-    memory, so do not call `ema.update` as well. `backend`: the face that runs the step, see `jasper_fast.dispatch`.
-    The state of a parameter is `exp_avg` (of its shape and dtype) and `exp_avg_sq` (a scalar, fp32 or fp64).
-    Gradients are not changed. Nothing here waits for the device. The `found_inf` of a `GradScaler` is read on the
-    device, and if it is set, parameters and state do not change.
+    of the first and second moment. `grad_averaging`: scales each new term of the first moment by `1 - beta1`. `ema`: a
+    moving average of the model, which each step updates, so do not call `ema.update` as well. `backend`: the face that
+    runs the step, see `jasper_fast.dispatch`. The state of a parameter is `exp_avg` (of its shape and dtype) and
+    `exp_avg_sq` (a scalar, fp32 or fp64). Gradients are not changed. Nothing waits for the device. If a `GradScaler`
+    has found an infinity (`found_inf`, read on the device), parameters and state do not change.
     Raises ValueError for settings out of range and RuntimeError for sparse gradients. Equivalent, for one parameter `p`
     with gradient `g`:
 
@@ -164,10 +163,9 @@ class NovoGrad(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def holding(self, held: dict) -> Iterator[None]:
-        """A context in which steps keep their tables of addresses and settings in `held`.
+        """A context in which steps keep their tables of addresses and settings, which are on the device, in `held`.
 
-        These tables lie on the device and are reused by later steps. A CUDA graph of a step needs tables of its own,
-        which must live as long as the graph.
+        A CUDA graph of a step reads these tables in each replay, so it needs its own, and they must live as long as it.
         """
         before, self._held = self._held, held
         try:
@@ -203,7 +201,7 @@ class NovoGrad(torch.optim.Optimizer):
         return found
 
     def in_kernels(self) -> bool:
-        """Returns whether a kernel of ours updates every parameter. If so, a CUDA graph can capture a step on a GPU."""
+        """Returns whether our kernels update all parameters. Only then can a CUDA graph capture a step."""
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         return all(self._face(p.device, [p]) in FACES for p in params)
 
@@ -216,15 +214,13 @@ class NovoGrad(torch.optim.Optimizer):
 
     def _tensors(self, ready: list[tuple[Tensor, int]], averaged: dict[Tensor, Tensor]) -> Tensors:
         params, groups = [p for p, _ in ready], [i for _, i in ready]
-        new = []
-        for p in params:
-            if p.grad.is_sparse:
-                raise RuntimeError("NovoGrad takes dense gradients only: build the layer with sparse=False")
-            if not self.state[p]:
-                new.append(p)
+        if any(p.grad.is_sparse for p in params):
+            raise RuntimeError("NovoGrad takes dense gradients only: build the layer with sparse=False")
+        new = [p for p in params if not self.state[p]]
         for dtype in dict.fromkeys(p.dtype for p in new):
             of = [p for p in new if p.dtype == dtype]
             wide = torch.promote_types(dtype, torch.float32)
+            # views of one tensor, so that one kernel fills all of them
             squares = torch.zeros(len(of), dtype=wide, device=of[0].device).unbind()
             for p, square in zip(of, squares, strict=True):
                 self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=square)
@@ -236,7 +232,7 @@ class NovoGrad(torch.optim.Optimizer):
         return Tensors([_like(p, p.grad) for p in params], params, moments, squares, averages, groups)
 
     def _averages(self, ready: list[Tensor]) -> tuple[dict[Tensor, Tensor], dict[torch.device, Watched]]:
-        """Returns the averages of the parameters in `ready`, and all other averaged tensors by device."""
+        """Returns the average of each parameter in `ready`, and all other averaged tensors by device."""
         if self.ema is None:
             return {}, {}
         moving, averaged, watched = set(ready), {}, {}
@@ -255,26 +251,21 @@ class NovoGrad(torch.optim.Optimizer):
     def _settings(self, device: torch.device) -> Tensor:
         """Returns the settings on `device`, one row per group (see kernels/novograd/operands.py).
 
-        They are copied to the device again only if one of them has changed.
+        Copies them to the device only if one of them has changed.
         """
-        rows, rates = [], []
+        rates = {i: group["lr"] for i, group in enumerate(self.param_groups) if isinstance(group["lr"], Tensor)}
+        rows, weight = [], 1 - self.ema.decay_now if self.ema else 0.0
         for i, group in enumerate(self.param_groups):
-            (beta1, beta2), lr = group["betas"], group["lr"]
+            beta1, beta2 = group["betas"]
             share = 1 - beta1 if group["grad_averaging"] else 1.0
-            if isinstance(lr, Tensor):
-                rates.append((i, lr))
-            weight = 1 - self.ema.decay_now if self.ema else 0.0
-            row = Settings(
-                0.0 if isinstance(lr, Tensor) else lr, beta1, share, beta2, 1 - beta2, group["eps"],
-                share * group["weight_decay"], weight,
-            )  # fmt: skip
-            rows.append(row)
+            lr, decay = 0.0 if i in rates else group["lr"], share * group["weight_decay"]
+            rows.append(Settings(lr, beta1, share, beta2, 1 - beta2, group["eps"], decay, weight))
         held = self._held.setdefault(device, {})
         if held.get("settings_of") != rows:
             old = held.get("settings")
             old = old if old is not None and len(old) == len(rows) else None
             held.update(settings_of=rows, settings=capture.sent(rows, torch.float64, device, old))
-        for i, lr in rates:
+        for i, lr in rates.items():
             held["settings"][i, 0].copy_(lr.reshape(()), non_blocking=True)
         return held["settings"]
 
@@ -282,7 +273,7 @@ class NovoGrad(torch.optim.Optimizer):
         return super().__getstate__() | {"ema": None, "backend": self.backend, "_held": {}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Like `torch.optim.Optimizer`, but `exp_avg_sq` keeps its own dtype instead of the parameter's."""
+        """Like `torch.optim.Optimizer`, but `exp_avg_sq` is not converted to the parameter's dtype."""
         super().load_state_dict(state_dict)
         order = [p for group in self.param_groups for p in group["params"]]
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -300,7 +291,7 @@ def _dense(p: Tensor) -> bool:
 
 
 def _like(p: Tensor, x: Tensor) -> Tensor:
-    """Returns `x` in the memory order of `p`. Copies it only if its own order differs and `p` is dense.
+    """Returns `x` in the memory order of `p`: a copy if their orders differ and `p` is dense, else `x` itself.
 
     The stride of a dimension of size 1 does not matter.
     """

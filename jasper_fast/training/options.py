@@ -1,4 +1,4 @@
-"""The options that all training commands have, and their meaning. Only `make_learner` imports torch, to save time."""
+"""The options that all training commands share. Only `make_learner` imports torch, so that `--help` is fast."""
 
 import argparse
 import os
@@ -8,11 +8,9 @@ from typing import Any
 from jasper_fast.options import Option, option
 from jasper_fast.training.schedules import POLICIES, Schedule
 
-RESTARTED = "TORCHELASTIC_RESTART_COUNT"
 SEED = option("--seed", type=int, default=42, help="seed of weights, data order, augmentation and dropout (42)")
-AMP = option(
-    "--amp", choices=("off", "fp16", "bf16"), default="off", help="mixed precision; fp16 scales the loss"
-)  # the choices are the keys of step.AMP_DTYPES
+# the choices are the keys of step.AMP_DTYPES
+AMP = option("--amp", choices=("off", "fp16", "bf16"), default="off", help="mixed precision; fp16 scales the loss")
 OUTPUT = [
     option("--resume", action="store_true", help="continue from the newest complete checkpoint, if there is one"),
     option(
@@ -26,11 +24,10 @@ OUTPUT = [
     option("--save-every", type=int, metavar="STEPS", help="save a checkpoint every STEPS steps (once per epoch)"),
     option("--keep", type=int, default=2, metavar="N", help="number of latest checkpoints to keep (2)"),
 ]
-COUNTS = ("epochs", "steps", "log_every", "val_every", "save_every", "keep")  # must be at least 1 or not set
+COUNTS = ("epochs", "steps", "log_every", "val_every", "save_every", "keep")  # each must be at least 1 or not set
 
 
 def length(epochs: int = 100) -> list[Option]:
-    """Returns the options for the run's length."""
     return [
         option("--epochs", type=int, default=epochs, help=f"number of passes over the data ({epochs})"),
         option("--steps", type=int, help="number of updates of the weights; replaces --epochs"),
@@ -49,7 +46,7 @@ def optimisation(
 ) -> list[Option]:
     """Returns the options for optimiser, learning rate, moving average and bad steps, with these defaults.
 
-    Without ``warmup_steps`` there are `--warmup-epochs` and `--warmup-steps`, with it only the latter.
+    With a default for ``warmup_steps`` there is no option `--warmup-epochs`.
     """
     warmup = [
         option("--warmup-steps", type=int, default=warmup_steps, help=f"steps of linear warm-up ({warmup_steps})")
@@ -87,10 +84,10 @@ def optimisation(
 def wrong(args: argparse.Namespace, counts: Sequence[str] = (), faults: Iterable[tuple[bool, str]] = ()) -> str | None:
     """Returns what is wrong with the options, or None. Sets `resume` if torchrun has restarted the run.
 
-    `counts` names further options of the command that must be at least 1 or not set. `faults` holds its other checks:
-    (whether the options are wrong, message).
+    `counts`: further options of the command that must be at least 1 or not set. `faults`: further checks of the
+    command, (whether the options are wrong, message).
     """
-    if int(os.environ.get(RESTARTED, 0)):  # `torchrun --max-restarts` has restarted this process
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # restarted by `torchrun --max-restarts`
         args.resume = True
     low = [name for name in (*COUNTS, *counts) if (value := getattr(args, name)) is not None and value < 1]
     found = (

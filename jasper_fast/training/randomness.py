@@ -13,7 +13,7 @@ import torch
 def rng_state() -> dict[str, Any]:
     """Returns the states of this process's random generators: torch, each CUDA device, Python and NumPy.
 
-    The result has only types that a checkpoint may contain, such as tensors and numbers.
+    The result has only types that a checkpoint may contain: tensors, numbers, strings, and dicts and lists of them.
     """
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
@@ -44,7 +44,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def own_randomness(seed: int) -> Iterator[None]:
-    """A context in which all generators start from `seed`. Their old states are restored at its end."""
+    """A context in which all generators start from `seed`. Restores their old states at the end."""
     before = rng_state()
     seed_everything(seed)
     try:
@@ -61,8 +61,8 @@ def seed_everything(seed: int) -> None:
 
 
 def settle(deterministic: bool, cudnn_benchmark: bool) -> None:
-    """With `deterministic`, repeated runs are bit-identical, even on a GPU. With `cudnn_benchmark`, cuDNN times its
-    algorithms at each new shape."""
+    """Sets PyTorch's global switches. With `deterministic`, repeated runs are bit-identical, even on a GPU. With
+    `cudnn_benchmark`, cuDNN times its algorithms at each new shape."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -26,13 +26,13 @@ class RunError(RuntimeError):
 
 
 def launched() -> tuple[int, int, int]:
-    """Returns the rank, the number of processes and the rank on this machine, as `torchrun` set them, else 0, 1, 0."""
+    """Returns the rank, the number of processes and the rank on this machine: those that `torchrun` set, or 0, 1, 0."""
     return tuple(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process and its group: `rank` of `world` processes if `torchrun` started it, else 0 of 1."""
+    """This process's place in its group: rank `rank` of `world` processes. Without `torchrun`, rank 0 of 1."""
 
     rank: int
     world: int
@@ -70,7 +70,7 @@ class Ranks:
         return f"{torch.get_num_threads()} CPU threads"
 
     def vote(self, *flags: bool) -> tuple[bool, ...]:
-        """Returns for each flag whether it is true on any rank. All ranks must call this. No device is waited for."""
+        """Returns for each flag whether it is true on any rank. All ranks must call this. Does not wait for a GPU."""
         if self.world == 1:
             return tuple(map(bool, flags))
         votes = torch.tensor(flags, dtype=torch.int32)
@@ -79,7 +79,7 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A context: if one rank raises an error, all others raise a RunError and so do not wait for that rank."""
+        """A context at whose end all ranks meet. If one of them raises an error inside, the others raise RunError."""
         try:
             yield
         except Exception:
@@ -126,13 +126,14 @@ class StopRequest:
 
 def talker(quiet: bool = False) -> Any:
     """Returns a rich Console that prints plain text to the standard error. Raises MissingExtra without rich."""
-    console = need("rich.console", "train").Console
-    return console(stderr=True, quiet=quiet, highlight=False, markup=False, soft_wrap=True)
+    return need("rich.console", "train").Console(
+        stderr=True, quiet=quiet, highlight=False, markup=False, soft_wrap=True
+    )
 
 
 @contextmanager
 def training_bar(console: Any, done: int, total: int, what: str = "training") -> Iterator[Any]:
-    """A context with a progress bar. It yields a function that takes the steps done and the text before the bar."""
+    """A context that shows a progress bar. Yields `update(steps_done, text=None)`; the text is shown before the bar."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -144,8 +145,8 @@ def training_bar(console: Any, done: int, total: int, what: str = "training") ->
 class RunLog:
     """Writes `log.jsonl` (one record per line, flushed) and TensorBoard files in `folder`.
 
-    Pass `enabled=False` on ranks > 0: then it writes nothing. With `step` > 0 it continues an existing log after this
-    step, and removes records of later steps, which a killed run left behind.
+    With `enabled=False`, as on ranks > 0, it writes nothing. With `step` > 0 it continues an existing log after this
+    step, and removes the records of later steps, which a killed run may have written.
     """
 
     def __init__(self, folder: str | Path, step: int = 0, enabled: bool = True):
@@ -182,7 +183,7 @@ class RunLog:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """Returns the records of a JSON-lines log, without an incomplete last line, which a killed run may leave.
+    """Returns the records of a JSON-lines log. Ignores an incomplete last line, which a killed run may have written.
 
     Raises RunError for any other line that is not JSON.
     """
@@ -199,20 +200,15 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 
 
 class Folder:
-    """The checkpoints of one training run: the last `keep`, `best.pt`, and one for each epoch in `milestones`.
-
-    Raises ValueError if `keep` is less than 1.
-    """
+    """The checkpoints of one training run: the last `keep`, `best.pt`, and one for each epoch in `milestones`."""
 
     def __init__(self, path: str | Path, keep: int = 2, milestones: Sequence[int] = ()):
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1, got {keep}: resuming needs a checkpoint")
         self.path, self.keep, self.milestones = Path(path), keep, frozenset(milestones)
 
     def save(self, state: dict[str, Any], name: str | None = None) -> None:
         """Writes `state` as `name`.pt, or without a name as step_NUMBER.pt. Raises CheckpointError.
 
-        Of the checkpoints named by their step, only the last `keep` are kept.
+        Deletes all step_NUMBER.pt except the last `keep`.
         """
         save(self.path / f"{name or 'step_{:08d}'.format(state['step'])}.pt", state)
         for old in self.steps()[: -self.keep]:
@@ -223,18 +219,18 @@ class Folder:
         return sorted(self.path.glob("step_*.pt"), key=lambda p: int(p.stem.removeprefix("step_")))
 
     def clean(self) -> None:
-        """Removes incomplete files, left by a process that was killed while it wrote them."""
+        """Removes the incomplete files of a process that was killed while it wrote them."""
         for leftover in self.path.glob(".*.pt.tmp"):
             leftover.unlink()
 
     def latest(self, warn: Callable[[str], None] = warnings.warn) -> tuple[Path, dict[str, Any]] | None:
-        """Returns the path and contents of the newest checkpoint that can be read, or None in an empty folder.
+        """Returns the path and contents of the newest checkpoint that can be read, or None if there is no checkpoint.
 
-        A file that cannot be read is reported to `warn`, and the next older one is tried. Raises CheckpointError if
-        there are checkpoints but none can be read.
+        For each file that cannot be read it calls `warn` with the reason. Raises CheckpointError if there are
+        checkpoints, but none can be read.
         """
-        others = [p for p in (*sorted(self.path.glob("milestone_*.pt"))[::-1], self.path / "best.pt") if p.exists()]
-        candidates = [*self.steps()[::-1], *others]
+        milestones = sorted(self.path.glob("milestone_*.pt"), reverse=True)
+        candidates = [*reversed(self.steps()), *milestones, *self.path.glob("best.pt")]
         for path in candidates:
             try:
                 state = load(path)

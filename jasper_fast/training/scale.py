@@ -10,11 +10,11 @@ from jasper_fast.training.step import BufferGuard, Frontend, ctc_loss
 
 
 def accumulation_for(wanted: int, sampler: BatchSampler, utterances: int) -> tuple[int, str]:
-    """Returns how many micro-batches per process make a step of ``wanted`` utterances, and a sentence that says so.
+    """Returns how many micro-batches per process make a step of ``wanted`` utterances, and a message about it.
 
-    The number is rounded to the nearest integer. A micro-batch has ``batch_size`` utterances. Without a batch size, the
-    mean size in the first epoch, which has ``utterances``, counts instead. Raises RunError if one micro-batch per
-    process is already more than 1.5 times ``wanted``.
+    The number is rounded to the nearest integer. A micro-batch has ``batch_size`` utterances. If its size is a limit in
+    seconds, the mean number in the first epoch is used, which has ``utterances`` utterances in all. Raises RunError if
+    one micro-batch per process is already more than 1.5 times ``wanted``.
     """
     world = sampler.world_size
     mean = utterances / max(sampler.steps(0) * world, 1)
@@ -34,9 +34,9 @@ def accumulation_for(wanted: int, sampler: BatchSampler, utterances: int) -> tup
 
 
 def largest_batches(sampler: BatchSampler, seconds: list[float]) -> list[tuple[int, float]]:
-    """Returns (utterances, seconds of the longest utterance) of up to two batches of the first epoch.
+    """Returns (utterances, seconds of the longest utterance) of the largest batch of the first epoch, padding included.
 
-    They are the largest batch, padding included, and the batch with the longest utterance. One batch may be both.
+    If another batch has the longest utterance, it is the second element.
     """
     shapes = [(len(batch), max(seconds[i] for i in batch)) for batch in sampler.batches(0)]
     return sorted({max(shapes, key=lambda s: s[0] * s[1]), max(shapes, key=lambda s: s[1])}, key=lambda s: -s[0] * s[1])
@@ -68,8 +68,8 @@ def scan_memory(
 ) -> str:
     """Runs forward and backward over the batches ``shapes`` (utterances, seconds), and reports on the first one.
 
-    ``shapes`` comes from `largest_batches`. Nothing is learnt: gradients are dropped, running statistics and random
-    generators are as before. If a batch does not fit, raises RunError with the number of utterances that fit.
+    ``shapes`` comes from `largest_batches`. Weights, running statistics and random generators do not change. If a batch
+    does not fit, raises RunError with the number of utterances that fit.
     """
     guard, rate = BufferGuard(model), frontend.features.sample_rate
     guard.remember()

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: warm-up, hold, then decay to a minimum. They are functions of the step, without a state."""
+"""Learning-rate schedules, as functions of the step: warm-up, hold, then decay to a minimum."""
 
 import math
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ class Schedule:
 
     In the first `warmup_steps` steps the rate is `lr * (step + 1) / (warmup_steps + 1)`, in the next `hold_steps` it is
     `lr`. Then it depends on the policy:
-    - "exponential": `lr * gamma ** (epoch - warmup - hold)`. Epochs have `steps_per_epoch` steps and count from 1.
-      Here `warmup` and `hold` are in epochs, and may be fractions. As in NVIDIA's Jasper, the first epoch after the
-      hold already has the rate `lr * gamma`.
+    - "exponential": `lr * gamma ** (epoch - warmup - hold)`. Epochs have `steps_per_epoch` steps and are counted from
+      1. `warmup` and `hold` are the lengths in epochs, which may be fractions. As in NVIDIA's Jasper, the first epoch
+      after the hold already has the rate `lr * gamma`.
     - "polynomial": `lr * (1 - progress) ** power`, where progress goes from 0 to 1 over the rest of `total_steps`. With
       power 2 it is the "legacy" policy of NVIDIA's Jasper.
     - "cosine": `lr * (1 + cos(pi * progress)) / 2`, with the same progress.
@@ -54,6 +54,5 @@ class Schedule:
             factor = self.gamma ** (step // self.steps_per_epoch + 1 - decay_from / self.steps_per_epoch)
         else:
             progress = min(1.0, (step - decay_from) / max(1, self.total_steps - decay_from))
-            cosine = self.policy == "cosine"
-            factor = (1 + math.cos(math.pi * progress)) / 2 if cosine else (1 - progress) ** self.power
+            factor = (1 + math.cos(math.pi * progress)) / 2 if self.policy == "cosine" else (1 - progress) ** self.power
         return max(self.lr * factor, min(self.min_lr, self.lr))

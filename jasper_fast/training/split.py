@@ -33,9 +33,9 @@ class Split:
     sampler: BatchSampler
     frontend: Frontend
     workers: int = 0
-    told: int = 0  # how many of the skipped utterances have been reported
-    wait: Wait = field(default_factory=Wait)  # how long `micro_batches` waits for batches
-    changed: bool = False  # whether a resumed run makes different batches from the run that was stopped
+    told: int = 0  # number of skipped utterances that have been reported
+    wait: Wait = field(default_factory=Wait)  # the time that `micro_batches` spent waiting for batches
+    changed: bool = False  # whether a resumed run makes different batches than the stopped run
 
     @classmethod
     def load(
@@ -72,11 +72,11 @@ class Split:
         return cls(name, dataset, sampler, frontend, workers)
 
     def __str__(self) -> str:
-        hours = sum(self.dataset.durations(0)) / 3600
-        return f"{self.name}: {len(self.dataset)} utterances, {hours:.2f} hours, {self.dataset.skipped}"
+        data = self.dataset
+        return f"{self.name}: {len(data)} utterances, {sum(data.durations(0)) / 3600:.2f} hours, {data.skipped}"
 
     def newly_skipped(self, most: int = 5) -> list[str]:
-        """Returns why utterances were skipped since the last call: one line each for the first `most` of them."""
+        """Returns one line for each utterance skipped since the last call, but at most `most` lines."""
         items = self.dataset.skipped.items[self.told :]
         self.told += len(items)
         return [f"  skipped: {item.detail}" for item in items[:most]]
@@ -90,15 +90,15 @@ class Split:
         return math.ceil(self.sampler.steps(epoch) / accumulation)
 
     def print_of_data(self) -> str:
-        """Returns a fingerprint of what determines the items of every epoch: utterances, perturbation and seed."""
+        """Returns a hash of everything that the items of an epoch depend on: utterances, perturbation and seed."""
         what = [(u.name, u.duration) for u in self.dataset.utterances]
         return hashlib.sha256(repr((what, self.dataset.settings, self.dataset.seed)).encode()).hexdigest()
 
     def go_on(self, state: TrainingState, saved: dict[str, Any], accumulation: int) -> str:
-        """Continues the epoch of a stopped run, whose batches may have had other sizes.
+        """Continues the epoch of a stopped run, whose batches may have had other sizes. `saved` is its checkpoint.
 
-        Items that the stopped run has used are not used again in this epoch. All other items are.
-        `saved` is the checkpoint. Returns one line that says what has changed, or "".
+        The rest of the epoch uses exactly the items that the stopped run has not used. If the data have changed, the
+        epoch begins anew. Returns one line about what has changed, or "".
         """
         then, now = saved["arguments"], self.sampler
         sizes = (then["batch_size"], then["batch_seconds"], not then["no_bucketing"], len(saved["rng"]))
@@ -126,15 +126,14 @@ class Split:
     def micro_batches(
         self, state: TrainingState, accumulation: int, device: torch.device, stopped: Callable[[], bool]
     ) -> Iterator[list[Batch]]:
-        """Yields the micro-batches of each step on `device`, from the position of `state` on, for any number of epochs.
+        """Yields the micro-batches of each step on `device`, from the position of `state` on, epoch after epoch.
 
         The caller must advance `state` after each step. A batch is empty if none of its files could be read. When
-        `stopped` returns True, no more batches are read. The loading processes are started once, for all epochs.
+        `stopped` returns True, no more batches are read. The loading processes are started once and serve all epochs.
         """
-        first = state.position * accumulation
-        how = self.workers, device.type == "cuda"
-        loader = load_batches(self.dataset, self.sampler, state.epoch, first, *how, endless=True)
-        loader = feed(loader, device, self.wait)
+        first, pinned = state.position * accumulation, device.type == "cuda"
+        read = load_batches(self.dataset, self.sampler, state.epoch, first, self.workers, pinned, endless=True)
+        loader = feed(read, device, self.wait)
         while True:
             epoch, steps = state.epoch, self.steps(state.epoch, accumulation)
             if state.position >= steps:

@@ -1,7 +1,4 @@
-"""The state of a training run: everything that a checkpoint needs so that the run continues exactly.
-
-The meter keeps the figures of steps on the device and reads those of many steps together, so that no step waits.
-"""
+"""The state of a training run: everything that a checkpoint must contain so that a resumed run continues exactly."""
 
 import math
 import time
@@ -16,21 +13,22 @@ from jasper_fast.training.runs import RunError
 from jasper_fast.training.step import StepResult
 
 _COUNTS = ("bad_in_a_row", "bad_losses", "overflows", "unread")
-ADVICE = (
+ADVICE = (  # after NaN or infinity, and after files that cannot be read
     "Check the audio of these files, lower the learning rate, lengthen the warm-up, or use bf16 or fp32",
     "Check the paths in the manifests and that their drive is mounted; --data-dir is the folder of relative paths",
-)  # the first against NaN and infinity, the second against files that cannot be read
+)
 
 
 class Diverged(RunError):
-    """Raised when too many steps in a row had a gradient that was not finite."""
+    """Raised if too many steps in a row had a NaN or an infinity in the gradient."""
 
 
 class Meter:
-    """Collects the figures of steps on the device, and reads those of many steps together.
+    """Collects the figures of steps on the device. It reads those of many steps together, so that no step waits.
 
-    It counts skipped steps by their cause, and stops the training after `max_bad` of them in a row. `bad_losses`: a
-    loss was NaN or infinite. `overflows`: only the gradient was. `unread`: a rank could read no file.
+    It counts skipped steps by their cause: `bad_losses` (a loss was NaN or infinite), `overflows` (the losses were
+    finite, but the gradient was not) and `unread` (a rank could read no file). After `max_bad` skipped steps in a row
+    it raises an error. `advice`: see `ADVICE`.
     """
 
     def __init__(self, max_bad: int = 20, advice: tuple[str, str] = ADVICE):
@@ -40,21 +38,21 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Starts a new interval."""
+        """Starts a new interval, over which `figures` takes means."""
         self._sum, self._good, self._seen, self._norm = 0.0, 0, 0, math.nan
         self._start = time.perf_counter()
 
     def add(self, step: StepResult) -> None:
-        """Adds a step; nothing is read from the device yet."""
+        """Adds a step. Reads nothing from the device."""
         self._pending.append(step)
 
     def read(self) -> list[str]:
         """Waits for the device and returns one line for each cause of a skipped step since the last call.
 
-        For a bad loss, the lines name the utterances whose features are not finite. Losses do not show which utterance
-        is bad, because batch norm spreads a NaN over the whole batch. If all features are finite, the lines name the
-        utterances whose loss is not finite. After `max_bad` skipped steps in a row it raises an error that names the
-        last cause: RunError if files could not be read, else Diverged.
+        For a bad loss, the lines name the utterances whose features are not finite. The losses do not show which
+        utterance is bad, because batch norm spreads a NaN over the whole batch. If all features are finite, the lines
+        name the utterances whose loss is not finite. After `max_bad` skipped steps in a row, raises an error that names
+        the last cause: RunError if files could not be read, else Diverged.
         """
         if not self._pending:
             return []
@@ -78,9 +76,8 @@ class Meter:
         last, self._pending = self._pending[-1], []
         if self.bad_in_a_row >= self.max_bad:
             culprit = bad[-1] if bad else "the gradient has no finite norm"
-            advice = self.advice[bool(last.unread)]
-            kind = RunError if last.unread else Diverged
-            raise kind(f"{self.bad_in_a_row} steps in a row were skipped; the last: {culprit}. {advice}")
+            what = f"{self.bad_in_a_row} steps in a row were skipped; the last: {culprit}."
+            raise RunError(f"{what} {self.advice[1]}") if last.unread else Diverged(f"{what} {self.advice[0]}")
         return bad
 
     def figures(self) -> dict[str, float]:
@@ -110,9 +107,9 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     meter: Meter
     ema: EMA | None = None
-    epoch: int = 0  # the current epoch, from 0
-    position: int = 0  # steps done in this epoch with batches of the current sizes
-    taken: list[int] = field(default_factory=list)  # items already used in this epoch in batches of other sizes
+    epoch: int = 0  # the current epoch, counted from 0
+    position: int = 0  # steps done in this epoch since the sizes of batches changed last
+    taken: list[int] = field(default_factory=list)  # items that this epoch used before that change
     step: int = 0  # steps done in all epochs
     stale: int = 0  # validations since the best one, or since the last return to the best weights
     unjudged: bool = False  # whether a signal interrupted the validation of this step
@@ -120,7 +117,7 @@ class TrainingState:
     earlier: float = 0.0  # minutes spent in earlier parts of the run, before it was resumed
     clock: float = field(default_factory=time.monotonic)
 
-    _PARTS = ("optimizer", "scaler", "meter")
+    _PARTS = ("meter",)
     _PLACES = ("epoch", "position", "taken", "step", "stale", "unjudged", "best_wer")
 
     def next_epoch(self) -> None:
@@ -132,32 +129,30 @@ class TrainingState:
         return self.earlier + (time.monotonic() - self.clock) / 60
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state as a dict, with model and moving average under the keys of NVIDIA's checkpoints."""
-        state = {name: getattr(self, name).state_dict() for name in self._PARTS}
+        """Returns the state as a dict. Model and moving average have the keys that NVIDIA's checkpoints use."""
+        state = {name: getattr(self, name).state_dict() for name in ("optimizer", "scaler", *self._PARTS)}
         state |= {name: getattr(self, name) for name in (*self._PLACES, "minutes")}
         state["ema_state_dict"] = self.ema.state_dict() if self.ema else None
         state["ema_updates"] = self.ema.updates if self.ema else 0
         return state | {"state_dict": self.model.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores everything except the optimiser's settings, such as its learning rate, which do not change.
+        """Restores everything except the optimiser's settings, such as its learning rate.
 
         If the saved run had no moving average, the average starts from the loaded weights. If the saved run had no loss
-        scale, the present scale stays.
+        scale, the present scale does not change.
         """
         self.go_back(state)
         for name in self._PARTS:
-            if name not in ("optimizer", "scaler"):
-                getattr(self, name).load_state_dict(state[name])
+            getattr(self, name).load_state_dict(state[name])
         for name in self._PLACES:
             setattr(self, name, state.get(name, getattr(self, name)))
         self.earlier, self.clock = state["minutes"], time.monotonic()
 
     def go_back(self, state: dict[str, Any]) -> None:
-        """Restores what was learnt: weights, moments, loss scale and moving average.
+        """Restores weights, moments, loss scale and moving average, by copying values into the existing tensors.
 
-        Values are copied into the existing tensors. The position in the data, the figures and the optimiser's settings
-        do not change.
+        The position in the data, the figures and the optimiser's settings do not change.
         """
         self.model.load_state_dict(state["state_dict"])
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]

@@ -1,6 +1,6 @@
-"""One training step: features, forward, CTC loss, backward, and an update that a bad batch cannot spoil.
+"""One training step: features, forward, CTC loss, backward, and an update that is skipped after a bad batch.
 
-N utterances, T frames, V classes (blank last). Nothing here waits for the device unless its docstring says so.
+N utterances, T frames, V classes (blank last), U labels. A function waits for the device only if its docstring says so.
 """
 
 import functools
@@ -28,25 +28,23 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths
     """Returns the CTC loss of each utterance, (N,) fp32, not divided by its target's length.
 
     `log_probs` (N, T, V) with the blank last, `lengths` (N,) frames, `targets` (N, U) or concatenated, `target_lengths`
-    (N,). The loss is infinite where a target does not fit into its frames. If `reads_no_lengths(device)` and the
-    targets are (N, U), it is `ops.ctc_loss`, and lengths and targets are moved to the device. Otherwise it is PyTorch's
-    loss, which waits for the device unless the lengths are on the host. Semantics: NVIDIA's `CTCLossNM`. Equivalent to
-    `F.ctc_loss(log_probs.transpose(0, 1), ..., blank=V - 1, reduction="none")` in fp32.
+    (N,). The loss is infinite if the target does not fit into the frames. If `loss_is_capturable(device)` and the
+    targets are (N, U), this calls `ops.ctc_loss` and moves lengths and targets to the device. Otherwise it calls
+    PyTorch's loss, which waits for the device unless the lengths are on the host. Semantics: NVIDIA's `CTCLossNM`.
+    Equivalent to `F.ctc_loss(log_probs.transpose(0, 1), ..., blank=V - 1, reduction="none")` in fp32.
     """
     with torch.autocast(log_probs.device.type, enabled=False):
         rows = log_probs.float()
-        if targets.dim() == 2 and reads_no_lengths(rows.device):
+        if targets.dim() == 2 and loss_is_capturable(rows.device):
             given = (x.to(rows.device, torch.int64, non_blocking=True) for x in (lengths, targets, target_lengths))
             return ops.ctc_loss(rows, *given)
         rows = rows.transpose(0, 1)
         return F.ctc_loss(rows, targets, lengths, target_lengths, blank=rows.shape[2] - 1, reduction="none")
 
 
-def reads_no_lengths(device: torch.device) -> bool:
-    """Returns whether the CTC loss on `device` is a kernel that reads the lengths there, and not on the host.
-
-    Only such a loss can be captured in a CUDA graph.
-    """
+def loss_is_capturable(device: torch.device) -> bool:
+    """Returns whether a CUDA graph can capture the CTC loss: Triton's kernel reads the lengths on the device, whereas
+    PyTorch's loss reads them on the host."""
     return device.type != "cpu" and choose.ctc_face("auto", device) == "triton"
 
 
@@ -55,15 +53,14 @@ def batch_loss(losses: Tensor) -> Tensor:
 
     A NaN makes every gradient NaN, on all ranks, so that all of them skip the step.
     """
-    bad = torch.where(torch.isfinite(losses).all(), 1.0, math.nan)
-    return losses.mean() * bad
+    return losses.mean() * torch.where(torch.isfinite(losses).all(), 1.0, math.nan)
 
 
 def compiled(model: nn.Module, device: torch.device) -> nn.Module:
     """Returns `model` compiled by `torch.compile` for batches of any length.
 
-    The result shares the parameters and draws the same dropout. `model` itself does not change: use it for validation
-    and for checkpoints, so that the names of the weights have no prefix. Raises RunError if PyTorch finds no compiler.
+    The result shares its parameters with `model` and draws the same dropout. Use `model` itself for validation and for
+    checkpoints, because there the names of the weights have no prefix. Raises RunError if PyTorch finds no compiler.
     """
 
     def small(x: Tensor) -> Tensor:
@@ -101,7 +98,7 @@ class Frontend(nn.Module):
 
 
 class BufferGuard:
-    """Undoes what a bad batch did to a model's buffers. A NaN would stay in running statistics for ever."""
+    """Undoes the changes that a bad batch made to a model's buffers. Running statistics would keep a NaN for ever."""
 
     def __init__(self, model: nn.Module):
         groups: dict[tuple, list[Tensor]] = {}
@@ -117,7 +114,7 @@ class BufferGuard:
 
     @torch.no_grad()
     def settle(self, good: Tensor) -> None:
-        """Restores the old values unless `good`, a boolean scalar on the buffers' device, is true."""
+        """Restores the copies unless `good`, a boolean scalar on the buffers' device, is true."""
         for buffers, before in zip(self.groups, self.before, strict=True):
             chosen = torch.where(good, torch.cat([b.flatten() for b in buffers]), before)
             pieces = chosen.split([b.numel() for b in buffers])
@@ -130,22 +127,21 @@ class StepResult:
 
     losses: list[Tensor]  # one loss per utterance
     heard: list[Tensor]  # whether each utterance's features are finite
-    names: list[str]  # of all utterances
+    names: list[str]  # names of all utterances
     grad_norm: Tensor
-    log_probs: Tensor  # of the last micro-batch, as are `lengths` and `texts`
-    lengths: Tensor
-    texts: list[str]
-    unread: str = ""  # why the step was skipped, if a rank could read none of its files; else ""
+    log_probs: Tensor  # of the last micro-batch
+    lengths: Tensor  # of `log_probs`
+    texts: list[str]  # transcripts of the last micro-batch
+    unread: str = ""  # why a rank could read none of its files, if the step was skipped for this reason
 
 
 def missed_step(device: torch.device, batches: Sequence[Batch]) -> StepResult:
-    """Returns the result of a step that is skipped because this or another rank could read none of its files."""
+    """Returns the result of a step that is skipped because a rank (this one or another) could read no file."""
     causes = [skipped.detail for batch in batches for skipped in batch.skipped]
     if any(map(len, batches)) or not causes:
         causes = ["another process could read none of its files"]
     nothing = torch.zeros(0, device=device)
-    nan = torch.tensor(math.nan, device=device)
-    return StepResult([nothing], [nothing.bool()], [], nan, nothing, nothing, [], causes[-1])
+    return StepResult([nothing], [nothing.bool()], [], nothing.new_tensor(math.nan), nothing, nothing, [], causes[-1])
 
 
 def train_step(
@@ -163,27 +159,27 @@ def train_step(
 ) -> StepResult:
     """Runs forward and backward over `batches`, averages their gradients, and makes one step of `optimizer`.
 
-    If the loss or the gradient has a NaN or an infinity, parameters, optimiser state and running statistics stay as
-    they were. NovoGrad and PyTorch's fused AdamW decide this on the device. For other optimisers the host decides, and
-    waits for the device. `model` may be compiled or a DistributedDataParallel. `ema` is updated at the end, or in the
-    optimiser's step if the optimiser was made with it.
+    If the loss or the gradient has a NaN or an infinity, parameters, optimiser state and running statistics do not
+    change. With NovoGrad and PyTorch's fused optimisers this is decided on the device. With other optimisers the host
+    decides, and waits for the device. `model` may be compiled or a DistributedDataParallel. `ema` is updated at the
+    end, or in the optimiser's step if the optimiser was made with `ema`.
     """
     core = inner(model)
     guard.remember()
     optimizer.zero_grad(set_to_none=True)
-    losses, heard, names, on_device = [], [], [], reads_no_lengths(device)
+    losses, heard, names, on_device = [], [], [], loss_is_capturable(device)
     for i, batch in enumerate(batches):
         audio, targets = (t.to(device, non_blocking=True) for t in (batch.audio, batch.targets))
         silent = model.no_sync() if hasattr(model, "no_sync") and i + 1 < len(batches) else nullcontext()
         with silent:
-            told = batch.audio_lengths.to(device, non_blocking=True) if on_device else batch.audio_lengths
-            features, lengths, frames = frontend(audio, told)
+            samples = batch.audio_lengths.to(device, non_blocking=True) if on_device else batch.audio_lengths
+            features, lengths, frames = frontend(audio, samples)
             with torch.autocast(device.type, amp_dtype or torch.float32, enabled=amp_dtype is not None):
                 log_probs, out_lengths = model(features, lengths)
             frames = out_lengths if on_device else core.out_lengths(frames)
             each = ctc_loss(log_probs, frames, targets, batch.target_lengths)
             loss = batch_loss(each)
-            # where no utterance has a frame, the loss is infinite but its gradient is 0: make the gradient NaN
+            # If no utterance has a frame, the loss is infinite but its gradient is 0: adding 0 * loss makes it NaN.
             log_probs.register_hook(functools.partial(torch.add, other=loss.detach(), alpha=0))
             scaler.scale(loss / len(batches)).backward()
         losses.append(each.detach())
@@ -218,14 +214,14 @@ def update(
 ) -> Tensor:
     """Makes one step of `optimizer` with the gradients of `model`, which `scaler` has scaled.
 
-    Returns the norm of the unscaled gradients. If that is not finite, the weights do not change and the
-    loss scale falls. NovoGrad needs two passes over memory and leaves the gradients as they are. For other optimisers
-    the gradients are unscaled and clipped in place.
+    Returns the norm of the unscaled gradients. If the norm is not finite, the weights do not change and the loss scale
+    falls. NovoGrad needs two passes over memory and does not change the gradients. For other optimisers the gradients
+    are unscaled and clipped in place.
     """
     if isinstance(optimizer, NovoGrad):
         scale = scaler._scale if scaler.is_enabled() else None
         norm, found_inf = optimizer.guarded_step(scale, clip_norm).unbind()
-        if scale is not None:  # `scaler.step` would check each gradient again, so tell the scaler what was found
+        if scale is not None:  # `scaler.step` would check each gradient again, so set its result here
             scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {norm.device: found_inf.reshape(1)}
             scaler.update()
         return norm

@@ -34,10 +34,7 @@ class Validation:
 
 
 def heard(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> list[str]:
-    """Decodes like `greedy_decode`, but takes a NaN in `log_probs` (N, T, V) as the least likely symbol.
-
-    `greedy_decode` raises an error for a NaN.
-    """
+    """Decodes `log_probs` (N, T, V) like `greedy_decode`, which raises an error for NaN. Here NaN counts as -1e4."""
     return greedy_decode(torch.nan_to_num(log_probs, nan=-1e4), lengths, vocabulary)
 
 
@@ -53,9 +50,9 @@ def validate(
 ) -> Validation | None:
     """Returns loss, WER and CER of `model` by greedy decoding, over the batches of all ranks.
 
-    The model is in evaluation mode meanwhile. Utterances whose loss is NaN or infinite are listed in `bad` and left out
-    of the mean loss. If an output has a NaN, its transcript counts as empty. Waits for the device. Returns None as soon
-    as `stopped` returns True on any of `ranks`. Raises RunError if there is no utterance.
+    Runs the model in evaluation mode. Utterances whose loss is NaN or infinite are listed in `bad` and left out of the
+    mean loss. If the output of an utterance has a NaN, its transcript counts as empty. Waits for the device. Returns
+    None as soon as `stopped` returns True on any of `ranks`. Raises RunError if there is no utterance.
     """
     device, modes = ranks.device, [(module, module.training) for module in (model, frontend)]
     references, hypotheses, losses, bad = [], [], [], []
@@ -75,8 +72,8 @@ def validate(
             features, lengths, frames = frontend(batch.audio.to(device, non_blocking=True), batch.audio_lengths)
             with torch.autocast(device.type, amp_dtype or torch.float32, enabled=amp_dtype is not None):
                 log_probs, out_lengths = model(features, lengths)
-            each = ctc_loss(log_probs, model.out_lengths(frames), batch.targets.to(device), batch.target_lengths)
-            values = each.tolist()
+            targets, kept = batch.targets.to(device), model.out_lengths(frames)
+            values = ctc_loss(log_probs, kept, targets, batch.target_lengths).tolist()
             losses += filter(math.isfinite, values)
             bad += [f"{n}: its loss is {v}" for n, v in zip(batch.names, values, strict=True) if not math.isfinite(v)]
             texts = heard(log_probs, out_lengths, vocabulary)
@@ -112,10 +109,10 @@ def validate_state(
     seed: int = 0,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Validation] | None:
-    """Returns the results of `validate` with the live weights ("live") and with the moving average ("ema"), if any.
+    """Returns the results of `validate` with the current weights ("live") and with the moving average ("ema"), if any.
 
-    All ranks first take the running statistics of rank 0. The states of the random generators do not change. `batches`
-    is called for each pass over this rank's batches. Returns None if `validate` returns None.
+    First, the running statistics of rank 0 are copied to all ranks. The states of the random generators do not change.
+    `batches` returns this rank's batches; it is called once for each result. Returns None if `validate` returns None.
     """
     ranks.same_buffers(state.model, state.ema.average.values() if state.ema else ())
     results = {}

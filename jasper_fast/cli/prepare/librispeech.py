@@ -15,8 +15,9 @@ from jasper_fast.cli import common
 from jasper_fast.options import option
 
 END = """\
-sets: dev-clean, dev-other, test-clean, test-other, train-clean-100, train-clean-360, train-other-500 (62 GB in all);
-from mini-LibriSpeech dev-clean-2 and train-clean-5 (0.5 GB). A set's archive is deleted after it is unpacked.
+sets of LibriSpeech (62 GB): dev-clean, dev-other, test-clean, test-other, train-clean-100, train-clean-360,
+train-other-500. Sets of mini-LibriSpeech (0.5 GB): dev-clean-2, train-clean-5. An archive is deleted after it is
+unpacked.
 
 example: jasper-fast prepare librispeech --out corpora/mini --sets dev-clean-2 train-clean-5"""
 OPTIONS = {
