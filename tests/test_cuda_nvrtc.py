@@ -226,7 +226,7 @@ def test_norms_through_the_driver(monkeypatch, norm_library, cache, n, c, t, dty
     compiler = Nvrtc()
     ops = norms_nvrtc.Compiled(compiler, Driver(norm_library))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(norms_nvrtc, "_sms", lambda y: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=2))
     emulated = Emulated(cuda_host.build([NORMS]))
     how = {"residual": True, "lengths": [t, 5, 0][:n], "p": 0.3} if full else {}
     case = norm_cases.make(n, c, t, dtype=dtype, device="cpu", **how)

@@ -181,16 +181,16 @@ def tune(arguments: argparse.Namespace) -> None:
         found.append(trial)
         common.count(len(found), total, "trials", arguments.quiet)
     without, chosen = tuning.greedy(saved), tuning.best(found)
-    settings = {"lm": lm, "lexicon": lexicon, "beam": arguments.beam}
-    settings |= {"alpha": round(chosen.alpha, 6) if lm else None, "beta": round(chosen.beta, 6)}
+    settings = {"lm": lm, "lexicon": lexicon, "beam": arguments.beam,
+                "alpha": round(chosen.alpha, 6) if lm else None, "beta": round(chosen.beta, 6)}  # fmt: skip
     again = f", rescoring weight {chosen.rescore:g}" if second else ""
     if second:
         settings |= {"rescore": arguments.rescore, "rescore_weight": chosen.rescore}
     tuned.write(arguments.out, {name: value for name, value in settings.items() if value is not None})
     if arguments.report:
         of = " and ".join(filter(None, (lm, arguments.rescore)))
-        told = f"{of}, beam {arguments.beam}, {len(saved.utterances)} utterances of {arguments.log_probs}"
-        common.write(arguments.report, heat_map.page(found, without, told))
+        about = f"{of}, beam {arguments.beam}, {len(saved.utterances)} utterances of {arguments.log_probs}"
+        common.write(arguments.report, heat_map.page(found, without, about))
     print(f"greedy WER {100 * without.rate:.2f} %; with the language model {100 * chosen.errors.rate:.2f} % at alpha "
           f"{chosen.alpha:g}, beta {chosen.beta:g}{again}; written to {arguments.out}")  # fmt: skip
 
@@ -214,5 +214,4 @@ def add(commands: Any) -> None:
         dest="lm_command", required=True, metavar="COMMAND"
     )
     for name, (run, options, help, example) in _COMMANDS.items():
-        description = help[0].upper() + help[1:] + "."
-        common.subcommand(inner, name, run, options, help, description, f"example: {example}")
+        common.subcommand(inner, name, run, options, help, f"{help[0].upper()}{help[1:]}.", f"example: {example}")

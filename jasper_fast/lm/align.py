@@ -6,8 +6,8 @@ import numpy as np
 
 
 def best_path(log_probs: np.ndarray, symbols: Sequence[int]) -> np.ndarray | None:
-    """Returns the class of each frame on the best path of ``symbols``, or None if no path is possible, for instance
-    because there are too few frames. log_probs (T, V) has the blank last."""
+    """Returns the class of each frame on the best path of ``symbols``, or None if no path is possible, for example
+    because there are too few frames. log_probs: (T, V), with the blank last."""
     frames, classes = log_probs.shape
     extended = np.full(2 * len(symbols) + 1, classes - 1)
     extended[1::2] = symbols

@@ -15,7 +15,7 @@ _GZIP = b"\x1f\x8b"
 
 
 class LanguageModelError(ValueError):
-    """A language model or lexicon that cannot be read or does not fit. The message names the file and the fix."""
+    """A language model or lexicon cannot be read or does not fit. The message names the file and the fix."""
 
 
 def begins_with(path: str | os.PathLike, magic: bytes) -> bool:
@@ -30,7 +30,7 @@ def open_plain(path: str | os.PathLike) -> IO[bytes]:
 
 
 class Arpa:
-    """An ARPA file. ``counts`` has the header's number of n-grams for each order. Iteration yields the n-grams.
+    """An ARPA file. ``counts``: the number of n-grams of each order, from the header. Iteration yields the n-grams.
 
     Raises LanguageModelError for a file that is not ARPA, is cut off, or has malformed numbers.
     """
@@ -75,10 +75,9 @@ class Arpa:
             if line.strip() == b"\\data\\":
                 break
         else:
-            why = (
-                "no \\data\\ in its first lines: this is no ARPA file" if self._line else "the language model is empty"
-            )
-            raise LanguageModelError(f"{self.path}: {why}")
+            if not self._line:
+                raise LanguageModelError(f"{self.path}: the language model is empty")
+            raise LanguageModelError(f"{self.path}: no \\data\\ in its first lines: this is no ARPA file")
         counts: list[int] = []
         while line := self._next(file):
             name, _, value = line.partition("=")
@@ -125,8 +124,7 @@ class Arpa:
 
     def words(self) -> list[str]:
         """Returns the words of the 1-grams, without <s>, </s> and <unk>."""
-        unigrams = itertools.islice(self, self.counts[0])
-        found = [word for _, (word,), _ in unigrams if word.lower() not in SPECIAL]
+        found = [word for _, (word,), _ in itertools.islice(self, self.counts[0]) if word.lower() not in SPECIAL]
         if not found:
             raise LanguageModelError(f"{self.path}: contains no words")
         return found

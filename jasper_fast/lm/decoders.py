@@ -28,7 +28,7 @@ SYMBOLS = (1.0, 0.0)  # the default alpha and beta otherwise
 class Decoder(Protocol):
     """Turns log-probs into transcripts. ``begin`` starts a search and returns a function that waits for the result.
 
-    ``weights`` are alpha and beta for the next call of ``begin``.
+    ``weights``: alpha and beta of the next search.
     """
 
     weights: tuple[float, float]
@@ -68,11 +68,12 @@ def decoder(
     processes: int | None = None,
     hot_words: Mapping[str, float] | None = None,
 ) -> Decoder:
-    """Returns the decoder for a model. With a word model it uses ``processes`` (default: one per core), else a thread.
+    """Returns the decoder for an acoustic model's vocabulary and a language model.
 
-    ``alpha`` and ``beta`` default to the paper's 2.0 and -0.2 with a word model, and to 1.0 and 0.0 otherwise. With
-    hot words, or on a Python without flashlight wheels, a word model is searched by ``beam_search`` in a thread. Raises
-    ValueError for settings that no search can use, and LanguageModelError if the model cannot be loaded.
+    With a word model, flashlight searches in ``processes`` (default: one per core). Without one, with hot words, with
+    an open vocabulary, or on a Python without flashlight wheels, ``beam_search`` runs in a thread. ``alpha`` and
+    ``beta`` default to the paper's 2.0 and -0.2 with a word model, and to 1.0 and 0.0 otherwise. Raises ValueError for
+    settings that no search can use, and LanguageModelError if the model cannot be loaded.
     """
     default = PAPER if isinstance(lm, (WordLM, SpeltLM)) else SYMBOLS
     if isinstance(lm, WordLM) and (hot_words or not has_wheels()):
@@ -100,7 +101,7 @@ class SymbolDecoder:
         self.weights = alpha, beta
         self._vocabulary = vocabulary
         self._settings: dict[str, Any] = {"lm": lm, "beam": beam, "n_best": n_best, "hot_words": hot_words}
-        if isinstance(lm, SpeltLM):  # raises for an unusable hot word before any audio is read
+        if isinstance(lm, SpeltLM):  # called to raise for an unusable hot word before any audio is read
             lm.words(alpha, beta, hot_words)
         elif hot_words:
             hot_words_alone(hot_words, vocabulary)
@@ -109,8 +110,8 @@ class SymbolDecoder:
     def begin(self, log_probs: Tensor, lengths: Tensor, frame_seconds: float) -> Callable[[], list[Transcript]]:
         check(log_probs, lengths, self._vocabulary)
         stream = torch.cuda.current_stream(log_probs.device) if log_probs.is_cuda else None
-        items = log_probs.detach().float().clone(), lengths, frame_seconds  # copied: the engine reuses its memory
-        return self._thread.submit(self._find, *items, *self.weights, stream).result
+        copied = log_probs.detach().float().clone()  # because the engine reuses its memory
+        return self._thread.submit(self._find, copied, lengths, frame_seconds, *self.weights, stream).result
 
     def _find(
         self,
@@ -121,7 +122,7 @@ class SymbolDecoder:
         beta: float,
         stream: torch.cuda.Stream | None,
     ) -> list[Transcript]:
-        with torch.cuda.stream(stream):  # the model's stream; on a CPU it is None and has no effect
+        with torch.cuda.stream(stream):  # the model's stream; None, for a CPU, has no effect
             found = beam_search(log_probs, lengths, self._vocabulary, alpha=alpha, beta=beta, **self._settings)
             items = valid_rows(log_probs, lengths)
         return [transcript_of(item, h, best_path(item, h[0].symbols), self._vocabulary, frame_seconds)
@@ -172,7 +173,8 @@ def transcript_of(
     vocabulary: Vocabulary,
     frame_seconds: float,
 ) -> Transcript:
-    """Returns the best hypothesis, with times and confidences from its best CTC path as in greedy decoding."""
+    """Returns the transcript of the best hypothesis. Times and confidences of words come from ``path``, its best CTC
+    path."""
     if path is None:  # nothing was found, so the text is empty
         path = np.full(len(log_probs), vocabulary.blank)
     probabilities = np.exp(log_probs[np.arange(len(path)), path])

@@ -37,8 +37,7 @@ def trusted(device: torch.device) -> bool:
     """Returns whether Triton's face agrees with the definition on a small case on ``device``; warns if it does not."""
     from jasper_fast.kernels.prefix_beam import triton_impl
 
-    generator = torch.Generator().manual_seed(0)
-    log_probs = (2 * torch.randn(3, 12, 29, generator=generator)).log_softmax(-1)
+    log_probs = (2 * torch.randn(3, 12, 29, generator=torch.Generator().manual_seed(0))).log_softmax(-1)
     case = torch.tensor([12, 7, 0]), 40, 4, None, 0.0, 0.25
     want = reference.search(log_probs, *case)
     try:

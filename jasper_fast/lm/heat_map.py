@@ -24,15 +24,16 @@ _PAGE = """<!doctype html>
 """
 
 
-def page(found: Sequence[Trial], without: Errors, told: str) -> str:
-    """Returns the HTML page of the trials ``found``. ``without``: the greedy errors. ``told``: describes the run."""
+def page(found: Sequence[Trial], without: Errors, about: str) -> str:
+    """Returns the HTML page of the trials ``found``. ``without``: errors without a language model, of greedy decoding.
+    ``about``: a description of the run."""
     chosen, pairs = best(found), {}
     for trial in found:
         pairs.setdefault((trial.alpha, trial.beta), []).append(trial)
     found = [best(of) for of in pairs.values()]  # each pair with its best rescoring weight
     second = f", rescoring {chosen.rescore:g}" if any(t.rescore for of in pairs.values() for t in of) else ""
     summary = (
-        f"{escape(told)}. Greedy: WER {100 * without.rate:.2f} %. Best: WER {100 * chosen.errors.rate:.2f} % with "
+        f"{escape(about)}. Greedy: WER {100 * without.rate:.2f} %. Best: WER {100 * chosen.errors.rate:.2f} % with "
         f"alpha {chosen.alpha:g}, beta {chosen.beta:g}{second}, of {len(found)} pairs."
     )
     alphas, betas = sorted({t.alpha for t in found}), sorted({t.beta for t in found})
@@ -56,6 +57,5 @@ def _grid(found: Sequence[Trial], alphas: Sequence[float], betas: Sequence[float
 def _cell(trial: Trial, found: Sequence[Trial], chosen: Trial) -> str:
     rates = [t.errors.rate for t in found]
     share = (trial.errors.rate - min(rates)) / max(max(rates) - min(rates), 1e-12)
-    style = f"background:hsl({120 * (1 - share):.0f} 70% 72%)"
     name = "cell best" if trial is chosen else "cell"
-    return f'<td class="{name}" style="{style}">{100 * trial.errors.rate:.2f}'
+    return f'<td class="{name}" style="background:hsl({120 * (1 - share):.0f} 70% 72%)">{100 * trial.errors.rate:.2f}'

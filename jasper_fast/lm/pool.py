@@ -1,5 +1,5 @@
-"""Searches with a word model in separate processes, because flashlight holds the GIL and a broken model can crash its
-process. Nothing here imports torch, so these processes start fast and stay small."""
+"""Searches with a word model in separate processes, because flashlight holds the GIL and a broken model can crash the
+process that reads it. Nothing here imports torch, so these processes start fast and need little memory."""
 
 import functools
 import multiprocessing
@@ -26,8 +26,7 @@ class Pool:
 
     def __init__(self, lm: WordLM, processes: int, **settings: Any) -> None:
         self._path = lm.path
-        context = multiprocessing.get_context("spawn")
-        self._executor = ProcessPoolExecutor(processes, context, _start, (lm, settings))
+        self._executor = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start, (lm, settings))
         self._result(self._executor.submit(_check))
 
     def submit(self, log_probs: Sequence[np.ndarray], weights: tuple[float, float]) -> Callable[[], list[Answer]]:

@@ -1,4 +1,4 @@
-"""A second pass over N-best lists by any language model, given as a function from texts to log-probabilities."""
+"""Rescores N-best lists with any language model, given as a function from texts to log-probabilities."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ def rescore(
 
     ``scorer`` gets at most ``batch_size`` texts per call, and each distinct text only once. It returns their natural
     log-probabilities; -inf marks an impossible text. Raises ValueError if the weight is not finite, or if the scorer
-    returns NaN, +inf, or a different number of values than it got texts.
+    returns NaN, +inf, or another number of values than texts.
     """
     if not math.isfinite(weight) or batch_size < 1:
         raise ValueError(f"weight {weight} must be finite and batch_size {batch_size} positive")
@@ -46,7 +46,7 @@ def rescore(
 
 
 def remembering(scorer: Scorer) -> Scorer:
-    """Returns a form of ``scorer`` with a cache, which scores each text only once."""
+    """Returns ``scorer`` with a cache, so that each text is scored only once."""
     known: dict[str, float] = {}
 
     def scored(texts: Sequence[str]) -> list[float]:
@@ -82,11 +82,10 @@ class Rescoring:
         return finish
 
     def _best(self, first: Transcript, listed: list[Hypothesis], log_probs: np.ndarray, seconds: float) -> Transcript:
-        kept = tuple(listed[: self.n_best])
-        if listed[0].text == first.text:
-            return replace(first, hypotheses=kept)
-        path = best_path(log_probs, listed[0].symbols)
-        return replace(transcript_of(log_probs, listed, path, self.vocabulary, seconds), hypotheses=kept)
+        kept = listed[: self.n_best]
+        if kept[0].text == first.text:
+            return replace(first, hypotheses=tuple(kept))
+        return transcript_of(log_probs, kept, best_path(log_probs, kept[0].symbols), self.vocabulary, seconds)
 
     def close(self) -> None:
         self.first.close()

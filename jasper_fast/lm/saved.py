@@ -1,4 +1,4 @@
-"""A folder of log-probs, which `evaluate --save-log-probs` fills once, and which can then be decoded many times."""
+"""A folder of log-probs. `evaluate --save-log-probs` writes it; afterwards decoding can be tried without the model."""
 
 import json
 import os
@@ -16,8 +16,8 @@ _FORMAT = "jasper_fast log-probs 1"
 
 
 class Saved:
-    """Log-probs of utterances, (T', V) fp32, in DIR/000000.npy and so on. DIR/index.json has reference texts and
-    labels."""
+    """Log-probs of utterances, (T', V) fp32 each, in the files 000000.npy and so on of ``folder``. The file index.json
+    has the labels and the reference texts."""
 
     def __init__(self, folder: Path, vocabulary: Vocabulary, frame_seconds: float) -> None:
         self.folder, self.vocabulary, self.frame_seconds = folder, vocabulary, frame_seconds
@@ -38,13 +38,13 @@ class Saved:
         self.places.append(place)
 
     def finish(self, paths: Sequence[str], references: Sequence[str]) -> None:
-        """Writes the index. ``open`` refuses a folder without one."""
+        """Writes the index, without which ``open`` refuses the folder."""
         self.utterances = [
             {"file": f"{p:06}.npy", "audio_filepath": paths[p], "text": references[p]} for p in sorted(self.places)
         ]
-        index = {"format": _FORMAT, "labels": self.vocabulary.labels, "frame_seconds": self.frame_seconds}
-        text = json.dumps(index | {"utterances": self.utterances}, indent=1)
-        (self.folder / _INDEX).write_text(text, encoding="utf-8")
+        index = {"format": _FORMAT, "labels": self.vocabulary.labels, "frame_seconds": self.frame_seconds,
+                 "utterances": self.utterances}  # fmt: skip
+        (self.folder / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
     @classmethod
     def open(cls, folder: str | os.PathLike) -> Self:
@@ -71,6 +71,6 @@ class Saved:
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path}: cannot be read as log-probs ({error})") from None
         if found.ndim != 2 or found.shape[1] != self.vocabulary.n_classes or found.dtype != np.float32:
-            want = f"float32 (T, {self.vocabulary.n_classes})"
-            raise ValueError(f"{path}: expected {want}, got {found.dtype} {found.shape}")
+            raise ValueError(f"{path}: expected float32 (T, {self.vocabulary.n_classes}), got {found.dtype} "
+                             f"{found.shape}")  # fmt: skip
         return found

@@ -13,7 +13,7 @@ from jasper_fast.speech.decoding import Hypothesis, NotFinite, check_shapes
 from jasper_fast.speech.text import Vocabulary
 
 _MOST = 1 << 20  # the largest beam and n_best; a larger number is taken for a mistake
-NOTHING = Hypothesis("", -math.inf, -math.inf, ())  # the result for an utterance for which every text is impossible
+NOTHING = Hypothesis("", -math.inf, -math.inf, ())  # the result if every text is impossible
 
 
 def check(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> None:
@@ -52,17 +52,19 @@ def beam_search(
 ) -> list[list[Hypothesis]]:
     """Returns the ``n_best`` texts of each utterance, the best first, by CTC prefix search, which sums over CTC paths.
 
-    log_probs (N, T, V) of any float dtype, natural logarithms, the blank last; lengths (N,) in frames. ``score`` is log
-    p_CTC(text) + sum over its symbols of (alpha * log10 p_LM + beta) + alpha * log10 p_LM(end). As in the Jasper paper,
-    alpha multiplies a log10, so 2.3 gives both probabilities the same weight. Without ``lm`` alpha has no effect. With
-    a SpeltLM the sum is over words, and each word that the model does not list adds ``lm.unknown``. ``hot_words`` maps
-    a word to a natural logarithm that is added each time the word occurs: 5 makes it 148 times as likely.
+    log_probs (N, T, V): natural logarithms in any float dtype, with the blank last; lengths (N,): in frames. ``score``
+    is log p_CTC(text) + sum over its symbols of (alpha * log10 p_LM + beta) + alpha * log10 p_LM(end). As in the Jasper
+    paper, alpha multiplies a log10, so 2.3 gives both probabilities the same weight. Without ``lm`` alpha has no
+    effect. With a SpeltLM the sum is over words, and each word that the model does not list adds ``lm.unknown``.
+    ``hot_words`` maps a word to a natural logarithm that is added each time the word occurs: 5 makes it 148 times as
+    likely.
 
     ``backend``: "cpu" (C++, one thread per utterance), "triton" (on a GPU, up to beam 128 and 32 classes, without
-    words), "reference" (plain Python, the definition) or "auto". "auto" takes "triton" for log-probs on a GPU if it can
-    do the search and its results are right on that GPU. Otherwise log-probs are copied to the host for "cpu", or for
-    "reference" if the C++ library is not built. Raises ValueError for wrong shapes or settings, and NotFinite for NaN
-    in a valid frame. Equivalent to ``greedy_decode`` at beam 1 without lm, if one path has nearly all the probability.
+    words), "reference" (plain Python, the definition) or "auto". For log-probs on a GPU, "auto" takes "triton" if that
+    can do the search and gives the right results on this GPU. Otherwise log-probs are copied to the host for "cpu", or
+    for "reference" if the C++ library is not built. Raises ValueError for wrong shapes or settings, and NotFinite for
+    NaN in a valid frame. Equivalent to ``greedy_decode`` at beam 1 without ``lm``, if one path has nearly all the
+    probability.
     """
     check(log_probs, lengths, vocabulary)
     check_weights(beam, alpha, beta, n_best)
@@ -70,18 +72,16 @@ def beam_search(
         raise ValueError(f"{lm.path} was loaded for another vocabulary; load it with this one")
     n_best = min(n_best, beam)
     log_probs = log_probs.detach().float()
-    words = ngram = None
+    ngram = lm.ngram if isinstance(lm, SymbolLM) and alpha else None
     if isinstance(lm, SpeltLM):
         words, beta = lm.words(alpha, beta, hot_words), 0.0
     else:
-        ngram = lm.ngram if lm and alpha else None
         words = hot_words_alone(hot_words, vocabulary) if hot_words else None
     face = faces.choose(backend, log_probs, beam, ngram, words)
     if face.__name__.rpartition(".")[2] != "triton_impl":
         log_probs, lengths = log_probs.cpu(), lengths.cpu()
     found = face.search(log_probs, lengths, beam, n_best, ngram, float(alpha), float(beta), words)
-    found = [tensor.cpu() for tensor in found]
-    return [_hypotheses(*item, vocabulary) for item in zip(*found, strict=True)]
+    return [_hypotheses(*item, vocabulary) for item in zip(*(x.cpu() for x in found), strict=True)]
 
 
 def _hypotheses(symbols: Tensor, counts: Tensor, scores: Tensor, vocabulary: Vocabulary) -> list[Hypothesis]:

@@ -24,8 +24,8 @@ class SpeltLM:
 
     A word that is not in the lexicon (by default the words of the file) has the probability of <unk>. For each such
     word ``unknown``, a natural logarithm, is added to the score; with -inf the vocabulary is closed. Raises
-    LanguageModelError as ``word_lm`` does, and also for a KenLM binary, a file of more than 20 million n-grams, and an
-    open vocabulary without <unk>.
+    LanguageModelError as ``word_lm`` does. Raises it also for a KenLM binary, for a file of more than 20 million
+    n-grams, and for an open vocabulary if the file has no <unk>.
     """
 
     def __init__(
@@ -64,18 +64,17 @@ class SpeltLM:
         key = alpha, beta, tuple((hot_words or {}).items())
         if self._made is None or self._made[0] != key:
             hot = _hot(hot_words or {}, self.vocabulary)
-            of = self._classes
+            unknown = len(self._classes)
             # if words share a spelling, the first wins
-            spellings = {e.symbols: of.get(e.token, len(of)) for e in reversed(self.entries)}
+            spellings = {e.symbols: self._classes.get(e.token, unknown) for e in reversed(self.entries)}
             for e in hot:
                 if e.symbols not in spellings and not self._has_unknown:
                     raise LanguageModelError(f"hot word {e.token!r} is not in {self.path}, which has no <unk> either")
-                spellings.setdefault(e.symbols, len(self._classes))
+                spellings.setdefault(e.symbols, unknown)
             boosts = {e.symbols: boost for e, boost in hot.items()}
             extra = [beta + boosts.get(s, 0.0) for s in spellings] + [beta + self.unknown]
-            classes = [*spellings.values(), len(self._classes)]
-            made = _words([*spellings], classes, extra, boosts, alpha, self.ngram, self.vocabulary)
-            self._made = key, made
+            classes = [*spellings.values(), unknown]
+            self._made = key, _words([*spellings], classes, extra, boosts, alpha, self.ngram, self.vocabulary)
         return self._made[1]
 
 
@@ -83,8 +82,7 @@ def hot_words_alone(hot_words: Mapping[str, float], vocabulary: Vocabulary) -> W
     """Returns hot words for a search without a model of words. Raises ValueError for an unusable hot word."""
     if vocabulary.of_words or " " not in vocabulary.characters:
         raise ValueError("hot words need labels that are characters and include the space")
-    hot = _hot(hot_words, vocabulary)
-    boosts = {e.symbols: boost for e, boost in hot.items()}
+    boosts = {e.symbols: boost for e, boost in _hot(hot_words, vocabulary).items()}
     arcs = torch.zeros(2, dtype=torch.int32)
     none = Ngram(torch.tensor([0, 2]), torch.tensor([0, 1], dtype=torch.int32), arcs, arcs.float(), arcs[:1],
                  arcs[:1].float(), 0)  # fmt: skip
@@ -117,8 +115,8 @@ def _words(
     count = len(parents)
     word = np.full(count, -1, dtype=np.int32)
     word[node_of] = np.arange(len(spellings))
-    # ahead[node]: the best score, by 1-gram probability, of the words that can still be spelt from the node. Of a hot
-    # word's boost it includes the share that matches the share of the word's letters spelt so far.
+    # ahead[node]: the best score, by 1-gram probabilities, of the words whose spelling continues from this node. After
+    # half of the letters of a hot word, the word's score includes half of its boost, and so on.
     alone = alpha * ngram.arc_log10.numpy()[np.array(classes)].astype(np.float64) + np.array(extra)
     boosted = np.array([boosts.get(s, 0.0) for s in spellings])
     ahead = np.full(count + 1, alone[-1])
@@ -150,7 +148,7 @@ def _words(
 def _trie(
     spellings: Sequence[tuple[int, ...]],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[int, int]]]:
-    """Returns the node where each spelling ends, each node's parent and symbol, and the first and last node of each
+    """Returns the node where each spelling ends, each node's parent, each node's symbol, and the range of nodes of each
     depth. Nodes are sorted by depth, then by parent, then by symbol."""
     flat = np.array([c for s in spellings for c in s], dtype=np.int64)
     lengths = np.array([len(s) for s in spellings], dtype=np.int64)
@@ -159,8 +157,8 @@ def _trie(
     parents, symbols, levels, count = [np.zeros(1, np.int64)], [np.full(1, -1)], [], 1
     for depth in range(int(lengths.max(initial=0))):
         longer = np.flatnonzero(lengths > depth)
-        chosen = flat[starts[longer] + depth]
-        pairs, which = np.unique(np.stack([at[longer], chosen]), axis=1, return_inverse=True)
+        links = np.stack([at[longer], flat[starts[longer] + depth]])
+        pairs, which = np.unique(links, axis=1, return_inverse=True)
         parents.append(pairs[0])
         symbols.append(pairs[1])
         levels.append((count, count + pairs.shape[1]))

@@ -19,7 +19,7 @@ def tokens(vocabulary: Vocabulary) -> list[str]:
 
 
 def foreign(arpa: Arpa, vocabulary: Vocabulary) -> list[str]:
-    """Returns the words of the file that are no labels of the vocabulary; a model of symbols has none."""
+    """Returns the words of the file that are not labels of the vocabulary. In a model of symbols there are none."""
     return sorted(set(arpa.words()) - set(tokens(vocabulary)))
 
 
@@ -43,13 +43,13 @@ class SymbolLM:
 
 
 def automaton(arpa: Arpa, listed_tokens: Sequence[str]) -> Ngram:
-    """Returns the n-gram over classes: one class for each token, and a last one for the end of the text.
+    """Returns the n-gram over classes. Each token is a class, and the last class is the end of the text.
 
     A token that the file does not list gets the n-grams of <unk>. Raises LanguageModelError if the file is broken, or
     lacks <s> or </s>.
     """
-    # A context is stored as a string with one character per word: chr(i), where i is the word's class, `begin` for
-    # <s> or `unknown` for <unk>.
+    # A context is stored as a string with one character per word. A word of class i is chr(i); <s> is chr(begin), and
+    # <unk> is chr(unknown).
     end = len(listed_tokens)
     begin, unknown = end + 1, end + 2
     number = {token: i for i, token in enumerate(listed_tokens)}

@@ -1,7 +1,7 @@
 """Trains n-grams with interpolated modified Kneser-Ney smoothing in bounded memory.
 
-The formulas are in csrc/cpu/ngram_train.cpp. This is our own code because no library with wheels fits. KenLM's wheels
-lack `lmplz`. Libraries in Python stop at order 5 or have no modified Kneser-Ney, and take minutes for a million words.
+The formulas are in csrc/cpu/ngram_train.cpp. This is our own code because no library with wheels fits: KenLM's wheels
+lack `lmplz`, and the Python packages stop at order 5, lack modified Kneser-Ney or take minutes for a million words.
 """
 
 import contextlib
@@ -38,7 +38,8 @@ class Order:
 
 @dataclass(frozen=True)
 class Trained:
-    """Describes what ``train`` made: the text's sentences and words, the size of the vocabulary, and each order."""
+    """What ``train`` returns: the numbers of sentences and words of the text, the size of the vocabulary, and the
+    statistics of each order."""
 
     sentences: int
     words: int
@@ -47,8 +48,6 @@ class Trained:
 
 
 class _Trainer:
-    """The C++ trainer."""
-
     def __init__(self, order: int, folder: str, memory: int, prune: Sequence[int]) -> None:
         self._library = native.cpu_functions()
         self._library.jf_ngram_new.restype = ctypes.c_void_p
@@ -61,10 +60,11 @@ class _Trainer:
         if getattr(self._library, f"jf_ngram_{name}")(self._handle, *arguments):
             raise OSError(self._library.jf_ngram_error(self._handle).decode(errors="replace"))
 
-    def statistics(self, n: int) -> list[float]:
+    def statistics(self, n: int) -> Order:
         found = (ctypes.c_double * 8)()
         self._library.jf_ngram_statistics(self._handle, n, found)
-        return list(found)
+        *_, d1, d2, d3, kept = found
+        return Order(int(kept) + 2 * (n == 1), (abs(d1), abs(d2), abs(d3)), d1 < 0)
 
     def close(self) -> None:
         self._library.jf_ngram_delete(self._handle)
@@ -117,21 +117,15 @@ def train(
         names = [b"<unk>", b"<s>", b"</s>", *(token(word).encode() for word in numbers)]
         blob, offsets = b"".join(names), np.cumsum([0, *map(len, names)], dtype=np.int64)
         temporary = out.with_name(f".{out.name}.tmp")
-        # The trainer keeps pointers to `blob` and `offsets` and reads them until "end_file".
-        pointer = offsets.ctypes.data_as(ctypes.c_void_p)
-        trainer.call("begin_file", os.fsencode(temporary), ctypes.c_char_p(blob), pointer)
+        # The trainer keeps pointers to `blob` and `offsets`, and reads from them until "end_file".
+        trainer.call("begin_file", os.fsencode(temporary), ctypes.c_char_p(blob), ctypes.c_void_p(offsets.ctypes.data))
         for n in range(1, order + 1):
             progress("writing", (order + n) / (2 * order + 1))
             trainer.call("step", order + n)
         trainer.call("end_file")
         os.replace(temporary, out)
         progress("writing", 1.0)
-        return Trained(sentences, words, len(names), tuple(_order(trainer, n) for n in range(1, order + 1)))
-
-
-def _order(trainer: _Trainer, n: int) -> Order:
-    *_, d1, d2, d3, kept = trainer.statistics(n)
-    return Order(int(kept) + 2 * (n == 1), (abs(d1), abs(d2), abs(d3)), d1 < 0)
+        return Trained(sentences, words, len(names), tuple(map(trainer.statistics, range(1, order + 1))))
 
 
 def _feed(trainer: _Trainer, texts: Sequence[TextFile], progress: Progress) -> tuple[dict[str, int], int, int]:

@@ -1,4 +1,4 @@
-"""Tries weights of a language model on saved log-probs, to find those with the fewest errors."""
+"""Tries weights of a language model on saved log-probs, and finds those with the fewest word errors."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from jasper_fast.speech.metrics import Errors, word_errors
 
 @dataclass(frozen=True)
 class Trial:
-    """Weights and their word errors. ``rescore`` is the weight of a second pass, 0 without one."""
+    """Weights and the word errors with them. ``rescore``: the weight of a second pass, or 0 without a second pass."""
 
     alpha: float
     beta: float
@@ -34,15 +34,15 @@ def trials(
     processes: int | None = None,
     second: tuple[Scorer, Sequence[float]] | None = None,
 ) -> Iterator[Trial]:
-    """Decodes the utterances with each pair (alpha, beta) and counts word errors. A ``second`` pass (scorer, weights)
-    rescores their N-best lists with each weight. Raises LanguageModelError and ValueError as the decoders do."""
+    """Decodes the utterances with each pair (alpha, beta) of ``grid`` and counts word errors. ``second``: a scorer and
+    weights; the N-best lists are then rescored with each of these weights. Raises LanguageModelError and ValueError as
+    the decoders do."""
     for weights in grid:
         check_weights(beam, *weights, 1)
     arrays = _log_probs(saved)
     references = [u["text"] for u in saved.utterances]
-    settings = {"beam": beam, "processes": processes, "n_best": LISTED if second else 1}
     loaded = load_lm(lm, saved.vocabulary, lexicon) if lm is not None else None
-    search = decoder(saved.vocabulary, loaded, **settings)
+    search = decoder(saved.vocabulary, loaded, beam=beam, processes=processes, n_best=LISTED if second else 1)
     scorer, seconds = (remembering(second[0]), second[1]) if second else (None, (0.0,))
     try:
         for search.weights in grid:

@@ -1,4 +1,4 @@
-"""The small YAML file that `lm tune` writes and `--lm` reads: which model to use, and with which weights."""
+"""The YAML file that `lm tune` writes and `--lm` reads. It names a language model and the weights to use with it."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,8 @@ def is_settings(path: str | os.PathLike) -> bool:
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
-    """Returns the settings, with paths resolved from the file's folder. Raises LanguageModelError naming the fault."""
+    """Returns the settings. Relative paths start from the file's folder. Raises LanguageModelError if the file is
+    broken."""
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -1,6 +1,6 @@
 """Beam search with a word n-gram and a lexicon, by flashlight-text with KenLM (extra `lm`).
 
-Torch is not imported here, because processes that only search import this module first.
+Torch is not imported here, so that the processes that only search start fast.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ from jasper_fast.extras import need
 from jasper_fast.lm.arpa import SPECIAL, Arpa, LanguageModelError, begins_with
 from jasper_fast.speech.text import Vocabulary
 
-_TOKENS = 40  # only this many of a frame's likeliest symbols may extend a hypothesis, as in the paper's decoder
+_TOKENS = 40  # only the 40 likeliest symbols of a frame may extend a hypothesis, as in the paper's decoder
 _THRESHOLD = 50.0  # a hypothesis is dropped if its score is more than this below the best one
 _NEVER = -1e30  # used in place of -inf, because sums of it stay finite
 _KENLM = b"mmap lm http://kheafield.com/code"  # the first bytes of a KenLM binary
@@ -27,7 +27,7 @@ _LONGEST = 512  # symbols that a word may have
 
 @dataclass(frozen=True)
 class Entry:
-    """A word of a lexicon: its form in the language model, its form in a text, and its symbols as classes."""
+    """A word of a lexicon: as the language model writes it, as a transcript writes it, and its symbols as classes."""
 
     token: str
     text: str
@@ -45,7 +45,7 @@ class WordLM:
 
 
 class Found(NamedTuple):
-    """A text that a search found, its score and log p_CTC, both natural logarithms, and its symbols as classes."""
+    """A text that a search found, its score and log p_CTC (natural logarithms), and its symbols as classes."""
 
     text: str
     score: float
@@ -68,10 +68,10 @@ def is_binary(path: str | os.PathLike) -> bool:
 def word_lm(path: str | os.PathLike, vocabulary: Vocabulary, lexicon: str | os.PathLike | None = None) -> WordLM:
     """Loads a word language model for a vocabulary of characters with a space.
 
-    ``lexicon``: a text file with one word per line, alone or followed by its symbols, separated by spaces. Without a
-    lexicon, the words are those of the ARPA file. A word in capitals is spelt in small letters if the labels have only
-    small ones. Raises LanguageModelError for a file that is missing, empty or broken, for a KenLM binary without a
-    lexicon (its words cannot be listed), and if no word can be spelt.
+    ``lexicon``: a text file with one word per line, which may be followed by the word's symbols, all separated by
+    spaces. Without a lexicon, the words are those of the ARPA file. A word in capitals is spelt in small letters if the
+    labels have only small letters. Raises LanguageModelError for a file that is missing, empty or broken, for a KenLM
+    binary without a lexicon (because its words cannot be listed), and if no word can be spelt.
     """
     if vocabulary.of_words or " " not in vocabulary.characters:
         raise LanguageModelError("a word language model needs labels that are characters and include the space")
@@ -85,8 +85,7 @@ def word_lm(path: str | os.PathLike, vocabulary: Vocabulary, lexicon: str | os.P
     entries = tuple(dict.fromkeys(made for _, made in spelt if made))
     if not entries:
         raise LanguageModelError(f"{lexicon or path}: none of its words can be spelt with the labels of the model")
-    left_out = tuple(word for word, made in spelt if made is None)
-    return WordLM(str(path), entries, tuple(vocabulary.labels), left_out)
+    return WordLM(str(path), entries, tuple(vocabulary.labels), tuple(word for word, made in spelt if made is None))
 
 
 def _lexicon(path: str | os.PathLike) -> list[tuple[str, list[str] | None]]:
@@ -101,7 +100,7 @@ def _lexicon(path: str | os.PathLike) -> list[tuple[str, list[str] | None]]:
 
 
 def entry(word: str, spelling: list[str] | None, vocabulary: Vocabulary) -> Entry | None:
-    """Returns the word spelt with the labels, in lower or upper case if necessary; None if they cannot spell it."""
+    """Spells a word with the labels, in lower or upper case if necessary. Returns None if they cannot spell it."""
     text = unicodedata.normalize("NFC", word if spelling is None else "".join(spelling))
     for form in (text, text.lower(), text.upper()):
         if 0 < len(form) <= _LONGEST and " " not in form and set(form) <= vocabulary.characters:
@@ -110,7 +109,7 @@ def entry(word: str, spelling: list[str] | None, vocabulary: Vocabulary) -> Entr
 
 
 class WordSearch:
-    """flashlight's lexicon decoder over a WordLM. It sums the probabilities of paths; alpha multiplies log10 p.
+    """flashlight's lexicon decoder for a WordLM. It sums the probabilities of CTC paths; alpha multiplies log10 p.
 
     Raises LanguageModelError if KenLM cannot read the model, and MissingExtra if the packages of the extra `lm` are not
     installed.
@@ -126,7 +125,7 @@ class WordSearch:
         kenlm = need("flashlight.lib.text.decoder.kenlm", "lm")
         self.n_best, self._beam = n_best, beam
         self.entries, self._labels, self._space = lm.entries, lm.labels, lm.labels.index(" ")
-        text_of = {entry.token: entry.text for entry in reversed(lm.entries)}  # of several spellings the first wins
+        text_of = {entry.token: entry.text for entry in reversed(lm.entries)}  # the first spelling of a word wins
         dictionary = need("flashlight.lib.text.dictionary", "lm").Dictionary([*text_of, "<unk>"])
         self._unknown = dictionary.get_index("<unk>")
         self._texts = {dictionary.get_index(token): text for token, text in text_of.items()}
@@ -158,8 +157,9 @@ class WordSearch:
             log_add=True,
             criterion_type=decoder.CriterionType.CTC,
         )
-        places = self._space, len(self._labels), self._unknown
-        self._decoder = decoder.LexiconDecoder(options, self._trie, self._model, *places, [], False)
+        self._decoder = decoder.LexiconDecoder(
+            options, self._trie, self._model, self._space, len(self._labels), self._unknown, [], False
+        )
 
     def __call__(self, log_probs: np.ndarray) -> list[Found]:
         """Returns the best texts of log-probs (T, V), fp32, the best first; an empty list if no words fit."""

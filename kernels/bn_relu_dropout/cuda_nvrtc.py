@@ -14,7 +14,8 @@ from jasper_fast.kernels.nvrtc import BOOL, TYPES, Kernels, device_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 THREADS, MERGE_CHANNELS = 256, 32
-ROWS, BACKWARD_ROWS = 4, 2  # rows that a thread has in flight: in forward kernels, in backward kernels
+# rows that a thread loads before it waits for them: in statistics and forward kernels, and in backward kernels
+ROWS, BACKWARD_ROWS = 4, 2
 _ACTIVATIONS = ("y", "residual", "z", "dz", "out", "dres")
 _CHANNELS = ("mean", "rstd", "gamma", "beta", "mean_g", "mean_gy")
 _PLAN = ("tx", "columns", "parts", "part_rows", "tiles", "tile_rows")
@@ -32,11 +33,12 @@ class Args(ctypes.Structure):
 
 
 def cut(a: Args, width: int, rows: int, sms: int) -> None:
-    """Sets the shape and the numbers of CTAs in `a`; a thread has `rows` rows of `width` channels in flight."""
+    """Sets the fields _PLAN of `a`: how the CTAs divide the work on a GPU with `sms` multiprocessors.
+
+    A thread loads `rows` rows of `width` channels before it waits for them.
+    """
     vectors = -(-max(1, a.c) // width)
-    tx = next((tx for tx in (32, 16, 8) if vectors % tx == 0), 0)
-    if tx == 0:
-        tx = min(32, 1 << (vectors - 1).bit_length())
+    tx = next((tx for tx in (32, 16, 8) if vectors % tx == 0), min(32, 1 << (vectors - 1).bit_length()))
     columns, step, m = -(-vectors // tx), THREADS // tx * rows, a.n * a.t
     part_rows = -(-m // -(-4 * sms // columns))
     a.tx, a.columns, a.part_rows = tx, columns, -(-part_rows // step) * step
@@ -53,8 +55,7 @@ class Compiled:
         self._kernels = Kernels("bn_relu_dropout.cuh", nvrtc, driver)
 
     def bn_stats(self, y: Tensor, mean: Tensor, m2: Tensor) -> None:
-        a = _args(y, {})
-        self._reduce(y, a, "stats_kernel", "", ROWS, mean, m2)
+        self._reduce(y, _args(y, {}), "stats_kernel", "", ROWS, mean, m2)
 
     def bn_forward(self, y, mean, rstd, gamma, beta, residual, lengths, seed, p, z) -> None:
         names = {"residual": residual, "out": z, "mean": mean, "rstd": rstd, "gamma": gamma, "beta": beta}
@@ -80,8 +81,7 @@ class Compiled:
     def _reduce(self, y, a, kernel, flags, rows, first, second) -> None:
         for name, x in (("first", first), ("second", second)):
             _channels(name, x, y)
-        width = _width(y, a)
-        cut(a, width, rows, _sms(y))
+        width = _planned(y, a, rows)
         partials = torch.empty((a.parts, 2, a.c), dtype=torch.float32, device=y.device)
         a.partials = partials.data_ptr()
         self._launch(y, kernel, f"{width}{', ' if flags else ''}{flags}", a.parts * a.columns, a)
@@ -89,8 +89,7 @@ class Compiled:
         self._launch(y, "merge_kernel", BOOL[kernel == "stats_kernel"], -(-a.c // MERGE_CHANNELS), a, *results)
 
     def _elementwise(self, y, a, kernel, flags, rows) -> None:
-        width = _width(y, a)
-        cut(a, width, rows, _sms(y))
+        width = _planned(y, a, rows)
         self._launch(y, kernel, f"{width}, {flags}", a.n * a.tiles * a.columns, a)
 
     def _launch(self, y, kernel, flags, grid, *arguments) -> None:
@@ -101,19 +100,20 @@ class Compiled:
             self._kernels.launch(name, grid, THREADS, 0, stream, *arguments)
 
 
-def _sms(y: Tensor) -> int:
-    return torch.cuda.get_device_properties(y.device).multi_processor_count
-
-
 def _gate(z: Tensor | None, seed: Tensor | None) -> str:
     return "jf::bn::Gate::" + ("z" if z is not None else "sign" if seed is None else "sign_dropout")
 
 
-def _width(y: Tensor, a: Args) -> int:
-    """Returns the channels per thread: as many as fill 16 bytes if all rows and pointers are so aligned, else one."""
+def _planned(y: Tensor, a: Args, rows: int) -> int:
+    """Divides the work of `a` by `cut`. Returns the channels that a thread loads together.
+
+    These fill 16 bytes if all rows and pointers are aligned to 16 bytes. Otherwise a thread loads one channel.
+    """
     width = 16 // y.element_size()
-    aligned = all((getattr(a, name) or 0) % 16 == 0 for name in (*_ACTIVATIONS, *_CHANNELS))
-    return width if a.c % width == 0 and aligned else 1
+    if a.c % width or any((getattr(a, name) or 0) % 16 for name in (*_ACTIVATIONS, *_CHANNELS)):
+        width = 1
+    cut(a, width, rows, torch.cuda.get_device_properties(y.device).multi_processor_count)
+    return width
 
 
 def _args(

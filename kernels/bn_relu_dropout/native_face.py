@@ -14,7 +14,7 @@ from jasper_fast.kernels.operands import Mask, Norm
 
 
 class NativeFace:
-    """A face that calls the ops of `ops()`, and `ops` at every use, because loading a library may fail or take long."""
+    """A face that calls the ops of `ops()`. `ops` is called only at use, because loading a library may fail."""
 
     def __init__(self, ops: Callable[[], Any]) -> None:
         self._ops = ops

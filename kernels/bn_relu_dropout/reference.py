@@ -1,8 +1,7 @@
 """The definition of bn_relu_dropout in plain PyTorch, for any device, fp64 included.
 
 N batch, C channels, T frames, M = N*T rows. 16-bit inputs are converted to fp32 first. A NaN passes the ReLU and its
-gradient, as in PyTorch. A dropped or masked element is replaced by zero, not multiplied by zero, so a NaN there does
-not survive.
+gradient, as in PyTorch. Dropped elements and padding become 0 even if they are NaN.
 """
 
 import torch
@@ -29,10 +28,7 @@ def forward(y: Tensor, norm: Norm, residual: Tensor | None, mask: Mask) -> Tenso
     if residual is not None:
         pre = pre + _wide(residual)
     z = torch.relu(pre) * _scale(mask.p)
-    alive = _alive(y, mask)
-    if alive is not None:
-        z = z.where(alive, 0.0)
-    return ntc(z.to(y.dtype))
+    return ntc(z.where(_alive(y, mask), 0.0).to(y.dtype))
 
 
 def backward_reduce(dz: Tensor, y: Tensor, z: Tensor | None, norm: Norm, mask: Mask) -> tuple[Tensor, Tensor]:
@@ -58,9 +54,10 @@ def backward_apply(
 ) -> tuple[Tensor, Tensor | None]:
     """Returns dy = gamma*rstd*(g - mean_g - yhat*mean_gy), and dres = g with a residual, else None.
 
-    Both have NTC memory and the dtype of y. means: mean_g = dbeta/M and mean_gy = dgamma/M, (C,) each; None with
-    evaluation statistics, where dy = gamma*rstd*g. halo: rows of y at t >= length + halo are zero, because y is a conv
-    of an input whose padding is zero, so a face need not read them. With halo None, the padding of y may hold anything.
+    Both have NTC memory and the dtype of y. means: mean_g = dbeta/M and mean_gy = dgamma/M, (C,) each. With evaluation
+    statistics it is None, and dy = gamma*rstd*g. halo: a promise that y is zero at t >= length + halo, so that a face
+    need not read it there. This is true if y is the output of a conv and the padding of the conv's input is zero. With
+    halo None, the padding of y may hold anything.
     """
     if halo is not None and mask.lengths is not None:
         y = y.masked_fill(padding(mask.lengths + halo, y.shape[2]), 0.0)
@@ -91,20 +88,20 @@ def _pre(y: Tensor, norm: Norm) -> Tensor:
     return (_wide(y) - norm.mean[:, None]) * (norm.gamma * norm.rstd)[:, None] + norm.beta[:, None]
 
 
-def _alive(y: Tensor, mask: Mask) -> Tensor | None:
-    """Returns bool, broadcastable to (N, C, T): True where an element is neither padding nor dropped; None: all are."""
-    alive = None if mask.lengths is None else ~padding(mask.lengths, y.shape[2])
+def _alive(y: Tensor, mask: Mask) -> Tensor:
+    """Returns bool, broadcastable to (N, C, T): True for elements that are neither padding nor dropped."""
+    alive = y.new_ones((), dtype=torch.bool)
+    if mask.lengths is not None:
+        alive = ~padding(mask.lengths, y.shape[2])
     if mask.p > 0:
-        keep = philox.keep_mask(*y.shape, mask.p, mask.seed, y.device)
-        alive = keep if alive is None else keep & alive
+        alive = alive & philox.keep_mask(*y.shape, mask.p, mask.seed, y.device)
     return alive
 
 
 def _open(y: Tensor, z: Tensor | None, norm: Norm, mask: Mask) -> Tensor:
     """Returns bool (N, C, T): True for elements through which the gradient flows."""
-    if z is not None:  # z is 0 where the ReLU or dropout made it 0; padding follows from the lengths, not from z
+    if z is not None:  # includes the dropout mask: a dropped element of z is 0
         passed, mask = ~(z <= 0), Mask(mask.lengths)
     else:
         passed = ~(_pre(y, norm) <= 0)
-    alive = _alive(y, mask)
-    return passed if alive is None else passed & alive
+    return passed & _alive(y, mask)

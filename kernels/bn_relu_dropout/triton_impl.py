@@ -1,15 +1,15 @@
 """bn_relu_dropout in Triton (NVIDIA sm_80 and later; on a CPU through Triton's interpreter).
 
     forward          z = relu((y - mean)*a + beta [+ residual])/(1-p) where t < length and kept, else 0
-    backward_reduce  dbeta = sum g, dgamma = sum g*yhat;  g = dz/(1-p) where the ReLU was open too, else 0
+    backward_reduce  dbeta = sum g, dgamma = sum g*yhat;  g = dz/(1-p) where z was not set to 0, else 0
     backward_apply   dy = a*(g - mean_g - yhat*mean_gy), dres = g;  a = gamma*rstd
 
 An activation is a matrix of M = N*T rows (frames) by C channels. A pointwise program owns one tile of BLOCK_M rows by
 BLOCK_C channels. Per element, forward reads 1 value (2 with a residual) and writes 1; backward_apply reads 2 (3) and
 writes 1 (2). A reducing program owns a chunk of rows by BLOCK_C channels and writes one partial result per channel; a
 second kernel merges the partial results in a fixed order. Per element, stats reads 1 value and backward_reduce 2 (3
-with z). Padding is read only by stats and by backward_apply with batch statistics, which count it as reference.py
-does. With `halo`, backward_apply reads nothing beyond length + halo: y is zero there and dy is one constant row.
+with z). Only stats, and backward_apply with batch statistics, read padding, because these statistics include it. With
+`halo`, backward_apply does not read y at t >= length + halo: y is zero there, so all those rows of dy are equal.
 """
 
 import torch
@@ -23,13 +23,15 @@ from jasper_fast.kernels.operands import Mask, Norm
 from jasper_fast.kernels.triton_dropout import keep
 
 TILE_BYTES = 8192  # bytes of a pointwise tile: 64 per thread and input, so each thread has four 16-byte loads in flight
-LANES = 2048  # elements of a reducing tile: 16 per thread, each with two fp32 accumulators
-MIN_ROWS = 128  # minimum rows of a reducing program: its partial results then have a few percent of the data's bytes
-MAX_PARTIALS = 256  # maximum number of partial results per channel, because the merge kernel holds them all at once
+LANES = 2048  # elements of a reducing tile: 16 per thread; each element has two fp32 accumulators
+MIN_ROWS = 128  # minimum rows of a reducing program; partial results then add only a few percent to the bytes moved
+MAX_PARTIALS = 256  # most partial results per channel; a program of the merge kernel loads all of them together
 MERGE_C = 16  # channels per program of the merge kernel
 NUM_WARPS = 4
-APPLY_LANES, APPLY_WARPS = 2048, 8  # backward_apply holds three tiles at once; other sizes spill registers on some GPUs
-_SLICES = ("lengths_ptr", "seed_ptr")  # slices of one int64 tensor: half are not 16-byte aligned, so do not specialize
+APPLY_LANES, APPLY_WARPS = 2048, 8  # for backward_apply, which holds three tiles; other sizes spill on some GPUs
+# Lengths and seeds are slices of int64 tensors, so only half of them are aligned to 16 bytes. Specialising kernels on
+# the alignment would compile each one twice.
+_SLICES = ("lengths_ptr", "seed_ptr")
 
 
 # ---- what all kernels share: N batch, T frames, C channels, C = c_groups * VEC ----
@@ -39,8 +41,8 @@ _SLICES = ("lengths_ptr", "seed_ptr")  # slices of one int64 tensor: half are no
 def _places(m0, rows, frames, BLOCK_M: tl.constexpr):
     """Returns utterance n and frame t of each of the BLOCK_M rows from m0 on.
 
-    Both are unsigned integers, of 32 bits if `rows` has 32. A 64-bit division is a call of 80 instructions, and
-    a signed division costs more than an unsigned one.
+    Both are unsigned integers, with 32 bits if `rows` has 32. A 64-bit division takes 80 instructions, and a signed
+    division costs more than an unsigned one.
     """
     UNSIGNED: tl.constexpr = tl.uint32 if rows.dtype == tl.int32 else tl.uint64
     m0, frames = m0.to(UNSIGNED), tl.cast(frames, UNSIGNED)
@@ -80,7 +82,7 @@ def _stats_kernel(
     y_ptr, mean_ptr, m2_ptr, rows, chunk, c_groups,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Writes partial result g: each lane runs Welford's algorithm over its rows of chunk g, then lanes are merged."""
+    """Writes the partial result of chunk g. Each lane runs Welford's algorithm over its rows; then lanes are merged."""
     C = c_groups * VEC
     c_blocks = tl.cdiv(C, BLOCK_C)
     g = (tl.program_id(0) // c_blocks).to(tl.int64)
@@ -117,7 +119,7 @@ def _stats_merge_kernel(
     part_mean_ptr, part_m2_ptr, mean_ptr, m2_ptr, rows, chunk, partials, C,
     BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Merges all partial results of BLOCK_C channels at once (Chan's formula)."""
+    """Merges the partial results of BLOCK_C channels (Chan's formula)."""
     offs_g, offs_c = tl.arange(0, BLOCK_G), tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     mask = (offs_g < partials)[:, None] & mask_c[None, :]
@@ -409,7 +411,7 @@ def _chunks(rows: int) -> tuple[int, int]:
 def _blocks(c: int, elements: int) -> tuple[int, int, int]:
     """Returns BLOCK_M and BLOCK_C, the tile, and VEC, the largest of 8, 4 and 1 that divides C.
 
-    VEC tells the compiler the alignment.
+    As C is computed as c_groups * VEC in the kernels, the compiler knows that rows are aligned to VEC elements.
     """
     block_c = min(128, max(16, triton.next_power_of_2(c)))
     return elements // block_c, block_c, next(v for v in (8, 4, 1) if c % v == 0)

@@ -4,7 +4,7 @@ log_probs (N, T, V), targets (N, U), lengths and target_lengths (N,). U labels h
 comes before label l[u], and b[U] after the last label. Before the first frame b[0] = 0 and all other states are -inf.
 Each frame then updates the states. With e the log-probability of a state's symbol in the frame and lse the logsumexp:
 
-    b[u] = e + lse(b[u], l[u-1])     l[u] = e + lse(l[u], b[u], l[u-1] where the label differs from the one before)
+    b[u] = e + lse(b[u], l[u-1])     l[u] = e + lse(l[u], b[u], l[u-1] if label u differs from label u-1)
     loss = -lse(b[U], l[U-1])
 
 The backward variables are computed in the same way from the last frame to the first. The posterior of a state is

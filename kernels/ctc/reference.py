@@ -13,7 +13,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns the loss of each utterance (N,), infinite if its target does not fit, and the forward variables.
 
-    These are kept for `backward`: (N, T, 2, W) with W > U, for the blanks and the labels in every frame.
+    The forward variables, (N, T, 2, W) with W > U, are those of the blanks and of the labels in every frame.
     """
     n, t, _ = log_probs.shape
     labels, differs, _ = _states(targets, target_lengths)
@@ -66,9 +66,9 @@ def backward(
 
 
 def _states(targets: Tensor, target_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns three (N, U + 1) tensors: the labels, -1 where there is none, and two masks.
+    """Returns three (N, U + 1) tensors: the labels (-1 beyond the last), and two masks.
 
-    The masks say which labels differ from the label before, and which blanks exist.
+    The first mask is true for labels that differ from the label before, the second for blanks that exist.
     """
     at = torch.arange(targets.shape[1] + 1, device=targets.device)
     labels = torch.where(at < target_lengths[:, None], F.pad(targets, (0, 1)), -1)
@@ -78,8 +78,7 @@ def _states(targets: Tensor, target_lengths: Tensor) -> tuple[Tensor, Tensor, Te
 
 def _emissions(row: Tensor, labels: Tensor, blank: int) -> tuple[Tensor, Tensor]:
     """Returns the log-probabilities of the blank (N, 1) and of the labels (N, U + 1) in one frame `row` (N, V)."""
-    of_labels = row.gather(1, labels.clamp(min=0))
-    return row[:, blank, None], torch.where(labels >= 0, of_labels, -math.inf)
+    return row[:, blank, None], torch.where(labels >= 0, row.gather(1, labels.clamp(min=0)), -math.inf)
 
 
 def _lse(*xs: Tensor) -> Tensor:

@@ -5,8 +5,8 @@
     gradient   one program per tile of frames and symbols: adds posteriors of equal labels (a product with a 0/1 matrix)
 
 The states of a frame depend on the frame before, so latency limits the first two kernels. They therefore keep the
-states in registers, get the neighbouring state by one exchange between threads, and load the next frame ahead. Sums are
-made in a fixed order, so runs are bit-identical.
+states in registers, get the state of the neighbouring label by one exchange between threads, and load each frame while
+they compute the one before. Sums are made in a fixed order, so runs are bit-identical.
 """
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from jasper_fast.kernels import launch
 
 FRAMES, STATES, SYMBOLS = 16, 32, 32  # tile of the gradient kernel
-EACH = 2  # a thread holds this many blanks and as many labels; more if the labels need more than 8 warps
+EACH = 2  # blanks per thread, and also labels per thread; more than 2 of each if these would need more than 8 warps
 NONE = tl.constexpr(float("-inf"))
 
 
@@ -41,7 +41,7 @@ def _lse3(a, b, c):
 def _utterance(lengths_ptr, targets_ptr, target_lengths_ptr, n, T, U, V, BLOCK_U: tl.constexpr):
     """Returns, for utterance n: the numbers of frames and labels, the labels, and two masks.
 
-    The masks say which labels exist, and which differ from the label before.
+    The first mask is true for labels that exist, the second for those that differ from the label before.
     """
     length = tl.minimum(tl.load(lengths_ptr + n), T).to(tl.int32)
     count = tl.minimum(tl.load(target_lengths_ptr + n), U).to(tl.int32)
@@ -159,10 +159,9 @@ def forward(
     u = targets.shape[1]
     w = triton.cdiv(u + 1, 4) * 4
     losses, alpha = log_probs.new_empty(n), log_probs.new_empty(n, t, 2, w)
-    sizes = (t, u, v, w, log_probs.stride(0), log_probs.stride(1), blank)
     launch.run(
-        _ctc_alpha_kernel, (n,), log_probs, log_probs, lengths, targets, target_lengths, losses, alpha, *sizes,
-        **_states(u),
+        _ctc_alpha_kernel, (n,), log_probs, log_probs, lengths, targets, target_lengths, losses, alpha,
+        t, u, v, w, log_probs.stride(0), log_probs.stride(1), blank, **_states(u),
     )  # fmt: skip
     return losses, alpha
 
@@ -185,15 +184,15 @@ def backward(
     given = lengths, targets, target_lengths, losses
     posterior, dx = torch.empty_like(alpha), log_probs.new_empty(n, t, v)
     launch.run(_ctc_posterior_kernel, (n,), log_probs, log_probs, *given, alpha, posterior, *sizes, **_states(u))
-    grid = n, triton.cdiv(t, FRAMES), triton.cdiv(v, SYMBOLS)
     launch.run(
-        _ctc_gradient_kernel, grid, log_probs, log_probs, *given, dlosses.contiguous(), posterior, dx, *sizes,
-        int(zero_infinity), PRECISION="ieee", BLOCK_T=FRAMES, BLOCK_U=STATES, BLOCK_V=SYMBOLS, num_warps=4,
+        _ctc_gradient_kernel, (n, triton.cdiv(t, FRAMES), triton.cdiv(v, SYMBOLS)), log_probs,
+        log_probs, *given, dlosses.contiguous(), posterior, dx, *sizes, int(zero_infinity), PRECISION="ieee",
+        BLOCK_T=FRAMES, BLOCK_U=STATES, BLOCK_V=SYMBOLS, num_warps=4,
     )  # fmt: skip
     return dx
 
 
 def _states(u: int) -> dict[str, int]:
-    """Returns a block size with room for U + 1 blanks, and so for U labels, and the number of warps that hold them."""
+    """Returns a block size with room for U + 1 blanks (and so for U labels), and the number of warps of the block."""
     block = triton.next_power_of_2(max(u + 1, 32 * EACH))
     return {"BLOCK_U": block, "num_warps": min(8, block // (32 * EACH))}

@@ -1,4 +1,4 @@
-"""The CPU face of NovoGrad: threaded C++ kernels (csrc/cpu) in fp32 that pick their vector instructions at run time.
+"""The CPU face of NovoGrad in fp32: threaded C++ kernels (csrc/cpu) that pick their vector instructions at run time.
 
 Sums of squares are fp64 and merged in a fixed order, so results are bit-identical for any number of threads.
 """

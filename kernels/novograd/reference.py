@@ -22,7 +22,7 @@ def step(
 ) -> Tensor:
     """Makes one step in place. Returns (2,): the norm of all unscaled gradients before clipping, and 1 if skipped.
 
-    The host never waits for a GPU. held: a dict that the caller keeps between steps. Other faces store things in it.
+    The host never waits for a GPU. held: not used.
     """
     grads = tensors.grads
     wide = functools.reduce(torch.promote_types, (g.dtype for g in grads), torch.float32)
@@ -49,7 +49,7 @@ def step(
 
 
 def _update(tensors: Tensors, s: Settings, squares: Tensor, scale: Tensor, bad: Tensor | None) -> None:
-    """Updates the parameters of one group. bad: None, or on a GPU a tensor that says whether to skip the update."""
+    """Updates the parameters of one group. bad: a tensor that is true if the update is to be skipped, or None."""
     grads, params, exp_avgs, exp_avg_sqs, *_ = tensors
     old = torch.stack([v.reshape(()) for v in exp_avg_sqs]).to(squares)
     new = torch.where((old == 0) | (s.beta2 == 0), squares, s.beta2 * old + s.rest2 * squares)
@@ -62,8 +62,7 @@ def _update(tensors: Tensors, s: Settings, squares: Tensor, scale: Tensor, bad: 
         beta1, decay, lr = 1 - keep * (1 - beta1), keep * decay, keep * lr
     torch._foreach_copy_(exp_avg_sqs, [x.view_as(v) for x, v in zip(new.unbind(), exp_avg_sqs, strict=True)])
     torch._foreach_mul_(exp_avgs, beta1)
-    each = [x.to(m.dtype) for x, m in zip(factors.unbind(), exp_avgs, strict=True)]
-    torch._foreach_addcmul_(exp_avgs, grads, each)
+    torch._foreach_addcmul_(exp_avgs, grads, [x.to(m.dtype) for x, m in zip(factors.unbind(), exp_avgs, strict=True)])
     if not isinstance(decay, float) or decay:
         _add(exp_avgs, params, decay)
     _add(params, exp_avgs, -lr)

@@ -1,8 +1,8 @@
 """The table of tensors for the Triton and CUDA kernels of the step, and the runs of elements that programs own.
 
-A run is a range of elements of one tensor, and each program owns one. The table and the runs are sent to the GPU only
-when an address has changed. Runs are long, so that there are only some thousands of programs: each program reads the
-partial sums of all of them.
+A run is a range of elements of one tensor, and each program owns one run. The table and the runs are sent to the GPU
+only when an address has changed. Runs are long, so that there are only some thousands of programs, because each program
+reads the partial sums of all programs.
 """
 
 import torch
@@ -12,7 +12,8 @@ from jasper_fast.kernels import capture
 from jasper_fast.kernels.novograd.operands import Tensors, Watched
 
 BLOCK = 1024  # elements that a program processes in one iteration
-PROGRAMS = 4096  # about this many; the partial sums are then 1 % of what a program reads in the largest model
+# About this many programs. For the largest model, partial sums are then 1 % of what a program reads.
+PROGRAMS = 4096
 SHORTEST = 8192  # minimum elements of a run, so that a program has enough work
 COLUMNS = ("grad", "moment", "param", "mean", "square", "numel", "group", "kind", "first", "end")
 UPDATE, AVERAGE, COPY = 0, 1, 2  # kinds of rows
@@ -21,13 +22,13 @@ UPDATE, AVERAGE, COPY = 0, 1, 2  # kinds of rows
 def keep(
     tensors: Tensors, watched: Watched, device: torch.device, held: dict
 ) -> tuple[Tensor, Tensor, int, int, int, bool]:
-    """Returns the table, int64 (tensors, COLUMNS), and the runs, int64 (programs, 2), on the device; the most
-    elements of a run, the number of runs that update parameters, the number of all runs, and whether all tensors are
-    aligned to 16 bytes.
+    """Returns the table, the runs, the largest number of elements in a run, the number of runs that update parameters,
+    the number of all runs, and whether all tensors are aligned to 16 bytes.
 
-    The results are kept in `held` and made again only if a row of the table has changed. Addresses in the table are
-    distances from the first parameter, in fp32 elements. Each row of the runs is the number of a tensor and the first
-    element of the run; runs that update parameters come first.
+    The table, int64 (tensors, COLUMNS), and the runs, int64 (programs, 2), are on the device. Addresses in the table
+    are distances from the first parameter, in fp32 elements. A row of the runs has the index of a tensor and the first
+    element of the run. Runs that update parameters come first. The results are kept in `held` and made again only if a
+    row of the table has changed.
     """
     rows = rows_of(tensors, watched)
     if held.get("rows") != rows:

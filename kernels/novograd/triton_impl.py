@@ -1,8 +1,8 @@
 """NovoGrad in Triton (NVIDIA sm_80 and later; on a CPU through Triton's interpreter), fp32: two kernels.
 
     squares  each program writes a partial sum of g*g
-    update   each program adds all partial sums (for the norm, the skip and the clipping) and those of its tensor (for
-             v), then updates m, p and the average
+    update   each program computes the norm of all gradients and that of its tensor from the partial sums, decides
+             whether to skip or to clip, and updates v, m, p and the average
 
 A program owns a run: a range of elements of one tensor (see table.py). squares reads 4 bytes per element; update reads
 16 and writes 12. Sums are made in a fixed order, so a repeated step gives identical bits.
@@ -19,7 +19,7 @@ from jasper_fast.kernels import launch
 from jasper_fast.kernels.novograd import reference, table
 from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
 
-BLOCK = table.BLOCK  # elements per iteration: with 4 warps a thread makes two 16-byte loads from each of four tensors
+BLOCK = table.BLOCK  # elements per iteration: each thread of 4 warps makes two 16-byte loads from each of four tensors
 PARTIALS = 1024  # partial sums that a program reads in one iteration
 GRAD, MOMENT, PARAM, MEAN, SQUARE, NUMEL, GROUP, KIND, FIRST, END = map(tl.constexpr, range(len(table.COLUMNS)))
 IS_UPDATE, IS_COPY, WIDTH = (tl.constexpr(n) for n in (table.UPDATE, table.COPY, len(table.COLUMNS)))

@@ -7,7 +7,7 @@ score of a prefix, in natural logarithms, is
     log(b + n) + sum over its symbols of (alpha * log10 p(symbol | symbols before it) + beta)
 
 and at the end alpha * log10 p(end | s) is added. After each frame the `beam` best prefixes are kept. Among prefixes of
-equal score, those already in the beam come first, in its order; then come those with a new symbol, ordered by the place
-of their parent and then by the symbol. `ngram.py` defines the arrays of an n-gram, and `words.py` what words add to a
-score. Each face (an implementation: reference, cpu, triton) exports `search`; `reference.py` is its definition.
+equal score, those already in the beam come first, in the order of the beam. Then come those with a new symbol, ordered
+by the place of their parent and then by the symbol. `ngram.py` defines the arrays of an n-gram, and `words.py` those of
+words. Each face (an implementation: reference, cpu, triton) exports `search`; `reference.py` is its definition.
 """

@@ -21,7 +21,7 @@ def search(
     beta: float = 0.0,
     words: Words | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Does what `reference.search` does. log_probs are taken as fp32 and need not be contiguous."""
+    """Does what `reference.search` does. log_probs are converted to fp32 and need not be contiguous."""
     log_probs, lengths = log_probs.float().contiguous(), lengths.long().contiguous()
     count, frames, _ = log_probs.shape
     symbols = torch.zeros(count, n_best, frames, dtype=torch.int32)

@@ -13,9 +13,9 @@ class Ngram(NamedTuple):
                              back_off[state] + log10 p(c | lower[state])   if it has none
 
     arc_begin (S + 1,) int64: the arcs of state i are arc_begin[i] .. arc_begin[i + 1] - 1, in ascending order of their
-    symbols. arc_symbol, arc_next (A,) int32: the symbol of an arc and the state after it. arc_log10 (A,) fp32;
-    lower (S,) int32; back_off (S,) fp32. State 0 is the empty context and has an arc for every class; lower[s] < s for
-    s > 0. A text begins in state ``start``.
+    symbols. arc_symbol, arc_next (A,) int32: the symbol of an arc and the state after it. arc_log10 (A,) fp32.
+    lower (S,) int32: the state of a shorter context, with lower[s] < s for s > 0. back_off (S,) fp32. State 0 is the
+    empty context and has an arc for every class. A text begins in state ``start``.
     """
 
     arc_begin: Tensor

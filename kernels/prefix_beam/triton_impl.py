@@ -1,17 +1,19 @@
 """The search in Triton (NVIDIA sm_80 and later; on a CPU through Triton's interpreter), fp64: one launch in all.
 
-A program owns an utterance and keeps its beam in registers. The candidates of a frame are a matrix [classes, beam]: a
-column per prefix, with its extension by each symbol, and the prefix itself in the row of the blank. Prefixes are
-identified by 63-bit hashes. If a prefix in the beam is the parent of another one in the beam (their hashes tell), the
-probability of paths that extend the parent to that other prefix is added to the other prefix.
+A program owns an utterance and keeps its beam in registers. The candidates of a frame are a matrix [classes, beam].
+Column i has the extensions of prefix i by each symbol, and in the row of the blank the prefix itself. Prefixes are
+identified by 63-bit hashes, which also show whether the beam has both a prefix and its parent (the prefix without its
+last symbol). Then the probability of extending the parent by that symbol is added to the prefix.
 
 Each candidate has an integer key. Its upper bits hold the distance of its score from the best score, in steps of at
 most 2 ** -39, so closer scores count as equal. Its lower bits hold the candidate's place in the order of reference.py.
 Bisection finds a threshold that exactly `beam` keys do not exceed (or all keys, if there are fewer). The place of such
 a key in the new beam is the number of smaller keys. Sorting all keys, or comparing all prefixes in one operation, would
-spill registers. Each frame stores, for each prefix in the new beam, its place in the old beam (or its parent's) and its
-new symbol, in 4 bytes. At the end the symbols of the best prefixes are read from these, from the last frame to the
-first.
+spill registers.
+
+For each frame and each prefix in the new beam, 4 bytes are stored: the place that the prefix, or the parent that it
+extends, had in the old beam, and the new symbol. At the end these are read from the last frame to the first, which
+gives the symbols of the best prefixes.
 
 The n-gram is a table here, with 12 bytes for each state and class: what the class adds to the score, and the state that
 follows.
@@ -31,8 +33,8 @@ from jasper_fast.kernels.prefix_beam.words import Words
 BEAM = 128  # places for prefixes; a narrower beam leaves some of them idle, and 256 spill registers in Triton 3.6
 MOST_CLASSES = 32  # a set of symbols is stored in the bits of an int32
 MOST_TABLE = 4 << 30  # bytes of the n-gram's table
-_kept: list = []  # the newest table, and the arguments that it was made from
-STAY = tl.constexpr(63)  # stands in place of a symbol if the prefix did not change
+_kept: list = []  # the arguments of the newest call of `table`, and its result
+STAY = tl.constexpr(63)  # stored instead of a symbol if the prefix did not change
 NEVER = tl.constexpr(-math.inf)
 PART = tl.constexpr(16)  # each iteration compares every prefix of the beam with this many others
 # The hash of the empty prefix, and the factor by which hashes are mixed: bits of pi and of the golden ratio.
@@ -51,7 +53,7 @@ def _add(a, b):
 def _keys(score, order, BITS: tl.constexpr):
     """Returns the key of each candidate, and the key of those that do not exist, which is larger than all others.
 
-    The upper bits of a key hold the distance of the score from the best score, the lower BITS bits hold `order`.
+    The upper bits of a key hold the distance of the score from the best score. The lower BITS bits hold `order`.
     """
     none: tl.constexpr = 1 << 62
     limit: tl.constexpr = float((1 << (62 - BITS)) - 1)
@@ -146,15 +148,15 @@ def _prefix_beam_kernel(
         stay_total = _add(stay_b, stay_n)
         # all candidates
         column = c[:, None]
-        # The index hides from the compiler that a state's classes are neighbours in memory. Otherwise it would spread
-        # them over the lanes of a warp, each thread would hold many prefixes, and registers would spill.
+        # column * 3 - column * 2 hides from the compiler that a state's classes are neighbours in memory. Otherwise it
+        # would spread them over the lanes of a warp, each thread would hold many prefixes, and registers would spill.
         place = state[None, :].to(tl.int64) * CLASSES + (column * 3 - column * 2)
         gain = tl.load(gain_ptr + place, mask=column < stays, other=0.0)
         longer = tl.where(last[None, :] == column, b[None, :], total[None, :]) + row[:, None].to(tl.float64)
         free = (column < stays) & (((taken[None, :] >> column) & 1) == 0)
         score = tl.where(free, longer + (bonus[None, :] + gain), NEVER)
         score = tl.where(column == stays, (stay_total + bonus)[None, :], score)
-        # read in each frame, because otherwise `order` would be computed before the loop and kept in registers
+        # loaded in each frame, so that the compiler does not compute `order` before the loop and keep it in registers
         mine = tl.load(scratch_ptr + 5 * BLOCK_B + at).to(tl.int32)[None, :]
         order = tl.where(column == stays, mine, BLOCK_B + mine * stays + column).to(tl.int64)
         keys, none = _keys(score, order, BITS)
@@ -261,9 +263,10 @@ def search(
     beta: float = 0.0,
     words: Words | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Does what `reference.search` does, on the device of log_probs, which are taken as fp32; ``lm`` is on the CPU.
+    """Does what `reference.search` does, on the device of log_probs. ``lm`` is on the CPU.
 
-    The table of the newest ``lm`` is kept for later calls. Raises ValueError for a search that ``why_not`` rejects.
+    log_probs are converted to fp32. The table of the newest ``lm`` is kept for later calls. Raises ValueError for a
+    search that ``why_not`` rejects.
     """
     count, frames, classes = log_probs.shape
     if why := why_not(classes, beam, lm, words):

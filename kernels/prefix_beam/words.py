@@ -20,9 +20,9 @@ class Words(NamedTuple):
     these symbols, it includes ``ahead[M]``.
 
     child_begin (M + 1,) int64: the children of node m are child_begin[m] .. child_begin[m + 1] - 1, in ascending order
-    of their symbols; child_symbol, child_next (M - 1,) int32: each child's symbol and node; word (M,) int32: the word
-    that ends at a node, or -1; ahead (M + 1,) fp64, ahead[0] is 0; extra (K,) fp64; classes (K,) int32: each word's
-    class in ``lm``; space: the space's class.
+    of their symbols. child_symbol, child_next (M - 1,) int32: each child's symbol and node. word (M,) int32: the word
+    that ends at a node, or -1. ahead (M + 1,) fp64: ahead[0] is 0. extra (K,) fp64. classes (K,) int32: each word's
+    class in ``lm``. space: the class of the space.
     """
 
     child_begin: Tensor

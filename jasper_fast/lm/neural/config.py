@@ -1,4 +1,4 @@
-"""The shape of a neural language model, as its checkpoint stores it."""
+"""The configuration of a neural language model, as its checkpoint stores it."""
 
 import dataclasses
 import itertools
@@ -39,8 +39,7 @@ class LMConfig:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
         if self.width % (2 * self.heads):
             raise ValueError(f"width {self.width} must be an even multiple of the number of heads, {self.heads}")
-        bounds = (1, *self.cutoffs, self.vocabulary)
-        if any(a >= b for a, b in itertools.pairwise(bounds)):
+        if any(a >= b for a, b in itertools.pairwise((1, *self.cutoffs, self.vocabulary))):
             raise ValueError(f"cutoffs {self.cutoffs} must rise from at least 2 to below {self.vocabulary}")
 
     @classmethod
@@ -50,8 +49,7 @@ class LMConfig:
         if not isinstance(saved, dict) or set(saved) != set(known):
             raise ValueError("its settings are not those of a language model")
         for name, kind in known.items():
-            whole = name != "cutoffs" or all(type(c) is int for c in saved[name])
-            if type(saved[name]) is not kind or not whole:
+            if type(saved[name]) is not kind or (kind is tuple and any(type(c) is not int for c in saved[name])):
                 raise ValueError(f"{name} is {saved[name]!r:.40}")
         return cls(**saved)
 

@@ -13,8 +13,8 @@ def is_neural(path: str | os.PathLike) -> bool:
 
 
 def checkpoint_of(path: str | os.PathLike) -> Path:
-    """Returns ``path`` if it is a file. In a folder, finds best.pt, or else the newest step_*.pt. Raises
-    LanguageModelError if there is none."""
+    """Returns ``path`` itself, or if it is a folder, best.pt or else the newest step_*.pt in it. Raises
+    LanguageModelError if a folder has neither."""
     path = Path(path)
     if not path.is_dir():
         return path

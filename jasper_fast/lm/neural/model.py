@@ -27,10 +27,10 @@ class Memory(NamedTuple):
 
 
 def shifted(x: Tensor) -> Tensor:
-    """Turns scores by distance into scores by key, both (N, H, L, K).
+    """Turns scores by distance into scores by key; both tensors are (N, H, L, K).
 
-    ``x[..., c]`` is the score at distance K - 1 - c from the query, and query i is at position K - L + i. Results for
-    keys after the query are meaningless.
+    ``x[..., i, c]`` is the score of query i for the key K - 1 - c positions before it. The position of query i is
+    K - L + i. Results for keys after the query are meaningless.
     """
     n, h, length, keys = x.shape
     return F.pad(x, (1, 0)).view(n, h, keys + 1, length)[:, :, 1:].reshape(n, h, length, keys)
@@ -126,8 +126,7 @@ class TransformerXL(nn.Module):
         for layer, remembered in zip(self.layers, memory.hidden, strict=True):
             kept.append(torch.cat((remembered, x.detach()), 1)[:, max(0, count - self.config.memory) :])
             x = layer(x, remembered, distances, visible)
-        following = Memory(torch.stack(kept), all_lines[:, max(0, count - self.config.memory) :])
-        return self.dropout(self.norm(x)), following
+        return self.dropout(self.norm(x)), Memory(torch.stack(kept), all_lines[:, max(0, count - self.config.memory) :])
 
     def log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Returns log p (natural) of each target, (N, L) fp32 or fp64, for hidden (N, L, D) and targets (N, L)."""

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from jasper_fast.lm.arpa import LanguageModelError
 from jasper_fast.lm.neural.config import LMConfig
 from jasper_fast.lm.neural.files import checkpoint_of
-from jasper_fast.lm.neural.model import BOUNDARY, UNKNOWN, TransformerXL
+from jasper_fast.lm.neural.model import BOUNDARY, UNKNOWN, Memory, TransformerXL
 from jasper_fast.lm.neural.tokens import Tokens
 from jasper_fast.lm.perplexity import Perplexity
 from jasper_fast.lm.texts import TextFile
@@ -26,9 +27,9 @@ _LOGITS = 1 << 26  # logits that are held in memory at a time
 class NeuralLM:
     """A scorer: ``lm(texts)`` returns log p of each text, including its end, in natural logarithms.
 
-    Texts are scored independently. Words outside the vocabulary count as the unknown word. A text longer than the
-    model's memory (or 32 tokens, if that is more) is read in segments. Its later tokens then see only the tokens in the
-    memory and in their own segment.
+    Each text is scored independently of the others. Words outside the vocabulary count as the unknown word. A text
+    longer than the model's memory (or than 32 tokens, if that is more) is read in segments. A token then sees only the
+    tokens in the memory and those before it in its own segment.
     """
 
     def __init__(self, model: TransformerXL, tokens: Tokens) -> None:
@@ -37,13 +38,12 @@ class NeuralLM:
 
     def __call__(self, texts: Sequence[str]) -> list[float]:
         rows = [array("i", [BOUNDARY, *self.tokens.encode(self.tokens.pieces(t)), BOUNDARY]) for t in texts]
-        found = self.log_probs(rows)
-        return [float(row.double().sum()) for row in found]
+        return [float(row.double().sum()) for row in self.log_probs(rows)]
 
     @torch.inference_mode()
     def log_probs(self, rows: Sequence[Sequence[int]], stopped: Callable[[], bool] = lambda: False) -> list[Tensor]:
-        """Returns log p of every token but the first of each row, on the CPU. A row must have at least two tokens. The
-        list is empty if ``stopped()`` has become true."""
+        """Returns log p of every token but the first of each row, on the CPU. A row must have at least two tokens. If
+        ``stopped()`` becomes true, the scoring ends and the list is empty."""
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         found: list[Any] = [None] * len(rows)
         mode, first = self.model.training, 0
@@ -67,12 +67,9 @@ class NeuralLM:
         parts: list[list[Tensor]] = [[] for _ in rows]
         for first in range(0, len(rows[0]) - 1, self.segment):
             active = [row[first : first + self.segment + 1] for row in rows if len(row) - 1 > first]
-            padded = torch.full((len(active), len(active[0])), BOUNDARY)
-            for i, row in enumerate(active):
-                padded[i, : len(row)] = torch.tensor(row)
-            padded = padded.to(device)
+            padded = pad_sequence([torch.tensor(row, dtype=torch.int64) for row in active], True, BOUNDARY).to(device)
             if memory is not None:
-                memory = type(memory)(memory.hidden[:, : len(active)], memory.lines[: len(active)])
+                memory = Memory(memory.hidden[:, : len(active)], memory.lines[: len(active)])
             hidden, memory = self.model(padded[:, :-1], memory)
             scores = self._softmax(hidden, padded[:, 1:]).cpu()
             for i, row in enumerate(active):
@@ -106,8 +103,8 @@ class NeuralLM:
 
 def figures(rows: Sequence[Sequence[int]], log_probs: Sequence[Tensor]) -> Perplexity:
     """Returns the perplexity of token rows from the log-probabilities of all tokens but the first of each row."""
-    ids, scores = torch.cat([torch.tensor(row[1:]) for row in rows]), torch.cat(list(log_probs)).double()
-    scores = scores / math.log(10)
+    ids = torch.cat([torch.tensor(row[1:]) for row in rows])
+    scores = torch.cat(list(log_probs)).double() / math.log(10)
     ends, unknown = int((ids == BOUNDARY).sum()), ids == UNKNOWN
     return Perplexity(
         ends, len(ids) - ends, int(unknown.sum()), float(scores.sum()), float(scores[unknown].sum())
@@ -115,9 +112,9 @@ def figures(rows: Sequence[Sequence[int]], log_probs: Sequence[Tensor]) -> Perpl
 
 
 def read(path: str | os.PathLike) -> tuple[TransformerXL, Tokens, dict[str, Any]]:
-    """Returns the model in a checkpoint or in a folder of checkpoints, its tokens, and the checkpoint's whole
-    dictionary. Averaged weights are used if there are any. Nothing in the file is executed. Raises LanguageModelError
-    or CheckpointError naming the file."""
+    """Returns the model of a checkpoint or of a folder of checkpoints, its tokens, and the whole checkpoint as a dict.
+    Averaged weights are used if there are any. Nothing in the file is executed. Raises LanguageModelError or
+    CheckpointError naming the file."""
     file = checkpoint_of(path)
     if not file.is_file():
         raise LanguageModelError(f"{path}: no such language model")

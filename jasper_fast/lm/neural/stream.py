@@ -1,4 +1,4 @@
-"""The text that a neural language model learns from: one stream of tokens in a file, read as rows of segments."""
+"""The text that a neural language model learns from: a stream of tokens in a file, of which each step reads a part."""
 
 import tempfile
 import zlib
@@ -19,40 +19,37 @@ _CHUNK = 1 << 20
 
 
 class Stream:
-    """Tokens (int32, on disk) with a boundary before each line. Each epoch reads ``rows`` parts of the text side by
-    side.
+    """Tokens (int32, on disk) with a boundary before each line, cut into ``rows`` parts that are read side by side.
 
-    A step reads ``length`` tokens of each part. The starts of the parts are drawn anew for each epoch, so steps differ
-    between epochs.
+    A step reads ``length`` tokens of each part. The cuts are drawn anew for each epoch, so that its steps differ.
     """
 
-    def __init__(self, tokens: np.ndarray, rows: int, length: int, seed: int, print_of_data: str = "") -> None:
-        self.tokens, self.rows, self.length, self.seed, self.print_of_data = tokens, rows, length, seed, print_of_data
+    def __init__(self, tokens: np.ndarray, rows: int, length: int, seed: int, fingerprint: str = "") -> None:
+        self.tokens, self.rows, self.length, self.seed, self.fingerprint = tokens, rows, length, seed, fingerprint
 
     @property
     def steps(self) -> int:
         """Steps per epoch; 0 if there are too few tokens."""
         return len(self.tokens) // (self.rows * self.length)
 
-    def _starts(self, epoch: int) -> np.ndarray:
+    def _starts(self, epoch: int, position: int) -> np.ndarray:
+        """Returns the place in the stream where each row of a step begins."""
         offset = np.random.default_rng((self.seed, epoch)).integers(len(self.tokens))
-        return offset + np.arange(self.rows) * self.steps * self.length
+        return (offset + (np.arange(self.rows) * self.steps + position) * self.length) % len(self.tokens)
 
     def segment(self, epoch: int, position: int) -> Tensor:
         """Returns the tokens of a step, (rows, length + 1) int64. The last token of each row is only a target."""
-        first = self._starts(epoch) + position * self.length
-        places = (first[:, None] + np.arange(self.length + 1)) % len(self.tokens)
+        places = (self._starts(epoch, position)[:, None] + np.arange(self.length + 1)) % len(self.tokens)
         return torch.from_numpy(self.tokens[places].astype(np.int64))
 
     def names(self, epoch: int, position: int) -> list[str]:
-        """Returns a description of each row of a step: its place in the stream, in words."""
-        first = (self._starts(epoch) + position * self.length) % len(self.tokens)
-        return [f"tokens {i} to {i + self.length}" for i in first.tolist()]
+        """Returns a description of each row of a step, for messages."""
+        return [f"tokens {i} to {i + self.length}" for i in self._starts(epoch, position).tolist()]
 
 
 def write(texts: Iterable[TextFile], tokens: Tokens, folder: Path, progress: Progress) -> tuple[np.ndarray, str]:
-    """Writes the tokens of texts to a temporary file in ``folder``. Returns the tokens, mapped into memory, and a
-    fingerprint of them.
+    """Writes the tokens of texts to a temporary file in ``folder``. Returns the tokens, mapped into memory, and their
+    fingerprint.
 
     Raises LanguageModelError for a text that cannot be read, and OSError if the disk is full.
     """
@@ -79,8 +76,7 @@ def write(texts: Iterable[TextFile], tokens: Tokens, folder: Path, progress: Pro
 
 
 class Held(nn.Module):
-    """The Transformer-XL memory of each row between training steps. It is kept in buffers, so checkpoints include
-    it."""
+    """The Transformer-XL memory of each row between training steps, in buffers, so that checkpoints include it."""
 
     def __init__(self, config: LMConfig, rows: int) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from jasper_fast.lm.neural.model import UNKNOWN
 from jasper_fast.lm.texts import TextFile, pieces, refuse_reserved
 
 NAMES = ("</s>", "<unk>")  # names of BOUNDARY and UNKNOWN
-_CROWD = 5_000_000  # if more distinct words than this are counted, those seen only once are dropped
+_CROWD = 5_000_000  # with more distinct words than this, those counted only once so far are dropped
 _OFTEN = 1 << 16  # lines between two reports of progress
 Progress = Callable[[int], None]
 

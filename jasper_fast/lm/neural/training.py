@@ -43,7 +43,7 @@ _FIXED = ("batch_size", "segment", "seed", "optimizer", "characters", "lower_cas
 
 @dataclass
 class LMState(TrainingState):
-    """The state that a checkpoint stores, including the memory of the rows."""
+    """The state that a checkpoint stores, including the model's memory of each row."""
 
     memory: Held | None = None
     best_perplexity: float = math.inf
@@ -105,8 +105,8 @@ def train_step(
     amp_dtype: torch.dtype | None = None,
     clip_norm: float = 0.0,
 ) -> StepResult:
-    """Makes one update on tokens (N, L + 1) that continue from the memory of ``state``. A step with a NaN or infinite
-    gradient changes neither the weights nor the memory."""
+    """Makes one update on tokens (N, L + 1), which follow those that ``state.memory`` holds. If a gradient is NaN or
+    infinite, neither the weights nor the memory change."""
     model, held = state.model, state.memory
     guard.remember()
     state.optimizer.zero_grad(set_to_none=True)
@@ -123,17 +123,25 @@ def train_step(
 
 def make_config(args: argparse.Namespace, tokens: Tokens) -> LMConfig:
     """Returns the model's configuration that the options describe. Raises ValueError naming an impossible setting."""
-    cuts = () if args.characters or args.plain_softmax else cutoffs(len(tokens))
-    inner = 4 * args.width if args.inner is None else args.inner
-    shape = {"layers": args.layers, "width": args.width, "heads": args.heads, "inner": inner, "memory": args.memory}
-    kind = {"characters": args.characters, "lower_case": args.lower_case, "joined": args.join_lines}
-    return LMConfig(len(tokens), dropout=args.dropout, cutoffs=cuts, **kind, **shape)
+    return LMConfig(
+        vocabulary=len(tokens),
+        characters=args.characters,
+        lower_case=args.lower_case,
+        joined=args.join_lines,
+        layers=args.layers,
+        width=args.width,
+        heads=args.heads,
+        inner=4 * args.width if args.inner is None else args.inner,
+        dropout=args.dropout,
+        memory=args.memory,
+        cutoffs=() if args.characters or args.plain_softmax else cutoffs(len(tokens)),
+    )
 
 
 def read_texts(
     args: argparse.Namespace, folder: Path, saved: dict[str, Any] | None, console: Any, stop: StopRequest
 ) -> tuple[Tokens, Stream]:
-    """Returns the vocabulary (a resumed run keeps its own) and the stream of the texts."""
+    """Returns the vocabulary (of the checkpoint ``saved`` if there is one) and the stream of the texts."""
     texts = [TextFile(path, args.characters, args.lower_case) for path in args.texts]
     total = sum(text.size for text in texts)
     with training_bar(console, 0, total) as show:
@@ -166,8 +174,8 @@ def resume(args: argparse.Namespace, state: LMState, path: Path, saved: dict[str
     for name in _FIXED:
         if then.get(name) != getattr(args, name):
             raise RunError(f"{path}: --{name.replace('_', '-')} was {then.get(name)}: use that value again, {instead}")
-    if saved["data"] != text.print_of_data:
-        raise RunError(f"{path} was trained on another text ({saved['data']}, now {text.print_of_data}): give that "
+    if saved["data"] != text.fingerprint:
+        raise RunError(f"{path} was trained on another text ({saved['data']}, now {text.fingerprint}): give that "
                        f"text again, {instead}")  # fmt: skip
     try:
         state.load_state_dict(saved)
@@ -218,14 +226,15 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[LMRun, Any]:
     settings = _settings(args)
     versions = {"jasper_fast": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}
     about = {"format": checkpoint.FORMAT, "language_model": vars(config), "names": tokens.names}
-    about |= {"versions": versions, "arguments": settings, "data": text.print_of_data}
+    about |= {"versions": versions, "arguments": settings, "data": text.fingerprint}
     log.write(state.step, "start", device=ranks.place, arguments=settings, versions=versions)
     size = sum(p.numel() for p in model.parameters())
     kind = "characters" if tokens.characters else "words"
-    console.print(f"{text.print_of_data}; {len(tokens) - 2} {kind}; {size:,} parameters on {ranks.place}; "
+    console.print(f"{text.fingerprint}; {len(tokens) - 2} {kind}; {size:,} parameters on {ranks.place}; "
                   f"{schedule.steps_per_epoch} steps per epoch, {schedule.total_steps} in all")  # fmt: skip
-    parts = (args, ranks, console, state, schedule, folder, about, stop, log, state.step, state.step)
-    return LMRun(*parts, text=text, val=rows, scorer=scorer), generators
+    run = LMRun(args, ranks, console, state, schedule, folder, about, stop, log, state.step, state.step,
+                text=text, val=rows, scorer=scorer)  # fmt: skip
+    return run, generators
 
 
 def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[LMState], None] | None = None) -> None:
