@@ -15,10 +15,10 @@ def render(folder: Path, template: str, **values: Any) -> str:
     """Returns the page that ``template`` in ``folder`` makes of ``values``. Raises MissingExtra if jinja2 is not
     installed."""
     jinja2 = need("jinja2", "train")
-    loader = jinja2.FileSystemLoader([folder, Path(__file__).parent])
     environment = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
+        loader=jinja2.FileSystemLoader([folder, Path(__file__).parent]), undefined=jinja2.StrictUndefined,
+        autoescape=True, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     return environment.get_template(template).render(values)
 
 

@@ -1,6 +1,5 @@
 """Shared fixtures: the faces of an op, seeds, poisoned uninitialised memory."""
 
-import importlib
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -26,15 +25,16 @@ FACES = ("reference", "cpu", "triton", "cuda")
 
 @dataclass(frozen=True)
 class Face:
-    """One face of the ops. `load("bn_relu_dropout")` returns its module for that op; `device` is where its tensors
-    lie."""
+    """One face of the ops. `device` is where its tensors lie; `load("bn_relu_dropout")` returns its module for that
+    op."""
 
     name: str
     device: torch.device
 
     def load(self, op: str) -> ModuleType:
-        module = self.name if self.name == "reference" else f"{self.name}_impl"
-        return importlib.import_module(f"jasper_fast.kernels.{op}.{module}")
+        from jasper_fast.dispatch import backends
+
+        return backends.face(op, self.name)
 
 
 def make_face(name: str) -> Face:
@@ -92,7 +92,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(params=FACES)
 def face(request: pytest.FixtureRequest) -> Face:
-    """Runs the test with each face in turn."""
     return make_face(request.param)
 
 
@@ -104,14 +103,6 @@ def assert_raises(cases, error: type[Exception] = ValueError) -> None:
         assert "\n" not in str(raised.value)
 
 
-@pytest.fixture
-def set_threads():
-    """Gives the test `torch.set_num_threads`, and restores the number of threads afterwards."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
@@ -119,7 +110,7 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def unsettled():
-    """Resets the default device, which `settle` may have set, and the number of threads."""
+    """Restores the default device, which `settle` may have changed, and the number of threads."""
     threads = torch.get_num_threads()
     yield
     torch.set_default_device(None)
@@ -128,8 +119,8 @@ def unsettled():
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Fills uninitialised memory with NaN, or the largest integer, so that an element which a kernel forgets to write
-    fails the test."""
+    """Fills uninitialised memory with NaN or the largest integer. If a kernel forgets to write an element, the test
+    fails."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)  # PyTorch fills new memory only in deterministic mode

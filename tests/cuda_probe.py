@@ -1,4 +1,4 @@
-"""Cases for the instructions in csrc/cuda/probe.cuh, and their results by the PTX ISA, computed from whole matrices.
+"""Cases for the instructions in csrc/cuda/probe.cuh, and the results that the PTX ISA defines for them.
 
 `run` launches one case, on a device or on the host emulation of the instructions (the "host twins"). The other
 functions make operands and expected results.
@@ -93,8 +93,7 @@ class Placed(NamedTuple):
         """Returns the byte address of each element (rows, 16). Swizzling uses the bits of the address minus
         `anchor`."""
         i, k = torch.arange(rows)[:, None], torch.arange(16)[None, :]
-        # rows of 128 bytes in groups of eight; the row's number decides how its 16-byte cells change places
-        if self.swizzle:
+        if self.swizzle:  # Rows of 128 bytes, in groups of eight. A row's number decides where its 16-byte cells go.
             at = self.start + i // 8 * self.sbo + i % 8 * 128 + k * 2 - anchor
             return (at ^ (at >> 7 & 7) << 4) + anchor
         inside = (k % 8 * 16 + i % 8 * 2) if self.mn else (i % 8 * 16 + k % 8 * 2)
@@ -120,7 +119,7 @@ def get(image: Tensor, at: Tensor, dtype: torch.dtype) -> Tensor:
 def wgmma(
     call: Callable, image: Tensor, a: Placed, b: Placed, n: int, dtype: torch.dtype, before=None, **where
 ) -> Result:
-    """out: (grid, 64, n), whole matrices."""
+    """Multiplies and returns the whole matrices as `out`, (grid, 64, n)."""
     row, column = fragment(n)
     registers = None if before is None else before[:, row, column]
     numbers = {"a": a.descriptor, "b": b.descriptor, "n": n, "a_mn": a.mn, "b_mn": b.mn}
@@ -182,10 +181,10 @@ def check_wgmma(call: Callable, instance: tuple, **where) -> None:
 
 
 def check_operands(call: Callable, left, right, a: Placed, b: Placed, before: Tensor | None, **where) -> None:
-    """left: (grid, 64, 16), right: (grid, n, 16)."""
+    """Checks the product of `left` (grid, 64, 16) and `right` (grid, n, 16), placed as `a` and `b`."""
     n, dtype, grid = right.shape[1], left.dtype, len(left)
     size = max(int(placed.addresses(rows).max()) for placed, rows in ((a, 64), (b, n))) + 2
-    image = torch.full((grid, -(-size // 16) * 16), 0xFF, dtype=torch.uint8)  # NaN wherever no operand lies
+    image = torch.full((grid, -(-size // 16) * 16), 0xFF, dtype=torch.uint8)  # NaN outside the operands
     put(image, a.addresses(64), left)
     put(image, b.addresses(n), right)
     want = PRODUCTS * left.float() @ right.float().transpose(1, 2) + (0 if before is None else before.float())
@@ -202,7 +201,7 @@ def check_ldmatrix(call: Callable, transposed: bool, **where) -> Tensor:
     rows = torch.randperm(64)[:32]
     got = ldmatrix(call, image, rows, transposed, **where)
     assert torch.equal(got, ldmatrix_expected(image, rows, transposed))
-    # by hand: lane 5 holds, of matrix 2, row 1 columns 2 and 3, or transposed column 1 of rows 2 and 3
+    # One example by hand: of matrix 2, lane 5 holds columns 2 and 3 of row 1, or, transposed, column 1 of rows 2 and 3.
     want = [rows[16 + 2] * 8 + 1, rows[16 + 3] * 8 + 1] if transposed else [rows[16 + 1] * 8 + 2, rows[16 + 1] * 8 + 3]
     assert got[0, 5, 2].tolist() == [int(x) for x in want]
 
@@ -254,7 +253,7 @@ def mma_fragments(k: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor],
 
 
 def mma(call: Callable, a: Tensor, b: Tensor, d: Tensor, **where) -> Result:
-    """a: (grid, 16, k), b: (grid, k, 8), d: (grid, 16, 8)."""
+    """Returns `a` (grid, 16, k) times `b` (grid, k, 8) plus `d` (grid, 16, 8), as whole matrices."""
     grid, _, k = a.shape
     of_a, of_b, of_d = mma_fragments(k)
     image = torch.zeros(grid, 64, 8, dtype=a.dtype)

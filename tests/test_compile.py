@@ -58,7 +58,7 @@ BN, LAST = "bn_relu_dropout forward", GOOD | {"nan_eaters": 9, "wide_stores": 0}
         (set(), job(80, kernel=BN), POINTWISE),
         (set(), job(90, **ROUNDED), GOOD | SMALL),
         (set(), job(80, **EXACT), AMPERE | {"mma_sync": 0, "cp_async": 0}),
-        # kernels that a rule spares, and one that it does not
+        # Some rules do not apply to the merge of the statistics and to the last conv. They apply to the first conv.
         (set(), job(80, kernel="conv1d stats merge"), POINTWISE | {"spilled": 8, "wide_stores": 0}),
         (set(), job(kernel="conv1d last"), LAST),
         ({"a NaN passes", "16-byte accesses"}, job(kernel="conv1d first"), LAST),
@@ -92,8 +92,7 @@ def test_the_rules_that_a_kernel_breaks_are_named(rules, of, facts):
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_every_fp32_product_has_a_row_rounded_to_tf32_and_an_exact_one(arch):
-    """Shows that each fp32 product has two rows: one rounded to TF32 and one exact. PyTorch's TF32 setting decides
-    which of the two kernels is launched."""
+    """PyTorch's TF32 setting decides which of the two kernels is launched."""
     found = {"tf32": set(), "ieee": set()}
     for kernel, layer, source in launches.recorded(arch, "float32"):
         values = source.constants
@@ -159,8 +158,7 @@ def run(arguments: list[str], **env: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_facts_of_kernels_that_break_the_rules_on_purpose(made):
-    """Also shows that `where(x <= 0, 0, x)`, which all our kernels use as ReLU, compiles to a select. A maximum would
-    drop a NaN."""
+    """`where(x <= 0, 0, x)`, the ReLU of all our kernels, compiles to a select. A maximum would drop a NaN."""
     judged = {name: complaints(job(80), facts) for name, facts in made.items() if isinstance(facts, dict)}
     assert judged["good"] == set()
     assert judged["spilling"] == {"no spill", "shared memory fits"}
@@ -186,10 +184,10 @@ PART = ["compile", "--arch", "90", "--dtype", "fp16", "--kernel", f"^({'|'.join(
 
 @pytest.mark.slow
 def test_part_of_the_committed_table_holds(tmp_path):
-    """Shows that part of the committed table is up to date; `make compile` checks all of it."""
+    """`make compile` checks the whole table."""
     table = tmp_path / "table.json"
-    options = ["--no-cache", "--update", "--table", str(table)]
-    done = run(["-m", "bench", *PART, *options], TRITON_INTERPRET="1")  # it starts a process in which Triton compiles
+    # With TRITON_INTERPRET the command starts a process without it, in which Triton compiles.
+    done = run(["-m", "bench", *PART, "--no-cache", "--update", "--table", str(table)], TRITON_INTERPRET="1")
     assert done.returncode == 0 and "sm_90 float16 conv1d fused" in done.stdout and "0 broken rules" in done.stdout
     found = TABLE.read(table.read_text())
     committed = COMMITTED / f"triton-{triton.__version__}.json"

@@ -82,8 +82,8 @@ def test_wgmma_overlapping_core_matrices() -> None:
 
 
 def one(call: Callable, image, b: Placed, where: dict, anchors: tuple[int, ...] = (0,)) -> tuple:
-    """Returns the clocks of the fastest of five launches of four products, and then for each anchor whether the result
-    is the one expected there."""
+    """Launches four products five times. Returns the fewest clocks and, for each anchor, whether the result is the
+    expected one."""
     results = [probe.wgmma(call, image, probe.A, b, 64, torch.float16, **where) for _ in range(5)]
     want = [probe.wgmma_expected(image, probe.A, b, 64, torch.float16, anchor=anchor) for anchor in anchors]
     return min(int(result.clocks) for result in results), *(torch.equal(results[0].out, each) for each in want)
@@ -100,8 +100,8 @@ def overlaps(call: Callable, where: dict) -> list[tuple[int, int, bool]]:
 
 
 def swizzles(call: Callable, where: dict) -> list[str]:
-    """Returns one line per case: an operand with 128-byte swizzle that begins at a row from 0 to 63, with each base
-    offset."""
+    """Returns one line per case. A case is an operand with 128-byte swizzle, the row at which it begins (0 to 63), and
+    a base offset."""
     image, lines = probe.panels(), []
     for row in range(64):
         for base in sorted({0, row % 8}):

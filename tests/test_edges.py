@@ -41,7 +41,7 @@ def test_a_conv_of_no_utterances():
 
 
 def test_double_precision_takes_the_reference():
-    """Shows that fp64 runs under "auto", and that a face without fp64 says to use the reference."""
+    """fp64 runs with backend="auto". A face without fp64 raises an error that says to use the reference."""
     model, double = jasper(), jasper().double()
     double.load_state_dict(model.state_dict())
     features = torch.randn(2, 8, 40)
@@ -58,7 +58,7 @@ def test_double_precision_takes_the_reference():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda engine: pickle.loads(pickle.dumps(engine))])
 def test_an_engine_can_be_copied(copied):
-    """Shows that a copied engine has a model and settings of its own."""
+    """The copy has its own model, and the settings of the original."""
     model, features = jasper(), torch.randn(2, 8, 40)
     engine = InferenceEngine(model, dtype=torch.bfloat16, graphs=False, bucket=32)
     want = engine(features, LENGTHS)[0]

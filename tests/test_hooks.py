@@ -1,5 +1,5 @@
-"""Convs and norms whose weights are read, but which are never called: hooks on them are refused, because they would
-not run, and parametrizations work."""
+"""A Jasper reads the weights of its convs and norms, but never calls these modules. So hooks on them are refused,
+because they would not run. Parametrizations work."""
 
 import copy
 
@@ -99,7 +99,7 @@ def parametrized(model: nn.Module) -> list[nn.Parameter]:
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_parametrizations_work(backend):
-    """Shows that parametrized weights train, evaluate and run in the engine as in EagerJasper."""
+    """Parametrized weights train, evaluate and run in the engine as in EagerJasper."""
     eager, results = EagerJasper(config("dense")), []
     fused = Jasper(eager.config, backend=backend)
     fused.load_state_dict(eager.state_dict())
@@ -119,8 +119,7 @@ def test_parametrizations_work(backend):
         with torch.no_grad():
             results.append(model.eval()(xs[2], LENGTHS)[0][valid])
     torch.testing.assert_close(results[1], results[0], atol=1e-3, rtol=1e-3)
-    engine = InferenceEngine(fused)(xs[2], LENGTHS)[0][valid]
-    torch.testing.assert_close(engine, results[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(InferenceEngine(fused)(xs[2], LENGTHS)[0][valid], results[1], atol=1e-4, rtol=1e-4)
 
 
 def test_a_parametrized_model_can_be_copied(model):

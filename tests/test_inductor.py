@@ -19,8 +19,8 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor wr
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    """Removes the graphs of other tests, and makes Inductor use PyTorch's random numbers, so that compiled and
-    uncompiled models drop the same elements."""
+    """Removes the graphs of other tests. Makes Inductor use PyTorch's random numbers, so that compiled and uncompiled
+    models drop the same elements."""
     import torch._inductor.config as inductor
 
     torch._dynamo.reset()  # otherwise recompilations of other tests would count towards the limit
@@ -34,8 +34,8 @@ def lengths_of(frames: int) -> torch.Tensor:
 
 
 def step(model: Jasper, run, frames: int, low: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """Runs one training step of `model` with dropout. `run` is the model or its compiled form. Returns loss,
-    gradients and running statistics."""
+    """Runs one training step of `model` with dropout. `run` is the model or its compiled form; `low` is autocast's
+    dtype. Returns loss, gradients and running statistics."""
     torch.manual_seed(frames)
     model.zero_grad()
     features, lengths = torch.randn(3, 8, frames), lengths_of(frames)
@@ -51,8 +51,8 @@ def step(model: Jasper, run, frames: int, low: torch.dtype | None) -> dict[str, 
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "panes"), [("cpu", "plain"), ("cpu", "gram")])
 def test_a_compiled_step_equals_an_uncompiled_one_at_every_length(backend, panes):
-    """Shows equal losses, gradients and statistics in fp32, and that only the second length compiles again, not the
-    third and the fourth."""
+    """In fp32, losses, gradients and statistics are equal. The second length compiles again; the third and the fourth
+    do not."""
     _, plain = pair(config(dropout=0.2), backend, panes=panes)
     ours, counter = copy.deepcopy(plain), CompileCounterWithBackend("inductor")
     run, graphs = torch.compile(ours, backend=counter, fullgraph=True), []
@@ -68,8 +68,8 @@ def test_a_compiled_step_equals_an_uncompiled_one_at_every_length(backend, panes
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_a_compiled_step_under_autocast_is_as_good_as_an_uncompiled_one(backend):
-    """Shows that in bf16 the compiled step's error against fp32 is as small as the uncompiled one's. The bits differ,
-    because Inductor fuses ops and rounds less often."""
+    """In bf16 the results differ, because Inductor fuses ops and rounds less often. The compiled step's error against
+    fp32 is as small as that of the uncompiled step."""
     _, exact = pair(config(dropout=0.2), backend)
     plain, ours = copy.deepcopy(exact), copy.deepcopy(exact)
     ref = step(exact.train(), exact, 61, None)
@@ -101,7 +101,7 @@ def test_compiled_inference_equals_uncompiled(backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_an_exported_model_serves_other_batches_and_lengths(backend, tmp_path):
-    """Shows that an exported model works after saving and loading, where ops are found by name."""
+    """The model is saved and loaded first: a loaded program finds its ops by name."""
     _, ours = pair(config(), backend)
     n, t = torch.export.Dim("n", min=2, max=64), torch.export.Dim("t", min=32, max=4096)
     shapes = {"features": {0: n, 2: t}, "lengths": {0: n}}

@@ -179,10 +179,10 @@ def test_memory_in_another_order_and_unaligned(face):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_results_do_not_depend_on_threads(threads, set_threads):
+def test_results_do_not_depend_on_threads(threads):
     face, results = make_face("cpu"), []
     for count in (3, threads):
-        set_threads(count)
+        torch.set_num_threads(count)
         tensors, watched = make(face.device, shapes=(LONG, *SHAPES))
         outcome = run(face.load("novograd").step, tensors, watched, [settings(beta2=0.5)])
         results.append([outcome, *tensors.params, *tensors.exp_avg_sqs, *tensors.averages])

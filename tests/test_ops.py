@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from close import assert_close
-from conftest import settle
+from conftest import assert_raises, settle
 from torch.library import opcheck
 
 from jasper_fast import ops
@@ -77,7 +77,7 @@ def test_conv1d_gives_the_statistics_of_its_output(backend, stride):
 
 
 def test_a_pack_changes_no_bit():
-    """Shows that passing a pack of the weight changes no bit of the output, the statistics and the gradients."""
+    """Output, statistics and gradients are the same with and without a pack of the weight."""
     settle("triton")
     results = []
     for use in (False, True):
@@ -90,8 +90,8 @@ def test_a_pack_changes_no_bit():
 
 
 def test_a_weight_changed_before_backward_is_noticed():
-    """Shows that backward rejects a weight that has changed since forward, because autograd saves the weight and not
-    the pack."""
+    """Backward rejects a weight that has changed since forward. Autograd notices it because the weight is saved, and
+    not the pack."""
     settle("triton")
     x, w = torch.randn(2, 8, 19), torch.randn(20, 8, 5, requires_grad=True)
     y = ops.conv1d(x, w, padding=2, backend="triton", packed=packed_by_triton(w))
@@ -103,8 +103,8 @@ def test_a_weight_changed_before_backward_is_noticed():
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_autocast_takes_the_master_weight(backend, low):
-    """Shows that under autocast activations have 16 bits while the weight and its gradient stay fp32, and that no
-    16-bit copy of the weight is saved for backward."""
+    """Under autocast activations have 16 bits, while the weight and its gradient stay fp32. No 16-bit copy of the
+    weight is saved for backward."""
     x, w = torch.randn(2, 8, 19), torch.randn(24, 8, 5, requires_grad=True)
     kept = []
     with (
@@ -129,8 +129,7 @@ def test_autocast_takes_the_master_weight(backend, low):
 
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_sub_block_equals_its_two_halves(backend, p):
-    """Shows that sub_block gives the results of bn_relu_dropout followed by conv1d, gradients and statistics
-    included."""
+    """Results, gradients and statistics are those of bn_relu_dropout followed by conv1d."""
     y, gamma, beta, mean, var = inputs(c=8, t=21)
     weight, lengths = torch.randn(6, 8, 5), torch.tensor([21, 9])
     common = {"lengths": lengths, "p": p, "seed": 5, "backend": backend}
@@ -166,7 +165,8 @@ def test_opcheck_sub_block(backend, stats):
 
 
 def test_sub_block_takes_and_gives_statistics(backend):
-    """Shows that passing the statistics of y changes no result, and that sub_block returns those of its output."""
+    """Passing the statistics of y changes no result. With next_stats, sub_block returns the statistics of its
+    output."""
     y, gamma, beta, mean, var = inputs(c=8, t=21)
     weight, lengths = torch.randn(6, 8, 5), torch.tensor([21, 9])
     how = {"lengths": lengths, "padding": 2, "p": 0.25, "seed": 5, "backend": backend}
@@ -203,8 +203,7 @@ def test_a_halo_changes_no_bit(backend, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_sub_block_against_fp64(backend, dtype):
-    """Shows that the output and all gradients are as close to fp64 as PyTorch's ops, with dropout and lengths 0 and
-    1."""
+    """The output and all gradients are as close to fp64 as those of PyTorch's ops."""
     got, (y, gamma, beta, weight, lengths, up) = grads_of_sub_block(backend, 3, dtype)
     keep = philox.keep_mask(*y.shape, 0.2, 5, y.device) & (torch.arange(y.shape[2]) < lengths[:, None])[:, None]
     results = []
@@ -243,7 +242,7 @@ def test_given_statistics_are_used(backend):
 
 
 def test_modes(backend):
-    """Shows that evaluation drops nothing and leaves the running statistics as they are. `frozen` also leaves them, but
+    """Evaluation drops nothing and does not change the running statistics. `frozen` does not change them either, but
     drops elements."""
     y, gamma, beta, mean, var = inputs()
     mean += 0.3
@@ -292,7 +291,7 @@ def test_a_seed_repeats_its_mask_and_none_draws_from_the_generator(backend):
 def test_errors():
     y, gamma, beta, mean, var = inputs()
     call = functools.partial(ops.bn_relu_dropout, y, gamma, beta)
-    for wrong, message in (
+    assert_raises((
         (lambda: ops.bn_relu_dropout(y[:1, :, :1], gamma, beta, mean, var), "more than 1 value per channel"),
         (lambda: ops.bn_relu_dropout(y, gamma[:5], beta, mean, var), r"gamma must be \(13,\)"),
         (lambda: call(mean, var, residual=y[:, :, :3]), "residual"),
@@ -300,9 +299,7 @@ def test_errors():
         (lambda: call(mean, var, p=1.0), "p must lie"),
         (lambda: call(mean, var, halo=-1), "halo, the number of frames"),
         (lambda: call(None, None, training=False), "running_mean and running_var"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            wrong()
+    ))  # fmt: skip
     with pytest.raises(BackendMissing, match="cuda"):
         call(mean, var, backend="cuda")
 
@@ -327,10 +324,10 @@ def test_conv1d_equals_pytorch(backend, stride, dilation):
 
 def test_a_conv_names_what_does_not_fit(backend):
     x, weight, one = torch.zeros(2, 16, 9), torch.zeros(8, 32, 3), torch.ones(16)
-    with pytest.raises(ValueError, match=r"do not fit: \(2, 16, 9\), \(8, 32, 3\)"):
-        ops.conv1d(x, weight, backend=backend)
-    with pytest.raises(ValueError, match="do not fit"):
-        ops.sub_block(x, one, one, None, None, weight, backend=backend)
+    assert_raises((
+        (lambda: ops.conv1d(x, weight, backend=backend), r"do not fit: \(2, 16, 9\), \(8, 32, 3\)"),
+        (lambda: ops.sub_block(x, one, one, None, None, weight, backend=backend), "do not fit"),
+    ))  # fmt: skip
     for lengths in (torch.tensor([9]), torch.tensor([9.0, 9.0]), torch.tensor([9, 9], dtype=torch.int32)):
         with pytest.raises(ValueError, match=r"lengths must be \(2,\) int64"):
             ops.conv1d(x, weight[:, :16], lengths=lengths, backend=backend)
@@ -362,19 +359,6 @@ def twice_differentiable() -> dict:
     }
 
 
-OPS = (
-    "ctc_loss",
-    "conv1d",
-    "bn_relu_dropout",
-    "sub_block",
-    "gram",
-    "panes",
-    "pane_stats",
-    "panes_given",
-    "panes_plain",
-)
-
-
 class NoGradient(torch.autograd.Function):
     """Passes no gradient on."""
 
@@ -382,7 +366,9 @@ class NoGradient(torch.autograd.Function):
     backward = staticmethod(lambda ctx, g: None)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [
+    "ctc_loss", "conv1d", "bn_relu_dropout", "sub_block", "gram", "panes", "pane_stats", "panes_given", "panes_plain",
+])  # fmt: skip
 def test_a_second_derivative_is_an_error_and_no_gradient_gives_none(op):
     call, leaves = twice_differentiable()[op]
     none = torch.autograd.grad(NoGradient.apply(call()).sum(), leaves, allow_unused=True)

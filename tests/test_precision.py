@@ -70,8 +70,7 @@ def test_a_run_of_the_bench_sets_it_and_records_it(tmp_path):
 
 
 def test_an_engine_has_its_own():
-    """Shows that an engine uses its own setting in every call, as its copies do, and leaves the process's setting
-    alone."""
+    """An engine and its copies use the engine's setting in every call. The setting of the process does not change."""
     model, (features, lengths), seen = Jasper(config("plain residual"), backend="reference").eval(), batch([24, 17]), []
     before = now()
     engine = InferenceEngine(model, fp32_precision="tf32")

@@ -169,14 +169,14 @@ def test_where_one_path_has_it_all_the_search_is_greedy():
 
 
 @needs_cpu
-def test_threads_dtypes_and_strides_change_nothing(set_threads):
+def test_threads_dtypes_and_strides_change_nothing():
     torch.manual_seed(5)
     log_probs, lengths = torch.randn(5, 60, 29).log_softmax(-1).half(), torch.tensor([60, 7, 0, 33, 60])
     want = beam_search(log_probs.float(), lengths, Vocabulary(), beam=32, n_best=3)
     turned = log_probs.transpose(1, 2).contiguous().transpose(1, 2)
-    set_threads(3)
+    torch.set_num_threads(3)
     assert beam_search(turned, lengths.int(), Vocabulary(), beam=32, n_best=3) == want
-    set_threads(1)
+    torch.set_num_threads(1)
     alone = [beam_search(log_probs[i : i + 1, :n], lengths[i : i + 1], Vocabulary(), beam=32, n_best=3)[0]
              for i, n in enumerate(lengths.tolist())]  # fmt: skip
     assert alone == want

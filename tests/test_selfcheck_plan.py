@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_face
-from standins import imaginary_gpus_table, verdicts_of_its_own  # noqa: F401
+from standins import GPU_NAME, imaginary_gpus_table, verdicts_of_its_own  # noqa: F401
 
 from jasper_fast.dispatch import backends, verdict
 from jasper_fast.kernels import tables
@@ -18,18 +18,9 @@ CPU = torch.device("cpu")
 CONV = Conv(2, 21, 24, 20, 5)
 
 
-@pytest.fixture(params=["cpu", "triton"])
-def face(request) -> str:
-    return make_face(request.param).name
-
-
-def here(face: str) -> torch.device:
-    """Returns the device on which `face` runs here."""
-    return make_face(face).device
-
-
+@pytest.mark.parametrize("face", ["cpu", "triton"])
 def test_the_plan_holds_every_function_of_every_face_once(face):
-    device = here(face)
+    device = make_face(face).device
     plan = checks.plan(device, faces=(face,))
     assert len({check.id for check in plan}) == len(plan)
     functions = {(check.op, check.function) for check in plan}
@@ -40,9 +31,9 @@ def test_the_plan_holds_every_function_of_every_face_once(face):
         ("novograd", "step"), *([("ctc", "loss")] if face == "triton" else []),
         *(("depthwise", f) for f in checks.DEPTHWISE),
     }  # fmt: skip
+    others = {"pack", "pack_once", "packed_shape", "packed_size", "takes_tf32", "has_bf16", "into"}
     for op in ("bn_relu_dropout", "conv1d", "depthwise"):  # the plan has every public function of the face
         names = {"backward" if n.startswith("backward") else n for n in public(op, face)}
-        others = {"pack", "pack_once", "packed_shape", "packed_size", "takes_tf32", "has_bf16", "into"}
         assert names - others <= {f for _, f in functions}
     quick = checks.plan(device, faces=(face,), quick=True)
     if face == "triton":  # a quick check is in bf16, in which there is no optimiser step and no loss
@@ -58,8 +49,7 @@ def public(op: str, face: str) -> set[str]:
 
 
 def test_the_plan_leaves_out_what_was_not_asked_for():
-    face = make_face("cpu").name
-    plan = checks.plan(CPU, ops=("conv1d",), faces=(face,))
+    plan = checks.plan(CPU, ops=("conv1d",), faces=(make_face("cpu").name,))
     assert {(check.op, check.face) for check in plan} == {("conv1d", "cpu")}
     for name in ("op", "face", "dtype"):
         with pytest.raises(ValueError, match=f"{name} 'conv2d' is not one of"):
@@ -71,9 +61,9 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    """Pretends that there is an sm_90 with both libraries and without a table."""
+    """Pretends that there is an sm_90 that runs all faces for GPUs and has no table."""
     monkeypatch.setenv("JASPER_FAST_TABLES", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Imaginary 9000")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU_NAME)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(backends, "why_missing", lambda face, device: "a CPU's" if face == "cpu" else None)
 
@@ -82,7 +72,7 @@ def gpu(monkeypatch, tmp_path):
 def test_every_check_is_made_in_the_dtype_that_is_asked_for(gpu, quick):
     plans = {dtype: checks.plan(GPU, quick=quick, dtypes=(dtype,)) for dtype in checks.DTYPES}
     assert all({check.dtype for check in plan} == {dtype} for dtype, plan in plans.items())
-    # checks with EXACT are never rounded to TF32, and the optimiser's step and the loss exist in fp32 only
+    # These checks exist in fp32 only: exact products, the optimiser's step and the loss.
     exact = {check.id for check in plans["float32"] if checks.EXACT in check.variant or check.op in ("novograd", "ctc")}
     same = [
         {check.id.replace(f"| {dtype} |", "|") for check in plan if check.id not in exact}
@@ -94,12 +84,12 @@ def test_every_check_is_made_in_the_dtype_that_is_asked_for(gpu, quick):
     norms = {("bn_relu_dropout", "triton"), ("bn_relu_dropout", "cuda")}
     assert {(c.op, c.face) for c in plans["float16"]} == convs | norms | {("panes", "aten"), ("depthwise", "triton")}
     assert not any(c.face == "cuda" and c.op in ("conv1d", "conv1d.fused") for c in plans["float32"])
-    by_default = [{check.id for check in checks.plan(GPU, quick=quick)}, {c.id for p in plans.values() for c in p}]
-    assert by_default[0] == by_default[1] if not quick else by_default[0] == {c.id for c in plans["bfloat16"]}
+    by_default = [plans["bfloat16"]] if quick else plans.values()
+    assert {check.id for check in checks.plan(GPU, quick=quick)} == {check.id for plan in by_default for check in plan}
 
 
 def test_a_face_is_checked_in_the_dtypes_that_it_has():
-    """Shows that the CPU face is checked in all three dtypes, panes and the optimiser's step in fp32 only."""
+    """The CPU face is checked in all three dtypes; its panes and its optimiser's step are checked in fp32 only."""
     make_face("cpu")
     plan = checks.plan(CPU, faces=("cpu",))
     in_each = {dtype: {check.op for check in plan if check.dtype == dtype} for dtype in checks.DTYPES}
@@ -127,9 +117,8 @@ def test_every_conv_is_checked_once_where_it_fills_the_gpu(gpu, quick):
         else:
             programs = s.n * -(-s.t_out // tile.t) * -(-s.c_out // tile.n)
         assert programs > 1.5 * 132, "an H100's SMs"
-    draw = cases._Draw(CPU, torch.float32, 1, False, True)
-    lengths = draw.lengths(32, 840)
-    assert lengths[0] == 840 and lengths.min() >= 420, "no program is idle for want of frames"
+    lengths = cases._Draw(CPU, torch.float32, 1, timed=False, busy=True).lengths(32, 840)
+    assert lengths[0] == 840 and lengths.min() >= 420, "every program has frames to compute"
     assert cases.case(dataclasses.replace(waves[0], face="triton", shape=CONV), CPU, 1).inputs["lengths"].min() > 0
 
 
@@ -144,7 +133,7 @@ def test_convs_that_are_not_told_of_zeros_are_checked_on_small_shapes(gpu, quick
         set() if quick else {"plain unclean", "panes unclean"}
     )  # fmt: skip
     for check in {(c.function, c.variant): c for c in unclean}.values():
-        assert cases.case(check, here("triton"), 1).inputs["given"].isnan().any()
+        assert cases.case(check, make_face("triton").device, 1).inputs["given"].isnan().any()
 
 
 def test_the_plan_of_a_gpu_holds_every_tile_of_its_table(gpu, put_table, monkeypatch):
@@ -170,7 +159,7 @@ def test_the_plan_of_a_gpu_holds_every_tile_of_its_table(gpu, put_table, monkeyp
     assert {(768, 768), (896, 1024), (1024, 29), (64, 256)} <= real
 
     quick = [check.tile for check in checks.plan(GPU, quick=True) if check.tile]
-    assert quick == [*tiles[:3], tiles[3]], "up to three of an op"
+    assert quick == tiles, "a quick plan has up to three tiles of each op"
     monkeypatch.setattr(checks, "QUICK_TILES", 1)
     assert len([check.tile for check in checks.plan(GPU, quick=True) if check.tile]) == 2
 
@@ -186,7 +175,7 @@ def test_real_shapes_are_those_of_the_model():
             channels = block.filters
     have = {(c.c_in, c.c_out, c.k, c.stride, c.dilation) for c in checks.REAL_CONV}
     assert (64, 256, 11, 2, 1) in wanted and (768, 896, 29, 1, 2) in wanted
-    assert len(have & wanted) >= 9 and have - wanted == {(1024, 29, 1, 1, 1)}, "the decoder's is of another list"
+    assert len(have & wanted) >= 9 and have - wanted == {(1024, 29, 1, 1, 1)}, "only the decoder is not in the encoder"
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -195,3 +184,14 @@ def test_every_conv_is_checked_with_exact_products_too(gpu, quick):
     assert {check.dtype for check in plan} == (set() if quick else {"float32"})
     plan = checks.plan(GPU, quick=quick, dtypes=("float32",))
     assert {c.function for c in plan if checks.EXACT in c.variant.split()} == {*checks.CONV, "fused"}
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_face_of_the_norms_that_can_be_chosen_has_its_checks(gpu, quick):
+    """The CUDA face of the norms has the same checks as the Triton face."""
+    of = {}
+    for face in ("triton", "cuda"):
+        plan = checks.plan(GPU, quick=quick, ops=("bn_relu_dropout",), faces=(face,))
+        assert {check.function for check in plan} == {"stats", "forward", "backward"}
+        of[face] = {check.id.replace(f"| {face} |", "|") for check in plan}
+    assert of["cuda"] == of["triton"]

@@ -1,4 +1,5 @@
-"""The process of the self-check: a kernel that kills it or hangs is named; the command prints and saves the results."""
+"""The self-check's child process: a kernel that crashes or hangs it is named. The command prints and saves the
+results."""
 
 import json
 import os
@@ -21,7 +22,6 @@ from jasper_fast.selfcheck.checks import Check, Conv
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 CONV = Conv(2, 21, 24, 20, 5)
-BF16, FP16 = "bfloat16", "float16"
 MODULES = """
 import os, signal, sys, time, torch
 from jasper_fast.dispatch import backends
@@ -36,7 +36,8 @@ def broken(x, w, *rest, **more):
     return right(x, w, *rest, **more)
 impl.{function} = broken
 """
-# Speaks the protocol of the child, but has no kernels and so starts at once. Every check passes.
+# A stand-in for the child, which writes the same messages. It runs no kernels, so it starts quickly, and every check
+# passes.
 STAND_IN = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -64,17 +65,22 @@ def run(code: str, **more) -> list[dict]:
 
 
 def run_child(code: str, **more) -> list[dict]:
-    """As `run`, by processes that first execute `code` and then run the kernels."""
+    """As `run`, but the processes execute `code` and then run the kernels."""
     make_face("cpu")
     return run(f"{MODULES}\n{code}\nchild.child()", **more)
 
 
 def run_stand_in(function: str = "forward", what: str = "pass", first: str = "", **more) -> list[dict]:
-    """As `run`, by processes without kernels, which execute `first` at their start, and `what` in the checks of a
-    function of the conv."""
+    """As `run`, but the processes are stand-ins: they execute `first` at their start and `what` in each check of the
+    conv's `function`."""
     make_face("cpu")
     plan = json.dumps([check.plain() for check in checks.plan(CPU, quick=True, ops=PLANNED, faces=("cpu",))])
     return run(STAND_IN.format(mark=children.MARK, plan=plan, first=first, function=function, what=what), **more)
+
+
+def statuses(rows: list[dict]) -> dict[str, str]:
+    """Returns the status of the verdict on each op."""
+    return {v.op: v.status for v in verdict.judge(rows, quick=True)}
 
 
 @pytest.mark.slow
@@ -103,14 +109,14 @@ def test_a_kernel_that_never_ends_is_named():
     rows = run_stand_in("wgrad", "time.sleep(600)", seconds=5.0)
     (hung,) = [row for row in rows if row["status"] == "hung"]
     assert hung["function"] == "wgrad" and "was silent for 5 s" in hung["detail"]
-    assert {v.op: v.status for v in verdict.judge(rows, quick=True)} == {"conv1d": BAD, "bn_relu_dropout": GOOD}
+    assert statuses(rows) == {"conv1d": BAD, "bn_relu_dropout": GOOD}
 
 
 @pytest.mark.slow
 def test_a_kernel_that_ruins_the_context_is_named():
-    """Shows that a kernel which ruins a CUDA context is named. On a GPU the synchronisation after it raises, and so
-    does everything after that."""
-    code = """
+    """After such a kernel the next synchronisation raises an error, and so does every later CUDA call. Here a
+    replaced `synchronize` raises it."""
+    rows = run_child("""
 import jasper_fast.kernels.philox  # its annotations use torch.device, which the next lines replace
 device_of = torch.device
 torch.device = lambda name: device_of(name) if name != "cpu" else Pretended()
@@ -129,8 +135,7 @@ def synchronize(device):
     if done[-1].function == "dgrad":
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 torch.cuda.synchronize = synchronize
-"""
-    rows = run_child(code)
+""")
     (dead,) = [row for row in rows if row["status"] == "died"]
     assert dead["function"] == "dgrad" and "illegal memory access" in dead["detail"]
     assert {row["op"] for row in rows if row["status"] == "skipped"} == {"conv1d"}
@@ -139,14 +144,14 @@ torch.cuda.synchronize = synchronize
 
 @pytest.mark.parametrize("how", ["KILL", "TERM"])
 def test_who_ends_the_process_from_outside_is_no_kernel(how):
-    """Shows that a signal from outside, say because the host's memory ran out, blames no kernel."""
+    """No kernel is blamed for a signal from outside, for example from the OOM killer of Linux."""
     found = {v.op: v for v in verdict.judge(run_stand_in(what=f"os.kill(os.getpid(), signal.SIG{how})"), quick=True)}
     assert found["conv1d"].status == UNCHECKED and f"SIG{how} (from outside" in found["conv1d"].failure
     assert found["bn_relu_dropout"].status == GOOD
 
 
 class OutOfTime(BaseException):
-    """A stand-in for the exception by which bench cuts off a part."""
+    """A stand-in for the exception with which bench ends a part that takes too long."""
 
 
 def test_a_check_that_is_cut_off_ends_at_once_and_leaves_what_was_found(monkeypatch):
@@ -166,7 +171,7 @@ def test_a_check_that_is_cut_off_ends_at_once_and_leaves_what_was_found(monkeypa
     children = [p for p in Path("/proc").glob("[0-9]*/comm") if read_or_nothing(p) == "jasper-checks"]
     assert not children and ended == [(0.0, -signal.SIGKILL)]
     assert {row["op"] for row in report.rows} == {"bn_relu_dropout", "conv1d"}
-    assert {row["op"] for row in report.decided()} == {"bn_relu_dropout"}, "of conv1d wgrad is missing"
+    assert {row["op"] for row in report.decided()} == {"bn_relu_dropout"}, "conv1d lacks the checks of wgrad"
     assert all(row["status"] == "ok" for row in report.rows)
 
 
@@ -178,7 +183,7 @@ def read_or_nothing(path: Path) -> str:
 
 
 def test_a_check_that_is_cut_off_in_the_first_second_ends_at_once(monkeypatch):
-    """Shows that a process which is still importing is killed at once when its check is cut off."""
+    """A process that is still importing is killed without waiting for it."""
     ended = spy_on_ends(monkeypatch)
 
     def lines(*_):
@@ -192,7 +197,7 @@ def test_a_check_that_is_cut_off_in_the_first_second_ends_at_once(monkeypatch):
 
 
 def spy_on_ends(monkeypatch) -> list[tuple[float, int | None]]:
-    """Records how each child process ends: the seconds of patience that it got, and its exit status."""
+    """Records how each child process ends: the seconds that it was given to end by itself, and its exit status."""
     ended, end = [], children._end
 
     def spied(process, before, after):
@@ -219,8 +224,7 @@ def test_what_was_found_is_a_verdict_where_nothing_can_change_it():
         ("bn_relu_dropout", "ok"), ("conv1d", "ok"), ("conv1d", ""), ("conv1d.fused", "wrong"), ("conv1d.fused", ""),
         ("panes", ""),
     ))  # fmt: skip
-    found = {v.op: v.status for v in verdict.judge(report.decided(), quick=True)}
-    assert found == {"bn_relu_dropout": GOOD, "conv1d.fused": BAD}
+    assert statuses(report.decided()) == {"bn_relu_dropout": GOOD, "conv1d.fused": BAD}
 
 
 @pytest.mark.parametrize("as_json", [True, False])
@@ -253,19 +257,18 @@ def test_a_process_that_does_not_start_is_no_verdict_on_a_kernel():
 
 
 def test_a_device_that_is_lost_on_the_way_leaves_what_was_not_checked_open(tmp_path):
-    """Shows that the kernel in which a process died is blamed, although the next process cannot start."""
+    """The kernel in which a process died is blamed, although the next process cannot start."""
     flag = f"Path({str(tmp_path / 'started')!r})"
     rows = run_stand_in(
         what="os._exit(9)", first=f"sys.exit('no device any more') if {flag}.exists() else {flag}.touch()"
     )
     assert next(row["status"] for row in rows if row["function"] == "forward" and row["op"] == "conv1d") == "died"
-    found = {v.op: v.status for v in verdict.judge(rows, quick=True)}
-    assert found["conv1d"] == BAD
+    assert statuses(rows)["conv1d"] == BAD
 
 
 def test_memory_that_runs_out_in_the_driver_is_no_fault_of_the_kernel():
     what = "print('CUDA error: out of memory', file=sys.stderr, flush=True); os._exit(1)"
-    assert {v.op: v.status for v in verdict.judge(run_stand_in(what=what), quick=True)}["conv1d"] == UNCHECKED
+    assert statuses(run_stand_in(what=what))["conv1d"] == UNCHECKED
 
 
 # ---- the command ----
@@ -291,7 +294,8 @@ def test_the_command_checks_the_cpu_and_the_interpreted_kernels_and_keeps_the_ve
 @pytest.mark.parametrize("more", [[], ["--dtype", "fp16", "--dtype", "bf16", "--limit", "7", "--no-cache"]])
 def test_the_command_checks_what_it_is_told_and_shows_a_table(more, monkeypatch, capsys):
     def supervise(device, *, report, on_row, **asked):
-        assert asked == {"quick": True, "dtypes": [FP16, BF16] if more else [], "seconds": 7.0 if more else 180.0}
+        dtypes, seconds = (["float16", "bfloat16"], 7.0) if more else ([], 180.0)
+        assert asked == {"quick": True, "dtypes": dtypes, "seconds": seconds}
         report.planned, report.found = rows_of(("conv1d", "ok"), ("conv1d", "wrong"), ("bn_relu_dropout", "ok"))
         on_row(report.rows[0], 3)
 

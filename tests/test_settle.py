@@ -9,8 +9,8 @@ from jasper_fast import ops
 
 
 def test_a_settled_test_lies_where_its_face_runs(monkeypatch):
-    """Shows that tensors which a test makes without naming a device lie on its face's device, so that one test serves
-    machines with and without a GPU."""
+    """Tensors that a test makes without naming a device lie on the device of its face. So one test serves machines
+    with and without a GPU."""
     monkeypatch.setattr(conftest, "make_face", lambda name: conftest.Face(name, torch.device("cuda")))
     with FakeTensorMode():
         assert conftest.settle("triton") == "triton"

@@ -35,8 +35,9 @@ def library(**changes) -> tables.Row:
     return row(**({"face": "aten", "algorithm": "library"} | none | changes))
 
 
-def look(rows: int, op: str = "conv1d.forward", dtype=torch.bfloat16, **changes) -> tables.Row | None:
-    face = changes.pop("face", "triton")
+def look(
+    rows: int, op: str = "conv1d.forward", dtype=torch.bfloat16, face: str = "triton", **changes
+) -> tables.Row | None:
     return tables.lookup(op, DEVICE, dtype, **(SHAPE | changes), rows=rows, face=face)
 
 

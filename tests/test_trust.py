@@ -21,7 +21,6 @@ from jasper_fast.kernels.conv1d import cuda_launch, cuda_tiles
 from jasper_fast.nn.block import JasperBlock
 from jasper_fast.nn.config import JasperConfig
 from jasper_fast.ops.bn_relu_dropout_op import norm_face as norm_face_of
-from jasper_fast.selfcheck import checks
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = torch.device("cuda", 0)
@@ -41,8 +40,8 @@ def silent() -> warnings.catch_warnings:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Pretends that there is a GPU. `found` maps an op, (op, face) or (op, face, dtype) to the verdict that a check of
-    it gives. `checked` lists the checks that were made."""
+    """Pretends that there is a GPU. `found` sets the verdict that a check gives, by op, (op, face) or (op, face,
+    dtype); all other verdicts are good. `checked` lists the checks that were made."""
     found: dict[str | tuple[str, ...], Verdict] = {}
     checked: list[tuple] = []
 
@@ -192,8 +191,8 @@ def test_the_cpu_is_neither_checked_nor_looked_up(gpu, norm_table, monkeypatch):
 
 
 def test_without_a_table_arithmetic_chooses(gpu):
-    """Shows that without a table 16-bit convs run in Triton, which skips padding. fp32 convs run in the library, whose
-    matrix products are faster. With few rows they run in Triton, because then memory traffic and launches decide."""
+    """Without a table 16-bit convs run in Triton, which skips padding, and fp32 convs in the library, whose matrix
+    products are faster. With few rows fp32 convs run in Triton too, because memory traffic and launches decide."""
     step = choose.conv_calls(stats=True, dx=True, dw=True, norm=True)
     assert conv_face(calls=step, rows_log2=15) == conv_face(calls=step, rows_log2=None) == "triton"
     assert conv_face(torch.float32, calls=step, rows_log2=15) == "aten"
@@ -298,7 +297,7 @@ def test_panes_take_the_gram_form_on_a_gpu_where_it_is_right(gpu):
     assert choose.pane_form("auto", GPU, torch.float64) == "gram"
     assert choose.pane_form("triton", GPU, torch.float16) == "gram"
     assert choose.pane_form("auto", CPU, torch.float32) == "plain"
-    assert len(gpu.checked) == 2, "no kernel of theirs, named, and a CPU"
+    assert len(gpu.checked) == 2, "fp64, a named backend and the CPU need no check"
 
 
 @pytest.mark.parametrize(("form", "status", "wanted"), [
@@ -310,7 +309,7 @@ def test_a_block_takes_the_form_that_was_chosen(gpu, form, status, wanted):
     gpu.found["panes"] = verdict("panes", status)
     with FakeTensorMode(), warnings.catch_warnings(action="ignore", category=RuntimeWarning):
         sources = [torch.empty(2, 8, t, device=GPU, dtype=torch.float16) for t in (8, 7)]
-        assert [block.reads_gram(0, x) for x in sources] == [wanted, False], "14 frames are few"
+        assert [block.reads_gram(0, x) for x in sources] == [wanted, False], "14 rows are too few for the Gram form"
 
 
 class Faces(TorchDispatchMode):
@@ -329,7 +328,7 @@ class Faces(TorchDispatchMode):
 
 @pytest.mark.parametrize(("channels", "wanted"), [(256, "cuda"), (768, "triton")])
 def test_the_ops_run_on_the_face_that_was_chosen(gpu, norm_table, channels, wanted):
-    """Shows that statistics, the norm, and the norm with the next conv run on the chosen face, on fake GPU tensors."""
+    """The statistics, the norm, and the norm with the next conv run on the chosen face, here on fake GPU tensors."""
     with FakeTensorMode(), Faces() as faces:
         y = torch.empty(4, 1000, channels, dtype=torch.bfloat16, device=GPU).transpose(1, 2)
         vectors = [torch.ones(channels, device=GPU) for _ in range(4)]
@@ -341,8 +340,7 @@ def test_the_ops_run_on_the_face_that_was_chosen(gpu, norm_table, channels, want
 
 
 def test_a_convs_statistics_come_from_the_face_of_the_norm_after_it(gpu, norm_table, monkeypatch):
-    """Shows that a conv's statistics come from the face of the norm after it. The verdict on that face is needed only
-    if the conv computes statistics with backend="auto"."""
+    """The verdict on that face is needed only if the conv computes statistics with backend="auto"."""
     monkeypatch.setattr(rules, "fastest", lambda *_: "aten")
     with FakeTensorMode(), Faces() as faces:
         x = torch.empty(4, 1000, 96, dtype=torch.bfloat16, device=GPU).transpose(1, 2)
@@ -358,7 +356,7 @@ def test_a_convs_statistics_come_from_the_face_of_the_norm_after_it(gpu, norm_ta
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_the_face_of_a_norm_is_a_constant_of_a_compiled_graph(gpu, norm_table, dynamic):
-    """Shows that a dynamic graph is compiled again for another number of channels, but not for another length."""
+    """A dynamic graph is compiled again for another number of channels, but not for another length."""
     counter = CompileCounter()
 
     def chosen(y):
@@ -397,26 +395,10 @@ def test_the_choice_is_a_constant_of_a_compiled_graph():
 
 
 def test_a_first_check_may_happen_while_a_graph_is_traced(gpu):
-    """Shows that the check, which reads files and starts a process, is not traced."""
+    """The check, which reads files and starts a process, is not traced."""
 
     def chosen(x):
         return x * len(choose.resolve("auto", torch.device("cuda", 0), NORM, torch.bfloat16))
 
     assert torch.equal(torch.compile(chosen, backend="eager", fullgraph=True)(torch.ones(2)), torch.full((2,), 6.0))
     assert gpu.checked == [IN_TRITON]
-
-
-@pytest.mark.parametrize("quick", [True, False])
-def test_every_face_of_the_norms_that_can_be_chosen_has_its_checks(monkeypatch, tmp_path, quick):
-    """Shows that every function of the norms has the same checks on the CUDA face as on the Triton face."""
-    monkeypatch.setenv("JASPER_FAST_TABLES", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Imaginary 9000")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(backends, "why_missing", lambda backend, kind: None)
-    of = {}
-    for face in ("triton", "cuda"):
-        plan = checks.plan(GPU, quick=quick, ops=(NORM,), faces=(face,))
-        assert {check.face for check in plan} == {face}
-        of[face] = {check.id.replace(f"| {face} |", "|") for check in plan}
-        assert {check.function for check in plan} == {"stats", "forward", "backward"}
-    assert of["cuda"] == of["triton"]

@@ -74,7 +74,7 @@ def test_the_command_times_right_tiles_faces_and_the_library_and_makes_a_table(t
         assert (row.time_s, row.tile) == (best["time_s"]["median"], best["tune"]["tile"])
     for column in ("fastest of ours", "PyTorch / ours", "bn_relu_dropout.backward", "GB/s"):
         assert column in said
-    assert not (own_cache / "tuned").exists(), "of a stand-in nothing is kept"
+    assert not (own_cache / "tuned").exists(), "times of a stand-in are not saved"
 
 
 @pytest.mark.parametrize(("interpret", "ops", "told"), [
@@ -138,10 +138,10 @@ def test_a_face_that_is_wrong_is_a_row_and_never_chosen(tmp_path, monkeypatch, i
 
 
 def test_a_tile_that_spills_is_refused():
-    facts = {"registers": 255, "shared": 1024, "spilled": 16}
     told = []
     tuner = work.Tuner(CPU, lambda *what: told.append(what), budget=100.0)
-    tuner._facts = {(CELL, NAMES[0]): facts, (CELL, NAMES[1]): {"registers": 90, "shared": 1024, "spilled": 0}}
+    spills, fits = ({"registers": r, "shared": 1024, "spilled": bytes_} for r, bytes_ in ((255, 16), (90, 0)))
+    tuner._facts = {(CELL, NAMES[0]): spills, (CELL, NAMES[1]): fits}
     tuner.run([CELL])
     (found,) = [value for kind, value in told if kind == "found"]
     assert found["refused"] == {NAMES[0]: "spills 16 bytes"}
@@ -195,7 +195,7 @@ def test_the_library_computes_what_the_kernel_does(function):
 
 @pytest.mark.parametrize("function", ["forward", "forward_stats", "dgrad", "dgrad_bn", "fused"])
 def test_the_librarys_weight_is_cast_and_ordered_once(monkeypatch, function):
-    """Shows that the weight is cast and reordered before timing, as cuDNN would otherwise copy it in every call."""
+    """The weight is cast and reordered before timing, because cuDNN would otherwise copy it in every call."""
     forward = spied(monkeypatch, F, "conv2d", lambda x, weight, *_: weight)
     aten = backends.face("conv1d", "aten")
     backward = spied(monkeypatch, aten, "conv2d_backward", lambda dy, x, weight, *_: weight.unsqueeze(2))
@@ -210,7 +210,7 @@ def test_the_librarys_weight_is_cast_and_ordered_once(monkeypatch, function):
 
 
 def test_lengths_are_those_of_a_batch_of_speech():
-    """Shows that the lengths leave a quarter of a batch as padding, as in speech, because our kernels skip padding."""
+    """About a quarter of a batch is padding, as in speech. This matters for times because our kernels skip padding."""
     cell = Cell("conv1d.forward", "float32", 4, 4, 1, 1, 1, 12)
     lengths, (n, frames) = Held(cell, CPU).case("triton").inputs["lengths"], cell.batch
     assert lengths.shape == (n,) and lengths.max() == frames

@@ -22,10 +22,11 @@ def result(path: Path, *, gpu: str | None = GPU_NAME, driver: str = "580.1", **c
     tile = {"t": 64, "n": 32, "k": 16, "num_warps": 4, "num_stages": 3, "splits": 1}
     row = tables.Row(op="conv1d.forward", dtype="bfloat16", **SHAPE, rows_log2=12, face="triton", algorithm="direct",
                      tile=tile, time_s=1e-3, registers=90, shared=1024, spilled=0)  # fmt: skip
-    of = {"name": gpu or "a CPU", "gpu": gpu and {"name": gpu, "capability": "sm_90", "driver": driver}}
-    of |= {"packages": {"torch": "2.13.0", "triton": "3.7.1"}, "commit": "abc", "dirty": False, "command": "x"}
-    of |= {"date": "2026"}
-    data = {"command": "tune", "machine": of}
+    data = {"command": "tune", "machine": {
+        "name": gpu or "a CPU", "gpu": gpu and {"name": gpu, "capability": "sm_90", "driver": driver},
+        "packages": {"torch": "2.13.0", "triton": "3.7.1"}, "commit": "abc", "dirty": False, "command": "x",
+        "date": "2026",
+    }}  # fmt: skip
     data["table"] = {"header": tune_table.table_header(data), "rows": [row.plain() | changes]}
     path.write_text(json.dumps(data))
     return path
@@ -42,8 +43,7 @@ def install(path: Path, **more) -> int:
 
 def test_a_result_is_installed_and_chosen_from(tmp_path, own_tables):
     assert install(tmp_path) == 0
-    found = tables.lookup("conv1d.forward", GPU, torch.bfloat16, **SHAPE, rows=4096)
-    assert found.tile["t"] == 64
+    assert tables.lookup("conv1d.forward", GPU, torch.bfloat16, **SHAPE, rows=4096).tile["t"] == 64
     assert [p.name for p in own_tables.iterdir()] == ["nvidia-imaginary-9000.json"]
 
 

@@ -49,6 +49,15 @@ def conv_face(rows_log2: int = 12, dtype=torch.float16, ops=("conv1d.forward",))
     return choose.conv_face("auto", GPU, dtype, shape=SHAPE, rows_log2=rows_log2, calls=ops)
 
 
+def tune(tuning, cells: list[Cell], budget: float = 100.0) -> tuned.Session:
+    return tuned.tune(GPU, cells, budget, clock=lambda: tuning.now)
+
+
+def fail(tuning, monkeypatch, error: BaseException) -> None:
+    """Makes the fastest contender raise `error` at its first call."""
+    monkeypatch.setattr(tuning, "warm", lambda call: raising(error)() if call == FAST else None)
+
+
 # ---- what is picked, and what is refused ----
 
 
@@ -71,39 +80,29 @@ def test_a_wrong_contender_is_refused_however_fast(tuning):
     tuning.wrong[FAST] = "y: max error 2.0"
     assert conv_face() == "aten"
     assert kept() == {CELLS[0]: {"triton": 2e-3, "aten": 1.5e-3}}
-    session = tuned.tune(GPU, CELLS[1:2], 100.0, clock=lambda: tuning.now)
-    assert session.done[CELLS[1]]["refused"] == {FAST: "wrong: y: max error 2.0"}
+    assert tune(tuning, CELLS[1:2]).done[CELLS[1]]["refused"] == {FAST: "wrong: y: max error 2.0"}
 
 
 def test_a_contender_that_does_not_run_is_refused(tuning, monkeypatch):
-    def warm(call):
-        if call == FAST:
-            raise RuntimeError("out of resource: shared memory\nmore")
-
-    monkeypatch.setattr(tuning, "warm", warm)
-    session = tuned.tune(GPU, CELLS[:1], 100.0, clock=lambda: tuning.now)
-    assert session.done[CELLS[0]]["refused"] == {FAST: "RuntimeError: out of resource: shared memory"}
+    fail(tuning, monkeypatch, RuntimeError("out of resource: shared memory\nmore"))
+    refused = tune(tuning, CELLS[:1]).done[CELLS[0]]["refused"]
+    assert refused == {FAST: "RuntimeError: out of resource: shared memory"}
     assert kept()[CELLS[0]]["triton"] == 2e-3
 
 
 @pytest.mark.parametrize("code", [77, -signal.SIGSEGV])
 def test_a_contender_that_ends_its_process_is_remembered_and_the_others_go_on(tuning, monkeypatch, code):
-    def warm(call):
-        if call == FAST:
-            raise Died(code)
-
-    monkeypatch.setattr(tuning, "warm", warm)
-    session = tuned.tune(GPU, CELLS[:2], 100.0, clock=lambda: tuning.now)
-    assert set(session.done) == set(CELLS[:2]) and tuning.sessions == [2, 2, 1]
+    fail(tuning, monkeypatch, Died(code))
+    assert set(tune(tuning, CELLS[:2]).done) == set(CELLS[:2]) and tuning.sessions == [2, 2, 1]
     assert kept() == {cell: {"triton": 2e-3, "aten": 1.5e-3} for cell in CELLS[:2]}
-    tuned.tune(GPU, CELLS[:1], 100.0, clock=lambda: tuning.now)
-    assert tuning.sessions[-1:] == [1], "it is not tried again, in no process"
+    tune(tuning, CELLS[:1])
+    assert tuning.sessions[3:] == [1], "the contender is not tried again, not even by a new process"
 
 
 def test_what_is_killed_from_outside_blames_nobody(tuning, monkeypatch):
     monkeypatch.setattr(tuning, "warm", raising(Died(-signal.SIGKILL)))
     with pytest.raises(tuned.CannotTune, match="a kernel's last word"):
-        tuned.tune(GPU, CELLS[:1], 100.0, clock=lambda: tuning.now)
+        tune(tuning, CELLS[:1])
     assert tuned._faults(GPU) == {} and kept() == {}
 
 
@@ -111,11 +110,11 @@ def test_what_is_killed_from_outside_blames_nobody(tuning, monkeypatch):
 
 
 def test_a_kill_at_twenty_random_points_loses_nothing(tuning, monkeypatch, own_cache):
-    """Shows that SIGKILL between cells, inside one or while the file is written loses no finished cell."""
+    """SIGKILL between two cells, inside a cell or while the file is written loses no finished cell."""
     seen = []
     tuning.happen = seen.append
     wrap(monkeypatch, os, "replace", lambda right, *args: (tuning.happen("replace"), right(*args))[1])
-    tuned.tune(GPU, CELLS, 1000.0, clock=lambda: tuning.now)
+    tune(tuning, CELLS, 1000.0)
     whole = kept()
     points = random.Random(0).choices(range(1, len(seen) + 1), k=20)
     assert len(set(points)) > 10 and set(whole) == set(CELLS)
@@ -125,7 +124,7 @@ def test_a_kill_at_twenty_random_points_loses_nothing(tuning, monkeypatch, own_c
         def killed(point=point):
             events = itertools.count(1)
             tuning.happen = lambda what: next(events) == point and os.kill(os.getpid(), signal.SIGKILL)
-            tuned.tune(GPU, CELLS, 1000.0, clock=lambda: tuning.now)
+            tune(tuning, CELLS, 1000.0)
 
         assert forked(killed) == [signal.SIGKILL]
         before = kept() if tuned.path(GPU).is_file() else {}
@@ -133,15 +132,12 @@ def test_a_kill_at_twenty_random_points_loses_nothing(tuning, monkeypatch, own_c
         assert len(before) in (done, done + 1) and all(whole[cell] == before[cell] for cell in before)
         tuning.happen, tuning.measured = (lambda what: None), []
         tables._index.cache_clear()
-        todo = [cell for cell in CELLS if not tables.covered(GPU, cell)]
-        tuned.tune(GPU, todo, 1000.0, clock=lambda: tuning.now)
-        assert kept() == whole and set(tuning.measured) == set(CELLS) - set(before), (
-            "what was kept is not measured again"
-        )
+        tune(tuning, [cell for cell in CELLS if not tables.covered(GPU, cell)], 1000.0)
+        assert kept() == whole and set(tuning.measured) == set(CELLS) - set(before), "no saved cell is measured again"
 
 
 def test_one_of_two_processes_tunes_and_the_other_reads(tuning, own_cache, monkeypatch):
-    """Shows that of two processes with the same convs, the second waits for the first and reads its rows."""
+    """Of two processes with the same convs, the second waits for the first and reads its rows."""
     log = own_cache.parent / "log"
 
     def rank():
@@ -158,14 +154,14 @@ def test_one_of_two_processes_tunes_and_the_other_reads(tuning, own_cache, monke
 
 def test_rows_of_two_processes_add_up(tuning):
     for cell in CELLS[:2]:
-        assert forked(lambda cell=cell: tuned.tune(GPU, [cell], 100.0, clock=lambda: tuning.now)) == [0]
+        assert forked(lambda cell=cell: tune(tuning, [cell])) == [0]
     assert set(kept()) == set(CELLS[:2])
 
 
 def test_the_budget_is_respected_and_the_rest_is_said(tuning, monkeypatch, capsys):
-    """Shows that tuning ends with its budget. Each contender takes a second to prepare and a cell has three, so the
-    third cell is the last at seven seconds."""
-    session = tuned.tune(GPU, CELLS, 7.0, clock=lambda: tuning.now)
+    """Each cell has three contenders, and each of them takes a second to prepare. So with a budget of seven seconds
+    the third cell is the last one."""
+    session = tune(tuning, CELLS, 7.0)
     assert list(session.done) == CELLS[:3] and set(kept()) == set(CELLS[:3]) and session.out_of_time
     assert tuning.now < 7.0 + 3 + 1
     monkeypatch.setattr(tuned, "FIRST_USE", 1.0)
@@ -212,8 +208,8 @@ def test_turned_off_the_tables_and_rules_choose(tuning, put_table, monkeypatch, 
 
 
 @pytest.mark.parametrize(("header", "wanted"), [
-    (H100, "aten"),  # the neighbour found the library faster
-    (H200, "triton"),  # another bandwidth
+    (H100, "aten"),  # in the neighbour's table the library is faster
+    (H200, "triton"),  # its bandwidth is too different
     (H100 | {"multiprocessors": "114"}, "triton"), (H100 | {"capability": "sm_100"}, "triton"),
     (H100 | {"multiprocessors": "128"}, "aten"), ({"multiprocessors": "x", "bandwidth": "x"}, "triton"),
 ])  # fmt: skip
@@ -223,7 +219,7 @@ def test_a_neighbours_table_serves_where_nothing_of_this_gpu_is_there(tuning, pu
     assert conv_face() == wanted, "by the rules Triton"
     monkeypatch.setenv("JASPER_FAST_TUNE", "1")
     choose.forget()
-    assert conv_face() == "triton" and tuning.sessions == [1], "it keeps nobody from tuning"
+    assert conv_face() == "triton" and tuning.sessions == [1], "a neighbour's table does not prevent tuning"
 
 
 def test_the_nearest_neighbour_is_taken(tuning, put_table, monkeypatch):
@@ -236,7 +232,7 @@ def test_the_nearest_neighbour_is_taken(tuning, put_table, monkeypatch):
 def test_a_committed_table_needs_no_tuning_and_a_users_lies_over_it(tuning, put_table):
     table(put_table, ("conv1d.forward", 2.0, 1.0), ("conv1d.wgrad", 2.0, 1.0))
     assert conv_face() == conv_face(ops=("conv1d.wgrad",)) == "aten" and tuning.sessions == []
-    tuned.tune(GPU, CELLS[:1], 100.0, clock=lambda: tuning.now)
+    tune(tuning, CELLS[:1])
     choose.forget()
     assert (conv_face(), conv_face(ops=("conv1d.wgrad",))) == ("triton", "aten")
 
@@ -269,7 +265,7 @@ def test_nothing_is_tuned_while_a_graph_is_traced_or_a_step_must_not_stall(tunin
 
 
 def test_where_there_is_nothing_to_choose_from_nothing_is_tuned(tuning, monkeypatch):
-    """Shows that before Ampere nothing is tuned: convs run in cuDNN and norms on the CUDA face."""
+    """Without Triton convs are not tuned. Norms are, because they can run on the CUDA face or in plain PyTorch."""
     monkeypatch.setattr(backends, "why_missing", lambda face, device: "too old" if face == "triton" else None)
     tuned.want(GPU, [*CELLS, Cell("bn_relu_dropout.forward", FP16, 256, 256, 1, 1, 1, 12)], "Jasper")
     assert tuning.sessions == [1] and {cell.op for cell in kept()} == {"bn_relu_dropout.forward"}
@@ -315,8 +311,7 @@ def test_a_model_is_tuned_at_its_first_forward_all_at_once(tuning, monkeypatch, 
 
 @pytest.mark.parametrize("tune", [True, False])
 def test_an_engine_takes_the_faster_face_for_each_batch(tuning, tune):
-    """Shows that an engine uses the faster face for each batch size, and tunes all its convs at the first call of a
-    size."""
+    """An engine uses the faster face for each batch size, and tunes all its convs at the first call of a size."""
     engine = InferenceEngine(Jasper(small(), tune=tune).eval(), graphs=False)
     ours, library = engine._run, SimpleNamespace()
     engine._runs, engine._device, engine._dtype = {"triton": ours, "aten": library}, GPU, torch.float16
@@ -385,7 +380,7 @@ def test_the_self_check_checks_what_was_tuned(tuning, monkeypatch):
     from jasper_fast.selfcheck import checks
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Imaginary 9000")
-    tuned.tune(GPU, CELLS[:1], 100.0, clock=lambda: tuning.now)
+    tune(tuning, CELLS[:1])
     (check,) = checks._measured("conv1d", "forward", FP16, False, GPU)
     assert check.tile == TILES[1] and check.shape.c_in == 256
 

@@ -1,4 +1,4 @@
-"""How the tuner times: captured calls in turns, each with an emptied cache."""
+"""How the tuner times its contenders: in turns, as CUDA graphs, with an emptied L2 cache before each call."""
 
 import contextlib
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from jasper_fast.tuning import timing
 
 
 class FakeCuda:
-    """A stand-in for torch.cuda. `log` keeps events in order, and each event takes one second."""
+    """A stand-in for torch.cuda. `log` lists what happens, in order; each entry counts as one second."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
@@ -25,7 +25,7 @@ class FakeCuda:
                 fake.log.append("event")
 
             def elapsed_time(self, other):
-                return 1e3 * (other.at - self.at - 1)  # milliseconds, one second for each event in between
+                return 1e3 * (other.at - self.at - 1)  # milliseconds: one second for each entry in between
 
         self.Event = Event
         calls = ("capture_begin", "capture_end", "replay")
@@ -56,8 +56,7 @@ def test_a_gpus_clock_times_a_captured_call_and_not_what_empties_the_cache(monke
     ticker = timing.Events(torch.device("cpu"))
     assert ticker._other.numel() == 1 << 25
     ticker._other = SimpleNamespace(zero_=lambda: fake.log.append("flush"))
-    call = lambda: fake.log.append("call")  # noqa: E731
-    run = ticker.prepare(call)
+    run = ticker.prepare(lambda: fake.log.append("call"))
     assert fake.log == ["side", "call", "wait", "capture_begin", "call", "capture_end", "replay", "wait"]
     fake.log.clear()
     assert ticker.seconds(run, 2) == pytest.approx(2.0)
@@ -72,4 +71,4 @@ def test_the_slow_are_timed_once_and_the_rest_in_turns():
     assert list(found) == ["b", "c", "a"] and [len(of) for of in found.values()] == [7, 7, 1]
     assert asked[6:10] == ["c", "b", "b", "c"]
     short = timing.fastest_first({name: name for name in times}, ticker, seconds=1.0)
-    assert len(short["b"]) == 3, "what takes long is timed in fewer rounds"
+    assert len(short["b"]) == 3, "if the time is spent, the timing ends after three rounds"

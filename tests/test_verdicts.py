@@ -91,7 +91,7 @@ def test_the_drivers_version_is_read_where_linux_tells_it(text, version, tmp_pat
 
 
 def altered(data: dict, **changes) -> dict:
-    """Returns the content of a saved file with changed values in its verdict."""
+    """Returns the content of a saved file, with `changes` in its verdict."""
     return data | {"verdicts": [data["verdicts"][0] | changes]}
 
 
@@ -104,11 +104,11 @@ FAULTY = {
     "no JSON": lambda data: None,
     "no object": lambda data: [],
     "an old schema": lambda data: {"schema": 0},
-    "an older version's, whose verdicts were of no dtype": lambda data: without_dtype(data) | {"schema": 1},
-    "verdicts of no dtype": lambda data: without_dtype(data),
+    "an older version, without dtypes": lambda data: without_dtype(data) | {"schema": 1},
+    "no dtype": without_dtype,
     "a dtype that is null": lambda data: altered(data, dtype=None),
     "another key": lambda data: data | {"key": {}},
-    "a status of its own": lambda data: altered(data, status="great"),
+    "an unknown status": lambda data: altered(data, status="great"),
     "a number for a text": lambda data: altered(data, failure=7),
 }
 
@@ -124,7 +124,7 @@ def test_a_corrupt_file_is_said_and_checked_again(fault, capsys):
     said = capsys.readouterr().err
     assert str(verdicts.path(CPU)) in said and "checking again" in said
     verdicts.forget()
-    assert of_conv() == fresh, "and the new one is kept"
+    assert of_conv() == fresh, "the new verdict was saved"
 
 
 @pytest.mark.parametrize("spoil", [

@@ -13,13 +13,6 @@ from jasper_fast.kernels.conv1d import cuda_launch
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 NORM, PANES, NOVOGRAD, CTC, DEPTHWISE = "bn_relu_dropout", "panes", "novograd", "ctc", "depthwise"
 OLDEST = (8, 0)  # the Triton kernels need this compute capability, because they use bf16 and cp.async
-_MODULE = {
-    "reference": "reference",
-    "aten": "aten_impl",
-    "cpu": "cpu_impl",
-    "triton": "triton_impl",
-    "cuda": "cuda_impl",
-}
 
 
 class BackendMissing(RuntimeError):
@@ -65,7 +58,7 @@ def named(backend: str, reason: str) -> str:
 @functools.cache
 def face(op: str, name: str) -> ModuleType:
     """Returns the module of a face: `jasper_fast.kernels.<op>.reference`, `.cpu_impl`, `.triton_impl` and so on."""
-    return importlib.import_module(f"jasper_fast.kernels.{op}.{_MODULE[name]}")
+    return importlib.import_module(f"jasper_fast.kernels.{op}.{name if name == 'reference' else f'{name}_impl'}")
 
 
 def is_available(backend: str, device: torch.device | str = "cpu") -> bool:

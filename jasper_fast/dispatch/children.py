@@ -95,12 +95,9 @@ def _lines(stream: IO[str], start: float, each: float) -> Iterator[tuple[str, An
             lines.put(line)
         lines.put(None)
 
-    def receive() -> str | None:
-        return lines.get(timeout=limit)
-
     threading.Thread(target=pump, daemon=True).start()
     limit = start
-    for line in iter(receive, None):
+    while (line := lines.get(timeout=limit)) is not None:
         if line.startswith(MARK):
             limit = each
             yield json.loads(line.removeprefix(MARK))

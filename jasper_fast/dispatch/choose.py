@@ -117,6 +117,11 @@ def _norm_face(backend, device, dtype, channels, rows_log2) -> str:
     return resolve(backend, device, NORM, dtype)
 
 
+def rows_log2(rows: int) -> int | None:
+    """Returns the bucket of measured times for `rows`, or None in a traced graph, whose batches have no fixed size."""
+    return None if torch.compiler.is_compiling() else tables.bucket(rows)
+
+
 def conv_calls(*, stats: bool = False, dx: bool = False, dw: bool = False, norm: bool = False) -> tuple[str, ...]:
     """Returns the names of the ops that a conv calls: its forward pass (`stats`: with batch norm statistics), and with
     `dx` and `dw` the gradients of x (`norm`: with the reduction for the batch norm before it) and of w."""

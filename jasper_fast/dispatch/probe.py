@@ -1,9 +1,9 @@
 """Supervises the self-check: runs the kernels in a child process, and finds the check that crashes or hangs it.
 
 A kernel that crashes or never ends must not break the user's process or its CUDA context. So `supervise` starts `python
--m jasper_fast.selfcheck.child`, which writes one line when it begins a check and one when it ends it. If the child dies
-or falls silent, the check that it had begun is at fault, and a new child does the remaining checks. If `supervise` is
-interrupted, its `Report` has the results so far.
+-m jasper_fast.selfcheck.child`, which writes one line when a check begins and one when it ends. If the child dies, or
+writes nothing for too long, the check that had begun is at fault, and a new child does the remaining checks. If
+`supervise` is interrupted, its `Report` has the results so far.
 """
 
 import sys
@@ -55,13 +55,14 @@ def supervise(
     on_row: Callable[[dict, int], None] = lambda row, total: None,
     report: Report | None = None,
 ) -> list[dict[str, Any]]:
-    """Performs all checks for `device` in child processes, and returns their rows. Their statuses are
-    those of `checks.perform`, plus "died", "hung" and "skipped".
+    """Performs all checks for `device` in child processes, and returns their rows. The status of a row is one of those
+    of `perform.perform`, or "died", "hung" or "skipped".
 
     `ops`, `faces`, `dtypes` ("float16", ...): what to check, as in `checks.plan`. If a check crashes or hangs its
     process, the other checks of the same op, face and dtype are skipped, because their verdict is known. `seconds`
-    limits each check. `on_row(row, total)` is called for each new row. An exception in this function kills the child,
-    and `report` then has the results so far. Raises CannotCheck if the child does not reach the first check.
+    limits each check. `on_row(row, total)` is called for each new row. If an exception such as KeyboardInterrupt ends
+    this function, the child is killed, and `report` has the results so far. Raises CannotCheck if the child ends before
+    it has listed its checks.
     """
     report = report or Report()
     wanted = {"device": str(device), "quick": quick, "ops": list(ops), "faces": list(faces), "dtypes": list(dtypes)}
@@ -88,7 +89,7 @@ def _note(report: Report, row: dict, on_row: Callable) -> None:
 
 
 def _watch(wanted, seconds, report, on_row) -> dict | None:
-    """Runs one child process until it ends. Returns the row of the check that ended it, or None if it finished."""
+    """Runs one child process until it ends. Returns the row of the check that ended it, or None if all checks ran."""
     current = fault = None
 
     def hear(kind: str, value: Any) -> bool:
@@ -123,7 +124,7 @@ def quick_verdict(device: torch.device, op: str, face: str, dtype: str) -> Verdi
     try:
         rows = supervise(device, quick=True, ops=(op,), faces=(face,), dtypes=(dtype,))
     except (CannotCheck, OSError) as error:
-        no_memory = verdict.blame(error)["status"] == "no memory"
-        return replace(none, failure=f"{error} ({verdict.FREE_MEMORY})" if no_memory else str(error))
+        hint = f" ({verdict.FREE_MEMORY})" if verdict.blame(error)["status"] == "no memory" else ""
+        return replace(none, failure=f"{error}{hint}")
     found = judge(rows, quick=True)
     return found[0] if found else replace(none, failure=f"there is no check of it for {device}")

@@ -227,11 +227,10 @@ def want(device: torch.device, cells: Iterable[Cell], what: str) -> None:
     if not enabled():
         return
     device = indexed(device)
-    new = {c: what for c in cells if (device, c) not in _asked and not tables.covered(device, c)}
-    faces = {op: _has_choice(op, device) for op in {cell.op for cell in new}}
-    new = {cell: what for cell in new if faces[cell.op]}
+    new = [c for c in cells if (device, c) not in _asked and not tables.covered(device, c)]
+    new = [c for c in new if _has_choice(c.op, device)]
     if new:
-        _waiting.setdefault(device, {}).update(new)
+        _waiting.setdefault(device, {}).update(dict.fromkeys(new, what))
     catch_up(device)
 
 

@@ -209,8 +209,8 @@ def verdict(op: str, face: str, device: torch.device, dtype: str, check: Callabl
 
 def _check_now(device: torch.device, op: str, face: str, dtype: str) -> Verdict:
     started = time.monotonic()
-    what = f"jasper_fast: first use of {op} ({face}, {dtype}) on {key(device)['device']}: checking it"
-    print(f"{what} ...", end="", file=sys.stderr, flush=True)
+    what = f"first use of {op} ({face}, {dtype}) on {key(device)['device']}"
+    print(f"jasper_fast: {what}: checking it ...", end="", file=sys.stderr, flush=True)
     found = probe.quick_verdict(device, op, face, dtype)
     print(f" {found.status}, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     return found
@@ -219,9 +219,9 @@ def _check_now(device: torch.device, op: str, face: str, dtype: str) -> Verdict:
 def why_not(found: Verdict, device: torch.device, instead: str) -> str:
     """Returns the warning for a kernel that is not used. `instead` says what "auto" uses in its place."""
     what = f"{found.op} ({found.face}, {found.dtype})"
-    begin = f"{what} could not be checked" if found.status == UNCHECKED else f"{what} is WRONG"
-    on = f"on {key(device)['device']}: {found.failure}"
-    return f"{begin} {on}. {instead}; `jasper-fast selfcheck` shows every kernel"
+    fault = "could not be checked" if found.status == UNCHECKED else "is WRONG"
+    where = f"on {key(device)['device']}: {found.failure}"
+    return f"{what} {fault} {where}. {instead}; `jasper-fast selfcheck` shows every kernel"
 
 
 def say(text: str) -> None:

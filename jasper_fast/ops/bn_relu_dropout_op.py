@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from jasper_fast.dispatch import backends, choose
-from jasper_fast.kernels import tables
 from jasper_fast.kernels.layout import empty_ntc, ntc, wide_dtype
 from jasper_fast.kernels.operands import Mask, Norm
 from jasper_fast.ops import sync
@@ -50,8 +49,7 @@ def mean_sums(dbeta: Tensor, dgamma: Tensor, y: Tensor, rows: Tensor | None, gro
     """Returns (dbeta/M, dgamma/M) over the rows of all ranks of `group`. `dbeta` and `dgamma` are the sums of this
     rank, and are not changed."""
     if not group:
-        m = y.shape[0] * y.shape[2]
-        return tuple(torch._foreach_div([dbeta, dgamma], m))
+        return tuple(torch._foreach_div([dbeta, dgamma], y.shape[0] * y.shape[2]))
     return tuple(sync.all_reduce(torch.stack([dbeta, dgamma]), group) / rows)
 
 
@@ -102,8 +100,7 @@ def norm_face(x: Tensor, backend: str, channels: int, frames: int) -> str:
     if not x.is_cuda:
         return choose.resolve(backend, x.device, backends.NORM, x.dtype)
     channels = operator.index(channels)  # makes it a constant in a traced graph
-    rows_log2 = None if torch.compiler.is_compiling() else tables.bucket(x.shape[0] * frames)
-    return choose.norm_face(backend, x.device, x.dtype, channels, rows_log2)
+    return choose.norm_face(backend, x.device, x.dtype, channels, choose.rows_log2(x.shape[0] * frames))
 
 
 def draw_seeds(count: int, device: torch.device | str) -> Tensor:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from jasper_fast.dispatch import backends, choose
-from jasper_fast.kernels import tables
 from jasper_fast.kernels.layout import empty_ntc, ntc, wide_dtype
 from jasper_fast.kernels.operands import Geometry
 from jasper_fast.ops.bn_relu_dropout_op import check_lengths, norm_face
@@ -167,14 +166,13 @@ def conv_face(
     which calls of the conv to compare (see `choose.conv_face`).
     """
     grad, (c_out, c_in, taps) = torch.is_grad_enabled(), weight.shape
-    rows = x.shape[0] * -(-x.shape[2] // geometry.stride)
-    rows_log2 = None if torch.compiler.is_compiling() else tables.bucket(rows)  # a traced batch has no fixed size
     dx, dw = grad and x.requires_grad, grad and weight.requires_grad
     face = choose.conv_face(
         backend, x.device, x.dtype,
         strided_dx=geometry.stride != 1 and x.requires_grad,
         calls=choose.conv_calls(stats=stats, dx=dx, dw=dw, norm=norm),
-        shape=(c_in, c_out, taps, geometry.stride, geometry.dilation), rows_log2=rows_log2,
+        shape=(c_in, c_out, taps, geometry.stride, geometry.dilation),
+        rows_log2=choose.rows_log2(x.shape[0] * -(-x.shape[2] // geometry.stride)),
     )  # fmt: skip
     if callable(packed):
         return face, packed(weight, x.dtype, face)

@@ -22,8 +22,9 @@ def _forward(log_probs, lengths, targets, target_lengths, blank, zero_infinity, 
     "Tensor losses, Tensor alpha, int blank, bool zero_infinity, str face) -> Tensor"
 )
 def _backward(dlosses, log_probs, lengths, targets, target_lengths, losses, alpha, blank, zero_infinity, face):
-    saved = log_probs, lengths, targets, target_lengths, losses, alpha
-    return backends.face("ctc", face).backward(dlosses, *saved, blank, zero_infinity)
+    return backends.face("ctc", face).backward(
+        dlosses, log_probs, lengths, targets, target_lengths, losses, alpha, blank, zero_infinity
+    )
 
 
 @torch.library.register_fake("jasper_fast::ctc_loss", lib=lib)

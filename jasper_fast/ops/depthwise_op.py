@@ -41,8 +41,8 @@ def backward(
 
 @torch.library.register_fake("jasper_fast::depthwise", lib=lib)
 def _(x, weight, lengths, out_lengths, stride, padding, dilation, face):
-    t_out = Geometry(stride, padding, dilation).frames(x.shape[2], weight.shape[2])
-    return empty_ntc(*x.shape[:2], t_out, like=x)
+    geometry = Geometry(stride, padding, dilation)
+    return empty_ntc(*x.shape[:2], geometry.frames(x.shape[2], weight.shape[2]), like=x)
 
 
 @torch.library.register_fake("jasper_fast::depthwise_backward", lib=lib)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from jasper_fast.dispatch import backends, choose
-from jasper_fast.kernels import tables
 from jasper_fast.kernels.layout import empty_ntc, ntc
 from jasper_fast.kernels.operands import Geometry, Lengths, Mask, Norm
 from jasper_fast.ops import depthwise_op
@@ -200,11 +199,10 @@ def _faces(
 ) -> tuple[tuple[str, str, str], Tensor | None]:
     """Returns the faces of batch norm, depthwise and pointwise conv of `x`, and the pack of the pointwise conv."""
     grad, frames = torch.is_grad_enabled(), geometry.frames(x.shape[2], depthwise.shape[2])
-    rows_log2 = None if torch.compiler.is_compiling() else tables.bucket(x.shape[0] * frames)
     face = choose.conv_face(
         backend, x.device, x.dtype,
         calls=choose.conv_calls(stats=stats, dx=grad, dw=grad),
-        shape=(weight.shape[1], weight.shape[0], 1, 1, 1), rows_log2=rows_log2,
+        shape=(weight.shape[1], weight.shape[0], 1, 1, 1), rows_log2=choose.rows_log2(x.shape[0] * frames),
     )  # fmt: skip
     pack = packed(weight, x.dtype, face) if callable(packed) else None if face == "aten" else packed
     # This face computes the norm before the convs and the statistics after them.

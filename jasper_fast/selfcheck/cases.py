@@ -57,8 +57,7 @@ class _Draw:
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
-        x = torch.randn(shape, generator=self.generator, device=self.device) * scale
-        return x.to(dtype or self.dtype)
+        return (torch.randn(shape, generator=self.generator, device=self.device) * scale).to(dtype or self.dtype)
 
     def activation(self, n: int, c: int, t: int) -> Tensor:
         """Returns a random activation (N, C, T) in NTC memory order."""
@@ -87,7 +86,7 @@ def _wide(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None or not t.is_floating_point() else t.double() for t in tensors]
 
 
-# the names of what each function of a conv returns
+# the names of the tensors that each function of a conv returns
 RESULTS = {"forward": ("y",), "forward_stats": ("y", "mean", "m2"), "dgrad": ("dx",), "wgrad": ("dw",),
            "dgrad_bn": ("g", "dbeta", "dgamma")}  # fmt: skip
 
@@ -144,7 +143,8 @@ def _conv_case(check: Check, draw: _Draw) -> Case:
 
 
 def _told_clean(check: Check) -> bool:
-    """Returns whether the kernel is told (`clean`) that x has zero padding. Kernels that are not told get NaN there."""
+    """Returns whether the kernel is called with `clean`, the promise that the padding of x is zero. Kernels without
+    that promise get NaN in the padding."""
     return check.face == "triton" and check.function in CLEAN_FUNCTIONS and UNCLEAN not in check.variant.split()
 
 
@@ -196,7 +196,7 @@ def _fused_case(check: Check, draw: _Draw) -> Case:
         given, given2 = given.float(), None if x2 is None else given2.float()
     workspace = impl.Workspace(x.device) if "splits" in words else None
     wished = {"clean": clean, "log_softmax": not relu, "workspace": workspace}
-    more = {name: value for name, value in wished.items() if value}  # the CPU face has none of them
+    more = {name: value for name, value in wished.items() if value}  # the CPU face has none of these parameters
     pack = impl.pack_once(weight, x.dtype, s.stride)
     panes = None if x2 is None else (given2, impl.pack_once(weight2, x.dtype))
 
@@ -205,8 +205,7 @@ def _fused_case(check: Check, draw: _Draw) -> Case:
         return {"z": out.to(x.dtype) if relu else out} | ({"lengths": told.made} if features else {})
 
     def low() -> dict[str, Tensor]:
-        aten = backends.face("conv1d", "aten")
-        z = aten.forward(masked(x, 0.0).transpose(1, 2), weight, s.geometry).transpose(1, 2)
+        z = backends.face("conv1d", "aten").forward(masked(x, 0.0).transpose(1, 2), weight, s.geometry).transpose(1, 2)
         z = z if x2 is None else z + F.linear(masked(x2, 0.0), weight2[:, :, 0].to(x.dtype))
         return finish(z + bias.to(x.dtype))
 
@@ -230,7 +229,7 @@ def _norm_case(check: Check, draw: _Draw) -> Case:
     lengths = None if variant == "no lengths" else draw.lengths(n, t)
     residual = draw.activation(n, c, t) if variant == "residual" else None
     y = draw.activation(n, c, t)
-    if residual is None:  # With a residual, backward reads from z where the ReLU was open, so rounding decides nothing.
+    if residual is None:  # With a residual, backward is given z, whose zeros say where the ReLU passes no gradient.
         y = _off_the_edge(y, norm)
     halo = 2 if variant == "halo" else None
     if halo is not None:
@@ -266,10 +265,10 @@ def _norm_case(check: Check, draw: _Draw) -> Case:
 
 
 def _panes_case(check: Check, draw: _Draw) -> Case:
-    """Returns the case of the panes of two block outputs. By definition a pane is a 1x1 conv and batch norm.
+    """Returns the case of two panes (each a 1x1 conv and batch norm of a block output), whose outputs are added.
 
     Block outputs come from a ReLU, so the inputs are not negative. The plain form (function "plain") may leave any
-    values in the gradients of x beyond the lengths, so they are masked before they are compared.
+    values in the gradients of x beyond the lengths, so these gradients are masked before the comparison.
     """
     (n, c, t), eps = check.shape, 1e-3
     widths, c_out, lengths = (c, max(8, c // 2)), c, draw.lengths(n, t)
@@ -377,10 +376,9 @@ def _loss_case(check: Check, draw: _Draw) -> Case:
 
 
 def _off_the_edge(y: Tensor, norm: Norm) -> Tensor:
-    """Returns `y` (N, C, T), changed where the ReLU's input is so close to zero that rounding decides its sign."""
+    """Returns `y` (N, C, T), changed where the ReLU's input is so close to zero that rounding could change its sign."""
     mean, rstd, gamma, beta = norm
     a = (gamma * rstd)[:, None].double()
     pre = (y.double() - mean[:, None]) * a + beta[:, None]
-    target = torch.where(pre < 0, -0.2, 0.2)
-    moved = (target - beta[:, None]) / a + mean[:, None]
+    moved = (torch.where(pre < 0, -0.2, 0.2) - beta[:, None]) / a + mean[:, None]
     return ntc(torch.where(pre.abs() < 0.02, moved, y.double()).to(y.dtype))

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
@@ -96,10 +96,12 @@ QUICK_DEPTHWISE = (Conv(2, 37, 64, 64, 33), Conv(2, 200, 256, 256, 63))
 FUSED_VARIANTS = ("plain", "panes", "panes splits", "features", "log-softmax", "splits")
 STEP_VARIANTS = ("plain", "all", "not finite")
 SMALL_CTC, REAL_CTC = (Speech(5, 23, 7, 6), Speech(4, 9, 40, 3)), (Speech(8, 420, 29, 150), Speech(4, 840, 129, 300))
-# Variant: padding of x is NaN and must not be read, as in an engine's first conv and in direct calls of a face.
+# the variant in which the padding of x is NaN and must not be read, as in an engine's first conv and in direct calls of
+# a face
 UNCLEAN = "unclean"
 CLEAN_FUNCTIONS = ("forward", "forward_stats", "wgrad", "fused")  # functions of Triton's conv with the argument `clean`
-# Channels of the second input, a pane's. 40 channels are less than one step of a tile, so no descriptors are used.
+# Channels of a pane, the second input of a fused conv. 40 channels are no multiple of a tile's step (BLOCK_K), so the
+# kernel loads without tensor descriptors.
 SMALL_PANES, PANES = 40, 256
 SMALL_GRAM, REAL_GRAM = (Norm(2, 24, 37), Norm(3, 40, 7)), (Norm(4, 256, 420), Norm(8, 768, 840))
 QUICK_GRAM = (Norm(2, 64, 37), Norm(4, 256, 420))
@@ -126,8 +128,7 @@ class Check:
 
     def plain(self) -> dict[str, str]:
         """Returns the fields that a report prints, as strings."""
-        found = {k: str(v) for k, v in asdict(self).items() if k not in ("tile", "shape")}
-        return found | {"id": self.id, "shape": str(self.shape)}
+        return {name: str(value) for name, value in vars(self).items() if name != "tile"} | {"id": self.id}
 
 
 def plan(
@@ -183,9 +184,8 @@ def _dtypes(face: str, device: torch.device, quick: bool, wanted: tuple[str, ...
 
 
 def _panes(op: str, face: str, dtype: str, quick: bool, large: bool, device: torch.device) -> Iterator[Check]:
-    """These check the Gram form, whose products are ATen's, and on the CPU face the plain form in C++."""
-    real = REAL_GRAM[:1] if face == "cpu" else REAL_GRAM
-    shapes = QUICK_GRAM if quick else SMALL_GRAM + real
+    """On the CPU face the plain form in C++ is checked, else the Gram form, whose matrix products are ATen's."""
+    shapes = QUICK_GRAM if quick else SMALL_GRAM + REAL_GRAM[: 1 if face == "cpu" else None]
     for shape in shapes if large else SMALL_GRAM:
         yield Check(op, face, "plain" if face == "cpu" else "panes", "default", shape, dtype)
 
@@ -206,14 +206,13 @@ def _depthwise(op: str, face: str, dtype: str, quick: bool, large: bool, device:
 
 
 def _steps(op: str, face: str, dtype: str, quick: bool, large: bool, device: torch.device) -> Iterator[Check]:
-    """These check NovoGrad's step on the parameters of a sub-block."""
+    """A step of NovoGrad is checked on the parameters of a sub-block, so the shapes are those of convs."""
     shapes = (QUICK_CONV if quick else (*SMALL_CONV[:3], REAL_CONV[-1])) if large else SMALL_CONV[:2]
     for shape, variant in product(shapes, STEP_VARIANTS):
         yield Check(op, face, "step", "default", shape, dtype, variant)
 
 
 def _losses(op: str, face: str, dtype: str, quick: bool, large: bool, device: torch.device) -> Iterator[Check]:
-    """These check the CTC loss and its gradient."""
     for shape in SMALL_CTC + (REAL_CTC[: 1 if quick else None] if large else ()):
         yield Check(op, face, "loss", "default", shape, dtype)
 
@@ -240,8 +239,8 @@ def _conv_shapes(quick: bool, large: bool, face: str) -> tuple[Conv, ...]:
 
 
 def _variants(function: str, shape: Conv, *, unclean: bool, fast: bool) -> Iterator[str]:
-    """Yields the variants in which a function of a conv is checked on `shape`: with `unclean` on small shapes also
-    those, and with `fast` only two of the fused ones."""
+    """Yields the variants in which a function of a conv is checked on `shape`. `unclean` adds variants with NaN in the
+    padding of small shapes. `fast` keeps only the first two variants of "fused"."""
     unclean = unclean and shape in SMALL_CONV and function in CLEAN_FUNCTIONS
     if function != "fused":
         variants = ("", UNCLEAN) if unclean else ("",)
@@ -255,10 +254,8 @@ def _variants(function: str, shape: Conv, *, unclean: bool, fast: bool) -> Itera
 
 
 def _measured(op: str, function: str, dtype: str, quick: bool, device: torch.device) -> Iterator[Check]:
-    """Yields checks of the tiles that were tuned on this GPU and of those in its table.
-
-    A quick plan checks only the most frequent of them.
-    """
+    """Yields checks of the tiles that were tuned on this GPU or are in its table; a quick plan checks only the most
+    frequent ones."""
     if device.type != "cuda":
         return
     table = tables.for_gpu(torch.cuda.get_device_name(device))
@@ -274,7 +271,7 @@ def _measured(op: str, function: str, dtype: str, quick: bool, device: torch.dev
         variants = ("",)
         if function == "fused":
             variants = ("splits", "panes splits") if row.tile["splits"] > 1 else ("plain", "panes")
-            # A block's last conv adds panes with the same tile, so check that too.
+            # The last conv of a block uses the same tile and also adds panes, so a full plan checks that variant.
             variants = variants[: 1 if quick or shape.stride > 1 else 2]
         configuration = f"table 2^{row.rows_log2} {row.label().removeprefix('triton ')}"
         for variant in variants:

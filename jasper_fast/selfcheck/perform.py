@@ -26,7 +26,6 @@ FLOOR = 40.0  # in fp32 roundings: sums of 10,000 products in two orders differ 
 # by up to one TF32 unit, and about two thirds of that is a bias of the same sign everywhere, which does not average
 # out. PyTorch's error cannot set the limit, because cuDNN may choose a kernel without TF32.
 TF32 = 4 * 2.0**-10
-AGAIN = {WAVE: 2}  # how often a check repeats the first call, by variant; once for all other variants
 
 
 def perform(check: Check, device: torch.device) -> dict[str, Any]:
@@ -53,8 +52,7 @@ def _compare_all(check: Check, device: torch.device) -> dict[str, Any]:
     first: dict[str, Tensor] = {}
     tolerance = Tolerance(floor=_floor(check, device))
     for drawn in cases:
-        outputs = _ours(check, drawn)
-        got = {name: out.detach().clone() for name, out in outputs.items()}
+        got = {name: out.detach().clone() for name, out in _ours(check, drawn).items()}
         first = first or got
         try:
             low, ref = drawn.low(), drawn.reference()
@@ -67,7 +65,7 @@ def _compare_all(check: Check, device: torch.device) -> dict[str, Any]:
             if not compared.right:
                 return asdict(compared) | {"status": "wrong", "detail": f"{name}: {compared.detail}"}
             worst = max(worst, compared, key=lambda found: found.share)
-    for _ in range(AGAIN.get(check.variant, 1)):
+    for _ in range(2 if check.variant == WAVE else 1):
         for name, out in _ours(check, cases[0]).items():
             if not torch.equal(out, first[name]):
                 return {"status": "wrong", "detail": f"{name}: a second call on the same inputs gave other results"}

@@ -9,7 +9,7 @@ import torch
 
 from jasper_fast.dispatch import verdicts
 from jasper_fast.dispatch.probe import CHECK_SECONDS, Report, supervise
-from jasper_fast.dispatch.verdict import BAD, FAULTS, GOOD, Verdict, failure_of, judge
+from jasper_fast.dispatch.verdict import BAD, GOOD, Verdict, failure_of, judge
 
 
 def show(rows: Sequence[dict[str, Any]], found: Sequence[Verdict], device: torch.device, console: Any) -> None:
@@ -38,7 +38,7 @@ def show(rows: Sequence[dict[str, Any]], found: Sequence[Verdict], device: torch
         table.add_row(op, face, escape(configuration), escape(shape), dtype, *errors, share, said)
     console.print(table)
     for row in rows:
-        if row["status"] in FAULTS or row["status"] in ("no memory", "environment"):
+        if row["status"] not in ("ok", "skipped"):
             console.print(f"[red]{escape(failure_of(row))}[/red]")
     for verdict in found:
         colour = {GOOD: "green", BAD: "red"}.get(verdict.status, "yellow")

@@ -35,9 +35,9 @@ class Tolerance:
 class Compared:
     """How one tensor compares with the fp64 result in one norm.
 
-    The norm is the first in which the error exceeds its limit, or else the one in which the error is nearest to it.
-    `ours` and `theirs` are the relative errors of our result and of plain PyTorch's. `share` is our error divided by
-    the limit: above 1 the result is wrong. `detail` describes the comparison in words.
+    The norm is the first in which the error exceeds its limit. If it exceeds none, the norm is the one in which the
+    error is nearest to its limit. `ours` and `theirs` are the relative errors of our result and of plain PyTorch's.
+    `share` is our error divided by the limit: above 1 the result is wrong. `detail` describes the comparison in words.
     """
 
     share: float
@@ -53,8 +53,7 @@ class Compared:
 def compare(got: Tensor, low: Tensor | None, ref: Tensor, tolerance: Tolerance) -> Compared:
     """Compares the error of `got` against the fp64 result `ref` with the error of `low`, plain PyTorch's result.
 
-    All three have one shape. Integers must be equal. If several norms exceed their limit, the first of max, RMS and
-    along is returned.
+    All three have the same shape. Integers must be equal. The norms are compared in the order max, RMS, along.
     """
     if got.shape != ref.shape:
         return Compared(math.inf, detail=f"shape {tuple(got.shape)}, expected {tuple(ref.shape)}")
@@ -71,7 +70,7 @@ def compare(got: Tensor, low: Tensor | None, ref: Tensor, tolerance: Tolerance) 
     if math.isfinite(tolerance.along) and (size := ref.square().sum().item()):
         plain = tolerance.relative if low is None else _rms(low - ref) / _rms(ref)
         allowed = tolerance.along + SIGMAS * plain / math.sqrt(ref.numel())
-        found.append(_compared("along it", abs(((got - ref) * ref).sum().item()) / size, None, allowed, 1.0))
+        found.append(_compared("along-the-result", abs(((got - ref) * ref).sum().item()) / size, None, allowed, 1.0))
     return next((c for c in found if not c.right), max(found, key=lambda c: c.share))
 
 

@@ -75,8 +75,7 @@ def _call(cell: Cell) -> None:
         "conv1d.dgrad_bn": (dy, weight, how, x, x, norm, zeroed),
         "conv1d.wgrad": (x, dy, cell.taps, how, lengths, torch.float32, True),
     }
-    forward = x, weight, how, lengths, None, True
-    getattr(conv, cell.op.removeprefix("conv1d."))(*arguments.get(cell.op, forward))
+    getattr(conv, cell.op.removeprefix("conv1d."))(*arguments.get(cell.op, (x, weight, how, lengths, None, True)))
 
 
 def build(what: tuple[str, Job, int]) -> tuple[str, Facts]:
@@ -101,7 +100,7 @@ def ahead(
     """Compiles `jobs` in parallel processes for at most `left()` seconds. Equal launches are compiled once.
 
     Returns the facts of each contender, by cell and name: the largest number of registers, shared bytes and spilled
-    bytes among its kernels. A contender is missing there if one of its kernels did not compile in time or at all.
+    bytes among its kernels. A contender with a kernel that did not compile, or not in time, is left out of the result.
     `told(done, of)` is called after each kernel.
     """
     from jasper_fast.kernels import aot

@@ -20,7 +20,7 @@ from jasper_fast.selfcheck.checks import DTYPES
 
 LIBRARY = {"conv1d": "aten", "bn_relu_dropout": "reference"}  # for each op the face that is plain PyTorch
 MOST = 5  # tiles that the Triton face proposes for a cell
-ON_CPU = 2  # the same in Triton's interpreter, where trying a tile takes a second
+ON_CPU = 2  # tiles that it proposes if it runs in Triton's interpreter, where trying a tile takes a second
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Proposal:
     tile: Mapping[str, int] | None = None
 
     def row(self, cell: Cell, seconds: float, facts: Mapping[str, int]) -> Row:
-        """Returns the table row for this proposal and its time. `facts`: registers, shared and spilled bytes, if
-        known."""
+        """Returns the table row for this proposal and its time. `facts`: the kernel's registers, shared bytes and
+        spilled bytes, if they are known."""
         told = {name: facts.get(name) for name in ("registers", "shared", "spilled")}
         tile = None if self.tile is None else dict(self.tile)
         return Row(*cell, self.face, self.algorithm, tile, seconds, **told)
@@ -60,8 +60,9 @@ def triton(cell: Cell, device: torch.device) -> list[Proposal]:
 
 def cuda(cell: Cell, device: torch.device) -> list[Proposal]:
     """The CUDA face, which plans its own tiles."""
-    here = backends.why_missing("cuda", device) is None
-    return [Proposal("cuda")] if here and cuda_launch.takes(device, DTYPES[cell.dtype], cell[2:7]) else []
+    if backends.why_missing("cuda", device) is not None:
+        return []
+    return [Proposal("cuda")] if cuda_launch.takes(device, DTYPES[cell.dtype], cell[2:7]) else []
 
 
 def aten(cell: Cell, device: torch.device) -> list[Proposal]:

@@ -16,7 +16,7 @@ from jasper_fast.selfcheck.checks import DTYPES, Check
 from jasper_fast.tuning.faces import LIBRARY, Proposal
 
 SMALL_ROWS = 1536  # rows of the inputs on which a contender is compared with fp64
-# bn_relu_dropout's ops in a table, forward and backward, to the names of the self-check's functions for them
+# {op of bn_relu_dropout in a table: function of the self-check that runs it}, for forward and backward
 NORM_FUNCTIONS = dict(zip(tables.NORM_OPS, ("stats_forward", "backward"), strict=True))
 
 
@@ -46,8 +46,8 @@ def is_decoder(cell: Cell) -> bool:
 
 
 class Held:
-    """Holds the inputs of a cell. There is one set per face, because faces pack weights differently; it is made on
-    first use."""
+    """Holds the inputs of a cell. Each face has its own set, because faces pack weights differently. A set is made at
+    its first use."""
 
     def __init__(self, cell: Cell, device: torch.device) -> None:
         self.cell, self.device = cell, device
@@ -56,8 +56,7 @@ class Held:
     def case(self, face: str) -> cases.Case:
         """Returns the self-check's case for `face`, with inputs and functions."""
         if face not in self._cases:
-            check = check_of(self.cell, Proposal(face))
-            self._cases[face] = cases.case(check, self.device, 0, timed=True)
+            self._cases[face] = cases.case(check_of(self.cell, Proposal(face)), self.device, 0, timed=True)
         return self._cases[face]
 
     def call(self, proposal: Proposal) -> Callable[[], dict[str, Tensor]]:
@@ -89,7 +88,8 @@ def library(check: Check, inputs: dict[str, Tensor]) -> Callable[[], dict[str, T
     conv, dtype = s.geometry, DTYPES[check.dtype]
     triton = backends.why_missing("triton", i["weight"].device) is None
     aten, bn = backends.face("conv1d", "aten"), backends.face("bn_relu_dropout", "triton" if triton else "reference")
-    # Cast once, as autocast's cache and the engine do, to channels-last memory, or cuDNN would copy it in each call.
+    # The weight is cast once, as autocast's cache and the engine do. Without channels-last memory cuDNN would copy it
+    # in each call.
     weight = i["weight"].to(dtype).unsqueeze(2).contiguous(memory_format=torch.channels_last)
 
     def call() -> dict[str, Tensor]:

@@ -9,10 +9,10 @@ import torch
 from jasper_fast.kernels import capture
 
 SAMPLE = 2e-3  # seconds per sample, far above the half microsecond that CUDA events resolve
-MOST = 30  # calls per sample
+MOST = 30  # calls per sample, at most
 ROUNDS = 7
 SECONDS = 1.5  # timing budget for all contenders of a cell together
-SLOW = 1.3  # a contender that takes more than this many times the fastest in the first round is timed no further
+SLOW = 1.3  # a contender whose time in the first round is over SLOW times the shortest one is not timed again
 
 
 class Wall:
@@ -72,9 +72,9 @@ def fastest_first(
 ) -> dict[str, list[float]]:
     """Times the prepared `runs` and returns their samples (seconds per call), ordered by their medians, fastest first.
 
-    Contenders take turns for ROUNDS rounds. After the third round the timing ends as soon as it has taken `seconds`. A
-    contender that takes more than SLOW times the fastest one's time in the first round gets no second sample.
-    `begin(name)` is called before a contender's first call.
+    Contenders take turns for ROUNDS rounds, or at least three rounds if the timing takes longer than `seconds`. A
+    contender whose time in the first round is over SLOW times the shortest one gets no second sample. `begin(name)` is
+    called before a contender's first call.
     """
     first = {}
     for name, run in runs.items():

@@ -23,8 +23,8 @@ class Tuner:
     """Tunes cells on one device within `budget` seconds.
 
     `tell(event, value)` receives progress and results. `without`: by cell, contenders that crashed an earlier process
-    and are not tried again. `seconds`: time to spend on timing one cell. Tests replace `clock` (for the budget),
-    `ticker` (for calls) and `proposals` (the contenders).
+    and are not tried again. `seconds`: time to spend on timing one cell. Tests replace `clock` (measures the budget),
+    `ticker` (times the calls) and `proposals` (returns the contenders).
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Tuner:
         self._clock, self._end, self._proposals = clock, clock() + budget, proposals
         self._ticker = ticker or (timing.Events(device) if device.type == "cuda" else timing.Wall())
         self._facts: dict[tuple[Cell, str], compiling.Facts] = {}
-        self._checked: dict[tuple, str] = {}  # kernel variant to the reason why it is refused, or ""
+        self._checked: dict[tuple, str] = {}  # {kernel variant: why it is refused, or "" if it is correct}
 
     def left(self) -> float:
         """Seconds until the budget is spent."""
