@@ -35,7 +35,7 @@ from jasper_fast.speech.audio import AudioError
 from jasper_fast.speech.text import Vocabulary
 
 GOAL = 1200.0  # seconds of audio that a core should prepare per second
-SECONDS = 16.7  # length of the longest utterance
+SECONDS = 16.7  # length of the longest generated utterance
 BATCH_SECONDS = 16 * SECONDS
 
 
@@ -53,8 +53,10 @@ def main(args: argparse.Namespace) -> int:
     wanted = args.rate * args.length
     cores = math.ceil(wanted / shared)
     for name, values in found.items():
-        spread = f"{len(values)} rounds: {min(values):,.0f} to {max(values):,.0f}"
-        say(f"{name}: {statistics.median(values):,.0f} seconds of audio per CPU second ({spread})")
+        say(
+            f"{name}: {statistics.median(values):,.0f} seconds of audio per CPU second ({len(values)} rounds: "
+            f"{min(values):,.0f} to {max(values):,.0f})"
+        )
     say(
         f"through {workers} worker processes: {shared:,.0f} seconds of audio per CPU second of all processes, which "
         f"includes their start; {through:,.0f} per second by the clock"
@@ -65,11 +67,13 @@ def main(args: argparse.Namespace) -> int:
         f"{'met' if shared >= GOAL else 'missed'}"
     )
     header = result_file.header(torch.device("cpu"), vars(args)) | {"command": "data"}
-    told = {"stages": found, "workers": workers, "workers_cpu": shared, "workers_clock": through, "wanted": wanted}
-    told |= {"goal": GOAL, "cores": cores, "utterances": len(utterances)}
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    path = args.out / f"data_{machine.slug(header['machine']['name'])}_{stamp}.json"
-    path.write_text(json.dumps({"schema": result_file.SCHEMA, **header, "rows": [], "data": told}, indent=1) + "\n")
+    rates_and_goal = {
+        "stages": found, "workers": workers, "workers_cpu": shared, "workers_clock": through, "wanted": wanted,
+        "goal": GOAL, "cores": cores, "utterances": len(utterances),
+    }  # fmt: skip
+    result = {"schema": result_file.SCHEMA, **header, "rows": [], "data": rates_and_goal}
+    path = args.out / f"data_{machine.slug(header['machine']['name'])}_{datetime.datetime.now():%Y%m%d-%H%M%S}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
     say(f"wrote {path}")
     return 0
 
@@ -105,10 +109,13 @@ def speech_like(seconds: float, rng: np.random.Generator) -> np.ndarray:
 
 
 def data_of(utterances: list[Utterance]) -> SpeechDataset:
-    """Returns a dataset of the utterances at random speeds. Their texts are replaced, because they do not matter
+    """Returns a dataset of the utterances at random speeds. Each text is replaced by "a", because texts do not matter
     here."""
-    plain = [dataclasses.replace(u, text="a", alternatives=()) for u in utterances]
-    return SpeechDataset(plain, Vocabulary(), AudioSettings(perturb=perturb.Perturb(speed=perturb.SPEED)))
+    return SpeechDataset(
+        [dataclasses.replace(u, text="a", alternatives=()) for u in utterances],
+        Vocabulary(),
+        AudioSettings(perturb=perturb.Perturb(speed=perturb.SPEED)),
+    )
 
 
 def stages(utterances: list[Utterance]) -> dict[str, Callable[[], float]]:
@@ -140,8 +147,7 @@ def rates(stage: Callable[[], float], seconds: float) -> list[float]:
     end = time.monotonic() + seconds
     while len(found) < 3 or time.monotonic() < end:
         started = time.process_time()
-        made = stage()
-        found.append(made / (time.process_time() - started))
+        found.append(stage() / (time.process_time() - started))
     if not all(map(math.isfinite, found)):
         raise SystemExit("some utterances cannot be read; `jasper-fast check MANIFEST` lists them")
     return found
@@ -169,5 +175,4 @@ def through_workers(utterances: list[Utterance], workers: int, seconds: float) -
             heard, late = heard + made, late + (made if started else 0.0)
             started = started or time.monotonic()  # at the first batch all worker processes have started
         epoch += 1
-    took = time.monotonic() - started
-    return heard / (cpu_seconds() - spent), late / took
+    return heard / (cpu_seconds() - spent), late / (time.monotonic() - started)

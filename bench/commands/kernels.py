@@ -1,6 +1,6 @@
-"""How fast each op is, compared with eager: forward, backward, both, inference.
+"""How fast is each op, compared with eager? Measures forward, backward, both together, and inference.
 
-The shapes are those of Jasper's layers, and of QuartzNet's for depthwise convs. `operations` lists the cases.
+The shapes are those of Jasper's layers, and for depthwise convs those of QuartzNet's layers.
 
 `python -m bench kernels --op bn_relu_dropout`
 """
@@ -40,6 +40,5 @@ def main(run: Run, op: str = "all", mode: str | None = None) -> list[dict]:
     known = operations()
     if run.brief:
         known.pop("conv1d")  # sub_block includes the same convs
-    ops = known if op == "all" else {op: known[op]}
-    groups = ((name, group) for name, cases in ops.items() for group in cases(run, mode))
+    groups = ((name, group) for name in (known if op == "all" else (op,)) for group in known[name](run, mode))
     return [row for name, group in groups for row in run.cases(f"kernels {name}", group)]

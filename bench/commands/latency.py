@@ -1,5 +1,5 @@
-"""How long one batch takes: percentiles by batch size and audio length, for the acoustic model alone and from sound to
-text.
+"""How long does one batch take? Measures percentiles by batch size and audio length, for the acoustic model without the
+rest and for the whole way from sound to text.
 
 `python -m bench latency` measures the grid of NVIDIA's published table: batches of 1, 2, 4, 8 and 16 utterances of 2, 7
 and 16.7 s.
@@ -10,16 +10,16 @@ import itertools
 from jasper_fast.bench.cases import latency
 from jasper_fast.bench.harness.run import Run
 
-BATCHES, SECONDS = (1, 2, 4, 8, 16), (2.0, 7.0, 16.7)
-GRID = tuple(itertools.product(BATCHES, SECONDS))
+# (N, seconds)
+GRID = tuple(itertools.product((1, 2, 4, 8, 16), (2.0, 7.0, 16.7)))
 CPU_GRID = ((1, 2.0), (1, 7.0), (4, 2.0), (2, 2.0))  # all of GRID would take an hour on a small CPU (see --full)
 SOUND_CPU_GRID = ((1, 2.0), (1, 7.0))
 
 
 def grids(run: Run, full: bool, grid: tuple) -> tuple[tuple, tuple]:
-    """Returns the (N, seconds) to measure: a list for the acoustic model alone, and one from sound to text.
+    """Returns the (N, seconds) to measure: those for the acoustic model, and those from sound to text.
 
-    Both lists come from `grid`. If `grid` is empty, they come from the default grid of the device.
+    An empty `grid` means the default grid of the device.
     """
     everything = full or run.device.type == "cuda"
     alone = grid or (GRID if everything else CPU_GRID[: 1 if run.quick else 3 if run.brief else None])
@@ -29,7 +29,7 @@ def grids(run: Run, full: bool, grid: tuple) -> tuple[tuple, tuple]:
 
 
 def main(run: Run, model: str = "jasper10x5", full: bool = False, grid: tuple = ()) -> list[dict]:
-    """Measures `grid` or the device's default grid, for the acoustic model alone and then from sound to text.
+    """Measures `grid` or the device's default grid, for the acoustic model and then from sound to text.
 
     With `full` the default on a CPU is the whole GRID, as on a GPU. Returns the rows.
     """

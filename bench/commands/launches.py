@@ -8,6 +8,8 @@ import dataclasses
 import functools
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jasper_fast.bench.cases import models
@@ -24,8 +26,10 @@ from jasper_fast.bench.rivals import choice
 
 FRAMES = 32
 # Ops that only make views and launch nothing.
-VIEWS = {"view", "_unsafe_view", "transpose", "t", "unsqueeze", "squeeze", "slice", "select", "detach", "expand"}
-VIEWS |= {"alias", "as_strided"}
+VIEWS = {
+    "view", "_unsafe_view", "transpose", "t", "unsqueeze", "squeeze", "slice", "select", "detach", "expand", "alias",
+    "as_strided",
+}  # fmt: skip
 
 
 class Ops(TorchDispatchMode):
@@ -48,19 +52,17 @@ def count(runner: Runner, device: torch.device) -> dict[str, int]:
         runner.run()
     found = {"ops": ops.count}
     if device.type == "cuda":
-        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         synchronize(device)
-        with recorded(activities) as trace:
+        with recorded([ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
             runner.run()
             synchronize(device)
-        on_device = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        if not on_device:
+        if on_device := sum(e.device_type == DeviceType.CUDA for e in trace.events()):
+            host = sum("Launch" in e.name for e in trace.events() if e.name.startswith("cu"))
+            found |= {"kernels": on_device, "host_launches": host}
+        else:
             console.print(
                 f"launches: the profiler recorded no kernel on {device}: CUPTI is missing or may not be used here"
             )
-            return found
-        found["kernels"] = len(on_device)
-        found["host_launches"] = sum("Launch" in e.name for e in trace.events() if e.name.startswith("cu"))
     return found
 
 

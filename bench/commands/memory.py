@@ -31,9 +31,9 @@ def measure(run: Run, model: str, N: int, T: int) -> list[Row]:
     rows = [m.begin_row(name) for name in case.names]
     ours = {} if case.ours in m.failed else found[case.ours]
     for row in (row for row in rows if row["status"] == "ok"):
-        row["memory"] = dict(its := found[row["contender"]])
+        row["memory"] = its = dict(found[row["contender"]])
         if ours and not row["ours"]:
-            row["memory"] |= {f"ours_over_{k}": ours[f"{k}_bytes"] / its[f"{k}_bytes"] for k in ("kept", "peak")}
+            its |= {f"ours_over_{k}": ours[f"{k}_bytes"] / its[f"{k}_bytes"] for k in ("kept", "peak")}
     return rows
 
 

@@ -3,10 +3,10 @@
 `python -m bench profile` writes `trace_<model>_<mode>_<contender>_<time>.json`, which chrome://tracing and Perfetto can
 open. The outputs are checked first, as everywhere in bench.
 
-Besides the profiler's own work, a step has only one more range per layer on the host (in the engine, one per
-sub-block). No kernels and no backward hooks are added. The time of an autograd node is counted for the layer whose
-forward created it, which PyTorch's sequence numbers show. The time of the step is printed with and without the
-profiler. A CUDA graph has no layers, so the engine is profiled without graphs.
+A profiled step launches the same kernels as a usual step and has no backward hooks. On the host it opens one profiler
+range per layer (in the engine, one per sub-block). The time of an autograd node is counted for the layer whose forward
+created the node, which PyTorch's sequence numbers show. The time of the step is printed with and without the profiler.
+The layers of a CUDA graph cannot be told apart, so the engine is profiled without graphs.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ HEAD = "decoder.layers.0"
 
 
 def in_range(name: str, function: Callable, device: torch.device) -> Callable:
-    """Returns `function` with every call in a profiler range, and on a GPU in an NVTX range too."""
+    """Returns `function` such that every call is in a profiler range, and on a GPU in an NVTX range too."""
 
     def call(*args: object, **kwargs: object) -> object:
         nvtx = torch.cuda.nvtx.range(name) if device.type == "cuda" else contextlib.nullcontext()
@@ -77,10 +77,11 @@ def engine_ranges(engine: InferenceEngine, device: torch.device) -> Iterator[Non
     """
     runner = engine._run
     plan, bound = runner.plan, runner.shapes.held
-    names = [
-        f"encoder.layers.{i}" for i, layer in enumerate(engine._model.encoder.layers) for _ in range(layer.b.repeat)
+    layers = [i for i, layer in enumerate(engine._model.encoder.layers) for _ in range(layer.b.repeat)]
+    steps = [
+        dataclasses.replace(step, conv=in_range(f"encoder.layers.{i}", step.conv, device))
+        for i, step in zip(layers, plan.steps, strict=True)
     ]
-    steps = [dataclasses.replace(s, conv=in_range(n, s.conv, device)) for n, s in zip(names, plan.steps, strict=True)]
     bound.clear()  # the engine prepares calls once per shape; delete the calls prepared without ranges
     runner.plan = dataclasses.replace(plan, steps=tuple(steps), head=in_range(HEAD, plan.head, device))
     try:
@@ -117,20 +118,14 @@ def profile(step: Callable[[], object], device: torch.device, target: Path) -> l
             "(pip install nvidia-cuda-cupti; in a container the driver must allow profiling)"
         )
     records = []
-    for event in trace.key_averages():
-        if event.device_type != DeviceType.CPU:
-            continue  # the time of a GPU event is counted for the op or range that launched it
-        layer, clock = event.key.startswith(LAYER), "device_time_total" if on_gpu else "cpu_time_total"
-        seconds = getattr(event, clock if layer else f"self_{clock}") * 1e-6
+    clock = "device_time_total" if on_gpu else "cpu_time_total"
+    # The time of a GPU event is counted for the op or range that launched it.
+    for event in (e for e in trace.key_averages() if e.device_type == DeviceType.CPU):
+        kind = "layer" if event.key.startswith(LAYER) else "op"
+        seconds = getattr(event, clock if kind == "layer" else f"self_{clock}") * 1e-6
         if seconds > 0:
-            records.append(
-                {
-                    "kind": "layer" if layer else "op",
-                    "name": event.key.removeprefix(LAYER),
-                    "seconds": seconds,
-                    "calls": event.count,
-                }
-            )
+            name = event.key.removeprefix(LAYER)
+            records.append({"kind": kind, "name": name, "seconds": seconds, "calls": event.count})
     return sorted([*records, *backward(trace.events(), on_gpu)], key=lambda r: -r["seconds"])
 
 
@@ -142,9 +137,7 @@ def backward(events: Iterable, on_gpu: bool) -> list[dict]:
     # For each sequence number: the start of the op that created the node, and the layer of that op.
     made: dict[int, tuple[float, str]] = {}
     nodes = []
-    for event in events:
-        if event.device_type != DeviceType.CPU or event.sequence_nr < 0:
-            continue
+    for event in (e for e in events if e.device_type == DeviceType.CPU and e.sequence_nr >= 0):
         if event.name.startswith(BACKWARD):
             nodes.append(event)
         elif within(event, BACKWARD) is None:
@@ -165,7 +158,7 @@ def backward(events: Iterable, on_gpu: bool) -> list[dict]:
 
 
 def within(event, prefix: str) -> str | None:
-    """Returns the name of the innermost event whose name begins with `prefix`, of `event` and the events around it."""
+    """Returns the name of the innermost event, of `event` and those around it, whose name begins with `prefix`."""
     while event is not None and not event.name.startswith(prefix):
         event = event.cpu_parent
     return None if event is None else event.name
@@ -174,10 +167,8 @@ def within(event, prefix: str) -> str | None:
 def show(title: str, records: list[dict]) -> None:
     """Prints tables of the time per layer, forward and backward, and of the time per op."""
     for kind, lines in words.profiled(records, 25):
-        table = terminal.table(f"{title}\ntime per {kind}", (kind.partition(",")[0], *words.PROFILE), 1)
-        for line in lines:
-            table.add_row(*line)
-        terminal.console.print(table)
+        headings = (kind.partition(",")[0], *words.PROFILE)
+        terminal.console.print(terminal.table(f"{title}\ntime per {kind}", headings, 1, lines))
 
 
 # ------------------------------------------------------------------ contenders
@@ -195,28 +186,25 @@ class WithoutGraphs(latency.Models):
 
 
 def inference(run: Run, model: str, N: int, T: int) -> tuple[Case, Callable[[str, Runner], Profiled]]:
-    """Returns the case to check, and a function that returns a contender's `Profiled` inference call."""
+    """Returns the case to check, and a function that returns the `Profiled` inference call of a contender."""
     shared = WithoutGraphs(dataclasses.replace(run, rivals="eager"), model)
     at = f"{T} frames"  # a key of FRAMES that cannot be confused with a length in seconds
     models.FRAMES[at] = T
     case = latency.case(shared, model, N, at)
 
     def of(name: str, ready: Runner) -> Profiled:
-        within = engine_ranges if name == case.ours else ranges
-        return ready.run, within(shared.contenders[name], run.device)
+        return ready.run, (engine_ranges if name == case.ours else ranges)(shared.contenders[name], run.device)
 
     return case, of
 
 
 def training(run: Run, model: str, N: int, T: int) -> tuple[Case, Callable[[str, Runner], Profiled]]:
-    """Returns the case to check, and a function that returns a contender's `Profiled` training step."""
+    """Returns the case to check, and a function that returns the `Profiled` training step of a contender."""
     case, modules, batch = memory.case(run, model, N, T)
 
     def of(name: str, _: Runner) -> Profiled:
-        module = modules[name]
-        state = models.weights(models.config(model), run.device)
-        runner = train.runner(module, module, batch(), state, run.dtype, "step")
-        return runner.run, ranges(module, run.device)
+        module, state = modules[name], models.weights(models.config(model), run.device)
+        return train.runner(module, module, batch(), state, run.dtype, "step").run, ranges(module, run.device)
 
     return case, of
 
@@ -226,7 +214,7 @@ def main(run: Run, model: str = "small", mode: str = "train", N: int = 8, T: int
 
     Returns the records, which are also in the result file.
     """
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
     case, of = {"train": training, "inference": inference}[mode](run, model, N, T)
     found = []
     with run.begun(case) as m:
@@ -241,8 +229,7 @@ def main(run: Run, model: str = "small", mode: str = "train", N: int = 8, T: int
                 time_into(bare, step, run.device)
             try:
                 with named:
-                    watch = functools.partial(time_into, watched, step, run.device)
-                    records = profile(watch, run.device, target)
+                    records = profile(functools.partial(time_into, watched, step, run.device), run.device, target)
             except NoKernels as error:
                 status, why = "failed", str(error)
         about = {"contender": name, "model": model, "mode": mode, "batch": [N, T], "status": status}
@@ -251,12 +238,10 @@ def main(run: Run, model: str = "small", mode: str = "train", N: int = 8, T: int
             found.append(about | {"why": why, "records": []})
             continue
         show(f"{name}, {model} {mode} ({N}, {models.config(model).encoder.in_feats}, {T})", records)
-        times = {"step_s": statistics.median(bare[1:]), "profiled_s": watched[-1]}
-        bare_time, profiled_time = (words.duration(t) for t in times.values())
-        terminal.console.print(
-            f"{name}: {bare_time} without the profiler, {profiled_time} with it; trace: {target.name}", markup=False
-        )
-        found.append(about | {"trace": target.name, "records": records} | times)
+        usual = statistics.median(bare[1:])
+        times = f"{words.duration(usual)} without the profiler, {words.duration(watched[-1])} with it"
+        terminal.console.print(f"{name}: {times}; trace: {target.name}", markup=False)
+        found.append(about | {"trace": target.name, "records": records, "step_s": usual, "profiled_s": watched[-1]})
     run.results.data["profiles"] = found
     run.results.write()
     return found

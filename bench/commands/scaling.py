@@ -30,7 +30,7 @@ from jasper_fast.bench.harness.measurement import Row
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.kernels import tables
 
-SAMPLE = 0.2  # least seconds of a sample; a sample has as many consecutive steps as this needs
+SAMPLE = 0.2  # seconds that a sample takes, about; it consists of consecutive steps
 WARM = 3  # steps before the timing; in the second one DDP rebuilds its buckets
 
 
@@ -45,11 +45,11 @@ class Team:
     world: int
     sizes: tuple[int, ...]
 
-    def told(self, value: Any) -> Any:
+    def from_first(self, value: Any) -> Any:
         """Returns the value of the first process, on every process."""
-        held = [value]
-        dist.broadcast_object_list(held, 0)
-        return held[0]
+        values = [value]
+        dist.broadcast_object_list(values, 0)
+        return values[0]
 
 
 def grouped() -> bool:
@@ -70,8 +70,10 @@ def sizes(text: str) -> tuple[int, ...]:
 
 def launch(arguments: Sequence[str], world: int) -> int:
     """Runs the same command in `world` processes on this machine; returns its exit status."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    return subprocess.run([*launcher, "-m", "jasper_fast.bench", *arguments]).returncode
+    return subprocess.call(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), "-m",
+         "jasper_fast.bench", *arguments]
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -84,8 +86,7 @@ def joined(args: argparse.Namespace) -> Iterator[Team]:
     device = torch.device(args.device or "cpu")
     if args.threads:
         torch.set_num_threads(args.threads)
-    powers = tuple(2**i for i in range(world.bit_length()) if 2**i <= world)
-    wanted = args.world or tuple(sorted({*powers, world}))
+    wanted = args.world or (*(2**i for i in range(world) if 2**i < world), world)
     if max(wanted) > world:
         raise SystemExit(f"--world {max(wanted)}: torchrun started {world} processes")
     dist.init_process_group(
@@ -112,14 +113,14 @@ def main(
     """
     grid = grid or (train.GPU_GRID[:1] if device.type == "cuda" else train.CPU_GRID[:1])
     groups = {w: dist.new_group(list(range(w))) for w in team.sizes if w > 1}
-    seconds = team.told(run and run.effort.seconds)
+    seconds = team.from_first(run and run.effort.seconds)
     for model, N, T in grid:
         for contender in (scaling.OURS, scaling.EAGER):
             at = scaling.Setting(model, N, T, device, dtype, backend)
             alone = 0.0
             for world in team.sizes:
                 row = _begin_row(at, contender, world)
-                if team.told(run and run.results.has(row["id"].rsplit(" / ", 1)[0], (contender,))):
+                if team.from_first(run and run.results.has(row["id"].rsplit(" / ", 1)[0], (contender,))):
                     alone = alone or (_kept(run, row["id"]) if run else 0.0)
                     continue
                 if run:
@@ -141,14 +142,12 @@ def _measured(
     Each sample is that of the slowest process. If the gradients are wrong, only the reason is returned, as `wrong`.
     """
     found = scaling.steps(contender, at, rank, group)
-    told = _all(group, found.wrong())
-    if any(told):
-        return {"wrong": next(filter(None, told))}
+    if wrong := next(filter(None, _all(group, found.wrong())), ""):
+        return {"wrong": wrong}
     for each in (found.shared, found.silent):
         for _ in range(WARM):
             each()
-    once = max(_all(group, _sample(found.shared, 1, at.device, group)))
-    inner = max(1, round(SAMPLE / once))
+    inner = max(1, round(SAMPLE / max(_all(group, _sample(found.shared, 1, at.device, group)))))
     samples: dict[str, list[float]] = {"shared": [], "silent": []}
     kinds, begun = ["shared", "silent"] if group else ["shared"], time.monotonic()
     while True:
@@ -158,8 +157,7 @@ def _measured(
         done, spent = len(samples["shared"]), time.monotonic() - begun
         if _all(group, done >= 300 or (spent > seconds and done >= 6) or spent > 9 * seconds)[0]:
             break
-    slowest = {kind: [max(each) for each in zip(*_all(group, mine))] for kind, mine in samples.items()}
-    return slowest | {"inner": inner}
+    return {kind: [max(each) for each in zip(*_all(group, mine))] for kind, mine in samples.items()} | {"inner": inner}
 
 
 def _all(group: dist.ProcessGroup | None, value: Any) -> list[Any]:
@@ -186,11 +184,12 @@ def _sample(step: Callable[[], None], inner: int, device: torch.device, group: d
 def _begin_row(at: scaling.Setting, contender: str, world: int) -> Row:
     """Returns the fields that a row has even without a number. FLOPs and bytes are those of one process."""
     cfg, name = models.config(at.model), tables.DTYPES[at.dtype]
-    batch = f"({at.N}, {cfg.encoder.in_feats}, {at.T})"
-    key = {"model": at.model, "batch": batch, "dtype": name, "mode": "step", "processes": world}
-    case = "train " + " ".join(f"{k}={v}" for k, v in key.items())
+    key = {
+        "model": at.model, "batch": f"({at.N}, {cfg.encoder.in_feats}, {at.T})", "dtype": name, "mode": "step",
+        "processes": world,
+    }  # fmt: skip
     return {
-        "id": f"{case} / {contender}",
+        "id": f"train {' '.join(f'{k}={v}' for k, v in key.items())} / {contender}",
         "bench": "train",
         "key": key,
         "contender": contender,
@@ -209,15 +208,17 @@ def _finish(row: Row, made: dict[str, Any], world: int, alone: float) -> Row:
     if "wrong" in made:
         return row | {"status": "wrong", "why": made["wrong"]}
     shared, silent = made["shared"], made["silent"]
-    row |= {"status": "ok", "time_s": ratios.summary(shared, made["inner"])}
-    row["items_per_s"] = world * N / row["time_s"]["median"]
-    row["flops_per_s"], row["bytes_per_s"] = (row[k] / row["time_s"]["median"] for k in ("flops", "bytes"))
+    spent = ratios.summary(shared, made["inner"])
+    row |= {"status": "ok", "time_s": spent, "items_per_s": world * N / spent["median"]}
+    row |= {f"{k}_per_s": row[k] / spent["median"] for k in ("flops", "bytes")}
     row["scaling"] = {"processes": world, "efficiency": row["items_per_s"] / (world * alone)}
     if world > 1:
         exposed = [a - b for a, b in zip(shared, silent, strict=True)]
         low, high = ratios.interval(exposed)
-        medians = {"silent_s": statistics.median(silent), "exposed_s": statistics.median(exposed)}
-        row["scaling"] |= medians | {"exposed_low_s": low, "exposed_high_s": high, "pairs": len(exposed)}
+        row["scaling"] |= {
+            "silent_s": statistics.median(silent), "exposed_s": statistics.median(exposed), "exposed_low_s": low,
+            "exposed_high_s": high, "pairs": len(exposed),
+        }  # fmt: skip
     return row
 
 

@@ -47,14 +47,22 @@ WANTED = {  # instructions by the first word of a kernel's name
 }  # fmt: skip
 _KERNEL = re.compile(r"jf::(conv|novograd)::(\w+?)(?:_kernel)?(?:<(.*)>)?\(")
 _MODES = {"0": "plain", "1": "stats", "2": "norm", "3": "log-softmax"}
+_DTYPES = {"__half": "fp16", "__nv_bfloat16": "bf16", "float": "fp32"}
+_PTXAS = re.compile(
+    r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers",
+    re.DOTALL,
+)
 
 
 def compile_for(nvcc: str, arch: str, source: Path, folder: Path) -> list[dict]:
     """Returns one row of facts per kernel of `source`, except kernels whose body is empty on `arch`."""
     folder.mkdir(parents=True, exist_ok=True)
     cubin = folder / f"{source.stem}.sm_{arch}.cubin"
-    flags = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", f"-arch=sm_{arch}", "-Xptxas", "-v"]  # as in the library
-    done = subprocess.run([nvcc, *flags, "-cubin", "-o", cubin, source], capture_output=True, text=True)
+    done = subprocess.run(
+        [nvcc, "-O3", "-std=c++20", "--expt-relaxed-constexpr", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", "-o",
+         cubin, source],
+        capture_output=True, text=True,
+    )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"nvcc failed for sm_{arch}:\n{done.stderr.strip()[-2000:]}")
     if serial := re.search(r".*wgmma.*serializ.*", done.stderr):
@@ -64,13 +72,12 @@ def compile_for(nvcc: str, arch: str, source: Path, folder: Path) -> list[dict]:
     for symbol, code in _functions(cubin).items():
         counts = Counter(INSTRUCTIONS[word] for word in code if word in INSTRUCTIONS)
         name = describe(subprocess.check_output(["c++filt", symbol], text=True).strip())
-        products = counts["wgmma"] or counts["mma_sync"]
-        if name is None or (name.startswith(("conv_", "wgrad_")) and not products):
+        if name is None or (name.startswith(("conv_", "wgrad_")) and not (counts["wgmma"] or counts["mma_sync"])):
             continue  # the body is empty, because the kernel is for another architecture
         # Waits between the products of one step mean that the compiler serialised them.
-        steps = itertools.pairwise(i for i, word in enumerate(code) if word == "HGMMA")
-        waits = sum("DRAIN" in code[a:b] for a, b in steps)
-        rows.append({"arch": arch, "kernel": name} | dict.fromkeys(FACTS, 0) | used[symbol] | counts | {"waits": waits})
+        products = itertools.pairwise(i for i, word in enumerate(code) if word == "HGMMA")
+        counts["waits"] = sum("DRAIN" in code[a:b] for a, b in products)
+        rows.append({"arch": arch, "kernel": name} | dict.fromkeys(FACTS, 0) | used[symbol] | counts)
     return rows
 
 
@@ -82,9 +89,8 @@ def describe(name: str) -> str | None:
     found = _KERNEL.search(name)
     if found is None:
         return None
-    op, kernel, given = found.group(1), found.group(2), [word.strip() for word in (found.group(3) or "").split(",")]
-    short = {"__half": "fp16", "__nv_bfloat16": "bf16", "float": "fp32"}
-    words = [short.get(word, re.sub(r"\((?:int|bool)\)", "", word)) for word in given if word]
+    op, kernel, given = found.groups(default="")
+    words = [_DTYPES.get(word, re.sub(r"\((?:int|bool)\)", "", word)) for word in re.split(r",\s*", given) if word]
     if kernel.startswith("conv_"):
         dtype, mode, block, transposed = words
         words = [dtype, _MODES[mode], block, *(["dgrad"] if transposed in ("1", "true") else [])]
@@ -93,13 +99,10 @@ def describe(name: str) -> str | None:
 
 def _resources(log: str) -> dict[str, dict]:
     """Returns registers, stack and spills by symbol, from the output of `ptxas -v`."""
-    parts = (
-        r"Compiling entry function '(\w+)'",
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores",
-        r"Used (\d+) registers",
-    )
-    found = re.findall(".*?".join(parts), log, re.DOTALL)
-    return {name: {"stack": int(a), "spilled": int(b), "registers": int(c)} for name, a, b, c in found}
+    return {
+        name: {"stack": int(stack), "spilled": int(spilled), "registers": int(registers)}
+        for name, stack, spilled, registers in _PTXAS.findall(log)
+    }
 
 
 def _functions(cubin: Path) -> dict[str, list[str]]:
@@ -138,7 +141,7 @@ def complaints(row: dict) -> list[str]:
     found += [f"no {name} instruction" for name in WANTED.get(kernel.split()[0], ()) if not row[name]]
     chained = kernel.startswith("conv_") and not {"stats", "norm", "dgrad"} & set(kernel.split())
     if chained and int(row["arch"].rstrip("a")) >= 90 and not row["grid_waits"]:
-        found.append("no wait for the previous launch, although the two may overlap")
+        found.append("no wait for the previous launch, although the two launches may overlap")
     return found
 
 
@@ -151,26 +154,24 @@ def main(args: argparse.Namespace) -> int:
     if nvcc is None:
         print("nvcc is not found; put it on PATH or set CUDA_HOME", file=sys.stderr)
         return 2
-    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    version = re.search(r"release (\d+\.\d+)", told).group(1)
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    version = re.search(r"release (\d+\.\d+)", subprocess.check_output([nvcc, "--version"], text=True)).group(1)
+    known = subprocess.check_output([nvcc, "--list-gpu-arch"], text=True).split()
     archs = [a for a in (QUICK if args.quick else ARCHS) if f"compute_{a.rstrip('a')}" in known]
-    started = time.monotonic()
-    sources = [*sorted(SOURCES[0].parent.glob("*.cuh")), *SOURCES]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + version.encode()).hexdigest()[:16]
-    folder = paths.BUILD / "compile" / f"nvcc-{digest}"
+    started, digest = time.monotonic(), hashlib.sha256(version.encode())
+    for path in (*sorted(SOURCES[0].parent.glob("*.cuh")), *SOURCES):
+        digest.update(path.read_bytes())
+    folder = paths.BUILD / "compile" / f"nvcc-{digest.hexdigest()[:16]}"
 
     def rows_of(arch: str) -> list[dict]:
         kept = folder / f"sm_{arch}.json"
         if args.no_cache or not kept.exists():
-            rows = [row for source in SOURCES for row in compile_for(nvcc, arch, source, folder)]
-            kept.write_text(json.dumps(rows))
+            kept.write_text(json.dumps([row for s in SOURCES for row in compile_for(nvcc, arch, s, folder)]))
         return json.loads(kept.read_text())
 
     with concurrent.futures.ThreadPoolExecutor(args.processes) as pool:
         rows = [row for found in pool.map(rows_of, archs) for row in sorted(found, key=lambda row: row["kernel"])]
-    found = TABLE.by_key(rows)
     if args.shapes:
         cuda_shapes.show(rows)
+    found = TABLE.by_key(rows)
     broken = [f"{TABLE.label(key)}: {why}" for key, row in found.items() for why in complaints(row)]
     return TABLE.judge(args, version, found, broken, lambda key: key[0] in archs, time.monotonic() - started)

@@ -1,4 +1,4 @@
-"""The ahead-of-time gate: compiles every Triton kernel that dispatch can choose, for each architecture, without a GPU.
+"""Compiles every Triton kernel that dispatch can choose, for each architecture, without a GPU, and checks the result.
 
 `python -m bench compile` prints the registers, shared memory and instructions of each kernel. It fails if a kernel
 spills registers, needs more shared memory than the architecture has, does not use tensor cores or asynchronous copies
@@ -26,7 +26,6 @@ from jasper_fast.bench.harness.console import console
 from jasper_fast.kernels.tables import SHARED_LIMIT
 from jasper_fast.options import option
 
-CACHE = paths.BUILD / "compile"
 ARCHITECTURES = (80, 86, 89, 90, 100)
 DTYPES = ("float32", "float16", "bfloat16")
 TABLE = Table(
@@ -48,13 +47,13 @@ COLD = re.compile(r"merge|pack")  # kernels that run once per step on little dat
 
 @dataclass(frozen=True)
 class Job:
-    """What is compiled for one row of the table, and the key of that row."""
+    """A kernel to compile, and the key of its row in the table."""
 
     arch: int
     dtype: str
     kernel: str
     layer: str
-    source: object  # an aot.Source, whose module is not imported here, so that --help does not import Triton
+    source: object  # an aot.Source; `aot` is not imported here, because --help would then import Triton
 
     @property
     def tile(self) -> str:
@@ -99,20 +98,20 @@ def jobs(archs: Iterable[int], dtypes: Iterable[str]) -> Iterator[Job]:
 # ------------------------------------------------------------------ compiling
 
 
-def compiled(todo: list[Job], processes: int, cache: Path | None, on_row: Callable[[], None]) -> dict[str, dict]:
+def compiled(todo: list[Job], processes: int, cache: Path | None, show: Callable[[str], None]) -> dict[str, dict]:
     """Returns the facts of every job by digest.
 
-    Jobs that are not in the cache are compiled by `processes` processes. `on_row` is called after each compilation.
+    Jobs that are not in the cache are compiled by `processes` processes. `show` gets the progress as text.
     """
     known = json.loads(cache.read_text()) if cache is not None and cache.exists() else {}
     missing = {job.digest: job for job in todo if job.digest not in known}
-    started = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=started) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=spawn) as pool:
         asked = {pool.submit(_facts, job.arch, job.dtype, job.key, digest): digest for digest, job in missing.items()}
         try:
-            for done in concurrent.futures.as_completed(asked):
+            for count, done in enumerate(concurrent.futures.as_completed(asked), 1):
                 known[asked[done]] = done.result()
-                on_row()
+                show(f"compiled {count} of {len(asked)}")
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             if cache is not None:
@@ -134,8 +133,8 @@ def _facts(arch: int, dtype: str, key: tuple, digest: str) -> dict:
     job = _by_key(arch, dtype).get(key)
     if job is None or job.digest != digest:
         raise RuntimeError(f"{TABLE.label(key)} changed on disk while kernels were compiled; run the command again")
-    found = aot.compile_for(job.source, arch)
-    return {name: getattr(found, name) for name in TABLE.facts}
+    facts = aot.compile_for(job.source, arch)
+    return {name: getattr(facts, name) for name in TABLE.facts}
 
 
 # ------------------------------------------------------------------ the rules
@@ -145,23 +144,23 @@ def _facts(arch: int, dtype: str, key: tuple, digest: str) -> dict:
 class Rule:
     """A rule for kernels. `broken(job, facts)` returns what is wrong, or None.
 
-    `spared` has patterns of the kernels to which the rule does not apply, with the reasons.
+    `exempt` has patterns of the kernels to which the rule does not apply, with the reasons.
     """
 
     name: str
     broken: Callable[[Job, dict], str | None]
-    spared: tuple[tuple[str, str], ...] = ()
+    exempt: tuple[tuple[str, str], ...] = ()
 
     def complaint(self, job: Job, facts: dict) -> str | None:
         """Returns the complaint of the rule about a row, or None."""
-        if any(re.search(pattern, TABLE.label(job.key)) for pattern, _ in self.spared):
+        if any(re.search(pattern, TABLE.label(job.key)) for pattern, _ in self.exempt):
             return None
         return self.broken(job, facts)
 
 
 def _spill(job: Job, facts: dict) -> str | None:
-    spilled = facts["spilled"] and not COLD.search(job.kernel)
-    return f"{facts['spilled']} bytes of stack per thread" if spilled else None
+    hot = not COLD.search(job.kernel)
+    return f"{facts['spilled']} bytes of stack per thread" if facts["spilled"] and hot else None
 
 
 def _shared(job: Job, facts: dict) -> str | None:
@@ -182,13 +181,13 @@ def _exact_products(job: Job, facts: dict) -> str | None:
 def _tensor_cores(job: Job, facts: dict) -> str | None:
     if not facts["dots"] or _exact(job):
         return None
-    # Some fp32 tiles have fewer than the 64 rows of a warpgroup's instruction; these use mma.sync.
-    whole = facts["dot_rows"] >= 64 or job.dtype != "float32"
-    unit = {90: "wgmma", 100: "tcgen05"}.get(job.arch, "mma_sync") if whole else "mma_sync"
-    found, other = facts[unit], facts["mma_sync"] if unit != "mma_sync" else 0
-    if found < facts["dots"]:
-        return f"{facts['dots']} matrix products in the source, but only {found} {unit} instructions"
-    return f"{other} of the products are mma.sync, not {unit}" if other else None
+    unit = {90: "wgmma", 100: "tcgen05"}.get(job.arch, "mma_sync")
+    if job.dtype == "float32" and facts["dot_rows"] < 64:
+        unit = "mma_sync"  # some fp32 tiles have fewer than the 64 rows of a wgmma or tcgen05 instruction
+    if facts[unit] < facts["dots"]:
+        return f"{facts['dots']} matrix products in the source, but only {facts[unit]} {unit} instructions"
+    others = facts["mma_sync"] if unit != "mma_sync" else 0
+    return f"{others} of the products are mma.sync, not {unit}" if others else None
 
 
 def _asynchronous(job: Job, facts: dict) -> str | None:
@@ -203,9 +202,8 @@ def _asynchronous(job: Job, facts: dict) -> str | None:
 
 
 def _narrow(job: Job, facts: dict) -> str | None:
-    if job.dtype == "float32" or not facts["narrow_loads"]:
-        return None
-    return f"{facts['narrow_loads']} scalar 16-bit loads in an innermost loop"
+    narrow = facts["narrow_loads"] if job.dtype != "float32" else 0
+    return f"{narrow} scalar 16-bit loads in an innermost loop" if narrow else None
 
 
 def _wide(job: Job, facts: dict) -> str | None:
@@ -313,27 +311,25 @@ def main(args: argparse.Namespace) -> int:
     if args.cuda:
         return cuda.main(args)
     if os.environ.get("TRITON_INTERPRET") == "1":  # Triton reads this when kernels are defined
-        rest = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        return subprocess.run(
-            [sys.executable, "-m", "jasper_fast.bench", *sys.argv[sys.argv.index("compile") :]], env=rest
-        ).returncode
+        return subprocess.call(
+            [sys.executable, "-m", "jasper_fast.bench", *sys.argv[sys.argv.index("compile") :]],
+            env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        )
     import triton
 
     started, version = time.monotonic(), triton.__version__
 
     def wanted(key: tuple) -> bool:
         arch, dtype, kernel = key[:3]
-        asked = arch in args.arch and dtype in args.dtype and re.search(args.kernel, kernel)
-        return bool(asked) and (not args.quick or dtype == "float16" or arch == 90)
+        named = arch in args.arch and dtype in args.dtype and re.search(args.kernel, kernel) is not None
+        return named and (not args.quick or dtype == "float16" or arch == 90)
 
     chosen = [job for job in jobs(args.arch, args.dtype) if wanted(job.key)]
     if not chosen:
         raise SystemExit(f"--kernel {args.kernel}: no kernel has a name that matches")
-    cache = None if args.no_cache else CACHE / f"triton-{version}.json"
+    cache = None if args.no_cache else paths.BUILD / "compile" / f"triton-{version}.json"
     with console.status("") as status:
-        done = iter(range(1, len(chosen) + 1))
-        tick = lambda: status.update(f"Triton {version}: compiled {next(done)} of at most {len(chosen)}")  # noqa: E731
-        facts = compiled(chosen, args.processes, cache, tick)
+        facts = compiled(chosen, args.processes, cache, lambda text: status.update(f"Triton {version}: {text}"))
     found = {job.key: dict(zip(TABLE.key, job.key, strict=True)) | facts[job.digest] for job in chosen}
     broken = [
         f"{TABLE.label(job.key)}: {rule.name}: {why}"

@@ -22,22 +22,23 @@ from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
 from jasper_fast.kernels.operands import Geometry, Lengths, Mask, Norm
 from jasper_fast.kernels.prefix_beam import triton_impl as prefix_beam
 
-N = 32  # utterances of a batch; times FRAMES, these are enough rows to fill tiles
+N = 32  # utterances of a batch
 P = 0.2  # dropout rate
-FRAMES = (840, 48, 16)  # the T' of 16.7 s, and two smaller ones at which the default tiles have fewer rows
+FRAMES = (840, 48, 16)  # T' of the longest utterance (16.7 s), and smaller T' for which the default tiles are narrower
 LABELS = (120, 250, 500)  # numbers of labels of a target; a batch of speech has up to about 400
 PANES = 256  # channels of the panes of a residual block
 TAPS_C = 512  # channels of QuartzNet's depthwise convs
-# (T', K, stride, masks) of depthwise convs, for large and small tiles. The kernel that sums dw pads K to 64 or 128 (its
-# BLOCK_K). The numbers of taps here give both.
+# (T', K, stride, masks) of depthwise convs. The two T' give large and small tiles. The numbers of taps K give both
+# values of BLOCK_K (64 and 128) of the kernel that adds the partial sums of dw.
 TAPS = (
-    *((840, 87, 1, True), (840, 63, 1, False), (840, 33, 2, True)),
-    *((16, 63, 1, True), (16, 63, 1, False), (16, 33, 2, True)),
-)
+    (840, 87, 1, True), (840, 63, 1, False), (840, 33, 2, True),
+    (16, 63, 1, True), (16, 63, 1, False), (16, 33, 2, True),
+)  # fmt: skip
 META = torch.device("meta")
 EXACT = " ieee"  # suffix of the names of kernels with exact fp32 products
-PARTS = {"HAS_STATS": " stats", "HAS_NORM": " bn", "HAS_PANES": " panes", "HAS_SPLITS": " split"}
-PARTS |= {"IS_DIRECT": " direct"}
+PARTS = {
+    "HAS_STATS": " stats", "HAS_NORM": " bn", "HAS_PANES": " panes", "HAS_SPLITS": " split", "IS_DIRECT": " direct",
+}  # fmt: skip
 
 Recorded = Iterator[tuple[str, str, aot.Source]]  # (kernel, layer, source)
 
@@ -53,23 +54,17 @@ def recorded(arch: int, dtype: str) -> Recorded:
             for op, call in conv_calls(a, a.stride * T - odd, number, masks).items():
                 for tile in _tiles(op, a, T, number, exact):
                     yield from ((kernel, name, source) for kernel, source in _sources(arch, call, op, tile, exact))
-    widths = sorted({a.C_in for a in wide if not a.first}, reverse=True)
-    calls: list[tuple[str, Callable[[], object]]] = [
-        *(
-            (
-                f"C{TAPS_C} K{K} T{T}" + f" s{stride}" * (stride > 1),
-                functools.partial(taps_calls, K, stride, stride * T, number, masks),
-            )
-            for T, K, stride, masks in TAPS
-        ),
-        *((f"C{C}", functools.partial(norm_calls, C, number)) for C in widths),
-    ]
+    calls: list[tuple[str, Callable[[], object]]] = []
+    for T, K, stride, masks in TAPS:
+        name = f"C{TAPS_C} K{K} T{T}" + f" s{stride}" * (stride > 1)
+        calls.append((name, functools.partial(taps_calls, K, stride, stride * T, number, masks)))
+    for C in sorted({a.C_in for a in wide if not a.first}, reverse=True):
+        calls.append((f"C{C}", functools.partial(norm_calls, C, number)))
     if dtype == "float32":
         for averages in (True, False):
             calls.append(("all", functools.partial(step, True, averages)))
             calls.append(("all unaligned", functools.partial(step, False, averages)))
-        calls += [(f"U{U}", functools.partial(loss, U)) for U in LABELS]
-        calls.append(("any", prefixes))
+        calls += [*((f"U{U}", functools.partial(loss, U)) for U in LABELS), ("any", prefixes)]
     for name, call in calls:
         for kernel, source in _sources(arch, call):
             yield kernel, "any" if kernel == "ctc gradient" else name, source
@@ -94,7 +89,7 @@ def measured(arch: int, dtype: str) -> Recorded:
 
 
 def conv_calls(a: Layer, T: int, dtype: torch.dtype, masks: bool) -> dict[str, Callable[[], object]]:
-    """Returns the calls of training and inference for a layer at `T` frames, by the op whose tile they use."""
+    """Returns the conv calls of training and inference for a layer at `T` frames, by op."""
     x = torch.empty(N, T, a.C_in, dtype=dtype, device=META).transpose(1, 2)
     weight, channel = torch.empty(a.C_out, a.C_in, a.K, device=META), torch.empty(a.C_in, device=META)
     lengths = torch.empty(N, dtype=torch.int64, device=META)
@@ -131,10 +126,9 @@ def _fused(a: Layer, x: torch.Tensor, weight: torch.Tensor, how: Geometry, lengt
     elif a.head:
         fused(ntc, lengths=ends, clean=True, log_softmax=True)
     else:
-        masked = Lengths(lengths, lengths) if masks else Lengths()
-        fused(ntc, lengths=masked, clean=True)
         panes = x.new_empty(*ntc.shape[:2], PANES), conv1d.pack(weight.new_empty(a.C_out, PANES, 1), x.dtype)
-        fused(ntc, lengths=masked, clean=True, panes=panes)
+        for some in (None, panes):
+            fused(ntc, lengths=Lengths(lengths, lengths) if masks else Lengths(), clean=True, panes=some)
 
 
 def taps_calls(K: int, stride: int, T: int, dtype: torch.dtype, masks: bool) -> None:
@@ -142,10 +136,10 @@ def taps_calls(K: int, stride: int, T: int, dtype: torch.dtype, masks: bool) -> 
     how = Geometry(stride, K // 2)
     x, weight = torch.empty(N, T, TAPS_C, dtype=dtype, device=META), torch.empty(TAPS_C, 1, K, device=META)
     dy, some = x.new_empty(N, how.frames(T, K), TAPS_C), torch.empty(N, dtype=torch.int64, device=META)
-    told = Lengths(some, some) if masks else Lengths()
-    depthwise.forward(x.transpose(1, 2), weight, how, told)
-    depthwise.dgrad(dy.transpose(1, 2), weight, T, how, told)
-    depthwise.wgrad(x.transpose(1, 2), dy.transpose(1, 2), K, how, told, weight.dtype)
+    lengths = Lengths(some, some) if masks else Lengths()
+    depthwise.forward(x.transpose(1, 2), weight, how, lengths)
+    depthwise.dgrad(dy.transpose(1, 2), weight, T, how, lengths)
+    depthwise.wgrad(x.transpose(1, 2), dy.transpose(1, 2), K, how, lengths, weight.dtype)
     if stride > 1:  # at this stride the engine also lets the kernel compute the output lengths
         depthwise.into(dy, x, depthwise.pack_once(weight, dtype), how, Lengths(some, made=some, masked=masks))
 
@@ -167,9 +161,10 @@ def norm_calls(C: int, dtype: torch.dtype) -> None:
 def step(aligned: bool, averages: bool) -> None:
     """Calls NovoGrad's step, with or without the moving average."""
     of = [torch.empty(1004, device=META)[0 if aligned else 1 :]]
-    tensors = Tensors(of, of, of, of, of if averages else [], [0])
     settings = torch.empty(1, len(Settings._fields), dtype=torch.float64, device=META)
-    novograd.step(tensors, Watched([], []), settings, None, None, 0.0, True, {})
+    novograd.step(
+        Tensors(of, of, of, of, of if averages else [], [0]), Watched([], []), settings, None, None, 0.0, True, {}
+    )
 
 
 def loss(labels: int) -> None:
@@ -188,8 +183,8 @@ def prefixes() -> None:
 
 
 def _exacts(dtype: torch.dtype) -> tuple[bool, ...]:
-    """Returns the values of `exact` to compile with. Only fp32 has both: False (products rounded to TF32) and True. At
-    run time PyTorch's setting chooses between the two."""
+    """Returns the values of `exact` to compile with: in fp32 False (products rounded to TF32) and True, and otherwise
+    only False. At run time PyTorch's setting of the fp32 precision chooses."""
     return (False, True) if dtype == torch.float32 else (False,)
 
 
@@ -197,14 +192,14 @@ def _tiles(op: str, a: Layer, T: int, dtype: torch.dtype, exact: bool) -> Iterat
     """Yields the tiles that dispatch uses for a layer. None is the default.
 
     For inference and for the gradient of the weight, each tile is yielded with and without a split of the reduction
-    over several programs, which is used when there are few tiles.
+    over several programs. Dispatch splits the reduction if a conv has few tiles.
     """
     if op not in ("fused", "wgrad"):
         yield None
         return
     shape = triton_tiles.Shape(a.C_in, a.C_out, a.K, a.stride, a.dilation, N * T)
-    first = triton_tiles.default(op, dtype, shape, T, exact)
-    for tile in triton_tiles.narrower(first, dtype) if op == "fused" else [first]:
+    default = triton_tiles.default(op, dtype, shape, T, exact)
+    for tile in triton_tiles.narrower(default, dtype) if op == "fused" else [default]:
         yield from (tile._replace(splits=splits)._asdict() for splits in (1, 2))
 
 
@@ -218,9 +213,9 @@ def _sources(
     found: list[tuple[str, aot.Source]] = []
     conv = torch.backends.cudnn.conv
     before, conv.fp32_precision = conv.fp32_precision, "ieee" if exact else "tf32"
-    taken = launch.recorded(lambda one: found.append((called(one, exact), aot.source(one, arch))), arch)
+    recording = launch.recorded(lambda one: found.append((called(one, exact), aot.source(one, arch))), arch)
     try:
-        with taken, tables.forced(f"conv1d.{op}", tile) if tile else contextlib.nullcontext():
+        with recording, tables.forced(f"conv1d.{op}", tile) if tile else contextlib.nullcontext():
             call()
     finally:
         conv.fp32_precision = before
@@ -229,20 +224,19 @@ def _sources(
 
 def called(one: launch.Launch, exact: bool) -> str:
     """Returns the kernel's name in a row: its function, and the optional parts that are used."""
-    values = one.arguments
-    name = one.name.strip("_").removesuffix("_kernel")
+    values, name = one.arguments, one.name.strip("_").removesuffix("_kernel")
+    spaced = name.replace("_", " ")
     if name.startswith("depthwise"):
-        name = "depthwise dgrad" if values.get("FLIPPED") else name.replace("_", " ").replace("sum", "forward")
-        name += " makes lengths" * bool(values.get("HAS_LENGTHS_OUT"))
-        return name + " no masks" * (not values.get("HAS_MASK", values.get("HAS_IN_LENGTHS")))
-    if name.startswith("ctc"):
-        return name.replace("_", " ")
+        spaced = "depthwise dgrad" if values.get("FLIPPED") else spaced.replace("sum", "forward")
+        spaced += " makes lengths" * bool(values.get("HAS_LENGTHS_OUT"))
+        return spaced + " no masks" * (not values.get("HAS_MASK", values.get("HAS_IN_LENGTHS")))
+    if name.startswith(("ctc", "prefix_beam")):
+        return spaced
     if not name.startswith("conv1d"):
         flags = (flag.removeprefix("HAS_").lower() for flag in values if flag.startswith("HAS_") and values[flag])
-        op = "novograd" if name in ("squares", "update") else "bn_relu_dropout"
-        return name.replace("_", " ", 1) if name == "prefix_beam" else " ".join([op, name, *flags])
-    name = name.replace("_", " ")
-    name = "conv1d first" if values.get("IS_NCT") else "conv1d last" if values.get("HAS_LOG_SOFTMAX") else name
-    name += "".join(told for flag, told in PARTS.items() if values.get(flag))
-    unmasked = not values.get("HAS_MASK", values.get("HAS_LENGTHS", True)) and not values.get("HAS_LOG_SOFTMAX")
-    return name + " no masks" * unmasked + EXACT * (exact and "PRECISION" in values)
+        return " ".join(["novograd" if name in ("squares", "update") else "bn_relu_dropout", name, *flags])
+    last = values.get("HAS_LOG_SOFTMAX")
+    spaced = "conv1d first" if values.get("IS_NCT") else "conv1d last" if last else spaced
+    spaced += "".join(part for flag, part in PARTS.items() if values.get(flag))
+    unmasked = not last and not values.get("HAS_MASK", values.get("HAS_LENGTHS", True))
+    return spaced + " no masks" * unmasked + EXACT * (exact and "PRECISION" in values)

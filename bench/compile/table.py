@@ -1,6 +1,6 @@
-"""The rows of a compile gate: compares them with the committed table, prints them and writes them.
+"""The rows of a compile gate, of the Triton kernels or of the CUDA kernels.
 
-Both gates use this: that of the Triton kernels and that of the CUDA kernels.
+They are compared with the committed table, printed and written to a file.
 """
 
 import argparse
@@ -19,8 +19,8 @@ class Table:
     """The form of a compiler's rows.
 
     `key`: the fields that identify a row. `name`: the format of a row's name in messages. `facts`: the fields that the
-    gate measures; a table leaves out those that are 0. `shown`: the headings of the printed facts. `order`: the sort
-    key of a row's key.
+    gate measures; the file leaves out those that are 0. `shown`: the facts that are printed, with their headings.
+    `order`: the sort key of a row's key.
     """
 
     compiler: str
@@ -39,7 +39,7 @@ class Table:
         return {tuple(row[k] for k in self.key): row for row in rows}
 
     def read(self, text: str) -> dict[tuple, dict]:
-        """Returns the rows of a table by their keys. Facts that the table leaves out are 0."""
+        """Returns the rows of a file by their keys. Facts that the file leaves out are 0."""
         return self.by_key(dict.fromkeys((*self.key, *self.facts), 0) | row for row in json.loads(text)["rows"])
 
     def text(self, version: str, rows: dict[tuple, dict]) -> str:
@@ -102,9 +102,11 @@ class Table:
             print(f"the results differ from {table.name}; if that is intended, run with --update and commit the table")
         if args.out is not None:
             path = args.out / f"compile_{file}"
-            about = {"command": "compile" + " --cuda" * args.cuda, self.compiler.lower(): version, "commit": commit()}
-            rows = {"broken": broken, "changes": changes, "rows": list(found.values())}
-            path.write_text(json.dumps(about | rows, indent=1))
+            result = {
+                "command": "compile" + " --cuda" * args.cuda, self.compiler.lower(): version, "commit": commit(),
+                "broken": broken, "changes": changes, "rows": list(found.values()),
+            }  # fmt: skip
+            path.write_text(json.dumps(result, indent=1))
             print(f"wrote {path}")
         print(
             f"{compiler}: {len(found)} kernels in {seconds:.0f} s, {len(broken)} broken rules, {len(changes)} changes"

@@ -23,9 +23,10 @@ SLOW = "compile_max_autotune"
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the plan. `measure(run)` gets at most `seconds` of the usual budget.
+    """A part of the plan: `measure(run)` is called and may take at most `seconds`.
 
-    A part that was cut off gets more time if some is left after the other parts.
+    `seconds` are for the usual budget (BUDGET in gpu.py), and change in proportion with `--budget`. A part that was cut
+    off is continued at the end of the plan if some of the budget is left.
     """
 
     title: str
@@ -37,7 +38,6 @@ def plan(run: Run) -> list[Part]:
     """Returns the parts, the most valuable first. On a CPU they are small stand-ins, to test the command."""
     if run.device.type == "cpu":
         shapes = ((2, 64, 100), (2, 96, 100))
-        layer = Layer(64, 64, 11)
         return [
             Part("preflight", 10, preflight.main),
             Part(
@@ -56,18 +56,15 @@ def plan(run: Run) -> list[Part]:
             Part(
                 "sub-blocks",
                 60,
-                lambda r: r.cases(
-                    "kernels",
-                    by_layer.layer_cases(r, "sub_block", 2, 64, layer, ALL_MODES),
-                ),
+                lambda r: r.cases("kernels", by_layer.layer_cases(r, "sub_block", 2, 64, Layer(64, 64, 11), ALL_MODES)),
             ),
             Part("panes", 60, lambda r: all_panes(r, [panes.Block((64, 64), 96)], (2, 64))),
             Part("launches", 60, launches.main),
             Part("tests", 30, lambda r: first.tests(r, files=("test_faces.py",), chosen="")),
             *(
-                [Part("tuning", 60, lambda r: first.tune(r, ("forward",)))]
-                if backends.why_missing("triton", "cpu") is None
-                else []
+                []
+                if backends.why_missing("triton", "cpu")
+                else [Part("tuning", 60, lambda r: first.tune(r, ("forward",)))]
             ),
         ]
     return [*first_nine_minutes(), *and_then()]
@@ -101,7 +98,8 @@ def first_nine_minutes() -> list[Part]:
 
 
 def and_then() -> list[Part]:
-    """Returns the parts for later calls with `--resume`. Parts with slow compilers come last and so delay no others."""
+    """Returns the parts for later calls with `--resume`. Parts with slow compilers come last, so that they do not delay
+    the others."""
     return [
         Part("training grid", 40, lambda r: train.main(replace(r, rivals=f"{LIGHT_TRAINING},eager_no_masks"))),
         Part("sub-blocks beside max-autotune and cuDNN", 90, slow_rivals),
@@ -181,9 +179,9 @@ def slow_rivals(run: Run) -> None:
 
     cuDNN's fused patterns come first at every layer, and max-autotune after them.
     """
-    modes = ("forward", "inference", "backward")
-    if importlib.util.find_spec("cudnn") is None:  # cudnn is absent, so one pass over the layers is enough
-        all_layers(run, f"cudnn,{SLOW}", "sub_block", modes)
-        return
-    all_layers(run, "cudnn", "sub_block", ("forward", "inference"))
-    all_layers(run, SLOW, "sub_block", modes)
+    rivals = SLOW
+    if importlib.util.find_spec("cudnn") is None:
+        rivals = f"cudnn,{SLOW}"  # one pass over the layers is enough, in which cudnn is reported as absent
+    else:
+        all_layers(run, "cudnn", "sub_block", ("forward", "inference"))
+    all_layers(run, rivals, "sub_block", ("forward", "inference", "backward"))

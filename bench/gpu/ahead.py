@@ -21,10 +21,13 @@ def compilers(run: Run, titles: Sequence[str]) -> Iterator[None]:
     """
     count = max(1, min(12, len(os.sched_getaffinity(0)) - 2))
     command = [sys.executable, "-m", "jasper_fast.bench.gpu.warm", str(run.device), run.dtype_name, run.backend]
-    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     children = [
-        subprocess.Popen([*command, str(i), str(count), *titles], cwd=paths.CHECKOUT, **quiet) for i in range(count)
-    ]
+        subprocess.Popen(
+            [*command, str(i), str(count), *titles], cwd=paths.CHECKOUT,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )
+        for i in range(count)
+    ]  # fmt: skip
     try:
         yield
         for child in children:

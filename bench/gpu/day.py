@@ -5,10 +5,10 @@
   3     Which choices are best? `bench tune`, the installation of its table, and `bench gpu --resume`.
   more  If time is left: compute-sanitizer, bf16, and all tests on the device.
 
-Every step has its own time limit and log. Its result is in day.json as soon as it ends, and at the end all results are
-printed as a table. If a step fails or is cut off, the later steps still run. An exception is the self-check of call 1:
-if it fails, the later steps would fail for the same reason, so they are skipped. With `--device cpu` the same steps run
-on small stand-ins. `--dry-run` shows the steps.
+Every step has its own time limit and log. Its result is written to day.json as soon as it ends, and at the end all
+results are printed as a table. If a step fails or is cut off, the later steps still run. An exception is the self-check
+of call 1: if it fails, the later steps would fail for the same reason, so they are skipped. With `--device cpu` the
+same steps run on small stand-ins. `--dry-run` shows the steps.
 """
 
 import argparse
@@ -42,8 +42,6 @@ TESTS = (
 PYTEST = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 PROBE = "tests/test_cuda_probe.py"  # checks that the device behaves as the kernels assume
-
-
 CALLS = ("1", "2", "3", "more", "preflight", "table")
 OPTIONS = (
     option("call", choices=CALLS, metavar="CALL", help=f"the call to run: {', '.join(CALLS)}"),
@@ -68,7 +66,7 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class Step:
-    """A command and its limit in seconds. If a `gate` fails, the later steps of the call are not run."""
+    """A command and its limit in seconds. If a step with `gate` fails, the later steps of the call are not run."""
 
     name: str
     argv: tuple[str, ...]
@@ -83,8 +81,8 @@ def plan(call: str, device: str, out: Path, root: Path) -> list[Step]:
     interpret = {"TRITON_INTERPRET": "1"} if cpu else {}
 
     def bench(command: str, *more: str, dtype: str = "fp32" if cpu else "fp16") -> tuple[str, ...]:
-        to = ("--device", device, "--out", str(out), "--dtype", dtype)
-        return (PYTHON, "-m", "jasper_fast.bench", command, *to, *more)
+        common = ("--device", device, "--out", str(out), "--dtype", dtype)
+        return (PYTHON, "-m", "jasper_fast.bench", command, *common, *more)
 
     if call == "1":
         return list(_does_it_run(bench, device, out, root))
@@ -114,19 +112,19 @@ def _does_it_run(bench: Callable[..., tuple[str, ...]], device: str, out: Path, 
         yield Step("wheels", (*pip, "--find-links", str(wheels[0].parent), *names), 60)
     yield Step("preflight", (PYTHON, "-m", DAY, "preflight", "--device", device, "--out", str(out)), 30)
     if not cpu and (root / "csrc" / "build.py").is_file():
-        archs = os.environ.get("JASPER_FAST_CUDA_ARCHS", "90a")
-        yield Step("native libraries", (PYTHON, "csrc/build.py"), 240, env={"JASPER_FAST_CUDA_ARCHS": archs})
+        archs = {"JASPER_FAST_CUDA_ARCHS": os.environ.get("JASPER_FAST_CUDA_ARCHS", "90a")}
+        yield Step("native libraries", (PYTHON, "csrc/build.py"), 240, env=archs)
     if not cpu and (root / PROBE).is_file():
         yield Step("probe of the device", (PYTHON, PROBE), 60)
-    check = (PYTHON, "-m", "jasper_fast", "selfcheck", "--quick", "--dtype", "fp32" if cpu else "fp16")
-    yield Step("self-check", (*check, "--device", device), 120, gate=True)
+    selfcheck = (PYTHON, "-m", "jasper_fast", "selfcheck", "--quick", "--dtype", "fp32" if cpu else "fp16")
+    yield Step("self-check", (*selfcheck, "--device", device), 120, gate=True)
     if (root / "tests").is_dir():
         chosen = ("tests/test_faces.py",) if cpu else ("-k", "triton or cuda", *(f"tests/{name}" for name in TESTS))
         yield Step("tests of the ops", (*PYTEST, "-x", "-m", "not slow", *chosen), 90, env=ONE_THREAD)
     rivals = {"bn_relu_dropout": "eager,jasper_fast_cuda", "conv1d": "eager,eager_2d_channels_last,jasper_fast_cuda"}
     for op, names in ({"bn_relu_dropout": "eager"} if cpu else rivals).items():
-        times = bench("kernels", "--quick", "--op", op, "--mode", "forward", "--rivals", names)
-        yield Step(f"times of {op}", times, 90)
+        argv = bench("kernels", "--quick", "--op", op, "--mode", "forward", "--rivals", names)
+        yield Step(f"times of {op}", argv, 90)
 
 
 # ------------------------------------------------------------------------------------------------------- running it
@@ -135,11 +133,12 @@ def _does_it_run(bench: Callable[..., tuple[str, ...]], device: str, out: Path, 
 def run(step: Step, log: Path, seconds: float, root: Path) -> dict:
     """Runs a step for at most `seconds`; returns its status ("ok", "failed" or "cut off") and how long it took."""
     started = time.monotonic()
-    env = os.environ | {"PYTHONUNBUFFERED": "1"} | step.env
     with log.open("wb") as file:
         try:
-            process = subprocess.Popen(step.argv, cwd=root, env=env, stdin=subprocess.DEVNULL, stdout=file,
-                                       stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+            process = subprocess.Popen(
+                step.argv, cwd=root, env=os.environ | {"PYTHONUNBUFFERED": "1"} | step.env, stdin=subprocess.DEVNULL,
+                stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
         except OSError as error:
             return {"name": step.name, "status": "failed", "told": str(error), "seconds": 0.0}
         try:
@@ -160,7 +159,7 @@ def run(step: Step, log: Path, seconds: float, root: Path) -> dict:
 
 
 def _end(process: subprocess.Popen) -> int:
-    """Asks a step and its child processes to end, and kills them if they do not; returns the exit status."""
+    """Asks a step and its child processes to end, and kills those that do not; returns the exit status."""
     for what in (signal.SIGTERM, signal.SIGKILL):  # SIGKILL also ends child processes that are still alive
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, what)
@@ -170,20 +169,17 @@ def _end(process: subprocess.Popen) -> int:
 
 
 def carry_out(call: str, steps: Sequence[Step], out: Path, root: Path, limit: float = LIMIT) -> list[dict]:
-    """Runs the steps and writes the file after each; returns how they ended."""
+    """Runs the steps and writes day.json after each; returns how they ended."""
     end, done, closed = time.monotonic() + limit, [], ""
     for number, step in enumerate(steps, 1):
         left = end - time.monotonic()
         if closed or left < LEAST:
             done.append({"name": step.name, "status": "not run", "told": closed or "no time left", "seconds": 0.0})
         else:
-            print(
-                f"day {call}, {number} of {len(steps)}: {step.name}, at most {min(step.limit, left):.0f} s", flush=True
-            )
+            seconds = min(step.limit, left)
+            print(f"day {call}, {number} of {len(steps)}: {step.name}, at most {seconds:.0f} s", flush=True)
             log = out / f"day{call}_{number:02d}_{step.name.split(',')[0].replace(' ', '_').replace('/', '_')}.log"
-            done.append(
-                run(step, log, min(step.limit, left), root) | {"command": shlex.join(step.argv), "log": log.name}
-            )
+            done.append(run(step, log, seconds, root) | {"command": shlex.join(step.argv), "log": log.name})
             closed = f"after {step.name}" if step.gate and done[-1]["status"] != "ok" else ""
         keep(out / "day.json", call, done)
     return done
@@ -212,10 +208,9 @@ def preflight(device: str) -> int:
     from jasper_fast.bench.gpu import preflight
 
     found = list(preflight.findings(torch.device(device)))
-    for one in found:
-        print(one.line())
-    print(f"{sum(one.there for one in found)} of {len(found)} items are there")
-    return 0 if all(one.there for one in found) else 1
+    there = sum(one.there for one in found)
+    print("\n".join([*(one.line() for one in found), f"{there} of {len(found)} items are there"]))
+    return 0 if there == len(found) else 1
 
 
 def install(out: Path) -> int:
@@ -229,8 +224,9 @@ def install(out: Path) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status, which is 1 if a step failed."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m jasper_fast.bench.gpu.day", description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        f"python -m {DAY}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add(parser, {"": OPTIONS})
     args = parser.parse_args(arguments)
     if args.call in ("preflight", "table"):  # these are steps of the other calls

@@ -26,16 +26,17 @@ class TestsFailed(RuntimeError):
 def tests(run: Run, *, files: tuple[str, ...] = TESTS, chosen: str = "triton or cuda") -> None:
     """Runs the quick tests of the ops on the device until one fails.
 
-    `chosen` is pytest's expression for the names of tests. Without installed tests it only prints a line.
+    `chosen` is pytest's expression for the names of tests. Outside a checkout, or without pytest, no test runs and a
+    line says so.
     """
     folder = paths.CHECKOUT and paths.CHECKOUT / "tests"
     if not folder or not folder.is_dir() or importlib.util.find_spec("pytest") is None:
         console.print("gpu: no tests here; they need a checkout and pytest (pip install pytest)")
         return
-    argv = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", chosen]
     try:
         done = subprocess.run(
-            [*argv, *(str(folder / name) for name in files)],
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", chosen,
+             *(str(folder / name) for name in files)],
             cwd=folder.parent, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
             timeout=seconds_left(run),
         )  # fmt: skip
@@ -45,12 +46,12 @@ def tests(run: Run, *, files: tuple[str, ...] = TESTS, chosen: str = "triton or 
     run.results.data["tests"] = {"status": done.returncode, "told": last}
     console.print(f"gpu: tests: {last}", markup=False)
     if done.returncode:
-        named = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        raise TestsFailed("; ".join([*named[:3], last]))
+        failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        raise TestsFailed("; ".join([*failed[:3], last]))
 
 
 def tune(run: Run, ops: tuple[str, ...] = cells.OPS) -> None:
-    """Tunes implementations and tiles in the run's dtype until the time is over. Later parts use the tuned choices."""
+    """Tunes implementations and tiles in the run's dtype until the part's time is over. Later parts use the result."""
     device = tuned.indexed(run.device)
     todo = [cell for cell in cells.plan(run.device, run.dtype, ops) if not tables.covered(device, cell)]
     with verdicts.locked(tuned.PATIENCE, tuned.LOCK):

@@ -1,9 +1,9 @@
 """All benchmarks on a GPU in nine minutes, the most valuable numbers first: `python -m bench gpu`.
 
-Each case is on disk as soon as it is measured, and `--resume` continues after the last one. Every part has its own
-share of the time, so that none uses up the time of later parts. Time that is left at the end goes to the parts that
-were cut off. A failure does not affect other parts. If it leaves the GPU unusable in this process, the run continues in
-a new process. A part is tried at most twice.
+Each case is written to disk as soon as it is measured, and `--resume` continues after the last one. Every part has its
+own share of the time, so that no part uses up the time of later ones. Time that is left at the end goes to the parts
+that were cut off. A part that fails does not stop the others. If its failure leaves the GPU unusable in this process,
+the run continues in a new process. After two failures a part is not tried again.
 
 The run begins with a preflight (compiler, headers, disk, driver, clocks, memory), the most important tests, the
 self-check and tuning. Later parts run with the tuned tiles and skip kernels that the self-check found bad. In this
@@ -30,12 +30,11 @@ BUDGET = 540.0
 CASE = 3.0  # most seconds per case
 GOOD = 10.0  # a part is started only if at least this many seconds are left
 PATIENCE = 60.0  # a part may last this many seconds longer than its time, because a call into C++ cannot be interrupted
-UNTIL = "BENCH_GPU_UNTIL"  # tells a process that continues a run at what time (`time.time`) the budget ends
+UNTIL = "BENCH_GPU_UNTIL"  # environment variable of a process that continues a run: the `time.time` of the budget's end
 
 
 def main(run: Run, budget: float = BUDGET) -> None:
     """Carries out the plan until it is done or the budget is used up. The budget begins with the start of the run."""
-    scale = budget / BUDGET
     end = run.started + budget
     if UNTIL in os.environ:  # another process began this run; use the rest of its budget
         end = time.monotonic() + float(os.environ.pop(UNTIL)) - time.time()
@@ -67,7 +66,7 @@ def main(run: Run, budget: float = BUDGET) -> None:
                 if gone:
                     go_on_elsewhere(run, end)
 
-            share = left if again else min(left, part.seconds * scale)
+            share = left if again else min(left, part.seconds * budget / BUDGET)
             with outlasted(lambda ended=ended: ended("failed: a kernel or a compiler does not return", True), share):
                 how, gone = _measure(run, part, share)
             ended(how, gone)
@@ -92,7 +91,7 @@ def _measure(run: Run, part: agenda.Part, seconds: float) -> tuple[str, bool]:
     if how == "cut off":
         end_compilers()
     if why := devices.lost(run.device):  # the device reported an error only now
-        how, gone = how if how.startswith("failed") else f"failed: {why}", True
+        return how if how.startswith("failed") else f"failed: {why}", True
     return how, gone
 
 

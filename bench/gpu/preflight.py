@@ -29,8 +29,8 @@ class Finding(NamedTuple):
 
     def line(self) -> str:
         """Returns the finding as one line of text."""
-        missing = "" if self.there else f". Do: {self.remedy}"
-        return f"{'ok' if self.there else 'MISSING'}: {self.what}: {self.found}{missing}"
+        about = f"{self.what}: {self.found}"
+        return f"ok: {about}" if self.there else f"MISSING: {about}. Do: {self.remedy}"
 
 
 def findings(device: torch.device) -> Iterator[Finding]:
@@ -42,8 +42,12 @@ def findings(device: torch.device) -> Iterator[Finding]:
     if device.type == "cuda":
         yield from _gpu(device)
         why = native.explain()["cuda"]
-        told = (why or "built").splitlines()[0]
-        yield Finding("the CUDA library", why is None, told, "CUDA_HOME=/usr/local/cuda python setup.py build_native")
+        yield Finding(
+            "the CUDA library",
+            why is None,
+            (why or "built").splitlines()[0],
+            "CUDA_HOME=/usr/local/cuda python setup.py build_native",
+        )
 
 
 def _compiler() -> Finding:
@@ -55,35 +59,55 @@ def _compiler() -> Finding:
 
 def _folders() -> Iterator[Finding]:
     triton = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
-    places = ("kernels", triton, "TRITON_CACHE_DIR"), ("choices", verdicts.folder(), "JASPER_FAST_CACHE")
-    for what, folder, variable in (*places, ("compilers", Path(tempfile.gettempdir()), "TMPDIR")):
+    for what, folder, variable in (
+        ("kernels", triton, "TRITON_CACHE_DIR"),
+        ("choices", verdicts.folder(), "JASPER_FAST_CACHE"),
+        ("compilers", Path(tempfile.gettempdir()), "TMPDIR"),
+    ):
         there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-        free, can = shutil.disk_usage(there).free / 2**30, os.access(there, os.W_OK)
-        told = f"{folder}, {free:.1f} GiB free" + ("" if can else ", not writable")
-        remedy = f"set {variable} to a writable folder with {DISK:.0f} GiB free"
-        yield Finding(f"disk for {what}", can and free >= DISK, told, remedy)
+        free, writable = shutil.disk_usage(there).free / 2**30, os.access(there, os.W_OK)
+        yield Finding(
+            f"disk for {what}",
+            writable and free >= DISK,
+            f"{folder}, {free:.1f} GiB free" + ("" if writable else ", not writable"),
+            f"set {variable} to a writable folder with {DISK:.0f} GiB free",
+        )
 
 
 def _gpu(device: torch.device) -> Iterator[Finding]:
     if not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
-        told = f"torch {torch.__version__}, {built}"
-        yield Finding("a GPU", False, told, "install a torch for CUDA, and a driver that supports it (see nvidia-smi)")
+        yield Finding(
+            "a GPU",
+            False,
+            f"torch {torch.__version__}, {built}",
+            "install a torch for CUDA, and a driver that supports it (see nvidia-smi)",
+        )
         return
     newest, built = nvml.cuda_driver(), torch.version.cuda
-    told = f"supports CUDA {newest or 'unknown'}, torch is built for {built}"
-    # A driver also runs programs that were built for a newer minor version of the same major version of CUDA.
-    serves = newest is None or built is None or int(newest.split(".")[0]) >= int(built.split(".")[0])
-    yield Finding("the driver", serves, told, "update the NVIDIA driver, or install a torch for an older CUDA")
-    free, whole = (size / 2**30 for size in torch.cuda.mem_get_info(device))
-    enough, told = free >= min(MEMORY, 0.8 * whole), f"{free:.1f} of {whole:.1f} GiB"
-    yield Finding("free memory", enough, told, "end the processes that use the GPU (see nvidia-smi)")
-    clocks = nvml.read(device)
-    held = ", ".join(clocks.get("held_by") or ())
-    told = f"{clocks.get('sm_mhz', 'unknown')} MHz, {clocks.get('temperature_c', 'unknown')} degrees" + (
-        held and f": {held}"
+    yield Finding(
+        "the driver",
+        # A driver also runs programs that were built for a newer minor version of the same major version of CUDA.
+        newest is None or built is None or int(newest.split(".")[0]) >= int(built.split(".")[0]),
+        f"supports CUDA {newest or 'unknown'}, torch is built for {built}",
+        "update the NVIDIA driver, or install a torch for an older CUDA",
     )
-    yield Finding("clocks", not held, told, "let the GPU cool; nvidia-smi -q -d PERFORMANCE says what limits its clock")
+    free, whole = (size / 2**30 for size in torch.cuda.mem_get_info(device))
+    yield Finding(
+        "free memory",
+        free >= min(MEMORY, 0.8 * whole),
+        f"{free:.1f} of {whole:.1f} GiB",
+        "end the processes that use the GPU (see nvidia-smi)",
+    )
+    clocks = nvml.read(device)
+    limits = ", ".join(clocks.get("held_by") or ())
+    speed = f"{clocks.get('sm_mhz', 'unknown')} MHz, {clocks.get('temperature_c', 'unknown')} degrees"
+    yield Finding(
+        "clocks",
+        not limits,
+        f"{speed}: {limits}" if limits else speed,
+        "let the GPU cool; nvidia-smi -q -d PERFORMANCE says what limits its clock",
+    )
 
 
 def main(run: Run) -> None:

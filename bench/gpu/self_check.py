@@ -28,18 +28,18 @@ def keep_verdicts(run: Run, rows: Sequence[dict], quick: bool, seconds: float) -
     with verdicts.locked():
         verdicts.keep(run.device, found)
     bad = [verdict.failure_of(row) for row in rows if row["status"] != "ok"]
-    told = run.results.data.setdefault("selfcheck", {"seconds": 0.0, "verdicts": [], "failures": []})
-    told["seconds"] = round(told["seconds"] + seconds, 1)
-    new = {group(vars(v)): vars(v) for v in found}
-    told["verdicts"] = [v for v in told["verdicts"] if group(v) not in new] + list(new.values())
-    told["failures"] += [line for line in bad if line not in told["failures"]]
+    kept = run.results.data.setdefault("selfcheck", {"seconds": 0.0, "verdicts": [], "failures": []})
+    kept["seconds"] = round(kept["seconds"] + seconds, 1)
+    latest = {group(v): v for v in [*kept["verdicts"], *map(vars, found)]}
+    kept["verdicts"] = list(latest.values())
+    kept["failures"] += [line for line in bad if line not in kept["failures"]]
     for line in bad[:5]:
         console.print(f"self-check: {line}", style="red", markup=False)
     run.results.write()
 
 
 def group(row: dict) -> tuple[str, str, str]:
-    """Returns the op, face (implementation) and dtype of a verdict."""
+    """Returns the op, the face (the op's implementation) and the dtype of a verdict."""
     return row["op"], row["face"], row["dtype"]
 
 
@@ -48,7 +48,6 @@ def selfcheck_in_full(run: Run) -> None:
     kept = run.results.data.get("selfcheck", {}).get("verdicts", ())
     done = {group(v) for v in kept if not v["quick"]}
     left = [c for c in checks.plan(run.device) if (c.op, c.face, c.dtype) not in done]
-    own = run.dtype_name
-    for dtype in sorted({c.dtype for c in left}, key=lambda dtype: (dtype != own, dtype)):
+    for dtype in sorted({c.dtype for c in left}, key=lambda dtype: (dtype != run.dtype_name, dtype)):
         ops = dict.fromkeys(c.op for c in left if c.dtype == dtype)
         selfcheck(run, quick=False, ops=tuple(ops), dtypes=(dtype,))

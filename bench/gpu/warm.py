@@ -1,8 +1,8 @@
 """Compiles kernels for `python -m bench gpu` in advance: `ahead` starts several processes with this module.
 
-Triton compiles a kernel in the process that first launches it, which takes seconds, and saves it on disk for other
-processes. So each process of this module runs jasper_fast once for some of the cases. It ignores errors, because they
-occur again when the case is measured and are reported then.
+Triton compiles a kernel when a process launches it. This takes seconds, and Triton saves the result on disk, from where
+other processes load it. So each process of this module runs jasper_fast once for some of the cases. Errors are ignored,
+because they occur again when the case is measured and are reported then.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class Collector(Run):
 
 
 def main(device: str, dtype: str, backend: str, first: str, step: str, *titles: str) -> None:
-    """Compiles the kernels of cases first, first + step, first + 2*step, ... of the parts `titles`."""
+    """Compiles the kernels of every `step`-th case of the parts `titles`, beginning with case number `first`."""
     run = Collector(
         torch.device(device),
         getattr(torch, dtype),

@@ -1,4 +1,4 @@
-"""Compares two runs on one machine: in how many rows do the 95 % intervals of the ratio to a rival overlap?"""
+"""Compares two runs on one machine: in how many rows do the two 95 % intervals of the ratio to a rival overlap?"""
 
 from dataclasses import dataclass
 
@@ -18,21 +18,22 @@ class Agreement:
     too_few: int = 0
 
     def __str__(self) -> str:
-        told = "no row with an interval is in both results"
+        text = "no row with an interval is in both results"
         if self.rows:
             same = self.rows - len(self.apart)
-            told = f"intervals of the ratios overlap in {same} of {self.rows} rows ({100 * same / self.rows:.0f} %)"
-        few = f"{self.too_few} row{'s have' if self.too_few > 1 else ' has'} too few pairs"
-        return f"{told}; {few}" if self.too_few else told
+            text = f"intervals of the ratios overlap in {same} of {self.rows} rows ({100 * same / self.rows:.0f} %)"
+        if self.too_few:
+            text += f"; {self.too_few} row{'s have' if self.too_few > 1 else ' has'} too few pairs"
+        return text
 
 
 def agreement(first: dict, second: dict) -> Agreement:
     """Compares the rows that both results measured."""
     ones, others = _ratios(first), _ratios(second)
     both = {key: (ones[key], others[key]) for key in ones if key in others}
-    told = {key: pair for key, pair in both.items() if all(map(words.known, pair))}
-    apart = tuple(key for key, (a, b) in told.items() if a["low"] > b["high"] or b["low"] > a["high"])
-    return Agreement(len(told), apart, len(both) - len(told))
+    known = {key: pair for key, pair in both.items() if all(map(words.known, pair))}
+    apart = (key for key, (a, b) in known.items() if a["low"] > b["high"] or b["low"] > a["high"])
+    return Agreement(len(known), tuple(apart), len(both) - len(known))
 
 
 def _ratios(result: dict) -> dict[str, dict]:

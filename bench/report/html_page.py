@@ -24,16 +24,15 @@ Lines = list[tuple[str, Sequence[object]]]  # the CSS class and the cells of eac
 def main(paths: Sequence[Path], html: Path | None, readme: bool) -> int:
     """Writes the page or the README's table; returns the exit status."""
     if readme:
-        committed = sorted(readme_table.COMMITTED.glob("*.json"))
-        return readme_table.write(load(path) for path in list(paths) or committed)
+        return readme_table.write(load(path) for path in paths or sorted(readme_table.COMMITTED.glob("*.json")))
     chosen = list(paths) or newest(OUT)
     if not chosen:
         raise SystemExit("there is no result to report; run python -m bench all first, or give JSON files as arguments")
     results = [load(path) for path in chosen]
     if len(results) == 2:
-        found = agreement(*results)
-        console.print(str(found))
-        for row in found.apart:
+        agreed = agreement(*results)
+        console.print(str(agreed))
+        for row in agreed.apart:
             console.print(f"  no overlap: {row}", markup=False)
     target = html or chosen[0].with_suffix(".html")
     target.write_text(page(results))
@@ -44,8 +43,8 @@ def main(paths: Sequence[Path], html: Path | None, readme: bool) -> int:
 def newest(folder: Path) -> list[Path]:
     """Returns a list with the newest result file, which is empty if there is none. Traces of the profiler are
     skipped."""
-    found = (path for path in folder.glob("*.json") if not path.name.startswith("trace_"))
-    return sorted(found, key=lambda p: p.stat().st_mtime)[-1:]
+    results = (path for path in folder.glob("*.json") if not path.name.startswith("trace_"))
+    return sorted(results, key=lambda p: p.stat().st_mtime)[-1:]
 
 
 def load(path: Path) -> dict:
@@ -75,9 +74,11 @@ def _template():
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    known = (facts, ratios_of, percentiles_of, longest, beside, in_words, roofs, verdict_lines, memory_lines, plain)
-    known += (launch_lines, tuned_lines, part_lines, by_bench, row_lines, all_notes, shared, agreement)
-    environment.globals |= {function.__name__: function for function in known} | {
+    functions = (
+        facts, ratios_of, percentiles_of, longest, beside, in_words, roofs, verdict_lines, memory_lines, plain,
+        launch_lines, tuned_lines, part_lines, by_bench, row_lines, all_notes, shared, agreement,
+    )  # fmt: skip
+    environment.globals |= {function.__name__: function for function in functions} | {
         "words": words,
         "published": published,
         "same": SAME,
@@ -111,11 +112,10 @@ def row_lines(rows: Sequence[dict], shown: Sequence[words.Column]) -> Lines:
     """Returns one line per row. The case is shown only where it changes. A row without a number has the reason."""
     lines, last = [], None
     for row in rows:
-        case, start = label(row), ["", row["contender"]]
-        if case != last:
-            start[0] = last = case
+        case = label(row)
         cells = [cell(row) for _, cell in shown] if row["status"] == "ok" else [f"{row['status']}: {row['why']}"]
-        lines.append((side(row), [*start, *cells]))
+        lines.append((side(row), ["" if case == last else case, row["contender"], *cells]))
+        last = case
     return lines
 
 
@@ -147,7 +147,8 @@ def launch_lines(rows: Iterable[dict], counted: Sequence[words.Column]) -> Lines
 
 
 def shared(results: Sequence[dict], field: str) -> list[tuple[tuple[str, str, str], list[dict]]]:
-    """Returns ((class, case, contender), rows) for each row that has `field` in all results."""
+    """Returns ((CSS class, case, contender), rows) for each row that has `field` in all results. `rows` has that row of
+    every result."""
     by_id = [{r["id"]: r for r in result["rows"] if r["status"] == "ok" and field in r} for result in results]
     both = [[rows[key] for rows in by_id] for key in by_id[0] if all(key in other for other in by_id[1:])]
     return [((side(r[0]), f"{r[0]['bench']}: {label(r[0])}", r[0]["contender"]), r) for r in both]
@@ -160,21 +161,20 @@ def ratios_of(rows: Iterable[dict], bench: str) -> dict[str, list[tuple]]:
     """Returns, by case, the bars (name, value, low, high) of all rivals that have a ratio."""
     groups: dict[str, list[tuple]] = {}
     for r in (r for r in rows if r["bench"] == bench and "ratio" in r):
-        median, ends = r["ratio"]["median"], [r["ratio"][k] for k in ("low", "high")]
-        bar = (r["contender"], median, *(ends if words.known(r["ratio"]) else (median, median)))
+        low, high = ("low", "high") if words.known(r["ratio"]) else ("median", "median")
+        bar = (r["contender"], *(r["ratio"][k] for k in ("median", low, high)))
         groups.setdefault(label(r), []).append(bar)
     return groups
 
 
 def percentiles_of(rows: Iterable[dict]) -> dict[str, list[tuple]]:
-    """Returns, by case, (name, ours, percentiles in ms, all of them as text, the first and last as text) of every
-    contender."""
+    """Returns, by case, for every contender: its name, whether it is ours, its percentiles in ms, all percentiles as
+    text, and the first and last as text."""
     groups: dict[str, list[tuple]] = {}
     for r in (row for row in rows if row["bench"] == "latency" and row["status"] == "ok"):
-        found = {p.upper(): words.quantile(r, p) for p in ("p50", "p90", "p95", "p99")}
-        ms = {name: 1e3 * v for name, v in found.items() if v is not None}
-        values = list(ms.values())
-        numbers = ", ".join(f"{name} {v:.4g} ms" for name, v in ms.items())
+        seconds = {p.upper(): words.quantile(r, p) for p in ("p50", "p90", "p95", "p99")}
+        ms = {name: 1e3 * v for name, v in seconds.items() if v is not None}
+        values, numbers = list(ms.values()), ", ".join(f"{name} {v:.4g} ms" for name, v in ms.items())
         ends = " to ".join(dict.fromkeys(f"{v:.4g}" for v in (values[0], values[-1])))
         groups.setdefault(label(r), []).append((r["contender"], r["ours"], values, numbers, f"{ends} ms"))
     return groups
@@ -188,17 +188,16 @@ def longest(groups: dict[str, list[tuple]]) -> float:
 def roofs(result: dict) -> dict[str, functools.partial]:
     """Returns, by dtype, the function that draws the roofline plot: the rates of the rows below the machine's measured
     ceilings. Our dots are drawn last, above the others."""
-    found, limits = {}, result["limits"]
+    plots, limits = {}, result["limits"]
     for dtype, rate in limits.get("matmul_flops_per_s", {}).items():
-        rated = (r for r in result["rows"] if r["status"] == "ok" and r["dtype"] == dtype and r.get("flops_per_s"))
         points = [
             (f"{r['contender']}: {label(r)}", r["flops"] / r["bytes"], r["flops_per_s"], r["ours"])
-            for r in rated if r["bytes"]
-        ]  # fmt: skip
+            for r in sorted(result["rows"], key=lambda r: r["ours"])
+            if r["status"] == "ok" and r["dtype"] == dtype and r.get("flops_per_s") and r["bytes"]
+        ]
         if points:
-            points.sort(key=lambda p: p[3])
-            found[dtype] = functools.partial(svg.roofline, points, rate, limits["copy_bytes_per_s"])
-    return found
+            plots[dtype] = functools.partial(svg.roofline, points, rate, limits["copy_bytes_per_s"])
+    return plots
 
 
 # ------------------------------------------------------------------ the machine, and the state of its kernels
@@ -207,15 +206,16 @@ def roofs(result: dict) -> dict[str, functools.partial]:
 def facts(result: dict) -> dict[str, object]:
     """Returns the facts about a run, by name: machine, versions, command and measured limits, as text."""
     m, limits = result["machine"], result["limits"]
-    told = {"machine": m["name"], "instructions": ", ".join(m["cpu"]["isa"]), "threads": m["threads"]}
+    about = {"machine": m["name"], "instructions": ", ".join(m["cpu"]["isa"]), "threads": m["threads"]}
     if m["load_average"]:
-        told["load before the run"] = f"{m['load_average'][0]:.1f} on {m['cpu']['cores']} cores"
+        about["load before the run"] = f"{m['load_average'][0]:.1f} on {m['cpu']['cores']} cores"
     if gpu := m["gpu"]:
-        told["GPU"] = f"{gpu['capability']}, {gpu['memory_gib']} GiB, driver {gpu['driver']}, CUDA {m['cuda']}"
-    before, after = (m["gpu"] or {}).get("clocks_at_start"), limits.get("clocks")
-    moments = {"clocks before the run": before, "clocks after load": after}
-    told |= {when: state(found) for when, found in moments.items() if found}
-    told |= {
+        about["GPU"] = f"{gpu['capability']}, {gpu['memory_gib']} GiB, driver {gpu['driver']}, CUDA {m['cuda']}"
+        if before := gpu.get("clocks_at_start"):
+            about["clocks before the run"] = state(before)
+    if after := limits.get("clocks"):
+        about["clocks after load"] = state(after)
+    about |= {
         "versions": f"Python {m['python']}, " + ", ".join(f"{k} {v}" for k, v in m["packages"].items()),
         "commit": f"{m['commit']}{' with local changes' if m['dirty'] else ''}",
         "date": m["date"],
@@ -226,18 +226,18 @@ def facts(result: dict) -> dict[str, object]:
         if m["gpu"] and "float32_mode" in limits:
             rates += f" (rows in float32 are held to {limits['float32_mode']}, which their convolutions may use)"
         copy, launch = words.per_second(limits["copy_bytes_per_s"], "B"), words.duration(limits["launch_s"]["host"])
-        told["measured limits"] = f"matrix product {rates}; copy {copy}; launch {launch}"
-    return told
+        about["measured limits"] = f"matrix product {rates}; copy {copy}; launch {launch}"
+    return about
 
 
 GPU_STATE = {"sm_mhz": "SM {} MHz", "memory_mhz": "memory {} MHz", "temperature_c": "{} °C", "power_w": "{:.0f} W"}
 
 
 def state(clocks: dict) -> str:
-    """Returns the readings of `machine.clocks` as text. `held_by` has the reasons for a GPU's lowered clock."""
+    """Returns the readings of `machine.clocks` as text. `held_by` has the reasons why a GPU lowered its clock."""
     if "sm_mhz" in clocks:
-        found = [text.format(clocks[name]) for name, text in GPU_STATE.items() if name in clocks]
-        return ", ".join(found + [f"held by {why}" for why in clocks.get("held_by", ())])
+        readings = [text.format(clocks[name]) for name, text in GPU_STATE.items() if name in clocks]
+        return ", ".join(readings + [f"held by {why}" for why in clocks.get("held_by", ())])
     mhz = ", ".join(map(str, clocks.get("cpu_mhz", ())))
     degrees = f"{clocks['temperature_c']:.0f} °C" if "temperature_c" in clocks else ""
     return "; ".join(filter(None, [mhz and f"{mhz} MHz", degrees]))
@@ -266,8 +266,9 @@ def tuned_lines(result: dict) -> Lines:
 
 def part_lines(result: dict) -> Lines:
     """Returns one line per part of `python -m bench gpu`, with how it ended."""
-    parts = result.get("parts", {}).items()
-    return [("" if how == "finished" else "absent", (title, how)) for title, how in parts]
+    return [
+        ("" if how == "finished" else "absent", (title, how)) for title, how in result.get("parts", {}).items()
+    ]  # fmt: skip
 
 
 # ------------------------------------------------------------------ comparison with published numbers
@@ -291,8 +292,8 @@ def ours_and_eager(rows: Iterable[dict], bench: str, **key: object) -> dict[tupl
     cases: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         timed = row["bench"] == bench and row["status"] == "ok" and "scaling" not in row
-        alike = all(row["key"].get(k) == v for k, v in ({"model": "jasper10x5"} | key).items())
-        if timed and alike and row["contender"] in ("jasper_fast", "eager"):
+        matches = all(row["key"].get(k) == v for k, v in ({"model": "jasper10x5"} | key).items())
+        if timed and matches and row["contender"] in ("jasper_fast", "eager"):
             cases.setdefault(tuple(row["key"].items()), {})[row["contender"]] = row
     return cases
 
@@ -305,14 +306,12 @@ def latency_beside(result: dict, dtype: str) -> dict:
     for key, rows in cases.items():
         at = (dict(key)["N"], dict(key)["seconds"])
         if any(at in found for found in elsewhere.values()):
-            seconds = (
-                [words.quantile(rows[name], q) for q in ("mean", "p90", "p95", "p99")] if name in rows else None
-                for name in ("jasper_fast", "eager")
-            )
-            here = [in_words(told and [None if v is None else 1e3 * v for v in told]) for told in seconds]
-            lines.append(
-                (f"N = {at[0]}, {at[1]} s", [*here, *(in_words(found.get(at)) for found in elsewhere.values())])
-            )
+            here = []
+            for row in (rows.get(name) for name in ("jasper_fast", "eager")):
+                seconds = [words.quantile(row, q) for q in ("mean", "p90", "p95", "p99")] if row else []
+                here.append(in_words([None if v is None else 1e3 * v for v in seconds]))
+            there = [in_words(found.get(at)) for found in elsewhere.values()]
+            lines.append((f"N = {at[0]}, {at[1]} s", here + there))
     theirs = "FP16" if elsewhere is published.LATENCY_FP16 else "TF32 on the A100, FP32 on the others"
     few = words.few((row for rows in cases.values() for row in rows.values()), ("p90", "p95", "p99"))
     return {"dtype": dtype, "theirs": theirs, "gpus": list(elsewhere), "lines": lines, "few": few}

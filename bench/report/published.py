@@ -11,7 +11,8 @@ LATENCY_FP16, LATENCY_FP32 = (
      for gpu, table in _FOUND["latency"][dtype].items()}
     for dtype in ("float16", "float32")
 )  # fmt: skip
-# GPU, batch per GPU, number of GPUs, utterances per second of all GPUs in FP32 (None if not published) and with AMP.
+# Each entry: GPU, batch per GPU, number of GPUs, and utterances per second of all GPUs, in FP32 (None if not published)
+# and with AMP.
 TRAINING = tuple(map(tuple, _FOUND["training"]))
 
 
@@ -23,17 +24,20 @@ def latency(dtype: str) -> dict[str, dict[tuple[int, float], tuple[float, ...]]]
 def training(batch: int, dtype: str) -> list[tuple[str, int, float]]:
     """Returns the published (GPU, number of GPUs, utterances per second) for this batch per GPU, in the precision
     nearest to `dtype`."""
-    amp = dtype in ("float16", "bfloat16")
-    found = ((gpu, gpus, with_amp if amp else full) for gpu, n, gpus, full, with_amp in TRAINING if n == batch)
-    return [(gpu, gpus, rate) for gpu, gpus, rate in found if rate is not None]
+    return [(gpu, gpus, rate) for (gpu, n, gpus), rate in _rates(dtype).items() if n == batch]
 
 
 def scaling(gpus: int, dtype: str) -> list[tuple[str, int, float, float]]:
     """Returns the published (GPU, batch per GPU, utterances per second of all GPUs, efficiency) for this number of
     GPUs. The efficiency is utterances per second / (number of GPUs * utterances per second of one GPU)."""
-    alone = {(gpu, n): (full, amp) for gpu, n, count, full, amp in TRAINING if count == 1}
-    which, found = int(dtype in ("float16", "bfloat16")), []
-    for gpu, n, count, *rates in TRAINING:
-        if count == gpus and rates[which] is not None:
-            found.append((gpu, n, rates[which], rates[which] / (gpus * alone[gpu, n][which])))
-    return found
+    rates = _rates(dtype)
+    return [
+        (gpu, n, rate, rate / (gpus * rates[gpu, n, 1])) for (gpu, n, count), rate in rates.items() if count == gpus
+    ]
+
+
+def _rates(dtype: str) -> dict[tuple[str, int, int], float]:
+    """Returns the published utterances per second by (GPU, batch per GPU, number of GPUs)."""
+    amp = dtype in ("float16", "bfloat16")
+    found = {(gpu, n, gpus): with_amp if amp else full for gpu, n, gpus, full, with_amp in TRAINING}
+    return {at: rate for at, rate in found.items() if rate is not None}

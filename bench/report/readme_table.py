@@ -12,8 +12,8 @@ COMMITTED = paths.BENCH / "results"
 
 
 def write(results: Iterable[dict], readme: Path | None = None) -> int:
-    """Writes one table per machine between the markers of `readme` (default: the checkout's); returns the exit
-    status."""
+    """Writes one table per machine between the markers of `readme` (default: README.md of the checkout); returns the
+    exit status."""
     readme = readme or paths.checkout("--readme") / "README.md"
     text = readme.read_text()
     if BEGIN not in text or END not in text:
@@ -23,8 +23,8 @@ def write(results: Iterable[dict], readme: Path | None = None) -> int:
         machines.setdefault(result["machine"]["name"], []).append(result)
     if not machines:
         raise SystemExit("there is no result in bench/results; commit one, or give JSON files as arguments")
-    made = f"{BEGIN}\n{''.join(map(table, machines.values()))}{END}"
-    readme.write_text(text[: text.index(BEGIN)] + made + text[text.index(END) + len(END) :])
+    tables = "".join(map(table, machines.values()))
+    readme.write_text(f"{text.partition(BEGIN)[0]}{BEGIN}\n{tables}{END}{text.partition(END)[2]}")
     terminal.console.print(f"wrote the table in {readme.name}")
     return 0
 
@@ -64,13 +64,13 @@ def table(results: Sequence[dict]) -> str:
         else:
             cells = [words.duration(r["time_s"]["median"]) for r in pair]
             cells[0] += "" if pair[0]["contender"] == "eager" else f" ({pair[0]['contender']})"
-            found = pair[0]["ratio"]
-            interval = f" [{goal['low']:.2f}, {goal['high']:.2f}]" if words.known(found) else ""
-            pairs = f" of {found['pairs']} pairs" if "pairs" in found else ""
+            ratio = pair[0]["ratio"]
+            interval = f" [{goal['low']:.2f}, {goal['high']:.2f}]" if words.known(ratio) else ""
+            pairs = f" of {ratio['pairs']} pairs" if "pairs" in ratio else ""
             cells.append(f"{goal['measured']:.2f}x{interval}{pairs}")
         lines.append(f"| {goal['name']} | {' | '.join(cells)} |")
-    used = [r for r in results if any(result is r for _, result in chosen)]
-    return "\n".join([*lines, "", *(f"- {source(r)}" for r in used), ""])
+    sources = (f"- {source(r)}" for r in results if any(result is r for _, result in chosen))
+    return "\n".join([*lines, "", *sources, ""])
 
 
 def source(result: dict) -> str:
@@ -78,11 +78,8 @@ def source(result: dict) -> str:
     m, path = result["machine"], result["path"]
     file = f"[result](bench/results/{path.name})" if path.parent == COMMITTED else path.name
     command = re.sub(r" --out \S+", "", m["command"])
-    told = [
-        f"{m['threads']} thread{'s' * (m['threads'] != 1)}",
-        f"torch {m['packages']['torch']}",
-        f"commit {m['commit']}",
-    ]
-    if m.get("load_average"):
-        told.append(f"load average {m['load_average'][0]:.1f} before the run")
-    return f"`{command}`; {', '.join(told)}; {file}"
+    load = f", load average {m['load_average'][0]:.1f} before the run" if m.get("load_average") else ""
+    return (
+        f"`{command}`; {m['threads']} thread{'s' * (m['threads'] != 1)}, torch {m['packages']['torch']}, commit "
+        f"{m['commit']}{load}; {file}"
+    )

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 class Form:
     """The sizes of a plot for one page width.
 
-    Bars begin at `left`. The name and number of a bar are beside it, or in a line of height `above` above it. If
-    `above` is 0, they are beside the bar.
+    Bars begin at `left`. The name and the number of a bar are in a line of height `above` above the bar. If `above` is
+    0, they are beside the bar.
     """
 
     width: int
@@ -25,9 +25,9 @@ class Form:
         """Whether names are beside the bars."""
         return not self.above
 
-    def length(self, told: str) -> float:
-        """Returns the width of a text, with 0.6 of the font size per character."""
-        return 0.6 * self.font * len(told)
+    def length(self, text: str) -> float:
+        """Returns the width of a text in px, estimated as 0.6 of the font size per character."""
+        return 0.6 * self.font * len(text)
 
     def lines(self, label: str) -> list[str]:
         """Returns a title split into lines that fit."""
@@ -46,7 +46,7 @@ Point = tuple[str, float, float, bool]  # (label, FLOP per byte, FLOP/s, ours)
 def roofline(points: Sequence[Point], flops_per_s: float, bytes_per_s: float, form: Form) -> dict:
     """Returns the positions of the axes, the roof and the dots of a roofline plot, whose axes are logarithmic."""
     left, top, right, bottom = 64, 14, form.width - 14, form.height - 44
-    ridge = flops_per_s / bytes_per_s
+    ridge = flops_per_s / bytes_per_s  # FLOP per byte at which the limit changes from bandwidth to arithmetic
     x0 = math.floor(math.log10(min([p[1] for p in points] + [ridge])) - 0.2)
     x1 = math.ceil(math.log10(max([p[1] for p in points] + [ridge])) + 0.2)
     y0 = math.floor(math.log10(min([p[2] for p in points] + [10**x0 * bytes_per_s])))

@@ -20,10 +20,7 @@ def show(rows: list[dict], goals: list[dict]) -> None:
         console.print(_rows(bench, mine, words.MEMORY if bench == "memory" else words.columns(mine)))
         without_number(mine)
     if lines := words.scaling_lines(rows):
-        made = table("training over processes", words.SCALING, 2)
-        for line in lines:
-            made.add_row(*line)
-        console.print(made)
+        console.print(table("training over processes", words.SCALING, 2, lines))
     if goals:
         console.print(_goals(goals, rows))
 
@@ -31,15 +28,19 @@ def show(rows: list[dict], goals: list[dict]) -> None:
 def without_number(rows: Iterable[dict]) -> None:
     """Prints the reason for each row without a number."""
     for row in (r for r in rows if r["status"] != "ok"):
-        line = f"{row['status']}: {row['contender']}, {_case(row)}: {row['why']}"
-        console.print(line, style=STYLES[row["status"]], markup=False)
+        style = STYLES[row["status"]]
+        console.print(f"{row['status']}: {row['contender']}, {_case(row)}: {row['why']}", style=style, markup=False)
 
 
-def table(title: str, headings: Sequence[str], left: int, caption: str | None = None) -> Table:
-    """Returns a table whose first `left` columns are text, aligned left, and the others numbers, aligned right."""
+def table(
+    title: str, headings: Sequence[str], left: int, lines: Iterable[Sequence[str]] = (), caption: str | None = None
+) -> Table:
+    """Returns a table with these lines. The first `left` columns are aligned left, and the others right (numbers)."""
     made = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for i, heading in enumerate(headings):
         made.add_column(heading, justify="left" if i < left else "right")
+    for line in lines:
+        made.add_row(*line)
     return made
 
 
@@ -48,22 +49,26 @@ def _case(row: dict) -> str:
 
 
 def _rows(bench: str, rows: list[dict], columns: Sequence[words.Column]) -> Table:
-    made = table(bench, ("case", "contender", *(h for h, _ in columns)), 2, "\n".join(words.notes(rows)) or None)
+    headings = ("case", "contender", *(heading for heading, _ in columns))
+    made = table(bench, headings, 2, caption="\n".join(words.notes(rows)) or None)
     last = None
     for row in rows:
         case = _case(row)
         first, last = ("" if case == last else case), case
-        if row["status"] != "ok":
-            made.add_row(first, row["contender"], row["status"], style=STYLES[row["status"]])
-        else:
-            cells = (cell(row) for _, cell in columns)
-            made.add_row(first, row["contender"], *cells, style="bold" if row["ours"] else None)
+        ok, style = row["status"] == "ok", STYLES.get(row["status"], "bold" if row["ours"] else None)
+        cells = [cell(row) for _, cell in columns] if ok else [row["status"]]
+        made.add_row(first, row["contender"], *cells, style=style)
     return made
 
 
 def _goals(goals: list[dict], rows: list[dict]) -> Table:
-    made = table("goals", ("what", "goal", "measured", ""), 4)
-    for g in goals:
-        goal, met = f"{'at most' if g['at_most'] else 'at least'} {g['goal']:g}", "[green]met[/]"
-        made.add_row(g["name"], goal, words.measured(g, rows), met if g["met"] else "[red]not met[/]")
-    return made
+    lines = (
+        (
+            g["name"],
+            f"{'at most' if g['at_most'] else 'at least'} {g['goal']:g}",
+            words.measured(g, rows),
+            "[green]met[/]" if g["met"] else "[red]not met[/]",
+        )
+        for g in goals
+    )
+    return table("goals", ("what", "goal", "measured", ""), 4, lines)

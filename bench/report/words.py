@@ -1,4 +1,4 @@
-"""The text of results in the terminal and on the page: units, marks, notes, and the columns of tables."""
+"""Turns results into text for the terminal and the page: units, marks, notes, and the columns of tables."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -15,15 +15,17 @@ def duration(seconds: float) -> str:
 
 
 def rate(row: dict) -> str:
-    """Returns the rate of a row as text: bytes per second if memory is its limit, else FLOP per second. Without
-    a count of FLOPs it is empty."""
+    """Returns the rate of a row as text: bytes per second if memory is its limit, else FLOP per second.
+
+    The text is empty if the row has no count of FLOPs.
+    """
     if row.get("limit", {}).get("bound") == "memory":
         return per_second(row["bytes_per_s"], "B")
     return per_second(row["flops_per_s"], "FLOP") if "flops_per_s" in row else ""
 
 
 def per_second(value: float, of: str) -> str:
-    """Returns a rate as text, in a unit that suits its size. `of` is what is counted."""
+    """Returns a rate as text, in a unit that suits its size. `of` is the unit of what is counted, such as "FLOP"."""
     unit, scale = ("T", 1e12) if value >= 1e12 else ("G", 1e9)
     return f"{value / scale:.3g} {unit}{of}/s"
 
@@ -76,12 +78,12 @@ def share(row: dict) -> str:
     limit = row.get("limit", {})
     if "share" not in limit:
         return ""
-    return f"{100 * limit['share']:.0f} %{'*' if limit['share'] > 1 else ''} ({limit['bound']})"
+    return f"{100 * limit['share']:.0f} %{'*' * (limit['share'] > 1)} ({limit['bound']})"
 
 
 FOOTNOTE = (
-    "* Effective FLOPs: counted by the definition, but a fast FIR algorithm needs fewer multiplications. The data of a "
-    "small case may also fit into a cache, and the limit is itself a measurement of this run."
+    "* Effective FLOPs: counted by the definition of the op, but a fast FIR algorithm needs fewer multiplications. The "
+    "data of a small case may also fit into a cache, and the limit is itself a measurement of this run."
 )
 
 
@@ -101,9 +103,9 @@ def notes(rows: Sequence[dict]) -> list[str]:
     found = [FOOTNOTE] if any(row.get("limit", {}).get("share", 0) > 1 for row in timed) else []
     found += [note for field, note in MARKED.items() if any(row.get(field) for row in timed)]
     found += [f"{r['contender']}, {r['precision']}: {r['rule']}" for r in rows if "rule" in r]
-    return list(dict.fromkeys(found)) + (
-        [FEW] if few(timed, ratios.SAMPLES if waited(timed) else ("p20", "p80", "p99")) else []
-    )
+    if few(timed, ratios.SAMPLES if waited(timed) else ("p20", "p80", "p99")):
+        found.append(FEW)
+    return list(dict.fromkeys(found))
 
 
 OPTIONAL: list[Column] = [  # columns that a table leaves out if all their cells are empty
@@ -120,20 +122,19 @@ def columns(rows: Sequence[dict]) -> list[Column]:
     timed = [row for row in rows if "time_s" in row]
 
     def cell(*keys: str) -> Callable[[dict], str]:
-        def told(row: dict) -> str:
+        def text(row: dict) -> str:
             values = [quantile(row, key) for key in keys]
             mark = marks(row) if keys[0] in ("median", "p50") else ""
-            return DASH if None in values else " to ".join(duration(v) for v in values) + mark
+            return DASH if None in values else " to ".join(map(duration, values)) + mark
 
-        return told
+        return text
 
+    times: list[Column] = [("median", cell("median")), ("p20 to p80", cell("p20", "p80")), ("p99", cell("p99"))]
     if waited(timed):
-        found: list[Column] = [(heading, cell(key)) for key, heading in WAITS.items()]
-    else:
-        found = [("median", cell("median")), ("p20 to p80", cell("p20", "p80")), ("p99", cell("p99"))]
-    found += [(heading, cell) for heading, cell in OPTIONAL if any(map(cell, timed))]
-    found.append(("its time / ours [95 %]", lambda row: span(row["ratio"]) if "ratio" in row else ""))
-    return [*launch_columns(timed), *found]
+        times = [(heading, cell(key)) for key, heading in WAITS.items()]
+    rates = [(heading, of) for heading, of in OPTIONAL if any(map(of, timed))]
+    ratio = ("its time / ours [95 %]", lambda row: span(row["ratio"]) if "ratio" in row else "")
+    return [*launch_columns(timed), *times, *rates, ratio]
 
 
 def launch_columns(rows: Sequence[dict]) -> list[Column]:
@@ -151,8 +152,8 @@ PROFILE = ("time", "share", "calls")  # the columns after the name
 
 
 def profiled(records: Sequence[dict], limit: int) -> list[tuple[str, list[tuple[str, ...]]]]:
-    """Returns (title, lines) for each kind of record that a profile has. There are at most `limit` lines. A line is a
-    name and the cells of the columns PROFILE."""
+    """Returns (title, lines) for each kind of record in a profile, with at most `limit` lines. A line is a name and the
+    cells of the columns PROFILE."""
     found = []
     for kind, title in PROFILE_TITLES.items():
         mine = [r for r in records if r["kind"] == kind]
@@ -185,29 +186,39 @@ def measured(goal: dict, rows: Iterable[dict]) -> str:
     """Returns the measured value of a goal as text, with its interval if there is one."""
     if goal["measured"] is None:
         return "no number"
-    told = f"{goal['measured']:.3f}"
+    value = f"{goal['measured']:.3f}"
     if "low" not in goal:
-        return told
+        return value
     ratio = next((row.get("ratio", {}) for row in rows if row["id"] == goal["row"]), {})
-    return f"{told} [{goal['low']:.3f}, {goal['high']:.3f}]" if known(ratio) else f"{told} of {ratio['pairs']} pairs"
+    return f"{value} [{goal['low']:.3f}, {goal['high']:.3f}]" if known(ratio) else f"{value} of {ratio['pairs']} pairs"
 
 
-SCALING = ("case", "contender", "processes", "utterances/s", "efficiency", "step", "communication left exposed")
-SCALING += ("published for the same number of GPUs: utterances/s (efficiency)",)
+SCALING = (
+    "case", "contender", "processes", "utterances/s", "efficiency", "step", "communication left exposed",
+    "published for the same number of GPUs: utterances/s (efficiency)",
+)  # fmt: skip
 
 
 def scaling_lines(rows: Iterable[dict]) -> list[tuple[str, ...]]:
     """Returns a line of the table SCALING for each row of `python -m bench train` over several processes."""
     lines = []
     for row in (r for r in rows if r["status"] == "ok" and "scaling" in r):
-        told, key, step = row["scaling"], row["key"], row["time_s"]["median"]
+        scaling, key, step = row["scaling"], row["key"], row["time_s"]["median"]
         exposed = DASH
-        if "exposed_s" in told:
-            ends = (100 * told[k] / step for k in ("exposed_s", "exposed_low_s", "exposed_high_s"))
-            exposed = f"{duration(max(told['exposed_s'], 0.0))}, {{:.1f}} [{{:.1f}}, {{:.1f}}] %".format(*ends)
-        theirs = published.scaling(told["processes"], row["dtype"]) if key["model"] == "jasper10x5" else []
-        elsewhere = "; ".join(f"{gpu}, {n} each: {rate:.1f} ({100 * e:.0f} %)" for gpu, n, rate, e in theirs)
-        case = f"{key['model']} {key['batch']} {key['dtype']}"
-        cells = (str(told["processes"]), plain(row["items_per_s"]), f"{100 * told['efficiency']:.0f} %", duration(step))
-        lines.append((case, row["contender"], *cells, exposed, elsewhere))
+        if "exposed_s" in scaling:
+            median, low, high = (100 * scaling[k] / step for k in ("exposed_s", "exposed_low_s", "exposed_high_s"))
+            exposed = f"{duration(max(scaling['exposed_s'], 0.0))}, {median:.1f} [{low:.1f}, {high:.1f}] %"
+        theirs = published.scaling(scaling["processes"], row["dtype"]) if key["model"] == "jasper10x5" else []
+        lines.append(
+            (
+                f"{key['model']} {key['batch']} {key['dtype']}",
+                row["contender"],
+                str(scaling["processes"]),
+                plain(row["items_per_s"]),
+                f"{100 * scaling['efficiency']:.0f} %",
+                duration(step),
+                exposed,
+                "; ".join(f"{gpu}, {n} each: {rate:.1f} ({100 * e:.0f} %)" for gpu, n, rate, e in theirs),
+            )
+        )
     return lines

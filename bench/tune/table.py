@@ -1,4 +1,4 @@
-"""The table in a result of `python -m bench tune`: its rows, its header, its installation, and a summary."""
+"""The table of fastest choices in a result of `python -m bench tune`: makes, installs and summarises it."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ PLAIN = ("aten library", "reference library")  # contenders that are plain PyTor
 
 
 def case_id(cell: Cell) -> str:
-    """Returns the name of the cell in the rows of a result."""
+    """Returns the name of the cell (an op at a shape, in one dtype) in the rows of a result."""
     return "tune " + " ".join(map(str, cell))
 
 
@@ -24,23 +24,24 @@ def shape_of(cell: Cell) -> str:
     n, frames = cell.batch
     if cell.op in tables.NORM_OPS:
         return f"({n}, {cell.c_in}, {frames})"
-    more = "".join(f" {k[0]} {getattr(cell, k)}" for k in ("stride", "dilation") if getattr(cell, k) > 1)
-    return f"({n}, {cell.c_in}->{cell.c_out}, {frames}) K {cell.taps}{more}"
+    shape = f"({n}, {cell.c_in}->{cell.c_out}, {frames}) K {cell.taps}"
+    return shape + f" s {cell.stride}" * (cell.stride > 1) + f" d {cell.dilation}" * (cell.dilation > 1)
 
 
 def rows_of(cell: Cell, found: dict) -> list[dict]:
     """Returns the rows of a tuned cell, one per contender. Rows without a number have the reason."""
     flops, nbytes = work(cell)
-    key = {"op": cell.op, "shape": shape_of(cell), "dtype": cell.dtype}
-    row = {"bench": "tune", "key": key, "dtype": cell.dtype}
-    row |= {"flops": flops, "bytes": nbytes, "clock": "events"}
+    row = {
+        "bench": "tune", "key": {"op": cell.op, "shape": shape_of(cell), "dtype": cell.dtype}, "dtype": cell.dtype,
+        "flops": flops, "bytes": nbytes, "clock": "events",
+    }  # fmt: skip
     best = next((name for name in found["timed"] if name not in PLAIN), None)
     made = []
-    for name, of in found["timed"].items():
+    for name, choice in found["timed"].items():
         spent = summary_of(found["samples"][name], 1)
         rates = {f"{kind}_per_s": row[kind] / spent["median"] for kind in ("flops", "bytes") if row[kind]}
-        told = {k: v for k, v in of.items() if k != "time_s"}
-        made.append({"contender": name, "ours": name == best, "status": "ok", "time_s": spent, "tune": told} | rates)
+        tuned = {k: v for k, v in choice.items() if k != "time_s"}
+        made.append({"contender": name, "ours": name == best, "status": "ok", "time_s": spent, "tune": tuned} | rates)
     for name, why in found["refused"].items():
         status = "wrong" if why.startswith("wrong") else "failed"
         made.append({"contender": name, "ours": False, "status": status, "why": why})
@@ -71,18 +72,19 @@ def winners(rows: list[dict]) -> list[tables.Row]:
 
 def table_header(data: dict) -> dict[str, str]:
     """Returns the header of a table, which says where its numbers come from."""
-    of, gpu = data["machine"], data["machine"]["gpu"]
+    machine = data["machine"]
+    gpu = machine["gpu"] or {"name": machine["name"], "capability": "sm_00", "driver": "none"}
     return {
-        "gpu": gpu["name"] if gpu else of["name"],
-        "capability": gpu["capability"] if gpu else "sm_00",
-        "multiprocessors": str((gpu or {}).get("sm_count", "unknown")),
-        "bandwidth": (gpu or {}).get("bandwidth", "unknown"),
-        "driver": (gpu["driver"] or "unknown") if gpu else "none",
-        "torch": of["packages"]["torch"],
-        "triton": of["packages"]["triton"],
-        "commit": (of["commit"] or "unknown") + ("-dirty" if of["dirty"] else ""),
-        "command": of["command"],
-        "date": of["date"],
+        "gpu": gpu["name"],
+        "capability": gpu["capability"],
+        "multiprocessors": str(gpu.get("sm_count", "unknown")),
+        "bandwidth": gpu.get("bandwidth", "unknown"),
+        "driver": gpu["driver"] or "unknown",
+        "torch": machine["packages"]["torch"],
+        "triton": machine["packages"]["triton"],
+        "commit": (machine["commit"] or "unknown") + ("-dirty" if machine["dirty"] else ""),
+        "command": machine["command"],
+        "date": machine["date"],
     }
 
 
@@ -97,12 +99,11 @@ def install(path: Path) -> int:
     except tables.TableError as error:
         say(str(error))
         return 1
-    rows = {row.key: row for row in new.rows}
-    if old is not None:
-        same = all(old.header[k] == new.header[k] for k in ("driver", "torch", "triton"))
-        rows = ({row.key: row for row in old.rows} if same else {}) | rows
-        if not same:
-            say(f"dropped {len(old.rows)} rows that were measured with another driver, torch or Triton")
+    kept = old.rows if old is not None else ()
+    if old is not None and any(old.header[k] != new.header[k] for k in ("driver", "torch", "triton")):
+        say(f"dropped {len(kept)} rows that were measured with another driver, torch or Triton")
+        kept = ()
+    rows = {row.key: row for row in (*kept, *new.rows)}
     target = tables.folder() / f"{tables.slug(new.header['gpu'])}.json"
     tables.write(target, new.header, rows.values())
     say(f"wrote {len(rows)} rows, {len(new.rows)} of them new, to {target}; now run `jasper-fast selfcheck`")
@@ -118,8 +119,9 @@ def _table_of(path: Path) -> tables.Table:
     if data.get("command") != "tune" or not data.get("table"):
         raise tables.TableError(f"{path}: not a result of `python -m bench tune`; run that first")
     if data["machine"]["gpu"] is None:
-        why = "this was measured on a CPU, in Triton's interpreter; install the result of a GPU"
-        raise tables.TableError(f"{path}: {why}")
+        raise tables.TableError(
+            f"{path}: this was measured on a CPU, in Triton's interpreter; install the result of a GPU"
+        )
     return tables.parse(data["table"], f"{path}: table")
 
 
@@ -132,19 +134,23 @@ def summary(run: Run, done: int, of: int) -> None:
     for row in rows:
         by_case.setdefault(row["id"].rsplit(" / ", 1)[0], []).append(row)
     for of_case in by_case.values():
-        right = {r["contender"]: r for r in of_case if r["status"] == "ok"}
-        ours = min((r for n, r in right.items() if n not in PLAIN), key=lambda r: r["time_s"]["median"], default=None)
-        plain = next((r for n, r in right.items() if n in PLAIN), None)
-        key = of_case[0]["key"]
-        if ours is None:
-            shown.add_row(key["op"], key["shape"], "none", "", "", "", style="red")
+        key, timed = of_case[0]["key"], [r for r in of_case if r["status"] == "ok"]
+        plain = next((r for r in timed if r["contender"] in PLAIN), None)
+        ours = [r for r in timed if r["contender"] not in PLAIN]
+        if not ours:
+            shown.add_row(key["op"], key["shape"], "none", style="red")
             continue
-        spent = ours["time_s"]["median"]
-        beside = f"{plain['time_s']['median'] / spent:.2f}" if plain else ""
-        by_bytes = key["op"] in tables.NORM_OPS
-        rate = words.per_second(ours["bytes" if by_bytes else "flops"] / spent, "B" if by_bytes else "FLOP")
-        name = ours["contender"].removesuffix(" direct").removeprefix("triton ")
-        shown.add_row(key["op"], key["shape"], name, words.duration(spent), rate, beside)
+        best = min(ours, key=lambda r: r["time_s"]["median"])
+        spent = best["time_s"]["median"]
+        kind, unit = ("bytes", "B") if key["op"] in tables.NORM_OPS else ("flops", "FLOP")
+        shown.add_row(
+            key["op"],
+            key["shape"],
+            best["contender"].removesuffix(" direct").removeprefix("triton "),
+            words.duration(spent),
+            words.per_second(best[kind] / spent, unit),
+            f"{plain['time_s']['median'] / spent:.2f}" if plain else "",
+        )
     terminal.console.print(shown)
     terminal.without_number(rows)
     terminal.console.print(f"wrote {run.results.path}")

@@ -6,9 +6,9 @@ every distinct conv of Jasper 10x5 and every width of its bn_relu_dropout, at se
 work come first, so that an interrupted run has the most valuable rows.
 
 All kernels are compiled in advance, in parallel. Each contender is first compared with fp64. A contender that is wrong,
-spills registers or does not compile gets a row that says so, and is never chosen. On a GPU a contender is a CUDA graph
-of one call, on a batch with as much padding as a batch of speech. Dispatch uses the measured choices immediately, for
-this user. The result file has the rows measured so far, and `--resume` continues.
+spills registers or does not compile gets a row that says so, and is never chosen. On a GPU the timed call is a CUDA
+graph, on a batch with as much padding as a batch of speech. The measured choices are saved in this user's cache, and
+dispatch uses them immediately. After each cell the result file is written, and `--resume` continues it.
 
 With TRITON_INTERPRET=1 and `--device cpu` the same code runs on tiny shapes in Triton's interpreter, as a test. Such a
 result cannot be installed.
@@ -27,46 +27,41 @@ from jasper_fast.bench.harness.console import console, say
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.tune.table import case_id, install, put_table, rows_of, shape_of, summary
 from jasper_fast.dispatch import backends, tuned, verdicts
+from jasper_fast.options import add, option
 
 OUT_OF_TIME = 4  # exit status if the budget is used up
-BUDGET = 540.0
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the subcommand."""
-    parser.add_argument(
+OPTIONS = (
+    option(
         "--device",
         type=options.device,
-        default=None,
         help="device to tune: cuda, cuda:1, or cpu for Triton's interpreter (default: the GPU)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("fp32", "fp16", "bf16"),
-        default=None,
-        help="type of the activations (default: bf16, on a CPU fp32)",
-    )
-    parser.add_argument("--ops", default="all", help=f"ops to tune: all, or some of {','.join(OPS)} (default: all)")
-    parser.add_argument(
-        "--seconds", type=options.seconds, default=None, help="the longest time for timing one shape (default: 1.5)"
-    )
-    parser.add_argument(
-        "--budget", type=options.seconds, default=BUDGET, metavar="SECONDS",
-        help=f"stop after SECONDS with exit status {OUT_OF_TIME}; --resume continues (default: {BUDGET:.0f})",
-    )  # fmt: skip
-    parser.add_argument(
-        "--out", type=Path, default=paths.OUT, metavar="DIR",
-        help="folder for the JSON file (default: build/bench)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--resume", action="store_true", help="continue the last interrupted run on this machine and commit"
-    )
-    parser.add_argument(
+    ),
+    option("--dtype", choices=("fp32", "fp16", "bf16"), help="type of the activations (default: bf16, on a CPU fp32)"),
+    option("--ops", default="all", help=f"ops to tune: all, or some of {','.join(OPS)} (default: all)"),
+    option("--seconds", type=options.seconds, help="the longest time for timing one shape (default: 1.5)"),
+    option(
+        "--budget",
+        type=options.seconds,
+        default=540.0,
+        metavar="SECONDS",
+        help=f"stop after SECONDS with exit status {OUT_OF_TIME}; --resume continues (default: 540)",
+    ),
+    option(
+        "--out", type=Path, default=paths.OUT, metavar="DIR", help="folder for the JSON file (default: build/bench)"
+    ),
+    option("--resume", action="store_true", help="continue the last interrupted run on this machine and commit"),
+    option(
         "--install",
         type=Path,
         metavar="RESULT",
         help="measure nothing; put the rows of a result file into the committed table of its GPU",
-    )
+    ),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the subcommand, and fixed values for those of other subcommands that `Run` needs."""
+    add(parser, {"": OPTIONS})
     parser.set_defaults(threads=None, quick=False, backend="triton", rivals="default")
 
 
@@ -74,7 +69,7 @@ def main(args: argparse.Namespace, start: Callable[[argparse.Namespace], Run]) -
     """Runs the subcommand and returns the exit status.
 
     The exit status is 0 if all is measured, 1 if the result of --install is unusable or the tuning process fails, and 4
-    if the budget is used up. In that case --resume continues.
+    if the budget is used up.
     """
     if args.install:
         return install(args.install)
@@ -98,33 +93,30 @@ def tune(run: Run, ops: tuple[str, ...], budget: float, seconds: float | None = 
     The result file is written after each cell.
     """
     cells, device = plan(run.device, run.dtype, ops), tuned.indexed(run.device)
-    have = {row["id"].rsplit(" / ", 1)[0] for row in run.results.data["rows"]}
-    todo, status, written = [cell for cell in cells if case_id(cell) not in have], 0, 0
+    measured = {row["id"].rsplit(" / ", 1)[0] for row in run.results.data["rows"]}
+    todo = [cell for cell in cells if case_id(cell) not in measured]
+    written, done = 0, len(cells) - len(todo)
 
     def on_cell(session: tuned.Session, doing: str) -> None:
-        nonlocal written
+        nonlocal written, done
         for cell, found in list(session.done.items())[written:]:
             rows = rows_of(cell, found)
             run.results.add(rows)
             put_table(run)
-            written += 1
-            done = f"tune {len(cells) - len(todo) + written} of {len(cells)}"
-            say(
-                f"{done}: {cell.op} {shape_of(cell)}, {sum(row['status'] == 'ok' for row in rows)} of {len(rows)} timed"
-            )
+            written, done = written + 1, done + 1
+            timed = f"{sum(row['status'] == 'ok' for row in rows)} of {len(rows)} timed"
+            say(f"tune {done} of {len(cells)}: {cell.op} {shape_of(cell)}, {timed}")
         if doing.startswith("compiling"):
             console.print(f"tune: {doing}")
 
     try:
         with verdicts.locked(tuned.PATIENCE, tuned.LOCK):
-            how = {"on_cell": on_cell, "keeps": device.type == "cuda", "seconds": seconds}
-            session = tuned.tune(device, todo, budget, **how)
+            session = tuned.tune(device, todo, budget, on_cell=on_cell, keeps=device.type == "cuda", seconds=seconds)
         status = OUT_OF_TIME if session.out_of_time else 0
     except tuned.CannotTune as error:
         say(str(error))
         status = 1
-    run.results.data["finished"] = status == 0
-    run.results.data["seconds"] = round(time.monotonic() - run.started, 1)
+    run.results.data |= {"finished": status == 0, "seconds": round(time.monotonic() - run.started, 1)}
     put_table(run)
-    summary(run, len(cells) - len(todo) + written, len(cells))
+    summary(run, done, len(cells))
     return status
