@@ -1,5 +1,5 @@
-"""Triton kernels that store two things which bn_relu_dropout computes for a tile: `draw` stores the dropout bits, and
-`places` each row's utterance and frame."""
+"""Triton kernels for tests of bn_relu_dropout: `draw` stores the dropout bits of a tile, and `places` stores the
+utterance and the frame of each row of a tile."""
 
 import triton
 import triton.language as tl

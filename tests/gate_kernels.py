@@ -20,7 +20,8 @@ from jasper_fast.kernels import aot, launch
 
 @triton.jit(do_not_specialize=["steps", "C"])
 def product(x_ptr, w_ptr, y_ptr, steps, C, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr):
-    """y = x w over `steps` blocks. Unaligned tensors cause scalar loads; a transposed tile goes through registers."""
+    """Stores y = x w, summed over `steps` blocks. If a tensor is not aligned, the loads are scalar. If TRANSPOSED, the
+    tile of x goes through registers."""
     offs = tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     for i in range(steps):
@@ -34,7 +35,7 @@ def product(x_ptr, w_ptr, y_ptr, steps, C, TRANSPOSED: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def relu(x_ptr, y_ptr, PLAIN: tl.constexpr, BLOCK: tl.constexpr):
-    """ReLU. With PLAIN it is a maximum, which drops a NaN, and otherwise a select, which keeps a NaN."""
+    """Stores y = ReLU(x): with PLAIN as a maximum, which drops a NaN, and otherwise as a select, which keeps a NaN."""
     x = tl.load(x_ptr + tl.arange(0, BLOCK))
     y = tl.maximum(x, 0.0) if PLAIN else tl.where(x <= 0, 0.0, x)
     tl.store(y_ptr + tl.arange(0, BLOCK), y)

@@ -3,8 +3,8 @@
     python tests/passages.py                 the draw of the committed seed
     python tests/passages.py --seed 2        another draw
 
-A passage is a paragraph of a docstring, a comment, a paragraph or table row of a README, or a message. Each comment or
-message is shown with its line of code. At most 3 of 60 should need a second reading.
+A passage is a paragraph of a docstring, a comment, a paragraph or table row of a README, or a message. Comments and
+messages are shown with their line of code. At most 3 of 60 should need a second reading.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bench_runs import goal_rows, make_run
+from bench_runs import CUDA, goal_rows, make_run
 
 from jasper_fast.bench.cases import bn_relu_dropout, by_layer, common
 from jasper_fast.bench.cases.layers import layers
@@ -17,10 +17,10 @@ def test_goals_are_judged_from_the_rows():
 
 
 def gpu_row(goal: goals.Goal, contender: str, **more) -> dict:
-    case = goal.bench + " " + " ".join(f"{k}={v}" for k, v in goal.key.items())
-    key = {"shape": "any"} | goal.key
-    row = {"id": f"{case} / {contender}", "bench": goal.bench, "key": key, "contender": contender}
-    return row | {"ours": contender == "jasper_fast", "status": "ok", "time_s": ratios.summary([0.001], 1)} | more
+    return {
+        "id": f"a case / {contender}", "bench": goal.bench, "key": {"shape": "any"} | goal.key, "contender": contender,
+        "ours": contender == "jasper_fast", "status": "ok", "time_s": ratios.summary([0.001], 1),
+    } | more  # fmt: skip
 
 
 RATIO = {"median": 1.5, "low": 1.4, "high": 1.6}
@@ -47,14 +47,11 @@ def test_gpu_goals_hold_shares_of_the_limit_and_the_best_rival(name, rows, measu
 
 def test_gpu_goals_are_about_cases_that_the_plan_measures(tmp_path):
     """Shows that the key of every GPU goal belongs to a case of the plan. Otherwise the goal would never be judged."""
-    run = make_run(tmp_path)
-    run.device, run.dtype = torch.device("cuda"), torch.float16
+    run = make_run(tmp_path, device=CUDA, dtype=torch.float16)
     cases = [bn_relu_dropout.case(run, s, "both", False, False) for s in bn_relu_dropout.GPU_SHAPES[:2]]
     for layer in layers():
-        N, T = common.batch(run, layer)
-        modes = ("forward", "backward", "inference")
-        cases += by_layer.layer_cases(run, "sub_block", N, T, layer, modes)
-        cases += by_layer.layer_cases(run, "conv1d", N, T, layer, ("forward",))
+        for op, modes in (("sub_block", ("forward", "backward", "inference")), ("conv1d", ("forward",))):
+            cases += by_layer.layer_cases(run, op, *common.batch(run, layer), layer, modes)
     for goal in goals.gpu_goals():
         about = [c for c in cases if goal.matches({"bench": c.bench, "key": c.key})]
         wanted = 13 if isinstance(goal, goals.NeverSlower) else 0 if goal.bench == "memory" else 1

@@ -87,7 +87,7 @@ class Context:
             raise RuntimeError(f"CUDA error: {self.fault}")
 
     def break_it(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns immediately, as a launch does; the fault appears at the next synchronisation."""
+        """Returns immediately, like a kernel launch. The fault appears at the next synchronisation."""
         self.fault = "an illegal memory access was encountered"
         return F.softplus(x)
 
@@ -120,7 +120,7 @@ def test_a_lost_device_costs_its_part_and_not_the_run(tmp_path, context, monkeyp
     parts, and is then abandoned."""
 
     class Replaced(BaseException):
-        """Ends the pretended process when another takes its place."""
+        """Stands in for the exec call that would replace this process."""
 
     def breaking(run: Run) -> None:
         begun.append("breaking")
@@ -143,9 +143,8 @@ def test_a_lost_device_costs_its_part_and_not_the_run(tmp_path, context, monkeyp
 
 
 def test_a_fault_that_nobody_noticed_ends_its_own_part(tmp_path, context, monkeypatch):
-    run = make_run(tmp_path, device=CUDA)
     part = agenda.Part("quiet", 10.0, lambda run: context.break_it(torch.zeros(1)))
-    how, gone = gpu._measure(run, part, 10.0)
+    how, gone = gpu._measure(make_run(tmp_path, device=CUDA), part, 10.0)
     assert gone and how.startswith("failed: ") and "illegal memory access" in how
 
 
@@ -191,8 +190,8 @@ gpu.go_on_elsewhere(N(arguments=('gpu', '--help')), time.monotonic() + 9)
 
 @pytest.mark.slow
 def test_a_kernel_that_never_ends_is_left_behind(tmp_path, monkeypatch):
-    """Shows that a part which does not react to the alarm is abandoned. The part of this test blocks the signal. It
-    stands in for a call into C++, during which Python does not handle signals."""
+    """Shows that a part which blocks the alarm signal is abandoned. A call into C++ blocks it too, because Python handles
+    no signals during the call."""
     left = threading.Event()
 
     def deaf(run: Run) -> None:
@@ -234,8 +233,8 @@ def test_an_interruption_that_got_lost_comes_again_and_none_comes_later(monkeypa
 
 @pytest.mark.parametrize("how", ["cut off", "finished"])
 def test_a_part_that_is_cut_off_leaves_no_compiler_at_work(how, tmp_path, monkeypatch):
-    """Shows that the compilers are killed after a part that is cut off, because torch.compile's own shutdown would wait
-    for everything in its queue."""
+    """Shows that the compiling processes are killed after a part that is cut off. Without that, torch.compile's own
+    shutdown would wait for everything in its queue."""
     compilers = Mock()
     compilers._pool_set = [compilers.pool]
     monkeypatch.setitem(sys.modules, "torch._inductor.async_compile", compilers)
@@ -259,8 +258,10 @@ gpu.end_compilers(); pool.process.wait(300); assert not a._pool_set
 
 
 def refused(run: Run, op: str) -> Run:
-    verdict = {"op": op, "face": run.backend, "dtype": "float32", "status": "bad", "quick": True}
-    verdict |= {"failure": "stats wrong: error 2.0"}
+    verdict = {
+        "op": op, "face": run.backend, "dtype": "float32", "status": "bad", "quick": True,
+        "failure": "stats wrong: error 2.0",
+    }  # fmt: skip
     others = [verdict | {"failure": "another's"} | other for other in ({"face": "cuda"}, {"dtype": "float16"})]
     run.results.data["selfcheck"] = {"verdicts": [*others, verdict]}
     return run

@@ -35,8 +35,8 @@ def collector(tmp_path) -> warm.Collector:
 
 @pytest.mark.slow
 def test_every_part_of_the_plan_for_a_gpu_can_make_its_cases(tmp_path, monkeypatch):
-    """Runs every part of the plan up to building its contenders, which needs the device; an unknown rival fails
-    here."""
+    """Shows that every part makes its cases, and that none names an unknown rival. No contender is built, because that
+    needs the GPU."""
     asked: list[str] = []
     monkeypatch.setattr(self_check, "selfcheck", lambda run, **which: None)
     monkeypatch.setattr(checks, "plan", lambda device: [])
@@ -96,7 +96,7 @@ def test_the_full_self_check_keeps_the_verdicts_that_it_reached(tmp_path, monkey
     calls: list[tuple] = []
 
     def supervise(device, quick, ops, dtypes, report):
-        """Reports all rows but the last and runs out of time in the first call; reports all rows in later calls."""
+        """Reports all rows. In the first call it omits the last row and runs out of time."""
         calls.append((dtypes, ops))
         row = dict.fromkeys(("function", "variant", "configuration", "shape", "detail"), "") | {"status": "ok"}
         asked = [check for check in plan if check.op in ops and check.dtype in dtypes]
@@ -142,8 +142,8 @@ def test_other_processes_run_ours_once_and_end_with_the_time(tmp_path, monkeypat
 
 
 def test_a_process_that_cannot_be_ended_holds_nobody_up(tmp_path, monkeypatch):
-    """Shows that a run does not wait for a process that cannot be killed. A process whose kernel never ends stays in
-    the driver even after SIGKILL."""
+    """Shows that a run does not wait for a process that cannot be killed. A process with a kernel that never ends may
+    stay in the driver even after SIGKILL."""
     stuck = SimpleNamespace(kill=Mock(), wait=Mock(side_effect=subprocess.TimeoutExpired("stuck", 0.0)))
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: stuck)
     with ahead.compilers(make_run(tmp_path, deadline=0.0), ("bn_relu_dropout",)):
@@ -161,10 +161,10 @@ def test_other_processes_run_on_the_run_s_own_gpu(monkeypatch):
 
 @pytest.mark.slow
 def test_a_machine_with_only_pytorch_has_its_numbers_and_a_line_for_what_is_missing(tmp_path):
-    """Shows that measuring needs no package for sound, text or pages, because many GPU machines have only PyTorch and
-    Triton. On a CPU it does not need Triton either, which few platforms have. Such a run writes its numbers and no
-    page, and exits with 0. An import finder hides the packages."""
-    script = """
+    """Shows that a CPU run needs neither Triton nor the packages for sound, text and pages. Without them it writes its
+    numbers and no page, and exits with 0. An import finder hides the packages."""
+    done = python(
+        """
 import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
@@ -180,8 +180,9 @@ agenda.plan = lambda run: []
 limits.measure = lambda *_: {}
 assert machine.clocks(torch.device("cuda")) == {}
 sys.exit(cli.main(["gpu", "--device", "cpu", "--quick", "--out", sys.argv[1]]))
-"""
-    done = python(script, tmp_path)
+""",
+        tmp_path,
+    )
     assert "the HTML page needs Jinja2: pip install jinja2" in done.stderr
     assert "pip install nvidia-ml-py" in done.stderr
     assert len(list(tmp_path.glob("gpu_*.json"))) == 1 and not list(tmp_path.glob("*.html"))

@@ -16,6 +16,7 @@ from jasper_fast.bench.gpu import agenda, first, gpu, self_check
 from jasper_fast.bench.harness import devices, result_file
 from jasper_fast.bench.harness.case import Effort
 from jasper_fast.bench.harness.run import Run
+from jasper_fast.dispatch import probe
 
 
 def endless_compiler(run):
@@ -103,10 +104,10 @@ def test_a_part_that_was_cut_off_goes_on_when_the_others_are_done(tmp_path, monk
 
 
 def test_the_self_check_s_verdict_is_in_the_result(tmp_path, monkeypatch):
-    from jasper_fast.dispatch import probe
-
-    row = {"op": "conv1d", "face": "triton", "function": "forward", "variant": "", "configuration": "t128", "id": "1"}
-    row |= {"shape": "(1, 2, 3)", "dtype": "float16", "detail": "error 2.0", "status": "wrong"}
+    row = {
+        "op": "conv1d", "face": "triton", "function": "forward", "variant": "", "configuration": "t128", "id": "1",
+        "shape": "(1, 2, 3)", "dtype": "float16", "detail": "error 2.0", "status": "wrong",
+    }  # fmt: skip
 
     def supervise(device, quick, report):
         report.planned, report.found = [row], {row["id"]: row}
@@ -115,9 +116,9 @@ def test_the_self_check_s_verdict_is_in_the_result(tmp_path, monkeypatch):
     monkeypatch.setenv("JASPER_FAST_CACHE", str(tmp_path / "cache"))
     run = make_run(tmp_path)
     self_check.selfcheck(run, quick=True)
-    told = json.loads(run.results.path.read_text())["selfcheck"]
-    assert told["verdicts"][0]["quick"] and told["verdicts"][0]["status"] == "bad"
-    assert "error 2.0" in told["failures"][0]
+    saved = json.loads(run.results.path.read_text())["selfcheck"]
+    assert saved["verdicts"][0]["quick"] and saved["verdicts"][0]["status"] == "bad"
+    assert "error 2.0" in saved["failures"][0]
 
 
 @pytest.mark.slow

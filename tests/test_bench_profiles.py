@@ -17,8 +17,7 @@ from jasper_fast.nn.eager import EagerJasper
 
 def test_launches_are_counted():
     x = torch.randn(4, 4)
-    found = launches.count(Runner(lambda: x.t().relu().exp().reshape(16).sum(), dict), CPU)
-    assert found == {"ops": 4}
+    assert launches.count(Runner(lambda: x.t().relu().exp().reshape(16).sum(), dict), CPU) == {"ops": 4}
 
 
 def test_profile_names_layers_and_ops(tmp_path):
@@ -58,8 +57,7 @@ def test_a_step_that_fails_stops_the_profiler(tmp_path):
 
 
 def test_a_gpu_s_profile_without_kernels_is_a_failure(tmp_path, monkeypatch):
-    """Shows that a GPU profile without kernels is reported as failed. Without CUPTI all times are zero, as in an empty
-    step."""
+    """Shows that a GPU profile without kernels is reported as failed. Without CUPTI the profiler records no kernel."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     with pytest.raises(profile.NoKernels, match="CUPTI"):
         profile.profile(lambda: torch.ones(3) + 1, torch.device("cuda"), tmp_path / "trace.json")
@@ -71,5 +69,5 @@ def test_a_gpu_s_profile_without_kernels_is_a_failure(tmp_path, monkeypatch):
 
 def test_launches_that_cannot_be_counted_are_not_told_as_none(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    found = launches.count(Runner(lambda: torch.ones(4).exp(), dict), torch.device("cuda"))
-    assert found == {"ops": 2} and "CUPTI" in capsys.readouterr().err
+    assert launches.count(Runner(lambda: torch.ones(4).exp(), dict), torch.device("cuda")) == {"ops": 2}
+    assert "CUPTI" in capsys.readouterr().err

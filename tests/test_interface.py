@@ -1,4 +1,4 @@
-"""The public interface equals a recorded list: op schemas, signatures, state-dict keys, commands, results.
+"""The public interface equals the recorded one: op schemas, signatures, state-dict keys, commands, results.
 
 `python tests/test_interface.py` records it again after an intended change.
 """
@@ -9,6 +9,7 @@ import io
 import json
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = Path(__file__).with_name("interface.json")
-BENCH = ("kernels", "train", "optimizer", "latency", "memory", "decode", "all", "launches", "gpu", "profile", "tune")
-BENCH += ("compile", "report", "data")
-PACKAGE = ("transcribe", "evaluate", "export", "convert", "info", "selfcheck", "check", "tune", "prepare librispeech")
-PACKAGE += ("prepare manifest", "prepare shards", "lm train", "lm train-neural", "lm perplexity", "lm info", "lm tune")
+BENCH = (
+    "kernels", "train", "optimizer", "latency", "memory", "decode", "all", "launches", "gpu", "profile", "tune",
+    "compile", "report", "data",
+)  # fmt: skip
+PACKAGE = (
+    "transcribe", "evaluate", "export", "convert", "info", "selfcheck", "check", "tune", "prepare librispeech",
+    "prepare manifest", "prepare shards", "lm train", "lm train-neural", "lm perplexity", "lm info", "lm tune",
+)  # fmt: skip
 
 
 def schemas() -> list[str]:
@@ -40,7 +45,7 @@ def signatures() -> dict[str, list[str]]:
 
 
 def state_dict() -> list[str]:
-    """Returns names and shapes of the entries of Jasper 10x5 dense residual."""
+    """Returns the names and shapes in the state dict of Jasper 10x5 dense residual."""
     from jasper_fast import Jasper, JasperConfig
 
     with torch.device("meta"):
@@ -69,8 +74,6 @@ def commands() -> dict[str, list[str]]:
 
 def result() -> dict[str, list[str]]:
     """Returns the keys of a benchmark's result: of the machine and of the measured rows, nested keys included."""
-    import tempfile
-
     from bench_runs import CPU, make_run, softplus_case
 
     from jasper_fast.bench.harness import machine
@@ -79,10 +82,9 @@ def result() -> dict[str, list[str]]:
         run = make_run(Path(folder))
         run.cases("test", [softplus_case({"eager": torch.nn.functional.softplus})])
         rows = json.loads((Path(folder) / "run.json").read_text())["rows"]
-    keys = {key for row in rows for key in row}
-    keys |= {
-        f"{key}.{inner}" for row in rows for key, value in row.items() if isinstance(value, dict) for inner in value
-    }
+    items = [item for row in rows for item in row.items()]
+    nested = {f"{key}.{inner}" for key, value in items if isinstance(value, dict) for inner in value}
+    keys = nested | {key for key, _ in items}
     return {"machine": sorted(machine.describe(CPU)), "rows": sorted(k for k in keys if not k.startswith("clocks."))}
 
 

@@ -27,7 +27,7 @@ ADDRESSES = {"src", "href", "poster", "data", "action", "srcset", "xlink:href"}
 
 
 class Page(HTMLParser):
-    """Fails on tags that are not closed in order, on addresses outside the page and on scripts."""
+    """Parses a page. Fails if tags are not closed in order, and on addresses outside the page and on scripts."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -74,19 +74,17 @@ class Page(HTMLParser):
 def of_evaluation(folder: Path) -> str:
     (folder / "a.flac").write_bytes(corpora.tone(1, 0.5))
     row = {
-        "audio_filepath": str(folder / "a.flac"),
-        "offset": 0,
-        "duration": 0.5,
-        "manifest": HOSTILE,
-        "speaker": HOSTILE,
-    }
-    row |= {"text": f"words {HOSTILE}", "pred_text": HOSTILE, "confidence": 0.5, "word_errors": 2, "words": 4}
-    row |= {"character_errors": 4, "characters": 9}
+        "audio_filepath": str(folder / "a.flac"), "offset": 0, "duration": 0.5, "manifest": HOSTILE, "speaker": HOSTILE,
+        "text": f"words {HOSTILE}", "pred_text": HOSTILE, "confidence": 0.5, "word_errors": 2, "words": 4,
+        "character_errors": 4, "characters": 9,
+    }  # fmt: skip
     rows = [row, row | {"audio_filepath": f"{folder}/{HOSTILE}.wav", "pred_text": ""}]
-    figures = evaluation.totals(rows) | evaluation.by_parts(rows) | {"skipped": [], "warned": []}
-    figures |= dict.fromkeys(("substitutions", "deletions", "insertions", "threads", "processes"), 1)
-    figures |= dict.fromkeys(("checkpoint", "device", "backend"), HOSTILE) | {"manifests": [HOSTILE], "ema": True}
-    figures |= dict.fromkeys(("audio_seconds", "wall_seconds", "rtfx", "utterances_per_s"), 1.0)
+    figures = evaluation.totals(rows) | evaluation.by_parts(rows) | {
+        **dict.fromkeys(("substitutions", "deletions", "insertions", "threads", "processes"), 1),
+        **dict.fromkeys(("checkpoint", "device", "backend"), HOSTILE),
+        **dict.fromkeys(("audio_seconds", "wall_seconds", "rtfx", "utterances_per_s"), 1.0),
+        "skipped": [], "warned": [], "manifests": [HOSTILE], "ema": True,
+    }  # fmt: skip
     return evaluation.html(figures, rows, 5)
 
 
@@ -120,7 +118,7 @@ def test_a_page_is_whole_and_shows_hostile_texts(tmp_path: Path, made) -> None:
     assert "<script>alert(1)</script>\"' onload='x' &amp; <img src=http://evil/x>" in shown and "{{ 7*7 }}" in shown
     assert len(html) < 400_000
     if made is of_evaluation:
-        assert page.counts["audio"] == 1, "that of the file which is there"
+        assert page.counts["audio"] == 1, "only one of the two files exists"
 
 
 @pytest.mark.parametrize(

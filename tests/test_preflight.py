@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench_runs import make_run
+from bench_runs import CPU, make_run
+from bench_runs import CUDA as GPU
 from standins import verdicts_of_its_own  # noqa: F401
 
 from jasper_fast.bench.gpu import first, preflight
@@ -14,12 +15,10 @@ from jasper_fast.bench.harness.errors import OutOfTime
 from jasper_fast.dispatch import tuned
 from jasper_fast.kernels import native, tables
 
-GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
-
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """Pretends that the machine has everything."""
+    """Pretends that the machine has everything. A test may change the fields of the returned object."""
     gib = 2**30
     has = SimpleNamespace(cc="/usr/bin/gcc", disk=50 * gib, free=70 * gib, clocks={"sm_mhz": 1980}, cuda="13.0")
     (tmp_path / "Python.h").touch()
@@ -33,7 +32,6 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(nvml, "cuda_driver", lambda: has.cuda)
     monkeypatch.setattr(nvml, "read", lambda device: has.clocks)
     monkeypatch.setattr(native, "explain", lambda: {"cuda": None})
-    has.include = tmp_path
     return has
 
 
@@ -54,12 +52,11 @@ def test_a_machine_that_has_everything_misses_nothing(machine):
 ])  # fmt: skip
 def test_what_is_missing_is_told_with_the_remedy(machine, tmp_path, capsys, what, changes, remedy):
     if "headers" in changes:
-        (machine.include / "Python.h").unlink()
+        (tmp_path / "Python.h").unlink()
     vars(machine).update(changes)
     run = make_run(tmp_path, device=GPU)
     preflight.main(run)
-    said = "".join(capsys.readouterr())
-    (line,) = [line for line in said.splitlines() if f"MISSING: {what}:" in line]
+    (line,) = [line for line in "".join(capsys.readouterr()).splitlines() if f"MISSING: {what}:" in line]
     assert remedy in line
     assert {one["what"]: one["there"] for one in run.results.data["preflight"]}[what] is False
 
@@ -92,8 +89,7 @@ def test_a_machine_without_tests_goes_on(tmp_path, monkeypatch, capsys):
 
 
 def test_tuning_is_a_part_that_can_be_cut_off(tmp_path, monkeypatch):
-    run = make_run(tmp_path)
-    run.deadline = 0.0
+    run = make_run(tmp_path, deadline=0.0)
     asked = []
 
     def tune(device, cells, budget, keeps):
@@ -104,5 +100,5 @@ def test_tuning_is_a_part_that_can_be_cut_off(tmp_path, monkeypatch):
     with pytest.raises(OutOfTime):
         first.tune(run, tables.NORM_OPS)
     assert asked == [(2, first.LEAST, False)]
-    told = run.results.data["tuned"]
-    assert (told["cells"], told["of"]) == (1, 2) and list(told["refused"].values()) == [{"a tile": "wrong: y"}]
+    saved = run.results.data["tuned"]
+    assert (saved["cells"], saved["of"]) == (1, 2) and list(saved["refused"].values()) == [{"a tile": "wrong: y"}]

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from bench_runs import make_run
+from bench_runs import CPU, make_run
 from conftest import interpreted, make_face
+from standins import wrap
 
 from jasper_fast import InferenceEngine
 from jasper_fast.bench.cases import models
@@ -13,7 +14,6 @@ from jasper_fast.bench.commands import profile
 from jasper_fast.kernels import launch
 from jasper_fast.nn.eager import EagerJasper
 
-CPU = torch.device("cpu")
 ENCODER = {f"encoder.layers.{i}" for i in range(5)}
 T = 64
 
@@ -52,8 +52,8 @@ def test_both_contenders_have_tables_of_all_layers(mode, tmp_path):
 
 
 def test_backward_s_nodes_belong_to_the_layer_that_made_them(tmp_path):
-    """Shows that eager's backward nodes are assigned to their layers. The expected counts: mask, conv, norm, ReLU and
-    dropout have one node each, and the mask of the features has none."""
+    """Shows that eager's backward nodes are assigned to their layers. Mask, conv, norm, ReLU and dropout have one node
+    each, except the first layer's mask, because the features need no gradient."""
     config = models.config("small")
     model, (x, lengths) = EagerJasper(config).train(), models.features(config, 2, T, CPU, 0, ragged=True)
 
@@ -73,12 +73,10 @@ def test_backward_s_nodes_belong_to_the_layer_that_made_them(tmp_path):
 
 @pytest.mark.slow
 def test_a_wrong_contender_has_no_profile(tmp_path, monkeypatch):
-    right = models.fused
+    def scaled(fused, cfg, state, backend):
+        return fused(cfg, {k: v * 1.5 if k == "decoder.layers.0.weight" else v for k, v in state.items()}, backend)
 
-    def scaled(cfg, state, backend):
-        return right(cfg, {k: v * 1.5 if k == "decoder.layers.0.weight" else v for k, v in state.items()}, backend)
-
-    monkeypatch.setattr(models, "fused", scaled)
+    wrap(monkeypatch, models, "fused", scaled)
     ours, eager = profile.main(make_run(tmp_path), "small", "inference", 2, T)
     assert ours["status"] == "wrong" and "log_probs" in ours["why"] and ours["records"] == []
     assert eager["status"] == "ok" and not list(tmp_path.glob("trace_*jasper_fast*"))
