@@ -190,8 +190,8 @@ gpu.go_on_elsewhere(N(arguments=('gpu', '--help')), time.monotonic() + 9)
 
 @pytest.mark.slow
 def test_a_kernel_that_never_ends_is_left_behind(tmp_path, monkeypatch):
-    """Shows that a part which blocks the alarm signal is abandoned. A call into C++ blocks it too, because Python handles
-    no signals during the call."""
+    """Shows that a part which blocks the alarm signal is abandoned. A call into C++ has the same effect, because Python
+    handles no signals during the call."""
     left = threading.Event()
 
     def deaf(run: Run) -> None:
