@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import os
-import random
 import socket
 import tarfile
 import threading
@@ -29,20 +28,15 @@ def speech_folder() -> Path | None:
     return folder if (folder / "librispeech_dev.jsonl").is_file() else None
 
 
-def real_speech() -> Path:
-    """Returns the folder of real speech, or skips the test if it does not exist."""
-    return speech_folder() or pytest.skip("no real speech: set JASPER_FAST_DATA to its folder")
-
-
 def tone(seed: int, seconds: float = 0.5, form: str = "FLAC") -> bytes:
-    """Returns an audio file of a tone at 16 kHz."""
+    """Returns an audio file of a tone with a sample rate of 16 kHz. `seed` chooses the pitch."""
     samples, file = 0.3 * np.sin(np.arange(round(seconds * 16000)) * (0.02 + 0.005 * (seed % 17))), io.BytesIO()
     soundfile.write(file, samples, 16000, format=form, subtype="PCM_16")
     return file.getvalue()
 
 
 def written(folder: Path, count: int) -> list[Utterance]:
-    """Writes FLAC files, the first of 0.3 s and each 0.05 s longer than the last, and returns their utterances."""
+    """Writes `count` FLAC files of 0.3 s, 0.35 s, 0.4 s and so on, and returns their utterances."""
     made = [Utterance(str(folder / f"{i}.flac"), 0.3 + 0.05 * i, "a") for i in range(count)]
     for i, each in enumerate(made):
         Path(each.path).write_bytes(tone(i, each.duration))
@@ -50,7 +44,6 @@ def written(folder: Path, count: int) -> list[Utterance]:
 
 
 def write_lines(path: Path, entries: Iterable[dict]) -> Path:
-    """Writes a manifest and returns its path."""
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return path
 
@@ -60,20 +53,20 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    """Adds a file to a tar."""
     member = tarfile.TarInfo(name)
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
 
 
 def utterances(count: int) -> dict[str, tuple[bytes, str]]:
-    """Returns the FLAC file and the text of each utterance, by name; the utterances are of three speakers."""
+    """Returns the FLAC file and the text of `count` utterances by three speakers, by name."""
     return {f"{10 + i % 3}-{i // 3}-{i:04d}": (tone(i, 0.3 + 0.05 * i), f"WORD NUMBER {'I' * i}") for i in range(count)}
 
 
 def real_utterances(count: int) -> dict[str, tuple[bytes, str]]:
-    """Returns the same as `utterances`, taken from the real speech."""
-    folder, found = real_speech(), {}
+    """Returns FLAC files and texts of real speech, by name. Skips the test if there is no real speech."""
+    folder = speech_folder() or pytest.skip("no real speech: set JASPER_FAST_DATA to its folder")
+    found = {}
     for entry in read_lines(folder / "librispeech_dev.jsonl")[:count]:
         path = folder / entry["audio_filepath"]
         found[path.stem] = path.read_bytes(), entry["text"].upper()
@@ -81,7 +74,7 @@ def real_utterances(count: int) -> dict[str, tuple[bytes, str]]:
 
 
 def archive(name: str, spoken: dict[str, tuple[bytes, str]], extra: list[tarfile.TarInfo] = ()) -> bytes:
-    """Returns a `name`.tar.gz laid out as LibriSpeech's archives are; the members in `extra` come first."""
+    """Returns the archive `name`.tar.gz with the folders of LibriSpeech. The members in `extra` come first."""
     listings: dict[str, list[str]] = {}
     files = {"LibriSpeech/README.TXT": b"about\n"}
     for utterance, (audio, text) in spoken.items():
@@ -114,11 +107,11 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """An HTTP server of `files` on this machine, which serves ranges. Each answer has the next of the `faults`:
+    """An HTTP server of `files` on this machine, which supports byte ranges. Each answer takes the next of `faults`:
 
     "break" sends half of the bytes, "corrupt" flips a bit, "busy" answers 503, "whole" ignores the range, "empty"
-    closes the connection without an answer, and "shift" claims a range one byte later. The server waits `slow` seconds
-    after each 4 KiB.
+    closes the connection without an answer, and "shift" states a range one byte later than that of the bytes. The
+    server waits `slow` seconds after each 4 KiB.
     """
 
     daemon_threads = True
@@ -157,8 +150,8 @@ class Server(ThreadingHTTPServer):
             return
         request.send_response(206 if first else 200)
         if first:
-            shifted = first + (fault == "shift")
-            request.send_header("Content-Range", f"bytes {shifted}-{len(content) - 1}/{len(content)}")
+            stated = f"{first + (fault == 'shift')}-{len(content) - 1}/{len(content)}"
+            request.send_header("Content-Range", f"bytes {stated}")
         request.send_header("Content-Length", str(len(content) - first))
         request.end_headers()
         body = bytearray(content[first:])
@@ -177,14 +170,10 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def hostile_members() -> dict[str, tarfile.TarInfo]:
-    """Returns, by kind, one tar member of each kind that must not be unpacked."""
+    """Returns a tar member of each kind that must not be unpacked, by the name of the kind."""
     names = {"parent": "LibriSpeech/dev-clean/../../evil", "absolute": "/tmp/evil", "dots": "../evil"}
     found = {kind: tarfile.TarInfo(name) for kind, name in names.items()}
     for kind, number in (("symlink", tarfile.SYMTYPE), ("hardlink", tarfile.LNKTYPE), ("device", tarfile.CHRTYPE)):
         found[kind] = tarfile.TarInfo("LibriSpeech/dev-clean/link")
         found[kind].type, found[kind].linkname = number, "/etc/passwd"
     return found
-
-
-def random_text(rng: random.Random, length: int) -> str:
-    return "".join(rng.choice("abcdefghij '") for _ in range(length))

@@ -1,8 +1,8 @@
 """A corpus of beeps for tests of training. Each letter is a tone, so a tiny Jasper learns it in seconds."""
 
-import json
 from pathlib import Path
 
+import corpora
 import numpy as np
 import pytest
 import soundfile
@@ -55,15 +55,15 @@ def write_corpus(folder: Path, train: int = 16, val: int = 4) -> dict[str, Path]
             samples = beep(text, rng)
             soundfile.write(folder / f"{split}{i}.wav", samples, 16000)
             lines.append({"audio_filepath": f"{split}{i}.wav", "duration": len(samples) / 16000, "text": text})
-        paths[split] = folder / f"{split}.jsonl"
-        paths[split].write_text("".join(json.dumps(line) + "\n" for line in lines))
+        paths[split] = corpora.write_lines(folder / f"{split}.jsonl", lines)
     paths["config"] = folder / "tiny.yaml"
     paths["config"].write_text(yaml.safe_dump(CONFIG))
     return paths
 
 
 def train_arguments(paths: dict[str, Path], output: Path, **more) -> list[str]:
-    """Returns arguments of train.py for this corpus. `more` are further options by name; True marks a flag."""
+    """Returns arguments of train.py for the corpus at `paths`. `more` are further options by name; a value of True
+    makes a flag, and None leaves the option out."""
     options = {
         "config": paths["config"],
         "train_manifests": paths["train"],
@@ -82,7 +82,7 @@ def train_arguments(paths: dict[str, Path], output: Path, **more) -> list[str]:
 
 
 def run_train(arguments: list[str]) -> None:
-    """Runs train.py in this process; restores the signal handlers afterwards."""
+    """Runs train.py in this process, and restores the signal handlers afterwards."""
     from jasper_fast import train
     from jasper_fast.training.runs import StopRequest
 
@@ -108,7 +108,7 @@ def corpus_of_beeps(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Uses one thread, because tiny models gain nothing from more and suffer when other tests use the cores."""
+    """Uses one thread, because tiny models are no faster with more, and much slower when other tests use the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""Audio files of any rate and shape are read, and each kind of bad file gets its own error."""
+"""Reading audio files of many formats and rates, the errors for bad files, and changes of speed."""
 
 import itertools
 import os
@@ -32,7 +32,7 @@ def test_reads_pcm(tmp_path, suffix):
 
 
 def test_mixes_down_and_resamples(tmp_path):
-    stereo = np.stack([tone(rate=44100), np.zeros(44100, np.float32)], axis=1)
+    stereo = np.stack([tone(rate=44100), np.zeros(44100)], axis=1)
     got = audio.load(write(tmp_path / "a.wav", stereo, 44100, subtype="FLOAT"))
     assert got.shape == (16000,)
     assert np.abs(got[800:-800] - 0.5 * tone()[800:-800]).max() < 1e-3
@@ -106,7 +106,7 @@ def test_a_socket_and_a_locked_folder_are_named(tmp_path, monkeypatch):
     def locked(path):
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(os, "stat", locked)  # a stand-in for a locked folder, because root may read any folder
+    monkeypatch.setattr(os, "stat", locked)  # in place of a real folder, because root may read any folder
     with pytest.raises(AudioError, match=r"a\.wav: cannot be read as audio: Permission denied"):
         audio.load("a.wav")
 
@@ -147,8 +147,7 @@ def test_codecs_that_cannot_seek(tmp_path, container, codec):
     rate = soundfile.info(path).samplerate  # soundfile writes XI files at a fixed rate
     whole = audio.load(path, rate)
     assert 16000 <= len(whole) < 16400 and np.corrcoef(whole[:16000], x)[0, 1] > 0.8
-    part = audio.load(path, rate, 8000 / rate, 4000 / rate)
-    assert np.array_equal(part, whole[8000:12000])
+    assert np.array_equal(audio.load(path, rate, 8000 / rate, 4000 / rate), whole[8000:12000])
 
 
 @pytest.mark.parametrize("rate", [8000, 16000, 44100])
@@ -185,7 +184,7 @@ def test_a_file_cut_in_half_gives_what_is_there_and_both_lengths(tmp_path, conta
     assert float(short.cause.split()[4]) == pytest.approx(2.0, abs=0.02)
     assert str(pickle.loads(pickle.dumps(short))) == str(short)
     assert audio.duration(path) == pytest.approx(2.0, abs=0.02)
-    assert len(audio.load(path, duration=0.5)) == 8000  # the file has all samples of this part
+    assert len(audio.load(path, duration=0.5)) == 8000  # this part is complete
     with pytest.raises(ShortAudio):
         audio.load(path, offset=0.5, duration=1.0)
 
@@ -214,9 +213,7 @@ def test_change_speed(speed):
     x = tone(2.0)
     got = audio.change_speed(x, speed)
     assert abs(len(got) - len(x) / speed) <= 1
-    t = np.arange(len(got)) / 16000
-    expected = 0.5 * np.sin(2 * np.pi * 440 * speed * t)
-    assert np.abs(got - expected)[1600:-1600].max() < 2e-3
+    assert np.abs(got - tone(3.0, hz=440 * speed)[: len(got)])[1600:-1600].max() < 2e-3
     assert len(audio.change_speed(x[:0], speed)) == 0
 
 

@@ -1,4 +1,4 @@
-"""Manifests, filters, perturbation, joining, batch plans and collating, on small files that the tests write."""
+"""Manifests, filters, perturbation, joining, batches and their order, on small files that the tests write."""
 
 import itertools
 import json
@@ -62,7 +62,7 @@ def test_reads_json_lines(tmp_path):
     assert read_manifest(path, data_dir="/data")[0].path == "/data/a.wav"
 
 
-def test_reads_the_references_array(tmp_path):
+def test_reads_the_array_of_nvidias_jasper(tmp_path):
     files = [{"fname": f"x-{s}.wav", "duration": 3.0 / s, "speed": s} for s in (0.9, 1.0, 1.1)]
     path = tmp_path / "m.json"
     path.write_text(json.dumps([{"transcript": "so", "files": files, "original_duration": 3.0}], indent=1))
@@ -176,7 +176,7 @@ def test_bad_files_are_skipped_reported_and_replaced(corpus, tmp_path, workers):
     soundfile.write(tmp_path / "nan.wav", np.full(8000, np.nan), 16000, subtype="FLOAT")
     all_of_them = [*corpus, Utterance(str(bad), 0.7, "a"), Utterance(str(tmp_path / "nan.wav"), 0.5, "b")]
     dataset = a_set(all_of_them)
-    assert sum(map(len, load(dataset, workers))) == 14  # neighbours replace the unreadable files
+    assert sum(map(len, load(dataset, workers))) == 14  # other utterances replace the unreadable ones
     assert dataset.skipped.counts == {"unreadable": 2}
     details = "".join(s.detail for s in dataset.skipped.items)
     assert "bad.wav: cannot be read" in details and "NaN" in details
@@ -223,8 +223,7 @@ def test_texts_that_lose_symbols_are_counted_by_manifest(tmp_path):
     texts = ["5 яблок", "hello мир", "ёлка", "мир, да!"]
     soundfile.write(tmp_path / "a.wav", np.zeros(16000), 16000)
     path = lines(tmp_path, *({"audio_filepath": "a.wav", "duration": 1, "text": t} for t in texts))
-    russian = Vocabulary(" абвгдежзийклмнопрстуфхцчшщъыьэюя")
-    dataset = SpeechDataset.from_manifests(path, russian)
+    dataset = SpeechDataset.from_manifests(path, Vocabulary(" абвгдежзийклмнопрстуфхцчшщъыьэюя"))
     assert dataset.texts == ["яблок", "мир", "лка", "мир да"]
     assert str(dataset.skipped) == f"none skipped; 3 texts of {path} lost symbols: 5 h e l o ё"
     assert dataset.skipped.lost == {str(path): (3, ["5", "h", "e", "l", "o", "ё"])}
@@ -248,7 +247,7 @@ def test_speed_perturbation_is_of_seed_epoch_and_index(corpus):
 
 
 def test_what_a_seed_draws_never_changes(corpus):
-    """Shows that a seed draws the same numbers in every version, so that an old run can be resumed."""
+    """A change of these numbers would change the data of resumed runs."""
     settings = {f"{name}_perturbation": {"p": 1.0} for name in ("speed", "gain", "shift", "noise", "tempo")}
     joined = {"min_clips": 2, "max_clips": 3, "noise_db": (-50, -30)}
     clips, change = a_set(corpus, seed=1, join=joined, **settings)._draw(2, 6)
@@ -270,7 +269,7 @@ def test_what_a_seed_draws_never_changes(corpus):
 
 
 def test_speed_never_makes_it_too_short_for_ctc(corpus):
-    u = Utterance(corpus[0].path, 0.5, "x" * 13)  # 0.5 s have 25 frames, and CTC needs 25
+    u = Utterance(corpus[0].path, 0.5, "x" * 13)  # has 25 frames, and CTC needs 25
     assert len(a_set([u], speed_perturbation={"min_rate": 1.5, "max_rate": 2.0})[0].audio) == 8000
 
 
@@ -326,8 +325,7 @@ def test_join_noise_room_and_limits(corpus, tmp_path):
     assert len(short[0].text.split("word ")) == 8  # min_clips takes precedence over max_duration
     short = a_set(corpus, join={"same_speaker": False}, max_duration=4.0)
     assert max(short.durations(0)) <= 4.0 and max(len(i.text) for i in map(short.__getitem__, range(12))) > 20
-    one = {"min_clips": 1, "max_clips": 1}
-    tight = a_set([Utterance(corpus[0].path, 0.5, "x" * 40)], join=one)
+    tight = a_set([Utterance(corpus[0].path, 0.5, "x" * 40)], join={"min_clips": 1, "max_clips": 1})
     assert len(tight[0].audio) == ctc_frames([1] * 40) * 320
     bad = Utterance(str(tmp_path / "none.wav"), 0.5, "lost", speaker="s0")
     item = a_set([*corpus, bad], join={"min_clips": 4, "max_clips": 4})[12]
@@ -378,19 +376,25 @@ def test_bucketing_saves_padding():
     assert padded(True) < 1.1 * sum(d) < 1.3 * sum(d) < padded(False)
 
 
-def test_ranks_share_the_work():
-    d = durations()
-    shares = [BatchSampler(d, 8, seed=1, rank=r, world_size=4).batches(2) for r in range(4)]
-    assert len({len(s) for s in shares}) == 1
-    assert sorted(i for s in shares for b in s for i in b) == list(range(101))
-    spread = [max(d[i] for b in step for i in b) - min(d[i] for b in step for i in b) for step in zip(*shares)]
-    assert np.mean(spread) < 8
-    evaluation = [BatchSampler(d, 8, shuffle=False, rank=r, world_size=4).batches() for r in range(4)]
-    assert sorted(i for s in evaluation for b in s for i in b) == list(range(101))
+def shares_of(d, world, *sizes, epoch=0, **how):
+    """Returns the batches of each rank, and the items of all batches."""
+    shares = [BatchSampler(d, *sizes, rank=r, world_size=world, **how).batches(epoch) for r in range(world)]
+    return shares, [i for share in shares for batch in share for i in batch]
+
+
+def test_the_batches_of_a_step_have_similar_lengths():
+    d = np.array(durations())
+    shares, _ = shares_of(d, 4, 8)
+    assert np.mean([np.ptp(d[np.concatenate(step)]) for step in zip(*shares, strict=True)]) < 8
+
+
+def test_in_evaluation_each_utterance_belongs_to_one_rank():
+    _, items = shares_of(durations(), 4, 8, shuffle=False)
+    assert sorted(items) == list(range(101))
 
 
 def librispeech_durations(count: int) -> np.ndarray:
-    """Returns random durations like LibriSpeech's: mean 12.3 s, 78 % from 10 s to 16.7 s, most near 15.3 s."""
+    """Returns random durations with the distribution of LibriSpeech: mean 12.3 s, most near 15.3 s."""
     rng = np.random.default_rng(0)
     long, short = rng.triangular(10, 15.3, 16.7, count), rng.triangular(1.3, 8, 10.5, count)
     return np.where(rng.random(count) < 0.78, long, short)
@@ -400,21 +404,17 @@ def librispeech_durations(count: int) -> np.ndarray:
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("sizes", [{"batch_size": 64}, {"max_seconds": 64 * 16.7}, {"max_seconds": 240.0}])
 def test_each_utterance_comes_once_with_little_padding(world: int, sizes: dict, shards: int | None) -> None:
-    """Shows that every utterance occurs once per epoch with under 5 % padding, whatever the batches, ranks and
-    shards."""
     d = librispeech_durations(20_001)
     assert d.mean() == pytest.approx(12.3, abs=0.1)
-    sizes = sizes | {"shards": shards and np.arange(len(d)) * shards // len(d)}
-    shares = [BatchSampler(d, rank=r, world_size=world, **sizes).batches(1) for r in range(world)]
-    assert len({len(s) for s in shares}) == 1
-    assert sorted(i for s in shares for b in s for i in b) == list(range(len(d)))
+    shares, items = shares_of(d, world, epoch=1, shards=shards and np.arange(len(d)) * shards // len(d), **sizes)
+    assert len({len(s) for s in shares}) == 1 and sorted(items) == list(range(len(d)))
     padded = sum(len(b) * d[b].max() for s in shares for b in s)
     assert 1 - d.sum() / padded < 0.05
 
 
 def test_fewer_utterances_than_ranks_are_repeated() -> None:
-    shares = [BatchSampler([1.0, 2.0], 4, rank=r, world_size=5).batches() for r in range(5)]
-    assert [len(s) for s in shares] == [1] * 5 and {i for s in shares for b in s for i in b} == {0, 1}
+    shares, items = shares_of([1.0, 2.0], 5, 4)
+    assert [len(s) for s in shares] == [1] * 5 and set(items) == {0, 1}
 
 
 def test_plan_in_order():

@@ -1,5 +1,4 @@
-"""`jasper-fast evaluate` reports by set, length and speaker, also from several processes; `transcribe` takes
-folders."""
+"""`jasper-fast evaluate` reports by set, length and speaker. `evaluate` and `transcribe` work in several processes."""
 
 import json
 from pathlib import Path
@@ -19,19 +18,17 @@ SAME = ("wer", "cer", "utterances", "words", "substitutions", "deletions", "inse
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> list[str]:
-    """Writes two manifests of nine utterances with speakers, one file unreadable; returns the options for them."""
+    """Writes manifests of five and four utterances, of which one is unreadable. Returns the options that name the
+    manifests."""
     options = []
     for name, count in (("one", 5), ("two", 4)):
         lines = []
         for i in range(count):
-            file = f"{name}{i}.flac"
+            file, text = f"{name}{i}.flac", f"the words of {'abcde'[i]}"
             (tmp_path / file).write_bytes(corpora.tone(7 * i + count, 0.4 + 0.9 * i))
-            entry = {"audio_filepath": file, "duration": 0.4 + 0.9 * i, "text": f"the words of {'abcde'[i]}"}
-            lines.append(json.dumps(entry | {"speaker": f"s{i % 2}"}))
-        if name == "two":
-            (tmp_path / "two1.flac").write_bytes(b"no audio")
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-        options += ["--manifest", str(tmp_path / f"{name}.jsonl")]
+            lines.append({"audio_filepath": file, "duration": 0.4 + 0.9 * i, "text": text, "speaker": f"s{i % 2}"})
+        options += ["--manifest", str(corpora.write_lines(tmp_path / f"{name}.jsonl", lines))]
+    (tmp_path / "two1.flac").write_bytes(b"no audio")
     return options
 
 
@@ -65,9 +62,9 @@ def test_parts_and_page(tmp_path, corpus, model, capsys) -> None:
     options = ["--checkpoint", model, "--html", str(page), "--out", str(out), "--worst", "3"]
     assert command.main(["evaluate", *corpus, *options]) == 0
     told, html = json.loads(out.read_text()), page.read_text()
+    errors = told["substitutions"] + told["deletions"] + told["insertions"]
     for part in ("sets", "lengths", "speakers"):
         assert sum(of["words"] for of in told[part].values()) == told["words"]
-        errors = told["substitutions"] + told["deletions"] + told["insertions"]
         assert sum(of["word_errors"] for of in told[part].values()) == errors
     assert list(told["lengths"]) == ["0 to 2 s", "2 to 5 s"]
     assert html.count("<audio") == 3 and "data:audio/flac" in html and "sub" in html
@@ -85,11 +82,8 @@ def test_lengths_of_rows() -> None:
 def test_alignments_count_what_word_errors_counts(said: str, heard: str) -> None:
     rows, errors = alignment(said, heard), word_errors(said, heard)
     kinds = [kind for kind, _, _ in rows]
-    assert (kinds.count("substitute"), kinds.count("delete"), kinds.count("insert")) == (
-        errors.substitutions,
-        errors.deletions,
-        errors.insertions,
-    )
+    assert kinds.count("substitute") == errors.substitutions
+    assert kinds.count("delete") == errors.deletions and kinds.count("insert") == errors.insertions
     assert " ".join(w for _, w, _ in rows if w) == said and " ".join(w for _, _, w in rows if w) == heard
 
 
@@ -125,9 +119,10 @@ def test_transcribe_takes_folders(tmp_path, corpus, model, capsys) -> None:
 def test_several_processes_write_what_one_writes(tmp_path, corpus, model) -> None:
     arguments = ["transcribe", str(tmp_path), "--checkpoint", model, "--batch-size", "1", "--quiet", "--json"]
     assert command.main([*arguments, "--out", str(tmp_path / "one.jsonl")]) == 0
-    one = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
-    kept = (tmp_path / "one.jsonl").read_text().splitlines(keepends=True)[:3]
-    (tmp_path / "two.jsonl").write_text("".join(kept) + '{"half')
+    one = corpora.read_lines(tmp_path / "one.jsonl")
+    corpora.write_lines(tmp_path / "two.jsonl", one[:3])
+    with open(tmp_path / "two.jsonl", "a") as file:
+        file.write('{"half')
     worlds.command(2, [*arguments, "--out", tmp_path / "two.jsonl", "--resume"], tmp_path / "w")
-    two = [json.loads(line) for line in (tmp_path / "two.jsonl").read_text().splitlines()]
+    two = corpora.read_lines(tmp_path / "two.jsonl")
     assert [(t["audio_filepath"], t["pred_text"]) for t in two] == [(t["audio_filepath"], t["pred_text"]) for t in one]

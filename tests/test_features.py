@@ -1,4 +1,4 @@
-"""LogMelFeatures gives the numbers of NVIDIA's Jasper; SpecAugment and SpecCutout mask what they should."""
+"""LogMelFeatures against the features of NVIDIA's Jasper and of NeMo; SpecAugment and SpecCutout."""
 
 import pytest
 import torch
@@ -8,12 +8,7 @@ from jasper_fast.speech import augment
 from jasper_fast.speech.augment import SpecAugment, SpecCutout
 from jasper_fast.speech.features import LogMelFeatures, mel_filterbank
 
-
-@pytest.fixture
-def golden():
-    from safetensors.torch import load_file
-
-    return load_file(GOLDEN / "features.safetensors")
+WINDOW = torch.hann_window(320, periodic=False, dtype=torch.float64)
 
 
 def noise(*shape, seed=0):
@@ -21,17 +16,19 @@ def noise(*shape, seed=0):
 
 
 def naive(audio, samples):
-    """Computes the features of one utterance step by step in fp64; zeros follow the audio."""
+    """Computes the features of one utterance in fp64, with zeros after the audio."""
     x = torch.nn.functional.pad(audio[:samples].double(), (0, 1600))
     x = torch.cat([x[:1], x[1:] - 0.97 * x[:-1]])
-    window = torch.hann_window(320, periodic=False, dtype=torch.float64)
-    power = torch.stft(x, 512, 160, 320, window, return_complex=True).abs() ** 2
+    power = torch.stft(x, 512, 160, 320, WINDOW, return_complex=True).abs() ** 2
     y = torch.log(mel_filterbank().double() @ power + 1e-20)[:, : -(-samples // 160)]
     return (y - y.mean(1, keepdim=True)) / (y.std(1, keepdim=True) + 1e-5)
 
 
 @pytest.mark.parametrize("batch_invariant", [True, False])
-def test_matches_the_reference(golden, batch_invariant):
+def test_gives_the_features_of_nvidias_jasper(batch_invariant):
+    from safetensors.torch import load_file
+
+    golden = load_file(GOLDEN / "features.safetensors")
     module = LogMelFeatures(dither=0, batch_invariant=batch_invariant)
     features, lengths = module(golden["audio"], golden["audio_lengths"])
     assert lengths.tolist() == golden["feature_lengths"].tolist()
@@ -70,10 +67,9 @@ def test_alone_as_in_a_batch_with_garbage(training):
         row[count:] = float("nan")
     batch, lengths = module(garbage, torch.tensor(samples))
     for i, count in enumerate(samples):
-        alone, frames = module(audio[i : i + 1, :count], torch.tensor([count]))
-        assert frames[0] == lengths[i]
-        valid = slice(0, int(frames[0]))
-        torch.testing.assert_close(batch[i, :, valid], alone[0, :, valid], atol=1e-5, rtol=0)
+        alone, [frames] = module(audio[i : i + 1, :count], torch.tensor([count]))
+        assert frames == lengths[i]
+        torch.testing.assert_close(batch[i, :, :frames], alone[0, :, :frames], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("samples", [0, 1, 100, 160, 161, 256, 257])
@@ -155,15 +151,14 @@ def ones(n=200, t=100):
 
 
 def test_spec_augment_masks_within_the_length():
-    lengths = torch.full((200,), 60)
-    out = SpecAugment(freq_masks=1, max_freq=20, time_masks=1, max_time=30)(ones(), lengths)
+    out = SpecAugment(freq_masks=1, max_freq=20, time_masks=1, max_time=30)(ones(), torch.full((200,), 60))
     assert out.stride() == ones().stride()
     bands, frames = (out == 0).all(2), (out == 0).all(1)
     assert bands.sum(1).max() == 20 and frames.sum(1).max() == 30
     assert not frames[:, 60:].any()
     assert frames.any(0)[:58].all() and bands.any(0)[:62].all()  # masks reach every frame and band
-    assert bands.sum(1).float().mean().sub(10).abs() < 5 * 6 / 200**0.5  # widths uniform over 0..20, mean 10
-    for mask in (bands, frames):  # each utterance has one span, so at most one rise
+    assert bands.sum(1).float().mean().sub(10).abs() < 5 * 6 / 200**0.5  # widths are uniform over 0..20, with mean 10
+    for mask in (bands, frames):  # one span per utterance, so at most one step from unmasked to masked
         padded = torch.nn.functional.pad(mask.int(), (1, 0))
         assert (padded.diff(dim=1) == 1).sum(1).max() == 1
 
@@ -173,7 +168,7 @@ def test_spec_augment_ratio_and_short_utterances():
     out = SpecAugment(time_masks=1, max_time=75, max_time_ratio=0.25)(ones(300), lengths)
     masked = (out == 0).all(1).sum(1)
     assert masked[0::3].max() == 2 and masked[1::3].max() == 0 and masked[2::3].max() == 0
-    SpecAugment(time_masks=2, max_time=75)(ones(300), lengths)
+    SpecAugment(time_masks=2, max_time=75)(ones(300), lengths)  # no error for spans longer than utterances
 
 
 def test_cutout_is_a_rectangle():
@@ -211,13 +206,12 @@ def test_augment_from_config():
 
 
 def nemo(audio, lengths, *, guard=2**-24, guard_type="add", power=2.0, normalize="per_feature", preemphasis=0.97):
-    """Computes NeMo's FilterbankFeatures in evaluation step by step in fp64, with NeMo's padding."""
+    """Computes the features of NeMo's FilterbankFeatures in evaluation mode, in fp64, with NeMo's padding."""
     x, frames = audio.double(), lengths // 160
     if preemphasis is not None:
         x = torch.cat((x[:, :1], x[:, 1:] - preemphasis * x[:, :-1]), dim=1)
         x = x.masked_fill(torch.arange(x.shape[1]) >= lengths[:, None], 0.0)
-    window = torch.hann_window(320, periodic=False, dtype=torch.float64)
-    spectrum = torch.stft(x, 512, 160, 320, window, center=True, pad_mode="constant", return_complex=True)
+    spectrum = torch.stft(x, 512, 160, 320, WINDOW, center=True, pad_mode="constant", return_complex=True)
     x = mel_filterbank().double() @ spectrum.abs().pow(power)
     x = torch.log(x + guard if guard_type == "add" else x.clamp(min=guard))
     for i, n in enumerate(frames.tolist()):
@@ -247,10 +241,8 @@ def nemo(audio, lengths, *, guard=2**-24, guard_type="add", power=2.0, normalize
     ids=["default", "clamp", "magnitude", "all features", "fixed", "none", "no pre-emphasis"],
 )
 def test_nemo_convention(theirs, ours):
-    """Shows that convention "nemo" gives NeMo's numbers, also in digital silence, where the statistics of a band depend
-    on the guard."""
     audio, lengths = noise(3, 16123), torch.tensor([16123, 12345, 8000])
-    audio[0, 9000:11000] = 0
+    audio[0, 9000:11000] = 0  # here the features depend on the guard
     audio[1, 12345:] = audio[2, 8000:] = 0
     expected, frames = nemo(audio, lengths, **theirs)
     module = LogMelFeatures(convention="nemo", **ours).eval()
@@ -259,8 +251,7 @@ def test_nemo_convention(theirs, ours):
     torch.testing.assert_close(features.double(), expected, atol=2e-3, rtol=1e-3)
     alone, _ = module(audio[1:2, :12345], lengths[1:2])
     torch.testing.assert_close(alone[0, :, :77], features[1, :, :77], atol=1e-4, rtol=1e-4)
-    again, _ = module(audio, lengths)
-    assert torch.equal(again, features)
+    assert torch.equal(module(audio, lengths)[0], features)
     assert not torch.equal(module.train()(audio, lengths)[0], features)  # dither applies in training
 
 

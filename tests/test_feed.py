@@ -1,5 +1,6 @@
-"""Batches on their way to the device, and `python -m bench data`."""
+"""Copying batches to the device, and `python -m bench data`."""
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -29,13 +30,12 @@ def test_fed_batches_are_those_that_were_loaded(tmp_path: Path) -> None:
 
 
 def test_the_wait_is_what_the_loader_takes_and_not_what_the_step_takes(tmp_path: Path, monkeypatch) -> None:
-    clock = iter(range(1000))
-    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(time, "perf_counter", itertools.count().__next__)
     wait = Wait()
     data = command.data_of(corpora.written(tmp_path, 2))
     for _ in feed(load_batches(data, BatchSampler(data.durations, 1)), torch.device("cpu"), wait):
-        time.perf_counter()  # the step takes a tick, which must not count as waiting
-    assert wait.take() == 3, "a tick for each of two batches, and one for the end"
+        time.perf_counter()  # the time of a step, which must not count as waiting
+    assert wait.take() == 3, "one for each of two batches, and one for the end"
     assert wait.take() == 0
 
 

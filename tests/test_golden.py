@@ -1,4 +1,4 @@
-"""Each face gives the numbers of NVIDIA's Jasper: evaluation, first gradients, BN buffers, four NovoGrad steps."""
+"""Each face against results of NVIDIA's Jasper: evaluation, first gradients, BN buffers, four NovoGrad steps."""
 
 import json
 
@@ -79,8 +79,7 @@ def test_first_training_step(golden, which):
     config, tensors = golden
     model = _build(which, config, tensors).train()
     log_probs, lengths, loss = _loss(model, tensors)
-    valid = _valid(lengths, log_probs.shape[1])
-    assert (log_probs - tensors["train.log_probs"])[valid].abs().max() <= 1e-3
+    assert (log_probs - tensors["train.log_probs"])[_valid(lengths, log_probs.shape[1])].abs().max() <= 1e-3
     assert _relative(loss.detach(), tensors["train.losses"][0]) <= 1e-4
 
     want = _named(tensors, "stats_after_1.")
@@ -117,6 +116,6 @@ def test_four_novograd_steps(golden, which):
         if name.endswith("weight") and parameter.dim() == 1:
             before, off = tensors[f"state.{name}"], parameter.detach() - want[name]
             decays.append((off @ before / before.square().sum()).item())
-    # Weight decay changes the scales of batch norms by only 1e-4, far less than the bound above. A wrong decay would
-    # show as a mean error in the direction of the original scales.
+    # Weight decay changes the scales of batch norms by only 1e-4, far less than the bound above. A wrong decay gives
+    # all scales an error in the direction of their initial values, so the mean of these errors has a tighter bound.
     assert abs(sum(decays) / len(decays)) <= 5e-6

@@ -1,4 +1,4 @@
-"""`jasper-fast prepare librispeech` with a local server of small archives that makes faults on purpose."""
+"""`jasper-fast prepare librispeech` with small archives from a local server that can misbehave."""
 
 import errno
 import multiprocessing
@@ -22,7 +22,7 @@ from jasper_fast.data.prepare import fetch, librispeech, unpack, writing
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch) -> None:
-    """Removes the pause between attempts."""
+    """Removes the pause between download attempts."""
     monkeypatch.setattr(fetch, "PAUSE", 0.0)
 
 
@@ -59,7 +59,6 @@ def test_sets_are_fetched_unpacked_copied_and_described(tmp_path: Path, archives
     out = tmp_path / "out"
     spoken = corpora.utterances(6)
     lines = corpora.read_lines(out / "dev-clean.jsonl")
-    assert len(lines) == 6
     for line, name in zip(lines, sorted(spoken), strict=True):
         audio, text = spoken[name]
         assert (line["text"], line["speaker"]) == (text.lower().strip(), name.split("-")[0])
@@ -116,8 +115,7 @@ def test_a_wrong_md5_is_an_error_and_the_next_run_starts_anew(tmp_path: Path, ar
 
 @pytest.mark.parametrize(("held", "tries", "said"), [(False, 1, "404"), (True, fetch.TRIES, "503")])
 def test_a_server_that_brings_nothing_is_given_up(tmp_path: Path, archives, capsys, held, tries, said) -> None:
-    """Shows that a file which the server does not have is requested once, and one of a busy server TRIES
-    times."""
+    """A file that the server does not have is requested only once; a busy server is asked TRIES times."""
     with corpora.Server(archives if held else {}, ["busy"] * 50) as server:
         assert main(arguments(tmp_path, server.url, archives)) == 2
     assert len(server.asked) == tries and said in capsys.readouterr().err
@@ -215,7 +213,7 @@ def test_killed_at_random_points_it_finishes_to_the_same_bytes(tmp_path: Path) -
     names = sorted(spoken)
     halves = {"dev-clean": names[::2], "train-clean-100": names[1::2]}
     archives = {f"{s}.tar.gz": corpora.archive(s, {n: spoken[n] for n in half}) for s, half in halves.items()}
-    rng, context = random.Random(0), multiprocessing.get_context("fork")  # because a fork starts fast
+    rng, context = random.Random(0), multiprocessing.get_context("fork")  # a forked process starts fast
     size = max(map(len, archives.values()))
     with corpora.Server(archives, slow=0.4 * 4096 / size) as server:
         folders = {}
@@ -225,14 +223,12 @@ def test_killed_at_random_points_it_finishes_to_the_same_bytes(tmp_path: Path) -
         started = time.perf_counter()
         assert main(folders["undisturbed"]) == 0
         took = time.perf_counter() - started
-        ended = []
         for _ in range(20):
             process = context.Process(target=main, args=(folders["killed"],))
             process.start()
             process.join(rng.uniform(0.02, 0.6) * took)
             process.kill()
             process.join()
-            ended.append(process.exitcode)
+            assert process.exitcode in (0, -signal.SIGKILL)
         assert main(folders["killed"]) == 0
-    assert set(ended) <= {0, -signal.SIGKILL}
     assert corpora.tree(tmp_path / "killed") == corpora.tree(tmp_path / "undisturbed")

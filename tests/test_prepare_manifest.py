@@ -32,15 +32,13 @@ def test_a_folder_with_texts_beside_its_audio(tmp_path: Path, capsys) -> None:
     (tmp_path / "ben" / "3-1.trans.txt").write_text("3-1-1 THREE OF THEM\n")
     (tmp_path / "metadata.csv").write_text("5|raw 5|five\n")
     found = manifest_of(tmp_path, tmp_path / "all.jsonl")
-    told = [(e["audio_filepath"], e["text"], e.get("speaker"), e["duration"]) for e in found]
-    assert told == [
+    assert [(e["audio_filepath"], e["text"], e.get("speaker"), e["duration"]) for e in found] == [
         ("5.flac", "five", None, 0.5),
         ("anna/1.flac", "one", "anna", 0.5),
         ("anna/2.flac", "two", "anna", 0.5),
         ("ben/3-1-1.flac", "THREE OF THEM", "ben", 0.5),
     ]
     assert "ben/4.flac: no text" in capsys.readouterr().err
-    assert len(read_manifest(tmp_path / "all.jsonl")) == 4
 
 
 @pytest.mark.parametrize("segments", [False, True])
@@ -54,13 +52,11 @@ def test_a_folder_of_kaldi(tmp_path: Path, capsys, segments: bool) -> None:
     (data / "utt2spk").write_text("".join(f"{name} speaker_{name[0]}\n" for name in names))
     if segments:
         (data / "segments").write_text("a1 a 0 0.4\na2 a 0.4 -1\nb1 b 0.25 0.75\nc1 c 0 1\n")
+    parts = [("a", 0, 0.4), ("a", 0.4, 0.6), ("b", 0.25, 0.5)] if segments else [("a", 0, 1.0), ("b", 0, 1.0)]
     found = manifest_of(data, tmp_path / "all.jsonl")
-    told = [(e["audio_filepath"], e.get("offset", 0), e["duration"], e["speaker"]) for e in found]
-    if segments:
-        a, b = "speaker_a", "speaker_b"
-        assert told == [("a.flac", 0, 0.4, a), ("a.flac", 0.4, 0.6, a), ("b.flac", 0.25, 0.5, b)]
-    else:
-        assert told == [("a.flac", 0, 1.0, "speaker_a"), ("b.flac", 0, 1.0, "speaker_b")]
+    assert [(e["audio_filepath"], e.get("offset", 0), e["duration"], e["speaker"]) for e in found] == [
+        (f"{name}.flac", start, seconds, f"speaker_{name}") for name, start, seconds in parts
+    ]
     assert "a command, not a file" in capsys.readouterr().err
 
 
@@ -80,7 +76,7 @@ def test_tables_with_a_header(tmp_path: Path, capsys) -> None:
     assert [(e["audio_filepath"], e["text"]) for e in found] == [("clips/a.flac", "one, two")]
 
 
-def test_the_array_of_the_reference_and_cuts(tmp_path: Path, capsys) -> None:
+def test_the_array_of_nvidias_jasper_and_cuts(tmp_path: Path, capsys) -> None:
     write(tmp_path, "a.flac")
     files = [{"fname": "a-0.9.flac", "speed": 0.9}, {"fname": "a.flac", "speed": 1.0, "duration": 0.5}]
     (tmp_path / "array.json").write_text(json.dumps([{"transcript": "one", "files": files, "original_duration": 0.5}]))
@@ -122,7 +118,7 @@ def test_sources_that_cannot_be_read_are_one_line_errors(tmp_path: Path, capsys,
 
 
 def spoiled(folder: Path) -> tuple[Path, dict[str, set[str]]]:
-    """Writes a manifest with every fault; returns its path and the expected faults by file."""
+    """Writes a manifest of files with every fault. Returns its path and the expected faults by file name."""
     rng = np.random.default_rng(0)
     lengths = {"good": 16000, "clipped": 16000, "numbers": 16000, "long": 16000 * 18, "brief": 800, "many": 4000}
     speech = {n: 0.1 * rng.standard_normal(size) for n, size in (lengths | {"short": 8000, "empty": 16000}).items()}
@@ -132,7 +128,7 @@ def spoiled(folder: Path) -> tuple[Path, dict[str, set[str]]]:
     whole = (folder / "numbers.wav").read_bytes()
     (folder / "cut.wav").write_bytes(whole[: len(whole) // 2])
     (folder / "noise.wav").write_bytes(b"no audio at all")
-    told = {
+    cases = {
         "good.wav": ("one", 1, set()), "again.wav": ("one", 1, {"duplicate"}), "clipped.wav": ("two", 1, {"clipped"}),
         "silent.wav": ("three", 1, {"silent"}), "long.wav": ("four", 18, {"too_long"}),
         "brief.wav": ("a", 0.05, {"too_short"}), "many.wav": ("far too many letters", 0.25, {"too_short_for_ctc"}),
@@ -141,10 +137,10 @@ def spoiled(folder: Path) -> tuple[Path, dict[str, set[str]]]:
         "noise.wav": ("eight", 1, {"unreadable"}), "absent.wav": ("nine", 1, {"unreadable"}),
         "numbers.wav": ("Mr. Five", 1, set()),
     }  # fmt: skip
-    lines = [json.dumps({"audio_filepath": n, "text": t, "duration": s}) for n, (t, s, _) in told.items()]
+    lines = [json.dumps({"audio_filepath": n, "text": t, "duration": s}) for n, (t, s, _) in cases.items()]
     path = folder / "all.jsonl"
     path.write_text("\n".join([*lines, '{"audio_filepath": "x.wav"}', "{not json"]) + "\n")
-    return path, {name: faults for name, (_, _, faults) in told.items()}
+    return path, {name: faults for name, (_, _, faults) in cases.items()}
 
 
 def test_check_finds_every_fault_and_writes_what_is_clean(tmp_path: Path, capsys) -> None:
@@ -178,8 +174,9 @@ def test_check_goes_by_a_configuration(tmp_path: Path) -> None:
 def test_a_clean_manifest_elsewhere_finds_its_audio(tmp_path: Path) -> None:
     write(tmp_path, "in/a.flac", "in/b.flac")
     files = [{"fname": "b.flac", "speed": 1.1}, {"fname": "a.flac", "speed": 1.0}]
-    entry = {"files": files, "transcript": "one", "original_duration": 0.5}
-    (tmp_path / "in" / "m.json").write_text(json.dumps([entry]))
+    (tmp_path / "in" / "m.json").write_text(
+        json.dumps([{"files": files, "transcript": "one", "original_duration": 0.5}])
+    )
     (tmp_path / "other").mkdir()
     assert main(["check", str(tmp_path / "in" / "m.json"), "--clean", str(tmp_path / "other" / "c.jsonl")]) == 0
     [utterance] = read_manifest(tmp_path / "other" / "c.jsonl", offline_speeds=True)

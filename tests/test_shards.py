@@ -1,4 +1,4 @@
-"""Utterances packed in tar files: written, read, sampled a few shards at a time, resumed."""
+"""Utterances packed in tar files (shards): writing, reading, sampling from a few shards at a time, resuming."""
 
 import gzip
 import json
@@ -15,7 +15,7 @@ from jasper_fast.cli.command import main
 from jasper_fast.data import places
 from jasper_fast.data.batches import BatchSampler, load_batches
 from jasper_fast.data.dataset import SpeechDataset
-from jasper_fast.data.manifest import ManifestError, read_manifest
+from jasper_fast.data.manifest import ManifestError, Utterance, read_manifest
 from jasper_fast.data.perturb import SPEED, Perturb
 from jasper_fast.data.settings import AudioSettings
 from jasper_fast.speech import audio
@@ -25,17 +25,17 @@ from jasper_fast.speech.text import Vocabulary
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """Writes a manifest of files in several folders, and returns its path. Some files share a name, and one is also
-    used in part."""
-    folder, lines = tmp_path, []
+    """Writes a manifest of files in several folders, and returns its path. Some files have the same name. The last line
+    is a part of the last file."""
+    lines = []
     for i in range(12):
-        file = folder / f"s{i % 3}" / f"a.{i // 6}.{i // 3}.flac"
-        file.parent.mkdir(exist_ok=True)
-        file.write_bytes(corpora.tone(i, 0.4 + 0.05 * i))
-        entry = {"audio_filepath": str(file.relative_to(folder)), "duration": 0.4 + 0.05 * i, "text": "abc" * (i % 4)}
-        lines.append(entry | {"text": f"text {'i' * i}", "speaker": f"s{i % 3}"})
-    lines.append({"audio_filepath": lines[-1]["audio_filepath"], "offset": 0.1, "duration": 0.3, "text": "a part"})
-    return corpora.write_lines(folder / "m.jsonl", lines)
+        name, seconds = f"s{i % 3}/a.{i // 6}.{i // 3}.flac", 0.4 + 0.05 * i
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(corpora.tone(i, seconds))
+        entry = {"audio_filepath": name, "duration": seconds, "text": f"text {'i' * i}", "speaker": f"s{i % 3}"}
+        lines.append(entry)
+    lines.append({"audio_filepath": name, "offset": 0.1, "duration": 0.3, "text": "a part"})
+    return corpora.write_lines(tmp_path / "m.jsonl", lines)
 
 
 def pack(folder: Path, out: str = "shards", *more: str) -> Path:
@@ -51,34 +51,40 @@ def packed(tmp_path: Path, corpus: Path) -> Path:
 
 
 def without_places(path: Path, out: Path) -> tuple[Path, list[dict]]:
-    """Writes a manifest without places in tars, as in NeMo's manifests, and returns its path and entries."""
+    """Writes a manifest without the byte ranges in tars, as NeMo does, and returns its path and entries."""
     places = ("tar", "tar_start", "tar_size")
     entries = [{k: v for k, v in entry.items() if k not in places} for entry in corpora.read_lines(path)]
     return corpora.write_lines(out, entries), entries
 
 
+def by_text(manifest: Path) -> dict[str, Utterance]:
+    return {u.text: u for u in read_manifest(manifest)}
+
+
+def read_all(utterances: list[Utterance]) -> tuple[SpeechDataset, int]:
+    """Returns a dataset, and how many utterances its batches have."""
+    data = SpeechDataset(utterances, Vocabulary(), AudioSettings(min_duration=0.0))
+    return data, sum(map(len, load_batches(data, BatchSampler(data.durations, 4, shards=data.shards))))
+
+
 def test_shards_hold_what_the_files_hold(tmp_path: Path, corpus: Path, packed: Path) -> None:
-    plain, found = {u.text: u for u in read_manifest(corpus)}, read_manifest(packed)
+    plain, found = by_text(corpus), read_manifest(packed)
     assert {u.text for u in found} == set(plain) and len(found) == len(plain)
     assert len({u.packed.tar for u in found}) > 2
     for u in found:
         mine = plain[u.text]
         np.testing.assert_array_equal(audio.load(u.source()), audio.load(mine.path, 16000, mine.offset, mine.seconds))
         assert u.speaker == mine.speaker and u.duration == pytest.approx(mine.duration, abs=1e-4)
-    again = pack(tmp_path, "again", "--jobs", "2")
-    assert corpora.tree(again.parent) == corpora.tree(tmp_path / "shards")
+    assert corpora.tree(pack(tmp_path, "again", "--jobs", "2").parent) == corpora.tree(tmp_path / "shards")
 
 
 def test_other_tools_find_their_names(tmp_path: Path, packed: Path) -> None:
-    lines, names = corpora.read_lines(packed), []
-    for path in sorted((tmp_path / "shards").glob("*.tar")):
+    lines, found = corpora.read_lines(packed), {}
+    for path in (tmp_path / "shards").glob("*.tar"):
         with tarfile.open(path) as tar:
-            for member in tar:
-                names.append(member.name)
-                [line] = [x for x in lines if x["audio_filepath"] == member.name]
-                assert path.name == f"audio_{line['shard_id']}.tar"
-                assert (line["tar_start"], line["tar_size"]) == (member.offset_data, member.size)
-    assert len(set(names)) == len(lines) and all(name.count(".") == 1 for name in names)
+            found |= {m.name: (path.name, m.offset_data, m.size) for m in tar}
+    wanted = {x["audio_filepath"]: (f"audio_{x['shard_id']}.tar", x["tar_start"], x["tar_size"]) for x in lines}
+    assert found == wanted and len(found) == len(lines) and all(name.count(".") == 1 for name in found)
 
 
 URL = "memory://bucket/shards"
@@ -86,8 +92,8 @@ URL = "memory://bucket/shards"
 
 @pytest.fixture
 def store(tmp_path: Path, corpus: Path):
-    """Copies tmp_path/shards to an object store (fsspec's in memory); yields, for each request to it, the number of
-    byte ranges."""
+    """Copies the shards to an object store (fsspec's in memory). Yields a list that gets, for each later request, the
+    number of its byte ranges."""
     fsspec = pytest.importorskip("fsspec")
     pack(tmp_path, "shards", "--url", f"{URL}/")
     files = fsspec.filesystem("memory")
@@ -104,8 +110,7 @@ def store(tmp_path: Path, corpus: Path):
 
 def test_an_object_store_gives_what_the_files_give(tmp_path: Path, store: list[int]) -> None:
     remote = read_manifest(f"{URL}/tarred_audio_manifest.json")
-    local = {u.text: u for u in read_manifest(tmp_path / "shards" / "tarred_audio_manifest.json")}
-    plain = {u.text: u for u in read_manifest(tmp_path / "m.jsonl")}
+    local, plain = by_text(tmp_path / "shards" / "tarred_audio_manifest.json"), by_text(tmp_path / "m.jsonl")
     assert {u.text for u in remote} == set(plain) and all(u.packed.tar.startswith(URL) for u in remote)
     assert remote[0].packed == local[remote[0].text].packed  # the manifest contains --url
     made = []
@@ -122,9 +127,8 @@ def test_what_an_object_store_does_not_give_is_named(tmp_path: Path, store: list
 
     utterances = read_manifest(f"{URL}/tarred_audio_manifest.json")
     fsspec.filesystem("memory").rm_file("/bucket/shards/audio_0.tar")
-    data = SpeechDataset(utterances, Vocabulary(), AudioSettings(min_duration=0.0))
-    batches = list(load_batches(data, BatchSampler(data.durations, 4, shards=data.shards)))
-    assert sum(map(len, batches)) == len(utterances) and "the shard cannot be read" in data.skipped.items[0].detail
+    data, count = read_all(utterances)
+    assert count == len(utterances) and "the shard cannot be read" in data.skipped.items[0].detail
     for url in (f"{URL}/absent.json", "nothing://at/all.json", "http://127.0.0.1:9/m.json"):
         assert main(["check", url]) == 2
         error = capsys.readouterr().err
@@ -132,12 +136,12 @@ def test_what_an_object_store_does_not_give_is_named(tmp_path: Path, store: list
 
 
 def test_shards_of_nemo_in_a_store_by_their_pattern(tmp_path: Path, store: list[int]) -> None:
-    """Shows that NeMo's shards are found by patterns: a manifest per shard, tars of other names, and members that are
-    named by their stem or used in part."""
+    """Each shard has a manifest of its own, the tars have other names than ours, and the manifests name files in other
+    folders and parts of files."""
     import fsspec
 
-    files, local = fsspec.filesystem("memory"), read_manifest(tmp_path / "shards" / "tarred_audio_manifest.json")
-    _, entries = without_places(tmp_path / "shards" / "tarred_audio_manifest.json", tmp_path / "nemo.json")
+    files, manifest = fsspec.filesystem("memory"), tmp_path / "shards" / "tarred_audio_manifest.json"
+    _, entries = without_places(manifest, tmp_path / "nemo.json")
     count = max(e["shard_id"] for e in entries) + 1
     for shard in range(count):
         mine = [e | {"audio_filepath": f"old/place/{e['audio_filepath']}"} for e in entries if e["shard_id"] == shard]
@@ -146,23 +150,24 @@ def test_shards_of_nemo_in_a_store_by_their_pattern(tmp_path: Path, store: list[
         files.mv(f"/bucket/shards/audio_{shard}.tar", f"/bucket/tars/part-{shard:03d}.tar")
     tars = f"memory://bucket/tars/part-_OP_000..{count - 1:03d}_CL_.tar"
     found = read_manifest(f"memory://bucket/manifest__OP_0..{count - 1}_CL_.json", tars)
-    assert [(u.text, u.packed[1:]) for u in found] == [(u.text, u.packed[1:]) for u in local]
+    assert [(u.text, u.packed[1:]) for u in found] == [(u.text, u.packed[1:]) for u in read_manifest(manifest)]
     assert all(len(audio.load(u.source())) for u in found)
     with pytest.raises(ManifestError, match="names 1 shards"):
         read_manifest(f"memory://bucket/manifest_{count - 1}.json", "memory://bucket/tars/part-{000..000}.tar")
 
 
 def test_places_in_shards_of_nemo_are_found_once(tmp_path: Path, packed: Path) -> None:
-    """Shows that `prepare manifest` records the places in NeMo's tars and that `check --clean` keeps them."""
+    """`prepare manifest` writes the byte ranges in NeMo's tars into its manifest, and `check --clean` keeps them."""
     nemo, _ = without_places(packed, packed.with_name("nemo.json"))
     assert read_manifest(nemo) == read_manifest(packed)
     (tmp_path / "other").mkdir()
     made, clean = tmp_path / "other" / "m.jsonl", tmp_path / "clean.jsonl"
     assert main(["prepare", "manifest", str(nemo), "--out", str(made), "-q"]) == 0
     main(["check", str(made), "--min-duration", "0", "--clean", str(clean), "-q"])
-    wanted = {u.text: u.packed for u in read_manifest(packed)}
     for manifest in (made, clean):
-        assert {u.text: u.packed for u in read_manifest(manifest)} == wanted
+        assert {(u.text, u.packed) for u in read_manifest(manifest)} == {
+            (u.text, u.packed) for u in read_manifest(packed)
+        }
         assert all("tar_start" in entry for entry in corpora.read_lines(manifest))
 
 
@@ -188,11 +193,10 @@ def test_shards_of_webdataset_without_a_manifest(tmp_path: Path, capsys) -> None
         out.parent.mkdir(exist_ok=True)
         assert main(["prepare", "manifest", str(source), "--out", str(out)]) == 0
         left = capsys.readouterr().err
-        for told in ("mute: no audio among txt", "wordless: no text", "broken.flac: cannot be read", "3 left out"):
-            assert told in left
-        found = read_manifest(out)
-        told = [(u.text, round(u.duration, 3), u.speaker, len(audio.load(u.source()))) for u in found]
-        assert told == [("the first", 0.5, None, 8000), ("the second", 0.4, "7", 6400), ("the third", 0.6, None, 9600)]
+        for message in ("mute: no audio among txt", "wordless: no text", "broken.flac: cannot be read", "3 left out"):
+            assert message in left
+        found = [(u.text, round(u.duration, 3), u.speaker, len(audio.load(u.source()))) for u in read_manifest(out)]
+        assert found == [("the first", 0.5, None, 8000), ("the second", 0.4, "7", 6400), ("the third", 0.6, None, 9600)]
     (tmp_path / "part-01.tar").write_bytes(gzip.compress((tmp_path / "part-01.tar").read_bytes()))
     assert main(["prepare", "manifest", str(tmp_path), "--out", str(out)]) == 2
     assert "part-01.tar: not a complete, uncompressed tar file" in capsys.readouterr().err
@@ -248,9 +252,8 @@ def test_damaged_shards_are_named_and_the_rest_is_used(packed: Path, capsys) -> 
     first.unlink()
     assert main(["check", str(packed), "--min-duration", "0"]) == 1
     assert "the shard cannot be read" in capsys.readouterr().out
-    data = SpeechDataset(utterances, Vocabulary(), AudioSettings(min_duration=0.0))
-    batches = list(load_batches(data, BatchSampler(data.durations, 4, shards=data.shards)))
-    assert sum(map(len, batches)) == len(utterances) and "unreadable" in data.skipped.counts
+    data, count = read_all(utterances)
+    assert count == len(utterances) and "unreadable" in data.skipped.counts
 
 
 @pytest.mark.parametrize(
@@ -274,13 +277,12 @@ def test_files_that_cannot_be_packed_are_named(tmp_path: Path, corpus: Path, cap
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("sizes", [{"batch_size": 4}, {"max_seconds": 30.0}])
 def test_a_plan_by_shards_has_each_item_once_and_few_shards_at_a_time(world: int, sizes: dict) -> None:
-    rng = np.random.default_rng(0)
-    shards, seconds = np.repeat(np.arange(20), 15), rng.uniform(1, 10, 300)
+    shards, seconds = np.repeat(np.arange(20), 15), np.random.default_rng(0).uniform(1, 10, 300)
     plans = [
         BatchSampler(seconds, rank=r, world_size=world, shards=shards, open_shards=4, **sizes) for r in range(world)
     ]
     for epoch in (0, 1):
-        steps = list(zip(*(plan.batches(epoch) for plan in plans), strict=True))
+        steps = zip(*(plan.batches(epoch) for plan in plans), strict=True)
         items = [i for step in steps for batch in step for i in batch]
         assert sorted(items) == list(range(300))
         assert [len(set(shards[items[at : at + 60]])) for at in range(0, 300, 60)] == [4] * 5

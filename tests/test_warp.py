@@ -1,4 +1,4 @@
-"""Augmentation that imitates other speakers and rooms: speaker warp of features, tempo and noise of samples."""
+"""Augmentation that imitates other speakers and rooms: SpeakerWarp on features, tempo and noise on samples."""
 
 import math
 from dataclasses import replace
@@ -22,13 +22,11 @@ BANDS = 64
 
 def centres(f_max: float) -> torch.Tensor:
     """Returns the centre frequencies in Hz of the bands up to f_max."""
-    top = float(_hz_to_mel(torch.tensor(f_max)))
-    return _mel_to_hz(torch.arange(1, BANDS + 1) * top / (BANDS + 1))
+    return _mel_to_hz(torch.arange(1, BANDS + 1) * _hz_to_mel(torch.tensor(f_max)) / (BANDS + 1))
 
 
 def test_a_factor_of_one_changes_nothing_and_rows_are_averages():
-    warp = SpeakerWarp(1.3)
-    m = warp.matrices(torch.tensor([1.0, 1.3, 1 / 1.3]), BANDS)
+    m = SpeakerWarp(1.3).matrices(torch.tensor([1.0, 1.3, 1 / 1.3]), BANDS)
     torch.testing.assert_close(m[0], torch.eye(BANDS), atol=1e-4, rtol=0)
     assert (m >= 0).all()
     torch.testing.assert_close(m.sum(2), torch.ones(3, BANDS))
@@ -44,8 +42,7 @@ def test_a_formant_moves_by_the_factor(factor, f_max):
 
 
 def test_the_map_is_monotone_and_ends_at_the_top():
-    m = SpeakerWarp(1.3).matrices(torch.tensor([0.8, 1.25]), BANDS)
-    position = m @ torch.arange(BANDS, dtype=torch.float32)
+    position = SpeakerWarp(1.3).matrices(torch.tensor([0.8, 1.25]), BANDS) @ torch.arange(BANDS, dtype=torch.float32)
     assert (position.diff(dim=1) > -1e-4).all()
     assert position[:, -1].min() > BANDS - 2.5
 
@@ -56,8 +53,7 @@ def test_shape_memory_order_lengths_and_repeatability():
     warp = SpeakerWarp(1.2, equalize=0.3)
     torch.manual_seed(1)
     y = warp(x, lengths)
-    assert y.shape == x.shape
-    assert y.stride() == x.stride()
+    assert y.shape == x.shape and y.stride() == x.stride()
     for row, length in zip(y, lengths.tolist(), strict=True):
         assert (row[:, length:] == 0).all()
     assert not torch.equal(y[0], x[0])
@@ -67,8 +63,7 @@ def test_shape_memory_order_lengths_and_repeatability():
 
 
 def test_the_equaliser_adds_the_same_curve_to_every_frame():
-    x = torch.zeros(2000, BANDS, 5)
-    y = SpeakerWarp(1.0, equalize=0.5)(x, torch.full((2000,), 5))
+    y = SpeakerWarp(1.0, equalize=0.5)(torch.zeros(2000, BANDS, 5), torch.full((2000,), 5))
     torch.testing.assert_close(y[:, :, 0], y[:, :, 4])
     angle = torch.linspace(0, math.pi, BANDS)
     expected = 0.5 * sum(torch.cos(j * angle) ** 2 / j for j in range(1, 5)).sqrt()
@@ -92,7 +87,7 @@ def test_noise_has_the_level_and_colour_asked_for(slope):
     assert 10 * np.log10(np.mean(speech**2) / np.mean(noise**2)) == pytest.approx(20.0, abs=0.3)
     power = np.abs(np.fft.rfft(noise)) ** 2
     fall = 10 * np.log10(power[500:1000].mean() / power[5000:7500].mean())
-    assert fall == pytest.approx(-slope * 9.0, abs=1.0)  # frequencies a factor of 8 apart: 10*log10(8) = 9
+    assert fall == pytest.approx(-slope * 9.0, abs=1.0)  # frequencies that differ by a factor of 8: 10*log10(8) = 9
     assert np.array_equal(noisy, add_noise(speech, 20.0, slope, seed=3))
     silence = np.zeros(100, np.float32)
     assert np.array_equal(add_noise(silence, 20.0, slope, seed=3), silence)
@@ -116,7 +111,7 @@ def test_tempo_keeps_the_pitch_and_the_level(tempo):
     spectrum = np.abs(np.fft.rfft(y * np.hanning(len(y))))
     assert spectrum.argmax() * 8000 / len(y) == pytest.approx(200, abs=2)
     assert y.std() == pytest.approx(x.std(), rel=0.02)
-    assert np.abs(np.diff(y)).max() < 1.3 * np.abs(np.diff(x)).max()  # no clicks where windows meet
+    assert np.abs(np.diff(y)).max() < 1.3 * np.abs(np.diff(x)).max()  # no clicks between windows
 
 
 @pytest.mark.parametrize("samples", [0, 1, 100, 121, 250])
@@ -138,4 +133,4 @@ def test_tempo_and_noise_reach_the_items_and_repeat(tmp_path):
     assert dataset.durations(3)[0] == pytest.approx(len(item.audio) / 8000, abs=1e-3)
     assert np.array_equal(item.audio, dataset[(3, 0)].audio)
     assert not np.array_equal(item.audio[:8000], dataset[(4, 0)].audio[:8000])
-    assert np.abs(plain[0].audio - speech).max() < 1e-4  # the rounding of 16-bit files
+    assert np.abs(plain[0].audio - speech).max() < 1e-4  # because the file has 16-bit samples

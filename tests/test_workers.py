@@ -1,4 +1,5 @@
-"""Processes that load batches live for many epochs, survive signals to their group, and are replaced when killed."""
+"""Processes that load batches: they work for many epochs, survive signals to their group, and are replaced when
+killed."""
 
 import multiprocessing
 import os
@@ -21,8 +22,7 @@ from jasper_fast.speech.text import Vocabulary
 
 
 class Watched(SpeechDataset):
-    """Stores in an item's ``start`` the id of the process that read it. Reading the item ``deadly`` kills the
-    process."""
+    """Sets an item's ``start`` to the id of the process that reads the item. The item ``deadly`` kills this process."""
 
     deadly = -1
 
@@ -45,7 +45,8 @@ def take(loader, count: int) -> list:
 
 @pytest.fixture
 def begun():
-    """Returns a function that returns the processes started in the test. At the end of the test none may be left."""
+    """Gives the test a function that returns the processes started since. Fails the test if some are left at its
+    end."""
     before, deadline = set(multiprocessing.active_children()), time.monotonic() + 60
     yield lambda: set(multiprocessing.active_children()) - before
     while (left := set(multiprocessing.active_children()) - before) and time.monotonic() < deadline:
@@ -55,7 +56,7 @@ def begun():
 
 @pytest.fixture
 def often(monkeypatch) -> None:
-    """Makes the loader notice a dead process within 0.2 s instead of 5."""
+    """Makes the loader notice a dead process after 0.2 s instead of 5 s."""
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
 
 
@@ -107,8 +108,7 @@ def test_an_error_of_the_program_is_no_death(data, monkeypatch) -> None:
 
 
 def test_sigterm_ends_them_from_their_parent_alone(data, begun) -> None:
-    """Shows that a worker ignores SIGTERM unless its parent sends it. torchrun and SLURM send SIGTERM to the whole
-    group, and the training process then ends its workers itself."""
+    """torchrun and SLURM send SIGTERM to all processes. Workers ignore that, because the training process ends them."""
     loader = load_batches(data, BatchSampler(data.durations, 1), workers=1, endless=True)
     take(loader, 1)
     [process] = begun()
@@ -122,7 +122,7 @@ def test_sigterm_ends_them_from_their_parent_alone(data, begun) -> None:
 
 
 def killed_training(data: SpeechDataset, out: Connection) -> None:
-    """Sends the ids of its loading processes, and then kills itself."""
+    """Sends the ids of its loading processes to `out`, and then kills its own process."""
     loader = load_batches(data, BatchSampler(data.durations, 1), workers=2, endless=True)
     out.send({int(batch.starts[0]) for batch in take(loader, 4)})
     os.kill(os.getpid(), signal.SIGKILL)
@@ -143,7 +143,7 @@ def test_none_outlives_a_killed_training(data) -> None:
 
 
 def running(pid: int) -> bool:
-    """Returns whether this process exists and has not ended."""
+    """Returns whether the process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):

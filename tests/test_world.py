@@ -1,8 +1,8 @@
-"""Training in several processes: all ranks react alike to a fault on one of them, and a checkpoint is saved."""
+"""Training in several processes: a fault or signal in one process makes all of them skip the step or end."""
 
 import inspect
-import json
 
+import corpora
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,18 +20,16 @@ pytestmark = [
 
 
 def without(paths, which: str, gone, tmp_path) -> dict:
-    """Returns `paths` with a copy of the manifest `which`. In it the lines numbered in `gone` name missing files."""
-    lines = [json.loads(line) for line in paths[which].read_text().splitlines()]
+    """Returns `paths` with a copy of the manifest `which`, in which the lines in `gone` name missing files."""
+    lines = corpora.read_lines(paths[which])
     for i, line in enumerate(lines):
         line["audio_filepath"] = f"gone{i}.wav" if i in gone else str(paths[which].parent / line["audio_filepath"])
-    manifest = tmp_path / f"{which}_gone.jsonl"
-    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return paths | {which: manifest}
+    return paths | {which: corpora.write_lines(tmp_path / f"{which}_gone.jsonl", lines)}
 
 
 @pytest.fixture
 def ran(paths, tmp_path):
-    """Returns a function that trains in `size` processes, in the folder "run", see `worlds.world`."""
+    """Returns a function that trains in `size` processes, see `worlds.world`. The run's folder is `name`."""
 
     def run(size, *prepare, corpus=paths, name="run", status=0, **options):
         arguments = train_arguments(corpus, tmp_path / name, **options)
@@ -41,17 +39,17 @@ def ran(paths, tmp_path):
 
 
 def no_substitutes(train, rank: int) -> None:
-    """Stops the dataset from putting other utterances in place of those that cannot be read."""
+    """Keeps the dataset from replacing utterances that cannot be read by others."""
     from jasper_fast.data import dataset
 
     dataset._SUBSTITUTES = 0
 
 
 def test_a_step_that_one_rank_cannot_read_is_skipped_by_all(ran, paths, tmp_path):
-    """Shows that all ranks skip a step in which one rank can read no file."""
     flawed = without(paths, "train", {3}, tmp_path)
     members = ran(2, no_substitutes, corpus=flawed, batch_size=1, epochs=1, val_manifests=None)
-    assert "step skipped: " in members[0].said + members[1].said and "gone3.wav" in members[0].said + members[1].said
+    said = members[0].said + members[1].said
+    assert "step skipped: " in said and "gone3.wav" in said
     assert [len(m.steps) for m in members] == [7, 7]
     state = checkpoint.load(tmp_path / "run" / "step_00000008.pt")
     assert state["meter"]["unread"] == 1 and (state["epoch"], state["position"]) == (1, 0)
@@ -61,7 +59,7 @@ def test_a_step_that_one_rank_cannot_read_is_skipped_by_all(ran, paths, tmp_path
 def test_a_step_in_which_one_rank_has_a_nan_is_skipped_by_all(ran, tmp_path):
     members = ran(2, worlds.nan_in, "train7.wav", batch_size=2, epochs=2, val_manifests=None)
     said = members[0].said + members[1].said
-    assert "Warning" not in said  # such as PyTorch's about a feature that it will remove
+    assert "Warning" not in said  # for instance a DeprecationWarning of PyTorch
     assert said.count("step skipped: ") == 2 and said.count("train7.wav: its features are not finite") == 2
     assert [len(m.steps) for m in members] == [8, 8] and "done: step 8" in members[0].said
     state = checkpoint.load(tmp_path / "run" / "step_00000008.pt")
@@ -71,10 +69,9 @@ def test_a_step_in_which_one_rank_has_a_nan_is_skipped_by_all(ran, tmp_path):
 
 def test_a_run_that_can_read_nothing_ends_saved(ran, paths, tmp_path):
     flawed = without(paths, "train", range(16), tmp_path)
+    how = {"epochs": 9, "val_manifests": None, "max_bad_steps": 3}
     for size in (1, 2):
-        how = {"epochs": 9, "val_manifests": None, "max_bad_steps": 3}
-        members = ran(size, corpus=flawed, name=str(size), status=1, **how)
-        for member in members:
+        for member in ran(size, corpus=flawed, name=str(size), status=1, **how):
             assert "error: 3 steps in a row were skipped" in member.said and "gone" in member.said
         assert checkpoint.load(tmp_path / str(size) / "step_00000003.pt")["step"] == 3
 
@@ -95,7 +92,7 @@ def test_a_signal_to_one_process_ends_all_within_a_step(ran, tmp_path, on_rank):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_signal_is_heard_while_a_step_is_loaded(ran, tmp_path, size):
-    """Shows that after a signal in the first of four micro-batches the other three are not read and no step is made."""
+    """The signal comes in the first of a step's four micro-batches. The other three are not read."""
     how = {"batch_size": 1, "epochs": 9, "grad_accumulation": 4, "val_manifests": None}
     members = ran(size, worlds.signal_in, size - 1, "load", **how)
     assert [len(m.steps) for m in members] == [1] * size
@@ -104,7 +101,7 @@ def test_a_signal_is_heard_while_a_step_is_loaded(ran, tmp_path, size):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_signal_is_heard_while_validating(ran, tmp_path, size):
-    """Shows that a signal ends validation on every rank, and that a resumed run repeats the validation."""
+    """A signal to one process ends the validation in all, and a resumed run repeats the validation."""
     how = {"batch_size": 1, "epochs": 9, "val_every": 3, "save_every": 100, "ema": 0.9}
     members = ran(size, worlds.signal_in, size - 1, "validate", **how)
     assert [len(m.steps) for m in members] == [3] * size
@@ -125,15 +122,14 @@ def test_what_keeps_one_process_from_starting_ends_all(ran, name):
 
 @pytest.mark.parametrize("name", ["broadcast_buffers", "forward_sync_buffers"])
 def test_buffers_are_left_alone_by_either_name(name, monkeypatch):
-    """Shows that the broadcast of buffers is off, whether the option has its old name or that of torch 2.13."""
+    """DDP's broadcast of buffers is off, both by the option's old name and by its name in torch 2.13."""
     given = {}
 
     class Parallel:
         def __init__(self, module, device_ids=None, **how):
             given.update(how)
 
-    mine = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
-    Parallel.__signature__ = inspect.Signature([mine])
+    Parallel.__signature__ = inspect.Signature([inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)])
     monkeypatch.setattr(train, "DistributedDataParallel", Parallel)
     train.distributed(torch.nn.Linear(1, 1), Ranks(0, 2, torch.device("cpu")))
     assert given == {name: False, "gradient_as_bucket_view": True}

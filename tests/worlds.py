@@ -1,6 +1,7 @@
-"""Small worlds of gloo processes that run train.py or a command. They are forked from a server that has already
-imported torch, so a world of three costs only a second. Training records the utterances of its steps."""
+"""Small groups of gloo processes that run train.py or a command. The processes are forked from a server that has
+imported torch already, so a group of three takes only a second."""
 
+import argparse
 import contextlib
 import json
 import multiprocessing
@@ -22,8 +23,8 @@ _PRELOAD += ["jasper_fast.lm.saved", "rich.progress", "soundfile", "worlds"]
 
 @dataclass
 class Member:
-    """How one process ended: its exit status, its standard error (`said`) and output (`printed`), and for each of its
-    training steps the (epoch, name) of the utterances."""
+    """What one process did: its exit status, its standard error (`said`), its standard output (`printed`), and the
+    (epoch, name) of the utterances of each training step."""
 
     status: int
     said: str
@@ -32,21 +33,21 @@ class Member:
 
 
 def nothing(train, rank: int) -> None:
-    """Prepares nothing."""
+    pass
 
 
 def world(
     size: int, arguments: list[str], folder: Path, prepare: Callable = nothing, *args, status: int = 0
 ) -> list[Member]:
-    """Runs train.py with `arguments` in `size` processes, each of which first calls `prepare(train, rank, *args)`.
-    Raises AssertionError if a process does not end with `status`."""
+    """Runs train.py with `arguments` in `size` processes. Each first calls `prepare(train, rank, *args)`. Raises
+    AssertionError if a process does not end with the exit status `status`."""
     members = processes(size, folder, _train, arguments, folder, prepare, args)
     assert [m.status for m in members] == [status] * size, [m.said for m in members]
     return members
 
 
 def command(size: int, arguments: list[str], folder: Path) -> list[Member]:
-    """Runs `jasper-fast` with `arguments` in `size` processes. Raises AssertionError if one does not succeed."""
+    """Runs `jasper-fast` with `arguments` in `size` processes. Raises AssertionError if a process fails."""
     members = processes(size, folder, _command, list(map(str, arguments)))
     assert [m.status for m in members] == [0] * size, [m.said for m in members]
     return members
@@ -61,8 +62,9 @@ def processes(size: int, folder: Path, run: Callable, *args) -> list[Member]:
     context.set_forkserver_preload(_PRELOAD)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent makes it
     folder.mkdir(parents=True, exist_ok=True)
-    how = (size, store.port, folder, run, args)
-    members = [context.Process(target=_member, args=(rank, *how)) for rank in range(size)]
+    members = [
+        context.Process(target=_member, args=(rank, size, store.port, folder, run, args)) for rank in range(size)
+    ]
     for process in members:
         process.start()
     deadline = time.monotonic() + HANG
@@ -118,7 +120,7 @@ def _train(rank: int, arguments: list[str], folder: Path, prepare: Callable, arg
 
 
 def signal_at(train, rank: int, on_rank: int, step: int) -> None:
-    """Sends SIGTERM to the rank `on_rank` after this step."""
+    """Sends SIGTERM to the process of rank `on_rank` after step `step`."""
     main = train.main
 
     def watched(args, stop):
@@ -132,8 +134,8 @@ def signal_at(train, rank: int, on_rank: int, step: int) -> None:
 
 
 def signal_in(train, rank: int, on_rank: int, where: str) -> None:
-    """Sends SIGTERM to one rank while it loads its fifth batch ("load") or decodes its first batch of validation
-    ("validate")."""
+    """Sends SIGTERM to the process of rank `on_rank` while it loads its fifth batch (`where` is "load") or decodes its
+    first batch of validation ("validate")."""
     from jasper_fast.training import split, validate
 
     module, name, call = (split, "load_batches", 5) if where == "load" else (validate, "heard", 1)
@@ -158,7 +160,7 @@ def signal_in(train, rank: int, on_rank: int, where: str) -> None:
 
 
 def nan_in(train, rank: int, name: str) -> None:
-    """Fills the audio of the file called `name` with NaN."""
+    """Fills with NaN the audio of the file whose path ends with `name`."""
     from jasper_fast.data import batches
 
     real = batches.collate
@@ -174,7 +176,7 @@ def nan_in(train, rank: int, name: str) -> None:
 
 
 def other_manifest(train, rank: int, name: str) -> None:
-    """Gives the second rank a manifest that does not exist, as the argument `name`."""
+    """Sets the argument `name` of rank 1 to a manifest that does not exist."""
     arguments = train.arguments
     if rank == 1:
-        train.arguments = lambda *args: (found := arguments(*args)).__dict__.update({name: ["gone.jsonl"]}) or found
+        train.arguments = lambda *args: argparse.Namespace(**vars(arguments(*args)) | {name: ["gone.jsonl"]})

@@ -1,4 +1,4 @@
-"""Damaged files: each reader either succeeds or raises its own error, which names the file."""
+"""Random damaged files: each reader either succeeds or raises its documented error, which names the file."""
 
 import functools
 import io
@@ -21,7 +21,7 @@ from jasper_fast.nn.model import Jasper
 from jasper_fast.speech import audio as reader
 from jasper_fast.speech.audio import AudioError
 
-HANG = 20  # seconds, far more than a reader needs for the tiny files
+HANG = 20  # seconds, far more than a reader needs for these small files
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def time_limit():
 
 @contextmanager
 def written(content: bytes, name: str):
-    """Yields the path of a file with this content; stops a case that hangs."""
+    """Yields the path of a file with this content. Applies `time_limit` to the block."""
     with tempfile.TemporaryDirectory() as folder, time_limit():
         path = Path(folder) / name
         path.write_bytes(content)
@@ -50,8 +50,8 @@ def written(content: bytes, name: str):
 
 
 def damage(content: bytes, rng: random.Random, first: int | None = None) -> bytes:
-    """Returns `content` with a few bits flipped, or with bytes replaced, removed or cut off at the end. The damage lies
-    within the `first` bytes, or anywhere if that is None."""
+    """Returns `content` with a few changes: a bit flipped, a byte replaced, bytes removed, or the end cut off. Flipped,
+    replaced and removed bytes are among the `first` bytes (None: anywhere)."""
     data = bytearray(content)
     for _ in range(rng.choice([1, 1, 2, 4, 16])):
         end = min(len(data), first or len(data))
@@ -73,7 +73,7 @@ VALUES = [None, True, 0, -1, 1e400, float("nan"), 10**300, 10**400, "", "x", "\0
 
 
 def mutate(value, rng: random.Random):
-    """Returns a copy of the JSON `value` in which something is replaced, left out or nested."""
+    """Returns a copy of the JSON value in which one part is replaced, left out or put into a list."""
     if rng.random() < 0.25 or not isinstance(value, (dict, list)) or not value:
         return rng.choice(VALUES) if rng.random() < 0.7 else [value]
     if isinstance(value, dict):
@@ -120,8 +120,8 @@ def manifests(seed: int) -> None:
 
 @functools.cache
 def sound(form: str, subtype: str, channels: int) -> bytes:
-    samples = np.random.default_rng(0).uniform(-0.5, 0.5, (400, channels))
     file = io.BytesIO()
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, (400, channels))
     soundfile.write(file, samples, 8000, format=form, subtype=subtype)
     return file.getvalue()
 
@@ -167,7 +167,7 @@ def checkpoints(seed: int) -> None:
         file = io.BytesIO()
         torch.save(state, file)
         content = file.getvalue()
-    else:  # damage the first bytes half of the time, because damage to tensor data often has no effect
+    else:  # half of the time only the first bytes, because damage to tensor data often has no effect
         form = rng.choice(["jasper_fast", "nvidia", "nemo", "safetensors"])
         content = damage(checkpoint(form), rng, rng.choice([None, 1200]))
     with written(content, "model.pt") as path:

@@ -1,6 +1,6 @@
-"""Runs many random cases of one kind: python tests/fuzz/run.py KIND --cases 2000 --seed 1, KIND one of KINDS.
+"""Runs many random cases of one kind, one of KINDS: python tests/fuzz/run.py KIND --cases 2000 --seed 1.
 
-Case i has the seed SEED + i. For every failing case it prints the seed, the error and a command that runs only
+Case i has the seed SEED + i. For every failing case the program prints the seed, the error and a command that runs only
 that case. The exit status is 1 if any case failed.
 """
 
@@ -15,7 +15,7 @@ KINDS = ("models", "manifests", "audio", "checkpoints", "corpora")
 
 
 def failures(kind: str, cases: int, seed: int) -> list[str]:
-    """Returns one line for each failing case of `kind`: what is wrong, and the command that runs the case again."""
+    """Returns a text for each failing case of `kind`: the error, and the command that runs the case again."""
     import hostile
     import models
     import spoiled
