@@ -34,7 +34,7 @@ from jasper_fast.bench.report import goals, html_page, terminal
 from jasper_fast.bench.rivals import choice
 from jasper_fast.bench.tune import tune
 from jasper_fast.dispatch import backends
-from jasper_fast.kernels import precision
+from jasper_fast.kernels import precision, tables
 from jasper_fast.options import Option, add, option
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -263,28 +263,37 @@ REPORT = (
 )
 
 
+OTHERS = {  # subcommands that measure no rows: (help, what the description adds, options)
+    "data": (
+        "measure how fast one core prepares padded batches from audio files, and how many cores a GPU needs",
+        ". Reads the files of --manifest, or FLAC files that it makes. First it measures one thread in CPU time, on "
+        "which other work on the machine has little effect. Then it measures worker processes, in CPU time and by the "
+        "clock.",
+        DATA,
+    ),
+    "compile": (
+        "compile every kernel for sm_80 to sm_100 without a GPU, and compare the results with a committed table",
+        "",
+        gate.OPTIONS,
+    ),
+    "report": ("write one self-contained HTML page, or the README's table, from results", "", REPORT),
+}
+
+
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of all subcommands and their options."""
     top = argparse.ArgumentParser(prog=paths.COMMAND, description=__doc__)
     sub = top.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
-    common = argparse.ArgumentParser(add_help=False)
-    add(common, {"": COMMON})
     for name, command in COMMANDS.items():
-        made = sub.add_parser(name, help=command.help, description=command.help, parents=[common])
-        add(made, {"": command.options})
-    about = "measure how fast one core prepares padded batches from audio files, and how many cores a GPU needs"
-    more = """. Reads the files of --manifest, or FLAC files that it makes. First it measures one thread in CPU time, on
-which other work on the machine has little effect. Then it measures worker processes, in CPU time and by the clock."""
-    add(sub.add_parser("data", help=about, description=about + more), {"": DATA})
-    about = "compile every kernel for sm_80 to sm_100 without a GPU, and compare the results with a committed table"
-    add(sub.add_parser("compile", help=about, description=about), {"": gate.OPTIONS})
+        options = (*COMMON, *command.options)
+        add(sub.add_parser(name, help=command.help, description=command.help), {"": options})
+    for name, (about, more, options) in OTHERS.items():
+        add(sub.add_parser(name, help=about, description=about + more), {"": options})
     about = (
         "time the implementations of each op and their tile sizes on this GPU, and write the table for --backend auto"
     )
     raw = argparse.RawDescriptionHelpFormatter
     tune.add_arguments(sub.add_parser("tune", help=about, description=tune.__doc__, formatter_class=raw))
-    about = "write one self-contained HTML page, or the README's table, from results"
-    add(sub.add_parser("report", help=about, description=f"{about.capitalize()}."), {"": REPORT})
     return top
 
 
@@ -371,9 +380,9 @@ def _measure(run: Run, args: argparse.Namespace, work: Callable[[Run, argparse.N
             html_page.main([run.results.path], None, False)
         except SystemExit as missing:  # a package that only the page needs
             say(f"the HTML page was not written: {missing}")
-    if told := shortfall(data):
-        say(told)
-    return 1 if told else 0
+    if missing := shortfall(data):
+        say(missing)
+    return 1 if missing else 0
 
 
 def shortfall(data: dict) -> str:
@@ -387,8 +396,8 @@ def shortfall(data: dict) -> str:
     parts = [f"{title}: {how}" for title, how in data.get("parts", {}).items() if how.startswith("failed")]
     counts = ", ".join(f"{n} {status}" for status, n in Counter(status for status, _ in rows).items())
     named = "; ".join(name.removesuffix(f" / {OURS}") for _, name in rows)
-    told = [f"{OURS} has no number ({counts}) in {named}"] if rows else []
-    return ". ".join(told + ([f"parts that failed: {'; '.join(parts)}"] if parts else []))
+    lines = [f"{OURS} has no number ({counts}) in {named}"] if rows else []
+    return ". ".join(lines + ([f"parts that failed: {'; '.join(parts)}"] if parts else []))
 
 
 def _kept(results: result_file.Results) -> str:
@@ -425,7 +434,7 @@ def start(args: argparse.Namespace, arguments: Sequence[str]) -> Run:
     path = _resumable(args, header) if args.resume else None
     if path is None:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        name, commit = machine.slug(header["machine"]["name"]), header["machine"]["commit"] or "nogit"
+        name, commit = tables.slug(header["machine"]["name"]), header["machine"]["commit"] or "nogit"
         path = args.out / f"{args.command}_{name}_{stamp}_{commit}.json"
     load, cores = header["machine"]["load_average"], header["machine"]["cpu"]["cores"]
     if load and load[0] > 0.5 * cores:
@@ -442,9 +451,8 @@ def start(args: argparse.Namespace, arguments: Sequence[str]) -> Run:
 
 def _resumable(args: argparse.Namespace, header: dict) -> Path | None:
     """Returns the path of the newest unfinished result of the same subcommand, machine and commit, or None."""
-    pattern = f"{args.command}_{machine.slug(header['machine']['name'])}_*.json"
-    newest = sorted(args.out.glob(pattern), reverse=True)
-    return next((path for path in newest if result_file.unfinished(path, header)), None)
+    results = sorted(args.out.glob(f"{args.command}_{tables.slug(header['machine']['name'])}_*.json"), reverse=True)
+    return next((path for path in results if result_file.unfinished(path, header)), None)
 
 
 def _relative(path: Path) -> Path:

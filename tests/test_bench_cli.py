@@ -15,6 +15,7 @@ from jasper_fast.bench.harness import limits, machine, options, result_file
 from jasper_fast.bench.harness.errors import DeviceLost
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.report import html_page
+from jasper_fast.kernels import tables
 
 MEASURING = ("kernels", "gpu")  # all subcommands that measure rows share their options and their start
 RUNS = ("kernels", "tune")
@@ -107,7 +108,7 @@ def test_a_folder_that_cannot_be_written_is_told(command, capsys, at_once, tmp_p
 @pytest.mark.parametrize("command", MEASURING)
 @pytest.mark.parametrize("content", ["{", "[]", '{"rows": 3}'])
 def test_a_damaged_file_is_not_resumed(command, content, capsys, at_once, tmp_path):
-    damaged = tmp_path / f"{command}_{machine.slug(machine.name(torch.device('cpu')))}_20260101-000000_c.json"
+    damaged = tmp_path / f"{command}_{tables.slug(machine.name(torch.device('cpu')))}_20260101-000000_c.json"
     damaged.write_text(content)
     line = told(capsys, [command, "--device", "cpu", "--out", str(tmp_path), "--resume"])
     assert f"--resume: {damaged}" in line and "delete it" in line

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -107,7 +108,7 @@ def test_a_run_pays_for_the_newest_matrix_and_adds_the_gradients_of_the_older(mo
     """Shows which ops one timed run calls. The gradients of the means and covariances of two older inputs take four
     sums."""
     i = panes.Inputs(2, 40, BLOCK, torch.float32, CPU)
-    runner = panes.runner(panes.fused("gram", "auto"), i, "ntc", mode, gram=True)
+    runner = panes.runner(functools.partial(panes.fused, "gram", "auto"), i, "ntc", mode, gram=True)
     runner.run()  # makes the Gram matrices that earlier blocks make in a step, and the graph for backward
     with Calls() as calls:
         runner.run()
@@ -128,11 +129,10 @@ def test_a_retained_graph_is_of_the_inputs_as_they_are(form):
     """Shows that after a refill, a run of backward does not use the graph or the matrices of the old inputs."""
     i = panes.Inputs(2, 40, BLOCK, torch.float32, CPU)
     made: list[list[torch.Tensor]] = []
-    right = panes.fused(form, "auto")
 
     def spying(leaves, lengths, running, older):
         made.append([x.detach().clone() for x in leaves.xs] + [g.mean.detach().clone() for g in older])
-        return right(leaves, lengths, running, older)
+        return panes.fused(form, "auto", leaves, lengths, running, older)
 
     runner = panes.runner(spying, i, "ntc", "backward", gram=form == "gram")
     runner.run()

@@ -18,10 +18,13 @@ from jasper_fast.bench.harness.case import Answer, Case, Contender, Runner
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.rivals import choice, compiler
 
-# Shapes (N, C, T). The first two on each device have goals. The others are the remaining widths of Jasper 10x5.
+# Shapes (N, C, T): two that have goals, and then the other widths of Jasper 10x5.
 CPU_SHAPES = ((8, 256, 800), (4, 768, 800), (4, 384, 800), (4, 512, 800), (4, 640, 800), (4, 896, 800), (4, 1024, 800))
 GPU_SHAPES = tuple((32, C, 832) for C in (256, 768, 384, 512, 640, 896, 1024)) + ((1, 256, 352), (1, 768, 352))
 GRADIENTS = ("dy", "dgamma", "dbeta", "dres")
+# The order of the sums over N*T rows depends on the kernel. Even PyTorch differs from fp64 by 23 eps, on one thread in
+# channels_last memory.
+TOLERANCE = correct.Tolerance(factor=2.0, floor=40.0)
 
 
 class Inputs(common.Held):
@@ -38,8 +41,7 @@ class Inputs(common.Held):
 
     def fill(self, g: torch.Generator) -> None:
         """Draws new values. Each channel of y has its own mean, as in a conv's output."""
-        self.gamma.copy_(self.positive(self.gamma, g))
-        self.beta.copy_(self.randn(self.beta, g) * 0.3)
+        self.draw_norm(self.gamma, self.beta, g)
         for t in self.nct.values():
             t.copy_(self.randn(t, g))
         y = 1.5 * self.nct["y"] + self.randn(self.gamma, g)[:, None]
@@ -47,25 +49,20 @@ class Inputs(common.Held):
         self.draw_lengths(y.shape[2], g)
 
 
-def fused(backend: str) -> common.Chain:
-    """Returns jasper_fast's op with the signature of the eager chain."""
-    how = {"momentum": common.MOMENTUM, "eps": common.EPS, "backend": backend, "training": True}
-
-    def call(y: Tensor, gamma: Tensor, beta: Tensor, running: common.Stats, residual, lengths, p: float) -> Tensor:
-        return ops.bn_relu_dropout(y, gamma, beta, *running, residual=residual, lengths=lengths, p=p, **how)
-
-    return call
+def fused(backend: str, y: Tensor, gamma: Tensor, beta: Tensor, running: common.Stats, residual, lengths, p) -> Tensor:
+    """Computes the chain by jasper_fast's op, with the arguments of `eager_chain`."""
+    how = {"residual": residual, "lengths": lengths, "p": p, "momentum": common.MOMENTUM, "eps": common.EPS}
+    return ops.bn_relu_dropout(y, gamma, beta, *running, training=True, backend=backend, **how)
 
 
 def named(z: Tensor, gradients: Sequence[Tensor], running: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """Returns the tensors of an answer that are compared, by name. Without a residual there is one gradient fewer."""
-    statistics = dict(zip(("running_mean", "running_var"), running, strict=True))
-    return {"z": z, **dict(zip(GRADIENTS, gradients, strict=False)), **statistics}
+    """Returns the tensors of an answer that are compared, by name. Without a residual there is no "dres"."""
+    named = dict(zip(GRADIENTS, gradients, strict=False))
+    return {"z": z, **named, "running_mean": running[0], "running_var": running[1]}
 
 
 def runner(chain: common.Chain, inputs: Inputs, memory: str, mode: str, p: float) -> Runner:
-    """Returns the runner of a chain, on inputs in its memory order. Its `outputs` are all results and gradients with
-    dropout off."""
+    """Returns the runner of a chain on inputs in the order `memory`. Its `outputs` are all results and gradients."""
     tensors = getattr(inputs, memory)
     residual = tensors.get("residual")
     wanted = [tensors["y"], inputs.gamma, inputs.beta] + ([residual] if residual is not None else [])
@@ -80,8 +77,8 @@ def runner(chain: common.Chain, inputs: Inputs, memory: str, mode: str, p: float
         z = forward(q, stats)
         return named(z, gradients(z), stats)
 
-    run = common.timed(mode, inputs, forward, gradients)
-    return Runner(run, lambda: everything(0.0), lambda: dropout_complaints(everything(p), inputs, p))
+    timed = common.timed(mode, inputs, forward, gradients)
+    return Runner(timed, lambda: everything(0.0), lambda: dropout_complaints(everything(p), inputs, p))
 
 
 def answer(inputs: Inputs, dtype: torch.dtype, keep: Tensor | None = None, p: float = 0.0) -> dict[str, Tensor]:
@@ -103,20 +100,13 @@ def answer(inputs: Inputs, dtype: torch.dtype, keep: Tensor | None = None, p: fl
 def dropout_complaints(got: Answer, inputs: Inputs, p: float) -> list[str]:
     """Returns complaints about an answer with dropout on.
 
-    The mask (where z is not zero) must have the right rate, and every gradient must match that mask.
+    The dropout mask (where z is not zero) must have the right rate, and every gradient must match that mask.
     """
     keep = got["z"] != 0
-    off = answer(inputs, torch.float32)["z"] > 1e-3
-    rate = correct.keep_rate_complaint(int((keep & off).sum()), int(off.sum()), p)
-    wrong = correct.complaints(
-        got, answer(inputs, inputs.dtype, keep, p), answer(inputs, torch.float64, keep, p), TOLERANCE
-    )
-    return [f"dropout on: {line}" for line in [*([rate] if rate else []), *wrong]]
-
-
-# The order of the sums over N*T rows depends on the kernel. On one thread in channels_last memory even PyTorch differs
-# from fp64 by 23 eps.
-TOLERANCE = correct.Tolerance(factor=2.0, floor=40.0)
+    undropped = answer(inputs, torch.float32)["z"] > 1e-3
+    wrong = correct.keep_rate_complaints(int((keep & undropped).sum()), int(undropped.sum()), p)
+    low, ref = (answer(inputs, dtype, keep, p) for dtype in (inputs.dtype, torch.float64))
+    return [f"dropout on: {line}" for line in wrong + correct.complaints(got, low, ref, TOLERANCE)]
 
 
 def case(run: Run, shape: tuple[int, int, int], mode: str, residual: bool, compiled: bool) -> Case:
@@ -124,29 +114,24 @@ def case(run: Run, shape: tuple[int, int, int], mode: str, residual: bool, compi
     N, C, T = shape
     inputs = functools.cache(lambda: Inputs(N, C, T, run.dtype, run.device, residual))
 
-    def make(chain: common.Chain, memory: str) -> Callable[[], Runner]:
-        return lambda: runner(chain, inputs(), memory, mode, common.P)
+    def contender(name: str, build: Callable[[], common.Chain], memory: str = "ntc") -> Contender:
+        return Contender(name, lambda: runner(build(), inputs(), memory, mode, common.P))
 
-    def compile_chain() -> Runner:
+    def compile_chain() -> common.Chain:
         compiler.needs_compiler()
-        return runner(torch.compile(common.eager_chain, dynamic=False), inputs(), "nct", mode, common.P)
+        return torch.compile(common.eager_chain, dynamic=False)
 
     contenders = [
-        Contender("jasper_fast", make(fused(run.backend), "ntc")),
-        Contender("eager", make(common.eager_chain, "nct")),
-        Contender("eager_2d_channels_last", make(common.eager_chain_2d, "ntc")),
+        contender("jasper_fast", lambda: functools.partial(fused, run.backend)),
+        contender("eager", lambda: common.eager_chain, "nct"),
+        contender("eager_2d_channels_last", lambda: common.eager_chain_2d),
     ]
-
-    def cuda_face() -> Runner:
-        choice.needs_cuda_face(run, convs=False)
-        return make(fused("cuda"), "ntc")()
-
-    contenders += [Contender(name, cuda_face) for name in choice.cuda_face(run)]
+    cuda = lambda: functools.partial(fused, choice.cuda_backend(run, convs=False))  # noqa: E731
+    contenders += [contender(name, cuda) for name in choice.cuda_face(run)]
     if compiled:
-        contenders.append(Contender("compile", compile_chain))
+        contenders.append(contender("compile", compile_chain, "nct"))
     if run.rivals == "all" and run.backend != "reference":
-        contenders.append(Contender("reference", make(fused("reference"), "ntc")))
-    size = run.dtype.itemsize
+        contenders.append(contender("reference", lambda: functools.partial(fused, "reference")))
     return Case(
         "kernels",
         {
@@ -162,15 +147,15 @@ def case(run: Run, shape: tuple[int, int, int], mode: str, residual: bool, compi
         low=lambda: answer(inputs(), run.dtype),
         tolerance=TOLERANCE,
         flops=counts.bn_relu_dropout_flops(N, C, T, mode),
-        nbytes=counts.bn_relu_dropout_bytes(N, C, T, size, mode, residual),
+        nbytes=counts.bn_relu_dropout_bytes(N, C, T, run.dtype.itemsize, mode, residual),
         needs=("bn_relu_dropout",),
     )
 
 
 def cases(run: Run, mode: str | None = None) -> list[Case]:
-    """Returns the cases: every width in every mode, and one shape with a residual. The shapes with goals come first.
+    """Returns the cases: every shape in every mode, and one shape with a residual. The shapes with goals come first.
 
-    With `--quick` they are the two shapes with goals and the one with a residual, with forward and backward together.
+    With `--quick` they are the two shapes with goals and the one with a residual, in the mode "both".
     """
     shapes = GPU_SHAPES if run.device.type == "cuda" else CPU_SHAPES
     goals, others = shapes[:2], shapes[2:]

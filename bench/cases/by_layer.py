@@ -10,7 +10,7 @@ from jasper_fast.bench.harness.run import Run
 
 
 def layer_cases(run: Run, op: str, N: int, T: int, layer: Layer, modes: tuple[str, ...]) -> list[Case]:
-    """Returns one case of the layer per mode. Cases of training share their inputs. "inference" may be a mode too."""
+    """Returns one case of the layer per mode. The cases of training share their inputs."""
     inputs = functools.cache(lambda: sub_blocks.Inputs(N, T, layer, run.dtype, run.device))
     return [
         sub_block_inference.case(run, N, T, layer)
@@ -24,14 +24,13 @@ def cases(op: str) -> common.Cases:
     """Returns a function that makes the cases of one layer after another, so that only one layer's tensors are in
     memory.
 
-    Each layer has one case per mode. The op sub_block also has the mode inference. With `--quick` there are only two
+    Each layer has one case per mode. `sub_block` also has the mode "inference". With `--quick` there are only two
     layers.
     """
     every = (*common.MODES, "inference") if op == "sub_block" else common.MODES
 
     def make(run: Run, mode: str | None) -> Iterator[list[Case]]:
-        few = run.quick or run.brief
-        for layer in (Layer(768, 768, 25), Layer(256, 256, 11)) if few else layers():
+        for layer in (Layer(768, 768, 25), Layer(256, 256, 11)) if run.quick or run.brief else layers():
             yield layer_cases(run, op, *common.batch(run, layer), layer, common.chosen(run, mode, every))
 
     return make

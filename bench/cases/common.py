@@ -23,9 +23,9 @@ Cases = Callable[[Run, str | None], Iterable[list[Case]]]  # (run, mode or None)
 # An output of a conv is the sum of as many as 22,000 products, in an order that depends on the kernel. Even PyTorch's
 # own convs in NCT and in channels_last memory differ by 20 eps.
 CONV_TOLERANCE = correct.Tolerance(factor=2.0, floor=40.0)
-# For fp32 convs that may use TF32. The floor is four times the eps of TF32, because tensor cores truncate the operands.
-# It is counted in eps of fp32 (2**-23; TF32 has 2**-10). PyTorch's own error cannot set the limit, because cuDNN may
-# choose a kernel without TF32.
+# For fp32 convs that may use TF32. The floor is four eps of TF32 (2**-10), in units of the eps of fp32 (2**-23),
+# because tensor cores truncate the operands. PyTorch's own error cannot set the limit, because cuDNN may choose a
+# kernel without TF32.
 ROUNDED = correct.Tolerance(factor=2.0, floor=4.0 * 2**13)
 
 
@@ -40,21 +40,17 @@ def off_the_edge(y: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor | None
     return torch.where(pre.abs() < margin, y + (target - pre) / scale, y)
 
 
-def mask(lengths: Tensor, T: int) -> Tensor:
-    """Returns a mask (N, 1, T) that is true at t >= length."""
-    return (torch.arange(T, device=lengths.device) >= lengths[:, None]).unsqueeze(1)
-
-
 def masked_last(x: Tensor, lengths: Tensor) -> Tensor:
-    """Returns `x` masked, in the memory order of `x`, unlike masked_fill, which would return NCT memory."""
-    return torch.where(mask(lengths, x.shape[2]), 0.0, x)
+    """Returns `x` (N, C, T), in NTC memory, with zeros at t >= length. masked_fill would return NCT memory."""
+    padding = torch.arange(x.shape[2], device=x.device) >= lengths[:, None]
+    return torch.where(padding.unsqueeze(1), 0.0, x)
 
 
 class Held:
     """The inputs of an op, which are refilled in place.
 
-    `nct` and `ntc` are the activations of these `shapes` in both memory orders, with the same values. `answers` caches
-    reference results by seed, for the cases that share the inputs. `refills` counts the refills.
+    `nct` and `ntc` have the same activations in both memory orders, by name; `shapes` are their (C, T). `answers`
+    caches reference results by seed, for the cases that share the inputs. `refills` counts the refills.
     """
 
     def __init__(self, N: int, dtype: torch.dtype, device: torch.device, **shapes: tuple[int, int]) -> None:
@@ -74,16 +70,17 @@ class Held:
             self.ntc[name].copy_(t)
 
     def fill(self, g: torch.Generator) -> None:
-        """Draws the new values; those of `ntc` are then copied from `nct`."""
+        """Draws new values; `refill` copies those of `nct` to `ntc`."""
         raise NotImplementedError
 
     def randn(self, like: Tensor, g: torch.Generator) -> Tensor:
         """Returns normal random numbers in the shape of `like`."""
         return torch.randn(like.shape, generator=g, device=self.device)
 
-    def positive(self, like: Tensor, g: torch.Generator) -> Tensor:
-        """Returns uniform random numbers from 0.5 to 1.5, for gammas."""
-        return torch.rand(like.shape, generator=g, device=self.device) + 0.5
+    def draw_norm(self, gamma: Tensor, beta: Tensor, g: torch.Generator) -> None:
+        """Draws a gamma from 0.5 to 1.5 and a beta around zero."""
+        gamma.copy_(torch.rand(gamma.shape, generator=g, device=self.device) + 0.5)
+        beta.copy_(self.randn(beta, g) * 0.3)
 
     def draw_lengths(self, T: int, g: torch.Generator) -> None:
         """Draws random lengths between T / 2 and T. The first one is T."""
@@ -91,12 +88,12 @@ class Held:
         self.lengths[0] = T
 
     def autocast(self, on: bool = True) -> contextlib.AbstractContextManager:
-        """Returns the context of `autocast`, or with `on` false one that does nothing."""
+        """Returns `autocast` in the dtype of the activations, or a context that does nothing if `on` is false."""
         return autocast(self.device, self.dtype if on else torch.float32)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    """Returns a context with mixed precision for fp16 and bf16, and one that does nothing for other dtypes."""
+    """Returns torch.autocast for fp16 and bf16, and a context that does nothing for other dtypes."""
     return torch.autocast(device.type, dtype) if dtype.itemsize == 2 else contextlib.nullcontext()
 
 
@@ -145,13 +142,13 @@ def eager_chain(
 def eager_chain_2d(
     y: Tensor, gamma: Tensor, beta: Tensor, running: Stats, residual: Tensor | None, lengths: Tensor, p: float
 ) -> Tensor:
-    """Computes the same chain on NTC memory, viewed as a channels_last image of height 1."""
+    """Computes the same as `eager_chain` in NTC memory, which is a channels_last image of height 1."""
     wide = None if residual is None else residual.unsqueeze(2)
     return masked_last(_chain(y.unsqueeze(2), gamma, beta, running, wide, p).squeeze(2), lengths)
 
 
 def chosen(run: Run, mode: str | None, every: Sequence[str]) -> tuple[str, ...]:
-    """Returns the modes to run: `mode`, or if that is None all of `every`, or in a short run the first of them."""
+    """Returns the modes to run: `mode`; if `mode` is None, all of `every`, or in a short run only the first of them."""
     if mode is None:
         return every[:1] if run.quick or run.brief else tuple(every)
     return (mode,) if mode in every else ()
@@ -170,7 +167,7 @@ def slow(run: Run) -> bool:
 
 
 def size(run: Run) -> tuple[int, int]:
-    """Returns the (N, T) at which layers inside a block are timed. If convs are `slow`, it is one utterance of 2 s."""
+    """Returns the (N, T) at which layers inside a block are timed: one utterance of 2 s if convs are `slow`."""
     if run.device.type == "cuda":
         return 32, 832
     return (1, 104) if slow(run) else (1 if run.brief else 2, 400)

@@ -1,7 +1,7 @@
 """Counts the floating-point operations and bytes that a computation needs, whichever kernel does it.
 
-Legend: N batch, C channels, T frames, K taps. A multiply-add is two operations. Bytes are those that the passes of the
-best kernels here move (kernels/README.md), with every operand once per pass. Vectors of length C do not count.
+Legend: N batch, C channels, T frames, K taps. A multiply-add is two operations. Bytes are those that our best kernels
+move (kernels/README.md), where every pass moves each operand once. Vectors of length C do not count.
 """
 
 from collections.abc import Iterator, Sequence
@@ -155,12 +155,11 @@ def bn_relu_dropout_bytes(N: int, C: int, T: int, itemsize: int, mode: str, resi
 def sub_block_bytes(conv: Conv, itemsize: int, mode: str, *, statistics: bool = True) -> int:
     """Returns the bytes that a sub-block moves in training, from y to the next y. `conv` is the convolution at its end.
 
-    Forward is y -> z and then the conv. Backward is y -> z again, wgrad, dgrad (which also reads y and z), and
-    g, y -> dy. If the conv keeps the shape, these are 4 tensors forward and 11 backward. With `statistics`, a separate
-    pass reads y for its statistics, which is one tensor more in forward.
+    Forward is y -> z and then the conv. Backward is y -> z again, wgrad, dgrad (which also reads y and z), and a pass
+    g, y -> dy. If the conv keeps the shape, these are 4 tensors forward and 11 backward. With `statistics`, forward
+    also reads y in a separate pass.
     """
-    forward, backward = 2 + statistics, 2 + 2 + 3
-    tensors = {"forward": forward, "backward": backward, "both": forward + backward}
+    tensors = {"forward": 2 + statistics, "backward": 2 + 2 + 3, "both": 9 + statistics}
     return DIRECTIONS[mode] * conv.nbytes(itemsize) + tensors[mode] * conv.input * itemsize
 
 
@@ -179,5 +178,4 @@ def bn_relu_dropout_flops(N: int, C: int, T: int, mode: str) -> int:
     Per element, forward needs 4 operations for the statistics and 5 to compute z. Backward needs 6 for the sums and 7
     to compute dy.
     """
-    per_element = {"forward": 9, "backward": 13, "both": 22}
-    return per_element[mode] * N * C * T
+    return {"forward": 9, "backward": 13, "both": 22}[mode] * N * C * T

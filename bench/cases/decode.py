@@ -1,4 +1,4 @@
-"""Cases of `python -m bench decode`: beam searches over log-probabilities, alone and after the acoustic model."""
+"""Cases of `python -m bench decode`: beam searches over given log-probabilities, and after the acoustic model."""
 
 import functools
 import math
@@ -31,11 +31,11 @@ from jasper_fast.speech.text import Vocabulary
 FRAMES = 835
 SECONDS = 16.7  # duration of FRAMES
 CHECKED = 25  # number of frames on which answers are compared; few, because the reference search is slow
-SHARP = {"confident": 10.0, "unsure": 3.0}  # what is added to the logit of each frame's right class
+SHARP = {"confident": 10.0, "unsure": 3.0}  # added to the logit of each frame's right class
 LMS = {"none": "none", "symbols": "6-gram of characters", "words": "3-gram of words, lexicon"}
 # (alpha, beta) by language model. beta is 0 for "symbols", because flashlight has no score per symbol.
 WEIGHTS = {"none": (0.0, 0.0), "symbols": (1.0, 0.0), "words": (2.0, -0.2)}
-_LOWER = 0.1  # the score of another search may differ from the reference's by less than this share
+_NEAR = 0.1  # flashlight's score may differ from that of our reference search by less than this share
 V = Vocabulary()
 
 
@@ -71,11 +71,11 @@ def posteriors(kind: str, log_probs: Tensor, seed: int) -> None:
     count, frames = log_probs.shape[:2]
     paths = torch.full((count, frames), V.blank)
     for path in paths:
-        at, said = 0, iter("")
+        at, symbols = 0, iter("")
         while at < frames:
-            symbol = next(said, None)
+            symbol = next(symbols, None)
             if symbol is None:
-                said = iter(V.encode(" ".join(rng.choice(text())) + " "))
+                symbols = iter(V.encode(" ".join(rng.choice(text())) + " "))
                 continue
             path[at] = symbol
             at += 1 + rng.randint(1, 4)
@@ -109,31 +109,31 @@ def _flashlight(kind: str, beam: int) -> Callable[[np.ndarray], float]:
         return lambda row: words(row)[0].score
     ctc = decoder.CriterionType.CTC
     options = decoder.LexiconFreeDecoderOptions(beam, V.n_classes, 1e9, alpha, 0.0, True, ctc)
-    fused = kind == "symbols"
-    model = KenLM(language_model(kind).path, Dictionary([*tokens(V), "<blank>"])) if fused else decoder.ZeroLM()
+    model = decoder.ZeroLM()
+    if kind == "symbols":
+        model = KenLM(language_model(kind).path, Dictionary([*tokens(V), "<blank>"]))
     silence = V.n_classes  # an index that no class has, because our models have no class for silence
     search = decoder.LexiconFreeDecoder(options, model, silence, V.blank, [])
     return lambda row: search.decode(row.ctypes.data, *row.shape)[0].score
 
 
 def _rule() -> Rule:
-    """Returns the rule for flashlight's search, which prunes in another order than ours. So it may find another
-    hypothesis, but with a score close to that of the reference search."""
-    words = f"score within {100 * _LOWER:.0f} % of the reference search's"
+    """Returns the rule for flashlight's search. It prunes in another order than ours, so it may find another
+    hypothesis, but the score must be close to that of our reference search."""
+    words = f"score within {100 * _NEAR:.0f} % of the reference search's"
 
     def judge(got: Answer, low: Answer | None, ref: Answer, found: dict) -> list[str]:
         share = ((got["score"] - ref["score"]) / ref["score"].abs().clamp(min=1)).tolist()
         found["score_over_reference"] = share
-        return [] if all(-_LOWER < s < _LOWER for s in share) else [f"score: {share}; {words}"]
+        return [] if all(abs(s) < _NEAR for s in share) else [f"score: {share}; {words}"]
 
     return Rule("another beam", words, judge)
 
 
 def search_case(kind: str, beam: int, lm: str, utterances: int = 1, threads: int = 1) -> Case:
-    """Returns the case of the search alone, compared with flashlight-text at the same beam.
+    """Returns the case of the search only, compared with flashlight-text at the same beam. `lm` is one of LMS.
 
-    Our search uses ``threads`` threads. flashlight, which holds Python's lock, uses the same number of processes.
-    ``lm`` is one of LMS.
+    Our search uses this number of threads. flashlight, which holds Python's lock, uses the same number of processes.
     """
     log_probs = torch.empty(utterances, FRAMES, V.n_classes)
     whole, short = (torch.full((utterances,), n) for n in (FRAMES, CHECKED))
@@ -173,8 +173,8 @@ def search_case(kind: str, beam: int, lm: str, utterances: int = 1, threads: int
 def whole_case(shared: latency.Models, run: Run, model: str, seconds: float, beam: int, lm: str) -> Case:
     """Returns the case from features to text with a beam search, compared with greedy decoding after the same engine.
 
-    One minus the ratio is the share of the time that the search takes. The case has one utterance only, so that no
-    search runs at the same time as the model.
+    One minus the ratio is the share of the time that the search takes. The case has only one utterance, so that the
+    search and the model do not run at the same time.
     """
     inputs = shared.inputs(1, seconds)
 

@@ -40,7 +40,6 @@ class Inputs(common.Held):
         self.refill(0)
 
     def fill(self, g: torch.Generator) -> None:
-        """Draws new values."""
         for t in self.nct.values():
             t.copy_(self.randn(t, g))
         self.weight.copy_(self.randn(self.weight, g) * self.K**-0.5)
@@ -61,7 +60,7 @@ def eager_2d(x: Tensor, i: Inputs, weight: Tensor) -> Tensor:
 
 
 def runner(chain: Callable[..., Tensor], i: Inputs, memory: str, mode: str, autocast: bool) -> Runner:
-    """Returns the runner of an implementation. Its outputs are y and both gradients."""
+    """Returns the runner of an implementation on inputs in the order `memory`. Its outputs are y and both gradients."""
     tensors = getattr(i, memory)
     gradients = functools.partial(torch.autograd.grad, inputs=[tensors["x"], i.weight], grad_outputs=tensors["dy"])
 
@@ -81,7 +80,8 @@ def packed(i: Inputs, backend: str) -> Runner:
     """Returns the runner of our forward pass with a weight that was packed before, as in the engine."""
     face = backends.face("depthwise", choose.depthwise_face(backend, i.device, i.dtype))
     held: dict[int, Tensor] = {}
-    x, out = i.ntc["x"].detach().transpose(1, 2), torch.empty_like(i.ntc["x"].detach().transpose(1, 2))
+    x = i.ntc["x"].detach().transpose(1, 2)
+    out = torch.empty_like(x)
 
     def run() -> None:
         if i.refills not in held:
@@ -91,19 +91,15 @@ def packed(i: Inputs, backend: str) -> Runner:
 
     def answer() -> dict[str, Tensor]:
         run()
-        trained = runner(fused(backend), i, "ntc", "both", False).outputs()
+        trained = runner(functools.partial(fused, backend), i, "ntc", "both", False).outputs()
         return trained | {"y": out.transpose(1, 2).clone()}
 
     return Runner(run, answer)
 
 
-def fused(backend: str) -> Callable[..., Tensor]:
-    """Returns jasper_fast's op with the signature of `eager`."""
-
-    def call(x: Tensor, i: Inputs, weight: Tensor) -> Tensor:
-        return ops.depthwise(x, weight, padding=i.K // 2, backend=backend)
-
-    return call
+def fused(backend: str, x: Tensor, i: Inputs, weight: Tensor) -> Tensor:
+    """Computes the conv by jasper_fast's op, with the arguments of `eager`."""
+    return ops.depthwise(x, weight, padding=i.K // 2, backend=backend)
 
 
 def answer(i: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -120,10 +116,9 @@ def case(run: Run, shape: tuple[int, int, int, int], mode: str) -> Case:
     inputs = functools.cache(lambda: Inputs(shape, run.dtype, run.device))
 
     def ours() -> Runner:
-        return packed(inputs(), run.backend) if mode == "inference" else made(fused(run.backend), "ntc", False)()
-
-    def made(chain: Callable[..., Tensor], memory: str, autocast: bool = True) -> Callable[[], Runner]:
-        return lambda: runner(chain, inputs(), memory, mode, autocast)
+        if mode == "inference":
+            return packed(inputs(), run.backend)
+        return runner(functools.partial(fused, run.backend), inputs(), "ntc", mode, False)
 
     passes = counts.DIRECTIONS.get(mode, 1)  # inference is one forward pass
     return Case(
@@ -131,8 +126,8 @@ def case(run: Run, shape: tuple[int, int, int, int], mode: str) -> Case:
         {"op": "depthwise", "shape": f"({N}, {C}, {T})", "taps": f"K = {K}", "dtype": run.dtype_name, "mode": mode},
         [
             Contender("jasper_fast", ours),
-            Contender("eager", made(eager, "nct")),
-            Contender("eager_2d_channels_last", made(eager_2d, "ntc")),
+            Contender("eager", lambda: runner(eager, inputs(), "nct", mode, True)),
+            Contender("eager_2d_channels_last", lambda: runner(eager_2d, inputs(), "ntc", mode, True)),
         ],
         refill=lambda seed: inputs().refill(seed),
         reference=lambda: answer(inputs(), torch.float64),
@@ -145,8 +140,10 @@ def case(run: Run, shape: tuple[int, int, int, int], mode: str) -> Case:
 
 
 def cases(run: Run, mode: str | None = None) -> Iterator[list[Case]]:
-    """Yields the cases of one shape after another. With `--quick` there is only the first shape."""
+    """Yields the cases of one shape after another: with `--quick` only the first shape, in two modes."""
     shapes = GPU_SHAPES if run.device.type == "cuda" else CPU_SHAPES
-    for shape in shapes[: 1 if run.quick or run.brief else None]:
-        modes = (mode,) if mode in MODES else MODES if mode is None else ()
-        yield [case(run, shape, m) for m in (modes[:2] if run.quick or run.brief else modes)]
+    modes = MODES if mode is None else (mode,)
+    if run.quick or run.brief:
+        shapes, modes = shapes[:1], modes[:2]
+    for shape in shapes:
+        yield [case(run, shape, m) for m in modes]

@@ -52,10 +52,10 @@ def full_step(
     """Returns a function that makes one step by `train_step`.
 
     `inputs` returns features, their lengths, transcripts and their lengths, with the lengths on the host. Our `Jasper`
-    is trained with `NovoGrad`, which also updates the average. Every other model is trained in PyTorch's usual way: a
-    foreach form of NovoGrad, a separate pass for the average, and a host that decides whether to skip the step. `wrap`
-    wraps the model for several processes. With `graphs` the step is a CUDA graph from the second call on. A step that
-    cannot be captured raises Absent.
+    is trained with `NovoGrad`, which also updates the moving average. Every other model is trained in PyTorch's usual
+    way: with NovoGrad by foreach operations and a separate pass for the average, and the host decides whether to skip
+    the step. `wrap` wraps the model for several processes. With `graphs` the step is a CUDA graph from the second call
+    on, and the function raises Absent if the step cannot be captured.
     """
     trained = Trained(module, call, cfg).train()
     learning = [p for p in module.parameters() if p.requires_grad]
@@ -76,8 +76,7 @@ def full_step(
     def run() -> None:
         features, lengths, targets, target_lengths = inputs()
         names = [str(i) for i in range(len(features))]
-        batch = Batch(features, lengths, targets, target_lengths, names, names, [])
-        step([batch])
+        step([Batch(features, lengths, targets, target_lengths, names, names, [])])
 
     return run
 

@@ -24,17 +24,17 @@ INFERS = ("conv1d.fused",)  # the ops of the engine, by their names in the self-
 SAME_PATH = 0.9  # least share of frames in which int8 must have eager's best class
 SOUND_RIVALS = ("eager", "cuda_graph")
 # How the tolerances were chosen. The errors of correct contenders were measured on a CPU with the models small and
-# medium, with one and two utterances of 2 s and one of 7 s and 16.7 s, and with three seeds. Divided by eager's error,
-# the largest were, in the RMS and in the max norm:
+# medium, with one and two utterances of 2 s, with one of 7 s and with one of 16.7 s, and with three seeds. The largest,
+# divided by eager's error, were, in the RMS norm and in the max norm:
 #
 #                  all contenders   our engine
 #     fp32         2.7   3.5        1.4   1.6    (with fast FIR)
 #     fp16, bf16   1.03  1.24       0.78  0.94   (without)
 #
-# A fault that scales one layer by 1.01 has an error of 5000 times eager's in fp32, and at least 2.6 times eager's in
-# fp16. In bf16 eager's own error is 0.5 %, which is twice the effect of that fault, so only scales from about 1.08 are
-# found. In fp32 eager's error is at most 8.8e-7 of the largest value. With Jasper 10x5 two fp32 contenders differ by at
-# most 2.3e-5 of the largest value.
+# A fault that scales one layer by 1.01 has 5000 times eager's error in fp32, and at least 2.6 times eager's error in
+# fp16. In bf16 eager's error is 0.5 %, which is twice the effect of that fault, so that only scales from about 1.08 on
+# are found. In fp32 eager's error is at most 8.8e-7 of the largest value. Two fp32 contenders of Jasper 10x5 differ by
+# at most 2.3e-5 of the largest value.
 LOW = correct.Tolerance(factor=2.0, floor=16.0, peak=1.5)
 TOLERANCES = {
     torch.float32: correct.Tolerance(factor=4.0, floor=16.0, relative=5e-5),
@@ -44,10 +44,7 @@ TOLERANCES = {
 
 
 class Models:
-    """The weights of a network and the contenders that use them.
-
-    A contender is built at its first use, and all batch sizes share it.
-    """
+    """The weights of a network and the contenders that use them. All batch sizes share a contender."""
 
     def __init__(self, run: Run, model: str) -> None:
         self.run, self.cfg = run, models.config(model)
@@ -67,24 +64,24 @@ class Models:
 
     @functools.cached_property
     def judge(self) -> nn.Module:
-        """The eager model whose answers are the reference."""
+        """The eager model with which contenders are compared."""
         return models.eager(self.cfg, self.state, self.judged_in).eval().requires_grad_(False)
 
     @property
     def judged_in(self) -> torch.dtype:
-        """The precision of the reference model: fp64, but fp32 for a large network on a CPU."""
+        """The precision of `judge`: fp64, but fp32 for a large network on a CPU."""
         small = counts.parameters(self.cfg) < 50e6 or self.run.device.type == "cuda"
         return torch.float64 if small else torch.float32
 
     def answer(self, x: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-        """Returns the reference answer for these features."""
+        """Returns the answer of `judge` to these features."""
         with torch.inference_mode():
             return told(*self.judge(x.to(self.judged_in), lengths))
 
     def low(self, inputs: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], dict[str, Tensor]] | None:
-        """Returns a function that computes the answer of plain eager, whose error sets the tolerance.
+        """Returns a function that computes the answer of `plain`, whose error sets the tolerance.
 
-        Returns None if the reference is not more precise than eager.
+        Returns None if `judge` is not more precise than `plain`.
         """
         if self.judged_in == self.run.dtype:
             return None
@@ -97,7 +94,7 @@ class Models:
         return answer
 
     def build(self, name: str, make: Callable[[nn.Module], Model]) -> Model:
-        """Returns the contender, which is built at its first use. If that failed, raises the same error again."""
+        """Returns the contender, which is built at its first use. If building it failed, raises that error again."""
         if name in self.failures:
             raise self.failures[name]
         if name not in self.contenders:
@@ -110,8 +107,7 @@ class Models:
 
     def engine(self, _: nn.Module) -> Model:
         """Returns jasper_fast's inference engine with the same weights."""
-        fused = models.fused(self.cfg, self.state, self.run.backend)
-        return InferenceEngine(fused.eval(), dtype=self.run.dtype)
+        return InferenceEngine(models.fused(self.cfg, self.state, self.run.backend).eval(), dtype=self.run.dtype)
 
     def close(self) -> None:
         """Frees all weights now, without waiting for the garbage collector."""
@@ -153,10 +149,9 @@ def int8_rule() -> Rule:
         error = (got["log_probs"].double() - ref["log_probs"].double()).abs().max().item()
         found |= {"same_path": share, "max_error": error, "of": ref["log_probs"].abs().max().item()}
         wrong = [] if torch.equal(got["lengths"], ref["lengths"]) else ["lengths: they differ from eager's"]
-        agrees = share >= SAME_PATH and math.isfinite(error)
-        return wrong + (
-            [] if agrees else [f"log_probs: {100 * share:.1f} % of the frames equal eager's; the rule is: {words}"]
-        )
+        if share < SAME_PATH or not math.isfinite(error):
+            wrong.append(f"log_probs: {100 * share:.1f} % of the frames equal eager's; the rule is: {words}")
+        return wrong
 
     return Rule("int8", words, judge)
 
@@ -174,8 +169,7 @@ def case(shared: Models, model: str, N: int, seconds: float) -> Case:
                 with torch.inference_mode():
                     return call(*inputs)
 
-            rule = int8_rule() if name == "openvino_int8" else None
-            return Runner(timed, lambda: told(*timed()), rule=rule)
+            return Runner(timed, lambda: told(*timed()), rule=int8_rule() if name == "openvino_int8" else None)
 
         return Contender(name, build)
 
@@ -202,10 +196,10 @@ def case(shared: Models, model: str, N: int, seconds: float) -> Case:
 def sound_case(shared: Models, model: str, N: int, seconds: float) -> Case:
     """Returns the case from samples to text: log-mel features, the acoustic model, greedy decoding.
 
-    Contenders differ only in the model. Log-probabilities are compared with the reference, and each text with the
-    `best_path` of its own log-probabilities. Texts of two right models may differ, because rounding decides between two
-    nearly equal classes. With random weights a letter is hardly ever repeated, so the decoder is also checked on
-    log-probabilities with repeated letters.
+    Contenders differ only in the model. Log-probabilities are compared with fp64, and each text with the `best_path` of
+    the contender's own log-probabilities, because between two nearly equal classes rounding decides. A model with
+    random weights hardly ever repeats a letter, so the decoder is also checked on log-probabilities with repeated
+    letters.
     """
     run, words = shared.run, Vocabulary()
 
@@ -268,10 +262,7 @@ def sound_case(shared: Models, model: str, N: int, seconds: float) -> Case:
 
 
 def best_path(log_probs: Tensor, length: int, labels: Sequence[str]) -> str:
-    """Returns the text of one utterance's log-probabilities (T, V), computed frame by frame by the definition.
-
-    The blank is the last class.
-    """
+    """Returns the greedy text of log-probabilities (T, V), by the definition. The last class is the blank."""
     best = log_probs[:length].float().argmax(-1).tolist()
     return "".join(labels[k] for k, _ in itertools.groupby(best) if k < len(labels))
 
@@ -286,7 +277,7 @@ def repeating(N: int, T: int, words: Vocabulary, device: torch.device) -> tuple[
 
 
 def misread(log_probs: Tensor, lengths: Tensor, texts: Sequence[str], words: Vocabulary) -> list[str]:
-    """Returns complaints about texts that are not the best paths of their own log-probabilities."""
+    """Returns complaints about texts that are not the best paths of the log-probabilities (N, T, V)."""
     if len(texts) != log_probs.shape[0]:
         return [f"text: {len(texts)} texts for {log_probs.shape[0]} utterances"]
     wanted = [best_path(p, n, words.labels) for p, n in zip(log_probs.cpu(), lengths.tolist(), strict=True)]
@@ -300,8 +291,8 @@ def misread(log_probs: Tensor, lengths: Tensor, texts: Sequence[str], words: Voc
 def sampled(run: Run) -> dict[str, float]:
     """Returns the fields `rounds` and `share` of a case. On a GPU, `rounds` is the number that a P99 needs.
 
-    If rounds take long, a case ends after 3x its seconds, with fewer rounds. `share` halves these seconds, so that such
-    a case takes little longer than other cases.
+    If rounds take long, a case ends with fewer rounds after 3x its seconds (see `Effort`). `share` halves the seconds,
+    so that such a case takes little longer than other cases.
     """
     if run.device.type != "cuda" or run.quick:
         return {}

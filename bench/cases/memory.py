@@ -17,8 +17,8 @@ def step(module: nn.Module, batch: Batch, dtype: torch.dtype, device: torch.devi
     """Returns the kept and peak bytes of the second training step, with dropout on.
 
     The first step does not count, because it may allocate memory that later steps reuse. The peak is that of forward
-    and backward, without the gradients of the parameters, which every kind of training keeps. On a CPU it counts every
-    allocation. On a GPU it counts the tensors that ops take and return, and `allocator_peak_bytes` is the peak of the
+    and backward, without the gradients of the parameters, which every kind of training keeps. On a CPU every allocation
+    counts. On a GPU the tensors that ops take and return count, and `allocator_peak_bytes` is the peak of the
     allocator.
     """
     module.train()
@@ -51,17 +51,18 @@ def step(module: nn.Module, batch: Batch, dtype: torch.dtype, device: torch.devi
 
 
 def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Module], Callable[[], Batch]]:
-    """Returns the case that checks the contenders of one model, a dict into which their modules are put by name, and a
-    function that returns the batch to count with.
+    """Returns the case that checks the contenders of one model, their modules by name, and a function that returns the
+    batch for counting.
 
-    The modules are made when the contenders are built. A large model is checked on a small batch, because the bytes do
-    not depend on the batch of the check.
+    A module is added to the dict when its contender is built. A large model is checked on a smaller batch, which does
+    not change the counts.
     """
     cfg = models.config(model)
     small = counts.parameters(cfg) < LARGE
+    roomy = small or run.device.type == "cuda"  # whether there is time and memory for more answers
     state = functools.cache(lambda: models.weights(cfg, run.device))
     batch = functools.cache(lambda: Batch(cfg, N, T, run.device))
-    judged_at = (N, T) if small else judged_size(run.device, cfg, N, T) if run.device.type == "cuda" else (2, 64)
+    judged_at = judged_size(run.device, cfg, N, T) if roomy else (2, 64)
     judged = functools.cache(lambda: Batch(cfg, *judged_at, run.device))
     modules: dict[str, nn.Module] = {}
 
@@ -75,7 +76,6 @@ def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Modul
     def plain(dtype: torch.dtype, autocast_dtype: torch.dtype) -> dict[str, Tensor]:
         module = models.eager(cfg, state(), dtype)
         found = answer(module, module, judged(), state(), autocast_dtype)
-        roomy = small or run.device.type == "cuda"
         return found if roomy else {name: t.float() for name, t in found.items()}  # half the memory of fp64
 
     made = Case(
@@ -92,7 +92,7 @@ def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Modul
         ],
         refill=lambda seed: judged().refill(seed),
         reference=lambda: plain(torch.float64, torch.float64),
-        low=(lambda: plain(torch.float32, run.dtype)) if small or run.device.type == "cuda" else None,
+        low=(lambda: plain(torch.float32, run.dtype)) if roomy else None,
         tolerance=tolerance(precision(run.device, run.dtype), cfg),
         seeds=(1, 2) if small else (1,),
         needs=models.needs(cfg, TRAINS),

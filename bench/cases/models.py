@@ -20,8 +20,8 @@ VOCABULARY = 29
 
 
 def _blocks(prologue: int, widths: tuple[tuple[int, int, float], ...], repeat: int, last: int) -> list[dict]:
-    """Returns the blocks of a dense-residual Jasper: a first block with stride 2, one per (channels, taps, dropout) of
-    `widths`, and a last block with 1 tap."""
+    """Returns the blocks of a dense-residual Jasper: a first block with stride 2, one block for each (channels, taps,
+    dropout) in `widths`, and a last block with 1 tap."""
 
     def block(filters: int, K: int, p: float, **more) -> dict:
         return {"filters": filters, "kernel_size": [K], "stride": [1], "dilation": [1], "dropout": p, **more}
@@ -70,8 +70,8 @@ _made: dict[tuple, dict[str, Tensor]] = {}
 def weights(cfg: JasperConfig, device: torch.device, frames: int = 208) -> dict[str, Tensor]:
     """Returns a state dict with the usual initialisation, random gamma and beta, and running statistics of one batch.
 
-    With these weights activations neither vanish nor overflow, so that a wrong layer changes the output. The latest
-    state dict is cached for the next case of the same network, so copy its tensors before you change them.
+    With these weights activations neither vanish nor overflow, so that a wrong layer changes the output. The next case
+    of the same network gets the same tensors, so copy them before you change them.
     """
     key = (repr(cfg), device, frames)
     if key not in _made:
@@ -96,8 +96,8 @@ def _weights(cfg: JasperConfig, device: torch.device, frames: int) -> dict[str, 
     return model.state_dict()
 
 
-FAR = 6.0  # in a clear network, the mean input of each ReLU is this many standard deviations away from zero
-OFF = 8  # in one of this many channels the mean input is below zero, so the ReLU is always closed
+FAR = 6.0  # with the weights of `clear`, the mean input of each ReLU is this many standard deviations away from zero
+OFF = 8  # with the weights of `clear`, the mean input of a ReLU is below zero in one of this many channels
 
 
 @torch.no_grad()
@@ -105,9 +105,9 @@ def clear(cfg: JasperConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns `state` changed such that no ReLU has an input near zero.
 
     With these weights the gradients of right contenders differ only by rounding. The beta of every norm is FAR standard
-    deviations above zero, but in every OFF-th channel FAR standard deviations below. The weights of every tap are
-    orthogonal to the mean m (C_in,) of their input, because a large constant from m would hide the signal and would
-    change at the edges of an utterance. All values are representable in bf16, so casting to bf16 changes nothing.
+    deviations above zero, or in every OFF-th channel below zero. The weights of every tap are orthogonal to the mean m
+    (C_in,) of their input. Otherwise m would add a large constant, which would hide the signal and change at the edges
+    of an utterance. All values are representable in bf16, so that casting to bf16 does not change them.
     """
     made = dict(state)
 
@@ -126,8 +126,8 @@ def clear(cfg: JasperConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             place = f"{at}.conv.{4 * r}"
             if block.separable:
                 taps, place = made[f"{at}.conv.{5 * r}.weight"].float(), f"{at}.conv.{5 * r + 1}"
-                # All channels get the same taps up to a factor. At the edges of an utterance, where some taps see
-                # zeros, an input that is constant in time then changes by the same factor in all channels.
+                # All channels get the same taps up to a factor. Some taps see zeros at the edges of an utterance. An
+                # input that is constant in time then changes there by the same factor in all channels.
                 made[f"{at}.conv.{5 * r}.weight"] = taps = taps.flatten(1).norm(dim=1)[:, None, None] * taps[:1].sign()
                 m = None if m is None else m * taps.sum((1, 2))
             orthogonal(f"{place}.weight", m)
@@ -141,8 +141,7 @@ def clear(cfg: JasperConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             beta = FAR * variance.sqrt()
             made[f"{norm}.bias"] = torch.where(on, beta, -beta) - others
             m = beta * on
-        dense = block.residual and block.residual_dense
-        history = [*history, m] if dense else [m]
+        history = [*history, m] if block.residual and block.residual_dense else [m]
     orthogonal("decoder.layers.0.weight", history[-1])
     held = {k for k, t in made.items() if t.is_floating_point() and "running" not in k}
     return {k: t.bfloat16().to(state[k].dtype) if k in held else t for k, t in made.items()}
@@ -184,9 +183,9 @@ def features(
 
 
 def targets(N: int, frames: int, device: torch.device, seed: int, classes: int = VOCABULARY) -> tuple[Tensor, Tensor]:
-    """Returns random transcripts (N, U) and their lengths (N,). They are short enough for `frames` output frames.
+    """Returns random transcripts (N, U), short enough for `frames` output frames, and their lengths (N,).
 
-    The blank, which is the last class, does not occur in them.
+    The last class is the blank, which does not occur in them.
     """
     g = seeded(stable_seed("targets", seed), device)
     U = max(1, frames // 12)

@@ -22,8 +22,8 @@ from jasper_fast.training.step import update
 
 # Bytes per parameter in fp32: the gradient is read twice; moment, parameter and average are read and written once.
 BYTES = 32
-ALIGNED = 64  # the offset of each tensor in the buffer is a multiple of this many elements
-DRAWN = 1 << 20  # random numbers that are drawn and then repeated, because drawing billions would take too long
+ALIGNED = 64  # each tensor begins at a multiple of this many elements in the buffer
+DRAWN = 1 << 20  # random numbers that are drawn and repeated, because drawing a billion would take too long
 COMPARED = 24  # number of parameters that are compared: the smallest ones, and one of middle size
 BETA1, EPS = 0.95, 1e-8
 
@@ -87,7 +87,7 @@ def named(inputs: Inputs, *lists: list[Tensor]) -> dict[str, Tensor]:
 
 
 def stepping(inputs: Inputs, ours: bool) -> Runner:
-    """Returns the runner of our optimiser, or of the foreach form with a separate update of the average."""
+    """Returns the runner of our optimiser if `ours`, and otherwise of the foreach form and then `EMA.update`."""
     model, params = inputs.model, list(inputs.params.values())
     if ours:
         optimizer = NovoGrad(params, LR, (BETA1, 0.0), EPS, WEIGHT_DECAY, ema=inputs.ema)

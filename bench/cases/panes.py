@@ -1,16 +1,16 @@
 """Cases of `python -m bench kernels` for the panes of a dense block in training: the sum of BN(1x1 conv) over all
 earlier block outputs.
 
-Both of our forms are rows of one case. `jasper_fast` is the form that dispatch chooses on this device. The other form
-is `jasper_fast_gram` or `jasper_fast_plain`.
+A case has a row for each of our two forms. `jasper_fast` is the form that dispatch chooses on this device. The other
+form is `jasper_fast_gram` or `jasper_fast_plain`.
 
 In a step the Gram matrix of a block output is computed once, and every later block uses it. In backward the gradients
 of the matrix from all these blocks are added up, and then its part of dx is computed once.
 
 A dense block is the first to use its newest input. The Gram matrices of its older inputs exist already. So in forward
 the time of the Gram form includes `gram` of the newest input. In backward it includes `gram_backward` of the newest
-input, and one addition for each older matrix. The sum of these times over the ten blocks is the time of a step. In the
-comparison with fp64, dx includes the parts that come from older matrices.
+input, and one addition for each older matrix. Summed over the ten blocks, this is the work of a step. In the comparison
+with fp64, dx includes the parts that come from older matrices.
 """
 
 import functools
@@ -30,8 +30,8 @@ from jasper_fast.bench.rivals import choice, compiler
 from jasper_fast.dispatch import choose
 from jasper_fast.nn.architecture import block_shapes
 
-# The order of the sums, over up to 4,608 products and over N*T rows, depends on the kernel. At 1,600 rows on one
-# thread, eager's weight gradient in channels_last differs from fp64 by 57 eps.
+# The order of the sums, over up to 4,608 products and over N*T rows, depends on the kernel. On one thread in
+# channels_last memory, eager's weight gradient of 1,600 rows differs from fp64 by 57 eps.
 TOLERANCE = correct.Tolerance(factor=2.0, floor=100.0)
 FORMS = ("gram", "plain")
 
@@ -45,14 +45,13 @@ class Block:
 
     def key(self, N: int, T: int) -> dict:
         """Returns the key of the block's rows."""
-        count = f"{len(self.widths)} input{'s' if len(self.widths) > 1 else ''}"
-        return {"shape": f"({N}, {sum(self.widths)}->{self.C_out}, {T})", "panes": count}
+        shape, plural = f"({N}, {sum(self.widths)}->{self.C_out}, {T})", "s" if len(self.widths) > 1 else ""
+        return {"shape": shape, "panes": f"{len(self.widths)} input{plural}"}
 
 
 def blocks() -> list[Block]:
     """Returns the ten dense blocks of Jasper 10x5 in order. They have 1 to 10 inputs."""
-    shapes = block_shapes(models.config("jasper10x5"))
-    return [Block(tuple(panes), b.filters) for _, b, panes in shapes if panes]
+    return [Block(tuple(panes), b.filters) for _, b, panes in block_shapes(models.config("jasper10x5")) if panes]
 
 
 def ends_and_middle() -> list[Block]:
@@ -85,8 +84,7 @@ class Inputs(common.Held):
         dy.copy_(common.masked(self.randn(dy, g), self.lengths))
         for weight, gamma, beta in zip(self.weights, self.gammas, self.betas, strict=True):
             weight.copy_(self.randn(weight, g) * weight.shape[1] ** -0.5)
-            gamma.copy_(self.positive(gamma, g))
-            beta.copy_(self.randn(beta, g) * 0.3)
+            self.draw_norm(gamma, beta, g)
 
     def xs(self, memory: str) -> list[Tensor]:
         """Returns the inputs of the panes in the memory order "nct" or "ntc"."""
@@ -113,9 +111,10 @@ class Leaves:
 
 
 # ------------------------------------------------------------------ the contenders
-# `(leaves, lengths, running statistics, Gram matrices of the older inputs) -> sum (N, C_out, T)`. Only the Gram form
-# gets Gram matrices; the other contenders get ().
 
+
+# `(leaves, lengths, running statistics, Gram matrices of the older inputs) -> sum (N, C_out, T)`. Only the Gram form
+# gets Gram matrices. The other contenders get ().
 PaneSum = Callable[[Leaves, Tensor, list[common.Stats], Sequence[ops.Gram]], Tensor]
 
 
@@ -127,7 +126,7 @@ def eager(a: Leaves, lengths: Tensor, running: list[common.Stats], older: Sequen
 
 
 def eager_2d(a: Leaves, lengths: Tensor, running: list[common.Stats], older: Sequence[ops.Gram]) -> Tensor:
-    """Computes the same in channels_last memory. A 1x1 weight needs no reordering."""
+    """Computes the same as `eager` in channels_last memory. A weight with one tap is the same in both orders."""
     xs = (common.masked_last(x, lengths).unsqueeze(2) for x in a.xs)
     convs = (F.conv2d(x, weight.unsqueeze(2)) for x, weight in zip(xs, a.weights, strict=True))
     return _sum_of_norms(convs, a, running).squeeze(2)
@@ -141,22 +140,20 @@ def _sum_of_norms(ys: Iterable[Tensor], a: Leaves, running: list[common.Stats]) 
     return functools.reduce(torch.add, norms)
 
 
-def fused(form: str, backend: str) -> PaneSum:
-    """Returns jasper_fast's panes in the given form, as a block of its model calls them."""
-
-    def call(a: Leaves, lengths: Tensor, running: list[common.Stats], older: Sequence[ops.Gram]) -> Tensor:
-        if form == "gram":
-            grams = [*older, *map(ops.gram, a.xs[len(older) :])]
-            out, mean, var = ops.panes(a.xs, grams, a.weights, a.gammas, a.betas, eps=common.EPS)
-        else:
-            more = {"lengths": lengths, "eps": common.EPS, "backend": backend}
-            out, mean, var = ops.panes_plain(a.xs, a.weights, a.gammas, a.betas, **more)
-        with torch.no_grad():
-            for stat, buffers in zip((mean, var), zip(*running, strict=True), strict=True):
-                torch._foreach_lerp_(list(buffers), list(stat.unbind()), common.MOMENTUM)
-        return out
-
-    return call
+def fused(
+    form: str, backend: str, a: Leaves, lengths: Tensor, running: list[common.Stats], older: Sequence[ops.Gram]
+) -> Tensor:
+    """Computes jasper_fast's panes in the form "gram" or "plain", as a block of its model does."""
+    norms = a.weights, a.gammas, a.betas
+    if form == "gram":
+        grams = [*older, *map(ops.gram, a.xs[len(older) :])]
+        out, mean, var = ops.panes(a.xs, grams, *norms, eps=common.EPS)
+    else:
+        out, mean, var = ops.panes_plain(a.xs, *norms, lengths=lengths, eps=common.EPS, backend=backend)
+    with torch.no_grad():
+        for stat, buffers in zip((mean, var), zip(*running, strict=True), strict=True):
+            torch._foreach_lerp_(list(buffers), list(stat.unbind()), common.MOMENTUM)
+    return out
 
 
 # ------------------------------------------------------------------ running and checking
@@ -172,8 +169,7 @@ def older_grams(xs: Sequence[Tensor]) -> list[ops.Gram]:
 
 
 def results(out: Tensor, a: Leaves, dy: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-    """Returns the gradients. dx is zeroed in the padding, where contenders may differ because the input there is always
-    zero."""
+    """Returns the gradients. In the padding dx is set to zero, because contenders may differ there."""
     wanted = a.named()
     found = dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), dy), strict=True))
     return {name: common.masked(t, lengths) if name.startswith("dx") else t for name, t in found.items()}
@@ -188,8 +184,8 @@ def statistics(running: list[common.Stats]) -> dict[str, Tensor]:
 def runner(function: PaneSum, i: Inputs, memory: str, mode: str, *, amp: bool = False, gram: bool = False) -> Runner:
     """Returns the runner of an implementation, on inputs in its memory order.
 
-    With `amp` it runs under autocast. With `gram` it gets the Gram matrices of the older inputs, and adds the gradients
-    of these matrices to a sum, as in a step.
+    With `amp` the implementation runs under autocast. With `gram` it gets the Gram matrices of the older inputs, and
+    the gradients of these matrices are added to a sum, as in a step.
     """
     a, dy = Leaves(i.xs(memory), i.weights, i.gammas, i.betas), getattr(i, memory)["dy"]
     running, wanted = i.fresh_running(), list(a.named().values())
@@ -249,8 +245,8 @@ def case(run: Run, N: int, T: int, block: Block, mode: str, shared: Callable[[],
     form = choose.pane_form(run.backend, run.device, run.dtype)
 
     def ours(name: str, form: str) -> Contender:
-        make = lambda: runner(fused(form, run.backend), inputs(), "ntc", mode, gram=form == "gram")  # noqa: E731
-        return Contender(name, make)
+        call = functools.partial(fused, form, run.backend)
+        return Contender(name, lambda: runner(call, inputs(), "ntc", mode, gram=form == "gram"))
 
     def rival(name: str, build: Callable[[], PaneSum], memory: str) -> Contender:
         return Contender(name, lambda: runner(build(), inputs(), memory, mode, amp=True))

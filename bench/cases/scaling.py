@@ -1,4 +1,4 @@
-"""The training step of one of several processes, with the exchange of gradients as in training, and without it."""
+"""The training step of one of several processes, with and without the exchange of gradients."""
 
 import inspect
 from collections.abc import Callable
@@ -75,7 +75,7 @@ def steps(contender: str, at: Setting, rank: int, group: dist.ProcessGroup | Non
 
 
 def _wrong(model: DistributedDataParallel, batch: train.Batch, at: Setting, group: dist.ProcessGroup) -> str:
-    """Returns which gradient is not the mean of the processes' own gradients. The text is empty if all are right."""
+    """Returns which gradient is not the mean of the processes' own gradients, or an empty text."""
 
     def gradients() -> dict[str, torch.Tensor]:
         model.zero_grad(set_to_none=True)

@@ -25,10 +25,8 @@ from jasper_fast.nn import block
 
 
 class SubBlock(nn.Module):
-    """The modules of NVIDIA's Jasper in evaluation mode: mask, conv, batch norm, ReLU.
-
-    For the decoder they are a conv with bias and log-softmax.
-    """
+    """The modules of NVIDIA's Jasper in evaluation mode: mask, conv, batch norm, ReLU; or the decoder's conv with bias
+    and log-softmax."""
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
@@ -101,7 +99,7 @@ class Inputs(common.Held):
         x.copy_(masked(self.randn(x, g), self.lengths))
 
     def answer(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Returns z by plain PyTorch in `dtype`, from weights and input rounded to the precision under test."""
+        """Returns z by plain PyTorch in `dtype`. Weights and input are rounded to the precision under test."""
         module = SubBlock(self.layer).to(self.device, dtype).eval()
         module.load_state_dict(self.module.state_dict())
         x = self.nct["x"].to(self.dtype).to(dtype)
@@ -121,7 +119,7 @@ SubBlockCall = Callable[[Tensor, Tensor], Tensor]
 
 
 def fused(i: Inputs, backend: str) -> SubBlockCall:
-    """Returns jasper_fast's fused sub-block, with weights folded and packed once, as in InferenceEngine."""
+    """Returns jasper_fast's fused sub-block. Its weights are folded and packed only once, as in InferenceEngine."""
     a, (weight, bias) = i.layer, i.module.folded()
     name = choose.fused_faces(backend, i.device, i.dtype)[0]
     if backend == "reference" or name == "aten":
@@ -131,7 +129,7 @@ def fused(i: Inputs, backend: str) -> SubBlockCall:
     more, made = {"relu": not a.head, "bias": bias}, None
     packed = impl.pack_once(weight, i.dtype, a.stride) if name == "cpu" else impl.pack(weight, i.dtype)
     if name in choose.CONVS:
-        # One launch does all: the kernel reads fp32 features with any strides, masks, and computes log-softmax.
+        # The kernel itself reads fp32 features with any strides, masks them and computes log-softmax.
         more |= {"log_softmax": a.head, "workspace": impl.Workspace(i.device)}
         if a.stride > 1:
             made = torch.empty_like(i.lengths)
@@ -152,7 +150,7 @@ def _folded_aten(i: Inputs, weight: Tensor, bias: Tensor, x: Tensor, lengths: Te
 
 
 def max_autotuned_frozen(i: Inputs) -> SubBlockCall:
-    """Returns torch.compile's sub-block with max-autotune and freezing, which folds the batch norm."""
+    """Returns the sub-block compiled by torch.compile with max-autotune and freezing, which folds the batch norm."""
     compiler.fresh_compiler()
     import torch._inductor.config as inductor
 
@@ -174,17 +172,13 @@ def case(run: Run, N: int, T: int, layer: Layer) -> Case:
     """Returns the case of one layer in inference."""
     inputs = functools.cache(lambda: Inputs(N, T, layer, run.dtype, run.device))
 
-    def cuda_face(i: Inputs) -> SubBlockCall:
-        choice.needs_cuda_face(run, convs=True)
-        return fused(i, "cuda")
-
     builders: dict[str, Callable[[Inputs], SubBlockCall]] = {
         "jasper_fast": lambda i: fused(i, run.backend),
         "eager": lambda i: i.module,
         "eager_2d_channels_last": lambda i: i.module.channels_last(),
         "compile_max_autotune": max_autotuned_frozen,
         "cudnn": cudnn,
-        choice.CUDA_FACE: cuda_face,
+        choice.CUDA_FACE: lambda i: fused(i, choice.cuda_backend(run, convs=True)),
     }
 
     def contender(name: str) -> Contender:

@@ -46,8 +46,7 @@ class Inputs(common.Held):
     def fill(self, g: torch.Generator) -> None:
         """Draws new values. x is zero in the padding, as after every op."""
         self.draw_lengths(self.nct["x"].shape[2], g)
-        self.gamma.copy_(self.positive(self.gamma, g))
-        self.beta.copy_(self.randn(self.beta, g) * 0.3)
+        self.draw_norm(self.gamma, self.beta, g)
         x, dy = (self.randn(self.nct[name], g) for name in ("x", "dy"))
         x = common.masked(x, self.lengths)
         if not self.layer.first:
@@ -59,13 +58,13 @@ class Inputs(common.Held):
 
 
 def eager_conv(x: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
-    """Computes the masked conv of NVIDIA's Jasper in NCT memory."""
+    """Computes mask and conv as NVIDIA's Jasper does, in NCT memory. The last three arguments are not used."""
     a = i.layer
     return F.conv1d(common.masked(x, i.lengths), weight, None, a.stride, a.padding, a.dilation)
 
 
 def eager_conv_2d(x: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
-    """Computes the masked conv in channels_last memory."""
+    """Computes the same as `eager_conv` in channels_last memory."""
     return conv_2d(common.masked_last(x, i.lengths), weight, i.layer)
 
 
@@ -79,42 +78,34 @@ def eager_sub_block(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: T
 
 
 def eager_sub_block_2d(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
-    """Computes the same in channels_last memory."""
+    """Computes the same as `eager_sub_block` in channels_last memory."""
     if i.layer.first:
         return eager_conv_2d(y, i, weight, gamma, beta, p)
     z = common.eager_chain_2d(y, gamma, beta, common.fresh_running(i.gamma), None, i.lengths, p)
     return conv_2d(z, weight, i.layer)
 
 
-def fused_conv(backend: str) -> Callable[..., Tensor]:
-    """Returns jasper_fast's conv1d with the signature of `eager_conv`."""
-
-    def call(x: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
-        a = i.layer
-        steps = {"stride": a.stride, "padding": a.padding, "dilation": a.dilation}
-        return ops.conv1d(x, weight, lengths=i.lengths, backend=backend, **steps)
-
-    return call
+def fused_conv(backend: str, x: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
+    """Computes jasper_fast's conv1d with the arguments of `eager_conv`."""
+    geometry = {"stride": i.layer.stride, "padding": i.layer.padding, "dilation": i.layer.dilation}
+    return ops.conv1d(x, weight, lengths=i.lengths, backend=backend, **geometry)
 
 
-def fused_sub_block(backend: str) -> Callable[..., Tensor]:
-    """Returns jasper_fast's sub_block with the signature of `eager_sub_block`. For the first layer it is conv1d."""
-
-    def call(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
-        if i.layer.first:
-            return fused_conv(backend)(y, i, weight, gamma, beta, p)
-        more = {"padding": i.layer.padding, "dilation": i.layer.dilation, "p": p, "backend": backend}
-        return ops.sub_block(y, gamma, beta, *common.fresh_running(i.gamma), weight, lengths=i.lengths, **more)
-
-    return call
+def fused_sub_block(
+    backend: str, y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float
+) -> Tensor:
+    """Computes jasper_fast's sub_block with the arguments of `eager_sub_block`. The first layer is only a conv1d."""
+    if i.layer.first:
+        return fused_conv(backend, y, i, weight, gamma, beta, p)
+    more = {"padding": i.layer.padding, "dilation": i.layer.dilation, "p": p, "backend": backend}
+    return ops.sub_block(y, gamma, beta, *common.fresh_running(i.gamma), weight, lengths=i.lengths, **more)
 
 
 def cudnn_statistics(i: Inputs) -> Callable[..., Tensor]:
-    """Returns the chain in channels_last memory followed by cuDNN's conv that also computes the sums for the next batch
-    norm. It has no backward."""
+    """Returns a function without backward: the chain in channels_last memory, and then cuDNN's conv that also computes
+    the sums for the next batch norm."""
     a = i.layer
-    weight = i.weight.detach().to(i.dtype)
-    conv = FusedConv(i.ntc["x"].detach(), weight, a.stride, a.padding, a.dilation, stats=True)
+    conv = FusedConv(i.ntc["x"].detach(), i.weight.detach().to(i.dtype), a.stride, a.padding, a.dilation, stats=True)
 
     def call(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
         conv.weight.copy_(weight.detach().unsqueeze(2))  # the cast of AMP, once per step
@@ -142,8 +133,8 @@ def leaves(op: str, i: Inputs, x: Tensor, weight: Tensor, gamma: Tensor, beta: T
 
 
 def results(op: str, out: Tensor, wanted: dict[str, Tensor], dy: Tensor, i: Inputs) -> dict[str, Tensor]:
-    """Returns the output and gradients. A conv's dx is zeroed in the padding, where contenders may differ because the
-    input there is always zero."""
+    """Returns the output and gradients. In the padding the dx of conv1d is set to zero, because contenders may differ
+    there."""
     found = {"y": out, **dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), dy), strict=True))}
     if op == "conv1d" and "dx" in found:
         found["dx"] = common.masked(found["dx"], i.lengths)
@@ -155,7 +146,7 @@ def runner(
 ) -> Runner:
     """Returns the runner of an implementation, on inputs in its memory order.
 
-    With `amp` it runs under autocast. With `last` its weight is `weight_last`.
+    With `amp` the implementation runs under autocast. With `last` its weight is `weight_last`.
     """
     x, dy = (getattr(i, memory)[n] for n in ("x", "dy"))
     weight = i.weight_last if last else i.weight
@@ -209,22 +200,18 @@ def case(
             raise Absent("cuDNN's Python frontend has no fused pattern with a backward pass")
         return cudnn_statistics(inputs())
 
-    def cuda_face() -> Callable[..., Tensor]:
-        choice.needs_cuda_face(run, convs=True)
-        return ours("cuda")
-
     def contender(name: str) -> Contender:
         build, memory, amp = builders[name]
         last = name == "eager_2d_channels_last"
         return Contender(name, lambda: runner(op, build(), inputs(), memory, mode, amp=amp, last=last))
 
     builders: dict[str, tuple[Callable[[], Callable[..., Tensor]], str, bool]] = {
-        "jasper_fast": (lambda: ours(run.backend), "ntc", False),
+        "jasper_fast": (lambda: functools.partial(ours, run.backend), "ntc", False),
         "eager": (lambda: eager, "nct", True),
         "eager_2d_channels_last": (lambda: eager_2d, "ntc", True),
         "compile_max_autotune": (lambda: compiler.max_autotuned(eager, mode), "nct", True),
         "cudnn": (cudnn, "ntc", False),
-        choice.CUDA_FACE: (cuda_face, "ntc", False),
+        choice.CUDA_FACE: (lambda: functools.partial(ours, choice.cuda_backend(run, convs=True)), "ntc", False),
     }
     conv = counts.Conv("", N, layer.C_in, layer.C_out, layer.K, T, layer.frames(T))
     times = counts.DIRECTIONS[mode] - (layer.first and mode != "forward")  # the features need no gradient

@@ -19,20 +19,20 @@ from jasper_fast.bench.harness.seeds import seeded, stable_seed
 from jasper_fast.bench.rivals import choice
 from jasper_fast.bench.rivals.eager_layouts import ChannelsLast2d, Model
 
-FULL = ", all lengths full"  # added to a mode whose utterances have no padding, so that a network needs no masks
+FULL = ", all lengths full"  # added to the name of a mode whose utterances have no padding
 LARGE = 50e6  # number of parameters from which on an fp64 answer takes long
 TRAINS = ("bn_relu_dropout", "conv1d", "panes")  # the ops of a training step, by their names in the self-check
-# A single ReLU whose input rounds to the other side of zero changes some gradients by a per cent, in eager PyTorch as
-# in any kernel. So the gradients of a network at its usual weights have loose bounds. Therefore the module is also run
-# on the inputs of CLEAR_SEED with weights at which no ReLU is near zero (models.clear). There the bounds are tight.
+# If rounding moves the input of a single ReLU across zero, some gradients change by a per cent, in eager PyTorch as in
+# any kernel. So with its usual weights the gradients of a network have loose bounds. On the inputs of CLEAR_SEED the
+# network has other weights, with which no ReLU has an input near zero (models.clear). There the bounds are tight.
 #
 # The bounds come from the largest errors of right contenders on a CPU, relative to the fp64 gradient. The table has
 # these errors in the RMS norm, in the max norm, and along the fp64 gradient (see Tolerance). They were measured with
-# eager, 2D and our CPU kernels (in bf16 also with our reference implementation). With clear weights the models were
-# small at (8, 64, 400) and (2, 64, 64), and medium at (4, 64, 400), with one to five seeds. With usual weights it was
-# small at (8, 64, 400) with three seeds. The usual bounds for fp16 were not measured; they are between those of fp32
-# and bf16. Jasper 10x5 at (2, 64, 128) with clear weights has up to twice the RMS error, and along the gradient 0.09 %
-# in fp16 and 1.4 % in bf16.
+# eager, eager_2d_channels_last and our CPU kernels, and in bf16 also with our reference implementation. With clear
+# weights the models were small at (8, 64, 400) and (2, 64, 64), and medium at (4, 64, 400), with one to five seeds.
+# With usual weights the model was small at (8, 64, 400), with three seeds. The usual bounds for fp16 were not measured;
+# they are between those of fp32 and bf16. Jasper 10x5 at (2, 64, 128) with clear weights has up to twice the RMS error,
+# and along the gradient 0.09 % in fp16 and 1.4 % in bf16.
 #
 #                    RMS: weight, gamma, beta    max: weight, gamma, beta    along: weight, gamma, beta
 #     clear   fp32   6e-6    8e-6    2e-5        9e-6    9e-6    2e-5        7e-7    9e-7    1.4e-6
@@ -49,15 +49,16 @@ ALONG_USUAL = {torch.float32: 5e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
 def tolerance(dtype: torch.dtype, cfg=None) -> correct.Tolerance:
     """Returns how far the answers of a step in `dtype` may be from those in fp64.
 
-    `relative` is used if there is no eager step to compare with. QuartzNet 15x5 is twice as deep as Jasper 10x5. Its
-    largest errors along the gradient at (2, 64, 400) in fp32 are 1e-5 for eager and 1.8e-5 for ours with clear weights,
-    and 0.82 % and 0.85 % with usual weights. So if `cfg` has separable convs, the bounds along the gradient are eight
-    times as wide with clear weights and three times as wide with usual weights.
+    `relative` is used if there is no eager step to compare with. If `cfg` has separable convs, the bounds along the
+    gradient are eight times as wide with clear weights, and three times as wide with usual weights. QuartzNet 15x5
+    needs this, because it is twice as deep as Jasper 10x5. Its largest errors along the gradient, at (2, 64, 400) in
+    fp32, are 1e-5 (eager) and 1.8e-5 (ours) with clear weights, and 0.82 % (eager) and 0.85 % (ours) with usual
+    weights.
     """
     separable = cfg is not None and any(b.separable for b in cfg.encoder.blocks)
     along, along_usual = ALONG[dtype] * (8 if separable else 1), ALONG_USUAL[dtype] * (3 if separable else 1)
     fp32, eps = dtype is torch.float32, torch.finfo(dtype).eps
-    one = eps / torch.finfo(torch.float32).eps  # an eps of `dtype` in units of fp32's, because gradients are fp32
+    one = eps / torch.finfo(torch.float32).eps  # the eps of `dtype`, in eps of the gradients, which are fp32
     usual = correct.Tolerance(
         2.0,
         0.03 / eps if fp32 else 8 * one,
@@ -68,16 +69,14 @@ def tolerance(dtype: torch.dtype, cfg=None) -> correct.Tolerance:
     clear = correct.Tolerance(
         2.0, 64.0 if fp32 else 2 * one, relative=5e-5 if fp32 else 24 * eps, peak=2.0, along=along
     )
-    relative = 1e-4 if fp32 else 8 * eps
-    # The loss is one number. Eager's may be exact by chance, so a tenth of an eps of `dtype` is always allowed.
-    return correct.Tolerance(4.0, 256.0 if fp32 else one / 10, relative=relative, gradients=usual, clear=clear)
+    # Eager's loss, which is one number, may be exact by chance. So a tenth of an eps of `dtype` is always allowed.
+    floor, relative = (256.0, 1e-4) if fp32 else (one / 10, 8 * eps)
+    return correct.Tolerance(4.0, floor, relative=relative, gradients=usual, clear=clear)
 
 
 def precision(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype whose rounding errors a step in `dtype` has.
-
-    For fp32 on a GPU that multiplies in TF32 it is fp16, which is as precise as TF32. Otherwise it is `dtype`.
-    """
+    """Returns the dtype whose rounding errors a step in `dtype` has: fp16 instead of fp32 if convs use TF32, which is
+    as precise as fp16."""
     return torch.float16 if dtype is torch.float32 and limits.float32_mode(device) == "TF32" else dtype
 
 
@@ -106,8 +105,8 @@ class Batch:
         self.features.copy_(features)
         self.lengths.copy_(lengths)
         self.on_host[0].copy_(lengths)
-        classes = self.cfg.decoder.n_classes
-        self.targets.copy_(models.targets(self.N, self.T // 2, self.device, seed, classes)[0])
+        targets, _ = models.targets(self.N, self.T // 2, self.device, seed, self.cfg.decoder.n_classes)
+        self.targets.copy_(targets)
 
     def loss(self, model: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (loss, log-probabilities, their lengths), computed under autocast if `dtype` has 16 bits."""
@@ -133,20 +132,19 @@ def runner(
 ) -> Runner:
     """Returns the runner of a training step.
 
-    `call` computes the model with the parameters of `module`, whose names may differ from those of the state dict. The
-    timed step has dropout on, and in fp16 a scaled loss, because small gradients would be zero otherwise. The full step
-    is that of train.py.
+    `call` computes the model with the parameters of `module`, whose names may differ from those in `state`. The timed
+    step has dropout on, and in fp16 a scaled loss, because small gradients would be zero otherwise. In the mode "step"
+    it is the full step of train.py.
     """
     module.train()
     parameters = [p for p in module.parameters() if p.requires_grad]
     scaler = torch.amp.GradScaler(batch.device.type, enabled=dtype is torch.float16)
 
-    def forward_and_backward() -> None:
+    def run() -> None:
         for p in parameters:
             p.grad = None
         scaler.scale(batch.loss(call, dtype)[0]).backward()
 
-    run = forward_and_backward
     if mode == "step":
         run = full_step(module, call, batch.cfg, batch.as_read, dtype, graphs=graphs)
     return Runner(run, lambda: answer(module, call, batch, state, dtype))
@@ -179,8 +177,7 @@ def answer(
     for name, p in module.named_parameters():
         if p.grad is not None:
             found[f"{kind} {original(name)}"] = p.grad.reshape(state[original(name)].shape) / scale
-    buffers = ((original(n), b) for n, b in module.named_buffers())
-    found |= {name: b.clone() for name, b in buffers if "running" in name}
+    found |= {original(name): b.clone() for name, b in module.named_buffers() if "running" in name}
     module.zero_grad(set_to_none=True)
     if batch.clear:
         restore(module, state)
@@ -189,13 +186,13 @@ def answer(
 
 @torch.no_grad()
 def restore(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copies `state` into a module, in which a rival may have changed names or shapes."""
+    """Copies `state` into a module, whose names and shapes a rival may have changed."""
     for name, t in (*module.named_parameters(), *module.named_buffers()):
         t.copy_(state[original(name)].reshape(t.shape))
 
 
 def original(name: str) -> str:
-    """Returns the name in the state dict for a name in a wrapped module."""
+    """Returns a parameter's name in the state dict, for its name in a module that a rival has wrapped."""
     return name.removeprefix("_orig_mod.").removeprefix("model.")
 
 
@@ -205,13 +202,11 @@ def judged_size(device: torch.device, cfg, N: int, T: int) -> tuple[int, int]:
     For a large network on a GPU it is a smaller batch than the timed one, because the fp64 step would take tens of
     seconds and tens of GiB. `python -m bench kernels` compares each op of such a network at full size.
     """
-    large = device.type == "cuda" and counts.parameters(cfg) >= LARGE
-    return (min(N, 2), T) if large else (N, T)
+    return (min(N, 2), T) if device.type == "cuda" and counts.parameters(cfg) >= LARGE else (N, T)
 
 
 def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
-    """Returns the case of one model, batch and mode. If the mode ends in FULL, utterances have no padding, and eager
-    without masks is timed too."""
+    """Returns the case of one model, batch and mode. If the mode ends in FULL, utterances have no padding."""
     full = mode.endswith(FULL)
     cfg = models.config(model)
     state = functools.cache(lambda: models.weights(cfg, run.device))
@@ -224,7 +219,7 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
         timed = runner(module, call, batch(), state(), run.dtype, mode.removesuffix(FULL), graphs)
 
         def outputs() -> dict[str, Tensor]:
-            # cuDNN must search at the first call with the timed batch. For another batch its heuristics are enough.
+            # cuDNN must time its algorithms at the first call with the timed batch, but not with another batch.
             with cudnn_search.off() if judged is not batch else contextlib.nullcontext():
                 return answer(module, call, judged(), state(), run.dtype)
 
@@ -275,6 +270,6 @@ def rivals_of(run: Run) -> dict[str, Callable[[nn.Module], Model]]:
 
 
 def of_batch(chosen: dict, full: bool) -> dict:
-    """Returns the rivals for a batch. With `full` lengths these are eager with and without masks. Otherwise they are
-    all chosen rivals except eager without masks."""
+    """Returns the rivals for a batch: eager with and without masks if all lengths are `full`, and otherwise all chosen
+    rivals except eager without masks."""
     return {n: b for n, b in chosen.items() if (n in ("eager", "eager_no_masks") if full else n != "eager_no_masks")}

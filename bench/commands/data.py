@@ -23,13 +23,14 @@ import numpy as np
 import soundfile
 import torch
 
-from jasper_fast.bench.harness import machine, options, result_file
+from jasper_fast.bench.harness import options, result_file
 from jasper_fast.bench.harness.console import say
 from jasper_fast.data import perturb
 from jasper_fast.data.batches import BatchSampler, load_batches
 from jasper_fast.data.dataset import SpeechDataset
 from jasper_fast.data.manifest import ManifestError, Utterance, read_manifest
 from jasper_fast.data.settings import AudioSettings
+from jasper_fast.kernels import tables
 from jasper_fast.speech import audio
 from jasper_fast.speech.audio import AudioError
 from jasper_fast.speech.text import Vocabulary
@@ -72,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
         "goal": GOAL, "cores": cores, "utterances": len(utterances),
     }  # fmt: skip
     result = {"schema": result_file.SCHEMA, **header, "rows": [], "data": rates_and_goal}
-    path = args.out / f"data_{machine.slug(header['machine']['name'])}_{datetime.datetime.now():%Y%m%d-%H%M%S}.json"
+    path = args.out / f"data_{tables.slug(header['machine']['name'])}_{datetime.datetime.now():%Y%m%d-%H%M%S}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     say(f"wrote {path}")
     return 0

@@ -28,9 +28,9 @@ from jasper_fast.bench.harness import checking
 from jasper_fast.bench.harness.case import Case, Runner
 from jasper_fast.bench.harness.devices import synchronize
 from jasper_fast.bench.harness.kineto import recorded
-from jasper_fast.bench.harness.machine import slug
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.report import terminal, words
+from jasper_fast.kernels import tables
 
 LAYER = "layer "
 BACKWARD = "autograd::engine::evaluate_function: "
@@ -221,7 +221,7 @@ def main(run: Run, model: str = "small", mode: str = "train", N: int = 8, T: int
         checking.prepare(m)
     for name in case.names:
         status, why = m.failed.get(name) or ("ok", "")
-        target = run.results.path.with_name(f"trace_{slug(Path(model).stem)}_{mode}_{name}_{stamp}.json")
+        target = run.results.path.with_name(f"trace_{tables.slug(Path(model).stem)}_{mode}_{name}_{stamp}.json")
         bare, watched, records = [], [], []
         if status == "ok":
             step, named = of(name, m.runners[name])

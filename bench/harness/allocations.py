@@ -16,12 +16,11 @@ from jasper_fast.bench.harness.kineto import recorded
 
 
 class Births(TorchDispatchMode):
-    """Records the storages that ops create, how many of their bytes are alive, and the peak of that number.
+    """Records the storages that ops create, and the largest number of their bytes that were alive together (`peak`).
 
-    A storage counts once, however many views it has. Storages in `before` do not count. Storages are held by weak
-    references, which keep no memory alive and show whether the storage at an address is a new one. A tensor that a
-    custom op creates counts if it is an output or a later op has it as an input. A tensor that the op itself frees does
-    not count here; only the function `peak` counts it.
+    A storage counts once, however many views it has. Storages in `before` do not count. The storages are kept as weak
+    references, so that they can be freed. A tensor that is created and freed inside a custom op does not count here;
+    only the function `peak` counts it.
     """
 
     def __init__(self, device_type: str, before: dict[int, StorageWeakRef]) -> None:
@@ -33,14 +32,13 @@ class Births(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        grew = False
+        known = len(self.born)
         for t in tree_iter((args, kwargs, out)):
             if isinstance(t, Tensor) and t.device.type == self.device_type:
                 storage = t.untyped_storage()
                 if storage._cdata not in self.before and storage._cdata not in self.born:
                     self.born[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-                    grew = True
-        if grew:
+        if len(self.born) > known:
             gradients = {p.grad.untyped_storage()._cdata for p in self.parameters if p.grad is not None}
             self.peak = max(self.peak, self.alive(but=gradients))
         return out
@@ -88,9 +86,8 @@ def peak(work: Callable[[], object], device_type: str, parameters: Collection[nn
         left += event.children
         if event.typed[0] == _EventType.Allocation and event.typed[1].device.type == device_type:
             events.append(event)
-    events.sort(key=lambda e: e.start_time_ns)
     return most_alive(
-        [(e.typed[1].ptr, e.typed[1].alloc_size) for e in events],
+        [(e.typed[1].ptr, e.typed[1].alloc_size) for e in sorted(events, key=lambda e: e.start_time_ns)],
         but={p.grad.untyped_storage().data_ptr() for p in parameters if p.grad is not None},
     )
 

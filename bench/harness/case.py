@@ -52,8 +52,8 @@ class Contender:
 class Effort:
     """How long to time a case: until the interval of every ratio is narrower than +-`target`, within these bounds.
 
-    The timing ends after `seconds` and `min_rounds`. If it has taken 3x `seconds`, three rounds are enough, and if it
-    has taken 9x `seconds`, one round.
+    The timing ends when it has taken `seconds` and has `min_rounds` rounds. After 3x `seconds` three rounds are enough,
+    and after 9x `seconds` one round.
     """
 
     seconds: float = 6.0
@@ -68,7 +68,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Case:
-    """A computation that several contenders do. A `Measurement` holds the state while it is measured.
+    """A computation that several contenders do.
 
     `refill(seed)` writes new values into the inputs in place. `reference()` returns the fp64 answer to the current
     inputs. `low()` returns the answer of plain PyTorch at the precision under test. If `low` is None, errors are judged
@@ -77,8 +77,8 @@ class Case:
 
     `seeds` are the seeds of the inputs on which contenders are compared before the timing. One is enough if an answer
     takes seconds, because contenders are compared on another input after the timing. `needs` are the ops that
-    jasper_fast uses here, by their names in the self-check. `share` is a factor on the run's seconds per case. `rounds`
-    is the least number of rounds that the quantiles of this case need.
+    jasper_fast uses here, by their names in the self-check. The case is timed for `share` times the run's seconds per
+    case. `rounds` is the least number of rounds that the quantiles of this case need.
     """
 
     bench: str
@@ -123,8 +123,7 @@ class Case:
 
     def effort(self, run: Effort) -> Effort:
         """Returns the effort for this case, made from the effort of the run."""
-        rounds = max(run.min_rounds, self.rounds)
-        return dataclasses.replace(run, seconds=self.share * run.seconds, min_rounds=rounds)
+        return dataclasses.replace(run, seconds=self.share * run.seconds, min_rounds=max(run.min_rounds, self.rounds))
 
 
 QUICK = Effort(seconds=1.5, min_rounds=6, max_rounds=60, target=0.02)

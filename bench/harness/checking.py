@@ -13,19 +13,19 @@ from jasper_fast.bench.harness.case import Answer
 from jasper_fast.bench.harness.errors import DeviceLost, first_line
 from jasper_fast.bench.harness.measurement import Measurement
 
-LONG = 1.0  # seconds after which a CPU counts as warm
+LONG = 1.0  # seconds of a first run after which a CPU needs no second one to be warm
 
 
 def prepare(m: Measurement) -> None:
     """Builds the contenders, drops the wrong ones, and warms up the rest."""
     m.build()
     check(m, m.case.seeds)
-    on_gpu = m.device is not None and m.device.type == "cuda"
     for name in list(m.runners):
         with m.caught(name):
             started = time.perf_counter()
             m.runners[name].run()
-            if time.perf_counter() - started < LONG or on_gpu:  # on a GPU the second run captures a CUDA graph
+            # On a GPU the second run captures a CUDA graph.
+            if time.perf_counter() - started < LONG or m.device.type == "cuda":
                 m.runners[name].run()
     gc.collect()
 
@@ -34,9 +34,9 @@ def check(m: Measurement, seeds: Sequence[int]) -> None:
     """Compares every runner with fp64 on fresh inputs and drops the wrong ones.
 
     Every contender is compared on at least two inputs, so one that returns an answer to earlier inputs is found wrong.
-    Contenders run before the fp64 answer is computed, and after the first one `poison` fills freed memory with NaN. So
-    an element that a contender never writes cannot be right by chance. If the fp64 answer cannot be computed (for lack
-    of memory, for instance), no contender gets a number.
+    Contenders run before the fp64 answer is computed, and from the second contender on, `poison` fills freed memory
+    with NaN. So an element that a contender never writes cannot be right by chance. If the fp64 answer cannot be
+    computed (for lack of memory, for instance), no contender gets a number.
     """
     case = m.case
     for seed in seeds:
@@ -67,14 +67,14 @@ def check(m: Measurement, seeds: Sequence[int]) -> None:
 
 @contextlib.contextmanager
 def answerable(m: Measurement) -> Iterator[None]:
-    """A context for making inputs and the fp64 answer. If making them fails, no contender of the case
-    gets a number, and the run continues."""
+    """A context that computes inputs or the fp64 answer. If that fails, no contender of the case gets a number, and the
+    run continues."""
     try:
         with cudnn_search.off():
             yield
-        m.wait()
+        devices.synchronize(m.device)
     except Exception as error:
         for name in list(m.runners):
             m.fail(name, "failed", f"the inputs or the fp64 answer cannot be made: {first_line(error)}")
-        if told := devices.lost(m.device):
-            raise DeviceLost(f"inputs or fp64 answer of {m.case.label()}: {told}") from error
+        if why := devices.lost(m.device):
+            raise DeviceLost(f"inputs or fp64 answer of {m.case.label()}: {why}") from error

@@ -10,11 +10,12 @@ import torch
 
 from jasper_fast.bench.harness import devices, machine
 
-THROTTLED = 0.05  # a row is throttled if its clock is lower than the run's highest by more than this share
+THROTTLED = 0.05  # a row is throttled if its clock rate is more than this share below the highest rate of the run
 
 
 class WallClock:
-    """Measures the host time of a call, including the work of the device. This is the time that a user waits."""
+    """Measures the time on the host from a call until the device has done its work, which is the time that a user
+    waits."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -39,8 +40,8 @@ class CudaClock:
     """Measures the device time between two events, with the L2 cache flushed before each run.
 
     The flush only reads, because data that it wrote would go back to memory during the timed run. The device sleeps
-    before the first event while the host launches the whole run. Without the sleep small ops would be timed at the
-    speed of Python. The sleep is somewhat longer than the host's time in an earlier run, but at most LONGEST. If the
+    before the first event while the host launches the whole run. Without the sleep the device would wait for Python
+    between small ops. The sleep is somewhat longer than the host's time in an earlier run, but at most LONGEST. If the
     host takes longer than that, its time is part of the result, as it is for a user.
     """
 
@@ -76,7 +77,7 @@ class CudaClock:
 
 
 def device_seconds(run: Callable[[], object]) -> float:
-    """Returns the seconds of a run on the GPU, between an event before it and one after it."""
+    """Returns the seconds of a run on the GPU, between two events."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     run()
@@ -105,24 +106,23 @@ def host_seconds(run: Callable[[], object], device: torch.device, short: float =
 def cycles_per_second(device: torch.device) -> float:
     """Returns the rate at which `torch.cuda._sleep` counts.
 
-    The rate follows the GPU's clock, which on an idle GPU is a fifth of its highest and rises under load. So it is
-    measured several times, and the highest is returned: at a lower rate, sleeps would be too short.
+    The rate follows the GPU's clock, which on an idle GPU is a fifth of its highest and rises under load. So the rate
+    is measured several times, and the highest is returned. With a lower rate, sleeps would be too short.
     """
     torch.cuda._sleep(1000)  # loads the kernel
     return max(4e6 / device_seconds(lambda: torch.cuda._sleep(4_000_000)) for _ in range(5))
 
 
 class Gauge:
-    """Reads clocks, temperature and power between rounds, just after the work that they describe."""
+    """Reads clocks, temperature and power between the rounds of a case."""
 
-    EVERY = 0.25  # seconds
+    EVERY = 0.25  # least seconds between readings, except the last
 
     def __init__(self, device: torch.device, readings: list[dict]) -> None:
         self.device, self.readings, self.last = device, readings, -math.inf
 
     def look(self, last: bool = False) -> None:
-        """Takes a reading if the previous reading is older than EVERY seconds, or if `last` is true, as after the last
-        round of a case."""
+        """Takes a reading if the previous one is older than EVERY seconds, or if `last` is true."""
         now = time.monotonic()
         if (last or now - self.last >= self.EVERY) and (found := machine.clocks(self.device)):
             self.readings.append(found)
@@ -130,8 +130,8 @@ class Gauge:
 
 
 def clocks_during(readings: Sequence[dict]) -> dict:
-    """Returns a summary of the readings of a case: the median and the lowest clock in MHz, the maximum of everything
-    else."""
+    """Returns a summary of the readings of a case: the median and the lowest clock in MHz, the highest temperature,
+    power and load, and all reasons for a lowered clock."""
     rates = [rate for reading in readings if (rate := mhz(reading)) is not None]
     found = {"mhz": statistics.median(rates), "mhz_lowest": min(rates)} if rates else {}
     for name in ("temperature_c", "power_w", "load_average"):
@@ -142,8 +142,8 @@ def clocks_during(readings: Sequence[dict]) -> dict:
 
 
 def mhz(reading: dict) -> float | None:
-    """Returns the clock at which the work ran: that of a GPU's multiprocessors, or that of the fastest CPU core,
-    because other cores may be idle."""
+    """Returns the clock at which the work ran: that of the GPU's multiprocessors, or that of the fastest CPU core, as
+    other cores may be idle."""
     return reading.get("sm_mhz", max(reading.get("cpu_mhz", ()), default=None))
 
 
@@ -159,5 +159,6 @@ Clock = WallClock | CudaClock
 
 
 def clock(device: torch.device, wall: bool) -> Clock:
-    """Returns what measures time: events on a GPU; the wall clock on a CPU, and with `wall` on a GPU."""
+    """Returns the clock that times runs on `device`: by events on a GPU, unless `wall`, and otherwise by the wall
+    clock."""
     return CudaClock(device) if device.type == "cuda" and not wall else WallClock(device)

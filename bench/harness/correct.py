@@ -14,10 +14,9 @@ from jasper_fast.selfcheck import tolerance
 class Tolerance(tolerance.Tolerance):
     """The project's tolerance, with other values for some tensors.
 
-    `gradients` applies to the tensors named "grad ...". A network has millions of ReLUs, and in every implementation
-    rounding moves some of their inputs across zero. Each such ReLU changes a few gradients by the contribution of one
-    frame. `clear` applies to the tensors named "clear grad ...", from a network whose ReLUs have no input near zero
-    (`models.clear`).
+    `gradients` applies to the tensors named "grad ...". In every implementation, rounding moves some of the millions of
+    ReLU inputs of a network across zero, and each of these changes a few gradients noticeably. `clear` applies to the
+    tensors named "clear grad ...", from a network whose ReLUs have no input near zero (`models.clear`).
     """
 
     floor: float = 2.0
@@ -42,18 +41,17 @@ def complaints(
     return wrong
 
 
-def keep_rate_complaint(kept: int, of: int, p: float) -> str | None:
+def keep_rate_complaints(kept: int, of: int, p: float) -> list[str]:
     """Returns a complaint if the share of kept elements, `kept` / `of`, differs from 1-p by more than five standard
     deviations."""
-    sigma = math.sqrt(p * (1 - p) / of)
     rate = kept / of
-    return (
-        None if abs(rate - (1 - p)) <= 5 * sigma else f"dropout keeps {rate:.4f} of {of} elements, expected {1 - p:.4f}"
-    )
+    if abs(rate - (1 - p)) <= 5 * math.sqrt(p * (1 - p) / of):
+        return []
+    return [f"dropout keeps {rate:.4f} of {of} elements, expected {1 - p:.4f}"]
 
 
 def poison(like: Mapping[str, Tensor]) -> None:
-    """Fills the memory that the allocator will hand out next with NaN, so that an element that is never written is
+    """Fills the memory that the allocator returns next with NaN, so that an element that is never written is
     noticed."""
     filled = [torch.full_like(t, math.nan) for t in like.values() if t.is_floating_point()]
     del filled

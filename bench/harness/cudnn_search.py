@@ -1,7 +1,7 @@
 """Sets how cuDNN chooses the algorithm of a convolution: by timing several, or by its heuristics.
 
-NVIDIA's Jasper lets cuDNN time them (`cudnn.benchmark`), so cuDNN does so here for all contenders. PyTorch remembers
-the choice for a shape, however it was made, so the setting affects only the first call with a shape.
+As in NVIDIA's Jasper, cuDNN times its algorithms (`cudnn.benchmark`), here for all contenders. PyTorch remembers the
+choice for a shape, however it was made, so the setting affects only the first call with a shape.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ def on(device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def off() -> Iterator[None]:
-    """A context in which cuDNN's heuristics choose. It is for untimed answers, above all those in fp64, where timing
-    ten algorithms takes long."""
+    """A context in which cuDNN's heuristics choose. Answers that are not timed use it, because timing ten algorithms
+    takes long, above all in fp64."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
     try:

@@ -8,10 +8,8 @@ import torch
 from jasper_fast.bench.harness.errors import first_line
 
 
-def lost(device: torch.device | None) -> str:
-    """Returns why the device no longer works in this process. The text is empty if it works or is None."""
-    if device is None:
-        return ""
+def lost(device: torch.device) -> str:
+    """Returns why the device no longer works in this process, or an empty text if it works."""
     try:
         synchronize(device)
     except RuntimeError as error:
@@ -20,7 +18,7 @@ def lost(device: torch.device | None) -> str:
 
 
 def tidy(device: torch.device) -> None:
-    """Frees unused memory: reference cycles, compiled graphs and their pools, and free blocks of the allocator."""
+    """Frees unused memory: reference cycles, compiled functions, memory pools of CUDA graphs, the allocator's cache."""
     if device.type == "cuda":
         if dynamo := sys.modules.get("torch._dynamo"):
             dynamo.reset()

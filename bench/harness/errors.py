@@ -6,11 +6,11 @@ class Absent(Exception):
 
 
 class OutOfTime(BaseException):
-    """The time of the run is over. A BaseException, so that no rival's error handling can swallow it."""
+    """The time of the run is over. It is a BaseException, so that no rival's `except Exception` catches it."""
 
 
 class DeviceLost(BaseException):
-    """A kernel broke the GPU for this process. A BaseException, so that no error handling can swallow it."""
+    """A kernel broke the GPU for this process. It is a BaseException, so that no `except Exception` catches it."""
 
 
 def first_line(error: BaseException) -> str:

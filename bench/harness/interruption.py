@@ -4,15 +4,15 @@ import signal
 
 from jasper_fast.bench.harness.errors import OutOfTime
 
-AGAIN = 20.0  # seconds until the next interruption, if one was lost
+AGAIN = 20.0  # seconds until the exception is raised again
 
 
 class interrupted_after:
     """A context that raises OutOfTime in the main thread after `seconds`.
 
-    The exception comes between two lines of Python, so it also interrupts compilers that are written in Python. It is
-    raised again every AGAIN seconds until the context ends, because Python drops an exception that is raised in a
-    destructor or in the callback of a weak reference. A caller that caught it calls `no_more`.
+    A signal handler raises it, so it also interrupts compilers that are written in Python. It is raised again every
+    AGAIN seconds until the context ends, because Python drops an exception that is raised in a destructor or in the
+    callback of a weak reference. A caller that has caught the exception calls `no_more`.
     """
 
     def __init__(self, seconds: float) -> None:

@@ -8,15 +8,14 @@ from collections.abc import Iterator, Sequence
 
 from torch.profiler import ProfilerActivity, profile
 
-MARK = b"USDT:"  # each of those lines begins with this
+MARK = b"USDT:"  # each of these lines begins with it
 
 
 @contextlib.contextmanager
 def without_marks() -> Iterator[None]:
-    """A context that keeps Kineto's MARK lines off the terminal. Other output to stderr appears at the end of the
-    context.
+    """A context that drops Kineto's MARK lines. Other output to stderr appears at the end of the context.
 
-    A log level cannot do this, because a level that hides MARK lines hides errors too.
+    Kineto's log level cannot do this, because a level that hides MARK lines also hides errors.
     """
     sys.stderr.flush()
     terminal = os.dup(2)
@@ -35,7 +34,7 @@ def without_marks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def recorded(activities: Sequence[ProfilerActivity], profile_memory: bool = False) -> Iterator[profile]:
-    """A context in which torch.profiler records. Of the profiler's messages only errors reach the terminal."""
+    """A context in which torch.profiler records, without Kineto's MARK lines."""
     trace = profile(activities=activities, profile_memory=profile_memory)
     with without_marks():
         trace.start()

@@ -15,8 +15,7 @@ GIB = 1 << 30
 
 
 def measure(device: torch.device, quick: bool = False) -> dict:
-    """Returns the ceilings of `device`: FLOP/s by dtype, bytes per second that a large copy reads and writes, seconds
-    per launch."""
+    """Returns the ceilings of `device`: FLOP/s by dtype, bytes per second of a large copy, seconds per launch."""
     found = {
         "matmul_flops_per_s": matmul_rates(device, quick),
         "float32_mode": float32_mode(device),
@@ -34,11 +33,11 @@ def measure(device: torch.device, quick: bool = False) -> dict:
 def matmul_rates(device: torch.device, quick: bool = False) -> dict[str, float]:
     """Returns the FLOP/s of a large square matrix product, by dtype.
 
-    On a GPU the rate for float32 is the one at the precision of `float32_mode`, at which convolutions of fp32 tensors
-    run. The rates with and without TF32 are listed too.
+    On a GPU there are two rates for fp32 tensors, with and without TF32. The rate named "float32" is the one at the
+    precision that convolutions use (`float32_mode`).
     """
     if device.type == "cpu":
-        # A CPU may emulate bf16, a hundred times slower than fp32. Then that rate is no useful ceiling.
+        # A CPU may emulate bf16 a hundred times slower than fp32. The rate of the emulation would be no useful ceiling.
         dtypes = ("float32", "bfloat16") if _fast_bf16() else ("float32",)
         return {dtype: _matmul_rate(device, dtype, 1536 if quick else 2048) for dtype in dtypes}
     both = {}
@@ -63,7 +62,7 @@ def _matmul_rate(device: torch.device, dtype: str, size: int) -> float:
 
 
 def copy_bandwidth(device: torch.device, quick: bool = False) -> float:
-    """Returns the bytes that a copy reads and writes per second. The copy is far larger than the caches."""
+    """Returns the bytes per second that a copy reads and writes together. The copy is far larger than the caches."""
     size = (GIB // 8 if quick else GIB // 4) if device.type == "cpu" else GIB
     src = torch.ones(size, dtype=torch.uint8, device=device)
     dst = torch.empty_like(src)
@@ -100,7 +99,7 @@ def cupy_launch(device: torch.device) -> tuple[dict[str, float], str]:
     """Returns (times, CuPy's version). The times are the seconds that a launch takes on the host and on the device,
     measured by CuPy's profiler.
 
-    If CuPy is missing or fails, the times are empty, and the text is the reason.
+    If CuPy is missing or fails, there are no times, and the text is the reason.
     """
     if importlib.util.find_spec("cupyx") is None:
         return {}, f"absent: pip install cupy-cuda{(torch.version.cuda or '13').partition('.')[0]}x"
@@ -118,7 +117,7 @@ def cupy_launch(device: torch.device) -> tuple[dict[str, float], str]:
 
 
 def _best(device: torch.device, call: Callable[[], object], seconds: float = 0.6) -> float:
-    """Returns the shortest time of a call, because a ceiling is the best that the machine can do."""
+    """Returns the shortest time of a call in `seconds`, because a ceiling is the best that the machine can do."""
     ticker = clocks.clock(device, wall=False)
     times, end = [ticker.sample(call, 1)], time.perf_counter() + seconds
     while len(times) < 5 or time.perf_counter() < end:

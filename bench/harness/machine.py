@@ -16,11 +16,9 @@ import torch
 
 from jasper_fast.bench.harness import nvml, paths
 from jasper_fast.kernels import likeness, native
-from jasper_fast.kernels.tables import slug
 
-__all__ = ["clocks", "command", "commit", "describe", "name", "slug"]
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "asimd", "sve")
-# Matches names of distributions: cupy-cuda13x, onnxruntime-gpu, tensorrt-cu12, nvidia-cudnn-frontend, ...
+# Matches the distributions whose versions are recorded, such as cupy-cuda13x and nvidia-cudnn-frontend.
 PACKAGES = re.compile(
     r"(torch|pytorch-triton|triton|numpy)$|(cuda|cupy|nvidia|onnx|openvino|tensorrt|torch-tensorrt)(-|script|runtime|$)"
 )
@@ -72,8 +70,7 @@ def commit() -> str | None:
 
 
 def clocks(device: torch.device) -> dict:
-    """Returns clock rates, temperature and power, as far as this machine reports them. Takes well under a
-    millisecond."""
+    """Returns the clock rates, temperature, power and load that this machine reports, in well under a millisecond."""
     if device.type == "cuda":
         return nvml.read(device)
     mhz = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _read("/proc/cpuinfo"), re.MULTILINE)
@@ -89,7 +86,7 @@ def clocks(device: torch.device) -> dict:
 def packages() -> dict[str, str]:
     """Returns the versions of installed packages that affect results: PyTorch, Triton, rivals, NVIDIA's libraries."""
     found: dict[str, str] = {}
-    # Distributions come in the order of sys.path. Of two with the same name, Python imports the first.
+    # Distributions are listed in the order of sys.path. If two have the same name, Python imports the first.
     for distribution in importlib.metadata.distributions():
         name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
         if PACKAGES.match(name):
@@ -125,8 +122,7 @@ def _ptxas() -> str | None:
 
 
 def _cpu() -> dict:
-    text = _read("/proc/cpuinfo")
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
     have = set(flags.group(1).split()) if flags else set()
     memory = re.search(r"^MemTotal:\s*(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -162,10 +158,9 @@ def _git(*args: str) -> str | None:
 
 def _run(*args: str) -> str | None:
     try:
-        done = subprocess.run(args, capture_output=True, text=True, timeout=20, check=True)
+        return subprocess.run(args, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return None  # there is no such program, or no checkout, so the field stays empty
-    return done.stdout.strip()
+        return None  # there is no such program, or no checkout
 
 
 def _read(path: str) -> str:

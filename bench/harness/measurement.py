@@ -13,7 +13,7 @@ from jasper_fast.bench.harness.clocks import clocks_during
 from jasper_fast.bench.harness.errors import Absent, DeviceLost, first_line
 from jasper_fast.bench.harness.ratios import ratio_of_visits, summary
 
-# In the row of a contender that broke the device, the reason begins with this text.
+# The reason in the row of a contender that broke the device begins with this text.
 LOST = "the device ran nothing more in that process"
 
 
@@ -32,7 +32,7 @@ class Row(TypedDict, total=False):
     at_s: float
     status: str  # ok, wrong, failed, refused or absent
     why: str  # why there is no number
-    # Present if the contender was timed: seconds by quantile, rates, ratio to jasper_fast, and how it was measured.
+    # Present if the contender was timed: seconds by quantile, rates, ratio to jasper_fast, state of the machine.
     time_s: dict
     host_s: float
     flops_per_s: float
@@ -43,7 +43,7 @@ class Row(TypedDict, total=False):
     clocks: dict
     throttled: bool
     hurried: bool
-    # Present if the contender is judged by its own `Rule`.
+    # Present if the contender has a `Rule` of its own.
     precision: str
     rule: str
     judged: dict
@@ -58,13 +58,13 @@ class Measurement:
     """The state of a case while it is measured.
 
     `device` is checked for faults after each contender. `runners` are the contenders that are ready. `failed` has the
-    status and the reason of those that have no number. `visits` has, for each time that the case was timed, the samples
-    of each contender in seconds. `readings` are clock readings during the timing. `hurried`: there were fewer rounds
-    than usual, because they took so long.
+    status and the reason of each contender that has no number. A case may be timed several times, and each time
+    `visits` gets the samples of each contender in seconds. `readings` are clock readings during the timing. `hurried`
+    is true if there were fewer rounds than usual, because they took too long.
     """
 
     case: Case
-    device: torch.device | None = None
+    device: torch.device
     runners: dict[str, Runner] = field(default_factory=dict)
     failed: dict[str, tuple[str, str]] = field(default_factory=dict)
     visits: list[dict[str, list[float]]] = field(default_factory=list)
@@ -90,7 +90,7 @@ class Measurement:
         """
         try:
             yield
-            self.wait()
+            devices.synchronize(self.device)  # a fault must appear in the row of the contender that launched the kernel
         except Absent as error:
             self.fail(name, "absent", str(error))
         except Exception as error:  # any error of a rival goes into its row
@@ -99,17 +99,11 @@ class Measurement:
                 self.fail(name, "failed", f"{LOST}: {why}")
                 raise DeviceLost(f"{name}, {self.case.label()}: {why}") from error
 
-    def wait(self) -> None:
-        """Waits for the device, so that a fault appears in the row of the contender that launched the kernel."""
-        if self.device is not None:
-            devices.synchronize(self.device)
-
     def begin_row(self, name: str) -> Row:
         """Returns the fields that a contender's row has even without a number."""
-        case = self.case
+        case, (status, why) = self.case, self.failed.get(name, ("ok", ""))
         row: Row = {"id": f"{case.id} / {name}", "bench": case.bench, "key": case.key, "contender": name}
         row |= {"ours": name == case.ours, "dtype": case.dtype, "flops": case.flops, "bytes": case.nbytes}
-        status, why = self.failed.get(name, ("ok", ""))
         row |= {"status": status, "why": why} if why else {"status": status}
         if rule := getattr(self.runners.get(name), "rule", None):
             row |= {"precision": rule.precision, "rule": rule.words, "judged": rule.found}
@@ -118,11 +112,11 @@ class Measurement:
     def rows(self, inner: Mapping[str, int], host: Mapping[str, float]) -> list[Row]:
         """Returns one row per contender, in the order of the case, from its samples in all visits.
 
-        The row of a contender that failed has the reason instead. `inner`: runs per sample. `host`: seconds for which a
-        run occupies the host, where that differs from the measured time.
+        The row of a contender that failed has the reason instead. `inner` are the runs per sample. `host` are the
+        seconds for which a run occupies the host, if it is not the same time that is measured.
         """
         case, made = self.case, []
-        timed_by = "events" if self.device is not None and self.device.type == "cuda" and not case.wall else "wall"
+        timed_by = "events" if self.device.type == "cuda" and not case.wall else "wall"
         for name in case.names:
             row = self.begin_row(name) | {"clock": timed_by}
             made.append(row)

@@ -9,8 +9,7 @@ import torch
 
 from jasper_fast.bench.harness.console import say
 
-# The reasons for a lowered clock that are recorded. Two are left out: an idle GPU, and a clock that the user has
-# lowered.
+# The reasons for a lowered clock that are recorded. An idle GPU, and a clock that the user has lowered, are not.
 REASONS = {
     "SwPowerCap": "software power cap",
     "HwSlowdown": "hardware slowdown",
@@ -22,8 +21,8 @@ REASONS = {
 
 @functools.cache
 def library() -> ModuleType | None:
-    """Returns pynvml, initialised. Returns None if there is no driver. If pynvml is not installed, prints a line and
-    returns None."""
+    """Returns pynvml, initialised, or None if there is no driver or pynvml is not installed. In the second case it also
+    prints how to install pynvml."""
     try:
         import pynvml
     except ImportError:
@@ -37,20 +36,20 @@ def library() -> ModuleType | None:
 
 @functools.cache
 def handle(device: torch.device) -> object | None:
-    """Returns the library's handle of PyTorch's device, or None. The handle is found by UUID, because
-    CUDA_VISIBLE_DEVICES changes PyTorch's indices but not the library's."""
+    """Returns the library's handle of PyTorch's device, or None. It finds the handle by UUID, because
+    CUDA_VISIBLE_DEVICES changes PyTorch's indices of devices but not the library's."""
     nvml = library()
     if nvml is None:
         return None
     uuid = str(torch.cuda.get_device_properties(device).uuid)
-    # The library's UUID has a prefix, which PyTorch's lacks.
+    # The library's UUIDs have a prefix that PyTorch's UUIDs lack.
     found = (_told(nvml.nvmlDeviceGetHandleByUUID, prefix + uuid) for prefix in ("GPU-", "MIG-", ""))
     return next((at for at in found if at is not None), None)
 
 
 def read(device: torch.device) -> dict:
-    """Returns what the driver reports of these: MHz of the multiprocessors and of the memory, degrees Celsius, watts,
-    reasons for a lowered clock."""
+    """Returns the clocks in MHz, the temperature in degrees Celsius, the power in watts, and the reasons for a lowered
+    clock. What the driver does not report is left out."""
     nvml, at = library(), handle(device)
     if at is None:
         return {}
@@ -62,7 +61,7 @@ def read(device: torch.device) -> dict:
         "temperature_c": _told(nvml.nvmlDeviceGetTemperature, at, nvml.NVML_TEMPERATURE_GPU),
         "power_w": None if milliwatts is None else milliwatts / 1000,
         "held_by": None if bits is None else [
-            told for name, told in REASONS.items() if bits & getattr(nvml, f"nvmlClocksThrottleReason{name}")
+            reason for name, reason in REASONS.items() if bits & getattr(nvml, f"nvmlClocksThrottleReason{name}")
         ],
     }  # fmt: skip
     return {name: value for name, value in found.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Types of the command-line options. A mistake is reported before anything is measured."""
+"""Types of the command-line options, for argparse."""
 
 import argparse
 import math
@@ -92,7 +92,7 @@ def result(text: str) -> Path:
 
 
 def page(text: str) -> Path:
-    """Returns a path to which a page can be written: in an existing folder, and not a folder itself."""
+    """Returns the path if a page can be written to it, that is if its folder exists and it is no folder itself."""
     path = Path(text)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is not a file in an existing folder; name one such as page.html")

@@ -10,7 +10,8 @@ COMMAND = "python -m bench" if CHECKOUT else "python -m jasper_fast.bench"
 
 
 def checkout(what: str) -> Path:
-    """Returns the folder of the checkout. Raises SystemExit, saying that `what` needs one, if there is none."""
+    """Returns the folder of the checkout. If there is none, raises SystemExit with the message that `what` needs
+    one."""
     if CHECKOUT is None:
         raise SystemExit(f"{what} needs a checkout of the repository, but this is an installed package")
     return CHECKOUT

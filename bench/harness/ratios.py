@@ -1,4 +1,4 @@
-"""Statistics of samples: quantiles, ratios of pairs, and intervals that are valid for few samples too."""
+"""Statistics of samples: quantiles, ratios of pairs, and intervals, which are valid even for few samples."""
 
 import functools
 import math
@@ -9,17 +9,16 @@ from collections.abc import Mapping, Sequence
 import numpy
 
 CONFIDENCE = 0.95
-PERCENTILES = (0.05, 0.20, 0.50, 0.80, 0.90, 0.95, 0.99)
-# The least number of samples for each quantile. With fewer, the quantile is just the smallest or largest sample.
-SAMPLES = {"p20": 5, "p80": 5, "p90": 10, "p95": 20, "p99": 100}
+# The least number of samples for each percentile. With fewer it is just the smallest or largest sample.
+SAMPLES = {"p05": 20, "p20": 5, "p50": 1, "p80": 5, "p90": 10, "p95": 20, "p99": 100}
 
 
 def ratio(rival: Sequence[float], ours: Sequence[float], resamples: int = 2000, seed: int = 0) -> dict:
     """Returns the median of rival time / our time over the pairs of samples, with its `interval`."""
     pairs = [r / o for r, o in zip(rival, ours, strict=False)]
     low, high = interval(pairs, resamples, seed)
-    median, sure = statistics.median(pairs), confidence(len(pairs))
-    return {"median": median, "low": low, "high": high, "confidence": sure, "pairs": len(pairs)}
+    of = {"confidence": confidence(len(pairs)), "pairs": len(pairs)}
+    return {"median": statistics.median(pairs), "low": low, "high": high, **of}
 
 
 def interval(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
@@ -27,8 +26,8 @@ def interval(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> t
 
     The interval covers both the bootstrap interval and the distribution-free interval from order statistics
     (`rank_of_interval`). The bootstrap resamples short sequences of neighbours, because neighbouring values share the
-    state of the machine. The bootstrap interval alone is too narrow for few values: at 95 % it contains the true median
-    in only 83 % of cases with six values, and in 89 % with twelve.
+    state of the machine. Without the second interval it would be too narrow for few values: a 95 % interval would
+    contain the true median in only 83 % of cases with six values, and in 89 % with twelve.
     """
     rng, n = random.Random(seed), len(values)
     block = max(1, round(n ** (1 / 3)))
@@ -48,8 +47,8 @@ def interval(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> t
 @functools.cache
 def rank_of_interval(n: int) -> int:
     """Returns how many of `n` sorted values can be dropped at each end such that the range of the rest still contains
-    the median with CONFIDENCE; 0 if none can."""
-    outside, rank = 2 * 0.5**n, 0  # the chance that the true median is outside the range when `rank` are dropped
+    the median with CONFIDENCE, or 0."""
+    outside, rank = 2 * 0.5**n, 0  # the probability that the median is outside the range after dropping `rank` values
     while outside + 2 * math.comb(n, rank + 1) * 0.5**n <= 1 - CONFIDENCE:
         rank += 1
         outside += 2 * math.comb(n, rank) * 0.5**n
@@ -73,22 +72,16 @@ def ratio_of_visits(visits: Sequence[Mapping[str, Sequence[float]]], rival: str,
         return parts[0]
     pooled = [r / o for pair in pairs for r, o in zip(*pair, strict=False)]
     span = {"low": min(p["low"] for p in parts), "high": max(p["high"] for p in parts)}
-    told = {"confidence": confidence(len(pooled)), "pairs": len(pooled), "visits": len(parts)}
-    return {"median": statistics.median(pooled), **span, **told}
-
-
-def samples_for(q: float) -> int:
-    """Returns the least number of samples with which the q-quantile is not just the smallest or largest sample."""
-    return math.ceil(round(1 / min(q, 1 - q), 6))
+    of = {"confidence": confidence(len(pooled)), "pairs": len(pooled), "visits": len(parts)}
+    return {"median": statistics.median(pooled), **span, **of}
 
 
 def summary(samples: Sequence[float], inner: int) -> dict:
-    """Returns the quantiles of the samples in seconds, where a sample is the mean of `inner` runs.
+    """Returns the percentiles of the samples in seconds. A sample is the mean of `inner` runs.
 
-    The summary includes the interval of the median with its confidence. `too_few_for` lists the quantiles for which
+    The summary includes the interval of the median with its confidence. `too_few_for` lists the percentiles for which
     there are too few samples.
     """
-    names = {q: f"p{round(100 * q):02d}" for q in PERCENTILES}
     low, high = interval(samples, 500)
     return {
         "median": statistics.median(samples),
@@ -97,8 +90,8 @@ def summary(samples: Sequence[float], inner: int) -> dict:
         "median_low": low,
         "median_high": high,
         "confidence": confidence(len(samples)),
-        **dict(zip(names.values(), numpy.quantile(samples, list(names)).tolist(), strict=True)),
-        "too_few_for": [name for q, name in names.items() if len(samples) < samples_for(q)],
+        **{name: numpy.percentile(samples, int(name[1:])).item() for name in SAMPLES},
+        "too_few_for": [name for name, least in SAMPLES.items() if len(samples) < least],
         "samples": len(samples),
         "inner": inner,
     }

@@ -19,8 +19,7 @@ TRIES = 2  # the most attempts at a part of a run
 
 
 def header(device: torch.device, arguments: Mapping[str, object], effort: Effort | None = None) -> dict:
-    """Returns the part of a result that says where it comes from: machine, arguments, and effort (default:
-    `Effort()`)."""
+    """Returns the part of a result that describes the run: machine, arguments, and effort (default: `Effort()`)."""
     return {
         "machine": machine.describe(device),
         "arguments": {k: str(v) for k, v in arguments.items()},
@@ -49,9 +48,9 @@ class Results:
         if resume and unfinished(path, header):
             old = read(path)
             self.data |= {"rows": old["rows"], "limits": old["limits"], "resumed": old.get("resumed", 0) + 1}
-            kept = {k: v for k, v in old.get("parts", {}).items() if v == "finished" or v.startswith("failed")}
-            self.data["parts"] = kept
-            self.data |= {k: old[k] for k in ("selfcheck", "faults", "preflight", "tests", "tuned") if k in old}
+            parts = {k: v for k, v in old.get("parts", {}).items() if v == "finished" or v.startswith("failed")}
+            more = {k: old[k] for k in ("selfcheck", "faults", "preflight", "tests", "tuned") if k in old}
+            self.data |= {"parts": parts, **more}
 
     @property
     def limits(self) -> dict:
@@ -60,8 +59,7 @@ class Results:
 
     def has(self, case_id: str, contenders: Iterable[str]) -> bool:
         """Whether the file has rows for all these contenders of a case."""
-        have = {row["id"] for row in self.data["rows"]}
-        return all(f"{case_id} / {name}" in have for name in contenders)
+        return {f"{case_id} / {name}" for name in contenders} <= {row["id"] for row in self.data["rows"]}
 
     def fatal(self, case_id: str) -> dict[str, tuple[str, str]]:
         """Returns the contenders of a case that broke the device in an earlier process, in the form of
@@ -88,9 +86,9 @@ class Results:
 
 
 def parts_left(data: dict) -> list[str]:
-    """Returns the parts of a run that `--resume` would do: those that are not finished and have attempts left."""
-    faults = data.get("faults", {})
-    return [p for p, how in data.get("parts", {}).items() if how != "finished" and faults.get(p, 0) < TRIES]
+    """Returns the parts of a run that `--resume` would do: those that are unfinished and have attempts left."""
+    parts, faults = data.get("parts", {}), data.get("faults", {})
+    return [part for part, how in parts.items() if how != "finished" and faults.get(part, 0) < TRIES]
 
 
 RESULT = {"schema", "command", "machine", "rows", "limits", "finished"}
@@ -130,5 +128,4 @@ def unfinished(path: Path, header: dict) -> bool:
         old["machine"][k] == header["machine"][k] for k in ("name", "commit", "dirty")
     )
     before, now = (data.get("arguments", {}) for data in (old, header))
-    alike = all(before.get(k) == now.get(k) for k in ALIKE)
-    return same and alike and not old["finished"]
+    return same and all(before.get(k) == now.get(k) for k in ALIKE) and not old["finished"]

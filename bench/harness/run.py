@@ -22,8 +22,9 @@ from jasper_fast.kernels import tables
 class Run:
     """What every subcommand gets: device, precision, effort, result file.
 
-    `deadline`: the time (of `time.monotonic`) at which to stop. `brief`: measure fewer cases, for `all`. `revisits`:
-    keep the measured cases in `kept`, for `revisit`. `arguments`: those of the command line.
+    The run stops at the time `deadline` of `time.monotonic`. With `brief`, for the subcommand `all`, it measures fewer
+    cases. With `revisits` it keeps the measured cases in `kept`, for `revisit`. `arguments` are those of the command
+    line.
     """
 
     device: torch.device
@@ -51,9 +52,9 @@ class Run:
         return self.deadline is not None and time.monotonic() > self.deadline
 
     def cases(self, title: str, cases: Sequence[Case]) -> list[Row]:
-        """Measures the cases that the result does not have yet, one after another; shows progress; returns their rows.
+        """Measures the cases that the result file lacks, one after another; shows progress; returns their rows.
 
-        If the time runs out, the remaining cases have no rows.
+        If the time runs out, the remaining cases get no rows.
         """
         todo = [case for case in cases if not self.results.has(case.id, case.names)]
         done: list[Row] = []
@@ -88,8 +89,8 @@ class Run:
     def begun(self, case: Case) -> Iterator[Measurement]:
         """A context with a `Measurement` of the case, in which contenders that must not run count as failed.
 
-        If the device is lost inside, the row of the contender that broke it is written. In a new process the other
-        contenders may run again, but not the one that broke the device.
+        If the device is lost inside, the row of the contender that broke it is written. A new process then measures the
+        other contenders.
         """
         m = Measurement(case, self.device, failed=self.results.fatal(case.id))
         if why := self.refusal(case.needs):
@@ -103,9 +104,9 @@ class Run:
             raise
 
     def refusal(self, needs: Sequence[str]) -> str:
-        """Returns why jasper_fast is not timed: the fault that the run's self-check found in one of the ops `needs`.
+        """Returns the fault that the run's self-check found in one of the ops `needs`, or an empty text.
 
-        Returns an empty text if there is no such fault.
+        With such a fault jasper_fast is not timed.
         """
         face = {"cpu": "cpu", "cuda": "triton"}.get(self.device.type, "") if self.backend == "auto" else self.backend
         for found in self.results.data.get("selfcheck", {}).get("verdicts", ()):
@@ -115,7 +116,7 @@ class Run:
         return ""
 
     def close(self, release: Callable[[], None]) -> None:
-        """Calls `release` when the cases so far are no longer needed: now, or with `revisits` after their second
+        """Calls `release`, which frees what the cases so far share. With `revisits` it is called after their second
         timing."""
         if self.revisits:
             self.at_end.append(release)

@@ -11,5 +11,5 @@ def seeded(seed: int, device: torch.device) -> torch.Generator:
 
 
 def stable_seed(*parts: object) -> int:
-    """Returns a seed made from names. It is the same in every process, unlike `hash`."""
+    """Returns a seed made from `parts`. Unlike `hash`, it is the same in every process."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")

@@ -1,9 +1,9 @@
 """Times contenders in turns on the same inputs (A B, B A, ...), so that a machine that slows down affects all alike.
 
-A `Case` is an op at a shape, or a model at a batch. Its contenders are built, compared with fp64 on two different
-inputs, warmed up, timed in rounds, and compared once more. A contender that is absent, refused, fails or is wrong gets
-a row that says so, without a number. A run may time its cases again minutes later (`Run.revisit`). The interval of a
-ratio then covers the intervals of both visits, because a machine can be slow or fast for longer than a visit.
+A `Case` is an op at a shape, or a model at a batch. Its contenders are built, compared with fp64 on one or two inputs,
+warmed up, timed in rounds, and compared with fp64 once more. A contender that is absent, refused, fails or is wrong
+gets a row with the reason and without a number. A run may time its cases again minutes later (`Run.revisit`), because a
+machine can be slow or fast for longer than the timing of a case. The interval of a ratio then covers both intervals.
 """
 
 import gc
@@ -34,10 +34,10 @@ def _inner_runs(m: Measurement, ticker: Clock) -> tuple[dict[str, int], dict[str
     inner, host = {}, {}
     for name in list(m.runners):
         with m.caught(name):
-            once = ticker.sample(m.runners[name].run, 1)
-            inner[name] = max(1, int(ticker.min_sample / max(once, 1e-9)))
-            if (told := ticker.host(m.runners[name].run)) is not None:
-                host[name] = told
+            run = m.runners[name].run
+            inner[name] = max(1, int(ticker.min_sample / max(ticker.sample(run, 1), 1e-9)))
+            if (seconds := ticker.host(run)) is not None:
+                host[name] = seconds
     return inner, host
 
 

@@ -1,5 +1,5 @@
-"""Prints the summary of `pytest bench/quick`: shortest times, divided by those of our `reference` implementation or of
-eager PyTorch in the same run.
+"""Prints the summary of `pytest bench/quick`: the shortest time of each contender, divided by that of our `reference`
+implementation or of eager PyTorch in the same run.
 
 The shortest times are used because other work on the machine can only add time.
 """

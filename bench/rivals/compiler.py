@@ -1,7 +1,8 @@
-"""torch.compile as a rival, with settings that let it fail instead of falling back to eager."""
+"""torch.compile as a rival, set to raise an error instead of falling back to eager."""
 
 import copy
 import os
+import shutil
 from collections.abc import Callable
 
 import torch
@@ -10,14 +11,14 @@ from torch import Tensor, nn
 from jasper_fast.bench.harness.errors import Absent
 from jasper_fast.bench.rivals.eager_layouts import Model
 
-VARIANTS = 64  # the most compiled variants of one function
+VARIANTS = 64  # most compiled variants of one function
 
 
 def fresh_compiler() -> None:
     """Empties torch.compile's cache and switches off its fallback to eager.
 
-    By default torch.compile makes at most 8 variants of a function. Then it warns and runs further variants in eager,
-    so that eager would be timed. Jasper's twelve blocks, or a grid of shapes, need more than 8.
+    By default torch.compile makes at most 8 variants of a function. It runs further variants in eager, with only a
+    warning. Jasper's twelve blocks, or a grid of shapes, need more than 8.
     """
     needs_compiler()
     torch._dynamo.reset()
@@ -27,8 +28,6 @@ def fresh_compiler() -> None:
 
 def needs_compiler() -> None:
     """Raises Absent if torch.compile lacks the C++ compiler that it needs on a CPU."""
-    import shutil
-
     if not any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++") if c):
         raise Absent("torch.compile needs a C++ compiler: apt install g++")
 
@@ -72,8 +71,8 @@ def compiled_blocks_frozen(model: nn.Module) -> Model:
 def max_autotuned(function: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]:
     """Returns the function compiled with max-autotune.
 
-    With CUDA graphs the backward pass of one forward cannot run more than once. So no CUDA graphs are used in the mode
-    "backward", which times many backward passes of one forward.
+    The mode "backward" times many backward passes of one forward pass, which is impossible with CUDA graphs. So that
+    mode uses none.
     """
     fresh_compiler()
     import torch._functorch.config as functorch

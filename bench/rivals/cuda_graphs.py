@@ -19,9 +19,8 @@ def cuda_graph(model: nn.Module) -> Model:
         if key not in graphs:
             still = features.clone(), lengths.clone()
             with torch.no_grad():
-                graph, out = capture.captured(lambda: model(*still), before=3)
-            graphs[key] = (graph, still, out)
-        graph, still, out = graphs[key]
+                graphs[key] = *capture.captured(lambda: model(*still), before=3), still
+        graph, out, still = graphs[key]
         still[0].copy_(features)
         still[1].copy_(lengths)
         graph.replay()

@@ -71,8 +71,9 @@ class FusedConv:
         try:
             graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
         except cudnn.cudnnGraphNotSupportedError as error:
-            version = cudnn.backend_version_string()
-            raise Absent(f"cuDNN {version} has no engine for this convolution: {error}") from error
+            raise Absent(
+                f"cuDNN {cudnn.backend_version_string()} has no engine for this convolution: {error}"
+            ) from error
         self.graph = graph
         self.workspace = torch.empty(max(1, graph.get_workspace_size()), dtype=torch.uint8, device=x.device)
         self.set_stream = cudnn.set_stream

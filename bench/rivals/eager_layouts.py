@@ -29,13 +29,13 @@ def eager_no_masks(model: nn.Module) -> Model:
 class ChannelsLast2d(nn.Module):
     """Eager PyTorch with each conv as a 2D conv over a height of 1, in channels_last memory.
 
-    In that memory cuDNN needs no transposes. The weights are a copy, under the names of the eager model.
+    In that memory cuDNN needs no transposes. The weights are copies, with the names that they have in the eager model.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = copy.deepcopy(model)
-        for module in self.model.modules():  # a module of another class keeps its parameters, buffers and settings
+        for module in self.model.modules():  # changing the class keeps parameters, buffers and settings
             if isinstance(module, nn.BatchNorm1d):
                 module.__class__ = nn.BatchNorm2d
             elif isinstance(module, nn.Conv1d):
@@ -54,5 +54,5 @@ class _Conv2d(MaskedConv1d):
         if lengths is not None:
             t = torch.arange(x.shape[-1], device=x.device)
             x = torch.where((t >= lengths[:, None])[:, None, None, :], 0.0, x)  # masked_fill loses channels_last memory
-        how = (1, self.stride[0]), (0, self.padding[0]), (1, self.dilation[0]), self.groups
-        return F.conv2d(x, self.weight, self.bias, *how)
+        geometry = (1, self.stride[0]), (0, self.padding[0]), (1, self.dilation[0])
+        return F.conv2d(x, self.weight, self.bias, *geometry, self.groups)

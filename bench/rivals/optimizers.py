@@ -4,7 +4,8 @@ import torch
 
 
 class ForeachNovoGrad(torch.optim.Optimizer):
-    """Makes the same update as `jasper_fast.NovoGrad` with beta2 = 0, where the second moment has no history.
+    """Makes the same update as `jasper_fast.NovoGrad` with beta2 = 0, which normalises each gradient by its own
+    norm.
 
     This optimiser does not support `found_inf`. So GradScaler and `jasper_fast.training.step.update` wait for the
     device before they decide whether to call it.

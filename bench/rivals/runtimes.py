@@ -19,7 +19,7 @@ from jasper_fast.nn.architecture import out_lengths as frames_out
 
 
 def onnx_runtime(model: nn.Module) -> Model:
-    """Returns the model in ONNX Runtime with all graph optimisations. Inputs and outputs stay on the model's device."""
+    """Returns the model in ONNX Runtime, with inputs and outputs on the model's device."""
     weight = next(model.parameters())
     if weight.device.type == "cpu" and weight.dtype is torch.bfloat16:
         raise Absent("ONNX Runtime has no bf16 convolutions on a CPU")
@@ -50,8 +50,8 @@ def onnx_runtime(model: nn.Module) -> Model:
 def bound(session, model: nn.Module, stream: "torch.cuda.Stream | None" = None) -> Model:
     """Returns a function that runs an ONNX Runtime session on tensors without copying them from their device.
 
-    The session runs on `stream`. That stream and the caller's stream wait for each other, so that neither reads data
-    that is not written yet.
+    The session runs on `stream`. That stream and the caller's stream wait for each other, so that no data is read
+    before it is written.
     """
     numbers = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
 
@@ -96,8 +96,7 @@ def openvino_int8(model: nn.Module) -> Model:
             import nncf
 
             sample = nncf.Dataset([(features.float().numpy(), lengths.numpy())])
-            quantized = nncf.quantize(converted, sample, subset_size=1)
-            ready[features.shape] = _compiled(quantized, "f32")
+            ready[features.shape] = _compiled(nncf.quantize(converted, sample, subset_size=1), "f32")
         return ready[features.shape](features, lengths)
 
     return call
@@ -118,13 +117,13 @@ def _converted(model: nn.Module) -> object:
 def _compiled(network: object, precision: str) -> Model:
     import openvino as ov
 
-    # Threads that are pinned to cores would disturb the other contenders, which run in turns with this one.
     hints = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
-        "ENABLE_CPU_PINNING": False,
+        "ENABLE_CPU_PINNING": False,  # pinned threads would disturb the contenders that run in between
+        "INFERENCE_PRECISION_HINT": precision,
     }
-    ready = ov.compile_model(network, "CPU", hints | {"INFERENCE_PRECISION_HINT": precision})
+    ready = ov.compile_model(network, "CPU", hints)
 
     def call(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         found = ready((features.float().numpy(), lengths.numpy()))
