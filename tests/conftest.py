@@ -69,7 +69,7 @@ def settle(name: str) -> str:
 
 
 def interpreted() -> None:
-    """Skips the test, with the reason, unless Triton's kernels are interpreted here and so take CPU tensors."""
+    """Skips the test unless Triton's kernels run in the interpreter, where they take CPU tensors."""
     make_face("triton")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton is not interpreted: there is a GPU")
@@ -96,7 +96,8 @@ def face(request: pytest.FixtureRequest) -> Face:
 
 
 def assert_raises(cases, error: type[Exception] = ValueError) -> None:
-    """Checks that each call in `cases`, (function without arguments, pattern), raises `error` with one line."""
+    """Checks that each function in `cases`, pairs of (function without arguments, pattern), raises `error` with a
+    message of one line that matches its pattern."""
     for wrong, message in cases:
         with pytest.raises(error, match=message) as raised:
             wrong()

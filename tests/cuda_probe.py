@@ -53,8 +53,8 @@ def run(
     stream=None,
     **numbers,
 ) -> Result:
-    """Runs one case. `registers` is the shape of `out`, and `image` (grid, bytes) is uint8. Raises RuntimeError with
-    the message of the launch."""
+    """Runs the instruction `op` on `image`, uint8 (grid, bytes). `registers` is the shape of the result's `out`. Raises
+    RuntimeError if the launch fails."""
     grid = registers[0]
     image = torch.zeros(grid, 16, dtype=torch.uint8) if image is None else image
     keep = [image.contiguous().to(device), None if before is None else before.float().contiguous().to(device)]

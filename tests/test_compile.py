@@ -1,4 +1,5 @@
-"""The ahead-of-time gate: every rule finds its fault, and differences from the table are reported."""
+"""The gate that compiles all kernels ahead of time: each rule finds the fault that it is made for, and differences from
+the committed table are reported."""
 
 import json
 import os
@@ -204,7 +205,7 @@ def test_a_table_that_differs_fails_and_update_puts_it_right(tmp_path, monkeypat
     def command(*options: str) -> tuple[int, str]:
         return cli.main([*PART, "--table", str(table), "--out", str(tmp_path), *options]), capsys.readouterr().out
 
-    monkeypatch.setattr(gate, "os", SimpleNamespace(environ={}))  # TRITON_INTERPRET would start another process
+    monkeypatch.setattr(gate, "os", SimpleNamespace(environ={}))  # with TRITON_INTERPRET gate starts another process
     facts = dict(GOOD)
     monkeypatch.setattr(gate.Job, "digest", gate.Job.key)  # an interpreted kernel has no digest
     monkeypatch.setattr(gate, "compiled", lambda todo, *_: {job.digest: facts for job in todo})
@@ -219,7 +220,7 @@ def test_a_table_that_differs_fails_and_update_puts_it_right(tmp_path, monkeypat
     status, told = command()
     assert status == 1 and "registers 129 -> 128" in told and "0 broken rules, 1 changes" in told
     assert command("--update")[0] == 0
-    assert TABLE.read(table.read_text()) == rows | TABLE.by_key([first | elsewhere]), "rows not asked for stay"
+    assert TABLE.read(table.read_text()) == rows | TABLE.by_key([first | elsewhere]), "rows of other kernels stay"
     facts["spilled"] = 8
     assert command("--update")[0] == 1
     (written,) = tmp_path.glob("compile_*.json")

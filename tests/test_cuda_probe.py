@@ -4,7 +4,8 @@ instructions on the host, their "host twins", follow the same text.
     python tests/test_cuda_probe.py    prints how many clocks products of wgmma take if their operand begins at
                                        different rows of a panel, and what 128-byte swizzle does
 
-The tests assert everything that the kernels rely on. Swizzle that starts inside its pattern is only reported.
+The tests assert everything that the kernels rely on. What an operand with swizzle reads, if it begins inside the
+swizzle's pattern, is only printed.
 """
 
 import ctypes

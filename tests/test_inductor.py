@@ -35,7 +35,7 @@ def lengths_of(frames: int) -> torch.Tensor:
 
 def step(model: Jasper, run, frames: int, low: torch.dtype | None) -> dict[str, torch.Tensor]:
     """Runs one training step of `model` with dropout. `run` is the model or its compiled form; `low` is autocast's
-    dtype. Returns loss, gradients and running statistics."""
+    dtype (None: no autocast). Returns loss, gradients and running statistics."""
     torch.manual_seed(frames)
     model.zero_grad()
     features, lengths = torch.randn(3, 8, frames), lengths_of(frames)

@@ -66,7 +66,7 @@ def test_a_run_of_the_bench_sets_it_and_records_it(tmp_path):
     arguments = ["train", "--quick", "--device", "cpu", "--out", str(tmp_path), "--fp32-precision", "tf32"]
     run = bench.start(bench.parser().parse_args(arguments), arguments)
     assert now() == ("tf32", "tf32")
-    assert "tf32" in str(run.results.data), "the result does not tell"
+    assert "tf32" in str(run.results.data), "the result does not record the precision"
 
 
 def test_an_engine_has_its_own():

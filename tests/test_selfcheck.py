@@ -1,5 +1,5 @@
-"""One check of the self-check: right kernels pass, wrong ones are found, and a fault of the machine blames no
-kernel."""
+"""Single checks of the self-check: correct kernels pass, wrong ones are found, and no kernel is blamed for a fault of
+the machine."""
 
 import dataclasses
 import itertools
@@ -34,12 +34,13 @@ def norm_check(face: str, function: str = "forward", variant: str = "batch") -> 
     return Check("bn_relu_dropout", face, function, "default", Norm(2, 24, 21), "float32", variant)
 
 
-def assert_is(status: str, check: Check) -> None:
-    """Performs `check` on the device of its face, and asserts that it has this status."""
+def assert_is(status: str, check: Check) -> dict:
+    """Performs `check` on the device of its face, asserts that it has this status, and returns its row."""
     row = perform.perform(check, make_face(check.face).device)
     assert row["status"] == status, row
     assert status != "ok" or 0 <= row["share"] <= 1
     assert status != "wrong" or row["detail"]
+    return row
 
 
 NORMS = [("stats", "batch"), *itertools.product(("forward", "backward"), checks.NORM_VARIANTS)]
@@ -272,8 +273,7 @@ def test_a_buffer_that_is_shared_by_calls_is_no_fault_of_its_results(monkeypatch
 def test_padding_that_is_read_is_caught(monkeypatch):
     impl = backends.face("conv1d", make_face("cpu").name)
     wrap(monkeypatch, impl, "forward", lambda right, x, w, geometry, lengths, *_: right(x, w, geometry, None))
-    row = perform.perform(conv_check("cpu"), CPU)
-    assert row["status"] == "wrong" and "nan" in row["detail"]
+    assert "nan" in assert_is("wrong", conv_check("cpu"))["detail"]
 
 
 def test_a_wrong_dropout_mask_is_caught(monkeypatch):
@@ -285,8 +285,7 @@ def test_a_wrong_dropout_mask_is_caught(monkeypatch):
 def test_a_kernel_that_raises_is_caught_and_quoted(monkeypatch):
     error = RuntimeError("PassManager::run failed\nsecond line")
     monkeypatch.setattr(backends.face("conv1d", make_face("cpu").name), "forward", raising(error))
-    row = perform.perform(conv_check("cpu"), CPU)
-    assert (row["status"], row["detail"]) == ("failed", "RuntimeError: PassManager::run failed")
+    assert assert_is("failed", conv_check("cpu"))["detail"] == "RuntimeError: PassManager::run failed"
 
 
 GCC = ["/usr/bin/gcc", "main.c", "-shared", "-o", "main.so"]
@@ -333,9 +332,8 @@ def test_plain_pytorch_that_fails_is_no_fault_of_the_kernel(monkeypatch):
     monkeypatch.setattr(
         backends.face("conv1d", "aten"), "forward", raising(RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"))
     )
-    row = perform.perform(conv_check("cpu"), CPU)
-    assert row["status"] == "environment"
-    assert row["detail"].startswith("plain PyTorch: RuntimeError: cuDNN error: CUDNN_STATUS_NOT_INITIALIZED (")
+    detail = assert_is("environment", conv_check("cpu"))["detail"]
+    assert detail.startswith("plain PyTorch: RuntimeError: cuDNN error: CUDNN_STATUS_NOT_INITIALIZED (")
 
 
 def test_a_check_of_a_tile_runs_that_tile(monkeypatch):

@@ -116,7 +116,7 @@ def test_every_conv_is_checked_once_where_it_fills_the_gpu(gpu, quick):
             programs = s.k * -(-s.c_in // tile.n) * -(-s.c_out // tile.k) * tile.splits
         else:
             programs = s.n * -(-s.t_out // tile.t) * -(-s.c_out // tile.n)
-        assert programs > 1.5 * 132, "an H100's SMs"
+        assert programs > 1.5 * 132, "an H100 has 132 SMs"
     lengths = cases._Draw(CPU, torch.float32, 1, timed=False, busy=True).lengths(32, 840)
     assert lengths[0] == 840 and lengths.min() >= 420, "every program has frames to compute"
     assert cases.case(dataclasses.replace(waves[0], face="triton", shape=CONV), CPU, 1).inputs["lengths"].min() > 0

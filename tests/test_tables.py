@@ -86,7 +86,7 @@ def test_faces_are_compared_within_a_bucket_and_over_all_ops(put_table):
         (ops[:1], 4096, "triton"),
         (ops[:1], 200, "aten"),
         (ops, 4096, "aten"),  # 1 + 4 > 2 + 2.5
-        (ops[:1], None, "triton"),  # the most rows measured
+        (ops[:1], None, "triton"),  # at the largest measured number of rows
         ((*ops, "conv1d.dgrad"), 4096, None),
     ):
         assert tables.fastest(of, DEVICE, torch.bfloat16, **SHAPE, rows=rows) == face
@@ -136,7 +136,7 @@ FAULTS = {
     "shared memory": ({"shared": 300000}, "sm_90 has 232448"),
     "no tile": ({"tile": None}, "needs a tile"),
     "a tile too many": ({"face": "aten"}, "has no tile"),
-    "a tile of three": ({"tile": TILE | {"t": 96}}, "tile: t must be a power of two from 16 to 256, got 96"),
+    "a tile of 96 frames": ({"tile": TILE | {"t": 96}}, "tile: t must be a power of two from 16 to 256, got 96"),
     "a tile without stages": (
         {"tile": {k: v for k, v in TILE.items() if k != "num_stages"}},
         "tile: unknown or missing fields: num_stages",

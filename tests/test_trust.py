@@ -206,9 +206,9 @@ def test_without_a_table_arithmetic_chooses(gpu):
 def test_convs_take_the_face_that_the_table_says(gpu, conv_table):
     conv_table({"conv1d.forward": (1.0, 2.0), "conv1d.wgrad": (5.0, 1.0)})
     assert conv_face() == "triton"
-    assert conv_face(rows_log2=None) == "triton", "under torch.compile"
+    assert conv_face(rows_log2=None) == "triton", "as under torch.compile"
     assert conv_face(calls=choose.conv_calls(dw=True)) == "aten"
-    assert conv_face(torch.float32, rows_log2=15) == "aten", "not measured: by arithmetic"
+    assert conv_face(torch.float32, rows_log2=15) == "aten", "not measured, so by estimates"
     assert conv_face(torch.float64) == conv_face(strided_dx=True) == "aten"
     assert gpu.checked[0] == (GPU, "conv1d", "triton", BF16)
 
@@ -220,7 +220,7 @@ def test_a_faster_face_that_is_wrong_is_not_taken(gpu, conv_table):
         assert conv_face() == conv_face(rows_log2=13) == "aten"
     assert len(said) == 1
     with silent():
-        assert fused_face() == "triton", "the verdict on inference is another"
+        assert fused_face() == "triton", "inference has its own verdict"
         assert choose.resolve("auto", GPU, NORM, torch.bfloat16) == "triton"
 
 
@@ -246,7 +246,7 @@ def test_a_faster_face_that_is_wrong_is_not_taken(gpu, conv_table):
 def test_norms_take_the_face_that_the_table_says_is_faster_both_ways(gpu, norm_table, asked, wanted, checked):
     with silent():
         assert norm_face(*asked) == wanted
-    assert gpu.checked == checked, "one face, one verdict"
+    assert gpu.checked == checked, "only a face that is used is checked"
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_a_block_takes_the_form_that_was_chosen(gpu, form, status, wanted):
 
 
 class Faces(TorchDispatchMode):
-    """Records which face for bn_relu_dropout and its statistics each call of our ops gets."""
+    """Records, for each call of our ops, the face of bn_relu_dropout and its statistics."""
 
     def __init__(self):
         super().__init__()

@@ -59,7 +59,7 @@ def test_a_cuda_face_that_is_wrong_before_ampere_gives_pytorch(turing, op, ask, 
 
 def test_without_the_cuda_library_before_ampere_both_reasons_are_told(turing, monkeypatch):
     monkeypatch.setattr(native, "cuda_available", lambda: False)
-    # because the machine of the test may have the library
+    # The machine that runs this test may have the library, so the reason is replaced.
     monkeypatch.setattr(native, "explain", lambda: {"cuda": "backend 'cuda': not built"})
     with pytest.warns(RuntimeWarning, match="this GPU has 7.5.*backend 'cuda'"):
         assert norm_face(256, dtype=torch.float16) == "reference"

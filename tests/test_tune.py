@@ -50,7 +50,7 @@ def in_process(monkeypatch):
 
 
 def run(out: Path, *more: str, ops: str = "forward") -> tuple[int, dict]:
-    """Runs tuning on the stand-in; returns the exit status and the result."""
+    """Runs the command on the CPU, in place of a GPU. Returns the exit status and the result."""
     status = main(["tune", "--device", "cpu", "--seconds", "0.01", "--out", str(out), "--ops", ops, *more])
     (path,) = out.glob("*.json")
     return status, json.loads(path.read_text())

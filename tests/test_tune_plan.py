@@ -28,7 +28,7 @@ def stand_in(monkeypatch):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU on which every face can be proposed."""
+    """Pretends that there is a GPU on which every face can be proposed."""
     monkeypatch.setattr(backends, "why_missing", lambda face, device: None)
     monkeypatch.setattr(launch, "architecture", lambda device: 90)
     monkeypatch.setattr(cuda_launch, "gpu", lambda device: cuda_tiles.Gpu(90, 132, 232448))

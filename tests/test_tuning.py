@@ -71,7 +71,7 @@ def test_the_faster_contender_is_picked_and_remembered(tuning, capsys):
     said = capsys.readouterr().err
     assert said.startswith("tuning a conv for NVIDIA Imaginary 9000, once ...: ") and said.count("\n") == 1
     choose.forget()
-    assert conv_face() == conv_face(13) == "triton" and tuning.sessions == [1], "also at twice the rows"
+    assert conv_face() == conv_face(13) == "triton" and tuning.sessions == [1], "the times also serve twice the rows"
     tuning.seconds[LIBRARY] = 1e-4
     assert conv_face(15) == "aten" and tuning.sessions == [1, 1]
 
@@ -148,7 +148,7 @@ def test_one_of_two_processes_tunes_and_the_other_reads(tuning, own_cache, monke
 
     assert forked(rank, rank) == [0, 0]
     (one, faces), (two, others) = map(json.loads, log.read_text().splitlines())
-    assert one + two == len(CELLS), "each cell was tuned once, by either"
+    assert one + two == len(CELLS), "each cell was tuned once, by one of the processes"
     assert faces == others == ["triton"] * 4 and set(kept()) == set(CELLS)
 
 
@@ -203,7 +203,7 @@ def test_turned_off_the_tables_and_rules_choose(tuning, put_table, monkeypatch, 
     if how == "environment":
         monkeypatch.setenv("JASPER_FAST_TUNE", "0")
     with tuned.off() if how == "a body" else contextlib.nullcontext():
-        assert (conv_face(15), conv_face(15, torch.float32)) == ("triton", "aten"), "an empty cache: the rules"
+        assert (conv_face(15), conv_face(15, torch.float32)) == ("triton", "aten"), "by estimates"
     assert tuning.sessions == [] and len(tuned._waiting.get(GPU, ())) == 0
 
 
@@ -216,7 +216,7 @@ def test_turned_off_the_tables_and_rules_choose(tuning, put_table, monkeypatch, 
 def test_a_neighbours_table_serves_where_nothing_of_this_gpu_is_there(tuning, put_table, monkeypatch, header, wanted):
     monkeypatch.setenv("JASPER_FAST_TUNE", "0")
     table(put_table, ("conv1d.forward", 2.0, 1.0), gpu="NVIDIA Neighbour", **header)
-    assert conv_face() == wanted, "by the rules Triton"
+    assert conv_face() == wanted, "the estimates would choose Triton"
     monkeypatch.setenv("JASPER_FAST_TUNE", "1")
     choose.forget()
     assert conv_face() == "triton" and tuning.sessions == [1], "a neighbour's table does not prevent tuning"
@@ -243,10 +243,10 @@ def test_nothing_is_tuned_in_a_capture_and_all_at_the_next_good_moment(tuning, m
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     tuning.seconds[LIBRARY] = 1e-4
-    assert conv_face() == "triton" and conv_face(20) == "triton", "by the rules"
+    assert conv_face() == "triton" and conv_face(20) == "triton", "by estimates"
     assert tuning.sessions == [] and len(tuned._waiting.get(GPU, ())) == 2
     capturing[0] = False
-    assert conv_face() == "aten" and tuning.sessions == [2], "both, at once"
+    assert conv_face() == "aten" and tuning.sessions == [2], "both cells in one session"
     assert conv_face(20) == "aten" and len(tuned._waiting.get(GPU, ())) == 0
 
 

@@ -50,7 +50,7 @@ class Ended:
 
 
 def talk(argv: Sequence[str], wanted: object, hear: Callable[[str, Any], bool], seconds: float) -> Ended:
-    """Starts `argv`, sends it `wanted` as JSON, and calls `hear(kind, value)` on each message until `hear` is True.
+    """Starts `argv`, sends it `wanted` as JSON, and calls `hear(kind, value)` on each message until that returns True.
 
     The process may be silent for at most `seconds` between messages, and for START_SECONDS before the first message.
     Any exception in this function kills the process and its descendants immediately.

@@ -28,9 +28,9 @@ def resolve(backend: str, device: torch.device | str, op: str | None = None, dty
     """Returns the face that runs for `backend` on `device`. Raises BackendMissing if `backend` names a face that cannot
     run.
 
-    For "auto", `op` and `dtype` say what will run. In fp64 the face is "reference". On a GPU the face is "reference"
-    too, unless the verdict on the op is good (see `dispatch.verdicts`), in all dtypes if `dtype` is None. Without `op`
-    verdicts are ignored.
+    For "auto", `op` and `dtype` say what will run. In fp64 the face is "reference". On a GPU the face is one of ours
+    only if its verdict on the op in this dtype is good (see `dispatch.verdicts`), else "reference". If `dtype` is None,
+    the verdicts in all dtypes must be good. Without `op` verdicts are ignored.
     """
     return _resolve(backend, device, op, dtype)
 
@@ -123,8 +123,11 @@ def rows_log2(rows: int) -> int | None:
 
 
 def conv_calls(*, stats: bool = False, dx: bool = False, dw: bool = False, norm: bool = False) -> tuple[str, ...]:
-    """Returns the names of the ops that a conv calls: its forward pass (`stats`: with batch norm statistics), and with
-    `dx` and `dw` the gradients of x (`norm`: with the reduction for the batch norm before it) and of w."""
+    """Returns the names of the ops that a conv calls.
+
+    stats: forward also computes the statistics for the batch norm after the conv. dx, dw: backward computes the
+    gradients of x and of the weight. norm: backward also computes the sums for the batch norm before the conv.
+    """
     forward, dgrad = "forward_stats" if stats else "forward", "dgrad_bn" if norm else "dgrad"
     return tuple(f"conv1d.{op}" for op, used in ((forward, True), (dgrad, dx), ("wgrad", dw)) if used)
 
@@ -184,7 +187,8 @@ def _takes(face: str, device: torch.device, dtype: torch.dtype, shape: tuple[int
     return dtype in tables.DTYPES if face == "triton" else cuda_launch.takes(device, dtype, shape)
 
 
-Convs = tuple[tuple[tuple[int, ...], int], ...]  # shapes (c_in, c_out, taps, stride, dilation), each with its count
+# pairs of a conv's shape (c_in, c_out, taps, stride, dilation) and the number of convs with that shape
+Convs = tuple[tuple[tuple[int, ...], int], ...]
 
 
 @functools.cache

@@ -109,7 +109,7 @@ def _keep_fault(device: torch.device, cell: Cell, contender: str) -> None:
 
 
 def rows(index: int) -> Sequence[Row]:
-    """Returns the tuned rows for the CUDA device `index`. `tables` asks for them before it looks in its own files."""
+    """Returns the tuned rows for the CUDA device `index`. In `tables` they take precedence over the package's files."""
     return read(torch.device("cuda", index)) if torch.cuda.is_available() else ()
 
 
@@ -182,7 +182,7 @@ def tune(
 # ------------------------------------------------------------------------------------------------------- first use
 
 changed: list[Callable[[], None]] = []  # called after tables have new rows, to drop cached choices
-_waiting: dict[torch.device, dict[Cell, str]] = {}  # {cell to tune once tuning is allowed: `what` of `want`}
+_waiting: dict[torch.device, dict[Cell, str]] = {}  # by device, cells to tune once that is allowed: {cell: `what`}
 _asked: set[tuple[torch.device, Cell]] = set()  # cells already tried in this process, with or without a result
 _local = threading.local()
 

@@ -167,21 +167,22 @@ def bn_relu_dropout(
         z = z.masked_fill(torch.arange(T) >= lengths[:, None, None], 0)
     """
     check(y, gamma, beta, running_mean, running_var, residual, lengths, p, halo)
-    norm = normaliser(y, running_mean, running_var, stats, training, frozen, momentum, eps, backend, group)
+    norm = normaliser(y, gamma, beta, running_mean, running_var, stats, training, frozen, momentum, eps, backend, group)
     p, seed = dropout_seed(p if training else 0.0, seed, y.device)
     residual = None if residual is None else residual.to(y.dtype)
-    wide = norm.mean.dtype
     return torch.ops.jasper_fast.bn_relu_dropout(
-        y, norm.mean, norm.rstd, gamma.to(wide), beta.to(wide), residual, lengths, seed, norm.rows, p,
+        y, *norm.vectors, residual, lengths, seed, norm.rows, p,
         norm.batch_stats, halo, norm.group, norm_face(y, backend, *y.shape[1:]),
     )  # fmt: skip
 
 
 class Normaliser(NamedTuple):
-    """The vectors that normalise y. For batch statistics of a group of ranks, also the group's rows (0-d) and name."""
+    """What normalises y: mean, rstd, gamma and beta in a wide dtype, and whether the statistics are those of the batch.
 
-    mean: Tensor
-    rstd: Tensor
+    For batch statistics of a group of ranks, also the group's number of rows (0-d) and its name.
+    """
+
+    vectors: Norm
     batch_stats: bool
     rows: Tensor | None
     group: str
@@ -189,6 +190,8 @@ class Normaliser(NamedTuple):
 
 def normaliser(
     y: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     stats: tuple[Tensor, Tensor] | None,
@@ -199,9 +202,8 @@ def normaliser(
     backend: str,
     group: torch.distributed.ProcessGroup | None,
 ) -> Normaliser:
-    """Returns the batch's statistics, and updates the running statistics with them. Without `training`, or if `frozen`,
-    returns the running statistics."""
-    wide = wide_dtype(y)
+    """Returns the batch's statistics, with gamma and beta in the same dtype, and updates the running statistics.
+    Without `training`, or if `frozen`, returns the running statistics in their place."""
     batch_stats = training and not frozen
     rows, name = None, sync.name(group) if batch_stats else ""
     if batch_stats:
@@ -220,7 +222,8 @@ def normaliser(
         raise ValueError("running_mean and running_var are needed unless the statistics of the batch are used")
     else:
         mean, var = running_mean.detach(), running_var.detach()
-    return Normaliser(mean.to(wide), (var.to(wide) + eps).rsqrt(), batch_stats, rows, name)
+    mean, var, gamma, beta = (v.to(wide_dtype(y)) for v in (mean, var, gamma, beta))
+    return Normaliser(Norm(mean, (var + eps).rsqrt(), gamma, beta), batch_stats, rows, name)
 
 
 def dropout_seed(p: float, seed: Tensor | int | None, device: torch.device) -> tuple[float, Tensor | None]:

@@ -175,13 +175,12 @@ def separable_sub_block(
     check(y, gamma, beta, running_mean, running_var, None, lengths, p, halo)
     geometry = Geometry(stride, padding, dilation)
     _check("y", y, depthwise, weight, geometry, lengths, out_lengths)
-    norm = normaliser(y, running_mean, running_var, stats, training, frozen, momentum, eps, backend, group)
+    norm = normaliser(y, gamma, beta, running_mean, running_var, stats, training, frozen, momentum, eps, backend, group)
     p, seed = dropout_seed(p if training else 0.0, seed, y.device)
-    wide = norm.mean.dtype
     faces, packed = _faces(y, depthwise, weight, geometry, backend, next_stats, packed)
     out, mean, m2 = torch.ops.jasper_fast.separable(
-        y, norm.mean, norm.rstd, gamma.to(wide), beta.to(wide), lengths, seed, norm.rows, depthwise, weight, packed,
-        out_lengths, p, norm.batch_stats, halo, stride, padding, dilation, next_stats, norm.group, *faces,
+        y, *norm.vectors, lengths, seed, norm.rows, depthwise, weight, packed, out_lengths,
+        p, norm.batch_stats, halo, stride, padding, dilation, next_stats, norm.group, *faces,
     )  # fmt: skip
     return (out, (mean, m2)) if next_stats else out
 

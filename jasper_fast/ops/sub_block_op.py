@@ -118,12 +118,11 @@ def sub_block(
     """
     check(y, gamma, beta, running_mean, running_var, None, lengths, p, halo)
     check_channels("y", y, weight)
-    norm = normaliser(y, running_mean, running_var, stats, training, frozen, momentum, eps, backend, group)
+    norm = normaliser(y, gamma, beta, running_mean, running_var, stats, training, frozen, momentum, eps, backend, group)
     p, seed = dropout_seed(p if training else 0.0, seed, y.device)
-    wide = norm.mean.dtype
     conv, packed = conv_face(y, weight, Geometry(1, padding, dilation), backend, packed, stats=next_stats, norm=True)
     out, mean, m2 = torch.ops.jasper_fast.sub_block(
-        y, norm.mean, norm.rstd, gamma.to(wide), beta.to(wide), lengths, seed, norm.rows, weight, packed,
+        y, *norm.vectors, lengths, seed, norm.rows, weight, packed,
         p, norm.batch_stats, halo, padding, dilation, next_stats, norm.group,
         norm_face(y, backend, *y.shape[1:]), conv,
     )  # fmt: skip

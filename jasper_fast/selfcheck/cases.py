@@ -239,9 +239,8 @@ def _norm_case(check: Check, draw: _Draw) -> Case:
     p = 0.0 if variant in ("no dropout", "evaluation") else 0.2
     zeroed = Mask(lengths, torch.tensor([987654321], device=draw.device) if p else None, p)
 
-    # All faces get the same z, which the reference's forward computes.
-    reference = backends.face("bn_relu_dropout", "reference")
-    z = None if residual is None else reference.forward(y, norm, residual, zeroed)
+    # All faces get the same z, which the reference computes.
+    z = None if residual is None else backends.face("bn_relu_dropout", "reference").forward(y, norm, residual, zeroed)
 
     def results(face: str, y: Tensor, dz: Tensor, residual, z, *vectors: Tensor) -> dict[str, Tensor]:
         impl, norm = backends.face("bn_relu_dropout", face), Norm(*vectors[:4])
@@ -249,8 +248,8 @@ def _norm_case(check: Check, draw: _Draw) -> Case:
             means = None if variant == "evaluation" else vectors[4:]
             sums = impl.backward_reduce(dz, y, z, norm, zeroed)
             dy, dres = impl.backward_apply(dz, y, z, norm, means, zeroed, residual is not None, halo)
-            both = dict(zip(("dbeta", "dgamma"), sums, strict=True)) | {"dy": dy}
-            return both | ({} if dres is None else {"dres": dres})
+            more = {} if dres is None else {"dres": dres}
+            return dict(zip(("dbeta", "dgamma"), sums, strict=True)) | {"dy": dy} | more
         stats = zip(("mean", "m2"), impl.stats(y), strict=True) if function.startswith("stats") else ()
         return dict(stats) | ({"z": impl.forward(y, norm, residual, zeroed)} if function.endswith("forward") else {})
 

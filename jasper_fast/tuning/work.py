@@ -80,17 +80,16 @@ class Tuner:
         contenders = {p.name(cell): p for p in self._contenders(cell)}
         for name, proposal in contenders.items():
             self._tell("begin", [cell, name])
-            why = self._refusal(cell, proposal)
-            try:
-                if not why:
-                    runs[name] = held.call(proposal)
-                    self._ticker.warm(runs[name])
-            except Exception as error:  # an error of a contender excludes only this contender
-                why = in_a_line(error)
-            self._wait()
-            if why:
+            if why := self._refusal(cell, proposal):
                 refused[name] = why
-                runs.pop(name, None)
+            else:
+                try:
+                    call = held.call(proposal)
+                    self._ticker.warm(call)
+                    runs[name] = call
+                except Exception as error:  # an error of a contender excludes only this contender
+                    refused[name] = in_a_line(error)
+            self._wait()
         # All contenders run before the first one is captured, so shared scratch memory has reached its final size.
         runs = {name: self._ticker.prepare(call) for name, call in runs.items()}
         samples = timing.fastest_first(
