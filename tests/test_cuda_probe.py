@@ -18,7 +18,15 @@ from cuda_probe import Placed
 
 from jasper_fast.kernels import native
 
-AT_LEAST = {"check_copy_async": (8, 0), "check_copy_bulk": (9, 0)}
+SM_90 = (9, 0)  # code for this compute capability is compiled for sm_90a and runs on no other GPU
+AT_LEAST = {probe.check_copy_async: (8, 0), probe.check_copy_bulk: SM_90}
+CHECKS = [  # check, its arguments, the least compute capability
+    *((probe.check_ldmatrix, (transposed,), (7, 5)) for transposed in (False, True)),
+    (probe.check_mma, (8, torch.float16), (7, 5)),
+    *((probe.check_mma, (16, dtype), (8, 0)) for dtype in (torch.float16, torch.bfloat16)),
+    *((check, (), AT_LEAST.get(check, (7, 5))) for check in probe.REST),
+    *((probe.check_wgmma, (instance,), SM_90) for instance in probe.INSTANCES),
+]
 
 
 def device_call() -> tuple[Callable, dict]:
@@ -27,57 +35,39 @@ def device_call() -> tuple[Callable, dict]:
     return library.jf_probe, {"device": "cuda", "stream": torch.cuda.current_stream().cuda_stream}
 
 
-def why_not(capability: tuple[int, int], exactly: bool = False) -> str | None:
+def why_not(capability: tuple[int, int]) -> str | None:
     """Returns why this machine cannot run code for this compute capability, or None if it can."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     if not native.cuda_available():
         return "the native CUDA library is not built: run `make install` where nvcc is found"
     here = torch.cuda.get_device_capability()
-    if here < capability or (exactly and here != capability):
+    if here < capability or (capability == SM_90 and here != SM_90):
         return f"needs compute capability {capability[0]}.{capability[1]}"
     return None
 
 
-def on_device(capability: tuple[int, int] = (7, 5), exactly: bool = False) -> tuple[Callable, dict]:
-    if why := why_not(capability, exactly):
+def on_device(capability: tuple[int, int] = SM_90) -> tuple[Callable, dict]:
+    if why := why_not(capability):
         pytest.skip(why)
     return device_call()
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_ldmatrix(transposed: bool) -> None:
-    call, where = on_device()
-    probe.check_ldmatrix(call, transposed, **where)
-
-
-@pytest.mark.parametrize(("k", "dtype"), [(8, torch.float16), (16, torch.float16), (16, torch.bfloat16)], ids=str)
-def test_mma(k: int, dtype: torch.dtype) -> None:
-    call, where = on_device((7, 5) if k == 8 else (8, 0))
-    probe.check_mma(call, k, dtype, **where)
-
-
-@pytest.mark.parametrize("check", probe.REST, ids=lambda check: check.__name__)
-def test_the_rest(check: Callable) -> None:
-    call, where = on_device(AT_LEAST.get(check.__name__, (7, 5)), exactly=check is probe.check_copy_bulk)
-    check(call, **where)
-
-
-@pytest.mark.parametrize("instance", probe.INSTANCES, ids=str)
-def test_wgmma(instance) -> None:
-    call, where = on_device((9, 0), exactly=True)
-    probe.check_wgmma(call, instance, **where)
+@pytest.mark.parametrize(("check", "arguments", "capability"), CHECKS)
+def test_an_instruction(check: Callable, arguments: tuple, capability: tuple[int, int]) -> None:
+    call, where = on_device(capability)
+    check(call, *arguments, **where)
 
 
 @pytest.mark.parametrize("panel", [135, 136])
 def test_wgmma_row_shifts(panel: int) -> None:
-    call, where = on_device((9, 0), exactly=True)
+    call, where = on_device()
     wrong = [shift for shift in shifts(call, panel, where) if not shift[-1]]
     assert not wrong, f"(major, row, clocks, equal): {wrong}"
 
 
 def test_wgmma_overlapping_core_matrices() -> None:
-    call, where = on_device((9, 0), exactly=True)
+    call, where = on_device()
     wrong = [step for step in overlaps(call, where) if not step[-1]]
     assert not wrong, f"(bytes, clocks, equal): {wrong}"
 
@@ -115,10 +105,9 @@ def swizzles(call: Callable, where: dict) -> list[str]:
 
 
 def main() -> None:
-    for capability, exactly in (((7, 5), False), ((9, 0), True)):
-        if why := why_not(capability, exactly):
-            print(f"probe: {why}")
-            return
+    if why := why_not(SM_90):
+        print(f"probe: {why}")
+        return
     call, where = device_call()
     print(f"{torch.cuda.get_device_name()}: {probe.PRODUCTS} products of 64 x 64 x 16, clocks and whether right")
     for panel in (135, 136):
