@@ -1,4 +1,4 @@
-"""Interpolated modified Kneser-Ney by its definition, with dictionaries over whole corpora."""
+"""The definition of interpolated modified Kneser-Ney smoothing, in plain Python."""
 
 import functools
 from collections import Counter, defaultdict
@@ -61,10 +61,10 @@ class KneserNey:
     def p(self, gram: Gram) -> float:
         """p(last word | the words before)."""
         n, context = len(gram), gram[:-1]
+        lower = self.p(gram[1:]) if n > 1 else 1 / len(self.vocabulary)
         gamma = self.gamma(context)
         if gamma is None:
-            return self.p(gram[1:])
-        lower = self.p(gram[1:]) if n > 1 else 1 / len(self.vocabulary)
+            return lower
         if gram not in self.kept[n]:
             return gamma * lower
         total = sum(self.count[n][g] for g in self.after[n][context])

@@ -1,4 +1,4 @@
-"""ARPA files for tests."""
+"""Language models, log-probs and checks that several tests use."""
 
 import importlib.util
 import random
@@ -15,8 +15,7 @@ needs_kenlm = pytest.mark.skipif(importlib.util.find_spec("kenlm") is None, reas
 
 
 def random_arpa(path: Path, words: list[str], order: int, rng: random.Random, unknown: bool = True) -> Path:
-    """Writes an ARPA file with all n-grams of a few random lines. Its numbers are random, so they form no
-    distribution."""
+    """Writes an ARPA file with all n-grams of a few random lines. Its log-probabilities are random numbers."""
     layers: list[set[tuple[str, ...]]] = [set() for _ in range(order)]
     layers[0] |= {(w,) for w in ("<s>", "</s>", *words, *(["<unk>"] if unknown else []))}
     for _ in range(5):
@@ -36,7 +35,7 @@ def random_arpa(path: Path, words: list[str], order: int, rng: random.Random, un
 
 
 def assert_refused(run, capsys, command: str, cases) -> None:
-    """Checks that each command line in `cases`, (words, message), ends with that message in one line."""
+    """Checks that each command line in `cases`, (arguments, message), fails with this message, in one line."""
     for argv, message in cases:
         assert run(*argv) == 2, argv
         error = capsys.readouterr().err
@@ -45,7 +44,7 @@ def assert_refused(run, capsys, command: str, cases) -> None:
 
 
 def hear(vocabulary: Vocabulary, text: str, sharp: float = 4.0, seed: int = 0, times: int = 1) -> torch.Tensor:
-    """Returns noisy log-probs (T, V) whose best path is ``text`` with ``times`` frames per symbol, then a blank."""
+    """Returns noisy log-probs (T, V). The best path has ``times`` frames for each symbol of ``text``, then a blank."""
     ids = [i for c in vocabulary.encode(text) for i in ([c] * times + [vocabulary.blank])]
     log_probs = torch.randn(len(ids), vocabulary.n_classes, generator=torch.Generator().manual_seed(seed))
     log_probs[torch.arange(len(ids)), torch.tensor(ids)] += sharp
@@ -53,11 +52,9 @@ def hear(vocabulary: Vocabulary, text: str, sharp: float = 4.0, seed: int = 0, t
 
 
 def random_neural(path: Path, words: list[str], seed: int = 0, **settings) -> Path:
-    """Writes a checkpoint of a small neural model with large random weights, so that its outputs differ clearly."""
+    """Writes a checkpoint of a small neural model. Its random weights are large, so that texts get different scores."""
     torch.manual_seed(seed)
-    shape = {"layers": 1, "width": 8, "heads": 2, "inner": 8, "memory": 16} | settings
-    config = LMConfig(len(words) + 2, **shape)
-    model = TransformerXL(config)
-    weights = {name: tensor + 0.5 * torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
+    config = LMConfig(len(words) + 2, **{"layers": 1, "width": 8, "heads": 2, "inner": 8, "memory": 16} | settings)
+    weights = {name: x + 0.5 * torch.randn_like(x) for name, x in TransformerXL(config).state_dict().items()}
     torch.save({"language_model": vars(config), "names": ["</s>", "<unk>", *words], "state_dict": weights}, path)
     return path

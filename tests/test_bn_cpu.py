@@ -1,12 +1,9 @@
-"""What only the CPU face of bn_relu_dropout has: threads, chunks of rows, conversions and its own Philox.
-
-test_bn_relu_dropout.py tests what all faces share.
-"""
+"""Tests parts of bn_relu_dropout that only the CPU face has: threads, chunks of rows, conversions, its own Philox."""
 
 import pytest
 import torch
 from conftest import make_face
-from test_bn_relu_dropout import Case, assert_same, check, dtypes, make, residuals, run
+from test_bn_relu_dropout import Case, assert_same, assert_statistics, check, dtypes, make, rectified, residuals, run
 from torch import Tensor
 
 from jasper_fast.kernels import native, philox
@@ -16,7 +13,7 @@ from jasper_fast.kernels.operands import Mask, Norm
 
 pytestmark = pytest.mark.skipif(not native.cpu_available(), reason="the native CPU library is not built: make install")
 
-# (N, C, T, lengths): more channels or rows than a block or a chunk
+# (N, C, T, lengths)
 SHAPES = {
     "channels of two chunks": (2, 1030, 43, [43, 20]),
     "one row is longer than a block": (1, 5000, 3, [2]),
@@ -45,8 +42,8 @@ def keep_bits(first: int, count: int, seed: int, p: float) -> Tensor:
 
 
 def test_words_at_the_threshold():
-    """Shows that p = word / 2**32 keeps the word, and the next larger p drops it. Counter and key of Philox are 0."""
-    words = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    """An element is kept at p = word / 2**32, where `word` is its random word, and dropped at the next larger p."""
+    words = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)  # of Philox with counter 0 and key 0
     for i, word in enumerate(words):
         at, above = (keep_bits(0, 4, 0, (word + more) / 2.0**32) for more in (0, 1))
         assert at[i] and not above[i], hex(word)
@@ -56,8 +53,7 @@ def test_words_at_the_threshold():
 @pytest.mark.parametrize("first", [0, 3, 61, (1 << 34) - 70, (1 << 36) + 12345])
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**62 + 12345, -(2**63)])
 def test_dropout_bits_at_any_element(first, seed):
-    """Shows that the dropout bits equal the definition's, also where the counter needs more than 32 bits (element
-    2**34)."""
+    """The dropout bits equal the definition's. From element 2**34 on, the counter needs more than 32 bits."""
     words = philox.words(first // 4, 51, seed).flatten()[first % 4 :][:200]
     for p in (0.2, 0.5, 1e-9, 1 - 2.0**-32):
         assert torch.equal(keep_bits(first, 200, seed, p), words >= philox.threshold(p))
@@ -88,22 +84,16 @@ def test_variance_under_an_offset_at_every_chunk_edge(rows, offset):
 def test_zero_padding_before_data_far_from_zero():
     y = torch.randn(2, 8, 900) + 1e4
     y[1, :, :500] = 0
-    y = ntc(y)
-    mean, m2 = cpu_impl.stats(y)
-    var, mean64 = torch.var_mean(y.double(), (0, 2), correction=0)
-    assert torch.allclose(mean.double(), mean64, rtol=1e-6)
-    assert torch.allclose(m2.double(), var * 1800, rtol=1e-6)
+    assert_statistics(cpu_impl.stats, ntc(y), mean=1e-6, m2=1e-6)
 
 
 @dtypes
 def test_every_value_survives_loading_and_storing(dtype):
-    """Shows that with identity parameters z equals y for every positive bit pattern, subnormal to infinity, and that
-    NaN stays NaN."""
+    """z equals y for positive numbers from subnormal to infinity, and NaN stays NaN."""
     patterns = torch.arange(0, 1 << 31, 40961) if dtype == torch.float32 else torch.arange(0, 1 << 15)
     y = patterns.to(torch.int32 if dtype == torch.float32 else torch.int16).view(dtype)[: len(patterns) // 16 * 16]
     y = y.reshape(1, -1, 16).transpose(1, 2)
-    one, zero = torch.ones(16), torch.zeros(16)
-    z = cpu_impl.forward(y, Norm(zero, one, one, zero), None, Mask())
+    z = rectified(cpu_impl, y, Mask())
     assert torch.equal(z.isnan(), y.isnan())
     assert torch.equal(z[~z.isnan()], y[~y.isnan()])
 
@@ -138,7 +128,7 @@ def test_shapes_dtypes_and_memory_are_checked():
 
 
 def test_lengths_beyond_the_batch_mean_all_frames_and_negative_ones_none():
-    y, one, zero = ntc(torch.rand(2, 8, 5) + 1), torch.ones(8), torch.zeros(8)
-    z = cpu_impl.forward(y, Norm(zero, one, one, zero), None, Mask(torch.tensor([9, -4])))
+    y = ntc(torch.rand(2, 8, 5) + 1)
+    z = rectified(cpu_impl, y, Mask(torch.tensor([9, -4])))
     assert torch.equal(z[0], y[0])
     assert (z[1] == 0).all()

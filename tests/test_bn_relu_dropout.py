@@ -1,10 +1,10 @@
-"""Every face of bn_relu_dropout is compared with fp64. The errors of PyTorch's ops, at the same precision and with the
-same dropout mask, set the limits."""
+"""Compares every face of bn_relu_dropout with PyTorch in fp64. The limits are the errors of PyTorch's ops at the same
+precision with the same dropout mask."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ residuals = pytest.mark.parametrize("residual", [False, True], ids=["plain", "re
 
 @dataclass
 class Case:
-    """Inputs of one call. They are drawn in the low precision, so that their fp64 copies are exactly equal."""
+    """Inputs of one call. They are drawn in the dtype of the test, so that their fp64 copies are exact."""
 
     y: Tensor
     gamma: Tensor
@@ -41,7 +41,7 @@ class Case:
         residual = None if self.residual is None else self.residual.to(dtype)
         vectors = torch.float64 if dtype == torch.float64 else torch.float32
         gamma, beta = self.gamma.to(vectors), self.beta.to(vectors)
-        return Case(self.y.to(dtype), gamma, beta, residual, self.lengths, self.seed, self.p, self.dz.to(dtype))
+        return replace(self, y=self.y.to(dtype), gamma=gamma, beta=beta, residual=residual, dz=self.dz.to(dtype))
 
     @property
     def mask(self) -> Mask:
@@ -74,21 +74,17 @@ def make(n, c, t, *, dtype, device, residual=False, lengths=None, p=0.0, offset=
     )
 
 
-def rstd_of(m2: Tensor, rows: int) -> Tensor:
-    return (m2 / rows + EPS).rsqrt()
-
-
 def run(op, case: Case, training: bool, soiled: Tensor | None = None, halo: int | None = None) -> dict[str, Tensor]:
     """Runs one forward and backward through the four functions of a face, as autograd calls them.
 
-    soiled: the y for `backward_apply`, if not that of the case. halo: the argument of `backward_apply`.
+    soiled: given to `backward_apply` instead of the case's y. halo: its argument.
     """
     n, _, t = case.y.shape
     if training:
         mean, m2 = op.stats(case.y)
     else:
         mean, m2 = case.beta * 0.1, case.gamma * n * t
-    norm = Norm(mean, rstd_of(m2, n * t), case.gamma, case.beta)
+    norm = Norm(mean, (m2 / (n * t) + EPS).rsqrt(), case.gamma, case.beta)
     z = op.forward(case.y, norm, case.residual, case.mask)
     kept = z if case.residual is not None else None
     dbeta, dgamma = op.backward_reduce(case.dz, case.y, kept, norm, case.mask)
@@ -97,6 +93,20 @@ def run(op, case: Case, training: bool, soiled: Tensor | None = None, halo: int 
     dy, dres = op.backward_apply(case.dz, y, kept, norm, means, case.mask, kept is not None, halo)
     out = {"z": z, "dy": dy, "dgamma": dgamma, "dbeta": dbeta, "mean": mean, "m2": m2}
     return out if dres is None else out | {"dres": dres}
+
+
+def rectified(op, y: Tensor, mask: Mask) -> Tensor:
+    """Returns mask(dropout(relu(y))): `forward` with statistics and parameters that leave y as it is."""
+    one = torch.ones(y.shape[1], device=y.device)
+    return op.forward(y, Norm(0 * one, one, one, 0 * one), None, mask)
+
+
+def assert_statistics(stats, y: Tensor, mean: float, m2: float) -> None:
+    """Compares the statistics of y with fp64. mean, m2: the allowed relative errors."""
+    found = [x.double() for x in stats(y)]
+    var64, mean64 = torch.var_mean(y.double(), (0, 2), correction=0)
+    assert torch.allclose(found[0], mean64, rtol=mean)
+    assert torch.allclose(found[1], var64 * (y.shape[0] * y.shape[2]), rtol=m2)
 
 
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
@@ -113,8 +123,7 @@ def chain(case: Case, training: bool) -> dict[str, Tensor]:
     pre = F.batch_norm(y, mean, var, gamma, beta, training, 0.0, EPS)
     if residual is not None:
         pre = pre + residual
-    z = F.relu(pre) * (1 / (1 - case.p))
-    z = z.masked_fill(~case.alive(), 0.0)
+    z = (F.relu(pre) * (1 / (1 - case.p))).masked_fill(~case.alive(), 0.0)
     z.backward(case.dz)
     if training:
         var, mean = torch.var_mean(case.y if case.y.dtype == torch.float64 else case.y.float(), (0, 2), correction=0)
@@ -127,8 +136,7 @@ def check(face, case: Case, training: bool = True) -> dict[str, Tensor]:
     low, ref = chain(case, training), chain(case.to(torch.float64), training)
     for name in ref.keys() - {"mean", "m2"}:
         assert_close(name, got[name], low[name], ref[name])
-    # Each face chooses the order of its sums, which changes results by a few eps. A mistake such as 1/(M-1) would
-    # change them far more.
+    # The order of the sums changes results by a few eps. A mistake such as 1/(M-1) changes them far more.
     rows, bound = case.y.shape[0] * case.y.shape[2], 4e-6 if case.y.is_cuda else 1e-6  # a GPU's division rounds twice
     off = (got["mean"] - ref["mean"]).abs() / (ref["mean"].abs() + (ref["m2"] / rows).sqrt())
     assert off.max() <= bound, f"mean is off by {off.max():.1e} deviations"
@@ -155,8 +163,8 @@ SHAPES = [
 @dtypes
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s[:3])))
 def test_training_forward_and_every_gradient(face, shape, dtype):
-    """Half of the pairs of a shape and a dtype have a residual: some of each shape, and some of each dtype."""
     n, c, t, lengths = shape
+    # half of the cases have a residual: some of each shape and of each dtype
     residual = (SHAPES.index(shape) + DTYPES.index(dtype)) % 2 == 1
     check(face, make(n, c, t, dtype=dtype, device=face.device, residual=residual, lengths=lengths, p=0.2))
 
@@ -164,8 +172,7 @@ def test_training_forward_and_every_gradient(face, shape, dtype):
 @dtypes
 @residuals
 def test_evaluation_statistics(face, residual, dtype):
-    case = make(2, 40, 23, dtype=dtype, device=face.device, residual=residual, lengths=[23, 9])
-    check(face, case, training=False)
+    check(face, make(2, 40, 23, dtype=dtype, device=face.device, residual=residual, lengths=[23, 9]), training=False)
 
 
 @dtypes
@@ -175,22 +182,14 @@ def test_without_dropout_and_lengths(face, dtype):
 
 def test_statistics_do_not_cancel_under_a_large_offset(face):
     y = make(4, 24, 75, dtype=torch.float32, device=face.device, offset=3000.0).y
-    mean, m2 = face.load("bn_relu_dropout").stats(y)
-    var64, mean64 = torch.var_mean(y.double(), (0, 2), correction=0)
-    # An error of one eps in a mean of 3000 changes a variance of 1 by 2e-4. E[y^2] - E[y]^2 would be off by more than
-    # 1.
-    assert torch.allclose(m2.double(), var64 * 300, rtol=1e-3)
-    assert torch.allclose(mean.double(), mean64, rtol=1e-6)
+    # An error of one eps in a mean of 3000 changes a variance of 1 by 2e-4. E[y^2] - E[y]^2 would be off by over 1.
+    assert_statistics(face.load("bn_relu_dropout").stats, y, mean=1e-6, m2=1e-3)
 
 
 def test_statistics_survive_an_outlier_in_the_first_row(face):
     y = torch.randn(2, 16, 1000)
-    y[0, :, 0] = 1e4  # an algorithm that subtracts the first row would cancel here
-    y = ntc(y.to(face.device))
-    mean, m2 = face.load("bn_relu_dropout").stats(y)
-    var64, mean64 = torch.var_mean(y.double(), (0, 2), correction=0)
-    assert torch.allclose(m2.double(), var64 * 2000, rtol=1e-5)
-    assert torch.allclose(mean.double(), mean64, rtol=1e-4)
+    y[0, :, 0] = 1e4  # an algorithm that subtracts the first row from all others would lose precision
+    assert_statistics(face.load("bn_relu_dropout").stats, ntc(y.to(face.device)), mean=1e-4, m2=1e-5)
 
 
 @dtypes
@@ -199,19 +198,17 @@ def test_dropout_bits_are_the_same_on_every_face(face, c, dtype):
     n, t, p = 2, 13, 0.3
     seed = torch.tensor([-(5 << 40) + 17], device=face.device)
     y = ntc(torch.ones(n, c, t, dtype=dtype, device=face.device))
-    one, zero = torch.ones(c, device=face.device), torch.zeros(c, device=face.device)
-    z = face.load("bn_relu_dropout").forward(y, Norm(zero, one, one, zero), None, Mask(None, seed, p))
+    z = rectified(face.load("bn_relu_dropout"), y, Mask(None, seed, p))
     keep = philox.keep_mask(n, c, t, p, seed, face.device)
     assert torch.equal(z != 0, keep)
     off = (z[keep].double() * (1 - p) - 1).abs().max()
-    assert off <= torch.finfo(dtype).eps  # one eps, not half: Triton's interpreter rounds to bf16 by truncation
+    assert off <= torch.finfo(dtype).eps  # one eps and not half of it, because Triton's interpreter truncates to bf16
 
 
 @dtypes
 @residuals
 def test_garbage_in_padding_changes_nothing(face, residual, dtype):
-    """Shows that with given statistics the content of padded frames, even NaN, changes neither outputs nor
-    gradients."""
+    """With given statistics, NaN in padding changes neither outputs nor gradients."""
     op = face.load("bn_relu_dropout")
     case = make(3, 36, 17, dtype=dtype, device=face.device, residual=residual, lengths=[17, 6, 0], p=0.2)
     clean = run(op, case, training=False)
@@ -233,7 +230,7 @@ def test_gradient_in_padding_is_ignored_in_training(face):
 
 
 def halo_case(face, dtype, residual, halo, c=40) -> Case:
-    """Returns a case whose y is zero from frame length + halo on, as after a conv of masked input."""
+    """Returns a case in which y is zero at t >= length + halo."""
     case = make(4, c, 61, dtype=dtype, device=face.device, residual=residual, lengths=[61, 30, 1, 0], p=0.2)
     case.y = ntc(mask(case.y, case.lengths + halo))
     return case
@@ -251,8 +248,7 @@ def test_halo_changes_no_bit(face, residual, halo, dtype):
 @pytest.mark.parametrize(("c", "dtype"), [*zip([40, 29, 136], DTYPES, strict=True)])
 @pytest.mark.parametrize("name", ["reference", "triton"])
 def test_beyond_the_halo_y_is_not_read(name, c, dtype):
-    """Shows that NaN in rows which `halo` declares zero has no effect. Without `halo` it reaches dy, so it was really
-    there."""
+    """NaN in y at t >= length + halo has no effect if `halo` is given. Without `halo` the NaN reaches dy."""
     face = make_face(name)
     op, case = face.load("bn_relu_dropout"), halo_case(face, dtype, False, 3, c)
     soiled = ntc(mask(case.y, case.lengths + 3, math.nan))
@@ -287,8 +283,7 @@ def test_dropped_nan_is_zero(face):
     n, c, t, p = 1, 16, 12, 0.5
     seed = torch.tensor([7], device=face.device)
     y = torch.full((n, t, c), math.nan, device=face.device).transpose(1, 2)
-    one, zero = torch.ones(c, device=face.device), torch.zeros(c, device=face.device)
-    z = face.load("bn_relu_dropout").forward(y, Norm(zero, one, one, zero), None, Mask(None, seed, p))
+    z = rectified(face.load("bn_relu_dropout"), y, Mask(None, seed, p))
     keep = philox.keep_mask(n, c, t, p, seed, face.device)
     assert z[keep].isnan().all()
     assert (z[~keep] == 0).all()
@@ -302,10 +297,9 @@ def test_two_runs_give_the_same_bits(face):
 
 
 def test_p_out_of_range_is_refused(face):
-    y = ntc(torch.ones(1, 8, 2, device=face.device))
-    one, seed = torch.ones(8, device=face.device), torch.tensor([1], device=face.device)
+    y, seed = ntc(torch.ones(1, 8, 2, device=face.device)), torch.tensor([1], device=face.device)
     with pytest.raises((ValueError, RuntimeError), match=r"\bp\b"):
-        face.load("bn_relu_dropout").forward(y, Norm(one, one, one, one), None, Mask(None, seed, 1.0))
+        rectified(face.load("bn_relu_dropout"), y, Mask(None, seed, 1.0))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -332,11 +326,10 @@ def test_triton_takes_no_fp64():
 
 
 def test_triton_indexes_beyond_32_bits_of_counters():
-    """Shows that dropout bits equal the definition's where a tile's first counter needs more than 32 bits."""
-    pytest.importorskip("triton")
+    """Dropout bits equal the definition's if a tile's first counter needs more than 32 bits."""
+    device = make_face("triton").device
     from draw_kernel import draw
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     p, seed, rows = 0.4, 99, 4
     for c, vec in ((16, 8), (18, 1)):
         m0 = (1 << 36) // c - 2  # counters cross 2**34: beyond one 32-bit word
@@ -344,20 +337,18 @@ def test_triton_indexes_beyond_32_bits_of_counters():
         threshold, _ = philox.signed_threshold(p)
         draw[(1,)](out, m0, c, torch.tensor([seed], device=device), threshold, BLOCK_M=rows, BLOCK_C=32, VEC=vec)
         first = m0 * c
-        drawn = philox.words(first // 4, rows * c // 4 + 2, seed).reshape(-1)[first % 4 :][: rows * c]
-        want = (drawn >= philox.threshold(p)).reshape(rows, c)
-        assert torch.equal(out[:, :c].bool().cpu(), want)
+        words = philox.words(first // 4, rows * c // 4 + 2, seed).reshape(-1)[first % 4 :][: rows * c]
+        assert torch.equal(out[:, :c].bool().cpu(), (words >= philox.threshold(p)).reshape(rows, c))
 
 
 @pytest.mark.parametrize("m0", [0, 208, (1 << 31) - 32, (1 << 31) + 16, 5 << 40])
 @pytest.mark.parametrize("frames", [1, 3, 16, 37, 2000, (1 << 31) - 1])
 def test_triton_finds_utterance_and_frame_of_a_row(frames, m0):
-    """Shows that each row of a tile gets the right utterance and frame, with row numbers below and above 2^31, whether
-    a tile covers several utterances or part of one."""
-    pytest.importorskip("triton")
+    """Each row of a tile gets the right utterance and frame, for row numbers below and above 2**31, and for tiles of
+    several utterances or of a part of one."""
+    device = make_face("triton").device
     from draw_kernel import places
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     n, t = (torch.empty(16, dtype=torch.int64, device=device) for _ in range(2))
     places[(1,)](n, t, m0, m0 + 16, frames, BLOCK_M=16)
     row = torch.arange(m0, m0 + 16)
@@ -369,7 +360,7 @@ def test_triton_finds_utterance_and_frame_of_a_row(frames, m0):
 @pytest.mark.parametrize("name", ["cpu", "triton", "cuda"])
 @pytest.mark.parametrize("t", [1, 2, 5, 40])
 def test_utterances_shorter_than_a_tile(name, t, dtype):
-    """Shows that a reduction is right if one program's rows cover many utterances, each of another length."""
+    """A reduction is right if the rows of a program cover many utterances, each with another length."""
     face = make_face(name)
     n = 300 // t
     lengths = [(7 * i) % (t + 1) for i in range(n)]

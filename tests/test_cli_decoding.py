@@ -1,4 +1,4 @@
-"""`transcribe` and `evaluate` with beam searches: their output, saved log-probs and one-line errors."""
+"""Tests `transcribe` and `evaluate` with beam searches: their output, saved log-probs, and errors."""
 
 import functools
 import json
@@ -54,8 +54,8 @@ def test_saved_log_probs_give_what_evaluate_gave(folder, tmp_path, capsys):
     assert [u["text"] for u in saved.utterances] == ["a cat"] * 3 and saved.frame_seconds == 0.02
     for i, row in enumerate(report["utterances_list"]):
         log_probs = torch.from_numpy(saved.log_probs(i))[None]
-        settings = {"beam": 20, "lm": lm, "alpha": 0.7, "beta": 0.2, "n_best": 4}
-        (found,) = beam_search(log_probs, torch.tensor([log_probs.shape[1]]), saved.vocabulary, **settings)
+        lengths = torch.tensor([log_probs.shape[1]])
+        (found,) = beam_search(log_probs, lengths, saved.vocabulary, beam=20, lm=lm, alpha=0.7, beta=0.2, n_best=4)
         assert [h["text"] for h in row["hypotheses"]] == [h.text.strip() for h in found]
         assert [h["score"] for h in row["hypotheses"]] == pytest.approx([h.score for h in found], abs=1e-3)
         assert row["pred_text"] == found[0].text.strip() and 0 < row["confidence"] <= 1
@@ -81,13 +81,13 @@ def test_lists_are_rescored(folder, tmp_path):
         assert [h["score"] for h in after["hypotheses"]] == pytest.approx([scores[i] for i in order], abs=2e-3)
         assert after["pred_text"] == texts[order[0]]
         moved += order[0] != 0
-    assert moved, "the second pass changes a text"
+    assert moved, "the second pass changes no text"
     weights = {"lm": "symbols.arpa", "beam": 20, "alpha": 0.7, "rescore": "neural.pt", "rescore_weight": 0.5}
     (folder / "both.yaml").write_text(json.dumps(weights))
     by_file = evaluate(folder, tmp_path, "--lm", folder / "both.yaml", "--n-best", 3)
     assert by_file["utterances_list"] == again["utterances_list"]
-    alone = evaluate(folder, tmp_path, "--lm", folder / "both.yaml", "--rescore-weight", 0, "--n-best", 20)
-    assert alone["utterances_list"] == first["utterances_list"]
+    unscored = evaluate(folder, tmp_path, "--lm", folder / "both.yaml", "--rescore-weight", 0, "--n-best", 20)
+    assert unscored["utterances_list"] == first["utterances_list"]
 
 
 def test_words_in_processes_one_by_one_or_together(folder, tmp_path):
@@ -96,8 +96,8 @@ def test_words_in_processes_one_by_one_or_together(folder, tmp_path):
     together = evaluate(folder, tmp_path, *options, "--decode-processes", 2)
     alone = evaluate(folder, tmp_path, *options, "--decode-processes", 1, "--batch-size", 1)
     assert [r["hypotheses"] for r in together["utterances_list"]] == [r["hypotheses"] for r in alone["utterances_list"]]
-    said = {word for r in together["utterances_list"] for h in r["hypotheses"] for word in h["text"].split()}
-    assert said and said <= {"a", "cat", "sat", "i", "o"}
+    found = {word for r in together["utterances_list"] for h in r["hypotheses"] for word in h["text"].split()}
+    assert found and found <= {"a", "cat", "sat", "i", "o"}
 
 
 def test_transcribe_writes_hypotheses(folder, capsys):
@@ -158,14 +158,15 @@ def test_a_folder_of_log_probs_that_is_not_whole(change, message, tmp_path):
 
 
 def test_hot_words_and_an_open_vocabulary(folder, tmp_path, capsys):
-    said = lambda report: " ".join(r["pred_text"] for r in report["utterances_list"]).split()  # noqa: E731
+    def recognised(*argv):
+        return {w for r in evaluate(folder, tmp_path, *argv)["utterances_list"] for w in r["pred_text"].split()}
+
     words = ("--lm", folder / "words.arpa", "--beam", 16)
     (tmp_path / "hot.txt").write_text("sat 30\n\nio\n")
-    opened = said(evaluate(folder, tmp_path, *words, "--open-vocabulary", "--unknown-score", 20))
-    assert set(opened) - {"a", "cat", "sat", "i", "o"}
-    hot = evaluate(folder, tmp_path, *words, "--hot-words", tmp_path / "hot.txt", "--hot-word", "I:-3")
-    assert "sat" in said(hot) and set(said(hot)) <= {"a", "cat", "sat", "i", "o", "io"}
-    assert "zebra" in said(evaluate(folder, tmp_path, "--hot-word", "zebra:400", "--beam", 16))
+    assert recognised(*words, "--open-vocabulary", "--unknown-score", 20) - {"a", "cat", "sat", "i", "o"}
+    hot = recognised(*words, "--hot-words", tmp_path / "hot.txt", "--hot-word", "I:-3")
+    assert "sat" in hot and hot <= {"a", "cat", "sat", "i", "o", "io"}
+    assert "zebra" in recognised("--hot-word", "zebra:400", "--beam", 16)
     (tmp_path / "bad.txt").write_text("sat 3 4\n")
     cases = [
         (("--hot-word", "two words"), "is not one word"),

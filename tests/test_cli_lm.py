@@ -1,4 +1,4 @@
-"""`jasper-fast lm`: its output, the weights that it finds and one-line errors."""
+"""Tests the commands of `jasper-fast lm`: their output, the weights that `lm tune` finds, and errors."""
 
 import functools
 import json
@@ -68,8 +68,7 @@ def test_models_of_characters_are_asked_for_characters(text, tmp_path, capsys):
 
 @pytest.fixture
 def saved(tmp_path):
-    """Saves log-probs of sentences in which some letters are misheard; returns their folder."""
-    torch.manual_seed(0)
+    """Saves log-probs of SENTENCES in which four letters of each are wrong. Returns the folder."""
     rng = random.Random(0)
     folder = Saved.begin(tmp_path / "saved", SimpleNamespace(vocabulary=V, frame_seconds=0.02))
     for i, sentence in enumerate(SENTENCES):
@@ -91,17 +90,16 @@ def test_tune_finds_weights_that_help(kind, text, saved, tmp_path, capsys):
     options = ["--characters", "--order", 5] if kind == "characters" else ["--order", 3]
     assert run("lm", "train", text, "--out", lm, *options) == 0
     weights = ("--alpha", "0,1,2", "--beta", "0,0.5", "--beam", 32, "--processes", 1)
-    report = ("--out", out, "--report", tmp_path / "tune.html")
+    tune = ("lm", "tune", "--log-probs", saved, "--lm", lm, "--out", out, "--report", tmp_path / "tune.html", *weights)
     capsys.readouterr()
-    assert run("lm", "tune", "--log-probs", saved, "--lm", lm, *weights, *report) == 0
-    said, found = capsys.readouterr().out, tuned.read(out)
-    greedy, best = (float(x) for x in re.findall(r"([\d.]+) %", said))
+    assert run(*tune) == 0
+    printed, found = capsys.readouterr().out, tuned.read(out)
+    greedy, best = (float(x) for x in re.findall(r"([\d.]+) %", printed))
     assert best < greedy / 2 and found["lm"] == str(lm) and found["beam"] == 32
-    assert found["alpha"] > 0 or kind == "words"  # for words, the lexicon alone corrects the errors
+    assert found["alpha"] > 0 or kind == "words"  # for words, the lexicon suffices to correct the errors
     page = (tmp_path / "tune.html").read_text()
     assert page.count('class="cell') == 6 and page.count('class="cell best"') == 1 and f"{best:.2f}" in page
-    drawn = ("--random", 3, "--seed", 1, "--out", out, "--report", tmp_path / "tune.html")
-    assert run("lm", "tune", "--log-probs", saved, "--lm", lm, *weights, *drawn) == 0
+    assert run(*tune, "--random", 3, "--seed", 1) == 0
     assert (tmp_path / "tune.html").read_text().count('class="cell') == 3
 
 
@@ -109,14 +107,13 @@ def test_tune_finds_the_weight_of_a_second_pass(text, saved, tmp_path, capsys):
     small = ("--layers", 1, "--width", 16, "--heads", 2, "--memory", 16, "--segment", 16, "--batch-size", 4)
     options = ("--characters", "--out", tmp_path / "neural", "--steps", 80, "--lr", 0.02, "--device", "cpu", "-q")
     assert run("lm", "train-neural", text, *small, *options) == 0
-    out = tmp_path / "best.yaml"
     weights = ("--rescore", tmp_path / "neural", "--rescore-weight", "0,0.5,1", "--beta", "0,0.5", "--beam", 64)
-    report = ("--out", out, "--report", tmp_path / "tune.html", "--device", "cpu")
+    report = ("--out", tmp_path / "best.yaml", "--report", tmp_path / "tune.html", "--device", "cpu")
     capsys.readouterr()
     assert run("lm", "tune", "--log-probs", saved, *weights, *report) == 0
-    said, found = capsys.readouterr().out, tuned.read(out)
-    greedy, best = (float(x) for x in re.findall(r"([\d.]+) %", said))
-    assert best < greedy and found["rescore_weight"] > 0 and f"rescoring weight {found['rescore_weight']:g}" in said
+    printed, found = capsys.readouterr().out, tuned.read(tmp_path / "best.yaml")
+    greedy, best = (float(x) for x in re.findall(r"([\d.]+) %", printed))
+    assert best < greedy and found["rescore_weight"] > 0 and f"rescoring weight {found['rescore_weight']:g}" in printed
     assert found["rescore"] == str(tmp_path / "neural") and "lm" not in found and "alpha" not in found
     page = (tmp_path / "tune.html").read_text()
     assert page.count('class="cell') == 2 and f"rescoring {found['rescore_weight']:g}" in page

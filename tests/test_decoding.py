@@ -1,4 +1,4 @@
-"""Greedy decoding: collapse, blanks, lengths, times, confidences."""
+"""Tests greedy decoding: repeats, blanks, lengths, times, confidences."""
 
 import itertools
 
@@ -13,9 +13,8 @@ BLANK = "_"
 
 
 def paths(*rows, p=0.9):
-    """Returns log-probs (N, T, V) whose best paths are these strings, and their lengths."""
-    length = max(map(len, rows))
-    probs = torch.full((len(rows), length, V.n_classes), (1 - p) / (V.n_classes - 1))
+    """Returns log-probs (N, T, V) and lengths. The best path of utterance n is the string ``rows[n]``."""
+    probs = torch.full((len(rows), max(map(len, rows)), V.n_classes), (1 - p) / (V.n_classes - 1))
     for n, row in enumerate(rows):
         for t, c in enumerate(row):
             probs[n, t, V.blank if c == BLANK else V.labels.index(c)] = p
@@ -33,8 +32,7 @@ def test_respects_lengths():
 
 
 def test_against_the_definition():
-    log_probs = torch.randn(20, 50, 29).log_softmax(-1)
-    lengths = torch.randint(0, 51, (20,))
+    log_probs, lengths = torch.randn(20, 50, 29).log_softmax(-1), torch.randint(0, 51, (20,))
     vocabulary = Vocabulary()
     expected = [
         vocabulary.decode(c for c, _ in itertools.groupby(row[:n].argmax(-1).tolist()))

@@ -1,4 +1,4 @@
-"""Training a neural language model: what it learns, resuming, bad steps, and one-line errors."""
+"""Tests the training of a neural language model: what the model learns, resuming, skipped steps, and errors."""
 
 import contextlib
 import functools
@@ -30,17 +30,17 @@ def run(*argv):
 
 
 def grammar(rng):
-    """Returns a random sentence: one of two beginnings, then one to three of the three words that fit it."""
+    """Returns a random sentence: "a" and one to three words of c, d, e, or "b" and one to three words of f, g, h."""
     begin = rng.choice("ab")
     return " ".join([begin, *(rng.choice({"a": "cde", "b": "fgh"}[begin]) for _ in range(rng.randint(1, 3)))])
 
 
 def entropy(text):
-    """Returns the entropy per token of a text by the grammar that made it, counting the ends of lines."""
+    """Returns the entropy of a text of the grammar, in nats per token. The end of a line is a token."""
     lines = text.read_text().split("\n")[:-1]
-    # the beginning, one of three lengths, and each word
-    bits = sum(math.log(2) + len(line.split()) * math.log(3) for line in lines)
-    return bits / sum(len(line.split()) + 1 for line in lines)
+    # two beginnings; three lengths; three choices of each word
+    nats = sum(math.log(2) + len(line.split()) * math.log(3) for line in lines)
+    return nats / sum(len(line.split()) + 1 for line in lines)
 
 
 @pytest.fixture(scope="module")
@@ -66,22 +66,25 @@ def test_it_learns_a_grammar(trained, text, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["perplexity"] < 1.06 * math.exp(entropy(text.with_name("dev")))
     assert (found["unknown"], found["sentences"]) == (0, 200)
-    records = read_log(trained / "log.jsonl")
-    best = min(r["perplexity"] for r in records if r["kind"] == "val_ema")
+    best = min(r["perplexity"] for r in read_log(trained / "log.jsonl") if r["kind"] == "val_ema")
     assert best == pytest.approx(found["perplexity"], rel=1e-5)
     assert run("info", trained, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["of"], told["vocabulary"], told["layers"], told["best_perplexity"]) == ("words", 8, 1, best)
+    about = json.loads(capsys.readouterr().out)
+    assert (about["of"], about["vocabulary"], about["layers"], about["best_perplexity"]) == ("words", 8, 1, best)
     assert run("info", trained) == 0 and "8; " in capsys.readouterr().out
-    assert {p.suffix for p in trained.iterdir()} == {".pt", ".jsonl", ""}, "nothing else is left"
+    assert {p.suffix for p in trained.iterdir()} == {".pt", ".jsonl", ""}  # no temporary files
     lm = scoring.load(trained, "cpu")
     assert lm(["a c d"])[0] > lm(["a c f"])[0] + 2
 
 
 def same(a, b):
-    (one, form), (other, its_form) = tree_flatten(a), tree_flatten(b)
-    pairs = zip(one, other, strict=True)
-    return form == its_form and all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
+    (left, form), (right, other_form) = tree_flatten(a), tree_flatten(b)
+    pairs = zip(left, right, strict=True)
+    return form == other_form and all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
+
+
+def train_losses(out):
+    return [r["loss"] for r in read_log(out / "log.jsonl") if r["kind"] == "train"]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "novograd"])
@@ -103,9 +106,8 @@ def test_a_resumed_run_ends_bit_equal(optimizer, text, tmp_path, monkeypatch):
         assert same(whole[key], parts[key]), key
     ended = load(tmp_path / "whole" / "step_00000010.pt")
     assert (ended["epoch"], ended["position"]) == (1, 0) and ended["memory"]["lines"].eq(-1).all(), "a new epoch"
-    losses = [[r["loss"] for r in read_log(tmp_path / name / "log.jsonl") if r["kind"] == "train"]
-              for name in ("whole", "parts")]  # fmt: skip
-    assert losses[0] == losses[1] and len(losses[0]) == 14
+    losses = train_losses(tmp_path / "whole")
+    assert losses == train_losses(tmp_path / "parts") and len(losses) == 14
 
 
 def test_steps_go_on_from_the_segment_before():
@@ -145,7 +147,7 @@ def test_a_bad_step_changes_nothing_and_is_named(text, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize("options", [("--characters",), ("--amp", "bf16", "--join-lines"), ("--optimizer", "novograd")])
 def test_other_kinds_learn(options, text, tmp_path):
     assert run("train-neural", text, "--out", tmp_path / "out", *SMALL, "--steps", 30, "--lr", 0.01, *options) == 0
-    losses = [r["loss"] for r in read_log(tmp_path / "out" / "log.jsonl") if r["kind"] == "train"]
+    losses = train_losses(tmp_path / "out")
     assert sum(losses[-5:]) / 5 < 0.92 * losses[0]
     assert math.isfinite(scoring.load(tmp_path / "out", "cpu")(["a c"])[0])
 
@@ -169,11 +171,11 @@ def test_a_signal_ends_the_reading_of_texts(text, tmp_path, monkeypatch, capsys)
 def test_many_words_take_the_adaptive_softmax(tmp_path, capsys):
     rng = random.Random(0)
     (tmp_path / "text").write_text("\n".join(f"w{rng.randrange(5000)} w{i}" for i in range(5000)))
-    small = ("--steps", 1, "--out", tmp_path / "out", *SMALL)
-    assert run("train-neural", tmp_path / "text", *small, "--vocabulary", 4500) == 0
+    out = ("--steps", 1, "--out", tmp_path / "out", *SMALL)
+    assert run("train-neural", tmp_path / "text", *out, "--vocabulary", 4500) == 0
     assert run("info", tmp_path / "out", "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["cutoffs"], told["vocabulary"]) == ([2000], 4500)
+    about = json.loads(capsys.readouterr().out)
+    assert (about["cutoffs"], about["vocabulary"]) == ([2000], 4500)
     assert -40 < scoring.load(tmp_path / "out", "cpu")(["w3 zebra"])[0] < -15
 
 
@@ -183,7 +185,7 @@ def test_errors_are_one_line(text, trained, tmp_path, capsys, monkeypatch):
     for name, content in (texts | {"special": b"a <unk> b\n" * 99}).items():
         (tmp_path / name).write_bytes(content)
     monkeypatch.setattr("jasper_fast.lm.texts._LONGEST", 150)
-    for folder in ("acoustic", "hollow"):
+    for folder in ("acoustic", "bare"):
         (tmp_path / folder).mkdir()
     torch.save({"state_dict": {}}, tmp_path / "acoustic" / "best.pt")
     out = ("--out", tmp_path / "out", *SMALL)
@@ -206,7 +208,7 @@ def test_errors_are_one_line(text, trained, tmp_path, capsys, monkeypatch):
         ((*go_on, "--resume", "--layers", 2), "has a model that differs from what the options describe"),
         (("train-neural", text.with_name("dev"), *go_on[2:], "--resume"), "was trained on another text"),
         (("perplexity", tmp_path / "acoustic", text), "best.pt: holds no neural language model"),
-        (("info", tmp_path / "hollow"), "hollow: the folder holds no language model"),
+        (("info", tmp_path / "bare"), "bare: the folder holds no language model"),
     ]
     assert_refused(run, capsys, "lm", cases)
 

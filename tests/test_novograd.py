@@ -1,4 +1,4 @@
-"""NovoGrad's step on every face equals the reference in fp64: settings, odd shapes, NaN, clipping, scale, averages."""
+"""Compares NovoGrad's step on every face with the reference in fp64."""
 
 import ctypes
 import math
@@ -13,14 +13,14 @@ from torch import Tensor
 from jasper_fast.kernels.novograd import cuda_launch, reference
 from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
 
-# the last is longer than what one Triton program or CPU task processes, and is no multiple of that
+# The last is longer than the part that a Triton program or a CPU task processes, and no multiple of it.
 SHAPES = ((5, 3, 11), (7,), (1,), (4, 5, 1), (), (0, 3), (3, 1025), (8192 + 1024 + 5,))
 LONG = (65536 * 2 + 17,)
 
 
 @pytest.fixture(params=["reference", "cpu", "triton", "cuda", "cuda emulated"])
 def face(request, monkeypatch) -> Face:
-    """Returns each face in turn. "cuda emulated" is the CUDA face on the CPU (csrc/cuda/emulate)."""
+    """Returns each face in turn. "cuda emulated": the CUDA face, with its kernels emulated on the CPU."""
     if request.param != "cuda emulated":
         return make_face(request.param)
     monkeypatch.setattr(cuda_launch, "functions", emulated)
@@ -28,9 +28,7 @@ def face(request, monkeypatch) -> Face:
 
 
 def emulated() -> cuda_launch.Functions:
-    """Returns the functions of the CUDA face, whose kernels run on the CPU."""
-    library = cuda_host.build([cuda_host.CSRC / "cuda/emulate/novograd.cpp"])
-    return cuda_launch.Functions(ctypes.CDLL(str(library)))
+    return cuda_launch.Functions(ctypes.CDLL(str(cuda_host.build([cuda_host.CSRC / "cuda/emulate/novograd.cpp"]))))
 
 
 def settings(lr=0.02, beta1=0.95, beta2=0.0, averaging=False, eps=1e-8, weight_decay=1e-2, weight=0.1) -> Settings:
@@ -75,7 +73,7 @@ def run(step, tensors, watched, rows, scale=None, found=None, clip=0.0, guard=Tr
 
 
 def compare(face: Face, tensors, watched, rows, **how) -> Tensor:
-    """Checks one step of the face against the reference in fp32 and fp64, and returns its outcome."""
+    """Compares one step of the face with the reference, which sets the limits in fp32. Returns the step's outcome."""
     low, exact = copies(tensors, watched), wide(tensors, watched)
     grads = [g.clone() for g in tensors.grads]
     got = run(face.load("novograd").step, tensors, watched, rows, **how)
@@ -114,8 +112,7 @@ def test_it_is_the_formula(face, of, averages):
 
 
 def test_scale_clip_and_groups(face):
-    """Shows that gradients are divided by the scale and clipped together, and that each parameter uses its group's
-    settings."""
+    """Gradients are divided by the scale and clipped by their common norm. Each parameter uses its group's settings."""
     tensors, watched = make(face.device, groups=(0, 2, 1))
     rows = [settings(), settings(lr=0.5, beta2=0.9, eps=1.0), settings(weight_decay=0.0, averaging=True)]
     norm = torch.linalg.vector_norm(torch.cat([g.flatten() for g in tensors.grads])) / 8
@@ -126,7 +123,7 @@ def test_scale_clip_and_groups(face):
 
 
 def test_several_steps_with_what_is_held(face):
-    """Shows that several steps are right with new gradient addresses, average weights and learning rates in each."""
+    """Every step has new gradient tensors, another learning rate and another weight of the average."""
     tensors, watched = make(face.device)
     held: dict = {}
     twin = wide(tensors, watched)
@@ -170,7 +167,6 @@ def test_found_inf_is_obeyed_and_without_a_guard_nan_goes_in(face):
 
 
 def test_memory_in_another_order_and_unaligned(face):
-    """Shows that a step is right on memory in another order and on unaligned slices of one buffer."""
     flat = torch.randn(4, 1 + 6 * 5 * 3 + 1030, device=face.device)
     cut = lambda i: [flat[i, 1:91].view(3, 5, 6).permute(2, 1, 0), flat[i, 91:-1]]  # noqa: E731
     square = [torch.rand((), device=face.device) for _ in range(2)]
@@ -190,8 +186,7 @@ def test_results_do_not_depend_on_threads(threads):
 
 
 def test_a_sum_of_squares_beyond_fp32_is_none_beyond_fp64():
-    """Shows that the CPU sums in fp64, so finite gradients with a sum of squares beyond fp32 do not count as
-    infinite."""
+    """Finite gradients whose sum of squares overflows fp32 do not count as infinite, because the CPU sums in fp64."""
     face = make_face("cpu")
     tensors, watched = make(face.device)
     tensors.grads[0].fill_(1e30)

@@ -1,4 +1,4 @@
-"""NovoGrad's CUDA kernels, emulated on the CPU: bounds, alignment, equal bits, mutants; and when dispatch uses them."""
+"""Tests NovoGrad's CUDA kernels, emulated on the CPU, and when dispatch chooses them."""
 
 import ctypes
 from pathlib import Path
@@ -24,7 +24,7 @@ from jasper_fast.selfcheck import checks
 CUDA = Face("cuda", torch.device("cpu"))
 GPU = torch.device("cuda", 0)
 SOURCE = cuda_host.CSRC / "cuda/emulate/novograd.cpp"
-SEEDS = (0, 3)  # each seed is another order of the threads; 0 runs them in turn
+SEEDS = (0, 3)  # each seed runs the threads in another order; with 0 they run one after the other
 GUARD = 3.0e33
 LISTS = ("grads", "params", "exp_avgs", "averages")
 # Shifts (in elements) of the four LISTS: each tuple misaligns exactly one of them.
@@ -37,8 +37,8 @@ def functions(monkeypatch) -> None:
 
 
 def guarded(tensors: Tensors, shifts: tuple[int, ...]) -> tuple[Tensors, list[tuple[Tensor, Tensor]]]:
-    """Copies each of LISTS into a buffer of its own, which is filled with GUARD. A list's tensors start ``shift``
-    elements after multiples of 16 bytes. Returns the new tensors, and each buffer with a mask of its guards."""
+    """Copies each of LISTS into a buffer that is filled with GUARD. Every tensor of a list starts at a multiple of 16
+    bytes plus the list's shift, in elements. Returns the new tensors, and each buffer with a mask of its guards."""
     made, buffers = {}, []
     for name, shift in zip(LISTS, shifts, strict=True):
         starts, end = [], 8
@@ -56,8 +56,8 @@ def guarded(tensors: Tensors, shifts: tuple[int, ...]) -> tuple[Tensors, list[tu
 
 
 def steps(shifts: tuple[int, ...]) -> list[Tensor]:
-    """Compares several steps with the reference. The tensors have the alignments ``shifts`` (see `guarded`), and some
-    are processed in several runs. Returns all results."""
+    """Compares several steps with the reference. ``shifts``: the alignments of the tensors (see `guarded`). Returns all
+    results."""
     found = []
     rows = [settings(beta2=0.5), settings(lr=0.5, beta2=0.9, averaging=True, weight_decay=0.0)]
     tensors, watched = make(CUDA.device, groups=(0, 1))
@@ -76,12 +76,13 @@ def steps(shifts: tuple[int, ...]) -> list[Tensor]:
 
 
 def check(library: Path, seeds: tuple[int, ...] = SEEDS) -> None:
-    """Checks `steps` with several alignments and orders of the threads; raises AssertionError if a result is wrong."""
+    """Runs `steps` with several alignments and orders of the threads. Raises AssertionError if a result is wrong or if
+    results differ in a bit."""
     loaded = ctypes.CDLL(str(library))
     functions, bits = cuda_launch.Functions(loaded), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_launch, "functions", lambda: functions)
-        patch.setattr(table, "SHORTEST", table.BLOCK)  # runs are short
+        patch.setattr(table, "SHORTEST", table.BLOCK)  # makes runs short, so that some tensors have several
         for seed in seeds:
             loaded.jf_emulation(ctypes.c_int(1), ctypes.c_uint64(seed))
             bits += [steps(shifts) for shifts in ((0,) * 4, (1, 2, 3, 1), *EACH[seed != 0 :: 2])]
@@ -90,12 +91,11 @@ def check(library: Path, seeds: tuple[int, ...] = SEEDS) -> None:
 
 
 def test_runs_alignment_and_the_order_of_threads_change_no_bit_and_nothing_else_is_touched():
-    """Shows equal bits for every alignment and order of the threads, and that no step writes outside its tensors."""
     check(cuda_host.build([SOURCE]))
 
 
 def test_one_tensor_that_is_not_aligned_leaves_the_others_bits(functions):
-    """Shows that the results of aligned tensors do not depend on whether another tensor is aligned."""
+    """The results of aligned tensors do not depend on whether another tensor is aligned."""
     results = []
     for shift in (0, 1):
         tensors, watched = make(CUDA.device)
@@ -108,8 +108,7 @@ def test_one_tensor_that_is_not_aligned_leaves_the_others_bits(functions):
 
 
 def test_many_tensors(functions):
-    """Shows correct steps for more runs than a CTA has threads. Every ninth tensor is empty."""
-    shapes = tuple((i % 9 * (i % 5 + 1),) for i in range(700))
+    shapes = tuple((i % 9 * (i % 5 + 1),) for i in range(700))  # more than a CTA has threads; every ninth is empty
     tensors, watched = make(CUDA.device, shapes=shapes, groups=(0, 1, 1))
     exact, rows = wide(tensors, watched), [settings(beta2=0.5), settings(lr=0.3)]
     outcome = run(cuda_impl.step, tensors, watched, rows, clip=2.0)
@@ -119,8 +118,8 @@ def test_many_tensors(functions):
 
 @pytest.mark.parametrize("averages", [True, False])
 def test_it_moves_32_bytes_a_parameter(averages, monkeypatch):
-    """Shows that the first launch reads 4 bytes per parameter, and that the second reads 16 and writes 12, counted in
-    the kernels' loads and stores."""
+    """Per parameter, the first launch reads 4 bytes, and the second reads 16 and writes 12. Without averages the second
+    reads 12 and writes 8."""
     loaded, moved = ctypes.CDLL(str(cuda_host.build([SOURCE]))), []
     functions = cuda_launch.Functions(loaded)
     loaded.jf_emulation_count.restype = ctypes.c_int64
@@ -143,8 +142,7 @@ def test_it_moves_32_bytes_a_parameter(averages, monkeypatch):
 
 
 def test_buffers_alone_take_no_part_in_the_norm(functions):
-    """Shows that buffers which are NaN are averaged and do not make a step bad, and that counters are copied bit by
-    bit."""
+    """Buffers with NaN are averaged and do not cause a skipped step. Integers are copied bit by bit."""
     tensors, _ = make(CUDA.device, shapes=((3,), (2,)))
     nan = torch.tensor([0x7F800001FFC00001, -1, 5])  # as fp32 some of these bits are NaN
     watched = Watched([torch.full((1500,), torch.nan), nan], [torch.zeros(1500), torch.zeros(3, dtype=torch.int64)])
@@ -167,7 +165,7 @@ def test_a_launch_that_fails_is_told(monkeypatch):
 
 @pytest.mark.parametrize("functions", [{}, {"jf_novograd_size": lambda: 8}])
 def test_a_library_of_another_version_is_refused(functions, monkeypatch):
-    """Shows the error for a library without these kernels and for one with other arguments, if CuPy is missing too."""
+    """The library has no NovoGrad kernels, or kernels with other arguments, and CuPy is not installed."""
     library = SimpleNamespace(_name="libjasper_fast_cuda.so", **functions)
     monkeypatch.setattr(native, "cuda_library", lambda: library)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -178,16 +176,15 @@ def test_a_library_of_another_version_is_refused(functions, monkeypatch):
 
 @pytest.fixture
 def turing(monkeypatch):
-    """Pretends that the CUDA library is built and that the GPU is too old for Triton. Returns a list, to which each
-    requested verdict is appended."""
+    """Simulates a built CUDA library and a GPU that is too old for Triton. Returns a list; each requested verdict is
+    appended to it."""
     asked = []
 
     def check(device, op, face, dtype):
         asked.append((op, face, dtype))
         return verdict(op, quick=True)
 
-    too_old = {"triton": "too old", "cpu": "a CPU's"}
-    monkeypatch.setattr(backends, "why_missing", lambda backend, device: too_old.get(backend))
+    monkeypatch.setattr(backends, "why_missing", lambda name, _: {"triton": "too old", "cpu": "a CPU's"}.get(name))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     monkeypatch.setattr(verdicts, "_check_now", check)
     monkeypatch.setattr(verdicts, "key", lambda device: {"device": "NVIDIA Imaginary 75", "driver": "580"})

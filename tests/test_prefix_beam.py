@@ -1,4 +1,4 @@
-"""CTC prefix beam search: the C++ face equals the definition, and the definition equals a search over all paths."""
+"""Compares the faces of the prefix beam search with the definition, and the definition with sums over all CTC paths."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import assert_raises, raising
+from conftest import assert_raises, make_face, raising
 from language_models import random_arpa
 
 from jasper_fast import beam_search
@@ -26,7 +26,7 @@ needs_cpu = pytest.mark.skipif(not native.cpu_available(), reason="the native CP
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Returns n-grams of symbols for vocabularies of 1 to 7 labels, with all labels listed or one missing."""
+    """Returns n-grams of symbols by (number of labels, order). Those of order 2 do not list the label "a"."""
     folder, rng = tmp_path_factory.mktemp("lm"), random.Random(3)
     made = {}
     for labels, order in itertools.product((" ", " a", " ab'", " abcdef"), (1, 2, 4)):
@@ -38,8 +38,8 @@ def models(tmp_path_factory):
 
 
 def draw(rng: random.Random, case: int):
-    """Draws log-probs, lengths, a number of labels and a beam. Log-probs may be flat or sharp, and may have ties,
-    impossible classes or repeats."""
+    """Draws log-probs, lengths, a number of labels and a beam. Depending on ``case``, log-probs are flat or sharp, and
+    have ties, repeated frames or impossible classes."""
     labels, kind = rng.choice((1, 2, 4, 7)), case % 5
     count, frames = rng.choice((1, 2, 3)), rng.choice((0, 1, 1, 2, 5, 9, 12))
     scores = torch.randn(count, frames, labels + 1) * (0.2, 2.0, 8.0, 3.0, 2.0)[kind]
@@ -70,9 +70,8 @@ def test_the_cpu_face_equals_the_definition_on_500_cases(models):
 
 @pytest.mark.slow
 def test_the_triton_face_equals_the_definition(models):
-    """Shows that the Triton face equals the definition up to the rounding of its own exp and log."""
-    triton_impl = pytest.importorskip("jasper_fast.kernels.prefix_beam.triton_impl")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Scores may differ by the rounding of exp and log."""
+    face = make_face("triton")
     rng = random.Random(5)
     torch.manual_seed(5)
     for case in range(9):
@@ -80,7 +79,7 @@ def test_the_triton_face_equals_the_definition(models):
         lm = models[labels, rng.choice((1, 2, 4))].ngram if case % 3 else None
         settings = beam, min(beam, 4), lm, *((0.8, 0.3) if lm else (0.0, -0.2))
         want = reference.search(log_probs, lengths, *settings)
-        got = [found.cpu() for found in triton_impl.search(log_probs.to(device), lengths, *settings)]
+        got = [found.cpu() for found in face.load("prefix_beam").search(log_probs.to(face.device), lengths, *settings)]
         assert torch.equal(want[0], got[0]) and torch.equal(want[1], got[1]), (case, want, got)
         torch.testing.assert_close(got[2], want[2], rtol=0, atol=1e-9)
 
@@ -103,10 +102,9 @@ def test_triton_is_used_where_it_is_right(broken, monkeypatch):
     symbols, counts, scores = torch.arange(9), torch.arange(3), torch.rand(3).double()
     monkeypatch.setattr(reference, "search", lambda *_: (symbols, counts, scores))
     answers = {"right": lambda *_: (symbols, counts, scores), "wrong": lambda *_: (symbols, counts, scores + 1)}
-    search = answers.get(broken, raising(RuntimeError("no such\ninstruction")))
-    monkeypatch.setattr(triton_impl, "search", search)
-    told = pytest.warns(UserWarning, match="differ from the definition's|no such instruction")
-    with told if broken != "right" else nullcontext():
+    monkeypatch.setattr(triton_impl, "search", answers.get(broken, raising(RuntimeError("no such\ninstruction"))))
+    warned = pytest.warns(UserWarning, match="differ from the definition's|no such instruction")
+    with warned if broken != "right" else nullcontext():
         assert faces.trusted.__wrapped__(torch.device("cpu")) is (broken == "right")
 
 
@@ -143,8 +141,8 @@ def test_a_score_is_what_the_docstring_says(models):
 
 
 def test_searches_find_more_probable_texts_than_greedy():
-    """Shows that a wide beam never finds a less probable text than greedy, and that beam 1 finds a more probable text
-    more than twice as often as a less probable one."""
+    """A wide beam never finds a less probable text than greedy decoding. Beam 1 finds a more probable text at least
+    twice as often as a less probable one."""
     torch.manual_seed(3)
     vocabulary, lengths, everything = Vocabulary(" abc"), torch.full((40,), 5), 1400
     log_probs = torch.randn(40, 5, 5).log_softmax(-1)
@@ -185,8 +183,7 @@ def test_threads_dtypes_and_strides_change_nothing():
 @needs_cpu
 @pytest.mark.slow
 def test_prefixes_that_no_longer_matter_are_cleared_away():
-    """Shows that clearing old prefixes changes nothing. This search makes about 20,000 prefixes, and old ones are
-    cleared away once there are 16,384."""
+    """The C++ face deletes old prefixes once there are 16,384; this search makes about 20,000."""
     torch.manual_seed(6)
     log_probs, lengths = torch.randn(1, 340, 9).log_softmax(-1), torch.tensor([340])
     found = [beam_search(log_probs, lengths, Vocabulary("abcdefgh"), beam=64, n_best=64, backend=b) for b in FACES]
@@ -221,8 +218,7 @@ def test_bad_input_is_named(models):
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpu)])
 def test_an_utterance_that_nothing_fits_has_an_empty_text(backend):
     log_probs = torch.tensor([[[0.0, -50.0, -math.inf], [-math.inf, 0.0, -math.inf]]])
-    settings = {"beta": -1e308, "backend": backend}
-    (found,) = beam_search(log_probs, torch.tensor([2]), Vocabulary("ab"), beam=1, **settings)
+    (found,) = beam_search(log_probs, torch.tensor([2]), Vocabulary("ab"), beam=1, beta=-1e308, backend=backend)
     assert [(h.text, h.score) for h in found] == [("", -math.inf)]
 
 
@@ -233,8 +229,5 @@ def test_alignment_is_the_best_path():
         for log_probs in torch.randn(5, frames, 3).log_softmax(-1).numpy():
             path = best_path(log_probs, symbols)
             total = {p: sum(log_probs[t, c].item() for t, c in enumerate(p)) for p in fitting}
-            if fitting:
-                assert total[tuple(path)] == pytest.approx(max(total.values()))
-            else:
-                assert path is None
+            assert total[tuple(path)] == pytest.approx(max(total.values())) if fitting else path is None
     assert best_path(log_probs[:0], ()).tolist() == [] and best_path(log_probs[:0], (1,)) is None

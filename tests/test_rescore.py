@@ -1,4 +1,4 @@
-"""N-best lists are rescored by a function from texts to log-probabilities."""
+"""Tests the rescoring of N-best lists by a function from texts to log-probabilities."""
 
 import math
 
@@ -67,10 +67,8 @@ def test_a_decoder_gives_the_text_and_the_times_of_the_rescored_best():
     log_probs = torch.tensor([frames, frames]).log()
     lengths = torch.tensor([4, 0])
     known = {"a b": -3.0, "b b": -1.0}
-    second = Rescoring(
-        decoder(v, beam=64, n_best=64), lambda texts: [known.get(t, -50.0) for t in texts], v, weight=0.5, n_best=2
-    )
     plain = decoder(v, beam=64, n_best=64)
+    second = Rescoring(plain, lambda texts: [known.get(t, -50.0) for t in texts], v, weight=0.5, n_best=2)
     before, after = (d.begin(log_probs, lengths, 0.02)() for d in (plain, second))
     assert (before[0].text, after[0].text) == ("a b", "b b") and after[1].text == ""
     assert [w.text for w in after[0].words] == ["b", "b"] and after[0].words[1].start == pytest.approx(0.06)
@@ -83,4 +81,4 @@ def test_a_decoder_gives_the_text_and_the_times_of_the_rescored_best():
     second.weight = 0.0
     (again, _) = second.begin(log_probs, lengths, 0.02)()
     assert again.text == "a b" and again.words == before[0].words
-    second.close(), plain.close()
+    second.close()

@@ -1,5 +1,4 @@
-"""n-grams of symbols from ARPA files: the scores equal KenLM's, and the error for a broken file names
-the file."""
+"""Compares n-grams of symbols from ARPA files with KenLM, and tests the errors for broken files."""
 
 import gzip
 import random
@@ -29,8 +28,7 @@ def score(lm: SymbolLM, text: str) -> list[float]:
 def test_numbers_are_kenlms(order, unknown, tmp_path):
     kenlm = pytest.importorskip("kenlm", reason="ufal-kenlm is not installed")
     rng = random.Random(order)
-    listed = [t for t in tokens(V) if t != "c"]
-    path = random_arpa(tmp_path / "lm.arpa", listed, order, rng, unknown)
+    path = random_arpa(tmp_path / "lm.arpa", [t for t in tokens(V) if t != "c"], order, rng, unknown)
     lm, other = SymbolLM(path, V), kenlm.Model(str(path))
     for _ in range(20):
         text = "".join(rng.choice(V.labels) for _ in range(rng.randint(0, 9)))

@@ -1,5 +1,4 @@
-"""Beam search with a word n-gram: scores follow the Jasper paper's formula, results equal those of a direct call of
-flashlight, lexicons limit the words, and broken files get one-line errors."""
+"""Tests the beam search with a word n-gram by flashlight: scores, lexicons, transcripts, and errors."""
 
 import os
 import random
@@ -42,8 +41,8 @@ def ctc(log_probs: torch.Tensor, text: str) -> float:
 
 
 def test_scores_are_in_the_papers_scale(arpa):
-    """Shows that a score is log p_CTC + alpha * log10 p_LM + beta * words. flashlight's log p_CTC also
-    counts the paths of the same text with doubled spaces."""
+    """A score is log p_CTC + alpha * log10 p_LM + beta * words. flashlight's p_CTC of a text includes that of the text
+    with doubled spaces."""
     log_probs, model = posteriors("the cat sat on a mat"), kenlm.Model(str(arpa))
     for alpha, beta in ((0.0, 0.0), (2.0, -0.2), (1.0, 0.5)):
         search = WordSearch(word_lm(arpa, V), beam=512, alpha=alpha, beta=beta, n_best=4)
@@ -64,13 +63,12 @@ def test_answers_are_the_librarys_own(arpa):
     from flashlight.lib.text.dictionary import Dictionary
 
     log_probs = posteriors("then the cat ran").numpy()
-    dictionary = Dictionary([*WORDS, "<unk>"])
-    model, trie, space = KenLM(str(arpa), dictionary), flashlight.Trie(V.n_classes, 0), 0
+    model, trie, space = KenLM(str(arpa), Dictionary([*WORDS, "<unk>"])), flashlight.Trie(V.n_classes, 0), 0
     for i, word in enumerate(WORDS):
         trie.insert([*V.encode(word), space], i, model.score(model.start(False), i)[1])
     trie.smear(flashlight.SmearingMode.MAX)
-    ctc_ = flashlight.CriterionType.CTC
-    options = flashlight.LexiconDecoderOptions(64, 29, 50.0, 2.0, -0.2, -np.inf, 0.0, True, ctc_)
+    settings = 64, 29, 50.0, 2.0, -0.2, -np.inf, 0.0, True, flashlight.CriterionType.CTC
+    options = flashlight.LexiconDecoderOptions(*settings)
     search = flashlight.LexiconDecoder(options, trie, model, space, V.blank, len(WORDS), [], False)
     framed = np.vstack([log_probs, np.where(np.arange(29) == space, 0, -1e30)]).astype(np.float32)
     want = {}
@@ -139,7 +137,7 @@ MAGIC = b"mmap lm http://kheafield.com/code format version 5\n\x00"
 )
 def test_broken_models_are_one_line(change, message, arpa):
     arpa.write_bytes(change(arpa.read_bytes()))
-    if message is None:  # two words that cannot be spelt are left out, and the model works
+    if message is None:  # words that cannot be spelt are left out, and the model works
         assert len(WordSearch(word_lm(arpa, V), 8, 1.0, 0.0).entries) == len(WORDS) - 3
         return
     with pytest.raises(LanguageModelError, match=message) as error:
