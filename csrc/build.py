@@ -172,7 +172,7 @@ def compile_libraries(target: Path, sanitize: str | None = None) -> list[Path]:
 
 
 def install(built: Path, place: Path) -> Path:
-    """Copies `built` to `place` atomically if it differs: a process that has mapped the old library keeps it."""
+    """Copies `built` to `place` atomically if they differ. A process that has loaded the old library keeps that."""
     if not place.exists() or place.read_bytes() != built.read_bytes():
         shutil.copy2(built, place.with_suffix(".tmp"))
         os.replace(place.with_suffix(".tmp"), place)

@@ -163,10 +163,10 @@ def innermost_loops(ptx: str) -> list[str]:
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
-    told = _cuobjdump(cubin, "-res-usage")
-    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", told))
+    report = _cuobjdump(cubin, "-res-usage")
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report))
     if len(found) != 3:
-        raise RuntimeError(f"cuobjdump reported no resource usage: {told!r}")
+        raise RuntimeError(f"cuobjdump reported no resource usage: {report!r}")
     return {key: int(value) for key, value in found.items()}
 
 

@@ -28,8 +28,7 @@ def record(graph: torch.cuda.CUDAGraph, launch: Callable[[], Any], pool: Any = N
             # Made here, because `_end` needs the handle after a failure, and a failed capture does not reveal its own.
             pool = torch.cuda.graph_pool_handle()
         # With "thread_local", an allocation by another thread, such as a data loader, does not break the capture.
-        how = {} if pool is None else {"pool": pool}
-        graph.capture_begin(**how, capture_error_mode="thread_local")
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             result = launch()
         except BaseException:
@@ -89,8 +88,7 @@ def sent(
         out = torch.empty(shape, dtype=dtype, device=device) if room is None else _cut(room, shape, dtype)
 
     def send() -> None:
-        made = torch.tensor(rows, dtype=dtype, pin_memory=device.type == "cuda")
-        out.copy_(made, non_blocking=True)
+        out.copy_(torch.tensor(rows, dtype=dtype, pin_memory=device.type == "cuda"), non_blocking=True)
 
     waiting = getattr(_local, "waiting", None)
     send() if waiting is None else waiting.append(send)

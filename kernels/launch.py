@@ -47,10 +47,8 @@ def run(kernel: object, grid: Sequence[int], like: Tensor, *args: object, **meta
     if _recording is not None:
         _recording.take(Launch(kernel, tuple(grid), args, meta))
         return
-    if not like.is_cuda or like.device.index == torch.cuda.current_device():
-        kernel[tuple(grid)](*args, **meta)
-        return
-    with torch.cuda.device(like.device):
+    elsewhere = like.is_cuda and like.device.index != torch.cuda.current_device()
+    with torch.cuda.device(like.device) if elsewhere else contextlib.nullcontext():
         kernel[tuple(grid)](*args, **meta)
 
 

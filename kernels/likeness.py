@@ -40,12 +40,12 @@ def header(found: Traits | None) -> dict[str, str]:
     return {"multiprocessors": str(found.sms), "bandwidth": bandwidth}
 
 
-def of_header(told: Mapping[str, str]) -> Traits | None:
+def of_header(fields: Mapping[str, str]) -> Traits | None:
     """Returns the traits that a table's header gives, or None if its multiprocessors are unknown."""
-    sms, bandwidth = told["multiprocessors"], told["bandwidth"].removesuffix(" GB/s")
+    sms, bandwidth = fields["multiprocessors"], fields["bandwidth"].removesuffix(" GB/s")
     if not sms.isdecimal():
         return None
-    return Traits(told["capability"], int(sms), 1e9 * float(bandwidth) if bandwidth.isdecimal() else 0.0)
+    return Traits(fields["capability"], int(sms), 1e9 * float(bandwidth) if bandwidth.isdecimal() else 0.0)
 
 
 def distance(a: Traits | None, b: Traits | None) -> float:

@@ -76,7 +76,7 @@ class Library:
 
 
 class _Ops:
-    """The library's op namespace. An op that it lacks raises `Missing`, because the library is older than this code."""
+    """The namespace of the library's ops. Raises `Missing` for an op that it lacks: it is then older than this code."""
 
     def __init__(self, namespace: Any, path: Path) -> None:
         self._namespace, self._path = namespace, path
@@ -85,8 +85,7 @@ class _Ops:
         try:
             op = getattr(self._namespace, name)
         except AttributeError:
-            what = f"has no op '{name}': it is older than this code; rebuild it: {BUILD}"
-            raise Missing(f"{self._path} {what}") from None
+            raise Missing(f"{self._path} has no op '{name}': it is older than this code; rebuild it: {BUILD}") from None
         setattr(self, name, op)
         return op
 

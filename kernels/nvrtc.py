@@ -94,8 +94,8 @@ def compile_kernel(header: str, name: str, arch: str, nvrtc: ModuleType) -> tupl
         try:
             nvrtc.compileProgram(program, [f"-arch={arch}", *options()])
         except nvrtc.NVRTCError as error:
-            said = nvrtc.getProgramLog(program).strip()
-            raise RuntimeError(f"NVRTC {version} does not compile {name} for {arch}: {error}\n{said[:2000]}") from None
+            log = nvrtc.getProgramLog(program).strip()
+            raise RuntimeError(f"NVRTC {version} does not compile {name} for {arch}: {error}\n{log[:2000]}") from None
         code, symbol = bytes(nvrtc.getCUBIN(program)), nvrtc.getLoweredName(program, name)
     finally:
         nvrtc.destroyProgram(program)

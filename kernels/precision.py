@@ -36,8 +36,8 @@ def check(precision: str | None) -> str | None:
 def fp32(precision: str | None) -> Iterator[None]:
     """A context with the setting of `set_fp32(precision)`. At its end the earlier setting is restored.
 
-    Other threads that enter such a context wait. What other threads launch without entering one uses this setting as
-    long as it lasts.
+    Another thread that enters such a context waits until this one ends. Launches of threads that enter none use this
+    setting as well.
     """
     switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
     with contextlib.nullcontext() if precision is None else _one_at_a_time:

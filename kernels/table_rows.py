@@ -59,8 +59,8 @@ class Cell(NamedTuple):
     def batch(self) -> tuple[int, int]:
         """The numbers of utterances and of output frames T' with which the cell is timed.
 
-        Together they make about 0.75 * 2**rows_log2 rows. Utterances have at least 800 frames; fewer rows make one
-        utterance.
+        These are about 0.75 * 2**rows_log2 rows: utterances of at least 800 frames, or a single shorter one if there
+        are fewer rows than that.
         """
         rows = max(3 << self.rows_log2 >> 2, (1 << self.rows_log2 >> 1) + 1)
         n = max(1, rows // 800)
@@ -129,7 +129,7 @@ class Table:
 
 
 def shape_of_norm(channels: int) -> dict[str, int]:
-    """Returns the shape that stands in a table's rows for an op of NORM_OPS with this number of channels."""
+    """Returns the shape under which a table lists an op of NORM_OPS with this number of channels."""
     return dict(zip(SHAPE, (channels, channels, 1, 1, 1), strict=True))
 
 
@@ -143,17 +143,17 @@ def _one_of(allowed: Iterable[str]) -> _Rule:
     return lambda value: isinstance(value, str) and value in allowed, f"one of {', '.join(allowed)}"
 
 
-def _whole(low: int, high: float, told: str = "a whole number from {} to {}") -> _Rule:
-    return lambda value: type(value) is int and low <= value <= high, told.format(low, high)
+def _whole(low: int, high: float, wanted: str = "a whole number from {} to {}") -> _Rule:
+    return lambda value: type(value) is int and low <= value <= high, wanted.format(low, high)
 
 
 def _power(low: int, high: int) -> _Rule:
-    right, told = _whole(low, high, "a power of two from {} to {}")
-    return lambda value: right(value) and value & (value - 1) == 0, told
+    right, wanted = _whole(low, high, "a power of two from {} to {}")
+    return lambda value: right(value) and value & (value - 1) == 0, wanted
 
 
-def _matching(pattern: str, told: str) -> _Rule:
-    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value, re.DOTALL) is not None, told
+def _matching(pattern: str, wanted: str) -> _Rule:
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value, re.DOTALL) is not None, wanted
 
 
 def _or_null(rule: _Rule) -> _Rule:

@@ -103,8 +103,7 @@ def fastest(
 
     rows: N*T' of the output. None means the largest number that was measured.
     """
-    shape = (c_in, c_out, taps, stride, dilation)
-    total = times([(op, shape, 1) for op in ops], device, dtype, rows)
+    total = times([(op, (c_in, c_out, taps, stride, dilation), 1) for op in ops], device, dtype, rows)
     return min(sorted(total), key=total.__getitem__) if total else None
 
 

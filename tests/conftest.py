@@ -75,6 +75,12 @@ def interpreted() -> None:
         pytest.skip("Triton is not interpreted: there is a GPU")
 
 
+def check_op(op, args: tuple) -> None:
+    """Runs `torch.library.opcheck` with the tests that are worth their time."""
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(op, args, test_utils=checks)
+
+
 def raising(error: BaseException):
     """Returns a function that takes any arguments and raises `error`."""
 

@@ -30,8 +30,10 @@ FLAGS += ["-Wno-restrict", "-Wno-unknown-warning-option"]
 
 @functools.cache
 def toolchain() -> tuple[str, list[str], dict[str, str]]:
-    """Returns the host compiler, the flags for CUDA's headers and the sanitizers' flags; skips the test if there is no
-    CUDA toolkit or no compiler."""
+    """Returns the host compiler, the flags for CUDA's headers and the sanitizers' flags.
+
+    Skips the test if there is no CUDA toolkit or no compiler.
+    """
     build = runpy.run_path(str(CSRC / "build.py"))
     nvcc = build["find_nvcc"]()
     compiler = os.environ.get("CXX") or shutil.which("c++")
@@ -45,8 +47,10 @@ def toolchain() -> tuple[str, list[str], dict[str, str]]:
 
 @functools.cache
 def digest(folder: Path) -> str:
-    """Returns a hash of every source in `folder` that a kernel may include, and of the processor's features, because
-    the emulation is compiled with -march=native."""
+    """Returns a hash of every source in `folder` that a kernel may include, and of the processor's features.
+
+    The emulation is compiled with -march=native, so it depends on those features.
+    """
     text = hashlib.sha256(platform.machine().encode())
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".h", ".cuh", ".cu", ".cpp"):

@@ -1,5 +1,7 @@
-"""Small mistakes for the CUDA sources of the conv and of NovoGrad, each of which a test must find: (file, correct text,
-wrong text) by name."""
+"""Small mistakes in the CUDA sources of the conv and of NovoGrad. Each must make a test fail.
+
+A mistake is (file, correct text, wrong text), by name.
+"""
 
 # ruff: noqa: E501 (one line per mistake)
 

@@ -17,7 +17,7 @@ SECONDS = 120  # time limit of the checks: over a hundred times what they take
 
 
 def chosen(mutants: Sequence[str]) -> list[str]:
-    """Returns the mutants to test: every eighth, because each takes seconds to compile, or all in `make mutants`."""
+    """Returns every eighth mutant, because each takes seconds to compile, or all of them under `make mutants`."""
     return list(mutants)[:: 1 if os.environ.get("JASPER_FAST_MUTANTS") == "all" else 8]
 
 
@@ -60,8 +60,10 @@ def outcome(check: Callable[[], None]) -> str | None:
 
 
 def races(code: str) -> str:
-    """Runs Python `code`, which loads a library built with ThreadSanitizer, in a process of its own; returns the
-    sanitizer's reports, "" if there are none."""
+    """Runs Python `code`, which loads a library built with ThreadSanitizer, in a process of its own.
+
+    Returns the sanitizer's reports, or "" if there are none.
+    """
     environment = sanitize.environment("thread") | {"JASPER_FAST_LIB": "", "OMP_NUM_THREADS": "1"}
     command = ["setarch", platform.machine(), "-R", sys.executable, "-c", code]
     paths = os.pathsep.join([str(cuda_host.ROOT), str(cuda_host.ROOT / "tests")])

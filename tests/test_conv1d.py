@@ -10,19 +10,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jasper_fast.kernels import native
-from jasper_fast.kernels.conv1d import reference
+from jasper_fast.kernels.conv1d import aten_impl, reference
+from jasper_fast.kernels.conv1d import cpu_impl as cpu
 from jasper_fast.kernels.layout import mask, ntc
 from jasper_fast.kernels.operands import Geometry, Lengths
 
 needs_native = pytest.mark.skipif(not native.cpu_available(), reason=str(native.explain()["cpu"]))
 PADDED = Geometry(1, 5)
-
-
-@pytest.fixture
-def cpu():
-    from jasper_fast.kernels.conv1d import cpu_impl
-
-    return cpu_impl
 
 
 @dataclass(frozen=True)
@@ -92,16 +86,16 @@ def test_reference_is_conv1d(case: Case) -> None:
 
 # The fast algorithms multiply rounded sums of two or four operands, so their errors are larger.
 FACTOR = {"direct": 2.0, "fast_fir_1": 4.0, "fast_fir_2": 6.0}
-REACH = {"direct": 0, "fast_fir_1": 1, "fast_fir_2": 3}  # rows beyond the reach of the taps to which a NaN may spread
+# How many rows further than the taps reach a NaN may spread.
+REACH = {"direct": 0, "fast_fir_1": 1, "fast_fir_2": 3}
 
 
 @pytest.fixture(params=FACTOR)
-def algorithm(request, cpu, monkeypatch) -> str:
+def algorithm(request, monkeypatch) -> str:
     """Makes the CPU face use this algorithm wherever it can."""
 
     def wanted(weight: Tensor, rows: int, stride: int) -> str:
-        level = cpu.ALGORITHMS[request.param]
-        return request.param if stride == 1 and weight.shape[2] >= 2**level else "direct"
+        return request.param if stride == 1 and weight.shape[2] >= 2 ** cpu.ALGORITHMS[request.param] else "direct"
 
     monkeypatch.setattr(cpu, "_algorithm", wanted)
     return request.param
@@ -109,7 +103,7 @@ def algorithm(request, cpu, monkeypatch) -> str:
 
 @needs_native
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_forward(case: Case, cpu, algorithm: str) -> None:
+def test_forward(case: Case, algorithm: str) -> None:
     x, weight, dy, lengths = make(case)
     low, ref = (pytorch(case, x, weight, dy, lengths, dtype)[0] for dtype in (torch.float32, torch.float64))
     got = cpu.forward(x, weight, case.geometry, lengths)
@@ -119,7 +113,7 @@ def test_forward(case: Case, cpu, algorithm: str) -> None:
 
 @needs_native
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_backward(case: Case, cpu, algorithm: str) -> None:
+def test_backward(case: Case, algorithm: str) -> None:
     x, weight, dy, lengths = make(case)
     (_, dx_low, dw_low), (_, dx, dw) = (
         pytorch(case, x, weight, dy, lengths, d) for d in (torch.float32, torch.float64)
@@ -135,7 +129,7 @@ def test_backward(case: Case, cpu, algorithm: str) -> None:
 @needs_native
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("has_mask", [False, True])
-def test_fused_epilogue_on_history_slices(relu: bool, has_mask: bool, algorithm: str, cpu) -> None:
+def test_fused_epilogue_on_history_slices(relu: bool, has_mask: bool, algorithm: str) -> None:
     n, t, c_in, c2, c_out, k = 3, 150, 64, 300, 96, 11
     lengths = torch.tensor([150, 31, 0])
     history = torch.randn(n, t, c2 + c_out)
@@ -160,26 +154,23 @@ def test_fused_epilogue_on_history_slices(relu: bool, has_mask: bool, algorithm:
 
 
 @needs_native
-def test_nan_in_a_valid_frame_comes_out(algorithm: str, cpu) -> None:
-    x, weight = torch.randn(1, 60, 40), torch.randn(33, 40, 11)
+def test_nan_in_a_valid_frame_comes_out(algorithm: str) -> None:
+    x, packed, reach = torch.randn(1, 60, 40), cpu.pack(torch.randn(33, 40, 11), algorithm=algorithm), REACH[algorithm]
     x[0, 30, 3] = float("nan")
     for relu in (False, True):
-        y = cpu.fused(x, cpu.pack(weight, algorithm=algorithm), PADDED, relu=relu)
-        bad = y.isnan().any(2)[0]
-        reach = REACH[algorithm]
+        bad = cpu.fused(x, packed, PADDED, relu=relu).isnan().any(2)[0]
         assert bad[25:36].all() and not bad[: 25 - reach].any() and not bad[36 + reach :].any()
 
 
 @needs_native
-def test_an_item_is_the_same_bits_in_any_batch_and_with_any_threads(algorithm: str, cpu) -> None:
+def test_an_item_is_the_same_bits_in_any_batch_and_with_any_threads(algorithm: str) -> None:
     lengths = torch.tensor([300, 171, 40])
     x, weight = torch.randn(3, 300, 96), torch.randn(70, 96, 11)
     dy = torch.randn(3, 70, 300)
     packed = cpu.pack(weight, algorithm=algorithm)
     whole = cpu.fused(x, packed, PADDED, lengths=Lengths(lengths, lengths))
     for i, length in enumerate(lengths):
-        alone = cpu.fused(x[i : i + 1, :length].clone(), packed, PADDED)
-        assert torch.equal(alone[0], whole[i, :length])
+        assert torch.equal(cpu.fused(x[i : i + 1, :length].clone(), packed, PADDED)[0], whole[i, :length])
     dw = cpu.wgrad(x.transpose(1, 2), ntc(dy), 11, PADDED, lengths)
     for count in (1, 3, 7):
         torch.set_num_threads(count)
@@ -189,7 +180,7 @@ def test_an_item_is_the_same_bits_in_any_batch_and_with_any_threads(algorithm: s
 
 
 @needs_native
-def test_pack_into_a_buffer_of_the_callers(cpu) -> None:
+def test_pack_into_a_buffer_of_the_callers() -> None:
     weight = torch.randn(40, 24, 11)
     buffer = torch.full((cpu.packed_size(weight),), float("nan"))
     assert cpu.pack(weight, out=buffer).data is buffer
@@ -207,7 +198,7 @@ def test_pack_into_a_buffer_of_the_callers(cpu) -> None:
         ({"out": torch.empty(2, 49, 33)}, "50 frames"),
     ],
 )
-def test_wrong_arguments_are_named(change: dict, message: str, cpu) -> None:
+def test_wrong_arguments_are_named(change: dict, message: str) -> None:
     x, packed = torch.randn(2, 50, 24), cpu.pack(torch.randn(33, 24, 11))
     with pytest.raises(RuntimeError, match=message):
         cpu.fused(x, packed, PADDED, **change)
@@ -215,9 +206,9 @@ def test_wrong_arguments_are_named(change: dict, message: str, cpu) -> None:
         cpu.fused(torch.randn(2, 24, 50).transpose(1, 2), packed, PADDED)
     with pytest.raises(RuntimeError, match="float32"):
         cpu.fused(x.double(), packed, PADDED)
-    for told in (Lengths(masked=False), Lengths(torch.tensor([50, 3]), made=torch.empty(2, dtype=torch.int64))):
+    for lengths in (Lengths(masked=False), Lengths(torch.tensor([50, 3]), made=torch.empty(2, dtype=torch.int64))):
         with pytest.raises(ValueError, match="does not compute"):
-            cpu.fused(x, packed, PADDED, lengths=told)
+            cpu.fused(x, packed, PADDED, lengths=lengths)
 
 
 class Formats(TorchDispatchMode):
@@ -241,10 +232,8 @@ class Formats(TorchDispatchMode):
 
 @pytest.mark.parametrize(("n", "t", "stride"), [(3, 37, 1), (1, 12, 1), (2, 40, 2)])
 def test_the_librarys_gradients_stay_in_channels_last_memory(n, t, stride):
-    """Shows that ATen's backward copies no tensor to another memory order. Whether ATen copies depends on strides: an
-    expanded x (stride 0) once made it copy dy and dx."""
-    from jasper_fast.kernels.conv1d import aten_impl
-
+    """Shows that ATen's backward copies no tensor to another memory order. Whether ATen copies depends on strides: it
+    would copy dy and dx if x were expanded from a scalar (stride 0)."""
     x, weight = ntc(torch.randn(n, 16, t)), torch.randn(24, 16, 5)
     dy = ntc(torch.randn(n, 24, (t - 1) // stride + 1))
     with Formats() as formats:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from close import assert_close
+from conftest import assert_raises
 from engines import batch, config, pair, valid
 from test_conv1d import CASES, PADDED, Case, make, pytorch
 
@@ -39,13 +40,12 @@ SHAPES = [
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_exact_products_of_rounded_operands(shape, relu, cpu) -> None:
-    """Shows that outputs are as close to fp64 as PyTorch's fp32 outputs, from the same operands, rounded to bf16."""
+    """Shows that outputs are as close to fp64 as PyTorch's in fp32, which are computed from the same bf16 operands."""
     c_in, c_out, k, t, stride, dilation, lengths = shape
     lengths = torch.tensor(lengths)
     x, weight = torch.randn(len(lengths), t, c_in), torch.randn(c_out, c_in, k) / (c_in * k) ** 0.5
-    bias = torch.randn(c_out)
-    how, options = Geometry(stride, k // 2 * dilation, dilation), {"lengths": Lengths(lengths), "relu": relu}
-    options["bias"] = bias
+    how = Geometry(stride, k // 2 * dilation, dilation)
+    options = {"lengths": Lengths(lengths), "relu": relu, "bias": torch.randn(c_out)}
     low, ref = (
         reference.fused(x.to(BF16).to(d), weight.to(BF16).to(d), how, **options) for d in (torch.float32, torch.float64)
     )
@@ -58,8 +58,7 @@ def test_exact_products_of_rounded_operands(shape, relu, cpu) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_result_in_bf16_is_the_fp32_one_rounded(shape, cpu) -> None:
-    """Shows that a bf16 result is the rounded fp32 one, with any number of threads, and that nothing beside its slice
-    is written."""
+    """Shows that this is so with any number of threads, and that nothing beside the result's slice is written."""
     c_in, c_out, k, t, stride, dilation, lengths = shape
     x, packed = torch.randn(len(lengths), t, c_in).to(BF16), cpu.pack(torch.randn(c_out, c_in, k), dtype=BF16)
     how, options = Geometry(stride, k // 2 * dilation, dilation), {"lengths": Lengths(torch.tensor(lengths))}
@@ -69,8 +68,7 @@ def test_a_result_in_bf16_is_the_fp32_one_rounded(shape, cpu) -> None:
         around = torch.full((*want.shape[:2], c_out + 9), float("nan"), dtype=BF16)
         cpu.fused(x, packed, how, out=around[:, :, 4:-5], **options)
         assert torch.equal(around[:, :, 4:-5], want)
-        assert around[:, :, :4].isnan().all()
-        assert around[:, :, -5:].isnan().all()
+        assert around[:, :, :4].isnan().all() and around[:, :, -5:].isnan().all()
     with pytest.raises(RuntimeError, match="y must be a float32 tensor"):
         cpu.fused(x, packed, how, out=want, bias=torch.zeros(c_out), **options)
 
@@ -94,7 +92,7 @@ def test_panes_and_history_slices(cpu) -> None:
     assert_close("y", out.clone(), low, ref)
     assert torch.equal(history[:, :, :c2], before[:, :, :c2])
     got = out.clone()
-    history = history.to(BF16)  # a slice from an odd channel on, whose pairs of channels are not aligned
+    history = history.to(BF16)  # its slice from channel 7 on has pairs of channels that are not aligned
     cpu.fused(history[:, :, 7 : 7 + c_in], packed, PADDED, panes=(history[:, :, :c2], packed2), out=out, **options)
     assert torch.equal(out, got)
 
@@ -121,30 +119,28 @@ def test_a_nan_and_an_infinity_come_out_of_their_rows_only(cpu) -> None:
 def test_an_item_is_the_same_bits_in_any_batch_and_with_any_threads(cpu) -> None:
     lengths = torch.tensor([300, 171, 40])
     x, packed = torch.randn(3, 300, 96), cpu.pack(torch.randn(70, 96, 11), dtype=BF16)
-    told = Lengths(lengths, lengths)
-    whole = cpu.fused(x, packed, PADDED, lengths=told)
+    whole = cpu.fused(x, packed, PADDED, lengths=Lengths(lengths, lengths))
     for i, length in enumerate(lengths):
         assert torch.equal(cpu.fused(x[i : i + 1, :length].clone(), packed, PADDED)[0], whole[i, :length])
     for count in (1, 3, 7):
         torch.set_num_threads(count)
-        assert torch.equal(whole, cpu.fused(x, packed, PADDED, lengths=told))
+        assert torch.equal(whole, cpu.fused(x, packed, PADDED, lengths=Lengths(lengths, lengths)))
 
 
 def test_wrong_packs_are_named(cpu) -> None:
     weight, x = torch.randn(33, 24, 11), torch.zeros(2, 50, 24)
     packed, panes = cpu.pack(weight, dtype=BF16), (torch.zeros(2, 50, 4), cpu.pack(torch.randn(33, 4, 1)))
-    for wrong, message in (
+    cases = [
         (lambda: cpu.pack(weight, algorithm="fast_fir_1", dtype=BF16), "fir_level 0"),
         (lambda: cpu.fused(x, packed, PADDED, panes=panes), "packed2 must have packed's dtype"),
         (lambda: cpu.fused(x.to(BF16), cpu.pack(weight), PADDED), "x must be a float32"),
         (lambda: cpu.fused(torch.zeros(2, 50, 27), packed, PADDED), "elements"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            wrong()
+    ]
+    assert_raises(cases, RuntimeError)
 
 
 def test_a_lower_instruction_set_says_so() -> None:
-    """Shows the error where bf16 is not multiplied. test_cpu_instruction_sets.py runs this test in such processes."""
+    """Shows the error of a CPU without bf16 products. test_cpu_instruction_sets.py runs this test as such a CPU."""
     if cpu_impl.has_bf16():
         pytest.skip("this process multiplies bf16")
     with pytest.raises(RuntimeError, match="does not multiply; pack in float32"):
@@ -188,11 +184,10 @@ def test_aten_gets_the_dtypes_that_it_has_instructions_for(name, monkeypatch) ->
         monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda there=there: there)
     device = torch.device("cpu")
     choose.forget()
-    fused_face = lambda *how: choose.fused_faces(*how)[0]  # noqa: E731
     try:
         for dtype, faces in wanted.items():
-            got = tuple(of("auto", device, dtypes[dtype]) for of in (fused_face, choose.conv_face))
-            assert got == faces, dtype
+            how = "auto", device, dtypes[dtype]
+            assert (choose.fused_faces(*how)[0], choose.conv_face(*how)) == faces, dtype
             assert choose.fused_faces("reference", device, dtypes[dtype]) == ("aten",)
     finally:
         choose.forget()
@@ -200,7 +195,7 @@ def test_aten_gets_the_dtypes_that_it_has_instructions_for(name, monkeypatch) ->
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_weight_gradient_multiplies_bf16_and_sums_in_fp32(case, cpu) -> None:
-    """Shows that the weight gradient from bf16 inputs is as close to fp64 as PyTorch's in fp32 from the same inputs."""
+    """Shows that the gradient is as close to fp64 as PyTorch's in fp32, which is computed from the same bf16 inputs."""
     x, weight, dy, lengths = make(case)
     x, dy = x.to(BF16), dy.to(BF16)
     low, ref = (pytorch(case, x, weight, dy, lengths, d)[2] for d in (torch.float32, torch.float64))
@@ -209,15 +204,14 @@ def test_the_weight_gradient_multiplies_bf16_and_sums_in_fp32(case, cpu) -> None
     assert_close("dw", got, low, ref)
 
 
-@pytest.mark.parametrize("name", ["none", "bf16"])
-def test_which_products_training_makes(name, cpu, monkeypatch) -> None:
-    """Shows that bf16 inputs are multiplied in bf16 if the CPU can, and in fp32 with an unrounded weight if it
-    cannot."""
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_which_products_training_makes(has_bf16, cpu, monkeypatch) -> None:
+    """Shows that a CPU with bf16 products rounds the weight to bf16, and that another CPU multiplies it in fp32."""
     case = Case(40, 33, 5, 30)
     x, weight, dy, _ = make(case)
-    monkeypatch.setattr(cpu, "has_bf16", lambda: name == "bf16")
+    monkeypatch.setattr(cpu, "has_bf16", lambda: has_bf16)
     x, weight = x.to(BF16), weight * (1 + 2.0**-11)  # bf16 cannot represent this weight
     got = cpu.forward(x, weight, case.geometry).double()
     exact, rounded = (pytorch(case, x, w, dy, None, torch.float64)[0] for w in (weight, weight.to(BF16)))
-    near, far = (exact, rounded) if name == "none" else (rounded, exact)
+    near, far = (rounded, exact) if has_bf16 else (exact, rounded)
     assert (got - near.to(BF16)).abs().sum() < (got - far.to(BF16)).abs().sum()

@@ -32,8 +32,7 @@ class Face:
         monkeypatch.setattr(cuda_launch, "functions", lambda: functions)
 
     def on(self, loop: int, sms: int = 3) -> None:
-        gpu = cuda_tiles.Gpu(loop, sms, SHARED[loop])
-        self._patch.setattr(cuda_launch, "gpu", lambda device: gpu)
+        self._patch.setattr(cuda_launch, "gpu", lambda device: cuda_tiles.Gpu(loop, sms, SHARED[loop]))
 
 
 @pytest.fixture
@@ -41,13 +40,9 @@ def face(monkeypatch: pytest.MonkeyPatch, functions: cuda_launch.Functions) -> F
     return Face(monkeypatch, functions)
 
 
-def wide(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.double()
-
-
 def poisoned(x: Tensor, lengths: Tensor | None) -> Tensor:
     """Returns `x` (N, C, T) in NTC memory with NaN in its padding, which no kernel may read."""
-    return ntc(mask(x, lengths, float("nan"))) if lengths is not None else x
+    return ntc(mask(x, lengths, float("nan")))
 
 
 def check_forward(layer: conv_cases.Layer, dtype: torch.dtype) -> None:
@@ -74,8 +69,8 @@ def check_gradient_of_x(layer: conv_cases.Layer, dtype: torch.dtype) -> None:
     y, zeroed = ntc(torch.randn(n, c, t).to(dtype)), Mask(lengths, torch.tensor([5]), 0.2)
     z = reference.bn.forward(y, norm, None, zeroed)
     results = cuda_impl.dgrad_bn(dy, weight, geometry, y, z, norm, zeroed)
-    wide_norm = Norm(*map(wide, norm))
-    ref = reference.dgrad_bn(dy.double(), weight.double(), geometry, wide(y), wide(z), wide_norm, zeroed)
+    wide = [v.double() for v in (*norm, y, z)]
+    ref = reference.dgrad_bn(dy.double(), weight.double(), geometry, *wide[4:], Norm(*wide[:4]), zeroed)
     lows = reference.dgrad_bn(dy, weight, geometry, y, z, norm, zeroed)
     for kind, *three in zip(("g", "dbeta", "dgamma"), results, lows, ref, strict=True):
         assert_close(kind, *three)
@@ -141,10 +136,10 @@ def check_inference(
     def rows(x: Tensor) -> Tensor:
         return poisoned(x, lengths).transpose(1, 2)
 
-    given, told = rows(x), Lengths(lengths, after)
+    given, masks = rows(x), Lengths(lengths, after)
     if features:  # (N, C, T) in fp32; the kernel writes the output lengths
         given = rows(x.float()).transpose(1, 2).contiguous().transpose(1, 2)
-        told = Lengths(lengths, made=torch.empty_like(lengths))
+        masks = Lengths(lengths, made=torch.empty_like(lengths))
     panes = None if x2 is None else (rows(x2), cuda_impl.pack_once(weight2, dtype))
     space = cuda_impl.Workspace("cpu") if split else None
     if split:
@@ -155,14 +150,14 @@ def check_inference(
 
     def run() -> Tensor:
         return cuda_impl.fused(
-            given, cuda_impl.pack_once(weight, dtype), geometry, lengths=told, bias=bias, relu=relu, panes=panes,
+            given, cuda_impl.pack_once(weight, dtype), geometry, lengths=masks, bias=bias, relu=relu, panes=panes,
             out=out, log_softmax=log_softmax, workspace=space,
         ).clone()  # fmt: skip
 
     got = run()
-    wide_panes = None if x2 is None else (wide(x2).transpose(1, 2), wide(weight2))
-    inputs = wide(x).transpose(1, 2), wide(weight), geometry
-    z = reference.fused(*inputs, lengths=Lengths(lengths), bias=wide(bias), relu=relu, panes=wide_panes)
+    wide_panes = None if x2 is None else (x2.double().transpose(1, 2), weight2.double())
+    inputs = x.double().transpose(1, 2), weight.double(), geometry
+    z = reference.fused(*inputs, lengths=Lengths(lengths), bias=bias.double(), relu=relu, panes=wide_panes)
     low = aten_impl.forward(x, weight, geometry).transpose(1, 2)
     low = low if x2 is None else low + torch.nn.functional.linear(x2.transpose(1, 2), weight2[:, :, 0])
     low = low + bias.to(dtype)
@@ -173,16 +168,16 @@ def check_inference(
 
     assert_close("z", got, finish(low.float() if log_softmax else low), finish(z))
     assert torch.equal(got, run())
-    if told.made is not None:
-        assert torch.equal(told.made, after)
+    if masks.made is not None:
+        assert torch.equal(masks.made, after)
     if out is not None:
         assert history[:, :, :8].isnan().all() and history[:, :, 8 + c_out :].isnan().all()
     if space is not None:
         assert not space.arrived.any(), "a counter was not set back for the next launch"
 
 
-# These layers are run with every tile size of every loop. In loop 90 they give a CTA several tiles, and more steps than
-# twice its stages.
+# These layers are run with every tile size of every loop. In loop 90 a CTA gets several tiles, and a tile has more than
+# twice as many steps as there are stages.
 WIDE = [
     (2, 72, 136, 150, 11, 1, 1, [150, 61]),
     (1, 136, 200, 233, 9, 1, 1, [233]),

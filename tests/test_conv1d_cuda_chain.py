@@ -44,7 +44,7 @@ def depends(library: ctypes.CDLL, *tensors: Tensor) -> None:
 
 
 def check_early(library: ctypes.CDLL, layer: conv_cases.Layer, c2: int, shared: bool, dtype: torch.dtype) -> None:
-    """Checks that `fused` launched early gives the same bits as `fused` launched after everything else."""
+    """Checks that an early launch of `fused` gives the same bits as one that begins when all others have ended."""
     x, weight, geometry, lengths = conv_cases.make(layer, dtype, CPU)
     n, c_out, k = x.shape[0], weight.shape[0], weight.shape[2]
     rows, bias = poisoned(x, lengths).transpose(1, 2), torch.randn(c_out)
@@ -59,19 +59,10 @@ def check_early(library: ctypes.CDLL, layer: conv_cases.Layer, c2: int, shared: 
     made, out = torch.empty_like(lengths), torch.zeros(n, t_out, c_out, dtype=dtype)
 
     def run(chain: Chain) -> tuple[Tensor, Tensor]:
-        told = Lengths(lengths, None, made)
         cuda_impl.fused(
-            rows,
-            packed,
-            geometry,
-            lengths=told,
-            bias=bias,
-            relu=True,
-            panes=panes,
-            out=out,
-            workspace=space,
-            chain=chain,
-        )
+            rows, packed, geometry, lengths=Lengths(lengths, None, made), bias=bias, relu=True, panes=panes, out=out,
+            workspace=space, chain=chain,
+        )  # fmt: skip
         return out.clone(), made.clone()
 
     want = run(Chain())
@@ -92,5 +83,4 @@ def test_an_early_launch_touches_weights_alone_before_it_waits(face: Face, name:
     library = emulation()
     check_early(library, layer, c2, shared, torch.float16)
     packed = torch.empty(cuda_impl.packed_shape(torch.empty(layer[2], layer[1], layer[4]))[:3])
-    images = 2 * packed.numel()
-    assert library.jf_emulation_count(b"prefetch_bulk") == images, "each image of the next weights is fetched once"
+    assert library.jf_emulation_count(b"prefetch_bulk") == 2 * packed.numel(), "an image was not fetched exactly once"

@@ -37,8 +37,8 @@ def convs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
 
 @pytest.mark.slow
 def test_launches_of_the_engine_overlap_safely(convs, golden) -> None:  # noqa: F811
-    """Shows that the engine's launches may overlap. What the previous launch writes is NaN until a launch waits for it;
-    weights, for which no launch waits, were packed before the call."""
+    """Shows that the engine's launches may overlap. Whatever a launch writes is NaN for the next launch until that one
+    waits. No launch waits for weights, which are packed before the call."""
     config, tensors = golden
     engine = InferenceEngine(_build("reference", config, tensors).eval(), dtype=HALF)
     given = tensors["features"], tensors["feature_lengths"]
@@ -61,8 +61,8 @@ def test_launches_of_the_engine_overlap_safely(convs, golden) -> None:  # noqa: 
 @pytest.mark.slow
 def test_the_engine_gives_the_reference_systems_numbers(convs, golden) -> None:  # noqa: F811
     config, tensors = golden
-    model = _build("reference", config, tensors).eval()
-    log_probs, lengths = InferenceEngine(model, dtype=HALF)(tensors["features"], tensors["feature_lengths"])
+    engine = InferenceEngine(_build("reference", config, tensors).eval(), dtype=HALF)
+    log_probs, lengths = engine(tensors["features"], tensors["feature_lengths"])
     assert torch.equal(lengths, tensors["eval.lengths"])
     convs_of_model = sum(block.repeat for block in config.encoder.blocks) + 1
     assert [name for name, _ in convs].count("jf_conv1d") == convs_of_model, "a sub-block took more than one launch"

@@ -28,7 +28,7 @@ LAYERS = {
     "epilogue, 1x1": (56, 64, 1, 1, 1),
     "decoder": (64, 29, 1, 1, 1),
 }
-# (N, T); in a batch of three, the second utterance has a third of the frames and the third has none
+# (N, T). In a batch of three, the second utterance is a third as long as the first, and the third is empty.
 BATCHES = {"odd T": (3, 45), "shorter than the halo": (2, 9), "one frame": (4, 1), "one utterance": (1, 70)}
 ODD = {"odd channels": Conv(2, 70, 33, 30, 5, 1, 2), "more channels than frames": Conv(3, 37, 137, 29, 3)}
 SHAPES = ODD | {
@@ -60,7 +60,8 @@ def assert_right(name: str, shape: Conv, dtype: str, functions: tuple[str, ...] 
     for function, check in drawn.items():
         found = case(check, face.device, 1)
         got, low, ref = found.ours(), found.low(), found.reference()
-        # PyTorch's sums in fp32 may by chance be better, and the CPU engine's convs multiply sums of four operands
+        # PyTorch's fp32 result may by chance have a smaller error. The CPU face's `fused` multiplies sums of four
+        # operands, which adds rounding errors.
         factor = 6.0 if (name, function) == ("cpu", "fused") else 4.0 if dtype == "float32" else 2.0
         for key in ref:
             # PyTorch 2.13's own bf16 weight gradient is wrong at one frame and stride 2: it reads uninitialised memory
@@ -79,7 +80,7 @@ def test_cpu(name, dtype):
     [pytest.param(*of, marks=[pytest.mark.slow] if is_large(of[0]) else []) for of in INTERPRETED],
 )
 def test_triton(name, dtype):
-    # forward and dgrad run the kernels of forward_stats and dgrad_bn with a shorter epilogue: fp16 is enough for them
+    # forward and dgrad run the kernels of forward_stats and dgrad_bn with a shorter epilogue, so fp16 suffices for them
     functions = CONV if dtype == "float16" else ("forward_stats", "dgrad_bn", "wgrad")
     assert_right("triton", SHAPES[name], dtype, functions)
 

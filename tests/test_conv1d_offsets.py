@@ -15,6 +15,7 @@ from jasper_fast.kernels.operands import Geometry
 
 HALF = torch.float16
 FRAMES = 1 << 22  # with 512 channels an utterance has 2^31 elements
+PACK = triton_impl.Packed(torch.empty(1, 16, 16, dtype=HALF, device="meta"), 16, 16, 1)
 
 
 @pytest.fixture(autouse=True)
@@ -55,15 +56,14 @@ def test_many_utterances_may_be_longer_than_that_together(launched):
 
 @pytest.mark.parametrize("place", ["x", "x2", "out"])
 def test_a_slice_of_a_wide_history_buffer_is_judged_by_its_strides(launched, place):
-    """Shows that offsets are judged by strides: 16 channels out of 1024 are few elements, but far apart."""
+    """The slice has few elements, 16 of 1024 channels, but they are far apart in memory."""
     frames = (1 << 21) + 1
     history = torch.empty(1, frames, 1024, dtype=HALF, device="meta")[:, :, :16]
     given = {name: torch.empty(1, frames, 16, dtype=HALF, device="meta") for name in ("x", "x2", "out")}
-    pack = triton_impl.Packed(torch.empty(1, 16, 16, dtype=HALF, device="meta"), 16, 16, 1)
 
     def call(frames: int) -> None:
         cut = {name: x[:, :frames] for name, x in (given | {place: history}).items()}
-        triton_impl.fused(cut["x"], pack, Geometry(), panes=(cut["x2"], pack), out=cut["out"])
+        triton_impl.fused(cut["x"], PACK, Geometry(), panes=(cut["x2"], PACK), out=cut["out"])
 
     with refused():
         call(frames)
@@ -73,10 +73,9 @@ def test_a_slice_of_a_wide_history_buffer_is_judged_by_its_strides(launched, pla
 
 
 def test_a_workspace_of_another_device_is_refused(launched):
-    pack = triton_impl.Packed(torch.empty(1, 16, 16, dtype=HALF, device="meta"), 16, 16, 1)
     x = torch.empty(1, 9, 16, dtype=HALF, device="meta")
     with pytest.raises(ValueError, match="the workspace is on cpu, x on meta: make one for each device"):
-        triton_impl.fused(x, pack, Geometry(), workspace=triton_impl.Workspace("cpu"))
+        triton_impl.fused(x, PACK, Geometry(), workspace=triton_impl.Workspace("cpu"))
     assert not launched
-    triton_impl.fused(x, pack, Geometry(), workspace=triton_impl.Workspace("meta"))
+    triton_impl.fused(x, PACK, Geometry(), workspace=triton_impl.Workspace("meta"))
     assert launched == ["conv1d_fused_kernel"]

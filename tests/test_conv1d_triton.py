@@ -3,12 +3,12 @@
 import pytest
 import torch
 from close import assert_close
-from conftest import make_face, settle
+from conftest import assert_raises, make_face, settle
 from conv_cases import LAYERS, gradients, make
 from standins import spied, wrap
 from torch.nn import functional as F
 
-from jasper_fast.kernels import launch
+from jasper_fast.kernels import launch, precision
 from jasper_fast.kernels.bn_relu_dropout import reference as bn
 from jasper_fast.kernels.conv1d import reference, triton_tiles
 from jasper_fast.kernels.layout import mask, ntc
@@ -22,11 +22,10 @@ triton_impl = pytest.importorskip("jasper_fast.kernels.conv1d.triton_impl")
     [(64, 42, None), (64, 41, None), (64, 41, [41, 40]), (64, 42, [40, 3]), (64, 1, [1, 1]), (24, 42, None)],
 )
 def test_tensor_descriptors_at_stride_2(c_in, t, lengths, monkeypatch):
-    """Shows when stride 2 uses tensor descriptors, and that results stay equal. A row of the descriptor holds two
-    frames, so utterances must be an even number of frames apart. 24 channels do not fill a block."""
+    """Shows when stride 2 uses tensor descriptors, and that results stay equal. A row of a descriptor holds two frames,
+    so utterances must begin an even number of frames apart. The channels must fill a block, which 24 do not."""
     wrap(monkeypatch, triton_tiles, "choose", lambda right, *a: right(*a)._replace(t=16))
-    case = (2, c_in, 32, t, 5, 2, 1, lengths)
-    x, weight, shape, lengths = make(case, torch.float16, make_face("triton").device)
+    x, weight, shape, lengths = make((2, c_in, 32, t, 5, 2, 1, lengths), torch.float16, make_face("triton").device)
     if lengths is not None:  # the content of padding must not matter
         x = ntc(mask(x, lengths, torch.nan))
     apart = ntc(x.new_empty(2, c_in, t + t % 2))[:, :, :t].copy_(x)
@@ -56,10 +55,10 @@ def count_descriptor_loads(monkeypatch) -> list:
 
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
 def test_a_tile_too_wide_for_one_epilogue(descriptors, monkeypatch):
-    """Shows that a tile of 128 x 256, which tuning may choose, is right although its epilogue runs in two halves."""
+    """Shows that results are right with a tile of 128 x 256, whose epilogue takes one half of the tile at a time."""
     monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", descriptors)
-    case = (2, 16, 200, 140, 3, 1, 1, [140, 30])
-    x, weight, shape, lengths = make(case, torch.float16, make_face("triton").device)
+    layer = (2, 16, 200, 140, 3, 1, 1, [140, 30])
+    x, weight, shape, lengths = make(layer, torch.float16, make_face("triton").device)
     narrow = triton_impl.forward_stats(x, weight, shape, lengths)
     wrap(monkeypatch, triton_tiles, "choose", lambda right, *a: right(*a)._replace(t=128, n=256, num_warps=8))
     y, mean, m2 = triton_impl.forward_stats(x, weight, shape, lengths)
@@ -73,30 +72,25 @@ def test_a_tile_too_wide_for_one_epilogue(descriptors, monkeypatch):
 @pytest.mark.parametrize("name", ["k11", "decoder", "odd channels"])
 def test_fp32_is_rounded_to_tf32_where_pytorch_rounds_it(name):
     x, weight, shape, lengths = make(LAYERS[name], torch.float32, make_face("triton").device)
-    ref, conv, errors = F.conv1d(x.double(), weight.double(), None, *shape), torch.backends.cudnn.conv, {}
-    before = conv.fp32_precision
-    try:
-        for precision in ("tf32", "ieee"):
-            conv.fp32_precision = precision
-            errors[precision] = (triton_impl.forward(x, weight, shape, lengths) - ref).abs().max() / ref.abs().max()
-    finally:
-        conv.fp32_precision = before
+    ref, errors = F.conv1d(x.double(), weight.double(), None, *shape), {}
+    for kind in precision.FP32_PRECISIONS:
+        with precision.fp32(kind):
+            errors[kind] = (triton_impl.forward(x, weight, shape, lengths) - ref).abs().max() / ref.abs().max()
     assert errors["ieee"] <= 2e-6 < 1e-4 < errors["tf32"] <= 4 * 2**-10
 
 
 def test_errors_name_what_is_wrong():
     settle("triton")  # packs a weight before launches are recorded
     x, weight, how = ntc(torch.ones(1, 8, 4)), torch.ones(8, 8, 11), Geometry(1, 5)
-    for wrong, message in (
+    cases = [
         (lambda: triton_impl.forward(x, weight, Geometry()), "taps span 11"),
         (lambda: triton_impl.dgrad(x, weight, 8, Geometry(2, 5)), "stride 1"),
         (lambda: triton_impl.forward(ntc(torch.ones(1, 4, 4)), weight, how), "4 channels, the weight takes 8"),
         (lambda: triton_impl.forward(ntc(torch.ones(1, 16, 4)), weight, how), "16 channels, the weight takes 8"),
         (lambda: triton_impl.wgrad(x, ntc(torch.ones(1, 8, 5)), 11, how), "does not fit the conv"),
         (lambda: triton_impl.wgrad(torch.ones(1, 8, 4), x, 11, how), "dense in NTC memory"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            wrong()
+    ]
+    assert_raises(cases)
     with pytest.raises(TypeError, match="float64"):
         triton_impl.forward(x.double(), weight.double(), how)
 
@@ -112,22 +106,16 @@ def test_pack_is_the_weight_in_the_kernels_order(dtype, made):
     assert triton_impl.pack(weight, out=buffer).data is buffer
     assert torch.equal(buffer, packed.data)
     x = ntc(torch.randn(1, 33, 7, device=weight.device).to(made))
-    for got, want in zip(
-        triton_impl.forward_stats(x, weight, Geometry(1, 2), None, packed.data),
-        triton_impl.forward_stats(x, weight.to(made), Geometry(1, 2)),
-        strict=True,
-    ):
-        assert torch.equal(got, want)
+    got = triton_impl.forward_stats(x, weight, Geometry(1, 2), None, packed.data)
+    assert all(map(torch.equal, got, triton_impl.forward_stats(x, weight.to(made), Geometry(1, 2))))
 
 
 def test_a_nan_in_a_frame_reaches_g_and_the_sums():
-    device = make_face("triton").device
-    y, weight, shape, lengths = make(LAYERS["k11"], torch.float16, device)
-    y = ntc(y.abs())  # the norm below is y + 1 (mean 0; rstd, gamma and beta 1), so each ReLU passes its gradient
+    y, weight, shape, lengths = make(LAYERS["k11"], torch.float16, make_face("triton").device)
+    y = ntc(y.abs())  # the batch norm below computes y + 1, so the ReLU lets every gradient pass
     y[0, 3, 20] = torch.nan
-    c = y.shape[1]
-    dy = ntc(torch.randn(2, weight.shape[0], y.shape[2], device=device).half())
-    one, zero = torch.ones(c, device=device), torch.zeros(c, device=device)
+    dy = ntc(torch.randn(2, weight.shape[0], y.shape[2], device=y.device).half())
+    one, zero = torch.ones(y.shape[1], device=y.device), torch.zeros(y.shape[1], device=y.device)
     norm, zeroed = Norm(zero, one, one, one), Mask(lengths)
     z = bn.forward(y, norm, None, zeroed)
     g, dbeta, dgamma = triton_impl.dgrad_bn(dy, weight, shape, y, z, norm, zeroed)
@@ -142,9 +130,8 @@ def test_a_nan_in_a_frame_reaches_g_and_the_sums():
 
 
 def test_wgrad_for_a_master_weight_is_not_rounded():
-    device = make_face("triton").device
-    x, weight, shape, lengths = make(LAYERS["k13"], torch.float16, device)
-    dy = ntc(torch.randn(2, weight.shape[0], x.shape[2], device=device).half())
+    x, weight, shape, lengths = make(LAYERS["k13"], torch.float16, make_face("triton").device)
+    dy = ntc(torch.randn(2, weight.shape[0], x.shape[2], device=x.device).half())
     wide = triton_impl.wgrad(x, dy, weight.shape[2], shape, lengths, torch.float32)
     assert torch.equal(wide.half(), triton_impl.wgrad(x, dy, weight.shape[2], shape, lengths))
     ref = gradients(x.double(), weight.double(), dy.double(), *shape)[1]
@@ -155,19 +142,17 @@ def test_wgrad_for_a_master_weight_is_not_rounded():
 
 
 def test_a_batch_costs_its_frames_and_its_halo(monkeypatch):
-    """Shows that a batch with lengths (T, T/2, T/4, 0) needs only the matrix products of its frames and halo, and
-    gives the same results."""
-    device = make_face("triton").device
-    if device.type == "cuda":
+    """Shows that no matrix products are computed beyond each utterance's frames and halo."""
+    if make_face("triton").device.type == "cuda":
         pytest.skip("products are counted in the interpreter")
     from triton.runtime.interpreter import interpreter_builder as builder
 
     t, k, how, block = 64, 5, Geometry(1, 2), 16
-    lengths = torch.tensor([t, t // 2, t // 4, 0])
+    short = [t, t // 2, t // 4, 0]
+    lengths = torch.tensor(short)
     x, weight = ntc(mask(torch.randn(4, 16, t), lengths)), torch.randn(32, 16, k) / 13
     dy = ntc(torch.randn(4, 32, t))
-    tile = triton_impl.Tile(block, 16, 16, 4, 2)
-    monkeypatch.setattr(triton_impl.triton_tiles, "choose", lambda *a: tile)
+    monkeypatch.setattr(triton_tiles, "choose", lambda *_: triton_tiles.Tile(block, 16, 16, 4, 2))
     counted = spied(monkeypatch, builder, "create_dot")
 
     def products(function, *args):
@@ -177,12 +162,11 @@ def test_a_batch_costs_its_frames_and_its_halo(monkeypatch):
     def tiles(frames):  # tiles of an utterance whose first `frames` frames may be nonzero
         return -(-min(frames, t) // block)
 
-    short = [int(v) for v in lengths]
-    (y, mean, m2), done = products(triton_impl.forward_stats, x, weight, how, lengths)
+    results, done = products(triton_impl.forward_stats, x, weight, how, lengths)
     assert done == sum(tiles(length + how.padding) if length else 0 for length in short) * 2 * k
     whole, everything = products(triton_impl.forward_stats, x, weight, how)
     assert everything == 4 * (t // block) * 2 * k
-    assert torch.equal(y, whole[0]) and torch.equal(mean, whole[1]) and torch.equal(m2, whole[2])
+    assert all(map(torch.equal, results, whole))
 
     dx, done = products(triton_impl.dgrad, dy, weight, t, how, lengths)
     assert done == sum(map(tiles, short)) * 2 * k  # C_out = 32 in steps of 16
@@ -204,16 +188,14 @@ def test_a_batch_costs_its_frames_and_its_halo(monkeypatch):
     ids=str,
 )
 def test_wgrad_of_two_taps_a_program_and_without_partials(layer, shares, monkeypatch):
-    """Shows the launches of wgrad: two taps share each load of dy, an odd last tap is computed by itself, and a single
-    share writes dw in the same launch."""
+    """Shows that two taps share each load of dy, except an odd last tap, and that a single share needs one launch."""
     monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", True)
     x, weight, shape, lengths = make(layer, torch.float16, make_face("triton").device)
     k = weight.shape[2]
     dy = ntc(torch.randn(x.shape[0], weight.shape[0], shape.frames(x.shape[2], k), device=x.device).to(x.dtype))
-    tile = triton_tiles.Tile(16, 16, 32, 4, 2, shares)
-    monkeypatch.setattr(triton_tiles, "choose", lambda *_: tile)
+    monkeypatch.setattr(triton_tiles, "choose", lambda *_: triton_tiles.Tile(16, 16, 32, 4, 2, shares))
     seen = []
-    with launch.recorded(lambda one: seen.append(one)):
+    with launch.recorded(seen.append):
         triton_impl.wgrad(x, dy, k, shape, lengths, torch.float32, clean=True)
     assert [one.name for one in seen] == ["conv1d_wgrad_kernel", "conv1d_wgrad_merge_kernel"][: shares if k > 1 else 2]
     pairs = 2 if k > 1 else 1
@@ -236,8 +218,7 @@ def test_wgrad_of_two_taps_a_program_and_without_partials(layer, shares, monkeyp
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "descriptors"), [("k11", False), ("prologue", True), ("k11", True), ("pane", True)])
 def test_padding_that_is_zero_gives_the_same_bits_as_padding_that_is_masked(name, descriptors, monkeypatch):
-    """Shows that zero padding with `clean=True`, which the ops and the engine pass, gives the same bits as padding that
-    the kernel masks."""
+    """Compares calls with `clean=True`, as the ops and the engine make them, with calls that mask NaN in padding."""
     monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", descriptors)
     x, weight, shape, lengths = make(LAYERS[name], torch.float16, make_face("triton").device)
     k, poisoned = weight.shape[2], ntc(mask(x, lengths, torch.nan))
@@ -247,12 +228,8 @@ def test_padding_that_is_zero_gives_the_same_bits_as_padding_that_is_masked(name
     given = triton_impl.pack(weight), shape
     z = triton_impl.fused(poisoned.transpose(1, 2), *given, lengths=Lengths(lengths))
     assert torch.equal(triton_impl.forward(x, weight, shape, lengths, clean=True), y)
-    for got, want in zip(
-        triton_impl.forward_stats(x, weight, shape, lengths, clean=True),
-        triton_impl.forward_stats(poisoned, weight, shape, lengths),
-        strict=True,
-    ):
-        assert torch.equal(got, want)
+    got = triton_impl.forward_stats(x, weight, shape, lengths, clean=True)
+    assert all(map(torch.equal, got, triton_impl.forward_stats(poisoned, weight, shape, lengths)))
     assert torch.equal(triton_impl.fused(x.transpose(1, 2), *given, lengths=Lengths(lengths), clean=True), z)
     got = triton_impl.wgrad(x, dy, k, shape, lengths, clean=True)
     assert_close("dw", got, dw, gradients(x.double(), weight.double(), dy.double(), *shape)[1])
@@ -261,8 +238,7 @@ def test_padding_that_is_zero_gives_the_same_bits_as_padding_that_is_masked(name
 @pytest.mark.parametrize(("value", "dtype"), [(torch.nan, torch.float32), (torch.inf, torch.float16)], ids=str)
 def test_what_is_not_finite_in_a_frame_reaches_y_and_every_gradient(dtype, value):
     x, weight, shape, lengths = make(LAYERS["k11"], dtype, make_face("triton").device)
-    clean = triton_impl.forward(x, weight, shape, lengths)
-    dy = ntc(torch.randn_like(clean))
+    dy = ntc(torch.randn_like(triton_impl.forward(x, weight, shape, lengths)))
     x[0, 3, 20] = value
     y, mean, m2 = triton_impl.forward_stats(x, weight, shape, lengths)
     assert not y[0, :, 15:26].isfinite().any() and y[0, :, :15].isfinite().all() and y[1].isfinite().all()

@@ -7,7 +7,7 @@ from conftest import make_face
 from conv_cases import LAYERS, make
 from standins import wrap
 
-from jasper_fast.kernels.conv1d import reference
+from jasper_fast.kernels.conv1d import reference, triton_tiles
 from jasper_fast.kernels.layout import mask, padding
 from jasper_fast.kernels.operands import Geometry, Lengths
 
@@ -17,8 +17,7 @@ triton_impl = pytest.importorskip("jasper_fast.kernels.conv1d.triton_impl")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize(("layer", "width"), [("k13", 72), ("one frame", 20), ("odd channels", 37)])
 def test_fused_with_panes_over_a_history_buffer(layer, width, dtype):
-    """Shows that panes may be a slice of a wider buffer and the output another slice of it, whose other channels hold
-    NaN."""
+    """Panes and output are slices of one buffer. Its other channels, and the panes' padding, hold NaN."""
     device = make_face("triton").device
     x, weight, shape, lengths = make(LAYERS[layer], dtype, device)
     n, c_out, t = x.shape[0], weight.shape[0], x.shape[2]
@@ -36,10 +35,10 @@ def test_fused_with_panes_over_a_history_buffer(layer, width, dtype):
         )  # fmt: skip
 
     low, ref = plain(dtype), plain(torch.float64)
-    packed = triton_impl.pack(weight), shape
     got = triton_impl.fused(
-        x.transpose(1, 2), *packed, bias=bias, panes=(panes, triton_impl.pack(w2)), out=out, **given
-    )
+        x.transpose(1, 2), triton_impl.pack(weight), shape, bias=bias, panes=(panes, triton_impl.pack(w2)), out=out,
+        **given,
+    )  # fmt: skip
     assert got.data_ptr() == out.data_ptr()
     assert_close("z", got, low, ref)
     assert (got.masked_select(~inside) == 0).all()
@@ -50,8 +49,7 @@ def test_fused_with_panes_over_a_history_buffer(layer, width, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "weights by descriptors"])
 def test_the_first_conv_reads_features_as_they_are(dtype, masked, descriptors, monkeypatch):
-    """Shows that the kernel takes fp32 (N, C, T): it casts, transposes, masks and computes the output lengths
-    itself."""
+    """Shows that the kernel takes fp32 (N, C, T) features, masks them itself and computes the output lengths."""
     monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", descriptors)
     device = make_face("triton").device
     _, weight, *_ = make(LAYERS["prologue"], dtype, device)
@@ -61,17 +59,14 @@ def test_the_first_conv_reads_features_as_they_are(dtype, masked, descriptors, m
     made = torch.full((3,), -1, device=device)
     bias = torch.randn(32, device=device)
     # with masks, the output has room for more frames than the conv computes, as in an engine's bucket
-    room = 26 if masked else 23
-    out = torch.full((3, room, 32), torch.nan, device=device, dtype=dtype)
-    how, told = Geometry(2, 5), Lengths(lengths, None, made, masked)
-    packed = triton_impl.pack(weight), how
-    triton_impl.fused(features.transpose(1, 2), *packed, lengths=told, bias=bias, relu=True, out=out)
+    out = torch.full((3, 26 if masked else 23, 32), torch.nan, device=device, dtype=dtype)
+    rows, how, masks = features.transpose(1, 2), Geometry(2, 5), Lengths(lengths, None, made, masked)
+    triton_impl.fused(rows, triton_impl.pack(weight), how, lengths=masks, bias=bias, relu=True, out=out)
     assert made.tolist() == [23, 10, 0]
     assert (out[:, 23:] == 0).all()
-    x = features.transpose(1, 2).to(dtype)
     want, ref = (
         reference.fused(
-            x.to(kind), weight.to(kind), how, bias=bias.to(kind), relu=True,
+            rows.to(dtype).to(kind), weight.to(kind), how, bias=bias.to(kind), relu=True,
             lengths=Lengths(lengths, made) if masked else Lengths(),
         )
         for kind in (dtype, torch.float64)
@@ -84,23 +79,22 @@ def test_the_last_conv_ends_in_log_softmax(dtype):
     device = make_face("triton").device
     x, weight, *_ = make(LAYERS["decoder"], dtype, device)
     bias, lengths = torch.randn(29, device=device), torch.tensor([19, 4], device=device)
-    made = torch.empty_like(lengths)
-    rows = x.transpose(1, 2)
-    told = Lengths(lengths, None, made, masked=False)
-    got = triton_impl.fused(rows, triton_impl.pack(weight), Geometry(), bias=bias, lengths=told, log_softmax=True)
+    rows, made = x.transpose(1, 2), torch.empty_like(lengths)
+    masks = Lengths(lengths, None, made, masked=False)
+    got = triton_impl.fused(rows, triton_impl.pack(weight), Geometry(), bias=bias, lengths=masks, log_softmax=True)
     assert torch.equal(made, lengths) and got.dtype == torch.float32
     logits = rows.double() @ weight[:, :, 0].double().T + bias
     low = (rows @ weight[:, :, 0].T + bias.to(dtype)).float().log_softmax(2)
     assert_close("log-probabilities", got, low, logits.log_softmax(2))
+    many = triton_impl.pack(torch.randn(129, 64, 1, device=device), dtype)
     with pytest.raises(ValueError, match="up to 128"):
-        wide = torch.randn(129, 64, 1, device=device).to(dtype)
-        triton_impl.fused(rows, triton_impl.pack(wide), Geometry(), log_softmax=True)
+        triton_impl.fused(rows, many, Geometry(), log_softmax=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("splits", "dtype"), [(2, torch.float32), (3, torch.float16), (7, torch.float32)], ids=str)
 def test_a_shared_reduction_gives_the_same_and_repeats(splits, dtype, monkeypatch):
-    """Shows that several programs per tile give a right and repeatable result and reset their counters to 0."""
+    """Shows that several programs give one tile's result with the same bits in each run, and reset their counters."""
     device = make_face("triton").device
     x, weight, shape, lengths = make(LAYERS["k13"], dtype, device)
     n, _, t = x.shape
@@ -109,8 +103,7 @@ def test_a_shared_reduction_gives_the_same_and_repeats(splits, dtype, monkeypatc
     given = {"lengths": Lengths(lengths, lengths), "relu": True}
     ours = given | {"bias": bias, "panes": (panes, triton_impl.pack(w2))}
     alone = triton_impl.fused(x.transpose(1, 2), triton_impl.pack(weight), shape, **ours)
-    tiles = triton_impl.triton_tiles
-    wrap(monkeypatch, tiles, "choose", lambda right, *a: right(*a)._replace(n=16, k=16, splits=splits))
+    wrap(monkeypatch, triton_tiles, "choose", lambda right, *a: right(*a)._replace(n=16, k=16, splits=splits))
     workspace, results = triton_impl.Workspace(device), []
     for _ in range(2):
         results.append(

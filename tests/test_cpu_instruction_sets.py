@@ -1,6 +1,7 @@
-"""Runs tests of the CPU faces with every instruction set below the machine's best, which the other test files use.
+"""Runs tests of the CPU faces with each instruction set that is lower than the machine's best.
 
-A process chooses its instruction set when it loads the library, so each set runs those tests in a process of its own.
+The other test files run with the best one. A process chooses its instruction set when it loads the library, so each set
+needs a process of its own.
 """
 
 import os
@@ -18,7 +19,7 @@ pytestmark = [
 ]
 LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
 FILES = ("bn_cpu", "bn_relu_dropout", "conv1d", "conv1d_16bit", "depthwise", "panes")
-# selects tests of the CPU face's numbers; tests of autograd and of arguments would run no further kernels
+# Selects tests of the CPU face's results. Tests of autograd and of arguments would run no other kernels.
 WORDS = "(bn_cpu or conv1d or cpu) and not (is_conv1d or librarys or arguments or engine or aten or opcheck or triton)"
 CHILD = """
 import sys

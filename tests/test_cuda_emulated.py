@@ -1,5 +1,7 @@
-"""The CUDA kernels of bn_relu_dropout, compiled as host C++ and run thread by thread, so that their indexing is tested
-without a GPU. The imported tests also run on every other face."""
+"""The CUDA kernels of bn_relu_dropout, compiled as host C++ and run thread by thread on a CPU.
+
+Some tests are imported from test_bn_relu_dropout.py, where they run on the other faces.
+"""
 
 import ctypes
 import itertools
@@ -99,11 +101,12 @@ def emulated() -> Emulated:
 
 @pytest.fixture
 def face(emulated: Emulated) -> SimpleNamespace:
-    """The face for the tests that are imported from test_bn_relu_dropout.py."""
+    """The face that the imported tests run on."""
     return SimpleNamespace(device=torch.device("cpu"), load=lambda op: emulated)
 
 
-# (N, C, T). They cover wide CTAs, uneven columns, one column, the scalar path, several turns of the loops, and T = 1.
+# (N, C, T). The cases cover wide CTAs, a C that CTAs do not divide evenly, one column, the scalar path, loops of
+# several turns, and T = 1.
 SHAPES = [(2, 64, 37), (3, 200, 21), (2, 8, 300), (2, 29, 19), (1, 16, 700), (5, 24, 1), (2, 3, 70)]
 
 
@@ -138,8 +141,7 @@ def test_both_ways(face, shape, dtype, residual, p, padded) -> None:
 
 @pytest.mark.slow
 def test_results_do_not_depend_on_the_cut(emulated: Emulated) -> None:
-    """Shows that the number of multiprocessors changes no bit of elementwise results, and reductions only by
-    rounding."""
+    """The number of multiprocessors changes no bit of elementwise results, and reductions only by rounding."""
     case = make(2, 40, 500, dtype=torch.float16, device="cpu", lengths=[500, 123], p=0.5)
     results = []
     for emulated.sms in (1, 3, 132):

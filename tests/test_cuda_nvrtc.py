@@ -1,5 +1,7 @@
-"""The CUDA kernels without a toolkit: stand-ins for NVRTC and the driver check what is compiled and launched. With CuPy
-installed, NVRTC itself compiles some kernels."""
+"""The CUDA kernels without a toolkit: stand-ins for NVRTC and the driver check what is compiled and launched.
+
+If CuPy is installed, NVRTC itself compiles some kernels.
+"""
 
 import ctypes
 import functools
@@ -16,6 +18,7 @@ import test_bn_relu_dropout as norm_cases
 import torch
 from conftest import assert_raises, raising
 from test_conv1d_cuda import DIRECTIONS, FUSED, Face, check_inference
+from test_conv1d_cuda import functions as conv_functions  # noqa: F401 (a fixture)
 from test_cuda_emulated import Emulated
 from test_novograd import emulated as emulated_steps
 from test_novograd import make, run, settings
@@ -109,9 +112,8 @@ class Driver:
         self._launch(*how, cooperative=1)
 
     def launchKernel(self, *how: int) -> None:
-        *how, extra = how
-        assert extra == 0
-        self._launch(*how, cooperative=0)
+        assert how[-1] == 0
+        self._launch(*how[:-1], cooperative=0)
 
     def _launch(self, f, gx, gy, gz, bx, by, bz, shared, stream, params, cooperative) -> None:
         of, kernel, words = re.fullmatch(r"jf::(\w+)::(\w+?)(?:<(.*)>)?", self.names[f]).groups()
@@ -134,11 +136,9 @@ class Driver:
         if kernel == "merge_kernel":
             return call.jf_conv1d_merge(launch, *plain(*[pointer] * 4, *[number] * 6))
         if kernel == "wgrad_merge_kernel":
-            sizes = plain(pointer, pointer, number, number, long)
-            return call.jf_conv1d_wgrad_merge(launch, DTYPES[words[0]], *sizes)
+            return call.jf_conv1d_wgrad_merge(launch, DTYPES[words[0]], *plain(pointer, pointer, number, number, long))
         if kernel == "pack_kernel":
-            sizes = plain(pointer, pointer, number, number, number)
-            return call.jf_conv1d_pack(launch, DTYPES[words[0]], DTYPES[words[1]], *sizes)
+            return call.jf_conv1d_pack(launch, *map(DTYPES.get, words), *plain(pointer, pointer, *[number] * 3))
         return call.jf_conv1d_wgrad(launch, DTYPES[words[0]], int(words[1]), *values(places, WgradArgs))
 
     def bn(self, kernel: str, words: list[str], launch: Launch, places) -> bytes | None:
@@ -153,11 +153,6 @@ class Driver:
 
 
 @pytest.fixture
-def functions() -> cuda_launch.Functions:
-    return cuda_launch.Functions(ctypes.CDLL(str(cuda_host.build([cuda_host.CSRC / "cuda/emulate/conv1d.cpp"]))))
-
-
-@pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(nvrtc, "options", lambda: [])
@@ -166,9 +161,9 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("loop", [75, 80, 90])
-def test_launches_through_the_driver(monkeypatch: pytest.MonkeyPatch, functions, cache: Path, loop: int) -> None:
+def test_launches_through_the_driver(monkeypatch, conv_functions, cache: Path, loop: int) -> None:  # noqa: F811
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(loop, 10))
-    compiler, driver = Nvrtc(), Driver(functions)
+    compiler, driver = Nvrtc(), Driver(conv_functions)
     face = Face(monkeypatch, cuda_nvrtc.Compiled(compiler, driver))
     for name in ("k11", "prologue"):
         face.on(loop, 3)
@@ -181,8 +176,8 @@ def test_launches_through_the_driver(monkeypatch: pytest.MonkeyPatch, functions,
     assert {options for _, options in compiler.compiled} == {f"-arch=sm_{loop}{'a' if loop == 90 else ''}"}
     assert len(set(compiler.compiled)) == len(compiler.compiled) == len(list(cache.iterdir()))
 
-    again = Nvrtc()  # a new process, which finds the code on disk
-    Face(monkeypatch, cuda_nvrtc.Compiled(again, Driver(functions))).on(loop, 3)
+    again = Nvrtc()  # as in a new process: the code is found on disk
+    Face(monkeypatch, cuda_nvrtc.Compiled(again, Driver(conv_functions))).on(loop, 3)
     DIRECTIONS["forward"](conv_cases.LAYERS["k11"], torch.float16)
     assert again.compiled == []
 
@@ -222,7 +217,7 @@ NORM_SHAPES = [(2, 64, 37, torch.float16), (2, 29, 19, torch.float32), (3, 200, 
 @pytest.mark.parametrize(("n", "c", "t", "dtype"), NORM_SHAPES, ids=str)
 @pytest.mark.parametrize("full", [False, True])
 def test_norms_through_the_driver(monkeypatch, norm_library, cache, n, c, t, dtype, full) -> None:
-    """Shows that launches through NVRTC give the same bits as the emulated face, whose launches are planned in C++."""
+    """The results must have the same bits as those of the emulated face, whose launches are planned in C++."""
     compiler = Nvrtc()
     ops = norms_nvrtc.Compiled(compiler, Driver(norm_library))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -256,15 +251,14 @@ def test_norms_refuse_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None
         (lambda: forward(0.5, y), "seed must be given"),
     ]
     assert_raises(cases)
-    with pytest.raises(TypeError, match="use backend='reference'"):
-        ops.bn_stats(y.double(), c, c)
+    assert_raises([(lambda: ops.bn_stats(y.double(), c, c), "use backend='reference'")], TypeError)
 
 
 # ---- NovoGrad ------------------------------------------------------------------------------------------------------
 
 
 def test_a_step_through_the_driver(monkeypatch, cache) -> None:
-    """Shows that a step with kernels from NVRTC gives the same bits as a step with the library's functions."""
+    """The results must have the same bits as those of the library's functions."""
     compiler, library, results = Nvrtc(), emulated_steps(), []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     for functions in (steps.Compiled(compiler, Driver(library)), library):

@@ -1,5 +1,7 @@
-"""The host functions that emulate PTX instructions: their layouts, tested with every one-hot operand, and the mistakes
-that they report."""
+"""The host functions that emulate PTX instructions: the layouts of their operands, and the mistakes that they report.
+
+One-hot operands test a layout: each element in turn is the only one that is not zero.
+"""
 
 import ctypes
 import itertools
@@ -69,7 +71,7 @@ def test_wgmma_one_hot(call: Callable, a_mn: int, b_mn: int) -> None:
 
 @pytest.mark.parametrize("panel", [135, 136])
 def test_wgmma_row_shifts(call: Callable, panel: int) -> None:
-    """Shows that an operand may begin at any row of a panel (K-major or MN-major), and core matrices may overlap."""
+    """An operand may begin at any row of a panel (K-major or MN-major), and core matrices may overlap."""
     image = probe.panels()
     for b in [b for *_, b in probe.row_shifts(panel)] + [b for _, b in probe.overlaps()]:
         want = probe.wgmma_expected(image, probe.A, b, 64, torch.float16)
@@ -179,24 +181,19 @@ def test_mistake_is_caught(library: ctypes.CDLL, name: str) -> None:
 RACES = ["race store", "race copy", "race barrier", "race release", "race full", "race wgmma", "race counter"]
 
 
-@pytest.fixture(scope="module")
-def sanitized() -> Callable[[str, str, bool], str]:
-    def run(kind: str, name: str, mistake: bool) -> str:
-        program = cuda_host.build([SOURCE], ["-DJF_MAIN"], sanitize=kind, program=True)
-        return cuda_host.run_sanitized(program, kind, name, str(int(mistake)))
-
-    return run
+def sanitized(kind: str, name: str, mistake: bool) -> str:
+    program = cuda_host.build([SOURCE], ["-DJF_MAIN"], sanitize=kind, program=True)
+    return cuda_host.run_sanitized(program, kind, name, str(int(mistake)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*RACES, "wgmma released early", "mbarrier deadlock", "bulk phase"])
-def test_thread_sanitizer(sanitized: Callable, library: ctypes.CDLL, name: str) -> None:
-    """Shows that a missing wait or an early release is reported as a race, although all threads share one system
-    thread."""
+def test_thread_sanitizer(library: ctypes.CDLL, name: str) -> None:
+    """Shows that races are reported although a single system thread runs all threads of a kernel."""
     assert sanitized("thread", name, False) == "no error\n"
     got = sanitized("thread", name, True)
     if name in RACES:
-        assert fault(library, name, True, 0) is None, "the engine alone sees it: it belongs to FAULTS"
+        assert fault(library, name, True, 0) is None, "the emulation finds it without a sanitizer: list it in FAULTS"
         assert "ThreadSanitizer: data race" in got
     elif FAULTS[name] != NAN:
         assert FAULTS[name] in got and "ThreadSanitizer" not in got
@@ -205,7 +202,7 @@ def test_thread_sanitizer(sanitized: Callable, library: ctypes.CDLL, name: str) 
 
 
 @pytest.mark.slow
-def test_address_sanitizer(sanitized: Callable) -> None:
+def test_address_sanitizer() -> None:
     for name in ("plain store bounds", "bulk phase", "wgmma touched"):
         assert sanitized("address", name, False) == "no error\n"
     got = sanitized("address", "plain store bounds", True)
@@ -215,7 +212,7 @@ def test_address_sanitizer(sanitized: Callable) -> None:
 
 @pytest.mark.slow
 def test_without_the_hand_written_switch() -> None:
-    """Shows that the same checks pass with ucontext, which processors other than x86-64 use to switch threads."""
+    """Checks the emulation with ucontext, by which it switches threads on processors other than x86-64."""
     library = ctypes.CDLL(str(cuda_host.build([SOURCE], scheduler=["-DJF_UCONTEXT"])))
     library.jf_fault.restype = ctypes.c_char_p
     for check in probe.REST:

@@ -4,9 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from close import assert_close
-from conftest import make_face, settle
+from conftest import check_op, make_face, settle
 from torch import Tensor
-from torch.library import opcheck
 
 from jasper_fast import ops
 from jasper_fast.dispatch import backends, choose
@@ -39,30 +38,30 @@ def make(shape: tuple, dtype: torch.dtype, device: torch.device | None = None) -
     c, k, t, stride, dilation, lengths = shape
     geometry = Geometry(stride, k // 2 * dilation, dilation)
     n, t_out = 2 if lengths is None else len(lengths), geometry.frames(t, k)
-    told = Lengths()
+    masks = Lengths()
     if lengths is not None:
         before = torch.tensor(lengths)
-        told = Lengths(before.to(device), geometry.frames(before, k).clamp(0, t_out).to(device))
+        masks = Lengths(before.to(device), geometry.frames(before, k).clamp(0, t_out).to(device))
     x, dy = torch.randn(n, c, t, device=device), torch.randn(n, c, t_out, device=device)
     weight = (torch.randn(c, 1, k, device=device) / k**0.5).to(dtype)
-    x, dy = (ntc(mask(v.to(dtype), of, torch.nan)) for v, of in ((x, told.before), (dy, told.after)))
-    return x, dy, weight, geometry, told
+    x, dy = (ntc(mask(v.to(dtype), of, torch.nan)) for v, of in ((x, masks.before), (dy, masks.after)))
+    return x, dy, weight, geometry, masks
 
 
-def pytorch(x, dy, weight, geometry: Geometry, told: Lengths, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Returns y, dx and dw of F.conv1d and autograd in `dtype`, masked as ours are."""
-    x = mask(x, told.before).to(dtype).clone(memory_format=torch.contiguous_format).requires_grad_()
+def pytorch(x, dy, weight, geometry: Geometry, masks: Lengths, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Returns y, dx and dw of F.conv1d and autograd in `dtype`, masked as our results are."""
+    x = mask(x, masks.before).to(dtype).clone(memory_format=torch.contiguous_format).requires_grad_()
     weight = weight.to(dtype).clone().requires_grad_()
-    y = mask(F.conv1d(x, weight, None, *geometry, weight.shape[0]), told.after)
-    y.backward(mask(dy, told.after).to(dtype))
-    return {"y": y.detach(), "dx": mask(x.grad, told.before), "dw": weight.grad}
+    y = mask(F.conv1d(x, weight, None, *geometry, weight.shape[0]), masks.after)
+    y.backward(mask(dy, masks.after).to(dtype))
+    return {"y": y.detach(), "dx": mask(x.grad, masks.before), "dw": weight.grad}
 
 
-def ours(impl, x, dy, weight, geometry: Geometry, told: Lengths) -> dict[str, Tensor]:
+def ours(impl, x, dy, weight, geometry: Geometry, masks: Lengths) -> dict[str, Tensor]:
     return {
-        "y": impl.forward(x, weight, geometry, told),
-        "dx": impl.dgrad(dy, weight, x.shape[2], geometry, told),
-        "dw": impl.wgrad(x, dy, weight.shape[2], geometry, told),
+        "y": impl.forward(x, weight, geometry, masks),
+        "dx": impl.dgrad(dy, weight, x.shape[2], geometry, masks),
+        "dw": impl.wgrad(x, dy, weight.shape[2], geometry, masks),
     }
 
 
@@ -90,8 +89,8 @@ def assert_right(name: str, shape: tuple, dtype: torch.dtype) -> None:
         assert got.shape == ref[part].shape
         assert part == "dw" or got.transpose(1, 2).is_contiguous()
         assert_close(f"{part} {dtype}", got, low[part], ref[part], 4.0)  # PyTorch's sums may by chance be better
-    x, dy, _, geometry, told = args
-    assert torch.equal(impl.wgrad(x, dy, shape[1], geometry, told), first["dw"])
+    x, dy, _, geometry, masks = args
+    assert torch.equal(impl.wgrad(x, dy, shape[1], geometry, masks), first["dw"])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -101,7 +100,7 @@ def test_faces(name: str, case: str) -> None:
         assert_right(name, CASES[case], dtype)
 
 
-# few frames and channels, because the interpreter takes a millisecond for each tap of each program
+# These have few frames and channels, because the interpreter takes a millisecond for each tap of each program.
 TRITON = {
     "stride 2": ((20, 9, 41, 2, 1, [41, 11]), torch.float32),
     "k87, dilated": ((16, 87, 20, 1, 2, [20, 3]), torch.bfloat16),
@@ -125,16 +124,15 @@ def test_triton(case: str, tiles: str, monkeypatch) -> None:
 
 @pytest.mark.parametrize("name", ["cpu", "triton"])
 def test_slices_of_wider_rows(name: str) -> None:
-    """Shows that x and y may be slices of wider rows, as in an engine's buffers, and that nothing beside y is
-    written."""
+    """Shows that x and y may be slices of wider rows, as in an engine, and that nothing beside y is written."""
     impl, device = face_of(name)
-    x, _, weight, geometry, told = make(TRITON["k33"][0], torch.float32, device)
+    x, _, weight, geometry, masks = make(TRITON["k33"][0], torch.float32, device)
     c, wide = x.shape[1], torch.randn(2, x.shape[2], 3 * x.shape[1], device=device)
     wide[:, :, :c] = x.transpose(1, 2)
     before = wide.clone()
     out = wide[:, :, c : 2 * c]
-    impl.into(out, wide[:, :, :c], impl.pack_once(weight, x.dtype), geometry, told)
-    torch.testing.assert_close(out.transpose(1, 2), impl.forward(x, weight, geometry, told), rtol=0, atol=0)
+    impl.into(out, wide[:, :, :c], impl.pack_once(weight, x.dtype), geometry, masks)
+    torch.testing.assert_close(out.transpose(1, 2), impl.forward(x, weight, geometry, masks), rtol=0, atol=0)
     for beside in (slice(None, c), slice(2 * c, None)):
         torch.testing.assert_close(wide[:, :, beside], before[:, :, beside], rtol=0, atol=0, equal_nan=True)
 
@@ -144,22 +142,21 @@ def test_a_nan_in_a_valid_frame_reaches_its_taps_alone(name: str) -> None:
     impl, device = face_of(name)
     x = torch.randn(1, 16, 60, device=device)
     x[0, 3, 30] = torch.nan
-    y = impl.forward(ntc(x), torch.randn(16, 1, 11, device=device), Geometry(1, 5))
-    bad = y.isnan()
+    bad = impl.forward(ntc(x), torch.randn(16, 1, 11, device=device), Geometry(1, 5)).isnan()
     assert bad[0, 3, 25:36].all() and bad.sum() == 11
 
 
 def test_triton_makes_the_output_lengths() -> None:
-    """Shows that the engine's first launch computes the output lengths, also from lengths that are too large."""
+    """As in the engine's first launch; one length is larger than x, and is clamped."""
     impl, device = face_of("triton")
-    x, _, weight, geometry, told = make(TRITON["stride 2"][0], torch.float32, device)
+    x, _, weight, geometry, masks = make(TRITON["stride 2"][0], torch.float32, device)
     given = torch.tensor([99, 11], device=device)
     for masked in (True, False):
         made, out = torch.empty_like(given), torch.empty(2, 21, 20, device=device)
         impl.into(out, x.transpose(1, 2), impl.pack_once(weight, x.dtype), geometry, Lengths(given, None, made, masked))
-        assert made.tolist() == told.after.tolist()
+        assert made.tolist() == masks.after.tolist()
         if masked:
-            assert torch.equal(out.transpose(1, 2), impl.forward(x, weight, geometry, told))
+            assert torch.equal(out.transpose(1, 2), impl.forward(x, weight, geometry, masks))
 
 
 def test_any_number_of_threads_and_any_batch_give_the_same_bits() -> None:
@@ -168,8 +165,7 @@ def test_any_number_of_threads_and_any_batch_give_the_same_bits() -> None:
     x, dy, weight = ntc(torch.randn(3, 70, 300)), ntc(torch.randn(3, 70, 300)), torch.randn(70, 1, 63)
     whole = ours(cpu, x, dy, weight, geometry, Lengths(lengths, lengths))
     for i, length in enumerate(lengths.tolist()):
-        alone = cpu.forward(ntc(x[i : i + 1, :, :length]), weight, geometry)
-        assert torch.equal(alone[0], whole["y"][i, :, :length])
+        assert torch.equal(cpu.forward(ntc(x[i : i + 1, :, :length]), weight, geometry)[0], whole["y"][i, :, :length])
     for count in (1, 3, 7):
         torch.set_num_threads(count)
         for part, again in ours(cpu, x, dy, weight, geometry, Lengths(lengths, lengths)).items():
@@ -180,18 +176,17 @@ def test_any_number_of_threads_and_any_batch_give_the_same_bits() -> None:
     ("change", "message"),
     [
         ({"x": torch.randn(2, 24, 50).double()}, "float32, float16 or bfloat16"),
-        ({"told": Lengths(torch.tensor([50]))}, "in_lengths"),
-        ({"told": Lengths(torch.tensor([51, 3]))}, r"in_lengths\[0\] = 51"),
-        ({"told": Lengths(None, torch.tensor([50, -1]))}, r"out_lengths\[1\] = -1"),
-        ({"packed": torch.randn(1, 5, 32)}, "unit channel stride"),
+        ({"lengths": Lengths(torch.tensor([50]))}, "in_lengths"),
+        ({"lengths": Lengths(torch.tensor([51, 3]))}, r"in_lengths\[0\] = 51"),
+        ({"lengths": Lengths(None, torch.tensor([50, -1]))}, r"out_lengths\[1\] = -1"),
+        ({"x": torch.randn(2, 24, 50)}, "unit channel stride"),
     ],
 )
 def test_wrong_arguments_of_the_cpu_face_are_named(change: dict, message: str) -> None:
     cpu, _ = face_of("cpu")
-    args = {"x": ntc(torch.randn(2, 24, 50)), "told": Lengths(), "packed": None} | change
-    x = args["x"] if args["packed"] is None else args["x"].contiguous()
+    args = {"x": ntc(torch.randn(2, 24, 50)), "weight": torch.randn(24, 1, 5), "geometry": Geometry(1, 2)} | change
     with pytest.raises(RuntimeError, match=message):
-        cpu.forward(x, torch.randn(24, 1, 5), Geometry(1, 2), args["told"], args["packed"])
+        cpu.forward(**args)
 
 
 # ---- the op ----
@@ -201,9 +196,7 @@ def test_wrong_arguments_of_the_cpu_face_are_named(change: dict, message: str) -
 def test_opcheck(backend: str) -> None:
     backend = settle(backend)
     x, w = torch.randn(2, 8, 11, requires_grad=True), torch.randn(8, 1, 3, requires_grad=True)
-    call = (x, w, torch.tensor([11, 6]), torch.tensor([6, 3]), 2, 1, 1, backend)
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    opcheck(torch.ops.jasper_fast.depthwise, call, test_utils=checks)
+    check_op(torch.ops.jasper_fast.depthwise, (x, w, torch.tensor([11, 6]), torch.tensor([6, 3]), 2, 1, 1, backend))
 
 
 @pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2)])

@@ -233,7 +233,7 @@ class FakeCuda:
 
     def CUDAGraph(self):
         return SimpleNamespace(
-            capture_begin=lambda capture_error_mode: self.log.append(f"begin {capture_error_mode}"),
+            capture_begin=lambda pool, capture_error_mode: self.log.append(f"begin {capture_error_mode}"),
             capture_end=lambda: self.log.append("end"),
             replay=lambda: self.log.append("replay"),
         )

@@ -57,11 +57,10 @@ def test_an_op_that_an_old_library_lacks_is_named() -> None:
 
 @pytest.mark.skipif(not native.cpu_available(), reason="the native CPU library is not built: run `make install`")
 def test_the_library_needs_no_python_and_only_torch_s_stable_symbols() -> None:
-    """Shows that one build works with every Python and with later versions of torch: the library uses no symbols of
-    CPython or of torch's C++ classes."""
-    path = native._cpu.path
+    """One build therefore works with every Python and with later versions of torch."""
+    command = ["nm", "-D", "-u", str(native._cpu.path)]
     try:
-        lines = subprocess.run(["nm", "-D", "-u", str(path)], capture_output=True, text=True, check=True).stdout
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except FileNotFoundError:
         pytest.skip("nm (binutils) is not installed")
     needed = [line.split()[-1] for line in lines.splitlines() if line.strip()]
@@ -71,7 +70,7 @@ def test_the_library_needs_no_python_and_only_torch_s_stable_symbols() -> None:
 
 
 def test_no_cuda_kernel_spills_registers() -> None:
-    """Shows that no CUDA kernel spills registers, according to ptxas's logs from the build of the library."""
+    """Reads the logs of ptxas from the build of the library."""
     logs = sorted((ROOT / "build" / "native" / "cuda").glob("*.o.log"))
     if not logs:
         pytest.skip("the CUDA library was not built here: no nvcc, or JASPER_FAST_CUDA=0")

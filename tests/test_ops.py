@@ -6,14 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from close import assert_close
-from conftest import assert_raises, settle
-from torch.library import opcheck
+from conftest import assert_raises, check_op, settle
 
 from jasper_fast import ops
 from jasper_fast.dispatch.backends import BackendMissing
 from jasper_fast.kernels import philox
-
-CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 @pytest.fixture(params=["reference", "cpu", "triton"])
@@ -41,8 +38,8 @@ def test_opcheck_bn_relu_dropout(backend, residual):
     res = torch.randn(y.shape, requires_grad=True) if residual else None
     lengths, seed = torch.tensor([9, 4]), torch.tensor([7])
     call = (args[0], mean, rstd, args[1], args[2], res, lengths, seed, None, 0.25, True, 3, "", backend)
-    opcheck(torch.ops.jasper_fast.bn_relu_dropout, call, test_utils=CHECKS)
-    opcheck(torch.ops.jasper_fast.bn_stats, (y.detach(), backend), test_utils=CHECKS)
+    check_op(torch.ops.jasper_fast.bn_relu_dropout, call)
+    check_op(torch.ops.jasper_fast.bn_stats, (y.detach(), backend))
 
 
 def conv_face_of(backend):
@@ -61,7 +58,7 @@ def test_opcheck_conv1d(backend, stats):
     x, w = torch.randn(2, 8, 11, requires_grad=True), torch.randn(5, 8, 3, requires_grad=True)
     pack = packed_by_triton(w) if backend == "triton" and stats else None
     call = (x, w, torch.tensor([11, 6]), pack, 1, 1, 1, stats, backend, conv_face_of(backend))
-    opcheck(torch.ops.jasper_fast.conv1d, call, test_utils=CHECKS)
+    check_op(torch.ops.jasper_fast.conv1d, call)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -161,7 +158,7 @@ def test_opcheck_sub_block(backend, stats):
     lengths, seed = torch.tensor([21, 9]), torch.tensor([5])
     call = (leaves[0], mean, var, *leaves[1:3], lengths, seed, None, leaves[3], pack)
     call += (0.25, True, 2, 2, 1, stats, "", backend, conv_face_of(backend))
-    opcheck(torch.ops.jasper_fast.sub_block, call, test_utils=CHECKS)
+    check_op(torch.ops.jasper_fast.sub_block, call)
 
 
 def test_sub_block_takes_and_gives_statistics(backend):

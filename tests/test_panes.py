@@ -4,38 +4,37 @@ import pytest
 import torch
 import torch.nn.functional as F
 from close import assert_close
-from conftest import settle
+from conftest import check_op, settle
 from standins import spied
-from torch.library import opcheck
+from test_model import batch, config
 
 from jasper_fast import Jasper, ops
 from jasper_fast.kernels.layout import ntc
 from jasper_fast.kernels.panes import cpu_impl, gram, reference
 from jasper_fast.kernels.panes.gram import lower
-from jasper_fast.nn.config import JasperConfig
 from jasper_fast.ops import panes_plain_op
 
-plain = panes_plain_op
-CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 LOW = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def ahead(xs, weights, gammas, betas):
-    """Computes the Gram form from statistics that are taken beforehand, together with those of another block's
-    panes."""
+    """Computes the Gram form. The statistics of its panes are taken before, together with those of other panes."""
     others = [torch.ones_like(w)[:3] for w in weights]
     grams = [ops.pane_stats(ops.gram(x), pair)[1] for x, *pair in zip(xs, others, weights, strict=True)]
     return ops.panes(xs, grams, weights, gammas, betas)
 
 
-@pytest.fixture(params=["gram", "ahead", "plain"])
+# Functions of (xs, weights, gammas, betas) that return the sum of the panes, their means and unbiased variances.
+FORMS = {
+    "gram": lambda x, w, g, b: ops.panes(x, [ops.gram(v) for v in x], w, g, b),
+    "ahead": ahead,
+    "plain": lambda x, w, g, b: ops.panes_plain(x, w, g, b, backend="reference"),
+}
+
+
+@pytest.fixture(params=FORMS)
 def form(request):
-    """Returns a function that computes the panes of (xs, weights, gammas, betas): sum, means, unbiased variances."""
-    if request.param == "ahead":
-        return ahead
-    if request.param == "gram":
-        return lambda x, w, g, b: ops.panes(x, [ops.gram(v) for v in x], w, g, b)
-    return lambda x, w, g, b: ops.panes_plain(x, w, g, b, backend="reference")
+    return FORMS[request.param]
 
 
 def pane_inputs(dtype=torch.float64, m=(2, 7), widths=(3, 4), c_out=5):
@@ -54,21 +53,17 @@ def definition(xs, weights, gammas, betas):
 
 def test_opcheck_gram_form():
     xs, weights, gammas, betas = pane_inputs(torch.float32)
-    opcheck(torch.ops.jasper_fast.gram, (xs[0], ""), test_utils=CHECKS)
+    check_op(torch.ops.jasper_fast.gram, (xs[0], ""))
     grams = [ops.gram(x.detach()) for x in xs]
     means, covs = ([v.clone().requires_grad_() for v in vs] for vs in list(zip(*grams, strict=True))[:2])
-    opcheck(torch.ops.jasper_fast.panes, (xs, means, covs, weights, gammas, betas, 1e-3, False), test_utils=CHECKS)
-    opcheck(torch.ops.jasper_fast.pane_stats, (means[0], covs[0], [weights[0], weights[0]]), test_utils=CHECKS)
+    check_op(torch.ops.jasper_fast.panes, (xs, means, covs, weights, gammas, betas, 1e-3, False))
+    check_op(torch.ops.jasper_fast.pane_stats, (means[0], covs[0], [weights[0], weights[0]]))
     given = [torch.rand(5, requires_grad=True) for _ in xs]
-    opcheck(
-        torch.ops.jasper_fast.panes_given, (xs, means, given, weights, gammas, betas, 1e-3, False), test_utils=CHECKS
-    )
+    check_op(torch.ops.jasper_fast.panes_given, (xs, means, given, weights, gammas, betas, 1e-3, False))
 
 
 def test_statistics_of_all_readers_of_a_source_are_taken_at_once(monkeypatch):
     """Shows that a dense Jasper computes each source's statistics once; gradients equal those of separate calls."""
-    from test_model import batch, config
-
     once = ops.pane_stats
     calls = spied(monkeypatch, ops, "pane_stats", lambda gram, weights: len(weights))
     torch.manual_seed(0)
@@ -83,7 +78,7 @@ def test_statistics_of_all_readers_of_a_source_are_taken_at_once(monkeypatch):
         log_probs, _ = model(features.double(), lengths)
         (log_probs * torch.linspace(-1, 1, log_probs.shape[2])).sum().backward()
         found.append([log_probs.detach(), *(p.grad for p in model.parameters())])
-    assert calls == [3, 2, 1]  # three blocks read the first output, two the next
+    assert calls == [3, 2, 1]  # three blocks read the first source, two blocks the second
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
@@ -94,8 +89,7 @@ def test_opcheck_plain_form(face, keep):
     settle(face)
     xs, weights, *vectors = pane_inputs(torch.float32)
     gamma, beta = (torch.stack(v).detach().requires_grad_() for v in vectors)
-    call = (xs, weights, gamma, beta, torch.tensor([7, 4]), 1e-3, keep, "", face)
-    opcheck(torch.ops.jasper_fast.panes_plain, call, test_utils=CHECKS)
+    check_op(torch.ops.jasper_fast.panes_plain, (xs, weights, gamma, beta, torch.tensor([7, 4]), 1e-3, keep, "", face))
 
 
 @pytest.mark.parametrize("c", [1, 2, 7, 24])
@@ -120,8 +114,7 @@ def test_fp64_equals_the_definition(form):
     y = F.conv1d(inputs[0][1], inputs[1][1])
     torch.testing.assert_close(mean[1], y.mean((0, 2)))
     torch.testing.assert_close(var[1], y.var((0, 2)))
-    assert not mean.requires_grad
-    assert not var.requires_grad
+    assert not mean.requires_grad and not var.requires_grad
     up = torch.randn_like(out)
     got = torch.autograd.grad(out, leaves, up)
     for i, (g, w) in enumerate(zip(got, torch.autograd.grad(want, leaves, up), strict=True)):
@@ -141,14 +134,8 @@ def test_gradcheck(form):
 def test_the_plain_form_takes_statistics_on_each_face(face):
     settle(face)
     inputs = pane_inputs(torch.float32, m=(3, 29))
-    leaves = [v for vs in inputs for v in vs]
-    results = []
-    for backend in ("reference", face):
-        out, *stats = ops.panes_plain(*inputs, backend=backend)
-        torch.manual_seed(1)
-        results.append([out.detach(), *stats, *torch.autograd.grad(out, leaves, torch.randn(out.shape))])
-    for want, got in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    got, want = (gradients_of(inputs, backend=backend) for backend in (face, "reference"))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 def run_all(run, inputs, dtype, up, master=None):
@@ -157,8 +144,7 @@ def run_all(run, inputs, dtype, up, master=None):
     x, *parameters = ([v.detach().to(d).requires_grad_() for v in vs] for vs, d in zip(inputs, dtypes, strict=True))
     out = run(x, *parameters)
     out = out[0] if isinstance(out, tuple) else out
-    grads = torch.autograd.grad(out, [*x, *(v for vs in parameters for v in vs)], up.to(dtype))
-    return [out.detach(), *grads]
+    return [out.detach(), *torch.autograd.grad(out, [*x, *(v for vs in parameters for v in vs)], up.to(dtype))]
 
 
 def judge(form, inputs, low, up, factor):
@@ -177,8 +163,8 @@ def rounded(inputs, low):
 
 @pytest.mark.parametrize("low", LOW, ids=str)
 def test_precision(form, low):
-    """Checks the tolerance rule. In fp32 a gradient may have 16 times the usual error, because it sums fp32 products
-    over all rows while ATen's CPU batch norm sums in fp64. In 16 bits that sum does not limit the precision."""
+    """In fp32 a gradient may have 16 times the error of PyTorch's: it sums fp32 products over all rows, while ATen's
+    CPU batch norm sums in fp64. In 16 bits that sum does not limit the precision."""
     inputs = rounded(pane_inputs(m=(8, 200)), low)
     judge(form, inputs, low, torch.randn(8, 5, 200).to(low).double(), 16.0 if low == torch.float32 else 2.0)
 
@@ -197,8 +183,7 @@ def test_large_means_do_not_cancel(form, low, upstream):
 
 @pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=str)
 def test_small_gradients_do_not_underflow(form, low):
-    """Shows that the gradient of x keeps its term with B = W^T diag(...) W, which is far below fp16's smallest
-    number."""
+    """The term of dx with B = W^T diag(...) W must not be lost, although B is far below fp16's smallest number."""
     inputs = rounded(pane_inputs(m=(8, 400), widths=(8, 8), c_out=6), low)
     up = (torch.randn(8, 6, 400) * 0.05).to(low).double()
     judge(form, inputs, low, up, 2.0)
@@ -206,8 +191,7 @@ def test_small_gradients_do_not_underflow(form, low):
 
 @pytest.mark.parametrize("low", LOW, ids=str)
 def test_on_a_gpu_dtypes_fit(low):
-    """Checks dtypes and strides in the branch for GPUs, on fake tensors. There another ATen op sums 16-bit products in
-    fp32."""
+    """Checks dtypes and strides on fake tensors. On a GPU, sums of 16-bit products need a variant of ATen's `mm`."""
     from torch._subclasses import FakeTensorMode
 
     with FakeTensorMode():
@@ -220,7 +204,7 @@ def test_on_a_gpu_dtypes_fit(low):
 
 
 def test_the_gram_form_writes_each_activation_once():
-    """Shows which ops write a matrix over all rows. One more would be another pass over the largest tensors."""
+    """Lists the ops that write a matrix with all rows. One more would be another pass over the largest tensors."""
     from torch._subclasses import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -247,8 +231,7 @@ def test_the_gram_form_writes_each_activation_once():
     xs = [torch.randn(2, 9, c).transpose(1, 2) for c in (24, 16, 24)]
     weights, vectors = [torch.randn(32, x.shape[1], 1) for x in xs], [torch.rand(32) for _ in xs]
     means, covs = zip(*(gram.gram(x) for x in xs), strict=True)
-    each = zip(means, covs, weights, strict=True)
-    variances = [gram.statistics(mean, cov, [weight])[1] for mean, cov, weight in each]
+    variances = [gram.statistics(mean, cov, [w])[1] for mean, cov, w in zip(means, covs, weights, strict=True)]
     out = run(gram.forward, xs, means, variances, weights, vectors, vectors, 1e-3)
     assert written == ["addmm", "addmm_", "addmm_"]
     run(gram.backward, out, xs, means, variances, weights, vectors, 1e-3, False)
@@ -261,15 +244,8 @@ def test_one_row_raises_what_pytorch_raises(form):
 
 
 def test_an_unknown_form_is_named():
-    block = {"filters": 8, "repeat": 1, "kernel_size": [3], "stride": [1], "dilation": [1], "dropout": 0.0}
-    config = JasperConfig.from_dict(
-        {
-            "encoder": {"in_feats": 8, "activation": "relu", "use_conv_masks": True, "blocks": [block]},
-            "decoder": {"in_feats": 8, "n_classes": 5},
-        }
-    )
     with pytest.raises(ValueError, match="'dense' is not one of auto, gram, plain"):
-        Jasper(config, panes="dense")
+        Jasper(config(), panes="dense")
 
 
 # ---- the plain form on its faces ----
@@ -349,7 +325,7 @@ def test_the_cpu_face_gives_the_same_bits_whatever_the_threads():
 
 @pytest.mark.parametrize(("face", "dtype"), [("reference", torch.float64), ("cpu", torch.float32)])
 def test_frames_beyond_the_lengths_are_skipped_and_counted(face, dtype):
-    """Shows that padding counts in the statistics and in the gradients of gamma and beta, although the op skips it."""
+    """Padding counts in the statistics and in the gradients of gamma and beta, although the op skips it."""
     settle(face)
     lengths, (xs, *parameters) = torch.tensor([9, 4]), pane_inputs(dtype, m=(2, 9), widths=(3, 20), c_out=18)
     live = torch.arange(9) < lengths[:, None, None]
@@ -360,23 +336,21 @@ def test_frames_beyond_the_lengths_are_skipped_and_counted(face, dtype):
 
 
 def saved(inputs, **how) -> int:
-    """Returns the number of elements that the plain form of the panes saves for backward, except its inputs and the
-    vectors of length C."""
+    """Returns the number of elements of the pane outputs that the plain form saves for backward."""
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append((t.dim(), t.numel())), lambda _: None):
-        out = ops.panes_plain(*inputs, **how)[0]
-    assert out.requires_grad
-    inputs_of_three = 2 * len(inputs[0])
+        ops.panes_plain(*inputs, **how)
     of_three = [numel for dim, numel in sizes if dim == 3]
-    assert len(of_three) == inputs_of_three + 1
+    assert len(of_three) == 2 * len(inputs[0]) + 1, "xs, weights and one tensor of pane outputs"
     return of_three[-1]
 
 
 def test_a_cpu_keeps_the_outputs_of_the_newest_panes():
     """Shows that the CPU face saves the outputs of the newest KEPT panes, and that other faces and dtypes save none."""
     settle("cpu")
-    inputs = pane_inputs(torch.float32, m=(2, 20), widths=(3,) * (plain.KEPT + 2), c_out=6)
-    assert saved(inputs, backend="cpu") == plain.KEPT * 40 * 6
+    kept = panes_plain_op.KEPT
+    inputs = pane_inputs(torch.float32, m=(2, 20), widths=(3,) * (kept + 2), c_out=6)
+    assert saved(inputs, backend="cpu") == kept * 40 * 6
     assert saved([vs[:2] for vs in inputs], backend="cpu") == 2 * 40 * 6
     assert saved(inputs, backend="reference") == 0
     low = [[x.detach().half().requires_grad_() for x in inputs[0]], *inputs[1:]]
@@ -388,14 +362,13 @@ def test_what_is_made_again_is_what_would_be_kept(kept, monkeypatch):
     settle("cpu")
     inputs = pane_inputs(torch.float32, m=(3, 50), widths=(20, 35, 9), c_out=33)
     want = gradients_of(inputs)
-    monkeypatch.setattr(plain, "KEPT", kept)
-    for got, all_kept in zip(gradients_of(inputs), want, strict=True):
-        torch.testing.assert_close(got, all_kept, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(panes_plain_op, "KEPT", kept)
+    torch.testing.assert_close(gradients_of(inputs), want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("face", ["reference", "cpu"])
 def test_backward_twice_through_one_graph(face):
-    """Shows that backward does not change saved tensors, and that no two gradients share memory."""
+    """Shows that backward leaves saved tensors as they are, and that no two gradients share memory."""
     settle(face)
     inputs = pane_inputs(torch.float32, m=(2, 30), widths=(4, 5, 6), c_out=7)
     leaves = [v for vs in inputs for v in vs]
@@ -414,6 +387,5 @@ def test_backward_twice_through_one_graph(face):
 )
 def test_wrong_lengths_are_named(lengths, message):
     settle("cpu")
-    inputs = pane_inputs(torch.float32, m=(2, 9))
     with pytest.raises((ValueError, RuntimeError), match=message):
-        ops.panes_plain(*inputs, lengths=torch.tensor(lengths), backend="cpu")
+        ops.panes_plain(*pane_inputs(torch.float32, m=(2, 9)), lengths=torch.tensor(lengths), backend="cpu")

@@ -4,9 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from close import assert_close
-from conftest import settle
+from conftest import check_op, settle
 from torch import Tensor
-from torch.library import opcheck
 
 from jasper_fast import ops
 from jasper_fast.kernels.layout import mask
@@ -14,7 +13,6 @@ from jasper_fast.kernels.operands import Geometry
 
 C, C_OUT, K, T = 12, 20, 5, 17
 LENGTHS = [17, 6, 0]
-CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 @pytest.fixture(params=["reference", "cpu", pytest.param("triton", marks=pytest.mark.slow)])
@@ -27,11 +25,6 @@ def weights(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [w.to(dtype).requires_grad_() for w in made]
 
 
-def told(geometry: Geometry) -> dict[str, Tensor]:
-    lengths = torch.tensor(LENGTHS)
-    return {"lengths": lengths, "out_lengths": geometry.frames(lengths, K)}
-
-
 def eager(y: Tensor, gamma, beta, taps, weight, geometry: Geometry, lengths, out_lengths, norm: bool) -> Tensor:
     z = F.relu(F.batch_norm(y, None, None, gamma, beta, True, eps=1e-3)) if norm else y
     d = F.conv1d(mask(z, lengths), taps, None, *geometry, taps.shape[0])
@@ -42,7 +35,8 @@ def eager(y: Tensor, gamma, beta, taps, weight, geometry: Geometry, lengths, out
 @pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2)])
 def test_a_separable_sub_block_is_eagers(backend: str, stride: int, dilation: int, norm: bool) -> None:
     geometry = Geometry(stride, 2 * dilation, dilation)
-    x, leaves, lens = torch.randn(3, C, T, requires_grad=True), weights(), told(geometry)
+    x, leaves, lengths = torch.randn(3, C, T, requires_grad=True), weights(), torch.tensor(LENGTHS)
+    lens = {"lengths": lengths, "out_lengths": geometry.frames(lengths, K)}
     up = torch.randn(3, C_OUT, geometry.frames(T, K))
     how = {"stride": stride, "padding": 2 * dilation, "dilation": dilation, "backend": backend, **lens}
     gamma, beta, taps, weight = leaves
@@ -55,8 +49,7 @@ def test_a_separable_sub_block_is_eagers(backend: str, stride: int, dilation: in
         copies = [v.detach().to(dtype).requires_grad_() for v in (x, *leaves)]
         want = eager(*copies, geometry, **lens, norm=norm)
         used = copies if norm else [copies[0], *copies[3:]]
-        grads = torch.autograd.grad(want, used, up.to(dtype))
-        results.append([want.detach(), want.detach().mean((0, 2)), *grads])
+        results.append([want.detach(), want.detach().mean((0, 2)), *torch.autograd.grad(want, used, up.to(dtype))])
     used = [x, *leaves] if norm else [x, taps, weight]
     ours = [y.detach(), mean, *torch.autograd.grad(y, used, up)]
     for name, a, low, ref in zip(("y", "mean", *map(str, range(5))), ours, *results, strict=False):
@@ -80,8 +73,7 @@ def test_dropout_and_running_statistics_are_those_of_bn_relu_dropout(backend: st
     how = {"lengths": torch.tensor([T, 4]), "p": 0.4, "seed": 7, "backend": backend}
     both = ops.separable_sub_block(y, gamma, beta, *running[0], taps, weight, padding=2, **how)
     z = ops.bn_relu_dropout(y, gamma, beta, *running[1], **how)
-    lengths = {"lengths": how["lengths"], "backend": backend}
-    halves = ops.separable_conv(z, taps, weight, padding=2, **lengths)
+    halves = ops.separable_conv(z, taps, weight, padding=2, lengths=how["lengths"], backend=backend)
     torch.testing.assert_close([both, *running[0]], [halves, *running[1]], rtol=0, atol=0)
 
 
@@ -110,7 +102,7 @@ def test_opcheck(norm: bool) -> None:
         x, *vectors, lengths, torch.tensor([7]) if norm else None, None, taps, weight, None, (lengths + 1) // 2,
         0.25 if norm else 0.0, norm, 0, 2, 2, 1, True, "", "cpu", "cpu", "cpu",
     )  # fmt: skip
-    opcheck(torch.ops.jasper_fast.separable, call, test_utils=CHECKS)
+    check_op(torch.ops.jasper_fast.separable, call)
 
 
 def test_wrong_shapes_are_named() -> None:

@@ -84,8 +84,7 @@ def packed_size(
     weight: Tensor, *, transposed: bool = False, algorithm: str = "direct", dtype: torch.dtype = torch.float32
 ) -> int:
     """Returns how many elements of `dtype` `pack` writes for `weight` (C_out, C_in, K)."""
-    bf16 = dtype == torch.bfloat16
-    return native.cpu().conv1d_packed_size(*weight.shape, transposed, ALGORITHMS[algorithm], bf16)
+    return native.cpu().conv1d_packed_size(*weight.shape, transposed, ALGORITHMS[algorithm], dtype == torch.bfloat16)
 
 
 def fused(
@@ -162,7 +161,7 @@ def dgrad(
         )
     how = _how(dy, weight, dy.shape[0] * dy.shape[2], stride)
     packed, rows = pack(weight.float(), transposed=True, **how), dy.transpose(1, 2).to(how["dtype"])
-    dx = torch.empty((dy.shape[0], t, weight.shape[1]), dtype=how["dtype"])  # of t frames: `fused` checks that t fits
+    dx = torch.empty((dy.shape[0], t, weight.shape[1]), dtype=how["dtype"])  # `fused` checks that t fits
     fused(rows, packed, Geometry(1, flipped, dilation), lengths=Lengths(after=lengths), out=dx)
     return dx.to(dy.dtype).transpose(1, 2)
 

@@ -23,6 +23,7 @@ from jasper_fast.kernels.conv1d.cuda_args import (
     address,
     pack_blocks,
 )
+from jasper_fast.kernels.conv1d.cuda_launch import DTYPES
 from jasper_fast.kernels.conv1d.cuda_tiles import SLAB, Plan, Work
 from jasper_fast.kernels.conv1d.gpu_shared import (
     ALONE,
@@ -30,6 +31,7 @@ from jasper_fast.kernels.conv1d.gpu_shared import (
     Packed,
     Workspace,
     check_sub_block,
+    frames_of,
     fused_shape,
     out_frames,
     pack_buffer,
@@ -56,11 +58,10 @@ def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None
     out: a buffer of `packed_shape(weight)` and `dtype` to write into, which a module may keep from call to call.
     """
     w, out = pack_buffer(weight, packed_shape(weight), dtype, out)
-    if w.dtype not in cuda_launch.DTYPES or out.dtype not in SIXTEEN:
+    if w.dtype not in DTYPES or out.dtype not in SIXTEEN:
         raise TypeError(f"the cuda face packs fp32, fp16 or bf16 into fp16 or bf16, got {w.dtype} into {out.dtype}")
-    dtypes = cuda_launch.DTYPES
     cuda_launch.run(
-        "jf_conv1d_pack", w, out.shape[1] * out.shape[2], 0, dtypes[w.dtype], dtypes[out.dtype], address(w),
+        "jf_conv1d_pack", w, out.shape[1] * out.shape[2], 0, DTYPES[w.dtype], DTYPES[out.dtype], address(w),
         address(out), *w.shape,
     )  # fmt: skip
     return Packed(out, *w.shape)
@@ -105,9 +106,7 @@ def forward_stats(
 def _forward(x, weight, geometry, lengths, packed, mode):
     w = _packed(weight, packed, x)
     n, c_in, t = x.shape
-    if c_in != w.c_in:
-        raise ValueError(f"x has {c_in} channels, the weight takes {w.c_in}")
-    t_out = out_frames(t, w.taps, geometry)
+    t_out = frames_of(t, c_in, w, geometry)
     y = empty_ntc(n, w.c_out, t_out, like=x)
     work = Work(n, t_out, c_in, w.c_out, 0, w.taps, geometry.stride, geometry.dilation)
     args = _args(Operand.of(x.transpose(1, 2), w.data, c_in, w.c_out), y.transpose(1, 2), t, w.taps, geometry)
@@ -200,11 +199,10 @@ def wgrad(
         n, t, t_out, k, *geometry, cut.in_blocks, cut.out_blocks, cut.tap_groups, cut.shares, cut.segments, cut.share,
         cut.stages,
     )  # fmt: skip
-    dtypes = cuda_launch.DTYPES
-    cuda_launch.run("jf_conv1d_wgrad", x, cut.grid, cut.shared, dtypes[x.dtype], cut.taps, args, loop=cut.loop)
+    cuda_launch.run("jf_conv1d_wgrad", x, cut.grid, cut.shared, DTYPES[x.dtype], cut.taps, args, loop=cut.loop)
     pairs = c_out * c_in
     cuda_launch.run(
-        "jf_conv1d_wgrad_merge", x, -(-pairs // 128), 0, dtypes[dw.dtype], address(parts), address(dw),
+        "jf_conv1d_wgrad_merge", x, -(-pairs // 128), 0, DTYPES[dw.dtype], address(parts), address(dw),
         cut.shares, k, pairs,
     )  # fmt: skip
     return dw
@@ -249,8 +247,7 @@ def fused(
     if not masked:
         args.out_lengths = None
         args.in_lengths = args.in_lengths if lengths.made is not None else None
-    c_panes = 0 if x2 is None else w2.c_in
-    work = Work(n, t_out, c_in, w.c_out, c_panes, w.taps, geometry.stride, geometry.dilation)
+    work = Work(n, t_out, c_in, w.c_out, 0 if x2 is None else w2.c_in, w.taps, geometry.stride, geometry.dilation)
     _fetch_ahead(args, cuda_launch.gpu(x.device), chain.ahead)
     _launch(args, x, w, work, LOG_SOFTMAX if log_softmax else PLAIN, False, workspace, chain.early)
     return out
@@ -304,7 +301,7 @@ def _fetch_ahead(args: Args, gpu: cuda_tiles.Gpu, packs: tuple[Tensor, ...]) -> 
 
 
 def _launch(args, x, w, work, mode, transposed, workspace=None, early=False) -> tuple[Tensor | None, Tensor | None]:
-    """Plans and launches. Returns the two results of modes STATS and NORM, (C_out,) fp32 each; else (None, None)."""
+    """Plans and launches. Returns the two results of the modes STATS and NORM, (C_out,) fp32 each, or (None, None)."""
     gpu = cuda_launch.gpu(x.device)
     cut: Plan = cuda_tiles.plan(gpu, work, workspace is not None)
     args.t_blocks, args.o_blocks, args.splits = cut.t_blocks, cut.o_blocks, cut.splits
@@ -320,10 +317,9 @@ def _launch(args, x, w, work, mode, transposed, workspace=None, early=False) -> 
     if mode in (STATS, NORM):
         parts = torch.empty((2, tiles, work.c_out), dtype=torch.float32, device=x.device)
         args.part_a, args.part_b = address(parts[0]), address(parts[1])
-    dtype = cuda_launch.DTYPES[w.data.dtype]
     cuda_launch.run(
-        "jf_conv1d", x, cut.grid, cut.shared, dtype, mode, transposed, cut.block, args, cooperative=cut.splits > 1,
-        early=early, loop=gpu.loop,
+        "jf_conv1d", x, cut.grid, cut.shared, DTYPES[w.data.dtype], mode, transposed, cut.block, args,
+        cooperative=cut.splits > 1, early=early, loop=gpu.loop,
     )  # fmt: skip
     if parts is None:
         return None, None

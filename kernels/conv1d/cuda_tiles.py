@@ -181,8 +181,7 @@ def _clocks(gpu: Gpu, work: Work, p: Plan) -> float:
     """Clocks until the last multiprocessor has finished."""
     epilogue = 16 * p.block + (500 if p.splits > 1 else 0)
     tiles = work.batch * p.t_blocks * p.o_blocks * p.splits
-    step = max(clocks_of_step(gpu, p.block, work))
-    return -(-tiles // gpu.sms) * (work.steps / p.splits * step + epilogue)
+    return -(-tiles // gpu.sms) * (work.steps / p.splits * max(clocks_of_step(gpu, p.block, work)) + epilogue)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -215,7 +214,7 @@ def _plan_wgrad(gpu: Gpu, work: Work, loop: int, taps: int) -> Wgrad | None:
     x = panel_rows(FRAMES, taps, work.dilation, work.stride) * parities * CHUNK * 2
     stage = 2 * _panel_bytes(FRAMES, 1, 1, 1) + (2 * x + 16 if wide else x)
     stages = min(6, gpu.shared // stage) if wide else STAGES[loop]
-    if stages < (3 if wide else 2) or stages * stage > gpu.shared:  # with fewer stages they deadlock
+    if stages < (3 if wide else 2) or stages * stage > gpu.shared:  # the kernels deadlock with fewer stages
         return None
     return Wgrad(
         loop, taps, in_blocks, out_blocks, groups, segments, share, shares, tiles * shares, stages * stage, stages

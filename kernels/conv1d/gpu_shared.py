@@ -60,6 +60,13 @@ def out_frames(t: int, taps: int, geometry: Geometry) -> int:
     return t_out
 
 
+def frames_of(t: int, c_in: int, w: Packed, geometry: Geometry) -> int:
+    """Returns `out_frames` for the taps of `w`. Raises ValueError if `w` takes another number of channels than c_in."""
+    if c_in != w.c_in:
+        raise ValueError(f"x has {c_in} channels, the weight takes {w.c_in}")
+    return out_frames(t, w.taps, geometry)
+
+
 def pack_buffer(
     weight: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -90,11 +97,9 @@ def fused_shape(
     ValueError if the operands do not fit.
     """
     n, t, c_in = x.shape
-    if c_in != w.c_in:
-        raise ValueError(f"x has {c_in} channels, the weight takes {w.c_in}")
+    t_out = frames_of(t, c_in, w, geometry)
     if lengths.made is not None and (lengths.before is None or lengths.after is not None):
         raise ValueError("lengths.made needs lengths.before and replaces lengths.after: leave the latter out")
-    t_out = out_frames(t, w.taps, geometry)
     if out is not None and masked and (lengths.made is not None or lengths.after is not None):
         t_out = max(t_out, out.shape[1])
     x2, w2 = panes or (None, None)
@@ -118,8 +123,8 @@ def check_offsets(*tensors: Tensor | None) -> None:
     """
     for x in tensors:
         if x is not None and sum((s - 1) * d for s, d in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 1 << 31:
-            said = f"shape {tuple(x.shape[1:])}, strides {x.stride()[1:]}"
-            raise ValueError(f"one utterance of {said} exceeds 32-bit offsets: cut it into shorter ones")
+            found = f"shape {tuple(x.shape[1:])}, strides {x.stride()[1:]}"
+            raise ValueError(f"one utterance of {found} exceeds 32-bit offsets: cut it into shorter ones")
 
 
 def sizes(*tensors: Tensor) -> tuple[int, ...]:

@@ -2,11 +2,11 @@
 
     y[n, t, :] = sum_k x[n, t*stride + k*dilation - padding, :] @ w[k]
 
-A program owns BLOCK_T frames of one utterance by BLOCK_N output channels. It reads x taps/stride times (only the first
-time from memory) and writes y once. w is read once for every BLOCK_T*N rows. The mean and M2 of a tile's fp32
-accumulators go to (tiles, C_out) partial results, which a second kernel merges in a fixed order (Chan's formula), so
-the statistics need no pass over y. A tile whose inputs all lie beyond the length of its utterance is not computed: its
-y, mean and M2 are zero.
+A program owns BLOCK_T frames of one utterance by BLOCK_N output channels. It reads its frames of x taps/stride times
+(only the first time from memory) and its channels of w once, and writes y once. It writes the mean and M2 of its fp32
+accumulators to (tiles, C_out) partial results. A second kernel merges them in a fixed order (Chan's formula), so the
+statistics need no pass over y. A tile whose inputs all lie beyond the length of its utterance is not computed: its y,
+mean and M2 are zero.
 """
 
 import triton

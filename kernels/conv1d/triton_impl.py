@@ -20,6 +20,7 @@ from jasper_fast.kernels.conv1d.gpu_shared import (
     Workspace,
     check_offsets,
     check_sub_block,
+    frames_of,
     fused_shape,
     out_frames,
     pack_buffer,
@@ -96,9 +97,7 @@ def forward_stats(
 def _forward(x, weight, geometry, lengths, packed, clean, stats):
     w, (stride, padding, dilation) = _packed(weight, packed, x), geometry
     n, c_in, t = x.shape
-    if c_in != w.c_in:
-        raise ValueError(f"x has {c_in} channels, the weight takes {w.c_in}")
-    t_out = out_frames(t, w.taps, geometry)
+    t_out = frames_of(t, c_in, w, geometry)
     op = "forward_stats" if stats else "forward"
     tile = triton_tiles.choose(op, x.device, x.dtype, Shape(c_in, w.c_out, w.taps, stride, dilation, n * t_out), t_out)
     t_blocks = triton.cdiv(t_out, tile.t)

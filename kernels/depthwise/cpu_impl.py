@@ -49,8 +49,9 @@ def into(out: Tensor, x: Tensor, packed: Tensor, geometry: Geometry, lengths: Le
     if lengths.made is not None:
         raise ValueError("the cpu face does not compute output lengths: give it lengths.after")
     stride, padding, dilation = geometry
-    taps = packed.shape[1]
-    native.cpu().depthwise_sum(x, packed, taps, stride, dilation, padding, 1, lengths.before, lengths.after, out)
+    native.cpu().depthwise_sum(
+        x, packed, packed.shape[1], stride, dilation, padding, 1, lengths.before, lengths.after, out
+    )
 
 
 def dgrad(

@@ -58,8 +58,8 @@ def dgrad(
     """Returns the gradient of x, (N, C, T = `t`), from `dy` (N, C, T') in NTC memory: a conv with the taps reversed."""
     (stride, padding, dilation), k = geometry, weight.shape[2]
     dx, w = empty_ntc(dy.shape[0], dy.shape[1], t, like=dy), pack_once(weight, dy.dtype) if packed is None else packed
-    back, told = Geometry(1, dilation * (k - 1) - padding, dilation), Lengths(lengths.after, lengths.before)
-    _sum(dx.transpose(1, 2), dy.transpose(1, 2), w, back, told, up=stride, flipped=True)
+    back, swapped = Geometry(1, dilation * (k - 1) - padding, dilation), Lengths(lengths.after, lengths.before)
+    _sum(dx.transpose(1, 2), dy.transpose(1, 2), w, back, swapped, up=stride, flipped=True)
     return dx
 
 
@@ -68,9 +68,7 @@ def _sum(y: Tensor, x: Tensor, w: Tensor, geometry: Geometry, lengths: Lengths, 
     (n, t, c), t_out = x.shape, y.shape[1]
     if w.shape[1] != c or w.dtype != torch.float32 or not w.is_contiguous():
         raise ValueError(f"the pack of a depthwise weight must be (K, {c}) fp32, got {tuple(w.shape)} {w.dtype}")
-    if y.numel() == 0:
-        return
-    if x.numel() == 0:
+    if x.numel() == 0 or y.numel() == 0:
         y.zero_()
         return
     few = n * t_out < FEW_ROWS

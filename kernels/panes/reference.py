@@ -1,8 +1,8 @@
 """The definition of the panes in plain PyTorch, for any device and floating dtype. Products include the padding.
 
 For P panes: xs[k] is (N, C_k, T) and weights[k] (C_out, C_k, 1); the outputs y are (P, N*T, C_out) in the dtype of the
-xs; mean, scale = gamma*rstd and slope are (P, C_out), fp32 or wider; g is the gradient of the sum, (N*T, C_out), and
-mean_g (C_out,) its mean over rows. The xs are zero at t >= lengths, (N,) int64 or None.
+xs; mean, scale = gamma*rstd and slope = rstd^2 * mean(g*(y - mean)) are (P, C_out), fp32 or wider; g is the gradient of
+the sum, (N*T, C_out), and mean_g (C_out,) its mean over rows. The xs are zero at t >= lengths, (N,) int64 or None.
 """
 
 import torch

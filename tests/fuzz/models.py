@@ -38,8 +38,7 @@ def draw_config(rng: random.Random) -> JasperConfig:
 
 
 def draw_settings(model: nn.Module, rng: random.Random) -> None:
-    """Gives every batch norm its own eps, momentum, scale and running statistics; some are frozen in evaluation
-    mode."""
+    """Gives every batch norm its own eps, momentum, scale and running statistics. `step` freezes some statistics."""
     some = rng.random() < 0.3
     for bn in model.modules():
         if not isinstance(bn, nn.BatchNorm1d):
@@ -82,10 +81,12 @@ def step(model: nn.Module, features, lengths, seed: int) -> dict[str, torch.Tens
     rows = rows_of(log_probs, out)
     weights = torch.randn(log_probs.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     (log_probs * weights.to(log_probs.dtype))[rows].sum().backward()
-    found = {"log_probs": log_probs.detach()[rows], "lengths": out}
-    found |= {f"grad {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    found |= {n: b.clone() for n, b in model.named_buffers()}
-    return found
+    return {
+        "log_probs": log_probs.detach()[rows],
+        "lengths": out,
+        **{f"grad {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
+        **{n: b.clone() for n, b in model.named_buffers()},
+    }
 
 
 def evaluate(call, features, lengths) -> dict[str, torch.Tensor]:
@@ -98,9 +99,10 @@ def compare(what: str, got: dict, lows: list[dict], ref: dict, floor: int = 64) 
     """Fails unless `got` is within twice the error of the eager twin in fp32, plus `floor` eps of the values' size.
 
     `lows` are results of the eager twin in fp32, from the same inputs and from inputs changed by rounding errors. Batch
-    norm over few values can magnify rounding without limit, and the spread of these results shows by how much. Values
-    that cancel to zero consist only of rounding errors. So the size of a gradient is at least the largest gradient of
-    the step, and that of a running mean at least the largest standard deviation of its channels.
+    norm over few values can magnify rounding without limit, and the spread of these results shows by how much. A value
+    whose terms cancel consists only of rounding errors, so its own size is no scale for them. Therefore the size of a
+    gradient is at least the largest gradient of the step, and that of a running mean at least the largest standard
+    deviation of its channels.
     """
     assert got.keys() == ref.keys(), f"{what}: other entries: {got.keys() ^ ref.keys()}"
     largest = max((float(v.abs().max()) for k, v in ref.items() if k.startswith("grad")), default=0.0)

@@ -59,14 +59,14 @@ def case(seed: int) -> None:
                 (source / file).write_bytes(damage(text.encode(), rng) if rng.random() < 0.4 else text.encode())
         else:
             source.write_bytes(_content(kind, rng))
-        told, erred = io.StringIO(), io.StringIO()
+        printed = io.StringIO()
+        printed.reconfigure = lambda **_: None
         command = ["check", str(source), "--clean", str(folder / "clean"), "--html", str(folder / "page")]
         if kind != "check":
             command = ["prepare", "manifest", str(source), "--out", str(folder / "clean"), "--audio-dir", str(folder)]
-        told.reconfigure = lambda **_: None
-        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(erred):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             status = main(command)
-        said = told.getvalue() + erred.getvalue()
-        assert status in (0, 1, 2) and said.strip(), f"status {status}, said {said!r}"
-        assert status != 2 or source.name in said, f"the message does not name the file: {said}"
+        output = printed.getvalue()
+        assert status in (0, 1, 2) and output.strip(), f"status {status}, output {output!r}"
+        assert status != 2 or source.name in output, f"the message does not name the file: {output}"
         assert status == 2 or kind == "check" or status == 1 or (folder / "clean").is_file()

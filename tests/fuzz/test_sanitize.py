@@ -26,6 +26,5 @@ def test_planted_faults_are_seen(kind: str, tmp_path: Path) -> None:
 def test_a_sanitizer_that_is_off_is_blind(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sanitize.RUNTIME, "address", "libgcc_s.so.1")
     run = sanitize.runpy.run_path
-    off = {"SANITIZE": {"address": ""}}
-    monkeypatch.setattr(sanitize.runpy, "run_path", lambda path: run(path) | off)
-    assert [said.split(":")[0] for said in sanitize.blind("address", tmp_path)] == ["address", "undefined"]
+    monkeypatch.setattr(sanitize.runpy, "run_path", lambda path: run(path) | {"SANITIZE": {"address": ""}})
+    assert [missed.split(":")[0] for missed in sanitize.blind("address", tmp_path)] == ["address", "undefined"]
