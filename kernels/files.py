@@ -4,10 +4,12 @@ import os
 from pathlib import Path
 
 
-def write(path: Path, text: str) -> None:
-    """Writes a file, and makes its folder if needed. Readers see the whole old or the whole new file, even if the
-    writing process is killed."""
+def write(path: Path, content: str | bytes) -> None:
+    """Writes a file, and makes its folder if needed. Text is written as UTF-8.
+
+    Readers see the whole old or the whole new file, even if the writing process is killed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(part, path)

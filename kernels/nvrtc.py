@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jasper_fast.kernels import native
+from jasper_fast.kernels import files, native
 
 TYPES = ("float", "__half", "__nv_bfloat16")  # fp32, fp16, bf16 in C++
 BOOL = ("false", "true")
@@ -99,10 +99,7 @@ def compile_kernel(header: str, name: str, arch: str, nvrtc: ModuleType) -> tupl
         code, symbol = bytes(nvrtc.getCUBIN(program)), nvrtc.getLoweredName(program, name)
     finally:
         nvrtc.destroyProgram(program)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    part = kept.with_suffix(f".{os.getpid()}.part")
-    part.write_bytes(symbol.encode() + b"\n" + code)
-    os.replace(part, kept)
+    files.write(kept, symbol.encode() + b"\n" + code)
     return code, symbol
 
 

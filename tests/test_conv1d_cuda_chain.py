@@ -1,7 +1,7 @@
 """Launches that may begin while the previous launch still runs touch only weights before they wait for its end.
 
 The emulation begins such a launch with NaN in all memory that the previous launch may read or write. It restores the
-memory only when no thread can continue without its wait (csrc/cuda/emulate/grids.cpp).
+memory only when no thread can go on before it has waited (csrc/cuda/emulate/grids.cpp).
 """
 
 import ctypes

@@ -16,8 +16,10 @@ HALF = torch.float16
 
 @pytest.fixture(params=[80, 90])
 def convs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
-    """Runs every conv that the CUDA face supports on that face; returns the launches: the function's name, and whether
-    it may begin before the previous launch ends."""
+    """Runs every conv that the CUDA face supports on that face. Returns the list of its launches, which grows.
+
+    A launch is the name of its function, and whether it may begin before the previous launch ends.
+    """
     called: list[tuple[str, bool]] = []
     run = cuda_launch.run
     Face(monkeypatch, cuda_launch.Functions(emulation())).on(request.param, 4)
@@ -52,8 +54,7 @@ def test_launches_of_the_engine_overlap_safely(convs, golden) -> None:  # noqa: 
     finally:
         depends(library)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    # The first two launches and the last are not early. They follow the caller's work, the start of the graph, and the
-    # graph's last launch.
+    # Three launches are not early: the first of the call, the first of its graph, and the last of the call.
     early = [False, False, *[True] * (len(convs) - 3), False]
     assert len(convs) > 4 and convs == [("jf_conv1d", value) for value in early]
 

@@ -80,18 +80,24 @@ class Emulated(NativeFace):
         self.run(STATS, y, 0.0, mean, m2)
 
     def bn_forward(self, y, mean, rstd, gamma, beta, residual, lengths, seed, p, z):
-        norm = {"mean": mean, "rstd": rstd, "gamma": gamma, "beta": beta}
-        self.run(FORWARD, y, p, **norm, residual=residual, lengths=lengths, seed=seed, out=z)
+        self.run(
+            FORWARD, y, p, mean=mean, rstd=rstd, gamma=gamma, beta=beta, residual=residual, lengths=lengths, seed=seed,
+            out=z,
+        )  # fmt: skip
 
     def bn_backward_reduce(self, dz, y, z, mean, rstd, gamma, beta, lengths, seed, p, dbeta, dgamma):
-        norm = {"mean": mean, "rstd": rstd, "gamma": gamma, "beta": beta}
         seed = seed if z is None else None  # as in bn_relu_dropout.cu
-        self.run(REDUCE, y, p, dbeta, dgamma, **norm, dz=dz, z=z, lengths=lengths, seed=seed)
+        self.run(
+            REDUCE, y, p, dbeta, dgamma, mean=mean, rstd=rstd, gamma=gamma, beta=beta, dz=dz, z=z, lengths=lengths,
+            seed=seed,
+        )  # fmt: skip
 
     def bn_backward_apply(self, dz, y, z, mean, rstd, gamma, beta, mean_g, mean_gy, lengths, seed, p, dy, dres):
-        norm = {"mean": mean, "rstd": rstd, "gamma": gamma, "beta": beta, "mean_g": mean_g, "mean_gy": mean_gy}
         seed = seed if z is None else None
-        self.run(APPLY, y, p, **norm, dz=dz, z=z, lengths=lengths, seed=seed, out=dy, dres=dres)
+        self.run(
+            APPLY, y, p, mean=mean, rstd=rstd, gamma=gamma, beta=beta, mean_g=mean_g, mean_gy=mean_gy, dz=dz, z=z,
+            lengths=lengths, seed=seed, out=dy, dres=dres,
+        )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -250,7 +250,8 @@ def test_an_unknown_form_is_named():
 
 # ---- the plain form on its faces ----
 
-# (N, T, lengths, channels of the xs, C): channels below, at and above the vector widths; more rows than a chunk
+# (N, T, lengths, channels of the xs, C). Some channels are fewer and some more than a vector has lanes. The third case
+# has more rows than a chunk.
 FACE_CASES = [
     (1, 5, None, (3,), 1),
     (3, 29, (29, 0, 17), (33, 64), 40),

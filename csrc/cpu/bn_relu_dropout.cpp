@@ -223,7 +223,7 @@ void bn_backward_apply(const Tensor& dz, const Tensor& y, const OptionalTensor& 
   for_chunks(a, [&](int64_t, int64_t row, int64_t end) { chunk(a, row, end); });
 }
 
-// For tests: which of the elements first, first + 1, ... dropout keeps. The kernels draw the same bits.
+// For tests: writes to `keep` which elements, from number `first` on, dropout keeps. The kernels draw the same bits.
 void dropout_keep(const Tensor& seed, double p, int64_t first, const Tensor& keep) {
   check_cpu("keep", keep);
   if (keep.scalar_type() != ScalarType::Bool || !keep.is_contiguous()) fail("keep", "must be a contiguous bool tensor");

@@ -353,8 +353,8 @@ JF_EXPORT int jf_ngram_end_file(void* handle) {
   auto* h = static_cast<jf::Handle*>(handle);
   return jf::guarded(h, [&] { h->trainer->end_file(); });
 }
-// Writes eight numbers: how many n-grams have the adjusted counts 1 to 4, the discounts of counts 1 to 3 (negative if
-// they are the fallback), and how many n-grams are kept.
+// Writes eight numbers: how many n-grams have the adjusted counts 1 to 4, the discounts of counts 1 to 3, and how many
+// n-grams are kept. The discounts are negated if they could not be computed and 0.5, 1 and 1.5 are used.
 JF_EXPORT void jf_ngram_statistics(void* handle, int n, double* out) {
   const jf::Statistics& s = static_cast<jf::Handle*>(handle)->trainer->of(n);
   for (int k = 1; k <= 4; ++k) out[k - 1] = s.times[k];

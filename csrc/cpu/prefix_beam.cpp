@@ -118,7 +118,7 @@ class Search {
       worst = std::min(worst, score);
       if (score > kNever) candidates_.push_back({score, int64_t(i)});
     }
-    must_exceed_ = int64_t(stays_.size()) < beam_ ? kNever : worst;  // equal new prefixes come after those that stay
+    must_exceed_ = int64_t(stays_.size()) < beam_ ? kNever : worst;  // of equal scores, prefixes that stay win
     if (!fused_) {
       std::iota(by_probability_.begin(), by_probability_.end(), 0);
       std::sort(by_probability_.begin(), by_probability_.end(), [&](int32_t a, int32_t b) { return row[a] > row[b]; });

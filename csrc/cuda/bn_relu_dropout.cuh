@@ -4,8 +4,8 @@
 //   backward_reduce  dbeta = sum g,  dgamma = sum g*yhat;  g = dz/(1-p) where ReLU, dropout and mask let it pass
 //   backward_apply   dy = a*(g - mean_g - yhat*mean_gy),  dres = g
 // A thread owns V neighbouring channels (16 bytes) and goes down the rows, so it loads the parameters of its channels
-// once. A CTA is `tx` such columns wide and kThreads/tx rows high. In a reduction each CTA writes one partial result, and
-// a second kernel merges the partial results in a fixed order. No atomics are used, so runs are bit-identical.
+// once. A CTA is `tx` such columns wide and kThreads/tx rows high. In a reduction each CTA writes one partial result,
+// and a second kernel merges the partial results in a fixed order. No atomics are used, so runs are bit-identical.
 //
 // Values moved per element (with residual): stats reads 1, forward reads 1 (2) and writes 1, reduce reads 2 (3), apply
 // reads 2 (3) and writes 1 (2). For padding fewer values are moved.
@@ -31,9 +31,12 @@ struct Args {
   uint32_t threshold;
   float scale;
   int n, c, t;
-  int tx, columns;          // width of a CTA in columns of V channels (a power of two); CTAs side by side to cover C
-  int parts, part_rows;     // of reductions: CTAs that share all N*T rows; rows per CTA
-  int tiles, tile_rows;     // of elementwise passes: CTAs that share the T rows of one utterance; rows per CTA
+  // tx: width of a CTA in columns of V channels, a power of two. columns: number of CTAs that cover C.
+  int tx, columns;
+  // Reductions: `parts` CTAs share all N*T rows, `part_rows` each.
+  int parts, part_rows;
+  // Elementwise passes: `tiles` CTAs share the T rows of one utterance, `tile_rows` each.
+  int tiles, tile_rows;
 };
 
 #ifndef __CUDACC_RTC__  // for NVRTC, kernels/bn_relu_dropout/cuda_nvrtc.py plans the launches
@@ -89,8 +92,8 @@ __global__ void __launch_bounds__(kThreads) stats_kernel(Args<T> a) {
 #pragma unroll
       for (int k = 0; k < kRows; ++k)
         if (row + k * height < end) y[k] = load<T, V>(a.y + (row + k * height) * a.c + c0), count += 1.f;
-      // Two passes over the loaded rows compute their mean and M2, which are merged into the running values. This avoids
-      // E[x^2] - E[x]^2, which cancels.
+      // Two passes over the loaded rows compute their mean and M2, which are merged into the running values. This
+      // avoids E[x^2] - E[x]^2, which cancels.
       const float inverse = 1.f / count;
 #pragma unroll
       for (int i = 0; i < V; ++i) {

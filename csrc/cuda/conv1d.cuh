@@ -1,7 +1,7 @@
-// What the conv kernels share: their arguments, tiles, panels of activations in shared memory, and the pack of a weight.
+// What the conv kernels share: their arguments, tiles, panels of activations in shared memory, and packed weights.
 //
-// A *panel* has 64 channels of the rows that a tile reads, in cells of 16 bytes: [parity][C/8][row][8 channels]. Row r of
-// parity q is frame `first + r*stride + q`, so that a tap is a shift in rows. Rows outside an utterance and channels
+// A *panel* has 64 channels of the rows that a tile reads, in cells of 16 bytes: [parity][C/8][row][8 channels]. Row r
+// of parity q is frame `first + r*stride + q`, so that a tap is a shift in rows. Rows outside an utterance and channels
 // beyond C are zeros.
 //
 // A *pack* has the weight as *images* of 64 x 64 channels, [C_in/8][C_out][8 of C_in], so that a kernel can reduce over
@@ -46,7 +46,7 @@ struct Args {
   int64_t* lengths_out;                      // if not null, receives the output lengths that follow from in_lengths
   void* out;
   const float* bias;
-  float *part_a, *part_b;                    // (tiles, C_out): mean and M2 (kStats), or the sums of g and g*yhat (kNorm)
+  float *part_a, *part_b;                    // (tiles, C_out): mean and M2 (kStats), or sums of g and g*yhat (kNorm)
   const void *y, *z;                         // for kNorm: contiguous, with the shape of out
   const float *mean, *rstd;
   float* shares;                             // (tiles, splits, frames of a tile, kOut): partial sums of the splits
@@ -55,7 +55,8 @@ struct Args {
   float scale;
   int batch, frames, frames_out, c_out, taps, stride, padding, dilation;
   int relu, masked, out_vector;              // out_vector: 16-byte stores to out are possible
-  int t_blocks, o_blocks, splits, panels_kept, stages;  // the last two: buffers for panels, and on sm_90a for weights
+  // panels_kept: number of buffers for panels. stages: number of buffers for weights, on sm_90a only.
+  int t_blocks, o_blocks, splits, panels_kept, stages;
   Ahead ahead[2];                            // `bytes` is 0 if there is nothing to prefetch
 };
 
@@ -173,10 +174,10 @@ __device__ __forceinline__ uint4 gather(const Operand& x, int64_t at, int channe
   return cell;
 }
 
-// Copies a panel of chunk `part` into shared memory at `to`, by `count` threads, of which this is number `thread`. Row r
-// of parity q becomes frame first + r*step + q of utterance n, or zeros if that is outside [0, limit). With ASYNC, cells
-// are copied by copy_async, which the caller commits. Gathered cells, and all cells without ASYNC, are stored when this
-// returns. `parities` of the `step` parities are copied, or all if it is 0.
+// Copies a panel of chunk `part` into shared memory at `to`, by `count` threads, of which this is number `thread`. Row
+// r of parity q becomes frame first + r*step + q of utterance n, or zeros if that is outside [0, limit). With ASYNC,
+// cells are copied by copy_async, which the caller commits. Gathered cells, and all cells without ASYNC, are stored
+// when this returns. `parities` of the `step` parities are copied, or all if it is 0.
 template <class T, bool ASYNC>
 __device__ __forceinline__ void load_panel(const Operand& x, uint32_t to, int n, int part, int first, int step, int rows,
                                            int limit, int thread, int count, int parities = 0) {
@@ -224,8 +225,8 @@ __device__ __forceinline__ void prefetch_ahead(const Args& a) {
 
 constexpr int kPackThreads = 256;
 
-// Packs w (C_out, C_in, K), contiguous and of type W, into `pack` of type T. One CTA writes one image of every tap. w is
-// read once and the pack is written once.
+// Packs w (C_out, C_in, K), contiguous and of type W, into `pack` of type T. One CTA writes one image of every tap. w
+// is read once and the pack is written once.
 template <class W, class T>
 __global__ void __launch_bounds__(kPackThreads) pack_kernel(const W* w, T* pack, int c_out, int c_in, int taps) {
   const int blocks_in = pack_blocks(c_in), blocks_out = pack_blocks(c_out);

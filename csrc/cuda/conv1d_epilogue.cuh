@@ -6,22 +6,23 @@
 //   kStats       out = sum; also mean and M2 of the tile's sums
 //   kNorm        out = g; also the sums of g and g*yhat (see dgrad_bn in kernels/conv1d/reference.py)
 //
-// A thread owns 8 neighbouring channels (16 bytes) of every (threads/16)th frame. Each element of `out` is written once.
-// kNorm also reads each element of y and z once.
+// A thread owns 8 neighbouring channels (16 bytes) of every (threads/16)th frame. Each element of `out` is written
+// once. kNorm also reads each element of y and z once.
 #pragma once
 
 #include "conv1d.cuh"
 
 namespace jf::conv {
 
-// The distance in floats from one frame of a slab to the next, for each inner loop. With these distances, its stores to
-// the staging memory have no bank conflicts.
+// The distance in floats from one frame of a slab to the next. With these distances, the stores of the `mma` and the
+// `wgmma` loops to the staging memory have no bank conflicts.
 constexpr int kPitchMma = kOut + 8, kPitchWgmma = kOut + 4;
 constexpr int kStagingBytes = kSlab * kPitchMma * 4;
 
 template <class T, int MODE, int THREADS, int PITCH>
 class Epilogue {
-  static constexpr int kLanes = THREADS / 16, kRows = kSlab / kLanes;  // frames handled at once; frames of a thread
+  // kLanes: frames of a slab that the threads handle at the same time. kRows: frames of a slab per thread.
+  static constexpr int kLanes = THREADS / 16, kRows = kSlab / kLanes;
   static constexpr bool kBiased = MODE == kPlain || MODE == kLogSoftmax;
   static_assert((16 * (THREADS + 4) + kLanes) * 4 <= kSlab * PITCH * 4);
 

@@ -1,8 +1,8 @@
 // Selects and launches an instance of the conv kernels. Tiles and grids are planned in Python
 // (kernels/conv1d/cuda_tiles.py), for this library, for NVRTC and for the emulation alike.
 //
-// `loop` is the inner loop: 75 is mma.sync m16n8k8, 80 is mma.sync m16n8k16 with cp.async, 90 is wgmma. A GPU of loop 90
-// uses loop 80 for the gradient of the weight of a conv with a stride.
+// `loop` is the inner loop: 75 is mma.sync m16n8k8, 80 is mma.sync m16n8k16 with cp.async, 90 is wgmma. A GPU of loop
+// 90 uses loop 80 for the gradient of the weight of a conv with a stride.
 #pragma once
 
 #include "conv1d_mma.cuh"

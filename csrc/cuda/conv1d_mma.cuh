@@ -17,11 +17,11 @@ namespace jf::conv {
 constexpr int kMmaThreads = 128;
 constexpr int kWeightBytes = kOut * kChunk * 2;
 
-// Passes a tile's sums through the epilogue, one slab at a time. `put(f)` writes the slabs to the staging memory one after
-// another and calls f(slab) after each. `take(slab)` runs the epilogue on the slab in the staging memory. If `splits` CTAs
-// share a tile's reduction, each writes its partial sums to global memory and waits for the others. Then each CTA finishes
-// every `splits`-th slab: it adds the partial sums in the order of the splits and calls `take`. All CTAs of a tile must be
-// on the device at once.
+// Passes a tile's sums through the epilogue, one slab at a time. `put(f)` writes the slabs to the staging memory one
+// after another and calls f(slab) after each. `take(slab)` runs the epilogue on the slab in the staging memory. If
+// `splits` CTAs share a tile's reduction, each writes its partial sums to global memory and waits for the others. Then
+// each CTA finishes every `splits`-th slab: it adds the partial sums in the order of the splits and calls `take`. All
+// CTAs of a tile must be on the device at once.
 template <int THREADS, int PITCH, int SLABS, class Put, class Take, class Sync>
 __device__ __forceinline__ void through_slabs(const Args& a, int64_t tile, int split, float* staging, int thread, Put&& put,
                                               Take&& take, Sync&& sync) {
@@ -91,8 +91,8 @@ class MmaTile {
     for (int i = 0; i < tile_.count; ++i) {
       const int slot = place(step.chunk);
       if constexpr (ASYNC) {
-        // Groups 0 .. i + STAGES - 2 are committed. The weights of step i are in group i, but the panel may be in a later
-        // group.
+        // Groups 0 .. i + STAGES - 2 are committed. The weights of step i are in group i, but the panel may be in a
+        // later group.
         if ((slot == 0 ? panel_group_ : odd_panel_group_) > i)
           ptx::copy_wait<0>();
         else
@@ -207,7 +207,7 @@ class MmaTile {
 #pragma unroll
       for (int n = 0; n < kColumnTiles; n += 2) {
         uint32_t r[4];
-        if constexpr (TRANSPOSED)  // the 8 channels of a cell are columns of this product, the rows of the image its k
+        if constexpr (TRANSPOSED)  // a cell's 8 channels are columns of this product; it reduces over the image's rows
           ptx::ldmatrix_trans(r, image + ((n + matrix / 2) * kChunk + k * 16 + matrix % 2 * 8 + row) * 16);
         else
           ptx::ldmatrix(r, image + ((k * 2 + matrix % 2) * kChunk + (n + matrix / 2) * 8 + row) * 16);

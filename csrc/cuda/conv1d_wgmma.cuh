@@ -3,8 +3,8 @@
 //
 //     out[o, t] = sum_chunk sum_k image[k, chunk, o]^T @ panel_chunk[t*stride + k*dilation, :]^T  [+ panes]
 //
-// Unlike there, output channels are the rows of the product (M), and frames are its columns (N). So the number of FRAMES
-// of a tile can be any multiple of 8. A persistent CTA computes several tiles of FRAMES frames by 128 output
+// Unlike in that file, output channels are the rows of the product (M), and frames its columns (N). So the number
+// FRAMES of a tile can be any multiple of 8. A persistent CTA computes several tiles of FRAMES frames by 128 output
 // channels. In its first warpgroup, one thread copies weights (bulk copies, 16 KB per step, `stages` buffers) and three
 // warps copy panels. The other two warpgroups multiply, 64 output channels each, and share the panel. Panels have no
 // swizzle, so an operand can start at any row. A step reads 16 KB of weights and 1/K of a panel from L2, for
@@ -27,8 +27,8 @@ struct WgmmaLayout {
         barriers(staging + kSlab * kPitchWgmma * 4), total(barriers + (kMaxStages + kMaxPanels) * 16) {}
 };
 
-// A ring of `count` buffers, each with one mbarrier for "full" and one for "empty". `slot` is the next buffer, `phase` the
-// parity of its use.
+// A ring of `count` buffers, each with one mbarrier for "full" and one for "empty". `slot` is the next buffer, `phase`
+// the parity of its use.
 struct Ring {
   uint32_t barriers;
   int count, slot = 0, phase = 0;
@@ -58,8 +58,8 @@ __device__ __forceinline__ void copy_weights(const Args& a, const Tile& tile, ui
   }
 }
 
-// The rings of a thread that copies panels. `ring` is at the next panel to copy. `landed` is at the next panel to mark as
-// full, once the copies of that panel have completed.
+// The rings of a thread that copies panels. `ring` is at the next panel to copy. `landed` is at the next panel to mark
+// as full, once the copies of that panel have completed.
 struct PanelCopies {
   Ring ring, landed;
 
@@ -168,8 +168,8 @@ __device__ __forceinline__ void wgmma_conv(const Args& a) {
   // No launch writes weights, so those of the first steps are copied while the previous launch may still run.
   // Lengths must not be read yet, so the steps are those of a tile without padding. All else comes after the wait.
   const int first = static_cast<int>(blockIdx.x);
-  // early: the number of steps whose weights were copied early. wrong: how many of these to drop, because the tile turned
-  // out to have other steps.
+  // early: the number of steps whose weights were copied early. wrong: how many of these to drop, because the tile
+  // turned out to have other steps.
   int early = 0, wrong = 0;
   if constexpr (kChained<MODE, TRANSPOSED>) {
     const Tile guess(a, FRAMES, first, false);

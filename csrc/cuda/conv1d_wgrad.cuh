@@ -4,9 +4,10 @@
 //
 // All utterances are cut into segments of 64 frames, and segments are grouped into shares. A CTA of 4 warps owns 128
 // output by 64 input channels of TAPS neighbouring taps, over one share. A warp owns 64 by 32 of these channels. Both
-// operands are panels whose channels are contiguous, so both are read transposed. Segments in which no tap of the CTA has
-// an input are skipped. A second kernel adds the shares' fp32 partial sums (shares, K, C_out, C_in) in a fixed order and
-// writes dw (C_out, C_in, K), which is PyTorch's order. A step reads 24 KB from L2, for 128*64*TAPS*64 products.
+// operands are panels whose channels are contiguous, so both are read transposed. Segments in which no tap of the CTA
+// has an input are skipped. A second kernel adds the shares' fp32 partial sums (shares, K, C_out, C_in) in a fixed
+// order and writes dw (C_out, C_in, K), which is PyTorch's order. A step reads 24 KB from L2, for 128*64*TAPS*64
+// products.
 #pragma once
 
 #include "conv1d.cuh"
@@ -47,7 +48,7 @@ struct Segments {
         n = next / a.segments;
         limit = a.frames;
         if (a.lengths != nullptr && a.lengths[n] < limit) limit = a.lengths[n] < 0 ? 0 : static_cast<int>(a.lengths[n]);
-        // Output frames below before / stride read only frames before 0, even with their last tap.
+        // In output frames below before / stride, even the last tap reads frames below 0.
         const int before = a.padding - (first_tap + taps - 1) * a.dilation;
         low = before > 0 ? divide_up(before, a.stride) : 0;
         const int reach = limit - first_tap * a.dilation + a.padding;

@@ -1,9 +1,10 @@
 // The gradient of a conv's weight on `wgmma` (sm_90a), for stride 1. It computes the same as conv1d_wgrad.cuh.
 //
 // A CTA owns 128 output by 128 input channels of TAPS neighbouring taps, over a share of all segments of 64 frames. Its
-// first warpgroup copies panels of dy and x into a ring of stages. The other two multiply, 64 output channels each. Both
-// operands have contiguous channels (MN-major), and neighbouring rows of a panel are 16 bytes apart. So each further tap
-// only starts `dilation` rows later in x, that is 16*dilation bytes, and the dy of a step serves all taps. A step reads 33 KB from L2, for 128*128*TAPS*64 products.
+// first warpgroup copies panels of dy and x into a ring of stages. The other two multiply, 64 output channels each.
+// Both operands have contiguous channels (MN-major), and neighbouring rows of a panel are 16 bytes apart. So each
+// further tap only starts `dilation` rows later in x, that is 16*dilation bytes, and the dy of a step serves all taps.
+// A step reads 33 KB from L2, for 128*128*TAPS*64 products.
 #pragma once
 
 #include "conv1d_wgmma.cuh"
@@ -87,7 +88,7 @@ __device__ __forceinline__ void wgrad_wgmma(const WgradArgs& a) {
 #pragma unroll
     for (int k = 0; k < kFrames / 16; ++k) {
       const uint64_t left = ptx::wgmma_operand(dy + k * 256, 128, kDyRows * 16);
-      static_for<TAPS>([&](auto tap) {  // taps >= `taps` multiply data that does not matter and are not stored
+      static_for<TAPS>([&](auto tap) {  // the products of taps from `taps` on are of no use and are not stored
         const uint64_t right = ptx::wgmma_operand(x + k * 256 + tap * a.dilation * 16, 128, rows * 16);
         ptx::wgmma<T, kWgrad90In, true, true>(sums[tap], left, right, true);
       });

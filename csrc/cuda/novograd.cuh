@@ -2,7 +2,8 @@
 //
 //   squares  partial[run] = sum g*g;  old = v, as it is before the step
 //   update   norm = sqrt(sum of all partials)/scale;  clip = min(1, clip_norm/(norm + 1e-6))
-//            v = s if old == 0 or beta2 == 0, else beta2*old + rest2*s;  s = (clip/scale)^2 * (sum of the tensor's partials)
+//            s = (clip/scale)^2 * (sum of the tensor's partials)
+//            v = s if old == 0 or beta2 == 0, else beta2*old + rest2*s
 //            m = beta1*m + share*clip/(scale*(sqrt(v) + eps))*g + decay*p;  p -= lr*m;  a += weight*(p - a)
 // g, m, p and a are the gradient, moment, value and moving average of an element. v and s are numbers of a tensor: v is
 // its second moment, and s is the squared norm of its clipped gradient. `found` is the gradient scaler's found_inf. The
@@ -38,7 +39,7 @@ struct Args {
   float* anchor;                // the first parameter
   float *partial, *old;         // partial: one sum per run of a parameter; old: one v per tensor
   const double* settings;       // (groups, kSettings)
-  const float *scale, *found;   // null means 1 and 0
+  const float *scale, *found;   // scale: null means 1; found: null means 0
   float* outcome;               // the norm, and 1 if the step is skipped
   // size: maximum number of elements of a run, a multiple of kStep. partials: number of runs of parameters, which come
   // before the runs of buffers.
@@ -89,8 +90,8 @@ __device__ __forceinline__ void for_each(int count, bool packed, F&& f) {
     for (int j = i; j < min(i + kPack, count); ++j) f(j, std::integral_constant<int, 1>{});
 }
 
-// Replaces each of the N numbers by its sum over the threads of the CTA, with the same bits in every thread. A kernel may
-// call it only once.
+// Replaces each of the N numbers by its sum over the threads of the CTA, with the same bits in every thread. A kernel
+// may call it only once.
 template <int N>
 __device__ __forceinline__ void sum_over_threads(float (&x)[N]) {
   constexpr int kWarps = kThreads / 32;

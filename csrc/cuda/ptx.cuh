@@ -1,5 +1,5 @@
-// One thin wrapper for each PTX instruction that the kernels use. With JF_EMULATE these names are host functions instead
-// (emulate/ptx.h), written from the PTX ISA, so that the kernels run on a CPU.
+// One thin wrapper for each PTX instruction that the kernels use. With JF_EMULATE these names are host functions
+// instead (emulate/ptx.h), written from the PTX ISA, so that the kernels run on a CPU.
 //
 // Addresses in shared memory are 32-bit, as in PTX (`shared_address`). A warp-wide instruction must be called by all 32
 // lanes, a warpgroup-wide one by all 128 threads, with the same scalar arguments.
@@ -104,7 +104,7 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads) {
 
 __device__ __forceinline__ float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 
-// ---- global memory that other CTAs write during the kernel -----------------------------------------------------------
+// ---- global memory that other CTAs write during the kernel ----------------------------------------------------------
 
 // Loads a counter. If it reads the result of an add_release, all that the other CTA wrote before that add_release is
 // visible afterwards. A loop that polls must call this.
@@ -174,15 +174,15 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
 // wgmma of threads that synchronise with it afterwards.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Copies `bytes`, a multiple of 16, from global to shared memory, both aligned to 16 bytes. Its completion is counted on
-// `barrier`.
+// Copies `bytes`, a multiple of 16, from global to shared memory, both aligned to 16 bytes. Its completion is counted
+// on `barrier`.
 __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
                : "memory");
 }
 
-// Architectures before sm_90 lack the next three instructions. Their launches never overlap, so the wrappers do nothing.
+// Before sm_90 the next three instructions do not exist. Launches never overlap there, so the wrappers do nothing.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define JF_SM_90(...)
 #else
@@ -195,8 +195,8 @@ __device__ __forceinline__ void prefetch_bulk([[maybe_unused]] const void* from,
                         : "memory"));
 }
 
-// Waits until the grids that this grid may overlap with have completed. What they wrote is then visible. If there are no
-// such grids, it returns immediately.
+// Waits until the grids that this grid may overlap with have completed. What they wrote is then visible. If there are
+// no such grids, it returns immediately.
 __device__ __forceinline__ void grid_dependency_wait() { JF_SM_90(asm volatile("griddepcontrol.wait;" ::: "memory")); }
 
 // Allows the next grid to begin when every CTA of this one has called this or has ended. It has an effect only if the
@@ -205,8 +205,8 @@ __device__ __forceinline__ void grid_launch_dependents() {
   JF_SM_90(asm volatile("griddepcontrol.launch_dependents;" ::: "memory"));
 }
 
-// Releases registers, so that each thread of the warp has N of them (24 to 256, a multiple of 8). `registers_more` takes
-// registers. All warps of a warpgroup must make the same call, and synchronise before the next such call.
+// Releases registers, so that each thread of the warp has N of them (24 to 256, a multiple of 8). `registers_more`
+// takes registers. All warps of a warpgroup must make the same call, and synchronise before the next such call.
 template <int N>
 __device__ __forceinline__ void registers_less() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
@@ -249,8 +249,8 @@ __device__ __forceinline__ void wgmma_hold(float (&d)[COUNT]) {
 
 // d = [d +] a*b, m64nNk16 of fp16 or bf16 with fp32 accumulators and both operands in shared memory. a is 64 x 16, b is
 // 16 x N. With A_MN or B_MN, the operand's M or N is contiguous, otherwise its K. Thread i of the warpgroup has rows
-// r = 16*(i/32) + i%32/4 and r + 8, and columns c = 8*j + i%4*2 and c + 1 for each j. d[4*j] and d[4*j + 1] belong to row
-// r, d[4*j + 2] and d[4*j + 3] to row r + 8.
+// r = 16*(i/32) + i%32/4 and r + 8, and columns c = 8*j + i%4*2 and c + 1 for each j. d[4*j] and d[4*j + 1] belong to
+// row r, d[4*j + 2] and d[4*j + 3] to row r + 8.
 #define JF_NAMES_0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define JF_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define JF_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"

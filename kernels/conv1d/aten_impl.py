@@ -77,7 +77,7 @@ def wgrad(
     clean: bool = False,
 ) -> Tensor:
     """Returns the gradient of the weight, (C_out, C_in, K), in `dtype` (default: that of `x`)."""
-    weight = dy.new_empty(()).expand(dy.shape[1], x.shape[1], k)
+    weight = dy.new_empty(()).expand(dy.shape[1], x.shape[1], k)  # only its shape is used
     dw = conv2d_backward(dy, x, weight, geometry, (False, True))[1]
     return dw.squeeze(2).contiguous().to(dtype or x.dtype)
 

@@ -51,7 +51,8 @@ JF_INLINE void for_blocks(const BnArgs& a, int64_t row, int64_t end, Valid valid
   }
 }
 
-// Calls column(c, lanes, full) for each group of W channels in [begin, end); full is a compile-time flag.
+// Calls column(c, lanes, full) for each group of W channels from c on in [begin, end). The last group may have fewer:
+// `lanes` is the number of its channels, and `full` says at compile time whether that is W.
 struct Yes {
   static constexpr bool value = true;
 };

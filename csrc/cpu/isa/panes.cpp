@@ -1,5 +1,5 @@
-// Batch norm of the outputs y of a block's panes, their sum, and the backward pass, on rows of C channels. T is the type
-// of y, g and dy: float or bf16. Arithmetic is fp32.
+// Batch norm of the outputs y of a block's panes, their sum, and the backward pass, on rows of C channels. T is the
+// type of y, g and dy: float or bf16. Arithmetic is fp32.
 //
 //            reads                  computes
 //   forward  y of all panes, start  start + sum (y - mean)*scale
@@ -16,7 +16,8 @@ namespace {
 constexpr int kRows = 4;                  // rows that share the loads of a channel's vectors
 constexpr int64_t kBlockElements = 4096;  // elements of a block of rows: a block of y and one of g fit L1 together
 
-// Calls column(c, lanes, full) for each group of W channels; full is a compile-time flag.
+// Calls column(c, lanes, full) for each group of W channels from c on. The last group may have fewer: `lanes` is the
+// number of its channels, and `full` says at compile time whether that is W.
 template <bool kValue>
 struct Flag {
   static constexpr bool value = kValue;

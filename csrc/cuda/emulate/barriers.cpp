@@ -1,5 +1,6 @@
-// mbarriers, named barriers, and counters in global memory. For ThreadSanitizer a barrier has two clocks, one for even and
-// one for odd phases. With a single clock, a thread that waits late would seem ordered after arrivals at the next phase.
+// mbarriers, named barriers, and counters in global memory. For ThreadSanitizer a barrier has two clocks, one for even
+// and one for odd phases. With a single clock, a thread that waits late would seem ordered after arrivals at the next
+// phase.
 #include <cstdio>
 
 #include "engine.h"
@@ -39,7 +40,7 @@ void check_complete(NamedBarrier& barrier) {
 
 namespace {
 
-// Lets `count` threads arrive: those of warp `who`, or thread `who` alone for __syncthreads. Returns the barrier's
+// Lets `count` threads arrive: those of warp `who`, or for __syncthreads only thread `who`. Returns the barrier's
 // generation, which ends when all have arrived.
 uint32_t arrive(int id, int threads, int count, int who, const char* instruction) {
   NamedBarrier& barrier = current->cta->named[id];

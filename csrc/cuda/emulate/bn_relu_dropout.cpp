@@ -1,6 +1,6 @@
-// The CUDA kernels of bn_relu_dropout on the CPU, with a C interface for tests. tests/test_cuda_emulated.py compiles this
-// file with the host compiler and CUDA's headers. dtype: 0 fp32, 1 fp16, 2 bf16. `sms` is the number of multiprocessors
-// for which launches are planned.
+// The CUDA kernels of bn_relu_dropout on the CPU, with a C interface for tests. tests/test_cuda_emulated.py compiles
+// this file with the host compiler and CUDA's headers. dtype: 0 fp32, 1 fp16, 2 bf16. `sms` is the number of
+// multiprocessors for which launches are planned.
 #include "../bn_relu_dropout.cuh"
 
 #include <string>
@@ -41,8 +41,8 @@ void run(int op, const Raw& raw, float* first, float* second, int sms) {
   if (op == 3) jf::bn::backward_apply(a, sms, nullptr);
 }
 
-// Launches the kernel of this name with these flags (template arguments), as the driver does: `args` is the whole struct.
-// Returns false if there is no such kernel.
+// Launches the kernel of this name with these flags (template arguments), as the driver does: `args` is the whole
+// struct. Returns false if there is no such kernel.
 template <class T, int V>
 bool launch(const std::string& kernel, const std::string& flags, int64_t grid, const jf::bn::Args<T>& a, float* first,
             float* second) {

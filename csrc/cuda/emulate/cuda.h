@@ -1,5 +1,5 @@
 // Defines the CUDA language for a host compiler, so that tests can run the kernels on a CPU. The threads of a CTA are
-// fibers on one OS thread (engine.cpp). __shared__ variables are static here, so kernels with them run one CTA at a time.
+// fibers on one OS thread (engine.cpp). __shared__ variables are static, so kernels with them run one CTA at a time.
 #pragma once
 
 #include <cmath>

@@ -272,7 +272,7 @@ void start_cta(Cta& cta, int64_t block, int threads, size_t shared, size_t first
     fiber.warp = &warp, fiber.cta = &cta, fiber.thread = t, fiber.lane = t % 32;
     fiber.spins = fiber.ended = fiber.waited = false, fiber.next_waiter = nullptr, fiber.waits_for = "start";
     fiber.copies.clear(), fiber.groups.clear(), fiber.uncommitted = 0, fiber.dirty.clear();
-#ifdef JF_TSAN  // Create it here, so that for ThreadSanitizer all that happened so far comes before what the fiber does.
+#ifdef JF_TSAN  // Created here, so that for ThreadSanitizer all that happened so far comes before the fiber's accesses.
     if (!fiber.sanitizer.thread) fiber.sanitizer.thread = __tsan_create_fiber(0);
 #endif
     allow(fiber.stack, kStack);

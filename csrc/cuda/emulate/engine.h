@@ -1,6 +1,6 @@
 // The internal types and functions of the engine: fibers, warps, CTAs. The engine is compiled without ThreadSanitizer's
-// instrumentation, so that its own state does not look like a race. Instead it reports each thread's reads and writes to
-// ThreadSanitizer itself (sanitizers.h).
+// instrumentation, so that its own state does not look like a race. Instead it reports each thread's reads and writes
+// to ThreadSanitizer itself (sanitizers.h).
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@
 namespace jf::engine {
 
 constexpr uint32_t kBase = 1024;             // the address where dynamic shared memory begins
-constexpr uint32_t kRed = 1024;              // bytes before and after the arena, filled with a pattern that must not change
+constexpr uint32_t kRed = 1024;              // bytes before and after the arena, with a pattern that must not change
 constexpr uint32_t kMostShared = 227 * 1024;
 
 struct Warp;
@@ -90,7 +90,7 @@ struct Cta {
   int threads = 0, live = 0;
   uint32_t shared = 0;
   unsigned char* memory = nullptr;  // the arena
-  std::vector<uint16_t> writer;     // for each 16-byte cell: 1 + the thread that wrote it and has not fenced since, or 0
+  std::vector<uint16_t> writer;     // for each 16-byte cell: 1 + the thread that wrote it without a fence since, or 0
   std::vector<uint8_t> mbarrier_at; // for each 8 bytes: 1 + index in mbarriers, or 0
   std::deque<Mbarrier> mbarriers;
   NamedBarrier named[16];
@@ -142,7 +142,7 @@ std::string describe(const Fiber& fiber);
 // barriers.cpp
 constexpr uint32_t kMostCount = (1u << 20) - 1;  // the most arrivals, and the most bytes, that an mbarrier can count
 Mbarrier& mbarrier(Cta& cta, uint32_t at, const char* instruction);  // returns the mbarrier at this address
-void check_phase(Mbarrier& barrier);                                  // ends the phase if no arrivals or bytes are missing
+void check_phase(Mbarrier& barrier);  // ends the phase if no arrivals or bytes are missing
 void check_complete(NamedBarrier& barrier);
 
 // products.cpp

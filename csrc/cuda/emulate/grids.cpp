@@ -1,9 +1,9 @@
 // Launches that may begin before the previous launch in the stream has ended (programmatic dependent launch).
 //
-// The emulation runs one launch after the other. Tests register the memory that the previous launch may still write or read
-// (jf_emulation_depends). When an early launch begins, this memory is filled with NaN. If the launch reads it before
-// griddepcontrol.wait, it reads NaN. If the launch writes it before, this is found when the wait ends. The wait ends as
-// late as possible: when no thread can go on without it.
+// The emulation runs one launch after the other. Tests register the memory that the previous launch may still write or
+// read (jf_emulation_depends). When an early launch begins, this memory is filled with NaN. If the launch reads it
+// before griddepcontrol.wait, it reads NaN. If the launch writes it before, this is found when the wait ends. The wait
+// ends as late as possible: when no thread can go on without it.
 //
 // Every thread must wait, because a later launch waits only for this one, and could otherwise begin too soon. No thread
 // may let later launches begin before its own wait. So a launch overlaps only with the previous one.

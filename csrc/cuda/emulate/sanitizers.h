@@ -3,7 +3,7 @@
 
 #include <cstddef>
 
-#ifdef JF_TSAN  // the engine is compiled without instrumentation, so the compiler does not define its own macro
+#ifdef JF_TSAN  // the engine is compiled without instrumentation, so the compiler does not define __SANITIZE_THREAD__
 #include <sanitizer/tsan_interface.h>
 extern "C" {
 void __tsan_read_range(void*, unsigned long);
@@ -39,15 +39,15 @@ SanitizerFiber& running();  // engine.cpp
 #ifdef JF_TSAN
 inline void acquire(void* at) { __tsan_acquire(at); }
 inline void release(void* at) { __tsan_release(at); }
-// While an Unseen is alive, ThreadSanitizer ignores the engine's own calls of memcpy, malloc and free, which it intercepts.
+// ThreadSanitizer intercepts memcpy, malloc and free. While an Unseen is alive, it ignores such calls of the engine.
 struct Unseen {
   Unseen() { ++running().unseen, begin(); }
   ~Unseen() { end(), --running().unseen; }
   static void begin() { AnnotateIgnoreReadsBegin(__FILE__, __LINE__), AnnotateIgnoreWritesBegin(__FILE__, __LINE__); }
   static void end() { AnnotateIgnoreWritesEnd(__FILE__, __LINE__), AnnotateIgnoreReadsEnd(__FILE__, __LINE__); }
 };
-// Tells ThreadSanitizer of a read or write that an instruction of the running thread makes. Every Unseen that is alive
-// is suspended for it, because ThreadSanitizer would otherwise ignore it.
+// Reports to ThreadSanitizer a read or write that an instruction of the running thread makes. Suspends every Unseen
+// that is alive, because ThreadSanitizer would otherwise ignore the report.
 template <class Access>
 inline void seen(const Access& access) {
   const int depth = running().unseen;
