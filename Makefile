@@ -6,10 +6,11 @@
 #   make test-fast  all but the slow ones, under three minutes
 #   make compile    compile every Triton kernel for sm_80 to sm_100 with two versions of Triton, and the CUDA convs and
 #                   NovoGrad for sm_75 to sm_120, and compare the results with the committed tables
-#   make bench      measure kernels, training, latency and memory beside eager PyTorch, under ten minutes
-#   make mutants    the CUDA convs and NovoGrad with 92 small mistakes, each of which a test must find, about ten minutes
+#   make bench      measure kernels, training, latency and memory, ours and eager PyTorch's, in under ten minutes
+#   make mutants    put 92 mistakes into the CUDA convs and NovoGrad, one at a time; a test must find each. Ten minutes
 #   make sanitize   tests of the ops under AddressSanitizer, UBSan and ThreadSanitizer
-#   make wheelhouse build/wheelhouse: wheels for a machine without a network that has PyTorch (WHEELS=3.12, its Python)
+#   make wheelhouse download wheels for a machine that has PyTorch but no network, into build/wheelhouse (WHEELS=3.12:
+#                   the machine's Python)
 #   make lint       ruff
 #   make clean      remove build products; make distclean removes .venv too
 #
@@ -41,8 +42,8 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 # torch is installed first, by itself, so that no later package replaces the chosen build. The pins of Triton,
-# setuptools and numpy in constraints.txt hold only for the torch that it pins: other versions of torch need other versions
-# of Triton and setuptools, and the interpreter of Triton 3.6 needs numpy before 2.4.
+# setuptools and numpy in constraints.txt are used only with the torch that is pinned there. Other versions of torch need
+# other versions of Triton and setuptools, and the interpreter of Triton 3.6 needs numpy before 2.4.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt | $(PY)
 	@$(PY) -c 'import torch' 2>/dev/null || { echo "installing torch $(TORCH) and the rest, a few minutes"; \
 	  $(PIP) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "torch==$(TORCH)"; }
@@ -67,7 +68,8 @@ test: install
 test-fast: install
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 -m "not slow" tests
 
-# Triton's code differs between versions: the older one lies in a folder of its own and comes first on the path.
+# Versions of Triton generate different code. The older version is installed into its own folder, which `make compile`
+# then puts first on the path.
 $(OLDER)/.installed: | $(VENV)/.installed
 	rm -rf $(OLDER)
 	$(PIP) --no-deps --target $(OLDER) triton==3.6.0

@@ -1,4 +1,4 @@
-"""Packages, and the native libraries through csrc/build.py.
+"""Lists the packages of jasper_fast, and builds the native libraries with csrc/build.py.
 
 pip install -e . --no-build-isolation      for work in a checkout (make install does it)
 python setup.py build_native               rebuild the native libraries in place (incremental, seconds)
@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent
 
 
 class BuildNative(Command):
-    """Compile csrc/ into jasper_fast/lib/ of the wheel, or of the checkout (run alone or for an editable install)."""
+    """Compiles csrc/ into jasper_fast/lib/ of a wheel. Run alone or for an editable install, it compiles into the
+    checkout."""
 
     description = "build the native libraries (in place when run alone)"
     user_options = []
@@ -31,8 +32,7 @@ class BuildNative(Command):
     def run(self) -> None:
         wheel = "build" in self.distribution.command_obj and not self.editable_mode
         base = Path(self.get_finalized_command("build").build_lib) if wheel else ROOT
-        target = base / "jasper_fast" / "lib"
-        self.made = runpy.run_path(str(ROOT / "csrc" / "build.py"))["compile_libraries"](target)
+        self.made = runpy.run_path(str(ROOT / "csrc" / "build.py"))["compile_libraries"](base / "jasper_fast" / "lib")
 
     def get_source_files(self) -> list[str]:
         return [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*")) if p.is_file()]
