@@ -1,6 +1,7 @@
-"""Kernels that break the rules of the compile gate on purpose: `python tests/gate_kernels.py` compiles them.
+"""Kernels that break the rules of the compile gate on purpose.
 
-Prints one JSON object with the facts that the gate finds on each kernel, and parts of the ReLUs' machine code.
+`python tests/gate_kernels.py` compiles them and prints one JSON object: what the gate measures of each kernel, and for
+the ReLUs the number of maximum instructions in the machine code.
 """
 
 import json

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SEED, COUNT = 11, 60
 ROOMS = ("README.md", "train.py", "jasper_fast", "kernels", "csrc", "bench", "tests")
 SUFFIXES = (".py", ".md", ".cpp", ".h", ".cu", ".cuh")
-# four words in a row: neither a signature nor a formula
+# Four words in a row. Signatures and formulas do not match.
 PROSE = re.compile(r"(?:[A-Za-z`][\w`',.:;()-]* +){3}[A-Za-z`]")
 
 
@@ -48,7 +48,7 @@ def passages(path: Path) -> list[tuple[int, str]]:
 def python(text: str, messages: bool) -> list[tuple[int, str]]:
     """Returns the comments and docstring paragraphs of a Python file, and its strings if `messages` is set."""
     found: list[tuple[int, str]] = []
-    last = 0  # line of the previous comment, if it stands alone on that line
+    last = 0  # line of the previous comment, if that line has no code
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
             alone = not token.line[: token.start[1]].strip()
@@ -75,7 +75,7 @@ def python(text: str, messages: bool) -> list[tuple[int, str]]:
 
 
 def paragraphs(text: str, line: int, more: str = r"(?!)") -> list[tuple[int, str]]:
-    """Returns (line, text) of each paragraph; a match of the pattern `more` also begins a new one."""
+    """Returns (line, text) of each paragraph. A match of the pattern `more` also begins a paragraph."""
     found = []
     for part in re.split(rf"(\n\s*\n|{more})", text):
         if part.strip():

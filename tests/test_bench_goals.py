@@ -11,8 +11,8 @@ from jasper_fast.bench.report import goals
 
 
 def test_goals_are_judged_from_the_rows():
-    found = goals.judge(goal_rows(), "cpu")
-    assert [g["met"] for g in found] == [True, False, True, True, True, True, True, False, True]
+    met = [verdict["met"] for verdict in goals.judge(goal_rows(), "cpu")]
+    assert met == [True, False, True, True, True, True, True, False, True]
     assert goals.judge([], "cpu") == goals.judge([], "cuda") == []
 
 

@@ -77,7 +77,7 @@ def test_a_case_is_on_disk_before_the_next_is_prepared(tmp_path):
 
 
 class Context:
-    """A stand-in for a CUDA context, which an illegal access ruins for good."""
+    """A stand-in for a CUDA context. After an illegal access every later call fails."""
 
     def __init__(self) -> None:
         self.fault = ""
@@ -211,7 +211,7 @@ def test_a_kernel_that_never_ends_is_left_behind(tmp_path, monkeypatch):
 
 
 class Deaf:
-    """An object whose destructor takes long. Python drops an exception that is raised inside it."""
+    """An object whose destructor takes long. Python drops an exception that is raised inside a destructor."""
 
     def __del__(self) -> None:
         for _ in range(20):
@@ -246,7 +246,7 @@ def test_a_part_that_is_cut_off_leaves_no_compiler_at_work(how, tmp_path, monkey
 
 @pytest.mark.slow
 def test_the_compilers_that_a_cut_off_part_leaves_can_be_ended():
-    """Shows that the private parts of PyTorch which `end_compilers` uses exist and work as it expects."""
+    """Shows that the private attributes of PyTorch that `end_compilers` uses exist and do what it needs."""
     python("""
 import torch, torch._inductor.async_compile as a, torch._inductor.config as c, time; c.compile_threads = 2
 from jasper_fast.bench.gpu import gpu; pool = a.AsyncCompile.process_pool(); pool.submit(time.sleep, 600)
@@ -300,7 +300,7 @@ def test_each_case_knows_the_ops_that_ours_is_made_of(tmp_path):
 
 @pytest.mark.slow
 def test_memory_s_refused_and_unanswerable_cases_are_rows(tmp_path, monkeypatch):
-    run = refused(make_run(tmp_path), "conv1d")
-    rows = {r["contender"]: r for r in memory_command.main(run, (("small", 1, 32),))}
+    rows = memory_command.main(refused(make_run(tmp_path), "conv1d"), (("small", 1, 32),))
+    rows = {r["contender"]: r for r in rows}
     assert rows["jasper_fast"]["status"] == "refused" and rows["eager"]["status"] == "ok"
     assert "ours_over_kept" not in rows["eager"]["memory"]

@@ -63,11 +63,10 @@ def test_gpu_plan_is_bounded_written_as_it_goes_and_resumed(tmp_path, monkeypatc
     monkeypatch.setattr(devices, "tidy", lambda device: None)
     run = make_run(tmp_path)
     gpu.main(run, time.monotonic() - run.started + 10.0)
-    parts = json.loads(run.results.path.read_text())["parts"]
-    assert parts == {
+    assert json.loads(run.results.path.read_text())["parts"] == {
         "first": "finished",
         "failing": "failed: ValueError: no such kernel",
-        "compile": "cut off",  # it used up its own share of the time only, so the next part still ran
+        "compile": "cut off",  # after its own share of the time, so that the next part still ran
         "second": "finished",
         "endless too": "cut off",
         "last": "no time left",

@@ -1,4 +1,4 @@
-"""A real result of the command line: the command that repeats it, its page and the README's table."""
+"""A real result of the command line, the page made from it, and the README's table."""
 
 import json
 import re

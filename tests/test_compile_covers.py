@@ -30,7 +30,8 @@ def rows(arch: int, dtype: str) -> set[aot.Source]:
 
 
 def uncovered(calls: Callable[[], object], arch: int, dtype: str) -> list[set[str]]:
-    """Returns, for each launch of `calls` without a row, its differences from the nearest row of its kernel."""
+    """Returns, for each launch of `calls` that has no row in the gate's table, the differences from the most similar
+    row of the same kernel."""
     made: set[aot.Source] = set()
     with launch.recorded(lambda one: made.add(aot.source(one, arch)), arch):
         calls()
@@ -62,7 +63,7 @@ def test_every_launch_of_a_training_step_is_a_row(arch, dtype, panes, masks):
     def step():
         with torch.device("meta"):
             model = Jasper(jasper10x5(masks), backend="triton", panes=panes)
-        model = model.to_empty(device="cpu").train()  # gives the weights memory; their values do not matter
+        model = model.to_empty(device="cpu").train()  # allocates the weights; their values do not matter
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             log_probs, _ = model(torch.randn(2, 64, 400), torch.tensor([400, 300]))
         log_probs.sum().backward()
@@ -97,8 +98,8 @@ def empty(x_ptr, frames):
 def test_a_length_that_is_specialised_is_seen(given, kernels):
     """Shows that Triton compiles separate kernels for T = 1, for multiples of 16 and for other T. It does not if the
     argument is excluded from specialisation."""
-    jit = triton.jit(empty, do_not_specialize=given)
-    assert len({aot.source(launch.Launch(jit, (1,), (None, t), {}), 90) for t in range(1, 41)}) == kernels
+    kernel = triton.jit(empty, do_not_specialize=given)
+    assert len({aot.source(launch.Launch(kernel, (1,), (None, t), {}), 90) for t in range(1, 41)}) == kernels
 
 
 def test_what_cannot_be_described_is_refused():

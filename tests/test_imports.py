@@ -1,6 +1,6 @@
 """Imports go one way: train, bench, tests -> jasper_fast -> jasper_fast.kernels -> the native libraries.
 
-Imports inside functions count as well.
+Imports inside functions count as well. A room is a folder of the package, and a key of LAYERS.
 """
 
 import ast
@@ -37,7 +37,7 @@ LAYERS = {
 BELOW_ALL = {"jasper_fast", "jasper_fast.extras", "jasper_fast.options", "jasper_fast.page"}
 PACKAGE = set(LAYERS) - {"demo", "cli", ""}
 BENCH = ("harness", "rivals", "cases", "report", ("commands", "compile"), ("gpu", "tune"), "cli", "__main__")
-for rank, rooms in enumerate(BENCH):  # each may import those before it; members of one group do not import each other
+for rank, rooms in enumerate(BENCH):  # a room may import the earlier ones, but not those of its own group
     below = {f"bench.{r}" for group in BENCH[:rank] for r in ((group,) if isinstance(group, str) else group)}
     for name in (rooms,) if isinstance(rooms, str) else rooms:
         LAYERS[f"bench.{name}"] = below | PACKAGE
@@ -87,7 +87,7 @@ def graph() -> dict[str, set[str]]:
     for name, path in named.items():
         targets = set()
         for target in imports(path.read_text(), package_of(path)):
-            while target and target not in named:  # a function or class counts as its module
+            while target and target not in named:  # of a function or class, take the module
                 target = target.rpartition(".")[0]
             targets |= {target} if target else set()
         found[name] = targets - {name, *BELOW_ALL}
@@ -95,7 +95,7 @@ def graph() -> dict[str, set[str]]:
 
 
 def room(module: str) -> str:
-    """Returns the room of a module, which is a key of LAYERS. It is "" for files directly in the package."""
+    """Returns the room of a module, or "" for a file directly in the package."""
     parts = module.split(".")[1:]
     names = [".".join(parts[:2]), *parts[:1]] if parts[:1] == ["bench"] else parts[:1]
     return next((name for name in names if name in LAYERS), "")

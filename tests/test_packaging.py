@@ -63,8 +63,8 @@ def test_mapped_folders_exist_and_kernels_and_bench_are_no_packages_of_their_own
 )
 def test_data_that_the_package_reads_is_packed(package: str, wanted: str, described: dict) -> None:
     assert f"jasper_fast.{package}" in described["packages"] and nvrtc.sources() == ROOT / "csrc" / "cuda"
-    folder = ROOT / package.replace(".", "/")
-    found = {p for pattern in described["package_data"][f"jasper_fast.{package}"] for p in folder.glob(pattern)}
+    patterns = described["package_data"][f"jasper_fast.{package}"]
+    found = {p for pattern in patterns for p in (ROOT / package.replace(".", "/")).glob(pattern)}
     assert found and found == set(ROOT.glob(wanted))
 
 

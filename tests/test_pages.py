@@ -22,12 +22,13 @@ from jasper_fast.speech.metrics import Errors
 
 HOSTILE = "<script>alert(1)</script>\"' onload='x' &amp; <img src=http://evil/x> \u2028 ]]> --> {{ 7*7 }}"
 VOID = {"meta", "br", "img", "input", "hr", "link", "wbr"}
-IMPLIED = {"td", "th", "tr", "p", "li", "dt", "dd", "html", "head", "body"}  # HTML lets their end tags be left out
+# Elements whose end tag is optional in HTML.
+IMPLIED = {"td", "th", "tr", "p", "li", "dt", "dd", "html", "head", "body"}
 ADDRESSES = {"src", "href", "poster", "data", "action", "srcset", "xlink:href"}
 
 
 class Page(HTMLParser):
-    """Parses a page. Fails if tags are not closed in order, and on addresses outside the page and on scripts."""
+    """A parsed page. Raises AssertionError for tags not closed in order, for addresses of other files and for scripts."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -89,9 +90,9 @@ def of_evaluation(folder: Path) -> str:
 
 
 def of_check(folder: Path) -> str:
-    utterance = Utterance(HOSTILE, 1.0, HOSTILE)
     found = [
-        check.Found({}, utterance, [check.Fault(reason, HOSTILE)], 1.0, -3.0, -20.0, 10) for reason in check.REASONS
+        check.Found({}, Utterance(HOSTILE, 1.0, HOSTILE), [check.Fault(reason, HOSTILE)], 1.0, -3.0, -20.0, 10)
+        for reason in check.REASONS
     ]
     return check.html(HOSTILE, found, check.Rules())
 

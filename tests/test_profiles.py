@@ -23,8 +23,8 @@ def names(records: list[dict], kind: str) -> dict[str, int]:
 
 
 def ranges_in(path) -> set[str]:
-    events = json.loads(path.read_text())["traceEvents"]
-    return {e["name"].removeprefix(profile.LAYER) for e in events if e.get("name", "").startswith(profile.LAYER)}
+    names = (event.get("name", "") for event in json.loads(path.read_text())["traceEvents"])
+    return {name.removeprefix(profile.LAYER) for name in names if name.startswith(profile.LAYER)}
 
 
 @pytest.mark.slow
@@ -40,9 +40,9 @@ def test_both_contenders_have_tables_of_all_layers(mode, tmp_path):
         assert names(found["records"], "op")
     assert json.loads(run.results.path.read_text())["profiles"] == [ours, eager]
     if mode == "inference":
-        repeats = [b.repeat for b in models.config("small").encoder.blocks]
-        wanted = {f"encoder.layers.{i}": repeat for i, repeat in enumerate(repeats)} | {profile.HEAD: 1}
-        assert names(ours["records"], "layer") == wanted  # a range per sub-block of the engine
+        blocks = models.config("small").encoder.blocks
+        wanted = {f"encoder.layers.{i}": block.repeat for i, block in enumerate(blocks)} | {profile.HEAD: 1}
+        assert names(ours["records"], "layer") == wanted  # one range per sub-block
         assert not names(ours["records"], "backward")
         profile.main(make_run(tmp_path), "small", mode, 1, T)
         assert len(list(tmp_path.glob("trace_small_inference_eager_*.json"))) == 2, "the first run's traces are kept"
@@ -65,9 +65,8 @@ def test_backward_s_nodes_belong_to_the_layer_that_made_them(tmp_path):
     nodes = names(records, "backward")
     assert nodes.pop(profile.HEAD) == 1
     wanted = {"encoder.layers.0": 4, "encoder.layers.4": 5}
-    for i, block in list(enumerate(config.encoder.blocks))[1:4]:
-        panes = i  # one pane per earlier block output, each with mask, conv, norm and sum
-        wanted[f"encoder.layers.{i}"] = 5 * block.repeat + 4 * panes
+    for i in (1, 2, 3):  # block i has i panes (1x1 convs of earlier outputs), each with mask, conv, norm and sum
+        wanted[f"encoder.layers.{i}"] = 5 * config.encoder.blocks[i].repeat + 4 * i
     assert nodes == wanted
 
 

@@ -1,4 +1,4 @@
-"""How many seconds of audio can one core decode, change in speed and pad into batches, per second?
+"""How many seconds of audio can one core prepare (decode, change in speed, pad into batches) per second?
 
 `python -m bench data` reads the files of --manifest, or FLAC files that it makes. First it measures one thread in CPU
 time, on which other work on the machine has little effect. Then it measures worker processes, in CPU time and by the

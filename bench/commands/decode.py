@@ -1,7 +1,8 @@
 """How fast are beam searches, and how much of the time from features to text do they take?
 
-`python -m bench decode` measures our searches and flashlight-text in utterances of 16.7 s per second, on confident and
-unsure posteriors, without a language model and with n-grams of characters and of words.
+`python -m bench decode` measures our searches and flashlight-text. A rate is the number of utterances of 16.7 s per
+second. The posteriors are confident or unsure. The language model is none, an n-gram of characters, or an n-gram of
+words.
 """
 
 import os
@@ -10,7 +11,7 @@ from jasper_fast.bench.cases import decode, latency
 from jasper_fast.bench.harness.run import Run
 
 BEAMS = (16, 128, 512)
-GOAL = 128  # the beam for which we have a speed goal
+GOAL = 128  # the beam that has a speed goal
 
 
 def main(run: Run, model: str) -> list[dict]:

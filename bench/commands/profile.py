@@ -53,7 +53,7 @@ def in_range(name: str, function: Callable, device: torch.device) -> Callable:
 
 @contextlib.contextmanager
 def ranges(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """A context in which the forward of every layer is in a range.
+    """A context in which the forward of every layer is in a profiler range.
 
     The decoder of a `Jasper` has no range, because its conv module is never called.
     """
@@ -71,9 +71,9 @@ def ranges(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def engine_ranges(engine: InferenceEngine, device: torch.device) -> Iterator[None]:
-    """A context in which every sub-block of an engine is in a range named after its layer.
+    """A context in which every sub-block of an engine is in a profiler range with the name of its layer.
 
-    The engine never calls the layers themselves, so `ranges` would name nothing.
+    The engine does not call the layers' forward methods, so `ranges` would have no effect.
     """
     runner = engine._run
     plan, bound = runner.plan, runner.shapes.held

@@ -30,13 +30,13 @@ from jasper_fast.bench.harness.measurement import Row
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.kernels import tables
 
-SAMPLE = 0.2  # seconds that a sample takes, about; it consists of consecutive steps
+SAMPLE = 0.2  # target seconds of a sample, which is the mean time of consecutive steps
 WARM = 3  # steps before the timing; in the second one DDP rebuilds its buckets
 
 
 @dataclass
 class Team:
-    """The place of this process among those that torchrun started.
+    """The rank of this process, and how many processes torchrun started (`world`).
 
     `sizes`: the numbers of processes to measure with, one after another.
     """
@@ -107,7 +107,7 @@ def main(
     backend: str,
     run: Run | None,
 ) -> None:
-    """Measures the (model, N, T) of the grid, which every process is given.
+    """Measures each (model, N, T) of the grid, which is the same in every process.
 
     Only the first process has a `run`, and it writes the rows.
     """
@@ -182,7 +182,7 @@ def _sample(step: Callable[[], None], inner: int, device: torch.device, group: d
 
 
 def _begin_row(at: scaling.Setting, contender: str, world: int) -> Row:
-    """Returns the fields that a row has even without a number. FLOPs and bytes are those of one process."""
+    """Returns the fields that a row has before it is measured. FLOPs and bytes are those of one process."""
     cfg, name = models.config(at.model), tables.DTYPES[at.dtype]
     key = {
         "model": at.model, "batch": f"({at.N}, {cfg.encoder.in_feats}, {at.T})", "dtype": name, "mode": "step",

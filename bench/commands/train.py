@@ -1,4 +1,4 @@
-"""How fast is a training step? Measures forward and backward without the rest, and the full step of train.py.
+"""How fast is a training step? Measures forward + backward, and the full step of train.py.
 
 `python -m bench train` measures utterances per second, for jasper_fast and its rivals.
 """

@@ -1,4 +1,4 @@
-"""The ahead-of-time gate of the convs and NovoGrad in CUDA C++: compiles their kernels with nvcc, by architecture.
+"""Compiles the CUDA C++ kernels of the convs and of NovoGrad with nvcc, for each architecture, and checks the result.
 
 `python -m bench compile --cuda` prints the registers and instructions of each kernel. It fails if a kernel spills
 registers, does not use tensor cores, asynchronous copies or 16-byte loads where it should, waits between the products
@@ -121,7 +121,7 @@ def _functions(cubin: Path) -> dict[str, list[str]]:
 
 
 def _tool(name: str) -> str:
-    """Returns the path of a tool of the CUDA toolkit, or of Triton's copy of it."""
+    """Returns the path of a tool of the CUDA toolkit, or of the copy that Triton contains."""
     import triton
 
     bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name

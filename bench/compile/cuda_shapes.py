@@ -4,7 +4,7 @@ The command prints a line for each conv of Jasper 10x5, for N = 32 utterances of
 
     frames                  the planned tile
     regs                    registers per thread, from nvcc
-    CTAs                    how many fit on a multiprocessor, by their shared memory and registers
+    CTAs                    how many thread blocks fit on a multiprocessor, by their shared memory and registers
     KB/step                 KB that a step (128 output channels, 64 input channels, one tap) reads from L2
     tensor, port, L2        clock cycles of a step in the tensor cores, in the shared-memory port (128 bytes per cycle),
                             and in L2 (64 bytes per cycle and multiprocessor). The largest of the three limits the loop.
@@ -20,20 +20,22 @@ SHAPES = (
     (512, 512, 17, 1, 1), (512, 640, 21, 1, 1), (640, 640, 21, 1, 1), (640, 768, 25, 1, 1), (768, 768, 25, 1, 1),
     (768, 896, 29, 1, 2), (896, 1024, 1, 1, 1), (1024, 29, 1, 1, 1),
 )  # fmt: skip
-# One GPU for each architecture of the table: its inner loop, multiprocessors, and maximum shared memory of a block.
+# By architecture, one GPU: its name, and a Gpu with the variant of the inner loop, the number of multiprocessors and
+# the maximum shared memory of a thread block in bytes.
 GPUS = {
     "75": ("T4", cuda_tiles.Gpu(75, 40, 65536)), "80": ("A100", cuda_tiles.Gpu(80, 108, 166912)),
     "86": ("A10", cuda_tiles.Gpu(80, 72, 101376, products=512)),
     "89": ("L4", cuda_tiles.Gpu(80, 58, 101376, products=512)),
     "90a": ("H100", cuda_tiles.Gpu(90, 132, 232448)),
 }  # fmt: skip
+# Bytes of shared memory of a multiprocessor, by architecture.
 SHARED_OF_SM = {"75": 65536, "80": 167936, "86": 102400, "89": 102400, "90a": 233472}
 REGISTERS, THREADS = 65536, {75: 128, 80: 128, 90: 384}
 FRAMES, BATCH = 835, 32
 
 
 def show(rows: Iterable[dict]) -> None:
-    """Prints a line for each architecture and shape. `rows` are the gate's rows, from which registers are read."""
+    """Prints a line for each architecture and shape. The registers are taken from `rows`, the rows of the gate."""
     registers = {(row["arch"], row["kernel"]): row["registers"] for row in rows}
     print(f"N = {BATCH}, T' = {FRAMES}, fp16, forward with statistics")
     print(f"{'GPU':>5} {'conv':<22}{'frames':>7}{'regs':>6}{'CTAs':>6}{'KB/step':>9}{'tensor':>8}{'port':>6}{'L2':>6}")

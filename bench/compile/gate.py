@@ -42,7 +42,7 @@ TABLE = Table(
     },
     order=lambda key: (key[0], DTYPES.index(key[1]), *key[2:]),
 )  # fmt: skip
-COLD = re.compile(r"merge|pack")  # kernels that run once per step on little data, so a spill costs almost nothing
+COLD = re.compile(r"merge|pack")  # kernels that process little data, so that spills and narrow accesses cost little
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Job:
 
     @property
     def tile(self) -> str:
-        """The block sizes by the kernel's names, the warps (w) and the stages (s), such as "C64 T128 w4 s3"."""
+        """The block sizes, the number of warps (w) and of stages (s), such as "C64 T128 w4 s3"."""
         s = self.source
         blocks = (f"{k.removeprefix('BLOCK_')}{v}" for k, v in s.constants.items() if k.startswith("BLOCK_"))
         return " ".join([*blocks, f"w{s.options['num_warps']}", f"s{s.options['num_stages']}"])
@@ -77,7 +77,8 @@ class Job:
 
 
 def jobs(archs: Iterable[int], dtypes: Iterable[str]) -> Iterator[Job]:
-    """Yields a job for each distinct launch of Jasper 10x5's layers, named after the widest layer that makes it."""
+    """Yields a job for each distinct launch of Jasper 10x5's layers. If several layers make the same launch, the job
+    has the name of the widest layer."""
     from jasper_fast.bench.compile.launches import recorded
 
     for arch in archs:
@@ -142,9 +143,9 @@ def _facts(arch: int, dtype: str, key: tuple, digest: str) -> dict:
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule for kernels. `broken(job, facts)` returns what is wrong, or None.
+    """A rule for kernels. `broken(job, facts)` returns a complaint, or None.
 
-    `exempt` has patterns of the kernels to which the rule does not apply, with the reasons.
+    `exempt` has regular expressions for the rows to which the rule does not apply, with the reasons.
     """
 
     name: str
@@ -239,7 +240,9 @@ RULES = (
             ("all unaligned", "slices of a buffer are not aligned"),
         ),
     ),
-    Rule("a NaN passes", _nan, (("conv1d last", "the maximum of log-softmax drops a NaN, but its exp restores it"),)),
+    Rule(
+        "a NaN passes", _nan, (("conv1d last", "log-softmax subtracts a maximum without NaN, but its exp keeps a NaN"),)
+    ),
 )
 
 

@@ -1,6 +1,7 @@
-"""Lists the Triton kernels to compile, by recording the launches of our Triton functions at Jasper 10x5's layers.
+"""Lists the Triton kernels to compile: calls our Triton functions at the shapes of Jasper 10x5's layers and records the
+launches.
 
-The functions are called with tensors on the meta device, so nothing is computed.
+The tensors are on the meta device, so nothing is computed.
 """
 
 import contextlib

@@ -14,7 +14,7 @@ from jasper_fast.bench.rivals import choice
 from jasper_fast.dispatch import backends
 
 MODEL = "jasper10x5"
-ALL_MODES = ("backward", "forward", "inference")  # backward first: its fp64 expected values include forward's
+ALL_MODES = ("backward", "forward", "inference")  # backward first, because its fp64 answer includes that of forward
 LIGHT = "eager,eager_no_masks,eager_2d_channels_last,cuda_graph"
 LIGHT_TRAINING = "eager,eager_2d_channels_last"
 CONVS = f"{LIGHT_TRAINING},{choice.CUDA_FACE}"
@@ -177,7 +177,7 @@ def all_layers(run: Run, chosen: str, op: str, modes: tuple[str, ...], count: in
 def slow_rivals(run: Run) -> None:
     """Measures sub-blocks with rivals that take long to prepare.
 
-    cuDNN's fused patterns come first at every layer, and max-autotune after them.
+    cuDNN's fused patterns are measured at all layers before torch.compile's max-autotune, which takes longer.
     """
     rivals = SLOW
     if importlib.util.find_spec("cudnn") is None:

@@ -39,5 +39,5 @@ def compilers(run: Run, titles: Sequence[str]) -> Iterator[None]:
             child.kill()
         end = time.monotonic() + SPARE
         for child in children:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver is left behind
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a process may hang in the driver
                 child.wait(max(0.0, end - time.monotonic()))

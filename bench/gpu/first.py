@@ -16,7 +16,7 @@ from jasper_fast.kernels import tables
 
 # The test files of the ops whose speed matters most, and of the engine.
 TESTS = ("test_bn_relu_dropout.py", "test_conv1d.py", "test_conv1d_triton.py", "test_engine.py")
-LEAST = 5.0  # least seconds that tuning gets
+LEAST = 5.0  # tuning gets at least this many seconds
 
 
 class TestsFailed(RuntimeError):

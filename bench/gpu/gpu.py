@@ -27,7 +27,7 @@ from jasper_fast.bench.harness.errors import DeviceLost, OutOfTime, first_line
 from jasper_fast.bench.harness.run import Run
 
 BUDGET = 540.0
-CASE = 3.0  # most seconds per case
+CASE = 3.0  # a case is timed for at most this many seconds
 GOOD = 10.0  # a part is started only if at least this many seconds are left
 PATIENCE = 60.0  # a part may last this many seconds longer than its time, because a call into C++ cannot be interrupted
 UNTIL = "BENCH_GPU_UNTIL"  # environment variable of a process that continues a run: the `time.time` of the budget's end
@@ -50,7 +50,7 @@ def main(run: Run, budget: float = BUDGET) -> None:
             if how == "finished" or failed >= result_file.TRIES:
                 continue
             if (part.title in begun and how != "cut off") if again else failed:
-                continue  # a part that failed in an earlier process is tried after the others, once per process
+                continue  # a part that failed in an earlier process is tried after all others, once in this process
             left = end - time.monotonic()
             if left < GOOD:
                 parts.setdefault(part.title, "no time left")
@@ -132,7 +132,7 @@ def go_on_elsewhere(run: Run, end: float) -> None:
 def outlasted(give_up: Callable[[], None], seconds: float) -> Iterator[None]:
     """A context that calls `give_up` in a thread if it lasts PATIENCE longer than `seconds`.
 
-    A signal cannot interrupt a call into C++ that waits for a kernel that never ends.
+    If a kernel never ends, a call into C++ waits for it forever, and no signal can interrupt this call.
     """
     timer = threading.Timer(seconds + PATIENCE, give_up)
     timer.daemon = True

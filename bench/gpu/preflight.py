@@ -51,10 +51,10 @@ def findings(device: torch.device) -> Iterator[Finding]:
 
 
 def _compiler() -> Finding:
-    """Returns whether there is a C compiler, with which Triton builds its launcher."""
+    """Returns the finding about the C compiler, which Triton needs to build its launcher."""
     name = os.environ.get("CC") or next((c for c in ("gcc", "clang", "cc") if shutil.which(c)), "")
     path = shutil.which(name.split()[0]) if name else None
-    return Finding("a C compiler", path is not None, path or name or "none", "install gcc, or name one by CC")
+    return Finding("a C compiler", path is not None, path or name or "none", "install gcc, or name a compiler in CC")
 
 
 def _folders() -> Iterator[Finding]:

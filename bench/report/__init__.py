@@ -1,1 +1,1 @@
-"""Reports of results: tables in the terminal, goals, the HTML page, and the README's table."""
+"""Reports results: tables in the terminal, goals, the HTML page, and the README's table."""

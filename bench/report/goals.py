@@ -144,8 +144,8 @@ GPU_N, GPU_T = 32, 832
 
 
 def gpu_goals() -> tuple[Goal, ...]:
-    """Returns the goals in fp16: shares of the ceilings that the run measured, never slower than the best rival, and
-    bytes kept for backward."""
+    """Returns the goals for fp16: shares of the ceilings that the run measured, sub-blocks at least as fast as the best
+    rival, and bytes kept for backward."""
     convs = (
         ShareOfLimit(
             f"conv1d {a.C_in}->{a.C_out}, K = {a.K}: share of the matrix-product rate",

@@ -55,9 +55,7 @@ def load(path: Path) -> dict:
         raise SystemExit(str(error)) from None
     if result["schema"] != result_file.SCHEMA:
         raise SystemExit(f"{path}: not a result of this version of python -m bench; measure again")
-    result["path"] = path
-    result["goals"] = judge(result["rows"], result["machine"]["device"].split(":")[0])
-    return result
+    return result | {"path": path, "goals": judge(result["rows"], result["machine"]["device"].split(":")[0])}
 
 
 def page(results: Sequence[dict]) -> str:
@@ -128,7 +126,7 @@ def by_bench(rows: Iterable[dict]) -> dict[str, list[dict]]:
 
 
 def all_notes(rows: Iterable[dict]) -> list[str]:
-    """Returns the notes to show below the tables of all rows."""
+    """Returns the notes to show below the tables of all rows, each once."""
     return list(dict.fromkeys(note for mine in by_bench(rows).values() for note in words.notes(mine)))
 
 
@@ -224,7 +222,7 @@ def facts(result: dict) -> dict[str, object]:
     if limits:
         rates = ", ".join(f"{k} {words.per_second(v, 'FLOP')}" for k, v in limits["matmul_flops_per_s"].items())
         if m["gpu"] and "float32_mode" in limits:
-            rates += f" (rows in float32 are held to {limits['float32_mode']}, which their convolutions may use)"
+            rates += f" (the limit of float32 rows is the rate in {limits['float32_mode']}, which their convs may use)"
         copy, launch = words.per_second(limits["copy_bytes_per_s"], "B"), words.duration(limits["launch_s"]["host"])
         about["measured limits"] = f"matrix product {rates}; copy {copy}; launch {launch}"
     return about
@@ -259,8 +257,8 @@ def tuned_lines(result: dict) -> Lines:
         shape = f"{row['c_in']} to {row['c_out']}, K = {row['taps']}"
         shape += "".join(f", {k} {row[k]}" for k in ("stride", "dilation") if row[k] != 1)
         tile = ", ".join(f"{k} {v}" for k, v in (row.get("tile") or {}).items())
-        cells = (row["op"], shape, row["dtype"], f"2^{row['rows_log2']}", row["face"], tile)
-        lines.append(("", (*cells, words.duration(row["time_s"]))))
+        time = words.duration(row["time_s"])
+        lines.append(("", (row["op"], shape, row["dtype"], f"2^{row['rows_log2']}", row["face"], tile, time)))
     return lines
 
 
@@ -275,7 +273,7 @@ def part_lines(result: dict) -> Lines:
 
 
 def beside(result: dict) -> list[dict]:
-    """Returns tables of our rows with NVIDIA's published numbers for the same batch and length."""
+    """Returns tables with our rows and NVIDIA's published numbers for the same batch and length, side by side."""
     found = [latency_beside(result, dtype) for dtype in ("float16", "bfloat16", "float32")]
     lines = []
     for key, rows in ours_and_eager(result["rows"], "train", mode="step").items():

@@ -17,7 +17,7 @@ TRAINING = tuple(map(tuple, _FOUND["training"]))
 
 
 def latency(dtype: str) -> dict[str, dict[tuple[int, float], tuple[float, ...]]]:
-    """Returns the published table to compare with a row in `dtype`, by GPU."""
+    """Returns, by GPU, the published percentiles to compare with a row in `dtype`."""
     return LATENCY_FP16 if dtype in ("float16", "bfloat16") else LATENCY_FP32
 
 

@@ -32,8 +32,8 @@ def write(results: Iterable[dict], readme: Path | None = None) -> int:
 def chosen_goals(results: Sequence[dict]) -> list[tuple[dict, dict]]:
     """Returns (goal, result) for each goal, in order.
 
-    The result is the newest one without --quick that measured the goal. If there is none, it is the newest quick one.
-    `results` are sorted by date.
+    The result is the newest one without --quick that measured the goal. If there is none, it is the newest one with
+    --quick. `results` must be sorted by date.
     """
     order = dict.fromkeys(goal["name"] for result in reversed(results) for goal in result["goals"])
     chosen = {}

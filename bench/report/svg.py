@@ -17,7 +17,7 @@ class Form:
     width: int
     left: int
     above: int
-    font: int  # font size in px at the plot's own width, the same as in page.css
+    font: int  # font size in px if the plot is shown at `width`; page.css has the same size
     height: int  # height of a roofline plot
 
     @property
@@ -39,7 +39,7 @@ class Form:
 
 
 WIDE = Form(width=720, left=190, above=0, font=13, height=380)
-NARROW = Form(width=360, left=4, above=19, font=14, height=320)  # for a phone; its text is 11 px or more at 320 px
+NARROW = Form(width=360, left=4, above=19, font=14, height=320)  # on a phone 320 px wide its text still has 11 px
 Point = tuple[str, float, float, bool]  # (label, FLOP per byte, FLOP/s, ours)
 
 

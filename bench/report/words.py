@@ -39,9 +39,9 @@ DASH = "–"
 FEW = f"{DASH} too few samples for this percentile: P90 needs 10, P95 needs 20, P99 needs 100."
 SLOWED = "‡ while this was timed, the clock was more than 5 % below the highest of the run."
 HURRIED = "† timed in fewer rounds than usual, because one round takes much of the time for a case."
-MARKED = {"throttled": SLOWED, "hurried": HURRIED}  # field of a row: its note, whose first character marks the row
-# A ratio with fewer pairs has no interval. With n pairs even the range from the smallest to the largest contains the
-# median only at a confidence of 1 - 2^(1 - n), which is below 95 % for n < 6.
+MARKED = {"throttled": SLOWED, "hurried": HURRIED}  # by field of a row: the note; its first character marks the row
+# A ratio with fewer pairs has no interval. The range from the smallest to the largest of n ratios contains the true
+# median with a probability of 1 - 2^(1 - n), which is below 95 % for n < 6.
 PAIRS = 6
 
 
@@ -140,11 +140,9 @@ def columns(rows: Sequence[dict]) -> list[Column]:
 def launch_columns(rows: Sequence[dict]) -> list[Column]:
     """Returns the columns with the counts of `python -m bench launches`."""
     kinds = dict.fromkeys(kind for row in rows for kind in row.get("launches", {}))
-
-    def count(kind: str) -> Callable[[dict], str]:
-        return lambda row: str(row.get("launches", {}).get(kind, ""))
-
-    return [(kind.replace("_", " "), count(kind)) for kind in kinds]
+    return [
+        (kind.replace("_", " "), lambda row, kind=kind: str(row.get("launches", {}).get(kind, ""))) for kind in kinds
+    ]
 
 
 PROFILE_TITLES = {"layer": "layer, forward", "backward": "layer, backward", "op": "op, its own time"}

@@ -1,1 +1,1 @@
-"""`python -m bench tune`: measures implementations and tiles on this GPU. Dispatch chooses by the resulting table."""
+"""`python -m bench tune`: measures implementations and tiles on this GPU. Dispatch chooses from the resulting table."""
