@@ -28,7 +28,7 @@ ADDRESSES = {"src", "href", "poster", "data", "action", "srcset", "xlink:href"}
 
 
 class Page(HTMLParser):
-    """A parsed page. Raises AssertionError for tags not closed in order, for addresses of other files and for scripts."""
+    """A parsed page. Raises AssertionError if tags are not closed in order, and for addresses of files and scripts."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
