@@ -24,7 +24,8 @@ LETTERS = "abcdefghijkl"
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Returns twelve utterances of 0.5 to 1.6 s by two speakers; each is a constant signal of its own level."""
+    """Returns twelve utterances of 0.5 to 1.6 s by two speakers. The signal of each is constant, and each has another
+    level."""
     utterances = []
     for i, letter in enumerate(LETTERS):
         path = tmp_path / f"u{i}.{'flac' if i % 2 else 'wav'}"

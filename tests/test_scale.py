@@ -200,8 +200,8 @@ def test_twenty_utterances_are_learnt_by_heart_without_augmentation(tmp_path) ->
     config = yaml.safe_load(paths["config"].read_text())
     config["input_train"] = config["input_val"]
     paths["config"].write_text(yaml.safe_dump(without_dropout(config)))
-    how = {"steps": 60, "batch_size": 20, "val_manifests": paths["train"], "val_every": 20, "lr": 0.02}
-    run(train_arguments(paths, tmp_path / "out", **how))
+    options = {"steps": 60, "batch_size": 20, "val_manifests": paths["train"], "val_every": 20, "lr": 0.02}
+    run(train_arguments(paths, tmp_path / "out", **options))
     rates = [r["wer"] for r in records(tmp_path / "out", "val_live")]
     assert len(rates) == 3 and rates[-1] == 0.0
 

@@ -83,7 +83,7 @@ def odd_files(folder, copy):
 
 
 def transcribe(folder, *argv, kill=None, check=True, **environment):
-    """Runs `transcribe` in `folder`. With `kill`, the process kills itself after so many batches."""
+    """Runs `transcribe` in `folder`. With `kill`, the process kills itself after that number of batches."""
     start = ["-m", "jasper_fast"] if kill is None else ["-c", KILLED, str(kill)]
     command = [sys.executable, *start, "transcribe", "--checkpoint", "model.pt", "--backend", "reference", *argv]
     environment |= {"PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1"}

@@ -45,8 +45,8 @@ def take(loader, count: int) -> list:
 
 @pytest.fixture
 def begun():
-    """Gives the test a function that returns the processes started since. Fails the test if some are left at its
-    end."""
+    """Gives the test a function that returns the processes that the test has started. Fails the test if any is left at
+    the end."""
     before, deadline = set(multiprocessing.active_children()), time.monotonic() + 60
     yield lambda: set(multiprocessing.active_children()) - before
     while (left := set(multiprocessing.active_children()) - before) and time.monotonic() < deadline:
@@ -108,7 +108,8 @@ def test_an_error_of_the_program_is_no_death(data, monkeypatch) -> None:
 
 
 def test_sigterm_ends_them_from_their_parent_alone(data, begun) -> None:
-    """torchrun and SLURM send SIGTERM to all processes. Workers ignore that, because the training process ends them."""
+    """torchrun and SLURM send SIGTERM to all processes of a run. Workers ignore it, because the training process ends
+    them when it has saved its state."""
     loader = load_batches(data, BatchSampler(data.durations, 1), workers=1, endless=True)
     take(loader, 1)
     [process] = begun()

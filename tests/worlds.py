@@ -16,9 +16,11 @@ from pathlib import Path
 from torch.distributed import TCPStore
 
 HANG = 120  # seconds, far more than these runs take
-_PRELOAD = ["torch", "torch.nn.parallel", "torch.distributed", "torch.utils.tensorboard", "torch.utils.data"]
-_PRELOAD += ["jasper_fast.train", "jasper_fast.inference.evaluation", "jasper_fast.inference.recognizer"]
-_PRELOAD += ["jasper_fast.lm.saved", "rich.progress", "soundfile", "worlds"]
+_PRELOAD = [
+    "torch", "torch.nn.parallel", "torch.distributed", "torch.utils.tensorboard", "torch.utils.data",
+    "jasper_fast.train", "jasper_fast.inference.evaluation", "jasper_fast.inference.recognizer",
+    "jasper_fast.lm.saved", "rich.progress", "soundfile", "worlds",
+]  # fmt: skip
 
 
 @dataclass

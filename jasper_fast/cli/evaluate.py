@@ -2,7 +2,7 @@
 
 Transcribes every utterance of a manifest (JSON lines with audio_filepath, duration, text, or the JSON array of NVIDIA's
 Jasper). Prints the word and character error rate over all of them, the speed in seconds of audio per second (RTFx), and
-the worst utterances. References are normalised as in training; symbols that this drops are counted per manifest. Files
+the worst utterances. References are normalised as in training; texts that lose symbols are counted per manifest. Files
 that cannot be used are listed and do not count in the error rates. If a file is shorter than its header or the manifest
 says, the available audio is used, with a warning. Several processes share the utterances and report the same texts and
 rates as one process.
@@ -32,8 +32,10 @@ examples:
 on 8 GPUs: torchrun --nproc-per-node 8 -m jasper_fast evaluate --manifest ... --html result.html"""
 
 
-_DECODING = ("lm", "lexicon", "open_vocabulary", "unknown_score", "hot_word", "hot_words")
-_DECODING += ("beam", "alpha", "beta", "n_best", "rescore", "rescore_weight")
+_DECODING = (
+    "lm", "lexicon", "open_vocabulary", "unknown_score", "hot_word", "hot_words",
+    "beam", "alpha", "beta", "n_best", "rescore", "rescore_weight",
+)  # fmt: skip
 OPTIONS = {
     "": [
         option("--manifest", required=True, action="append", metavar="FILE", help="a manifest; may be repeated"),
@@ -85,9 +87,9 @@ def _run(arguments: argparse.Namespace, share: Ranks) -> int:
         result = Recognition([], [], [], manifest.SkipReport())
     if saved:
         saved.finish([u.path for u in utterances], result.references)
-    rows = []
-    for utterance, reference, transcript, seconds in zip(
-        utterances, result.references, result.transcripts, result.seconds, strict=True
+    rows = {}
+    for place, utterance, reference, transcript, seconds in zip(
+        places, utterances, result.references, result.transcripts, result.seconds, strict=True
     ):
         if transcript is None:
             continue
@@ -107,8 +109,8 @@ def _run(arguments: argparse.Namespace, share: Ranks) -> int:
             "character_errors": characters.total,
             "characters": characters.length,
         }
-        rows.append(row | common.hypotheses(transcript))
-    rows, result = _together(share, [i for i, t in zip(places, result.transcripts) if t is not None], rows, result)
+        rows[place] = row | common.hypotheses(transcript)
+    rows, result = _together(share, rows, result)
     status = int(arguments.strict and len(rows) < total) if rows else 1
     if not share.first:
         return status
@@ -138,13 +140,13 @@ def _run(arguments: argparse.Namespace, share: Ranks) -> int:
     return status
 
 
-def _together(share: Ranks, places: list[int], rows: list[dict], result: Recognition) -> tuple[list[dict], Recognition]:
+def _together(share: Ranks, rows: dict[int, dict], result: Recognition) -> tuple[list[dict], Recognition]:
     """Returns the rows of all processes in the order of the manifests, and ``result`` with the times and skipped files
-    of all processes."""
+    of all processes. ``rows``: the rows of this process, by the place of the utterance in the manifests."""
     seconds = (result.audio_seconds, result.compute_seconds, result.wall_seconds)
-    parts = share.gather((places, rows, seconds, result.skipped))
-    by_place = dict(pair for places, rows, _, _ in parts for pair in zip(places, rows))
-    heard, computed, took = zip(*(seconds for _, _, seconds, _ in parts), strict=True)
+    parts = share.gather((rows, seconds, result.skipped))
+    by_place = {place: row for rows, _, _ in parts for place, row in rows.items()}
+    heard, computed, took = zip(*(seconds for _, seconds, _ in parts), strict=True)
     result.audio_seconds, result.compute_seconds, result.wall_seconds = sum(heard), max(computed), max(took)
     for rank, (*_, skipped) in enumerate(parts):
         if rank != share.rank:

@@ -14,7 +14,7 @@ from jasper_fast.data.batch import Batch
 from jasper_fast.data.dataset import Item, SpeechDataset
 from jasper_fast.data.manifest import Skipped
 
-_TRIES = 3  # how many processes may die while they read a batch before it is left out
+_TRIES = 3  # processes that may die while they read the same batch; after that the batch is left out
 
 
 def _padded(rows: Sequence[np.ndarray | list[int]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ class BatchSampler:
 
     ``bucketing`` puts items of similar length together: it sorts them by length times a random factor from 1 to 1.1.
     Batches are shuffled. With ``shuffle=False`` items keep the given order or, with bucketing, are sorted by length. If
-    ``window`` is given, this sorts only within groups of ``window`` consecutive items.
+    ``window`` is given, they are sorted only within groups of ``window`` consecutive items.
 
     Each utterance is used by one of the ``world_size`` ranks. With shuffling, every rank has the same number of steps,
     and the batches of a step have similar lengths. To make the numbers of steps equal, large batches are halved; if
@@ -102,8 +102,7 @@ class BatchSampler:
             return found
         with self._making:
             if epoch not in self._kept:
-                newest = dict(list(self._kept.items())[-1:])
-                self._kept = newest | {epoch: self._make(epoch)}
+                self._kept = dict([*self._kept.items()][-1:]) | {epoch: self._make(epoch)}
             return self._kept[epoch]
 
     def prepare(self, epoch: int) -> None:
@@ -205,8 +204,8 @@ def load_batches(
 def _keys(
     sampler: BatchSampler, epoch: int, step: int, endless: bool, ahead: deque[tuple[tuple[int, int], list[int]]]
 ) -> Iterator[list[tuple[int, int]]]:
-    """Yields, for each batch from the given epoch and step on, the keys of its items in the dataset. Before that it
-    appends ((epoch, step), items) to ``ahead``: the batches that the loader has begun and not yet delivered."""
+    """Yields, for each batch from the given epoch and step on, the keys of its items in the dataset. Also appends
+    ((epoch, step), items) to ``ahead``, the queue of batches that the loader has begun and not yet delivered."""
     while True:
         batches = sampler.batches(epoch)
         if endless:

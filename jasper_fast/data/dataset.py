@@ -250,8 +250,7 @@ class SpeechDataset(Dataset):
         name = " + ".join(self.utterances[i].name for i in read)
         item = Item(index, name, text, None, self.vocabulary.encode(text), skipped)
         if pieces:
-            samples = np.concatenate([*pieces, clips.silence(round(clips.gaps[-1] * rate), rng)])
-            samples = change.apply(samples, rate)
+            samples = change.apply(np.concatenate([*pieces, clips.silence(round(clips.gaps[-1] * rate), rng)]), rate)
             missing = ctc_frames(item.target) * self.frame_samples - len(samples)
             item.audio = np.concatenate([samples, clips.silence(max(missing, 0), rng)])
         return item

@@ -137,10 +137,9 @@ def _entries(path: str, content: str) -> Iterator[tuple[str, Any]]:
             where = f"line {number}"
             try:
                 yield where, json.loads(line)
-            except json.JSONDecodeError as error:
-                yield where, ManifestError(f"{path}, {where}: not valid JSON: {error.msg} (column {error.colno})")
             except (ValueError, RecursionError) as error:
-                yield where, ManifestError(f"{path}, {where}: not valid JSON: {error}")
+                what = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else error
+                yield where, ManifestError(f"{path}, {where}: not valid JSON: {what}")
 
 
 def _utterance(entry: Any, root: str, offline_speeds: bool) -> Utterance:

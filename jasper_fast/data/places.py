@@ -59,7 +59,7 @@ def _numbers(first: str, last: str) -> list[str]:
 
 @contextmanager
 def _remote() -> Iterator[None]:
-    """Raises OSError for any error in its block, because each plugin of fsspec has errors of its own."""
+    """Turns any error in its block into an OSError, because the plugins of fsspec raise errors of other classes."""
     try:
         yield
     except (OSError, ImportError) as error:

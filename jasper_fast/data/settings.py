@@ -18,8 +18,10 @@ _PERTURBATIONS = {
     "noise": (perturb.NOISE, {"min_snr_db": "low", "max_snr_db": "high"} | _P),
     "tempo": (perturb.TEMPO, _RATES),
 }
-_PLAIN = {name: name for name in ("sample_rate", "trim_silence", "min_duration", "max_duration", "preload")}
-_PLAIN |= {"normalize_transcripts": "normalize_text", "max_utts": "max_utterances"}
+_PLAIN = {name: name for name in ("sample_rate", "trim_silence", "min_duration", "max_duration", "preload")} | {
+    "normalize_transcripts": "normalize_text",
+    "max_utts": "max_utterances",
+}
 _ELSEWHERE = {"pad_to_max_duration", "sort_by_duration"}  # not used here: LogMelFeatures pads, BatchSampler sorts
 
 

@@ -1,7 +1,7 @@
 """Starts the processes that load batches, and reports when one dies.
 
 Ctrl-C, torchrun, and SLURM before a time limit send a signal to all processes of a run. The loading processes must
-survive it: the training process still needs batches until it has saved its state, and then ends them itself.
+survive it, because the training process needs batches until it has saved its state. It then ends the loading processes.
 """
 
 import os

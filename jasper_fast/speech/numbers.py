@@ -10,7 +10,7 @@ _LONGEST = 21  # digits of a number; longer numbers are written digit by digit
 
 @functools.cache
 def _engine():
-    return need("inflect", "train").engine()  # its import takes seconds, and texts without digits do not need it
+    return need("inflect", "train").engine()  # imported only for texts with digits, because the import takes seconds
 
 
 def _words(number: int | str, andword: str = "", **settings: object) -> str:

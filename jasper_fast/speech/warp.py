@@ -18,8 +18,8 @@ class SpeakerWarp(nn.Module):
     which are 0 at and beyond the length.
 
     To imitate another vocal tract, frequencies are multiplied by a factor between 1 / ``max_warp`` and ``max_warp``
-    (log-uniform). ``f_max`` is the upper edge of the highest band. Above about ``knee`` times ``f_max`` another slope
-    maps ``f_max`` to itself.
+    (log-uniform). ``f_max`` is the upper edge of the highest band. Above about ``knee`` times ``f_max`` the map has
+    another slope, so that ``f_max`` is mapped to itself.
 
     To imitate another microphone, four cosines over the bands are added to every frame. The amplitude of cosine j is
     normal with standard deviation ``equalize`` / sqrt(j). This helps mainly with ``normalize: all_features``, because

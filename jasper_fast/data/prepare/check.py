@@ -43,8 +43,8 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Rules:
-    """The rules for utterances: the alphabet, the shortest and longest duration in seconds, and the samples per output
-    frame of the model, from which the frames for CTC are computed."""
+    """The rules for utterances: the alphabet, the shortest and longest duration in seconds, and ``frame_samples``, the
+    number of samples per output frame of the model."""
 
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     min_duration: float = 0.1
@@ -117,7 +117,7 @@ def look(entry: Any, utterance: Utterance, rules: Rules) -> Found:
 
 
 def _listen(found: Found, samples: np.ndarray, rules: Rules) -> None:
-    """Enters the length, levels and hash of the samples, and the faults that they show."""
+    """Adds the length, levels, hash and faults of the samples to ``found``."""
     found.seconds = len(samples) / rules.sample_rate
     found.print_of_samples = hashlib.blake2b(samples.tobytes(), digest_size=16).digest()
     size = np.abs(samples)
@@ -171,8 +171,7 @@ def clean_entries(
     for found in results:
         if found.utterance is None or not found.good(strict):
             continue
-        entry = dict(found.entry)
-        entry.pop("text_filepath", None)
+        entry = {key: value for key, value in found.entry.items() if key != "text_filepath"}
         if "files" in entry:
             entry["files"] = [file | {"fname": place(file["fname"])} for file in entry["files"]]
             entry["original_duration"] = round(found.seconds, 6)

@@ -27,8 +27,9 @@ def verify(path: Path, md5: str, progress: Progress) -> None:
             done += len(chunk)
             progress(f"verify {path.name}", done, total)
     if (found := digest.hexdigest()) != md5.lower():
-        expected = f"expected {md5.lower()}: damaged, or another file"
-        raise PrepareError(f"{path}: its MD5 is {found}, {expected}; get another copy")
+        raise PrepareError(
+            f"{path}: its MD5 is {found}, expected {md5.lower()}: damaged, or another file; get another copy"
+        )
 
 
 def fetch(url: str, target: Path, md5: str, progress: Progress) -> None:

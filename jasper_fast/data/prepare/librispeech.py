@@ -100,12 +100,10 @@ def read_checksums(path: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         raise PrepareError(f"{path}: cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        match = re.fullmatch(r"([0-9a-fA-F]{32})\s+\*?(?:\S*/)?([^\s/]+)\.tar\.gz", line.strip())
-        if match is None:
+        if match := re.fullmatch(r"([0-9a-fA-F]{32})\s+\*?(?:\S*/)?([^\s/]+)\.tar\.gz", line.strip()):
+            found[match[2]] = match[1]
+        elif line.strip():
             raise PrepareError(f"{path}, line {number}: expected an MD5 and the name of a .tar.gz")
-        found[match[2]] = match[1]
     return found
 
 

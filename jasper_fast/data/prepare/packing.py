@@ -104,7 +104,7 @@ def _write(path: Path, number: int, share: Sequence[tuple[Utterance, str]], url:
             member.size, member.mode = len(data), 0o644
             tar.addfile(member, io.BytesIO(data))
             start = tar.offset - math.ceil(len(data) / tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            line = entry(name, round(seconds, 6), utterance.text, speaker=utterance.speaker)
-            line |= {"shard_id": number, "tar": f"{url.rstrip('/')}/{path.name}" if url else path.name}
-            lines.append(line | {"tar_start": start, "tar_size": len(data)})
+            tar_name = f"{url.rstrip('/')}/{path.name}" if url else path.name
+            place = {"shard_id": number, "tar": tar_name, "tar_start": start, "tar_size": len(data)}
+            lines.append(entry(name, round(seconds, 6), utterance.text, speaker=utterance.speaker) | place)
     return lines

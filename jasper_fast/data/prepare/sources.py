@@ -27,8 +27,8 @@ _LONGEST_FIELD = 1 << 24  # characters in a field of a CSV file
 
 
 def kind_of(name: str) -> str:
-    """Returns the kind of a source: "folder", "kaldi", "csv", "lines", "lhotse" or "shards". Raises PrepareError if it
-    does not exist."""
+    """Returns the kind of a source: "folder", "kaldi", "csv", "lines", "lhotse" or "shards". Raises PrepareError if the
+    source does not exist."""
     source = Path(name)
     if tars.named(name) and not (source / "wav.scp").is_file():
         return "shards"
@@ -110,8 +110,8 @@ def _folder(source: Path, audio_dir: Path | None, report: Report) -> Iterator[En
             if path.suffix.lower() not in SOUNDS:
                 continue
             found += 1
-            text = next((_text_of(t) for s in TEXTS if (t := path.with_suffix(s)).is_file()), None)
-            text = listed[here].get(path.stem) if text is None else text
+            beside = next((file for suffix in TEXTS if (file := path.with_suffix(suffix)).is_file()), None)
+            text = _text_of(beside) if beside else listed[here].get(path.stem)
             if text is None:
                 report(f"{path}: no text for it in {path.stem}.txt, .lab or .trn, *.trans.txt or metadata.csv")
             elif (seconds := _seconds(path, report)) is not None:
@@ -206,10 +206,10 @@ def _csv(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Entry
             next((name for name in names if name in header), None)
             for names in (_AUDIO_COLUMNS, _TEXT_COLUMNS, _SPEAKER_COLUMNS)
         )
-        if sound is None or text is None:
-            lacking = "audio" if sound is None else "text"
-            known = ", ".join(_AUDIO_COLUMNS if sound is None else _TEXT_COLUMNS)
-            raise PrepareError(f"{source}: its header has no column for {lacking} ({known}): {', '.join(header)[:200]}")
+        for column, what, known in ((sound, "audio", _AUDIO_COLUMNS), (text, "text", _TEXT_COLUMNS)):
+            if column is None:
+                names = ", ".join(header)[:200]
+                raise PrepareError(f"{source}: its header has no column for {what} ({', '.join(known)}): {names}")
         for row in rows:
             name, said = row[sound], row[text]
             if not name or said is None:

@@ -1,4 +1,4 @@
-"""Reads utterances from WebDataset's tar files, which have no manifest but NAME.flac with NAME.txt or NAME.json."""
+"""Reads utterances from WebDataset's tar files. They contain NAME.flac with NAME.txt or NAME.json, and no manifest."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Unpacks archives without trust in them: a member outside the folder, a link or a device is an error."""
+"""Unpacks untrusted archives: a member outside the folder, a link or a device is an error."""
 
 import gzip
 import shutil
