@@ -15,7 +15,7 @@ import soxr
 from jasper_fast.speech import mp3
 
 SOUNDS = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".sph", ".w64", ".caf"}  # file extensions
-# Full scale is 1, or 2^31 if a file has integers stored as floats. Sums of squares of much louder samples overflow fp32.
+# Full scale is 1, or 2^31 in files with integers stored as floats. The squares of much louder samples overflow fp32.
 _LOUDEST = 1e10
 _LOWEST_RATE = 1000  # Hz; at lower rates resampling would make a small file fill the memory
 _CHUNK = 1 << 22  # samples; longer files are read in parts, so that a header with a false length costs no memory
