@@ -51,10 +51,10 @@ def draw_statistics(model: nn.Module) -> nn.Module:
     return model
 
 
-def pair(cfg, backend="auto", device="cpu") -> tuple[EagerJasper, Jasper]:
+def pair(cfg, backend="auto", device="cpu", panes="auto") -> tuple[EagerJasper, Jasper]:
     """Returns (eager, ours) in evaluation mode, with the same parameters and random running statistics."""
     eager = draw_statistics(EagerJasper(cfg))
-    ours = Jasper(cfg, backend=backend)
+    ours = Jasper(cfg, backend=backend, panes=panes)
     ours.load_state_dict(eager.state_dict())
     return eager.to(device).eval(), ours.to(device).eval()
 
@@ -75,8 +75,8 @@ def valid(log_probs: Tensor, lengths: Tensor) -> Tensor:
 
 def poison(engine: InferenceEngine) -> None:
     """Fills the engine's buffers: those of activations with NaN, those of lengths with the largest integer."""
-    for held in (engine._run.buffers, getattr(engine._run, "lengths", None)):
-        for buffer in held.held.values() if held is not None else ():
+    for held in (engine._run.buffers, engine._run.lengths):
+        for buffer in held.held.values():
             buffer.fill_(float("nan") if buffer.is_floating_point() else torch.iinfo(buffer.dtype).max)
 
 

@@ -1,8 +1,8 @@
 """A stand-in for CUDA graphs on a CPU: it records what a step launches and replays it into the memory of the capture.
 
-As on a GPU, a capture changes nothing, and a replay runs no Python code of the step: it repeats operations and Triton
-launches on the addresses that they had. During a capture it is an error if the host reads a tensor or copies its own
-numbers into one. A replay fails if memory from outside the capture has been freed since.
+As on a GPU, a capture changes no tensor, and a replay runs no Python code of the step: it repeats the recorded
+operations and Triton launches on the same memory. During a capture it is an error if the host reads a tensor, or copies
+a number into one. A replay fails if memory that was allocated before the capture has been freed.
 """
 
 from collections.abc import Callable, Iterable
@@ -69,7 +69,7 @@ class Tape(TorchDispatchMode):
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
         if name in READS:
             raise Refused(f"{name}: the host and the device wait for each other")
-        if func.namespace == "jasper_fast":  # record what the op launches inside
+        if func.namespace == "jasper_fast":  # record the operations and launches inside the op
             with self:
                 return func.redispatch(CPU_KEY, *args, **kwargs)
         self._note((args, kwargs))

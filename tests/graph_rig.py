@@ -91,7 +91,7 @@ class Rig:
         return train_step(*parts, **self.how)
 
     def equal(self, other: Rig) -> bool:
-        """Returns whether the states of both rigs are equal, where a NaN equals a NaN."""
+        """Returns whether both rigs have equal states. A NaN counts as equal to a NaN."""
         return same(list(self.state()), list(other.state()))
 
     def graphed(self, monkeypatch, **more) -> tuple[GraphedStep, TapeRecorder]:

@@ -1,5 +1,5 @@
-"""Counts what would break the capture of a training step, on a stand-in for a GPU: fake tensors on a device that is not
-the CPU. Prints one JSON object: `TRITON_INTERPRET=1 python tests/graph_stand_in.py`.
+"""Lists what a CUDA graph could not capture of a training step, without a GPU: on fake tensors of a pretended device.
+Prints one JSON object: `TRITON_INTERPRET=1 python tests/graph_stand_in.py`.
 """
 
 import json
@@ -34,7 +34,7 @@ class Module(backend_registration._DummyBackendModule):
 
 
 class Watch(TorchDispatchMode):
-    """Records each op that waits for the device or mixes in a tensor of the CPU, also inside our own ops."""
+    """Records each op that waits for the device, or has a tensor on the CPU, also inside our own ops."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Watch(TorchDispatchMode):
         if func.namespace == "jasper_fast":
             with self:
                 return func.redispatch(INSIDE, *args, **kwargs)
-        # this op has no fake implementation in PyTorch
+        # _fused_adamw_ has no fake implementation in PyTorch
         out = None if name == "_fused_adamw_" else func(*args, **kwargs)
         places = {x.device.type for x in tensors((args, kwargs, out))}
         if places - {NAME}:

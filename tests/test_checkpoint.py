@@ -1,4 +1,4 @@
-"""Checkpoints: atomic writes, rotation, and reads that report what is wrong."""
+"""Checkpoint files: atomic writes, which files are kept, and the errors for files that cannot be read."""
 
 import os
 import random
@@ -30,34 +30,27 @@ BLOCKS = [
 
 
 def config(labels=LABELS):
-    model = {
-        "encoder": {"in_feats": 6, "blocks": BLOCKS},
-        "decoder": {"in_feats": 12, "n_classes": len(labels) + 1},
-    }
-    return JasperConfig.from_dict({"labels": labels, "jasper": model})
+    encoder = {"in_feats": 6, "blocks": BLOCKS}
+    return JasperConfig.from_dict({"labels": labels, "jasper": {"encoder": encoder, "decoder": {"in_feats": 12}}})
 
 
 def trained_model():
     """Returns a model in which every entry of the state dict differs from a fresh model's."""
     model = Jasper(config(), backend="reference")
     for tensor in model.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.copy_(torch.rand_like(tensor) + 0.1)
-        else:
-            tensor.fill_(7)
+        tensor.copy_(torch.rand_like(tensor) + 0.1 if tensor.is_floating_point() else torch.tensor(7))
     return model.eval()
 
 
 def own_document(model, **more):
-    """Returns what this project's checkpoint of `model` holds, with the entries in `more` added or replaced."""
+    """Returns the content of this project's checkpoint of `model`. `more`: entries to add or replace."""
     document = {"format": checkpoint.FORMAT, "config": model.config.to_dict(), "labels": LABELS}
     return document | {"state_dict": model.state_dict()} | more
 
 
 def outputs(model):
     with torch.no_grad():
-        features = torch.linspace(-1, 1, 2 * 6 * 32).view(2, 6, 32)
-        return model(features, torch.tensor([32, 20]))[0]
+        return model(torch.linspace(-1, 1, 2 * 6 * 32).view(2, 6, 32), torch.tensor([32, 20]))[0]
 
 
 def run_state(step, **more):
@@ -76,7 +69,7 @@ def test_round_trip_leaves_nothing_beside(tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_old_file(tmp_path):
-    """Shows that a real write error, from the system's limit on file sizes, leaves the old file in place."""
+    """The system's limit on file sizes makes the second write fail."""
     program = f"""
 import resource, signal, sys, torch
 sys.path.insert(0, {str(ROOT)!r})

@@ -34,8 +34,8 @@ def test_own_checkpoints_carry_their_configuration(tmp_path):
 
 
 def v1_entries(state):
-    """Returns the entries under their names of 2019, with the extra copies and buffers that NVIDIA's Jasper
-    then saved."""
+    """Returns the state dict as NVIDIA's Jasper saved it in 2019: with other names, every entry twice, and a buffer of
+    the features."""
     entries = {"audio_preprocessor.featurizer.window": torch.ones(320)}
     for name, tensor in state.items():
         old = name.replace("encoder.layers.", "jasper_encoder.encoder.")
@@ -68,9 +68,7 @@ def test_reference_checkpoints(tmp_path, kind, document, zipped):
 
 def nemo_archive(path, model, *, masked=True, compression="", encoder=None, front=None, more=None):
     defaults = {"separable": False, "dilation": [1], "dropout": 0.2, "stride": [1]}
-    jasper = [defaults | b | {"kernel": b["kernel_size"]} for b in BLOCKS]
-    for block in jasper:
-        del block["kernel_size"]
+    jasper = [defaults | {k.removesuffix("_size"): v for k, v in b.items()} for b in BLOCKS]
     jasper[0]["dropout"] = "${model.model_defaults.dropout}"
     document = {
         "model_defaults": {"dropout": 0.25},
@@ -151,8 +149,7 @@ def test_nemo_archives_that_are_no_jasper(tmp_path, how, share, message):
 
 
 def test_a_file_that_does_not_fit_lists_what_differs(tmp_path):
-    model = trained_model()
-    torch.save({"state_dict": model.state_dict()}, tmp_path / "a.pt")
+    torch.save({"state_dict": trained_model().state_dict()}, tmp_path / "a.pt")
     wide = config().to_dict()
     wide["jasper"]["encoder"]["blocks"][1]["filters"] = 10
     with pytest.raises(
@@ -210,8 +207,8 @@ def test_a_file_without_labels_has_the_published_ones_where_labels_start_from_th
 
 @pytest.mark.parametrize("kind", ["NVIDIA's", "bare", "Lightning", "Lightning, labels unsaid"])
 def test_warm_start_from_a_file_that_may_not_say_its_labels(tmp_path, kind):
-    """Shows that a model with the same number of other labels keeps no wrong row of the decoder. The shapes fit, so
-    only the alphabets show the difference."""
+    """The decoder gets no rows of other labels. Both alphabets have the same size, so the shapes do not show that they
+    differ."""
     model, other = trained_model(), list(" hijklmn")
     state = model.state_dict()
     if kind.startswith("Lightning"):
@@ -221,13 +218,12 @@ def test_warm_start_from_a_file_that_may_not_say_its_labels(tmp_path, kind):
     else:
         document = state if kind == "bare" else {"state_dict": state, "optimizer": {}}
     torch.save(document, tmp_path / "a.pt")
-    # Row 0, the space, is the only label in both alphabets. It is copied from the one file that names its labels.
-    row = 0 if kind == "Lightning" else None
+    # The space (row 0) is the only label in both alphabets. It and the blank are copied if the file names its labels.
+    kept = (0, 8) if kind == "Lightning" else ()
     with pytest.warns(UserWarning, match="the decoder is initialised anew"):
         warm = load_model(tmp_path / "a.pt", config=config(other), strict=False, backend="reference")
     head, old = warm.decoder.layers[0], model.decoder.layers[0]
-    same = (head.weight == old.weight).flatten(1).all(1).tolist()
-    assert same == [i in (row, 8) and row is not None for i in range(9)]
+    assert (head.weight == old.weight).flatten(1).all(1).tolist() == [i in kept for i in range(9)]
     weights = read_weights(tmp_path / "a.pt")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -238,8 +234,7 @@ def test_warm_start_from_a_file_that_may_not_say_its_labels(tmp_path, kind):
 
 
 def test_the_published_alphabet_keeps_its_decoder(tmp_path):
-    """Shows that a file without labels is assumed to have the published alphabet, with which NVIDIA trained its
-    models."""
+    """A file without labels is assumed to have the published alphabet."""
     model = Jasper(config(published_labels()), backend="reference")
     torch.save({"state_dict": model.state_dict()}, tmp_path / "a.pt")
     with pytest.warns(UserWarning, match="does not name its labels"):
@@ -275,8 +270,7 @@ def test_a_frozen_encoder_stays_as_it_is():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.freeze_encoder()
     model.train()
-    features, lengths = torch.randn(2, 6, 32), torch.tensor([32, 20])
-    model(features, lengths)[0].square().sum().backward()
+    model(torch.randn(2, 6, 32), torch.tensor([32, 20]))[0].square().sum().backward()
     assert all((p.grad is None) == name.startswith("encoder.") for name, p in model.named_parameters())
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1).step()
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}

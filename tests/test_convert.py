@@ -37,8 +37,9 @@ def full_config(**changes) -> JasperConfig:
 def odd(state: dict) -> dict:
     """Returns `state` with values that arithmetic would not preserve: NaN payloads, signed zeros, denormals."""
     state = {name: tensor.clone() for name, tensor in state.items()}
-    first = next(iter(state.values()))
-    first.view(-1)[:4] = torch.tensor([0x7FC12345, -(2**31), 1, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    next(iter(state.values())).view(-1)[:4] = torch.tensor(
+        [0x7FC12345, -(2**31), 1, 0x7F800001], dtype=torch.int32
+    ).view(torch.float32)
     return state
 
 
@@ -60,8 +61,8 @@ def own(tmp_path, model) -> Path:
     """Writes a checkpoint as a training run saves it; returns its path."""
     state, average = odd(model.state_dict()), {k: v * 2 for k, v in model.state_dict().items()}
     more = {"optimizer": {"state": {}}, "scaler": {}, "step": 7, "rng": [torch.zeros(3)]}
-    document = own_document(model, config=full_config().to_dict(), state_dict=state, ema_state_dict=average)
-    checkpoint.save(tmp_path / "own.pt", document | more)
+    more |= {"config": full_config().to_dict(), "state_dict": state, "ema_state_dict": average}
+    checkpoint.save(tmp_path / "own.pt", own_document(model, **more))
     return tmp_path / "own.pt"
 
 
@@ -133,7 +134,7 @@ def test_files_of_others_become_every_format(tmp_path, model, kind):
 
 
 def test_what_is_written_is_what_the_others_load(tmp_path, model, own):
-    """Shows that look-alikes of NVIDIA's and NeMo's modules load the converted files strictly, with equal outputs."""
+    """Look-alikes of NVIDIA's and NeMo's modules load the converted files strictly, and give equal outputs."""
     clean = tmp_path / "clean.pt"
     checkpoint.save(clean, own_document(model, config=full_config().to_dict()))
     want = outputs(load_model(clean, backend="reference"))
@@ -155,8 +156,7 @@ def test_what_is_written_is_what_the_others_load(tmp_path, model, own):
         state = torch.load(io.BytesIO(read("model_weights.ckpt")), weights_only=True)
     front = {name: state.pop(f"preprocessor.featurizer.{name}") for name in ("window", "fb")}
     assert front["window"].shape == (320,) and front["fb"].shape == (1, 6, 513)
-    jasper = [b | {"kernel_size": b["kernel"]} for b in document["encoder"]["jasper"]]
-    theirs = nemo.EncDecCTCModel(6, jasper, 9)
+    theirs = nemo.EncDecCTCModel(6, [b | {"kernel_size": b["kernel"]} for b in document["encoder"]["jasper"]], 9)
     theirs.load_state_dict(state, strict=True)
     with torch.no_grad():
         torch.testing.assert_close(theirs.eval()(features, lengths)[0][valid], want[valid], rtol=1e-4, atol=1e-3)
@@ -165,15 +165,14 @@ def test_what_is_written_is_what_the_others_load(tmp_path, model, own):
 
 
 def test_quartznets(tmp_path):
-    """Shows the round trip of separable blocks; NVIDIA's QuartzNet names the convs of all blocks mconv."""
+    """Separable blocks survive the round trip. In NVIDIA's QuartzNet the convs of all blocks are named mconv."""
     blocks = [
         {"filters": 8, "kernel_size": [5], "stride": [2], "residual": False, "separable": True},
         {"filters": 8, "repeat": 2, "kernel_size": [3], "separable": True},
         {"filters": 12, "kernel_size": [1], "residual": False},
     ]
-    document = full_config().to_dict()
-    document["jasper"]["encoder"]["blocks"] = blocks
-    given = JasperConfig.from_dict(document)
+    jasper = {"encoder": {"in_feats": 6, "blocks": blocks}, "decoder": {"in_feats": 12}}
+    given = full_config(jasper=jasper)
     made = Jasper(given, backend="reference")
     state = odd(made.state_dict())
     average = {name: tensor + 1 for name, tensor in state.items()}
@@ -201,8 +200,8 @@ def test_the_report_is_exact(tmp_path, own):
     assert {*report.names.values(), *report.made} == entries.keys()
     assert report.names["encoder.layers.1.res.0.0.weight"] == "encoder.encoder.1.res.0.0.conv.weight"
     assert report.elements == sum(t.numel() for t in source["state_dict"].values())
-    left = {name.partition(" ")[0] for name in report.left_out}
-    assert left == source.keys() - {"format", "config", "labels", "state_dict"}
+    left = source.keys() - {"format", "config", "labels", "state_dict"}
+    assert {name.partition(" ")[0] for name in report.left_out} == left
     assert not report.settings_left_out and not report.warnings
     assert "--ema" in str(report) and f"{len(report.names)} entries" in str(report)
     again, _ = convert(tmp_path / "a.nemo", tmp_path / "b.pt", "nvidia")
@@ -211,12 +210,10 @@ def test_the_report_is_exact(tmp_path, own):
 
 def test_what_a_format_cannot_hold_is_a_warning(tmp_path, model):
     heard = {"n_filt": 6, "max_duration": 16.7}
-    document = full_config(
-        input_val={"filterbank_features": heard}, input_train={"filterbank_features": heard}
-    ).to_dict()
-    checkpoint.save(tmp_path / "a.pt", own_document(model, config=document))
+    settings = {key: {"filterbank_features": heard} for key in ("input_val", "input_train")}
+    checkpoint.save(tmp_path / "a.pt", own_document(model, config=full_config(**settings).to_dict()))
     report, _ = convert(tmp_path / "a.pt", tmp_path / "a.nemo", "nemo")
-    assert report.settings_left_out == [f"{of}.filterbank_features.max_duration" for of in ("input_val", "input_train")]
+    assert report.settings_left_out == [f"{of}.filterbank_features.max_duration" for of in settings]
     (warning,) = report.warnings
     assert "NVIDIA's features" in warning
     assert read_weights(tmp_path / "a.nemo").config["input_val"]["filterbank_features"]["log_zero_guard_value"] == 1e-20
@@ -254,7 +251,7 @@ def test_the_moving_average(tmp_path, own, to):
 
 @pytest.mark.parametrize("to", TARGETS)
 def test_a_writer_that_errs_leaves_the_old_file(tmp_path, own, monkeypatch, to):
-    """Shows that the old file stays if the new one cannot be written or does not read back equal."""
+    """The old file stays if the new one cannot be written, or differs when it is read back."""
     out = tmp_path / "out"
     out.write_bytes(b"old")
     write = conversion.WRITERS[to]
@@ -291,7 +288,7 @@ def test_equal_inputs_give_equal_files(tmp_path, own, to):
 
 
 def test_views_and_shared_memory_are_written_apart(tmp_path, model):
-    """Shows that a tensor which is a slice of a large one takes up only its own bytes in the file."""
+    """A slice of a large tensor takes up only its own bytes in the file."""
     state = model.state_dict()
     large = torch.full((100_000,), math.pi)
     state["encoder.layers.0.conv.1.bias"] = large[:8]

@@ -15,14 +15,10 @@ WIDTHS = (3, 4)  # channels of the block outputs that the panes read; the last i
 LENGTHS = torch.tensor([7, 4])
 
 
-def config(dropout: float, **more) -> BlockConfig:
-    shape = {"filters": 5, "repeat": 3, "kernel_size": (3,), "dilation": (2,), "residual_dense": True, **more}
-    return BlockConfig(dropout=dropout, residual=True, **shape)
-
-
 def build(form: str, dropout: float, **more) -> JasperBlock:
-    torch.manual_seed(0)
-    block = JasperBlock(WIDTHS[-1], config(dropout, **more), list(WIDTHS), "reference", form).double()
+    shape = {"filters": 5, "repeat": 3, "kernel_size": (3,), "dilation": (2,), "residual_dense": True, **more}
+    b = BlockConfig(dropout=dropout, residual=True, **shape)
+    block = JasperBlock(WIDTHS[-1], b, list(WIDTHS), "reference", form).double()
     for name, parameter in block.named_parameters():
         if parameter.dim() == 1:  # gamma about 1, beta about 0
             torch.nn.init.uniform_(parameter, 0.5, 1.5) if name.endswith("weight") else torch.nn.init.normal_(parameter)
@@ -47,7 +43,7 @@ def inputs() -> list[torch.Tensor]:
 
 
 def definition(block: EagerBlock, sources, seeds) -> torch.Tensor:
-    """Computes what `block` defines, with the dropout masks of `seeds`, or without dropout if `seeds` is None."""
+    """Computes the output of `block` op by op in PyTorch, with the dropout masks of `seeds` (None: no dropout)."""
     b, lens = block.cfg, LENGTHS
     keep = [1.0] * b.repeat
     x = sources[-1]
@@ -67,7 +63,7 @@ def definition(block: EagerBlock, sources, seeds) -> torch.Tensor:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("form", ["gram", "plain"])
 def test_equals_autograd_on_the_definition(form, dropout, more):
-    """Shows that outputs, all gradients and the running statistics equal those of the definition."""
+    """Outputs, all gradients and the running statistics equal those of `definition`."""
     ours = build(form, dropout, **more)
     plain = EagerBlock(WIDTHS[-1], ours.b, list(WIDTHS)).double()
     plain.load_state_dict(ours.state_dict())
@@ -87,7 +83,6 @@ def test_equals_autograd_on_the_definition(form, dropout, more):
 
 @pytest.mark.parametrize("form", ["gram", "plain"])
 def test_panes_train_by_the_eps_and_momentum_of_their_modules(form):
-    """Shows that panes use the eps and momentum of their batch norms in training, as PyTorch's batch norm does."""
     block = build(form, 0.0)
     sources = [mask(s.detach(), LENGTHS) for s in inputs()]
     expected, stats = 0.0, []

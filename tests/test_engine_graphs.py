@@ -8,13 +8,14 @@ from unittest import mock
 import pytest
 import torch
 from conftest import make_face, raising
-from engines import Replays, batch, config, pair, poison, valid
+from engines import Replays, batch, block, config, pair, poison, valid
 from standins import spied
 
-from jasper_fast import InferenceEngine, JasperConfig
+from jasper_fast import InferenceEngine
 from jasper_fast.inference import engine as engine_module
 from jasper_fast.inference import graphs
 from jasper_fast.inference.graphs import CudaGraphs, Turns
+from jasper_fast.kernels import precision
 
 
 @pytest.fixture
@@ -33,8 +34,8 @@ def captured(engine) -> int:
 
 @pytest.mark.slow
 def test_graphs_and_buckets_change_no_bit(device):
-    """Shows that graphs and buckets change no bit, also after longer, louder or larger batches and with NaN in the
-    buffers, and that results are memory of their own."""
+    """Results have the same bits as without graphs, also after longer or larger batches and with NaN in the buffers.
+    Later calls do not change them."""
     _, ours = pair(config(), "triton", device)
     plain = InferenceEngine(ours, graphs=False, bucket=1)
     engine = InferenceEngine(ours, graphs=True, bucket=8, graph_limit=3)
@@ -75,7 +76,7 @@ def test_without_masks_each_length_has_its_graph(device):
 @pytest.mark.parametrize(
     ("kind", "frames", "held"),
     [
-        ("jasper", (9, 16, 12), [(1, 16)]),  # one bucket: at the stride of 2, 16 frames make 8
+        ("jasper", (9, 16, 12), [(1, 16)]),  # one bucket: with stride 2, 16 frames of features give 8
         ("jasper", (17, 16), [(1, 32), (1, 16)]),
         ("plain residual", (24, 8, 24, 16), [(1, 24), (1, 16)]),  # the largest first, so that the buffers never grow
     ],
@@ -90,7 +91,7 @@ def test_lengths_of_a_bucket_share_a_graph_and_the_one_used_longest_ago_goes_fir
 
 @pytest.mark.slow
 def test_growth_drops_every_graph(device):
-    """Shows that larger buffers drop every graph, because a graph would keep the old buffers alive."""
+    """Every graph is dropped if the buffers grow, because a graph would keep the old buffers alive."""
     _, ours = pair(config(), "triton", device)
     plain = InferenceEngine(ours, graphs=False, bucket=8)
     engine = InferenceEngine(ours, graphs=True, bucket=8)
@@ -98,18 +99,15 @@ def test_growth_drops_every_graph(device):
     engine(*small)
     engine(*large)
     assert list(engine._run.shapes.held) == [(2, 48)]
-    poison(engine)
-    assert torch.equal(engine(*small)[0], plain(*small)[0])
-    poison(engine)
-    assert torch.equal(engine(*large)[0], plain(*large)[0])
+    for given in (small, large):
+        poison(engine)
+        assert torch.equal(engine(*given)[0], plain(*given)[0])
 
 
 @pytest.mark.slow
 def test_a_graph_does_not_outlive_its_scratch(device):
-    """Shows that a graph is captured again if the memory for partial sums has grown since."""
-    blocks = [{"filters": 64, "kernel_size": [11], "repeat": 3, "residual": False, "dropout": 0.0}]
-    model = {"encoder": {"in_feats": 8, "blocks": blocks}, "decoder": {"in_feats": 64, "n_classes": 7}}
-    _, ours = pair(JasperConfig.from_dict(model), "triton", device)
+    """A graph is captured again if the memory for partial sums has grown since its capture."""
+    _, ours = pair(config([block(64, 3, 11)]), "triton", device)
     engine = InferenceEngine(ours, graphs=True, bucket=8)
     small, large = batch([12], device=device), batch([40, 40, 40], device=device)
     engine(*large)  # from here on the buffers do not grow
@@ -132,14 +130,9 @@ def test_a_graph_is_captured_again_where_fp32_arithmetic_is_to_change(device, mo
     captures = spied(monkeypatch, engine._run.shapes.graphs, "capture", lambda launch: launch)
     engine(features, lengths)
     assert captures == []
-    setting = torch.backends.cudnn.conv
-    before = setting.fp32_precision
-    setting.fp32_precision = "ieee" if engine._run._takes_tf32() else "tf32"
-    try:
+    with precision.fp32("ieee" if engine._run._takes_tf32() else "tf32"):
         engine(features, lengths)
         engine(features, lengths)
-    finally:
-        setting.fp32_precision = before
     assert captures == [bound.launch]
 
 
@@ -177,8 +170,8 @@ def test_threads_share_an_engine(device):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jasper", "dense first", "lengths change twice"])
 def test_impossible_lengths_are_clamped_by_the_kernels(kind, device):
-    """Shows that kernels clamp impossible lengths. On a GPU the engine does not check lengths; the test bypasses the
-    check."""
+    """On a GPU the engine does not check lengths. The test calls its runner, which does not check them on a CPU
+    either."""
     _, ours = pair(config(kind), "triton", device)
     engine = InferenceEngine(ours, graphs=True, bucket=8)
     features, _ = batch([27, 27, 27], device=device)
@@ -201,7 +194,7 @@ def test_graphs_need_a_gpu():
 @pytest.mark.parametrize("kind", ["jasper", "dense first", "lengths change twice"])
 @pytest.mark.parametrize("masks", [True, False])
 def test_the_steps_through_the_library_are_captured_too(kind, masks, monkeypatch):
-    """Shows that graphs of the aten face replay correctly, with NaN in the buffers, a batch shorter than its bucket and
+    """Graphs of the aten face replay correctly: with NaN in the buffers, for a batch shorter than its bucket, and for
     new lengths."""
     monkeypatch.setattr(engine_module, "CudaGraphs", Replays)
     _, ours = pair(config(kind, masks=masks), "reference")
@@ -334,8 +327,8 @@ def test_a_callers_own_capture_is_refused(fake):
 
 
 def test_an_engine_that_goes_waits_for_the_stream_that_ran_last(device):
-    """Shows that a deleted engine waits for the stream of its last call. The allocator knows only the stream on which
-    the buffers were made."""
+    """A deleted engine waits for the stream of its last call, because the allocator knows only the stream on which the
+    buffers were made."""
     _, ours = pair(config(), "triton", device)
     engine = InferenceEngine(ours)
     waits: list[str] = []

@@ -46,8 +46,8 @@ def launched(device, monkeypatch):
 
 
 def unread(monkeypatch, dense: bool) -> None:
-    """Replaces `pack`, so that packs have no values: recorded launches do not read the 333 M parameters. With `dense`
-    the packs have real strides, which tensor descriptors need."""
+    """Replaces `pack` by a function that copies no weights, because recorded launches do not read them. With `dense`
+    the packs are contiguous, as tensor descriptors need them."""
     from jasper_fast.kernels.conv1d import triton_impl
 
     def pack(weight, dtype=None):
@@ -112,8 +112,7 @@ def test_jasper_10x5_is_54_launches_and_no_aten_op(masks, graphs, device, launch
     assert {a["z_ptr"].dtype for _, a in launches[:-1]} == {torch.float16}
     assert sum(a["HAS_PANES"] for _, a in launches) == 10  # the residual blocks
     assert all(a["HAS_RELU"] for _, a in launches[:-1]) and not last["HAS_RELU"]
-    rows = {a["z_ptr"].shape[1] for _, a in launches[:-1]}
-    assert rows == {128 if masks else 100}  # two times 64 frames
+    assert {a["z_ptr"].shape[1] for _, a in launches[:-1]} == {128 if masks else 100}  # 128 frames are two buckets
 
 
 def test_between_the_first_and_the_last_launch_is_one_graph(device, launched, monkeypatch):
@@ -162,8 +161,7 @@ def test_the_first_launch_reads_the_usual_features_as_they_are(device, launched)
 
 
 def test_the_steps_through_the_library_are_at_most_four_kernels_each():
-    """Shows the ops of a step on the aten face: a conv without bias, the panes' product, the bias and a clamp. An
-    earlier version needed seven to ten ops."""
+    """A step on the aten face is a conv without bias, the matrix product of the panes, the bias and a clamp."""
     _, ours = pair(config(), "reference")
     engine = InferenceEngine(ours, graphs=False)
     assert type(engine._run).__name__ == "Stepwise"
@@ -175,5 +173,4 @@ def test_the_steps_through_the_library_are_at_most_four_kernels_each():
     panes = sum(step.panes is not None for step in engine._run.plan.steps)
     of_steps = {name: ops.names.count(name) for name in ("convolution", "addmm_", "add_", "clamp")}
     assert of_steps == {"convolution": sub_blocks + 1, "addmm_": panes, "add_": sub_blocks, "clamp": sub_blocks}
-    assert len(ops.names) == 40, f"expected 40 ops (an earlier version needed 62), found: {ops.names}"
-    assert sum(of_steps.values()) <= 4 * sub_blocks + 1
+    assert len(ops.names) == 40, ops.names

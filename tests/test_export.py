@@ -31,9 +31,9 @@ needs_onnx = pytest.mark.skipif(
 
 def config(masks=True):
     encoder = {"in_feats": 6, "use_conv_masks": masks, "blocks": BLOCKS}
-    model = {"encoder": encoder, "decoder": {"in_feats": 12, "n_classes": len(LABELS) + 1}}
-    features = {"n_filt": 6, "convention": "nemo"}
-    return JasperConfig.from_dict({"labels": LABELS, "input_val": {"filterbank_features": features}, "jasper": model})
+    model = {"encoder": encoder, "decoder": {"in_feats": 12}}
+    features = {"filterbank_features": {"n_filt": 6, "convention": "nemo"}}
+    return JasperConfig.from_dict({"labels": LABELS, "input_val": features, "jasper": model})
 
 
 def trained(kind=Jasper, masks=True):

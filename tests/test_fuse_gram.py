@@ -41,7 +41,7 @@ def test_a_gram_matrix_serves_all_blocks_that_read_it(counted):
 
 
 def test_nothing_of_a_forward_pass_remains(counted, monkeypatch):
-    """Shows that no shared matrix outlives a forward pass, also without a backward pass and after an error."""
+    """What blocks share does not outlive a forward pass, also without a backward pass and after an error."""
     made = spied(monkeypatch, Shared, "__init__", lambda self, *of: weakref.ref(self))
     model = build("nemo").train()
     fuse(model)
@@ -79,8 +79,8 @@ def test_autocast(counted):
 
 
 def test_activation_checkpointing_of_a_block(counted, monkeypatch):
-    """Shows that activation checkpointing of a block works. The second pass runs outside the encoder's forward and must
-    save the same tensors."""
+    """The second pass of a checkpointed block runs outside the encoder's forward, and must save the same tensors as the
+    first."""
     results = []
     for model in twins("nvidia"):
         kind = type(model.double().train().encoder.layers[2])

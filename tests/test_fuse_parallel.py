@@ -12,8 +12,7 @@ from jasper_fast.dispatch import choose
 
 
 def _share(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.randn(2, 3, 8, 61, generator=torch.Generator().manual_seed(5))[rank]
-    return x, LENGTHS
+    return torch.randn(2, 3, 8, 61, generator=torch.Generator().manual_seed(5))[rank], LENGTHS
 
 
 CASES = (("never", False), ("before", False), ("after", False), ("before", True), ("after", True), ("gram", True))
@@ -53,8 +52,8 @@ def _in_parallel(rank: int) -> dict[tuple, dict[str, torch.Tensor]]:
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="PyTorch was built without gloo")
 def test_in_parallel(tmp_path):
-    """Shows that DDP gives the same gradients, buffers and outputs with and without fusion. With SyncBN they equal
-    those of one process that gets the batches of both ranks."""
+    """With DDP, gradients, buffers and outputs are the same with and without fusion. With SyncBN they equal those of
+    one process that gets the batches of both ranks."""
     whole = build("nvidia").train()
     xs, lengths = zip(*map(_share, range(2)), strict=True)
     _step(whole, torch.cat(xs), torch.cat(lengths))

@@ -23,8 +23,7 @@ BLOCKS = [
 
 def build(which: str, masks: bool = True) -> nn.Module:
     torch.manual_seed(0)
-    eager = which == "eager"
-    model = EagerJasper(config(BLOCKS, masks)) if eager else nemo.EncDecCTCModel(8, BLOCKS, 7, masks)
+    model = EagerJasper(config(BLOCKS, masks)) if which == "eager" else nemo.EncDecCTCModel(8, BLOCKS, 7, masks)
     return draw_statistics(model)
 
 
@@ -39,8 +38,7 @@ def test_steps_equal_those_without_fusion(which: str, masks: bool, training: boo
 @pytest.mark.parametrize("which", ["nemo", "eager"])
 def test_evaluation_is_one_engine_that_notices_new_weights(which: str, masks: bool, monkeypatch) -> None:
     plain, fused = build(which, masks).eval(), build(which, masks).eval()
-    report = fuse(fused)
-    assert len(report.whole) == 1
+    assert len(fuse(fused).whole) == 1
     monkeypatch.setattr(ops, "separable_conv", None)  # fails if the blocks run one by one
     with torch.no_grad():
         for _ in range(2):
@@ -60,7 +58,7 @@ def test_every_sub_block_runs_one_op_and_unfuse_is_bit_equal(monkeypatch) -> Non
 
 
 def test_a_mixed_block_is_fused_block_by_block() -> None:
-    """Shows that blocks with separable and ordinary convs are fused, and that no engine takes the encoder."""
+    """A block with separable and ordinary convs is fused, but no engine runs its encoder."""
     plain, fused = build("nemo").eval(), build("nemo").eval()
     for model in (plain, fused):
         torch.manual_seed(3)

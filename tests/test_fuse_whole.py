@@ -5,6 +5,7 @@ import io
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
+import nemo_files
 import pytest
 import torch
 from close import assert_close
@@ -37,10 +38,6 @@ def evaluate(model: nn.Module, x: torch.Tensor | None = None) -> torch.Tensor:
         return call(model, features() if x is None else x)
 
 
-def encoder_of(model: nn.Module) -> nn.Module:
-    return model if type(model).__name__ == "EagerJasper" else model.encoder
-
-
 @pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("kind", ["dense", "plain", "none"])
 @pytest.mark.parametrize("which", KINDS)
@@ -59,7 +56,7 @@ def test_an_engine_gives_what_the_model_gives(which, kind, masks, runs):
 @pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("which", ["nvidia", "nemo"])
 def test_an_encoder_returns_what_it_did(which, masks, runs):
-    """Shows that the encoder's outputs and lengths stay the same, also for lengths beyond the last frame."""
+    """The encoder's outputs and lengths stay the same, also for a length greater than the number of frames."""
     lengths = torch.tensor([200, 40, 0], dtype=torch.int32)
     results = []
     for model in twins(which, masks=masks):
@@ -109,33 +106,20 @@ def average(model: nn.Module) -> None:
     ema._exchange(model)
 
 
-def assign(model: nn.Module) -> None:
-    weight_of(model).data = weight_of(model).detach() * 1.5
-
-
 def by_transposing(model: nn.Module) -> None:
     weight = model.encoder.layers[1].conv[4].weight  # (16, 16, 5): the same memory in another order
     weight.data = weight.detach().transpose(0, 1)
 
 
-def replace(model: nn.Module) -> None:
-    conv = model.encoder.layers[1].conv[0]
-    conv.weight = nn.Parameter(conv.weight.detach() * 1.5)
-
-
-def foreach(model: nn.Module) -> None:
-    torch._foreach_mul_(list(model.parameters()), 1.1)
-
-
 CHANGES = {
     "in place": lambda m: weight_of(m).mul_(1.5),
     "in inference mode": torch.inference_mode()(lambda m: weight_of(m).mul_(1.5)),
-    "by lists": foreach,
+    "by lists": lambda m: torch._foreach_mul_(list(m.parameters()), 1.1),
     "load_state_dict": lambda m: m.load_state_dict(scaled(m)),
     "load_state_dict by assignment": lambda m: m.load_state_dict(scaled(m), assign=True),
-    "p.data = x": assign,
+    "p.data = x": lambda m: setattr(weight_of(m), "data", weight_of(m).detach() * 1.5),
     "p.data = a view": by_transposing,
-    "another parameter": replace,
+    "another parameter": lambda m: setattr(m.encoder.layers[1].conv[0], "weight", nn.Parameter(weight_of(m) * 1.5)),
     "an optimiser": step,
     "a fused optimiser": lambda m: step(m, fused=True),
     "averaged weights": average,
@@ -147,7 +131,7 @@ CHANGES = {
 
 @pytest.mark.parametrize(("change", "graphs"), [(change, True) for change in CHANGES] + [("in place", False)])
 def test_a_change_is_in_the_next_output(change, graphs, runs, monkeypatch):
-    """Shows that the next output reflects the change, on an engine, block by block, and in training."""
+    """The next output has the change, on an engine, block by block and in training."""
     monkeypatch.setattr(engine_module, "CudaGraphs", Replays)
     plain, model = twins("nvidia", backend="reference", graphs=graphs)
     before = evaluate(model)
@@ -202,7 +186,7 @@ def test_a_write_without_a_trace_is_seen_after_refresh_or_eval(fold_anew, runs):
 
 
 def test_training_between_two_evaluations(runs):
-    """Shows that training drops the engine, and that the next evaluation uses the trained weights and statistics."""
+    """Training drops the engine, and the next evaluation uses the trained weights and statistics."""
     plain, model = twins("nemo")
     results = []
     for m in (plain, model):
@@ -263,7 +247,6 @@ def test_a_hook_on_the_encoder_is_called_and_one_on_a_block_may_go_again(runs):
 
 
 def test_masks_switched_off_are_followed(runs):
-    """Shows that a fused encoder follows masks that are switched off, on an engine and block by block."""
     plain, fused = twins("nemo")
     evaluate(fused)
     for model in (plain, fused):
@@ -292,8 +275,7 @@ FEW = [block(16, k=5, s=2), block(16, 1, 3, residual=True, dense=True), block(16
 @pytest.mark.slow
 @pytest.mark.parametrize(("blocks", "graphs"), [(FEW, True), (FEW, False), ([block(16, k=3)], True)])
 def test_as_triton_launches(blocks, graphs, runs, monkeypatch):
-    """Shows that Triton's launches between the first and the last are one graph, and that outputs are not
-    overwritten."""
+    """With Triton the outputs are right, with and without graphs, and the next call does not overwrite them."""
     settle("triton")
     monkeypatch.setattr(engine_module, "CudaGraphs", Replays)
     plain = with_blocks(*blocks)
@@ -318,16 +300,14 @@ def pickled(model: nn.Module) -> nn.Module:
 
 
 def saved(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
+    return torch.load(io.BytesIO(nemo_files.saved(model)), weights_only=False)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
 @pytest.mark.parametrize("which", KINDS)
 def test_copies_are_fused_and_independent(which, copied, runs):
-    """Shows that a copy has its own weights and engine, and gives the original's results on it and block by block."""
+    """A copy has weights and an engine of its own. It gives the original's results, on its engine and block by
+    block."""
     plain, model = twins(which)
     want, by_blocks = evaluate(model), call(model, features())
     other = copied(model)
@@ -374,9 +354,8 @@ def test_arguments_that_do_not_fit_are_for_the_blocks(x, runs):
 
 
 def with_blocks(*blocks: dict) -> nn.Module:
-    end = blocks[-1]["filters"]
     made = {"in_feats": 8, "blocks": list(blocks), "use_conv_masks": True}
-    return nvidia.Jasper(made, {"in_feats": end, "n_classes": 7})
+    return nvidia.Jasper(made, {"in_feats": blocks[-1]["filters"], "n_classes": 7})
 
 
 def test_an_encoder_that_no_engine_computes_is_left_with_a_reason():
@@ -406,7 +385,7 @@ def test_a_last_block_whose_list_is_wanted(runs):
 
 
 def test_watching_is_undone_with_the_model():
-    """Shows that the set of encoders for the hook on optimiser steps does not keep a model alive."""
+    """The set of encoders that the optimiser hook looks through does not keep a model alive."""
     model = build("nvidia").eval()
     fuse(model)
     evaluate(model)

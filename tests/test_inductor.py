@@ -9,7 +9,8 @@ import shutil
 import pytest
 import torch
 from close import assert_close
-from test_model import batch, config, pair, valid_rows
+from engines import valid
+from test_model import batch, config, pair
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from jasper_fast import Jasper
@@ -42,7 +43,7 @@ def step(model: Jasper, run, frames: int, low: torch.dtype | None) -> dict[str, 
     torch.manual_seed(8)
     with torch.autocast("cpu", low or torch.bfloat16, enabled=low is not None):
         log_probs, out = run(features, lengths)
-    loss = log_probs[valid_rows(log_probs, out)].square().mean()
+    loss = valid(log_probs, out).square().mean()
     loss.backward()
     found = {"loss": loss.detach()} | {f"grad {k}": p.grad.clone() for k, p in model.named_parameters()}
     return found | {k: v.clone() for k, v in model.named_buffers() if v.is_floating_point()}

@@ -1,49 +1,39 @@
 """The model equals EagerJasper: every kind of block, masks, padding, NaN, modes, autocast, compile."""
 
+import engines
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_face, settle
-from engines import block, draw_statistics
+from conftest import assert_raises, make_face, settle
+from engines import block, valid
 
-from jasper_fast import InferenceEngine, Jasper, JasperConfig
+from jasper_fast import InferenceEngine, Jasper
 from jasper_fast.dispatch.backends import BackendMissing
 from jasper_fast.nn.block import JasperBlock
 from jasper_fast.nn.config import BlockConfig
-from jasper_fast.nn.eager import EagerJasper
 
 
 def config(kind="dense", masks=True, dropout=0.0):
-    dense = kind == "dense"
-    residual = kind != "none"
+    residual = {"dropout": dropout, "residual": kind != "none", "dense": kind == "dense"}
     blocks = [
         block(16, k=11, s=2, dropout=dropout),
-        block(16, 2, 5, dropout=dropout, residual=residual, dense=dense),
-        block(24, 3, 7, dropout=dropout, residual=residual, dense=dense),
-        block(24, 1, 3, dropout=dropout, residual=residual, dense=dense),
+        block(16, 2, 5, **residual),
+        block(24, 3, 7, **residual),
+        block(24, 1, 3, **residual),
         block(32, k=9, d=2, dropout=dropout),
         block(40, k=1, dropout=dropout),
     ]
-    return JasperConfig.from_dict(
-        {
-            "encoder": {"in_feats": 8, "activation": "relu", "use_conv_masks": masks, "blocks": blocks},
-            "decoder": {"in_feats": 40, "n_classes": 7},
-        }
-    )
+    return engines.config(blocks, masks)
 
 
-def pair(cfg, backend, seed=0, panes="auto"):
-    """Returns (eager, ours) with the same parameters and random running statistics."""
-    torch.manual_seed(seed)
-    eager = draw_statistics(EagerJasper(cfg))
-    ours = Jasper(cfg, backend=backend, panes=panes)
-    ours.load_state_dict(eager.state_dict())
-    return eager, ours
+def pair(cfg, backend, panes="auto"):
+    """Returns (eager, ours) in training mode, always with the same parameters and running statistics."""
+    torch.manual_seed(0)
+    return [model.train() for model in engines.pair(cfg, backend, panes=panes)]
 
 
-def batch(n=3, t=61, lengths=(61, 40, 13)):
-    features, lengths = torch.randn(n, 8, t), torch.tensor(lengths)
-    return features, lengths
+def batch(lengths=(61, 40, 13)):
+    return torch.randn(len(lengths), 8, 61), torch.tensor(lengths)
 
 
 @pytest.fixture(params=["reference", "cpu"])
@@ -56,10 +46,6 @@ def any_backend(request):
     return settle(request.param)
 
 
-def valid_rows(log_probs, lengths):
-    return torch.arange(log_probs.shape[1]) < lengths[:, None]
-
-
 @pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("kind", ["dense", "plain", "none"])
 def test_evaluation_equals_eager(kind, masks, backend):
@@ -70,8 +56,7 @@ def test_evaluation_equals_eager(kind, masks, backend):
         for forward in (ours.eval(), InferenceEngine(ours)):
             got, got_lengths = forward(features, lengths)
             assert torch.equal(got_lengths, want_lengths)
-            rows = valid_rows(want, want_lengths)
-            torch.testing.assert_close(got[rows], want[rows], atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(valid(got, want_lengths), valid(want, want_lengths), atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -84,22 +69,19 @@ def test_evaluation_equals_eager(kind, masks, backend):
     ],
 )  # fmt: skip
 def test_training_step_equals_eager(kind, masks, frozen, panes, any_backend):
-    """Shows that gradients and running statistics equal those of EagerJasper, also with frozen batch norms."""
-    backend = any_backend
+    """Gradients and running statistics equal those of EagerJasper. `frozen`: batch norms are in evaluation mode."""
     if (kind == "none" or frozen) and panes == "plain":
         pytest.skip("no panes, or none whose form matters")
-    eager, ours = pair(config(kind, masks), backend, panes=panes)
-    features, lengths = batch(lengths=(61, 30, 15))
-    features.requires_grad_(backend == "reference")
+    eager, ours = pair(config(kind, masks), any_backend, panes=panes)
+    features, lengths = batch((61, 30, 15))
+    features.requires_grad_(any_backend == "reference")
     grads = []
     for model in (eager, ours):
-        model.train()
         for bn in (m for m in model.modules() if frozen and isinstance(m, torch.nn.BatchNorm1d)):
             bn.eval()
         log_probs, out = model(features, lengths)
-        rows = valid_rows(log_probs, out)
         torch.manual_seed(1)
-        (log_probs * torch.randn(log_probs.shape))[rows].sum().backward()
+        valid(log_probs * torch.randn(log_probs.shape), out).sum().backward()
         grads.append({k: p.grad for k, p in model.named_parameters()})
         if features.requires_grad:
             grads[-1]["features"], features.grad = features.grad, None
@@ -113,16 +95,13 @@ def test_training_step_equals_eager(kind, masks, frozen, panes, any_backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_garbage_in_the_padding_changes_nothing(any_backend, training):
-    cfg = config(dropout=0.2)
     features, lengths = batch()
     padding = torch.arange(features.shape[2]) >= lengths[:, None, None]
     results = []
     for garbage in (0.0, 1e30, float("nan")):
-        _, ours = pair(cfg, any_backend)
-        ours.train(training)
+        _, ours = pair(config(dropout=0.2), any_backend)
         torch.manual_seed(3)
-        log_probs, out = ours(features.masked_fill(padding, garbage), lengths)
-        picked = log_probs[valid_rows(log_probs, out)]
+        picked = valid(*ours.train(training)(features.masked_fill(padding, garbage), lengths))
         if training:
             picked.sum().backward()
             picked = torch.cat([picked.flatten(), *(p.grad.flatten() for p in ours.parameters())])
@@ -140,9 +119,9 @@ def test_an_utterance_in_a_batch_scores_as_it_does_alone(backend):
             together, out = forward(features, lengths)
             for i, length in enumerate(lengths.tolist()):
                 alone, _ = forward(features[i : i + 1, :, :length], lengths[i : i + 1])
-                n = out[i]
-                torch.testing.assert_close(together[i, :n], alone[0, :n], atol=1e-5, rtol=1e-5)
-                assert torch.equal(together[i, :n].argmax(1), alone[0, :n].argmax(1))
+                got, want = together[i, : out[i]], alone[0, : out[i]]
+                torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+                assert torch.equal(got.argmax(1), want.argmax(1))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -173,7 +152,6 @@ def test_the_halo_is_where_a_conv_of_masked_frames_ends(k, s, d):
 def test_dropout_differs_between_steps_and_repeats_with_the_generator(backend):
     _, ours = pair(config(dropout=0.3), backend)
     features, lengths = batch()
-    ours.train()
     runs = []
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
@@ -187,18 +165,16 @@ def test_dropout_differs_between_steps_and_repeats_with_the_generator(backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("panes", ["gram", "plain"])
 def test_lengths_that_halve_to_nothing_train(any_backend, panes):
-    """Shows that for utterances of T, T/2, T/4 and 0 frames the training step of every face is finite, and equals that
-    of the reference face, which drops the same elements."""
-    lengths = (61, 30, 15, 0)
+    """The training step of every face is finite, and equals that of the reference face."""
     results = []
     for backend in ("reference", any_backend):
         _, ours = pair(config(dropout=0.2), backend, panes=panes)
         torch.manual_seed(4)
-        features, frames = batch(4, 61, lengths)
+        given = batch((61, 30, 15, 0))
         torch.manual_seed(5)
-        log_probs, out = ours.train()(features, frames)
+        log_probs, out = ours(*given)
         assert log_probs.isfinite().all()
-        log_probs[valid_rows(log_probs, out)].square().mean().backward()
+        valid(log_probs, out).square().mean().backward()
         results.append([p.grad for p in ours.parameters()] + [b for b in ours.buffers() if b.is_floating_point()])
     for want, got in zip(*results, strict=True):
         assert got.isfinite().all()
@@ -209,15 +185,14 @@ def test_lengths_that_halve_to_nothing_train(any_backend, panes):
 @pytest.mark.parametrize(("which", "panes"), [("reference", "gram"), ("reference", "plain"), ("triton", "plain")])
 def test_bfloat16_autocast_trains_close_to_fp32(which, panes):
     settle(which)
-    cfg = config()
     features, lengths = batch()
     losses = []
     for enabled in (False, True):
-        _, ours = pair(cfg, which, panes=panes)
+        _, ours = pair(config(), which, panes=panes)
         with torch.autocast(features.device.type, torch.bfloat16, enabled=enabled):
-            log_probs, out = ours.train()(features, lengths)
+            log_probs, out = ours(features, lengths)
         assert log_probs.dtype == torch.float32
-        loss = log_probs[valid_rows(log_probs, out)].square().mean()
+        loss = valid(log_probs, out).square().mean()
         loss.backward()
         assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in ours.parameters())
         losses.append(loss.item())
@@ -227,7 +202,7 @@ def test_bfloat16_autocast_trains_close_to_fp32(which, panes):
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "panes"), [("reference", "gram"), ("cpu", "plain"), ("triton", "plain")])
 def test_compiled_forward_and_gradients_match(backend, panes):
-    """Shows that one graph each for training with dropout and for evaluation gives the uncompiled numbers."""
+    """The compiled model has no graph breaks, and gives the same results in training (with dropout) and evaluation."""
     settle(backend)
     torch._dynamo.reset()  # otherwise recompilations of other tests would count towards the limit
     features, lengths = batch()
@@ -237,7 +212,7 @@ def test_compiled_forward_and_gradients_match(backend, panes):
         model = torch.compile(ours, backend="aot_eager", fullgraph=True) if compiled else ours
         torch.manual_seed(8)
         log_probs, out = model(features, lengths)
-        log_probs[valid_rows(log_probs, out)].square().mean().backward()
+        valid(log_probs, out).square().mean().backward()
         found = [log_probs.detach(), *(p.grad for p in ours.parameters())]
         ours.eval()
         with torch.no_grad():
@@ -249,13 +224,13 @@ def test_compiled_forward_and_gradients_match(backend, panes):
 
 def test_bad_input_is_named():
     ours, lengths = Jasper(config(), backend="reference"), torch.tensor([20, 20])
-    for wrong, message in (
-        (lambda: ours(torch.randn(2, 9, 20), lengths), r"features must be \(N, 8, T\)"),
-        (lambda: ours(torch.randn(2, 8, 20), lengths.float()), "lengths"),
-        (lambda: Jasper(config(), backend="metal"), "not one of"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            wrong()
+    assert_raises(
+        (
+            (lambda: ours(torch.randn(2, 9, 20), lengths), r"features must be \(N, 8, T\)"),
+            (lambda: ours(torch.randn(2, 8, 20), lengths.float()), "lengths"),
+            (lambda: Jasper(config(), backend="metal"), "not one of"),
+        )
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -267,12 +242,12 @@ def test_a_backend_that_cannot_run_here_says_how_to_get_it():
 def test_one_frame_in_training_raises_what_pytorch_raises(backend):
     _, ours = pair(config(), backend)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
-        ours.train()(torch.randn(1, 8, 2), torch.tensor([2]))
+        ours(torch.randn(1, 8, 2), torch.tensor([2]))
 
 
 def test_lengths_may_be_any_integers():
     model = Jasper(config()).eval()
-    features = torch.randn(2, model.config.encoder.in_feats, 20)
+    features = torch.randn(2, 8, 20)
     (a, m), (b, n) = (model(features, torch.tensor([20, 7], dtype=d)) for d in (torch.int32, torch.int64))
     assert torch.equal(a, b)
     assert torch.equal(m, n)

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import interpreted, make_face
-from test_model import config, pair, valid_rows
+from engines import valid
+from test_model import config, pair
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
@@ -56,9 +57,8 @@ def step(model: nn.Module, features, lengths, up, run: Callable | None = None) -
     """
     model.train()
     log_probs, out = (model if run is None else run)(features, lengths)
-    rows = valid_rows(log_probs, out)
-    (log_probs * up)[rows].sum().backward()
-    found = {"log_probs": log_probs.detach()[rows]} | {f"grad {k}": p.grad for k, p in model.named_parameters()}
+    valid(log_probs * up, out).sum().backward()
+    found = {"log_probs": valid(log_probs.detach(), out)} | {f"grad {k}": p.grad for k, p in model.named_parameters()}
     return found | {f"buffer {k}": v for k, v in model.named_buffers()}
 
 

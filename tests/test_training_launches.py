@@ -47,7 +47,6 @@ def launches(monkeypatch) -> list[str]:
 
 
 def model(form: str, **more) -> Jasper:
-    torch.manual_seed(0)
     return Jasper(config("dense", **more), backend="triton", panes=form).train()
 
 
@@ -80,11 +79,9 @@ def test_a_step_runs_no_conv_twice_and_takes_no_pass_for_statistics(launches, fo
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("form", ["gram", "plain"])
 def test_a_step_waits_for_nothing(launches, form, training, monkeypatch):
-    """Shows that the host reads no tensor, neither by a method of Tensor nor by an op whose output size depends on
-    values."""
+    """The host reads no tensor, neither by a method of Tensor nor by an op whose output size depends on values."""
     ours, (features, lengths) = model(form, dropout=0.2).train(training), batch()
-    reads = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__")
-    for name in reads:
+    for name in ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
         monkeypatch.setattr(Tensor, name, raising(AssertionError(f"Tensor.{name} waits for the device")))
     with pytest.raises(AssertionError, match="waits for the device"):
         bool(lengths[0] > 0)
@@ -109,8 +106,8 @@ def kept(module: torch.nn.Module, n: int, t: int) -> int:
 
 @pytest.mark.slow
 def test_a_step_keeps_a_quarter_of_what_eager_keeps(launches):
-    """Shows that a step of Jasper 10x5 saves at most a quarter of eager's bytes. The outputs of convs and
-    blocks are 0.21 of eager's bytes. The Gram form also saves covariances, whose size does not depend on the batch."""
+    """A step of Jasper 10x5 saves the outputs of convs and blocks, 0.21 of the bytes that eager saves. The Gram form
+    also saves covariances, whose size does not depend on the batch."""
     cfg = models.config("jasper10x5")
     with torch.device("meta"):
         eager = kept(EagerJasper(cfg).train(), 2, 400)
@@ -159,9 +156,8 @@ def test_packs_are_in_no_state_dict_and_no_copy(launches, copied):
 
 @pytest.mark.parametrize("form", ["gram", "plain"])
 def test_plain_convs_cast_and_turn_a_weight_once_a_step(form, monkeypatch):
-    """Shows that each weight is cast once per step, into a buffer of its module, and that the results are those
-    of a cast in each call."""
-    torch.manual_seed(0)
+    """Each weight is cast once per step, into a buffer of its module. The results equal those of a cast in each
+    call."""
     ours, (features, lengths) = Jasper(config("dense", dropout=0.0), backend="reference", panes=form).train(), batch()
     found = []
     for packs_or_not in (True, False):
@@ -174,8 +170,7 @@ def test_plain_convs_cast_and_turn_a_weight_once_a_step(form, monkeypatch):
             with seen:
                 (log_probs * torch.linspace(-1, 1, log_probs.shape[2])).sum().backward()
         found.append((seen.count.total(), log_probs.detach(), *(p.grad for p in ours.parameters())))
-        held = {key: pack.data_ptr() for key, pack in packs(ours).items()}
-        assert len(held) == CONVS and {pack.dtype for pack in packs(ours).values()} == {torch.bfloat16}
+        assert [pack.dtype for pack in packs(ours).values()] == [torch.bfloat16] * CONVS
     (with_packs, *a), (without, *b) = found
     # without packs, a conv inside a block casts its weight twice
     assert with_packs <= without - (CONVS - BLOCKS), (with_packs, without)
@@ -184,14 +179,14 @@ def test_plain_convs_cast_and_turn_a_weight_once_a_step(form, monkeypatch):
 
 
 def test_fp32_convs_of_a_cpu_have_no_packs():
-    ours, (features, lengths) = Jasper(config("dense"), backend="reference").train(), batch()
-    ours(features, lengths)
+    ours = Jasper(config("dense"), backend="reference").train()
+    ours(*batch())
     assert not packs(ours)
 
 
 @pytest.mark.slow
 def test_a_forward_takes_the_weights_as_they_are_now():
-    """Shows, with real launches, that a forward after weights changed in place equals that of a new model."""
+    """A forward pass with changed weights equals that of a new model, with real launches."""
     settle("triton")
     (_, ours), given = pair(config("none"), "triton"), batch()
     fresh = Jasper(config("none"), backend="triton").eval()
@@ -211,8 +206,8 @@ TENSORS, BLOCKS_, CHUNK = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}, 320, 65536
 
 
 def multi_tensor(lists: int, sizes: list[int]) -> int:
-    """Returns the launches of a foreach op. A launch is full at a limit, and a tensor may continue in the next
-    launch."""
+    """Returns the number of launches of a foreach op on tensors of `sizes`. A launch ends at a limit; the rest of its
+    last tensor is then part of the next launch."""
     launches = tensors = blocks = 0
     for i, size in enumerate(sizes):
         tensors += size > 0
@@ -276,8 +271,8 @@ def hollow_training(form: str, jasper10x5: bool = True) -> tuple[Jasper, EMA]:
 
 @pytest.mark.parametrize("face", ["triton", "cuda", "reference"])
 def test_the_optimiser_and_the_average_are_two_launches(launches, face, monkeypatch):
-    """Shows that the update of Jasper 10x5 and its average take two kernels and a few small copies. The foreach form
-    makes hundreds of launches."""
+    """The update of Jasper 10x5 and its average are two kernels and a few small copies. The foreach form makes hundreds
+    of launches."""
     ours, ema = hollow_training("gram")
 
     class Functions:
@@ -298,7 +293,7 @@ def test_the_optimiser_and_the_average_are_two_launches(launches, face, monkeypa
 
 
 def test_the_step_moves_32_bytes_a_parameter(launches, monkeypatch):
-    """Shows that a step moves 32 bytes per parameter, counted from the table that the Triton and CUDA kernels read."""
+    """The table that the Triton and CUDA kernels read shows how many bytes a step moves."""
     ours, ema = hollow_training("gram", jasper10x5=False)
     optimizer = NovoGrad(ours.parameters(), ema=ema, backend="triton")
     step.update(ours, optimizer, torch.amp.GradScaler("cpu", enabled=False))
@@ -317,8 +312,8 @@ def test_the_step_moves_32_bytes_a_parameter(launches, monkeypatch):
     [("gram", None, 2300), ("gram", torch.bfloat16, 2600), ("plain", torch.bfloat16, 2850)],
 )
 def test_a_training_step_launches_so_many_kernels_and_ops(launches, form, amp, ceiling):
-    """Counts the launches of a whole step of Jasper 10x5, without frontend and loss (some 15 more). The model has a
-    sixteenth of the channels, because their number does not change the count."""
+    """Counts the launches of a step of Jasper 10x5 without frontend and loss, which make about 15 more. The model has a
+    sixteenth of the channels, whose number does not change the count."""
     cfg = models.config("jasper10x5")
     blocks = [dataclasses.replace(b, filters=b.filters // 16) for b in cfg.encoder.blocks]
     decoder = dataclasses.replace(cfg.decoder, in_feats=cfg.decoder.in_feats // 16)

@@ -33,14 +33,13 @@ class JasperBlock(nn.Module):
         for i in range(b["repeat"]):
             width, how = c_in if i == 0 else c, {"stride": s, "padding": d * (k - 1) // 2, "dilation": d}
             if self.separable:
-                self.mconv.append(self._conv(width, width, k, groups=width, **how))
-                self.mconv.append(self._conv(width, c, 1))
+                self.mconv += [self._conv(width, width, k, groups=width, **how), self._conv(width, c, 1)]
             else:
                 self.mconv.append(self._conv(width, c, k, **how))
             self.mconv.append(nn.BatchNorm1d(c, 1e-3, 0.1))
             if i < b["repeat"] - 1:
                 self.mconv += [activation, nn.Dropout(b["dropout"])]
-        pairs = [nn.ModuleList([self._conv(pane, c, 1), nn.BatchNorm1d(c, 1e-3, 0.1)]) for pane in panes]
+        pairs = (nn.ModuleList([self._conv(pane, c, 1), nn.BatchNorm1d(c, 1e-3, 0.1)]) for pane in panes)
         self.res = nn.ModuleList(pairs) if panes else None
         self.mout = nn.Sequential(activation, nn.Dropout(b["dropout"]))
 

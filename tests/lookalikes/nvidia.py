@@ -1,6 +1,6 @@
 """A look-alike of NVIDIA's Jasper for PyTorch, for tests, with its class names, attributes, call forms and keys.
 
-It is written from a description, not from NVIDIA's source. Golden results of NVIDIA's own system check its numbers.
+It is written from a description, not from NVIDIA's source. A test compares it with golden results of NVIDIA's code.
 """
 
 import torch
@@ -28,8 +28,7 @@ class JasperBlock(nn.Module):
         (k,), (s,), (d,), c, act = b["kernel_size"], b["stride"], b["dilation"], b["filters"], activation()
         self.conv = nn.ModuleList()
         for i in range(b["repeat"]):
-            c_from = c_in if i == 0 else c
-            conv = MaskedConv1d(c_from, c, k, s, (k // 2) * d, d, bias=False, masked=masks)
+            conv = MaskedConv1d(c if i else c_in, c, k, s, (k // 2) * d, d, bias=False, masked=masks)
             self.conv += [conv, nn.BatchNorm1d(c, 1e-3, 0.1)]
             if i < b["repeat"] - 1:
                 self.conv += [act, nn.Dropout(b["dropout"])]
@@ -48,8 +47,7 @@ class JasperBlock(nn.Module):
             y, _ = pane[0](xs[i] if self.dense_residual else xs[-1], xs_lens)
             x = x + pane[1](y)
         x = self.out(x)
-        out = [*xs, x] if self.dense_residual else [x]
-        return out, lens if self.use_conv_masks else None
+        return ([*xs, x] if self.dense_residual else [x]), lens if self.use_conv_masks else None
 
 
 class JasperEncoder(nn.Module):
