@@ -53,6 +53,14 @@ def outputs(model):
         return model(torch.linspace(-1, 1, 2 * 6 * 32).view(2, 6, 32), torch.tensor([32, 20]))[0]
 
 
+def same(got: dict, want: dict) -> bool:
+    """Returns whether two state dicts have the same names, dtypes, shapes and bits."""
+    got, want = dict(sorted(got.items())), dict(sorted(want.items()))
+    bits = [[t.reshape(-1).view(torch.uint8) for t in state.values()] for state in (got, want)]
+    types = [[(name, t.dtype, t.shape) for name, t in state.items()] for state in (got, want)]
+    return types[0] == types[1] and all(map(torch.equal, *bits))
+
+
 def run_state(step, **more):
     return {"format": checkpoint.FORMAT, "step": step, "state_dict": {"w": torch.full((3,), float(step))}} | more
 

@@ -5,7 +5,7 @@ import warnings
 import nemo_files
 import pytest
 import torch
-from test_checkpoint import BLOCKS, LABELS, config, outputs, own_document, trained_model
+from test_checkpoint import BLOCKS, LABELS, config, outputs, own_document, same, trained_model
 
 from jasper_fast.inference.recognizer import Recognizer
 from jasper_fast.nn import loading
@@ -88,9 +88,7 @@ def test_nemo(tmp_path, masked, compression):
     model = trained_model()
     nemo_archive(tmp_path / "m.nemo", model, masked=masked, compression=compression)
     loaded = load_model(tmp_path / "m.nemo", backend="reference")
-    assert loaded.state_dict().keys() == model.state_dict().keys()
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert same(loaded.state_dict(), model.state_dict())
     assert loaded.config.labels == tuple(LABELS)
     assert loaded.config.encoder.use_conv_masks is masked
     assert loaded.config.encoder.blocks[0].dropout == 0.25

@@ -12,7 +12,7 @@ import torch
 import yaml
 from conftest import raising
 from lookalikes import nemo, nvidia
-from test_checkpoint import BLOCKS, LABELS, config, outputs, own_document, trained_model
+from test_checkpoint import BLOCKS, LABELS, config, outputs, own_document, same, trained_model
 from test_checkpoint_models import nemo_archive, v1_entries
 
 from jasper_fast.inference import convert as conversion
@@ -41,13 +41,6 @@ def odd(state: dict) -> dict:
         [0x7FC12345, -(2**31), 1, 0x7F800001], dtype=torch.int32
     ).view(torch.float32)
     return state
-
-
-def same(got: dict, want: dict) -> bool:
-    got, want = dict(sorted(got.items())), dict(sorted(want.items()))
-    bits = [[t.reshape(-1).view(torch.uint8) for t in state.values()] for state in (got, want)]
-    types = [[(name, t.dtype, t.shape) for name, t in state.items()] for state in (got, want)]
-    return types[0] == types[1] and all(map(torch.equal, *bits))
 
 
 @pytest.fixture(scope="module")

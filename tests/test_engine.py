@@ -29,9 +29,8 @@ def engine_of(face, cfg=None, **options):
 def test_every_kind_of_block_equals_eager_in_fp64(kind, masks, face):
     eager, engine = engine_of(face, config(kind, masks))
     features, lengths = batch([31, 17, 1, 0] if masks else [31, 31], device=face.device)
-    with torch.no_grad():
-        low, want_lengths = eager(features, lengths)
-        ref, _ = eager.double()(features.double(), lengths)
+    low, want_lengths = eager(features, lengths)
+    ref, _ = eager.double()(features.double(), lengths)
     poison(engine)
     got, got_lengths = engine(features, lengths)
     assert got.shape == ref.shape and got.dtype == torch.float32
@@ -48,8 +47,7 @@ VOCABULARIES = [("one conv", classes, [19, 4]) for classes in (2, 29, 128, 129, 
 def test_audio_shorter_than_the_taps_and_vocabularies_of_every_size(kind, classes, frames, face):
     eager, engine = engine_of(face, config(kind, classes=classes))
     features, lengths = batch(frames, device=face.device)
-    with torch.no_grad():
-        want, want_lengths = eager(features, lengths)
+    want, want_lengths = eager(features, lengths)
     got, got_lengths = engine(features, lengths)
     assert torch.equal(got_lengths, want_lengths)
     torch.testing.assert_close(valid(got, got_lengths), valid(want, want_lengths), atol=2e-5, rtol=1e-5)
@@ -97,9 +95,8 @@ def test_layout_and_dtype_of_the_arguments_do_not_matter(kind, face):
 def test_low_precision_is_as_good_as_pytorchs(dtype, face):
     eager, engine = engine_of(face, dtype=dtype)
     features, lengths = batch([31, 17], device=face.device)
-    with torch.no_grad():
-        ref, out = eager.double()(features.double(), lengths)
-        low, _ = eager.to(dtype)(features.nan_to_num().to(dtype), lengths)
+    ref, out = eager.double()(features.double(), lengths)
+    low, _ = eager.to(dtype)(features.nan_to_num().to(dtype), lengths)
     got, _ = engine(features, lengths)
     # Triton's interpreter truncates to bf16; a GPU rounds
     factor = 4.0 if face.name == "triton" and face.device.type == "cpu" and dtype == torch.bfloat16 else 2.0
@@ -116,8 +113,7 @@ def test_folding_is_precise_whatever_the_dtype(name):
             bn.running_var.mul_(1e10)
             bn.weight.data.mul_(1e5)
     features, lengths = batch([31, 17], device=face.device)
-    with torch.no_grad():
-        want, out = eager(features, lengths)
+    want, out = eager(features, lengths)
     got, _ = InferenceEngine(ours, dtype=torch.float16)(features, lengths)
     torch.testing.assert_close(valid(got, out), valid(want, out), atol=0.02, rtol=0.02)
 
@@ -180,8 +176,7 @@ def test_weights_are_copies_until_refresh(face, graphs, monkeypatch):
     assert torch.equal(engine(features, lengths)[0], before)
     engine.refresh()
     after, _ = engine(features, lengths)
-    with torch.no_grad():
-        want, _ = eager(features, lengths)
+    want, _ = eager(features, lengths)
     torch.testing.assert_close(valid(after, out), valid(want, out), atol=2e-5, rtol=1e-5)
     assert not torch.allclose(valid(after, out), valid(before, out))
 

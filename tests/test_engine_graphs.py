@@ -27,6 +27,11 @@ def device(monkeypatch):
     return device
 
 
+def graphed(device, kind="jasper", **options) -> InferenceEngine:
+    _, ours = pair(config(kind), "triton", device)
+    return InferenceEngine(ours, graphs=True, bucket=8, **options)
+
+
 def captured(engine) -> int:
     """Returns the number of shapes that have a graph."""
     return sum(bound.replay is not None for bound in engine._run.shapes.held.values())
@@ -66,8 +71,7 @@ def test_without_masks_each_length_has_its_graph(device):
         features, lengths = batch([t, t], device=device)
         poison(engine)
         got, out = engine(features, lengths)
-        with torch.no_grad():
-            want, want_out = eager(features, lengths)
+        want, want_out = eager(features, lengths)
         assert torch.equal(out, want_out)
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
     assert list(engine._run.shapes.held) == [(2, 22), (2, 20)]
@@ -82,8 +86,7 @@ def test_without_masks_each_length_has_its_graph(device):
     ],
 )
 def test_lengths_of_a_bucket_share_a_graph_and_the_one_used_longest_ago_goes_first(kind, frames, held, device):
-    _, ours = pair(config(kind), "triton", device)
-    engine = InferenceEngine(ours, graphs=True, bucket=8, graph_limit=2)
+    engine = graphed(device, kind, graph_limit=2)
     for t in frames:
         engine(*batch([t], device=device))
     assert list(engine._run.shapes.held) == held
@@ -107,8 +110,7 @@ def test_growth_drops_every_graph(device):
 @pytest.mark.slow
 def test_a_graph_does_not_outlive_its_scratch(device):
     """A graph is captured again if the memory for partial sums has grown since its capture."""
-    _, ours = pair(config([block(64, 3, 11)]), "triton", device)
-    engine = InferenceEngine(ours, graphs=True, bucket=8)
+    engine = graphed(device, [block(64, 3, 11)])
     small, large = batch([12], device=device), batch([40, 40, 40], device=device)
     engine(*large)  # from here on the buffers do not grow
     want = engine(*small)[0]
@@ -122,8 +124,7 @@ def test_a_graph_does_not_outlive_its_scratch(device):
 
 
 def test_a_graph_is_captured_again_where_fp32_arithmetic_is_to_change(device, monkeypatch):
-    _, ours = pair(config("plain residual"), "triton", device)
-    engine = InferenceEngine(ours, graphs=True, bucket=8)
+    engine = graphed(device, "plain residual")
     features, lengths = batch([24, 17], device=device)
     engine(features, lengths)
     bound = engine._run.shapes.held[2, 24]
@@ -138,8 +139,7 @@ def test_a_graph_is_captured_again_where_fp32_arithmetic_is_to_change(device, mo
 
 @pytest.mark.slow
 def test_auto_captures_a_shape_when_it_comes_back(device):
-    _, ours = pair(config(), "triton", device)
-    engine = InferenceEngine(ours, graphs=True, bucket=8)
+    engine = graphed(device)
     engine._run.shapes.patient = True  # as with graphs="auto" on a GPU
     features, lengths = batch([31, 17], device=device)
     first, _ = engine(features, lengths)
@@ -151,8 +151,7 @@ def test_auto_captures_a_shape_when_it_comes_back(device):
 
 @pytest.mark.slow
 def test_threads_share_an_engine(device):
-    _, ours = pair(config("plain residual"), "triton", device)
-    engine = InferenceEngine(ours, graphs=True, bucket=8, graph_limit=1)
+    engine = graphed(device, "plain residual", graph_limit=1)
     batches = [batch(lengths, device=device) for lengths in ([24, 17], [9])]
     wanted = [engine(*b)[0].cpu() for b in batches]
 
@@ -172,8 +171,7 @@ def test_threads_share_an_engine(device):
 def test_impossible_lengths_are_clamped_by_the_kernels(kind, device):
     """On a GPU the engine does not check lengths. The test calls its runner, which does not check them on a CPU
     either."""
-    _, ours = pair(config(kind), "triton", device)
-    engine = InferenceEngine(ours, graphs=True, bucket=8)
+    engine = graphed(device, kind)
     features, _ = batch([27, 27, 27], device=device)
     with torch.no_grad():
         want, want_out = engine._run.run(features, torch.tensor([27, 0, 5], device=device))

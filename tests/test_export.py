@@ -51,22 +51,18 @@ def trained(kind=Jasper, masks=True):
 def test_the_plain_graph_gives_the_engines_numbers(kind, masks):
     model, ours = trained(kind, masks), trained(masks=masks)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with torch.no_grad():
-        plain = export.PlainJasper(model).eval()
-        assert export.differs(plain, InferenceEngine(ours), ours) < 1e-4
+    plain = export.PlainJasper(model).eval()
+    assert export.differs(plain, InferenceEngine(ours), ours) < 1e-4
     assert plain(torch.randn(1, 6, 40), torch.tensor([40]))[0].std() > 0.3
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     wrong = trained(masks=masks)
     wrong.encoder.layers[2].res[0][1].bias.data[0] += 0.1
-    with torch.no_grad():
-        assert export.differs(plain, InferenceEngine(wrong), wrong) > 10 * export.TOLERANCE
+    assert export.differs(plain, InferenceEngine(wrong), wrong) > 10 * export.TOLERANCE
 
 
 def test_a_graph_that_forgets_the_padding_is_seen():
-    model = trained()
-    with torch.no_grad():
-        plain = export.PlainJasper(trained(masks=False)).eval()
-        assert not export.differs(plain, InferenceEngine(model), model) < 1
+    model, plain = trained(), export.PlainJasper(trained(masks=False)).eval()
+    assert not export.differs(plain, InferenceEngine(model), model) < 1
 
 
 @pytest.mark.slow
@@ -74,8 +70,7 @@ def test_the_exported_program_serves_other_batches_and_loads_without_this_packag
     model = trained()
     torch.export.save(export.program(model), tmp_path / "jasper.pt2")
     served = torch.export.load(tmp_path / "jasper.pt2").module()
-    with torch.no_grad():
-        assert export.differs(served, InferenceEngine(model), model) < 1e-4
+    assert export.differs(served, InferenceEngine(model), model) < 1e-4
     code = "import sys, torch; m = torch.export.load(sys.argv[1]).module(); x = torch.ones(2, 6, 50)\n"
     code += "print(m(x, torch.tensor([50, 20]))[1].tolist(), 'jasper_fast' in sys.modules)"
     command = [sys.executable, "-c", code, str(tmp_path / "jasper.pt2")]

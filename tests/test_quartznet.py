@@ -10,6 +10,7 @@ import torch
 from close import assert_close
 from conftest import make_face, settle
 from engines import block, pair, poison, valid
+from test_checkpoint import same
 
 from jasper_fast import InferenceEngine, Jasper, JasperConfig
 from jasper_fast.inference import export
@@ -139,8 +140,7 @@ def test_strides_and_even_kernels_in_the_engine() -> None:
 def test_the_plain_graph_is_the_engine(kind) -> None:
     eager, ours = pair(config(), settle("cpu"))
     plain = export.PlainJasper({Jasper: ours, EagerJasper: eager}[kind])
-    with torch.no_grad():
-        assert export.differs(plain, InferenceEngine(ours), ours) < 1e-4
+    assert export.differs(plain, InferenceEngine(ours), ours) < 1e-4
 
 
 def test_a_hook_on_a_depthwise_conv_is_refused() -> None:
@@ -162,5 +162,4 @@ def test_nemos_archive_of_a_quartznet_loads(tmp_path) -> None:
     nemo_files.write(tmp_path / "q.nemo", document, nemo_files.entries(ours))
     loaded = load_model(tmp_path / "q.nemo")
     assert loaded.config.encoder.blocks[0].separable
-    for name, tensor in ours.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert same(loaded.state_dict(), ours.state_dict())

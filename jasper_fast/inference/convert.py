@@ -83,14 +83,13 @@ def convert(
     weights = read_weights(source, ema=ema)
     config = _with_labels(config or config_of(weights), weights)
     entries, made = _entries(weights, config)
-    report = Report(str(source), weights.kind, str(out), to, {}, sum(t.numel() for t in entries.values()), False)
-    report.left_out = list(weights.left_out)
-    average = None
+    average, left_out = None, list(weights.left_out)
     if weights.average is not None and to in HOLDS_AVERAGE:
-        average = _entries(dataclasses.replace(weights, state_dict=weights.average), config)[0]
-        report.average = True
+        average, _ = _entries(dataclasses.replace(weights, state_dict=weights.average), config)
     elif weights.average is not None:
-        report.left_out.append("ema_state_dict (the moving average; --ema writes it in place of the weights)")
+        left_out.append("ema_state_dict (the moving average; --ema writes it in place of the weights)")
+    elements = sum(tensor.numel() for tensor in entries.values())
+    report = Report(str(source), weights.kind, str(out), to, {}, elements, average is not None, left_out=left_out)
     with replacing(out) as file:
         theirs = WRITERS[to](file, entries, average, config, report)
         file.flush()

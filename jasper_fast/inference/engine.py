@@ -148,10 +148,13 @@ class InferenceEngine:
 
     def _compute(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         n, _, t = features.shape
+        lengths = lengths.to(torch.int64).contiguous()
         with self._lock, self._precisely():
+            if features.numel() == 0:
+                return self._run.plan.nothing(features, lengths)
             runner = self._chosen(n, t)  # not within the turn, because tuning may synchronise the device
             with self._turns.turn():
-                return runner.run(features, lengths.to(torch.int64).contiguous())
+                return runner.run(features, lengths)
 
 
 class EncoderEngine(InferenceEngine):

@@ -39,8 +39,8 @@ class Launches:
     """Computes (log_probs (N, T', V) fp32, lengths) from features (N, C, T) and lengths (N,) int64, on `face`, "triton"
     or "cuda". Without a decoder it computes (output of the last block (N, T', C), lengths).
 
-    With conv masks T is rounded up, so that T' is a multiple of `bucket`. The added rows lie past all lengths, so they
-    are zero and cost no products. `shapes` captures the launches between the first and the last.
+    With conv masks T is rounded up, so that T' is a multiple of `bucket`. The added rows lie past all lengths, so the
+    kernels skip their products and write zeros. `shapes` captures the launches between the first and the last.
     """
 
     def __init__(self, model: Network, dtype: torch.dtype, face: str, shapes: Shapes, *, bucket: int):
@@ -57,15 +57,13 @@ class Launches:
 
     def run(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         plan = self.plan
-        if features.numel() == 0:
-            return plan.nothing(features, lengths)
         n, _, t = features.shape
         t_out = plan.out_frames(t)
         bound = self._bound(n, -(-t // self._span) * self._span)
         before = self._scratch()
         if bound.source is None:
             x = self._readable(features).transpose(1, 2)
-        else:  # rows past T are left from other calls, so no length may be greater than T
+        else:  # rows past T have values of other calls, so no length may be greater than T
             x, lengths = bound.source, lengths.clamp(0, t)
             x[:, :t].copy_(features.transpose(1, 2))
         bound.first(x, lengths=Lengths(lengths, None, self.lengths.held["lengths0"][:n], plan.masks))

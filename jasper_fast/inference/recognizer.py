@@ -127,7 +127,7 @@ class Recognizer:
         """Reads and transcribes utterances in batches of similar length. Unusable utterances are listed in ``skipped``.
 
         A batch has at most ``batch_size`` utterances and ``max_seconds`` of padded audio; a longer utterance is a batch
-        of its own. After each batch ``progress`` is called with the number of utterances that it has finished.
+        of its own. After each batch ``progress`` is called with the number of utterances that the batch has finished.
         """
         before = 0
         for result in self.stream(utterances, batch_size, max_seconds, workers):

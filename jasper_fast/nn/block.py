@@ -241,7 +241,8 @@ def of_the_batch(bn: nn.BatchNorm1d) -> bool:
 
 
 def momentum_of(bn: nn.BatchNorm1d) -> float | Tensor:
-    """Returns the weight of a batch's statistics in the running ones. Without momentum, all batches weigh the same."""
+    """Returns the weight of a batch's statistics in the running statistics. Without momentum all batches count
+    equally."""
     if bn.momentum is None and bn.num_batches_tracked is not None:
         return 1.0 / (bn.num_batches_tracked + 1)
     return bn.momentum or 0.0

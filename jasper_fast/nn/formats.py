@@ -101,7 +101,8 @@ def _unwrapped(name: str) -> str:
 
 
 def _lightning_labels(settings: Any) -> list[str] | None:
-    """Returns the alphabet in a Lightning checkpoint's `hyper_parameters`: its `labels`, or a NeMo configuration's."""
+    """Returns the alphabet in a Lightning checkpoint's `hyper_parameters`: its `labels`, or the `vocabulary` of the
+    decoder in a NeMo configuration; otherwise None."""
     if not isinstance(settings, dict):
         return None
     decoder = settings.get("decoder")

@@ -43,25 +43,24 @@ def load_weights(
     """
     own = model.state_dict()
     given, wrong, extra = compared(own, weights)
+    head = [name for name in own if name.startswith("decoder.")]
+    rows, reasons = None, []
     if strict:
         refuse_misfits(weights, wrong, extra)
         if labels is not None and weights.labels is not None and list(labels) != list(weights.labels):
             raise CheckpointError(f"{weights.path} was trained with other labels; pass strict=False for a warm start")
-    reasons = []
-    head = [name for name in own if name.startswith("decoder.")]
-    if not strict:
+    else:
         rows, reason = _decoder_rows(weights, labels, decoder, [wrong.get(name) for name in head], like or {})
         if rows is not None:
             wrong |= dict.fromkeys(head, "new")
         reasons += [reason] if reason else []
-    config = getattr(model, "config", None)
-    if not strict and weights.config and config:
-        theirs, ours = _convention(weights.config), _convention(vars(config))
-        if theirs != ours:
-            reasons.append(
-                f"its features follow the convention {theirs!r}, but the configuration's follow {ours!r} "
-                f"(filterbank_features.convention)"
-            )
+        if weights.config and hasattr(model, "config"):
+            theirs, ours = _convention(weights.config), _convention(vars(model.config))
+            if theirs != ours:
+                reasons.append(
+                    f"its features follow the convention {theirs!r}, but the configuration's follow {ours!r} "
+                    f"(filterbank_features.convention)"
+                )
     rest = [name for name in wrong if name not in head]
     if rest:
         reasons.append(f"{len(rest)} entries keep their initial values; the first is {rest[0]} ({wrong[rest[0]]})")
@@ -81,7 +80,7 @@ def load_weights(
     with torch.no_grad():
         for name, tensor in fitting.items():
             own[name].copy_(tensor)
-        if not strict and rows:
+        if rows:
             to, source = map(list, zip(*rows, strict=True))
             for name in head:
                 own[name][to] = given[name][source].to(own[name])
