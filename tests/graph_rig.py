@@ -29,7 +29,7 @@ SMALL = CONFIG | {"jasper": {"encoder": {"in_feats": 32, "blocks": BLOCKS}, "dec
 
 
 def batch(n: int, seconds: float, labels: int, seed: int) -> Batch:
-    """Returns a batch of noise with random transcripts, whose utterances have several lengths."""
+    """Returns a batch of noise with random transcripts. Its utterances differ in length."""
     draw = torch.Generator().manual_seed(seed)
     samples = int(16000 * seconds)
     lengths = torch.tensor([samples - i * samples // 4 for i in range(n)])

@@ -1,4 +1,4 @@
-"""Lists what a CUDA graph could not capture of a training step, without a GPU: on fake tensors of a pretended device.
+"""Runs training steps on fake tensors of a pretended device, and lists what a CUDA graph could not capture of them.
 Prints one JSON object: `TRITON_INTERPRET=1 python tests/graph_stand_in.py`.
 """
 
@@ -121,7 +121,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     backend_registration._setup_privateuseone_for_python_backend(NAME, Module())
     casting = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
-    # autocast casts nothing on this device; our own ops ask for its dtype and cast themselves
+    # autocast casts nothing on this device, but our own ops read its dtype and cast by themselves
     casting.fallback(torch.library.fallthrough_kernel)
     for module in (step, graphed):
         module.loss_is_capturable = lambda device: True

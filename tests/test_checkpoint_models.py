@@ -154,7 +154,7 @@ def test_a_file_that_does_not_fit_lists_what_differs(tmp_path):
         CheckpointError, match=r"does not fit the model; \d+ entries differ: encoder\.layers\.1\.conv\.0"
     ):
         load_model(tmp_path / "a.pt", config=JasperConfig.from_dict(wide))
-    with pytest.raises(CheckpointError, match="does not fit the model"):  # default: Jasper 10x5
+    with pytest.raises(CheckpointError, match="does not fit the model"):  # by default a Jasper 10x5
         load_model(tmp_path / "a.pt")
 
 

@@ -157,7 +157,7 @@ def test_threads_share_an_engine(device):
 
     def right(i: int) -> bool:
         with torch.cuda.stream(torch.cuda.Stream(device) if device.type == "cuda" else None):
-            # copied on this stream, because the default stream does not wait for it
+            # copied to the CPU on this stream, because the default stream does not wait for this stream
             return all(torch.equal(engine(*batches[i])[0].cpu(), wanted[i]) for _ in range(3))
 
     if device.type == "cuda":

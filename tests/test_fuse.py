@@ -219,7 +219,7 @@ def add(module, given, out):
 def test_a_hook_that_changes_a_block_output_is_seen(hook, training):
     """A block masks an input that a hook has changed. It skips the masking of unchanged outputs of fused blocks."""
     results = []
-    for model in twins("nvidia", "none", backend="reference"):  # this face reads the padding, which others skip
+    for model in twins("nvidia", "none", backend="reference"):  # a face that reads the padding
         model.double().train(training).encoder.layers[0].register_forward_hook(hook)
         with torch.no_grad():
             results.append(call(model, features(torch.float64)))

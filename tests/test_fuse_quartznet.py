@@ -1,4 +1,4 @@
-"""fuse() on QuartzNets: the look-alike of NeMo's and EagerJasper, with and without fusion."""
+"""fuse() on QuartzNets, as EagerJasper and as the look-alike of NeMo's model."""
 
 import pytest
 import torch

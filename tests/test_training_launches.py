@@ -1,4 +1,5 @@
-"""A training step on the Triton face with recorded launches: its kernels, the bytes that it saves, and no waiting.
+"""A training step on the Triton face with recorded launches: its kernels, the bytes that it saves, and that the host
+never waits.
 
 Other tests check the kernels. Here only the host's part of a step runs, so Jasper 10x5 takes seconds.
 """
@@ -32,7 +33,7 @@ BLOCKS, CONVS, PANES = 6, 9, 1 + 2 + 3
 
 @pytest.fixture
 def launches(monkeypatch) -> list[str]:
-    """Records the name and the set flags of every kernel launch; no kernel runs."""
+    """Records the kernel name of every launch, with the flags that are on. No kernel runs."""
     interpreted()
     told: list[str] = []
 
@@ -60,7 +61,7 @@ def test_a_step_runs_no_conv_twice_and_takes_no_pass_for_statistics(launches, fo
     backward = collections.Counter(launches)
     inside = CONVS - BLOCKS  # convs that follow another conv of their block
     want = {"conv1d_pack": CONVS, "conv1d_forward stats": CONVS, "conv1d_stats_merge": CONVS, "forward": CONVS}
-    # a plain pane's output comes from no conv1d kernel, so its statistics need a pass
+    # PyTorch computes the outputs of plain panes, so their statistics need a pass of their own
     assert forward == want | ({"stats": PANES, "stats_merge": PANES} if form == "plain" else {})
     assert backward == {
         "conv1d_wgrad": CONVS - 1,
@@ -70,7 +71,7 @@ def test_a_step_runs_no_conv_twice_and_takes_no_pass_for_statistics(launches, fo
         "conv1d_dgrad norm": inside,
         "conv1d_sums_merge": inside,
         "forward": inside,  # computes z again
-        "backward_reduce": BLOCKS,  # the gradients of a block output's readers are summed first
+        "backward_reduce": BLOCKS,  # the gradients from all readers of a block's output are summed first
         "sum_merge": BLOCKS,
         "backward_apply halo": CONVS,
     }
@@ -222,8 +223,8 @@ def multi_tensor(lists: int, sizes: list[int]) -> int:
 
 
 class Dispatched(TorchDispatchMode):
-    """Counts the launches that ATen ops would need on a GPU: one per op, those of `multi_tensor` per foreach op, none
-    for views and allocations."""
+    """Counts the launches that ATen ops would need on a GPU: one per op, the number that `multi_tensor` returns per
+    foreach op, and none for views and allocations."""
 
     NONE = ("view", "_unsafe_view", "transpose", "t", "unsqueeze", "squeeze", "slice", "select", "detach", "expand",
             "alias", "as_strided", "unbind", "split", "empty", "empty_like", "empty_strided", "new_empty", "reshape",
@@ -283,7 +284,7 @@ def test_the_optimiser_and_the_average_are_two_launches(launches, face, monkeypa
     monkeypatch.setattr(NovoGrad, "_face", lambda self, device, params: face)
     optimizer = NovoGrad(ours.parameters(), lr=0.01, weight_decay=1e-3, ema=ema)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    step.update(ours, optimizer, scaler)  # makes its state
+    step.update(ours, optimizer, scaler)  # makes the optimiser's state
     launches.clear()
     optimizer.param_groups[0]["lr"] = 0.009  # as a schedule does in every step
     with Dispatched() as seen:

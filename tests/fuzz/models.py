@@ -167,7 +167,7 @@ def case(seed: int) -> None:
             lows = [evaluate(eager.eval(), x, lengths) for x in near]
             ref = evaluate(double.eval(), features.double(), lengths)
             compare(what, evaluate(call, features, lengths), lows, ref)
-        # A variance that is computed from a covariance loses precision where its terms cancel. The loss is hundreds of
+        # A variance that is computed from a covariance loses precision where its terms cancel. The error is hundreds of
         # eps if the channels of a source depend on one another, as with seed 799.
         floor = 512 if panes == "gram" else 64
         lows = [low(eager, state, x, i > 0, lengths, seed) for i, x in enumerate(near)]

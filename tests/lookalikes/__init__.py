@@ -1,6 +1,6 @@
 """Look-alikes of NVIDIA's and NeMo's Jasper, for the tests of fuse and convert.
 
-They have the class names, attributes, state-dict keys and call forms of the originals, but were written from a
+They have the class names, attributes, signatures and state-dict keys of the originals, but were written from a
 description. A block is given as a dictionary with the keys of NVIDIA's configuration files.
 """
 

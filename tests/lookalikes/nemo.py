@@ -1,4 +1,4 @@
-"""A look-alike of NeMo's Jasper, for tests, with its class names, attributes, call forms and state-dict keys.
+"""A look-alike of NeMo's Jasper, for tests, with its class names, attributes, signatures and state-dict keys.
 
 It is written from a description, not from NeMo's source.
 """

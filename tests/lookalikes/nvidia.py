@@ -1,4 +1,4 @@
-"""A look-alike of NVIDIA's Jasper for PyTorch, for tests, with its class names, attributes, call forms and keys.
+"""A look-alike of NVIDIA's Jasper for PyTorch, for tests, with its class names, attributes, signatures and keys.
 
 It is written from a description, not from NVIDIA's source. A test compares it with golden results of NVIDIA's code.
 """
