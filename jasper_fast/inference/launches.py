@@ -114,7 +114,7 @@ class Launches:
     def _bind(self, n: int, frames: list[int], changes: list[bool]) -> Kernels:
         plan, buffers = self.plan, self.buffers
         source = buffers.view(plan.source, n, frames[0]) if plan.reads_source else None
-        # A launch may fetch the weights of the next one ahead, and may begin before the previous one ends (`Chain`).
+        # A launch may prefetch the weights of the next launch, and may begin before the previous launch ends (`Chain`).
         # Launch 0 runs outside the CUDA graph, after work of the caller. Launch 1 is the first of the graph, and the
         # start of a graph waits for all earlier work. So neither of these two launches begins early.
         convs = [*(step.conv for step in plan.steps), plan.head]

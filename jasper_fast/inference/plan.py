@@ -40,7 +40,7 @@ def weight_of(model: Network) -> Tensor:
     return conv.weight
 
 
-POINTWISE = BlockConfig(filters=1, kernel_size=(1,), residual=False)  # for the decoder and for pointwise convs
+POINTWISE = BlockConfig(filters=1, kernel_size=(1,), residual=False)  # of the decoder and of pointwise convs
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,8 @@ class Plan:
         return list(accumulate(self.steps, lambda before, step: step.b.out_length(before), initial=t))
 
     def span(self, bucket: int) -> int:
-        """Returns the number of frames to a multiple of which T is rounded up, so that T' is a multiple of `bucket`.
-        Without masks the number is 1, because more padding would change the results."""
+        """Returns a unit of frames. T is rounded up to a multiple of this unit, so that T' is a multiple of `bucket`.
+        Without masks the unit is 1, because more padding would change the results."""
         return bucket * prod(step.b.s for step in self.steps) if self.masks else 1
 
     @cached_property

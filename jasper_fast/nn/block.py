@@ -1,4 +1,4 @@
-"""A Jasper block: parameters with the names of NVIDIA's Jasper, computed by the fused ops in NTC memory."""
+"""A Jasper block that the fused ops compute in NTC memory. Its parameters have the names of NVIDIA's Jasper."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ class JasperBlock(nn.Module):
 
     @property
     def panes(self) -> list[tuple[nn.Conv1d, nn.BatchNorm1d]]:
-        """The (1x1 conv, batch norm) pairs of the residual, in the order of their input blocks."""
+        """The (1x1 conv, batch norm) pairs of the residual, in the order of the block outputs that they read."""
         return [tuple(pane) for pane in self.res] if hasattr(self, "res") else []
 
     def forward(
