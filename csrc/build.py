@@ -132,8 +132,8 @@ def ninja_file(torch: Path, cxx: str, nvcc: str | None, sanitize: str | None = N
 def compile_libraries(target: Path, sanitize: str | None = None) -> list[Path]:
     """Builds the libraries that this machine can build and puts them into `target`. Returns their paths.
 
-    Prints one line, with the reason, for each library that is left out. sanitize: a key of SANITIZE; then it builds
-    only the CPU library, with those checks in it.
+    Prints one line, with the reason, for each library that is left out. sanitize: a key of SANITIZE, which builds only
+    the CPU library, with these sanitizers. None builds the usual libraries.
     """
     work = target / "objects" if sanitize else WORK
     torch = torch_dir()

@@ -76,7 +76,7 @@ class Library:
 
 
 class _Ops:
-    """The namespace of the library's ops. Raises `Missing` for an op that it lacks: it is then older than this code."""
+    """The namespace of the library's ops. Raises `Missing` for an op that the library is too old to have."""
 
     def __init__(self, namespace: Any, path: Path) -> None:
         self._namespace, self._path = namespace, path

@@ -168,7 +168,7 @@ def test_an_engine_in_fp16_is_the_one_in_fp32() -> None:
     assert torch.equal(got, want)
 
 
-CPUS = {  # (has AMX, has AMX-FP16), and by dtype the faces at inference and in training
+CPUS = {  # name: ((has AMX, has AMX-FP16), {dtype: (face at inference, face in training)})
     "none": ((False, False), {"bf16": ("cpu", "cpu"), "fp16": ("cpu", "cpu")}),
     "amx": ((True, False), {"bf16": ("aten", "aten"), "fp16": ("cpu", "cpu")}),
     "amx_fp16": ((True, True), {"bf16": ("aten", "aten"), "fp16": ("aten", "aten")}),

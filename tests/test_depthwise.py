@@ -147,7 +147,7 @@ def test_a_nan_in_a_valid_frame_reaches_its_taps_alone(name: str) -> None:
 
 
 def test_triton_makes_the_output_lengths() -> None:
-    """As in the engine's first launch; one length is larger than x, and is clamped."""
+    """The engine's first launch computes them so. Here one length is larger than x, and is clamped."""
     impl, device = face_of("triton")
     x, _, weight, geometry, masks = make(TRITON["stride 2"][0], torch.float32, device)
     given = torch.tensor([99, 11], device=device)

@@ -191,7 +191,7 @@ def test_small_gradients_do_not_underflow(form, low):
 
 @pytest.mark.parametrize("low", LOW, ids=str)
 def test_on_a_gpu_dtypes_fit(low):
-    """Checks dtypes and strides on fake tensors. On a GPU, sums of 16-bit products need a variant of ATen's `mm`."""
+    """Checks dtypes and strides on fake tensors. Only on a GPU `torch.mm(..., out_dtype=...)` multiplies 16 bits."""
     from torch._subclasses import FakeTensorMode
 
     with FakeTensorMode():

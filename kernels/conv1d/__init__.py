@@ -1,4 +1,4 @@
-"""1D convolution in NTC memory: an implicit GEMM without an im2col buffer, change of layout, or work on padding.
+"""1D convolution in NTC memory: an implicit GEMM that has no im2col buffer, never changes the layout and skips padding.
 
     y[n, t, co] = sum_k sum_c x[n, t*stride + k*dilation - padding, c] * w[co, c, k]
 

@@ -99,7 +99,7 @@ class Work(NamedTuple):
 
 
 def panel_rows(block: int, taps: int, dilation: int, stride: int) -> int:
-    """Returns the rows of a panel for one residue of t modulo the stride.
+    """Returns the number of rows of a panel that belong to one residue of t modulo the stride.
 
     The number is odd, so that the cells of a row lie in different banks.
     """
@@ -111,7 +111,7 @@ def _panel_bytes(block: int, taps: int, dilation: int, stride: int) -> int:
 
 
 def shared_bytes(loop: int, block: int, work: Work, panels: int, stages: int = 0) -> int:
-    """Shared memory of a CTA, as the kernels lay it out."""
+    """Returns the bytes of shared memory that a CTA of the kernels needs."""
     panel = _panel_bytes(block, work.taps, work.dilation, work.stride)
     if loop == 90:
         return panels * panel + stages * _WEIGHTS + _STAGING_90 + (MAX_STAGES + MAX_PANELS) * 16

@@ -179,8 +179,8 @@ def backward(
     dvar = dgamma * a * rstd * -0.5
     dweights = [by[:, None] * part for by, part in zip(a, products.split(sizes, 1), strict=True)]
     scaled = _scaled(weights, a, g.dtype)
-    # A part of dx comes from the mean of g. It is subtracted here; it would cancel later, but with rounding errors.
-    # The mean of g differs between ranks, so with several ranks the gradient of the mean subtracts it.
+    # The part of dx that comes from the mean of g is subtracted here: later it would cancel, but with rounding errors.
+    # With several ranks it is part of the gradient of the means instead, because the mean of g differs between ranks.
     given = total @ torch.cat(scaled, 1).to(wide)
     shift = torch.zeros_like(given, dtype=g.dtype) if synced else (given / -g.shape[0]).to(g.dtype)
     parts = zip(shift.split(sizes), scaled, strict=True)
