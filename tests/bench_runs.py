@@ -1,4 +1,4 @@
-"""Helpers for the tests of bench: a run and cases that take almost no time, a goal's rows, child processes."""
+"""Helpers for the tests of bench: a run and cases that take almost no time, rows for the goals, child processes."""
 
 import dataclasses
 import subprocess
@@ -28,14 +28,14 @@ def make_run(tmp_path: Path, backend: str = "reference", device=CPU, dtype=torch
 
 
 def again(run: Run) -> Run:
-    """Returns `run` as the next process resumes it."""
+    """Returns the run of a new process that resumes `run`."""
     header = {k: run.results.data[k] for k in ("command", "machine")}
     results = result_file.Results(run.results.path, header, resume=True)
     return dataclasses.replace(run, results=results, started=time.monotonic())
 
 
 def softplus_case(contenders: dict, op: str = "softplus", **more) -> Case:
-    """Returns a case whose task is softplus of x (8, 16). Each of the `contenders`, by name, is a function of x."""
+    """Returns a case that computes softplus of x (8, 16). The `contenders`, by name, are functions of x."""
     x = torch.empty(8, 16)
 
     def build(function):
@@ -66,14 +66,9 @@ def goal_rows() -> list[dict]:
     for goal, value in zip(goals.CPU_GOALS, (4.5, 3.0, 1.1, 1.2, 0.3, 9.0, 2.6, 1.5, 0.4), strict=True):
         for name in ("jasper_fast", "eager"):
             row = {
-                "id": f"{goal.name} / {name}",
-                "bench": goal.bench,
-                "key": dict(goal.key),
-                "contender": name,
-                "ours": name != "eager",
-                "status": "ok",
-            }
-            row["dtype"], row["bytes"], row["flops"] = "float32", 1, 1
+                "id": f"{goal.name} / {name}", "bench": goal.bench, "key": dict(goal.key), "contender": name,
+                "ours": name != "eager", "status": "ok", "dtype": "float32", "bytes": 1, "flops": 1,
+            }  # fmt: skip
             if goal.bench == "memory":
                 row["memory"] = {"kept_bytes": 2**20, "peak_bytes": 2**20} | (
                     {"ours_over_kept": value} if name == "eager" else {}

@@ -1,5 +1,5 @@
-"""The command line of bench. A mistake gets a one-line error, the exit status is 1 if a row of ours has no number, and
-Ctrl-C keeps the rows so far."""
+"""The command line of bench. A mistake gets a one-line error. The exit status is 1 if a row of ours has no number.
+Ctrl-C keeps the finished rows."""
 
 import json
 
@@ -17,19 +17,19 @@ from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.report import html_page
 from jasper_fast.kernels import tables
 
-MEASURING = ("kernels", "gpu")  # all subcommands that measure rows share their options and their start
+MEASURING = ("kernels", "gpu")  # two of the subcommands that measure rows; all share their options and their start
 RUNS = ("kernels", "tune")
 
 
 @pytest.fixture
 def at_once(monkeypatch):
-    """Makes runs skip measuring the machine's limits and writing the HTML page."""
+    """Replaces measuring the machine's limits and writing the HTML page."""
     monkeypatch.setattr(limits, "measure", lambda *_: dict(LIMITS))
     monkeypatch.setattr(html_page, "main", lambda *_: 0)
 
 
 def told(capsys, arguments: list[str]) -> str:
-    """Runs a command that must exit with status 2 and print nothing to standard output; returns its last error line."""
+    """Runs a command that must exit with status 2 and print nothing to stdout. Returns the last line of stderr."""
     try:
         assert cli.shell(arguments) == 2
     except SystemExit as end:
@@ -130,18 +130,18 @@ def test_a_gpu_that_is_not_there_is_told(capsys, monkeypatch):
 
 
 def test_what_is_right_is_read():
-    args = cli.parser().parse_args(["train", "--model", "small", "--model", "configs/jasper10x5dr.yaml:8,1680"])
-    assert args.model == [("small", 8, 400), ("configs/jasper10x5dr.yaml", 8, 1680)]
-    assert cli.parser().parse_args(["memory", "--model", "small"]).model == [("small", 2, 400)]
-    assert cli.parser().parse_args(["profile"]).batch == (8, 400)
-    assert cli.parser().parse_args(["kernels", "--rivals", "eager,cudnn"]).rivals == "eager,cudnn"
+    read = cli.parser().parse_args
+    models = read(["train", "--model", "small", "--model", "configs/jasper10x5dr.yaml:8,1680"]).model
+    assert models == [("small", 8, 400), ("configs/jasper10x5dr.yaml", 8, 1680)]
+    assert read(["memory", "--model", "small"]).model == [("small", 2, 400)] and read(["profile"]).batch == (8, 400)
+    assert read(["kernels", "--rivals", "eager,cudnn"]).rivals == "eager,cudnn"
 
 
 # ------------------------------------------------------------------ exit status
 
 
 def measured(outcome: dict[str, tuple[str, str]]):
-    """Returns a subcommand that times one case; `outcome` gives the (status, reason) of contenders that fail."""
+    """Returns a subcommand that times one case. `outcome` has the (status, reason) of contenders that fail."""
 
     def run(run: Run, op: str, mode: str | None = None) -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -161,8 +161,8 @@ OUTCOMES = [*(("jasper_fast", status) for status in ("wrong", "failed", "refused
 def test_ours_without_a_number_fails_the_command(contender, status, capsys, at_once, tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "main", measured({contender: (status, "why not")}))
     assert cli.main(["kernels", *QUICK, "--out", str(tmp_path)]) == (contender == "jasper_fast")
-    said = f"jasper_fast has no number (1 {status}) in test op=softplus\n"
-    assert capsys.readouterr().err.endswith(said) == (contender == "jasper_fast")
+    line = f"jasper_fast has no number (1 {status}) in test op=softplus\n"
+    assert capsys.readouterr().err.endswith(line) == (contender == "jasper_fast")
 
 
 def profiles(**statuses: str) -> dict:
@@ -198,8 +198,8 @@ def test_an_interrupted_run_says_what_it_keeps_and_goes_on(capsys, at_once, tmp_
     command = ["kernels", *QUICK, "--out", str(tmp_path)]
     assert cli.main(command) == 130
     (path,) = tmp_path.glob("*.json")
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said == f"interrupted: 2 rows are in {path}; the same command with --resume continues"
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line == f"interrupted: 2 rows are in {path}; the same command with --resume continues"
     assert len(json.loads(path.read_text())["rows"]) == 2
     monkeypatch.setattr(kernels, "main", lambda run, op, mode: None)
     assert cli.main([*command, "--resume"]) == 0

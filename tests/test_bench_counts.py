@@ -1,5 +1,7 @@
 """FLOPs, bytes and parameters of all of Jasper 10x5 equal PyTorch's own counts."""
 
+import functools
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -8,32 +10,28 @@ from jasper_fast.bench.cases import counts, models
 from jasper_fast.nn.eager import EagerJasper
 
 
+def network(name: str):
+    config = models.config(name)
+    with torch.device("meta"):
+        return config, EagerJasper(config).eval()
+
+
 @pytest.fixture(scope="module")
 def jasper10x5():
-    config = models.config("jasper10x5")
-    with torch.device("meta"):
-        model = EagerJasper(config).eval()
-    return config, model
+    return network("jasper10x5")
 
 
 def test_every_conv_of_jasper_10x5_is_counted_as_pytorch_counts_it(jasper10x5):
     config, model = jasper10x5
     N, T, seen = 3, 416, {}
 
-    def hook(name):
-        def record(module, inputs, output):
-            tensors = (inputs[0], *module.parameters(), output)
-            seen[name] = (
-                sum(p.numel() for p in module.parameters()),
-                4 * sum(t.numel() for t in tensors),
-                output.shape[2],
-            )
-
-        return record
+    def record(name, module, inputs, output):
+        weights = sum(p.numel() for p in module.parameters())
+        seen[name] = (weights, 4 * (inputs[0].numel() + weights + output.numel()), output.shape[2])
 
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Conv1d):
-            module.register_forward_hook(hook(name))
+            module.register_forward_hook(functools.partial(record, name))
     flops = FlopCounterMode(display=False, depth=8)
     with flops, torch.device("meta"):
         model(torch.empty(N, 64, T), torch.empty(N, dtype=torch.int64))
@@ -54,10 +52,8 @@ def test_jasper_10x5_totals(jasper10x5):
 
 
 def test_quartznets_counts_are_its_models():
-    """Parameters and FLOPs of QuartzNet, whose depthwise convs have groups, equal those of the PyTorch module."""
-    config = models.config("quartznet15x5")
-    with torch.device("meta"):
-        model = EagerJasper(config).eval()
+    """The depthwise convs of QuartzNet have groups."""
+    config, model = network("quartznet15x5")
     assert counts.parameters(config) == sum(p.numel() for p in model.parameters()) == 18_924_381
     found = {f"{conv.name}.weight" for conv in counts.convs(config, 1, 64)}
     assert found == {name for name, p in model.named_parameters() if p.dim() == 3}

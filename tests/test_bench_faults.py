@@ -1,5 +1,4 @@
-"""A wrong result gets no number. Each kind of fault is found, and a rival that is absent or fails gets a row that says
-why."""
+"""A contender with a wrong answer gets no number, and a rival that is absent or fails gets a row with the reason."""
 
 import dataclasses
 import functools
@@ -27,8 +26,7 @@ def skipped_row(x):
 
 
 def stale_after(calls: int):
-    """Returns a function whose first `calls` answers are right and which then repeats the last of them. Only a check
-    after the timing finds this fault."""
+    """Returns a function that gives `calls` right answers, and then repeats the last of them."""
     seen = []
 
     def call(x):
@@ -53,10 +51,8 @@ WRONG = {
 
 @pytest.mark.parametrize("fault", WRONG)
 def test_wrong_kernel_gets_no_number(fault, tmp_path):
-    run = make_run(tmp_path)
-    rows = {
-        r["contender"]: r for r in run.cases("test", [softplus_case({"wrong": WRONG[fault](), "eager": F.softplus})])
-    }
+    case = softplus_case({"wrong": WRONG[fault](), "eager": F.softplus})
+    rows = {r["contender"]: r for r in make_run(tmp_path).cases("test", [case])}
     assert rows["wrong"]["status"] == "wrong" and rows["wrong"]["why"].startswith("y:")
     assert not {"time_s", "ratio", "flops_per_s", "bytes_per_s"} & set(rows["wrong"])
     assert rows["eager"]["status"] == rows["jasper_fast"]["status"] == "ok"
@@ -73,16 +69,16 @@ def test_absent_and_failing_rivals_are_rows_that_say_so(tmp_path):
 
 
 FAULTY_CHAINS = {
-    "scaled": lambda z, y: z * 1.001,
-    "no mask": lambda z, y: z + 0.25 * (z == 0),
-    "skipped row": lambda z, y: z * (torch.arange(z.shape[2]) != 5),
+    "scaled": lambda z: z * 1.001,
+    "no mask": lambda z: z + 0.25 * (z == 0),
+    "skipped row": lambda z: z * (torch.arange(z.shape[2]) != 5),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTY_CHAINS)
 def test_faulty_bn_relu_dropout_is_refused(fault, tmp_path):
-    def chain(y, gamma, beta, running, residual, lengths, p):
-        return FAULTY_CHAINS[fault](common.eager_chain(y, gamma, beta, running, residual, lengths, p), y)
+    def chain(*of):
+        return FAULTY_CHAINS[fault](common.eager_chain(*of))
 
     run = make_run(tmp_path)
     inputs = bn_relu_dropout.Inputs(2, 8, 40, torch.float32, CPU, False)
@@ -106,17 +102,14 @@ def test_faulty_bn_relu_dropout_is_refused(fault, tmp_path):
 def test_faulty_dropout_is_refused(fault):
     inputs = bn_relu_dropout.Inputs(4, 64, 200, torch.float32, CPU, False)
 
-    def chain(y, gamma, beta, running, residual, lengths, p):
-        if p == 0 or fault == "gradient":
-            z = common.eager_chain(y, gamma, beta, running, residual, lengths, 0.0)
-        if p == 0:
-            return z
-        if fault == "rate":
-            return common.eager_chain(y, gamma, beta, running, residual, lengths, 0.15) * (0.85 / 0.8)
-        if fault == "scale":
-            return common.eager_chain(y, gamma, beta, running, residual, lengths, p) * (1 - p)
-        dropped = F.dropout(z.detach(), p, True)
-        return dropped + (z - z.detach())  # right values, but the gradient ignores the dropout mask
+    def chain(*arguments):
+        *of, p = arguments
+        if p > 0 and fault == "rate":
+            return common.eager_chain(*of, 0.15) * (0.85 / 0.8)
+        if p > 0 and fault == "scale":
+            return common.eager_chain(*of, p) * (1 - p)
+        z = common.eager_chain(*of, 0.0)
+        return F.dropout(z.detach(), p, True) + (z - z.detach())  # the gradient ignores the dropout mask
 
     runner = bn_relu_dropout.runner(chain, inputs, "nct", "both", 0.2)
     assert not correct.complaints(
@@ -137,12 +130,7 @@ def test_all_contenders_of_bn_relu_dropout_are_right(residual, dtype, tmp_path):
     assert len(rows) == 9 and all(r["status"] == "ok" for r in rows), [r.get("why") for r in rows]
 
 
-LAYERS = [
-    Layer(16, 24, 11),
-    Layer(8, 8, 5, dilation=2),
-    Layer(16, 29, 1, head=True),
-    Layer(16, 24, 11, stride=2),
-]
+LAYERS = [Layer(16, 24, 11), Layer(8, 8, 5, dilation=2), Layer(16, 29, 1, head=True), Layer(16, 24, 11, stride=2)]
 
 
 @pytest.mark.slow
@@ -161,7 +149,6 @@ def test_all_contenders_of_convs_are_right(op, backend, tmp_path):
 @pytest.mark.parametrize("mode", ["both", "inference"])
 @pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.bfloat16), ("triton", torch.float16)])
 def test_sub_blocks_under_amp_are_right(mode, backend, dtype, tmp_path):
-    """Shows that all contenders are right with fp32 master weights and 16-bit activations, also on fp32 features."""
     interpreted() if backend == "triton" else make_face(backend)
     run = make_run(tmp_path, backend=backend, dtype=dtype)
     layers = LAYERS[1:] if backend == "triton" else LAYERS
@@ -173,7 +160,6 @@ def test_sub_blocks_under_amp_are_right(mode, backend, dtype, tmp_path):
 
 @pytest.mark.slow
 def test_a_wrong_sub_block_is_refused_in_every_mode(tmp_path, monkeypatch):
-    """Shows that an output scaled by 1.01 is found wrong in every mode of training and in inference."""
     ours, *others = sub_blocks.OPS["sub_block"]
     monkeypatch.setitem(sub_blocks.OPS, "sub_block", (lambda *a: ours(*a) * 1.01, *others))
     wrap(monkeypatch, sub_block_inference, "fused", lambda right, *of: lambda *a: right(*of)(*a) * 1.01)
@@ -185,7 +171,7 @@ def test_a_wrong_sub_block_is_refused_in_every_mode(tmp_path, monkeypatch):
 
 
 def test_rivals_of_sub_blocks_that_this_machine_lacks_are_rows_that_say_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(compiler, "needs_compiler", lambda: (_ for _ in ()).throw(Absent("no compiler")))
+    monkeypatch.setattr(compiler, "needs_compiler", raising(Absent("no compiler")))
     run = make_run(tmp_path, rivals="all")
     rows = run.cases("test", by_layer.layer_cases(run, "sub_block", 2, 40, LAYERS[0], ("forward", "inference")))
     by_name = {(r["key"]["mode"], r["contender"]): r for r in rows}
@@ -197,12 +183,8 @@ def test_rivals_of_sub_blocks_that_this_machine_lacks_are_rows_that_say_so(tmp_p
 
 def test_conv_shapes_are_jasper_10x5s():
     shapes = layers()
-    assert len(shapes) == 13 and shapes[:2] == [
-        Layer(768, 896, 29, dilation=2),
-        Layer(768, 768, 25),
-    ]
-    assert Layer(64, 256, 11, stride=2) in shapes
-    assert shapes[-1] == Layer(1024, 29, 1, head=True)
+    assert len(shapes) == 13 and shapes[:2] == [Layer(768, 896, 29, dilation=2), Layer(768, 768, 25)]
+    assert Layer(64, 256, 11, stride=2) in shapes and shapes[-1] == Layer(1024, 29, 1, head=True)
     lengths = torch.tensor([1, 2, 7, 33])
     for layer in shapes:
         assert layer.frames(lengths).tolist() == [layer.frames(t) for t in lengths.tolist()]

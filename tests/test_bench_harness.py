@@ -1,15 +1,14 @@
-"""The harness of bench: ratios and their intervals, second visits, and results on disk that survive a cut-off run."""
+"""The harness of bench: ratios and their intervals, second visits, and results of an interrupted run."""
 
 import dataclasses
 import itertools
 import json
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_runs import CPU, FAST, make_run, softplus_case
+from bench_runs import CPU, again, make_run, softplus_case
 from conftest import raising
 from standins import spied
 
@@ -17,7 +16,6 @@ from jasper_fast.bench.cases import bn_relu_dropout, by_layer, common
 from jasper_fast.bench.harness import checking, clocks, devices, ratios, result_file, timing
 from jasper_fast.bench.harness.case import Contender, Effort, Runner
 from jasper_fast.bench.harness.measurement import Measurement
-from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.harness.seeds import seeded
 from jasper_fast.bench.report import words
 
@@ -55,9 +53,9 @@ def test_a_run_comes_back_to_its_cases(tmp_path):
     run.revisit()
     twice = {r["id"]: r for r in run.results.data["rows"]}
     assert twice.keys() == once.keys() and released and not run.kept and not any(m.runners for m in kept)
-    twin = twice["test op=softplus / twin"]
-    assert twin["ratio"]["visits"] == 2 and "visits" not in once["test op=softplus / twin"]["ratio"]
-    assert twin["time_s"]["samples"] > once["test op=softplus / twin"]["time_s"]["samples"]
+    before, twin = (rows["test op=softplus / twin"] for rows in (once, twice))
+    assert twin["ratio"]["visits"] == 2 and "visits" not in before["ratio"]
+    assert twin["time_s"]["samples"] > before["time_s"]["samples"]
     # the answer of this contender is wrong in the second visit, so its time from the first visit is dropped too
     assert twice["test op=again / scaled later"]["status"] == "wrong"
 
@@ -87,10 +85,9 @@ def test_a_case_takes_its_own_rounds_and_share_in_both_visits(tmp_path):
     ("round_s", "rounds", "warm_ups"), [(0.3, 6, 2), (0.9, 4, 2), (2.0, 3, 1), (4.0, 3, 1), (10.0, 1, 1)]
 )
 def test_rounds_that_take_long_are_few_and_their_rows_say_so(round_s, rounds, warm_ups, tmp_path, monkeypatch):
-    now = itertools.count(0.0, round_s)  # each reading of the clock comes `round_s` later than the one before
+    now = itertools.count(0.0, round_s)  # each reading of the clock is `round_s` later than the one before
     for module in (checking, timing):
-        fake = SimpleNamespace(perf_counter=lambda: next(now), monotonic=time.monotonic)
-        monkeypatch.setattr(module, "time", fake)
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(now)))
     run, ran = make_run(tmp_path), []
     run.effort = Effort(seconds=1.0, min_rounds=6, max_rounds=6, target=0.0)
     case = softplus_case({"eager": lambda x: ran.append(1) or F.softplus(x)})
@@ -115,9 +112,9 @@ def test_convs_in_fp16_on_a_cpu_are_one_utterance_checked_once_before(tmp_path):
         ("cpu", torch.bfloat16, (2, 400), (1, 2)),
         ("cuda", torch.float16, (32, 832), (1, 2)),
     ):
-        asked = dataclasses.replace(run, device=torch.device(device), dtype=dtype)
-        (case,), *_ = by_layer.cases("conv1d")(asked, "forward")
-        assert common.size(asked) == size and case.seeds == seeds
+        of = dataclasses.replace(run, device=torch.device(device), dtype=dtype)
+        (case,), *_ = by_layer.cases("conv1d")(of, "forward")
+        assert common.size(of) == size and case.seeds == seeds
         assert case.key["shape"].startswith(f"({size[0]}, ") and case.key["shape"].endswith(f", {size[1]})")
 
 
@@ -139,18 +136,14 @@ def test_run_cut_off_keeps_its_rows_and_resumes(tmp_path):
     on_disk = json.loads(run.results.path.read_text())
     assert {r["key"]["op"] for r in on_disk["rows"]} == {"softplus0"} and not on_disk["finished"]
 
-    header = {k: on_disk[k] for k in ("command", "machine")}
-    again = Run(CPU, torch.float32, "reference", True, result_file.Results(run.results.path, header, resume=True), FAST)
-    built = []
-    rows = again.cases("test", cases(lambda: built.append(1) or Runner(lambda: None, lambda: {})))
+    run, built = again(run), []
+    rows = run.cases("test", cases(lambda: built.append(1) or Runner(lambda: None, lambda: {})))
     assert {r["key"]["op"] for r in rows} == {"softplus1", "softplus2"} and built == [1]
-    assert {r["key"]["op"] for r in json.loads(run.results.path.read_text())["rows"]} == {
-        "softplus0",
-        "softplus1",
-        "softplus2",
-    }
-    again.results.data["arguments"] = {"backend": "reference", "dtype": "None"}
-    again.results.write()
+    ops = {r["key"]["op"] for r in json.loads(run.results.path.read_text())["rows"]}
+    assert ops == {"softplus0", "softplus1", "softplus2"}
+    run.results.data["arguments"] = {"backend": "reference", "dtype": "None"}
+    run.results.write()
+    header = {k: on_disk[k] for k in ("command", "machine")}
     for other in (
         header | {"machine": header["machine"] | {"commit": "another"}},
         header | {"arguments": {"backend": "cpu", "dtype": "None"}},
@@ -176,8 +169,8 @@ def test_the_flush_of_the_cache_only_reads(monkeypatch):
     reads = spied(monkeypatch, torch, "sum", lambda flush, *_, out: flush is ticker.flush)
     ticker.sample(lambda: seen.append(len(reads)), 3)
     assert reads == [True] * 3 and seen[-3:] == [1, 2, 3]
-    assert torch.equal(bits, before), "by no value"
-    assert bits._version == version, "nor by a write of the same values"
+    assert torch.equal(bits, before)
+    assert bits._version == version, "the same values were written again"
 
 
 def test_deadline_stops_the_run(tmp_path):

@@ -1,5 +1,5 @@
-"""Latency: an engine with a small fault gets no time, each text is compared with the best path of its log-probs, and
-the effort depends on the machine."""
+"""Latency: an engine with a small fault gets no time, each text is compared with the best path of the
+log-probabilities, and the number of samples depends on the device."""
 
 import ctypes
 import dataclasses
@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from bench_runs import make_run
+from bench_runs import CPU, make_run
 
 from jasper_fast import InferenceEngine
 from jasper_fast.bench.cases import counts, latency, models
@@ -30,7 +30,7 @@ def norms(state: dict) -> list[str]:
 
 
 def scaled(state: dict, factor: float) -> dict:
-    """Returns `state` with one layer's output scaled by `factor`: the second sub-block of the last block."""
+    """Returns `state` with the output of one sub-block scaled by `factor`."""
     norm = [n for n in norms(state) if ".conv." in n][-3]
     return state | {f"{norm}.{k}": state[f"{norm}.{k}"] * factor for k in ("weight", "bias")}
 
@@ -58,39 +58,36 @@ WEIGHTS = {
 
 def stale_frames(call: Model) -> Model:
     """Returns a model whose frame 7 always repeats the result of the previous call."""
-    before: list[torch.Tensor] = []
+    frames: list[torch.Tensor] = []
 
     def stale(x: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         log_probs, out = call(x, lengths)
-        kept = log_probs[:, 7].clone()
-        if before:
-            log_probs = log_probs.clone()
-            log_probs[:, 7] = before[0]
-        before[:] = [kept]
+        frames.append(log_probs[:, 7].clone())
+        log_probs = log_probs.clone()
+        log_probs[:, 7] = frames[-2:][0]
         return log_probs, out
 
     return stale
 
 
-# In bf16 the error of eager itself is 0.5 % of the output, so no comparison can find a layer that is 1 % off.
+# In bf16 eager's own error is 0.5 % of the output, so a layer scaled by 1.01 cannot be found.
 FAULTS = [
     ("fp32", "a layer scaled by 1.01"),
     ("fp16", "a layer scaled by 1.01"),
     ("bf16", "a layer scaled by 1.15"),
-    # not in fp16, which has the same tolerance as bf16 and smaller errors
+    # not in fp16, because its tolerance is that of bf16, and its errors are smaller
     *((dtype, fault) for dtype in ("fp32", "bf16") for fault in ("no bias", "no panes", "stale frames")),
 ]
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Makes an utterance of 2 s as short as one of 0.6 s."""
+    """Gives an utterance of 2 s the frames of one of 0.6 s."""
     monkeypatch.setitem(models.FRAMES, 2.0, 64)
 
 
 def engine(change=dict, dtype=torch.float32, around=lambda engine: engine):
-    """Returns a replacement of our engine for `rows_of`. `change` changes the weights, and `around` wraps the
-    engine."""
+    """Returns a replacement of our engine, for `rows_of`, with the weights `change(state)`, wrapped in `around`."""
 
     def build(shared: latency.Models) -> Model:
         fused = models.fused(shared.cfg, change(shared.state), "reference").eval()
@@ -120,9 +117,8 @@ def heard(shared: latency.Models) -> Case:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_right_contenders_have_times(dtype, tmp_path):
     rows = rows_of(tmp_path, acoustic, DTYPES[dtype])
-    assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys(
-        ("jasper_fast", "eager", "eager_2d_channels_last"), "ok"
-    ), [row.get("why") for row in rows.values()]
+    assert [*rows] == ["jasper_fast", "eager", "eager_2d_channels_last"]
+    assert all(row["status"] == "ok" for row in rows.values()), [row.get("why") for row in rows.values()]
 
 
 @pytest.mark.slow
@@ -141,7 +137,7 @@ def test_a_large_model_is_judged_in_fp32_on_a_cpu_and_by_eager_s_error_in_a_lowe
     large = latency.Models(run, "jasper10x5")
     assert large.judged_in is torch.float32 and large.low(tuple) is None
     assert latency.Models(dataclasses.replace(run, dtype=torch.bfloat16), "jasper10x5").low(tuple) is not None
-    # with a tolerance that ignores eager's error, a fault of one per cent must still be found
+    # Without eager's error, the tolerance must still find a fault of one per cent.
     monkeypatch.setattr(counts, "parameters", lambda cfg: 333e6)
     rows = rows_of(tmp_path, acoustic, engine=engine(WEIGHTS["a layer scaled by 1.01"]))
     assert [row["status"] for row in rows.values()] == ["wrong", "ok", "ok"], [r.get("why") for r in rows.values()]
@@ -163,13 +159,12 @@ DECODERS = {
 @pytest.mark.parametrize("fault", DECODERS)
 def test_a_decoder_that_misreads_has_no_time(fault, tmp_path, monkeypatch):
     monkeypatch.setattr(latency, "greedy_decode", DECODERS[fault](latency.greedy_decode))
-    rows = rows_of(tmp_path, heard)
-    assert [row["status"] for row in rows.values()] == ["wrong", "wrong"]
-    assert all(row["why"].startswith("text") for row in rows.values()), [row["why"] for row in rows.values()]
+    rows = rows_of(tmp_path, heard).values()
+    assert all(row["status"] == "wrong" and row["why"].startswith("text") for row in rows), rows
 
 
 def test_texts_and_lengths_of_the_drawn_path_tell_decoders_apart():
-    log_probs, lengths = latency.repeating(3, 50, LETTERS, torch.device("cpu"))
+    log_probs, lengths = latency.repeating(3, 50, LETTERS, CPU)
     texts = latency.greedy_decode(log_probs, lengths, LETTERS)
     assert not latency.misread(log_probs, lengths, texts, LETTERS)
     assert lengths.tolist() == [50, 37, 25] and any(a == b for a, b in itertools.pairwise(texts[0]))
@@ -177,23 +172,22 @@ def test_texts_and_lengths_of_the_drawn_path_tell_decoders_apart():
 
 @pytest.mark.slow
 def test_sound_to_text_is_right_as_it_stands_and_wrong_with_a_faulty_model(tmp_path):
-    rows = rows_of(tmp_path, heard)
-    assert {name: row["status"] for name, row in rows.items()} == {"jasper_fast": "ok", "eager": "ok"}
-    (tmp_path / "again").mkdir()
-    rows = rows_of(tmp_path / "again", heard, engine=engine(WEIGHTS["a layer scaled by 1.01"]))
-    assert rows["jasper_fast"]["status"] == "wrong"
+    for faulty, status in ((None, "ok"), (engine(WEIGHTS["a layer scaled by 1.01"]), "wrong")):
+        rows = rows_of(tmp_path, heard, engine=faulty)
+        assert {name: row["status"] for name, row in rows.items()} == {"jasper_fast": status, "eager": "ok"}
 
 
 def test_the_best_path_by_hand():
-    blank = len(LETTERS.labels)
-
-    def said(path: list[int]) -> str:
-        return latency.best_path(torch.eye(blank + 1)[path], len(path), LETTERS.labels)
-
-    b, o, k = (LETTERS.labels.index(c) for c in "bok")
-    assert said([blank, b, b, o, blank, o, o, k, blank, blank]) == "book"
-    assert said([o, o, o]) == "o" and said([blank, blank]) == "" and said([o, blank, o]) == "oo"
-    assert latency.best_path(torch.eye(blank + 1)[[b, o, k]], 2, LETTERS.labels) == "bo"
+    symbols = [*LETTERS.labels, "-"]
+    for path, length, text in (
+        ("-bbo-ook--", 10, "book"),
+        ("ooo", 3, "o"),
+        ("--", 2, ""),
+        ("o-o", 3, "oo"),
+        ("bok", 2, "bo"),
+    ):
+        log_probs = torch.eye(len(symbols))[[symbols.index(c) for c in path]]
+        assert latency.best_path(log_probs, length, LETTERS.labels) == text
 
 
 # ------------------------------------------------------------------ how much is measured
@@ -204,18 +198,13 @@ def on(run: Run, device: str) -> Run:
 
 
 def test_a_gpu_measures_the_whole_grid_of_both_and_a_cpu_what_it_has_time_for(tmp_path):
-    run = make_run(tmp_path)
+    run, grids, whole = make_run(tmp_path), latency_command.grids, (latency_command.GRID, latency_command.GRID)
     gpu, cpu = on(run, "cuda"), on(run, "cpu")
-    assert (
-        latency_command.grids(gpu, False, ())
-        == latency_command.grids(cpu, True, ())
-        == (latency_command.GRID, latency_command.GRID)
-    )
-    assert latency_command.grids(gpu, False, ((1, 2.0),)) == (((1, 2.0),), ((1, 2.0),))
-    assert latency_command.grids(cpu, False, ())[1] == ((1, 2.0), (1, 7.0))
-    brief = dataclasses.replace(cpu, brief=True)
-    assert latency_command.grids(brief, False, ())[1] == ((1, 2.0),)
-    assert latency_command.grids(run, False, ())[1] == (), "--quick"
+    assert grids(gpu, False, ()) == grids(cpu, True, ()) == whole
+    assert grids(gpu, False, ((1, 2.0),)) == (((1, 2.0),), ((1, 2.0),))
+    assert grids(cpu, False, ())[1] == ((1, 2.0), (1, 7.0))
+    assert grids(dataclasses.replace(cpu, brief=True), False, ())[1] == ((1, 2.0),)
+    assert grids(run, False, ())[1] == (), "--quick"
 
 
 def test_sound_to_text_meets_cuda_graphs_where_they_are_asked_for(tmp_path):
@@ -242,10 +231,10 @@ def test_a_gpu_takes_the_samples_that_a_p99_takes(tmp_path):
 
 
 class Session:
-    """A stand-in for an ONNX Runtime session, which works on the memory that is bound to it."""
+    """A stand-in for an ONNX Runtime session and its binding. It works on the memory that is bound to it."""
 
     def __init__(self, model) -> None:
-        self.model, self.bound = model, {}
+        self.model = model
 
     def io_binding(self) -> "Session":
         self.bound = {}
@@ -271,13 +260,13 @@ class Session:
 def test_onnx_runtime_is_given_tensors_where_they_are(dtype, tmp_path):
     shared = latency.Models(make_run(tmp_path), "small")
     call = runtimes.bound(Session(shared.plain), shared.plain)
-    x, lengths = models.features(shared.cfg, 2, 63, torch.device("cpu"), 1, ragged=True)
+    x, lengths = models.features(shared.cfg, 2, 63, CPU, 1, ragged=True)
     x = x.to(dtype)
-    first, out = call(x.transpose(1, 2).contiguous().transpose(1, 2), lengths)  # the input in another memory order
+    first, out = call(x.transpose(1, 2).contiguous().transpose(1, 2), lengths)  # the input is in another memory order
     with torch.no_grad():
         want, out_lengths = shared.plain(x.float(), lengths)
     assert torch.equal(first, want) and torch.equal(out, out_lengths)
     call(torch.zeros_like(x), lengths)
-    assert torch.equal(first, want), "an answer is in memory of its own"
+    assert torch.equal(first, want), "the next call overwrote the answer"
     with pytest.raises(ValueError, match="use --dtype fp32 or fp16"):
         call(x.bfloat16(), lengths)

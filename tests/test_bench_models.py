@@ -1,5 +1,4 @@
-"""Networks, answers and rivals of bench's cases are made once, on their device and in the memory order that they
-need."""
+"""The cases of bench make their networks and answers only once, and rivals never reorder memory."""
 
 import gc
 import weakref
@@ -16,18 +15,15 @@ from jasper_fast.bench.rivals.eager_layouts import ChannelsLast2d
 
 
 def test_networks_are_made_where_they_run_and_only_once(monkeypatch):
-    class Enough(Exception):
-        pass
+    def made(*_, **__):
+        raise RuntimeError(f"made on {torch.empty(0).device.type}")
 
-    def seen(*_, **__):
-        raise Enough(torch.empty(0).device.type)
-
-    monkeypatch.setattr(models, "EagerJasper", seen)
-    monkeypatch.setattr(models, "Jasper", seen)
+    monkeypatch.setattr(models, "EagerJasper", made)
+    monkeypatch.setattr(models, "Jasper", made)
     config = models.config("small")
-    with pytest.raises(Enough, match="meta"):
+    with pytest.raises(RuntimeError, match="made on meta"):
         models._weights(config, torch.device("meta"), 64)
-    with pytest.raises(Enough, match="meta"):
+    with pytest.raises(RuntimeError, match="made on meta"):
         models.fused(config, {}, "reference")
 
 
@@ -40,9 +36,8 @@ def test_weights_are_shared_and_models_are_copies():
     before = state[name].clone()
     for model in (models.fused(config, state, "reference"), models.eager(config, state)):
         assert all(p.requires_grad and p.device == CPU for p in model.parameters())
-        with torch.no_grad():
-            for t in model.state_dict().values():
-                t.zero_()
+        for t in model.state_dict().values():
+            t.zero_()
     assert torch.equal(state[name], before)
     x, lengths = models.features(config, 2, 64, CPU, 1)
     with torch.no_grad():
@@ -53,13 +48,12 @@ def test_weights_are_shared_and_models_are_copies():
 
 def test_models_go_when_nobody_holds_them(tmp_path):
     gc.collect()
-    gc.disable()  # without collection, only objects outside reference cycles are freed
+    gc.disable()  # so that objects in reference cycles are not freed
     try:
         shared = latency.Models(make_run(tmp_path), "small")
-        features = weakref.ref(shared.inputs(1, 2.0)[0])
-        gone = weakref.ref(shared)
+        refs = weakref.ref(shared), weakref.ref(shared.inputs(1, 2.0)[0])
         del shared
-        assert gone() is None and features() is None
+        assert [ref() for ref in refs] == [None, None]
     finally:
         gc.enable()
 
@@ -82,8 +76,7 @@ def test_a_large_step_is_compared_on_a_small_batch(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("order", "made"), [(("forward",), 0), (("forward", "both"), 1), (("both", "forward"), 1)])
 def test_answers_are_made_once_and_gradients_only_where_they_are_asked_for(order, made, tmp_path, monkeypatch):
-    """Shows that the fp64 answer is computed once, and its gradients only if a mode needs them, because fp64 answers
-    take longer than everything that is timed."""
+    """This matters because fp64 answers take longer than everything that is timed."""
     conv, forwards = sub_blocks.eager_conv, []
     monkeypatch.setitem(sub_blocks.OPS, "conv1d", (None, lambda *of: forwards.append(1) or conv(*of), None))
     backwards = spied(monkeypatch, sub_blocks, "results")

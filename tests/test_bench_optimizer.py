@@ -1,8 +1,8 @@
-"""Bench of the optimiser's step: both forms are right, a wrong one is refused, and the copy moves the stated bytes."""
+"""Bench of the optimiser's step: both forms are right, a wrong step is found, and the copy moves the stated bytes."""
 
 import pytest
 import torch
-from bench_runs import make_run
+from bench_runs import CPU, make_run
 
 from jasper_fast.bench.cases import optimizer
 
@@ -29,7 +29,7 @@ def test_a_step_is_right_and_one_without_decay_is_not(case, name, monkeypatch):
 
 
 def test_the_copy_moves_half_of_the_bytes_twice(case):
-    inputs = optimizer.Inputs(optimizer.models.config("small"), torch.device("cpu"))
+    inputs = optimizer.Inputs(optimizer.models.config("small"), CPU)
     count = case.key["parameters"]
     assert count <= inputs.flat[0].numel() < 1.01 * count and inputs.flat.numel() == 4 * inputs.flat[0].numel()
     optimizer.copying(inputs).run()
@@ -38,7 +38,6 @@ def test_the_copy_moves_half_of_the_bytes_twice(case):
 
 
 def test_both_forms_move_the_same_tensors(case):
-    """Shows that both forms of the step work on the same tensors. Copies would lie elsewhere in memory."""
     made = runners(case)
     before = case.low()
     made["foreach"].run()

@@ -1,4 +1,4 @@
-"""Panes in `python -m bench kernels`: what is compared, what counts as their time, and which cases run."""
+"""Panes in `python -m bench kernels`: which answers are wrong, what their time includes, and which cases run."""
 
 import collections
 import dataclasses
@@ -30,10 +30,9 @@ def statuses(rows: list[dict]) -> dict[tuple[str, str], str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_both_forms_and_the_eager_rivals_are_right_in_every_mode(dtype, tmp_path):
-    """Shows that all contenders are right. The size is one at which a plain form in 16 bits would fail if it rounded u
-    before scaling it."""
-    run = make_run(tmp_path, backend="auto", dtype=dtype)
+    """At this size a plain form in 16 bits would fail if it rounded u before scaling it."""
     make_face("cpu")
+    run = make_run(tmp_path, backend="auto", dtype=dtype)
     rows = run.cases("test", panes.block_cases(run, dataclasses.replace(BLOCK, C_out=64), common.MODES, 4, 400))
     names = ("jasper_fast", "jasper_fast_gram", "eager", "eager_2d_channels_last")
     expected = {(mode, name): "ok" for mode in common.MODES for name in names}
@@ -73,14 +72,13 @@ def test_a_wrong_form_has_no_time_in_any_mode(fault, form, why, tmp_path, monkey
     fault(monkeypatch)
     run = make_run(tmp_path)
     rows = run.cases("test", panes.block_cases(run, BLOCK, common.MODES, 2, 40))
-    found = statuses(rows)
     assert all(row["why"].startswith(why) for row in rows if row["status"] == "wrong")
-    assert {key for key, status in found.items() if status == "wrong"} == {(mode, form) for mode in common.MODES}
-    assert all(status == "ok" for (_, name), status in found.items() if name != form)
+    for (_, name), status in statuses(rows).items():
+        assert status == ("wrong" if name == form else "ok"), name
 
 
 class Calls(TorchDispatchMode):
-    """Records each call of our Gram ops with its number of channels, and of `_foreach_add_` with its number of
+    """Records the calls of our Gram ops with the number of channels, and of `_foreach_add_` with the number of
     tensors."""
 
     def __init__(self) -> None:
@@ -105,8 +103,7 @@ CHARGED = {
 
 @pytest.mark.parametrize("mode", common.MODES)
 def test_a_run_pays_for_the_newest_matrix_and_adds_the_gradients_of_the_older(mode):
-    """Shows which ops one timed run calls. The gradients of the means and covariances of two older inputs take four
-    sums."""
+    """The means and covariances of two older inputs have four gradients."""
     i = panes.Inputs(2, 40, BLOCK, torch.float32, CPU)
     runner = panes.runner(functools.partial(panes.fused, "gram", "auto"), i, "ntc", mode, gram=True)
     runner.run()  # makes the Gram matrices that earlier blocks make in a step, and the graph for backward
@@ -126,7 +123,7 @@ def test_over_a_network_every_block_output_has_one_matrix():
 
 @pytest.mark.parametrize("form", panes.FORMS)
 def test_a_retained_graph_is_of_the_inputs_as_they_are(form):
-    """Shows that after a refill, a run of backward does not use the graph or the matrices of the old inputs."""
+    """After a refill, backward must not use the graph and the matrices of the old inputs."""
     i = panes.Inputs(2, 40, BLOCK, torch.float32, CPU)
     made: list[list[torch.Tensor]] = []
 
@@ -140,12 +137,10 @@ def test_a_retained_graph_is_of_the_inputs_as_they_are(form):
     assert len(made) == 1
     i.refill(7)
     runner.run()
-    assert len(made) == 2
-    xs = i.xs("ntc")
-    for k, x in enumerate(xs):
-        assert torch.equal(made[1][k], x)
-    for k, mean in enumerate(made[1][len(xs) :]):
-        torch.testing.assert_close(mean, xs[k].detach().mean((0, 2)))
+    xs, (_, seen) = i.xs("ntc"), made
+    assert all(torch.equal(old, x) for old, x in zip(seen, xs, strict=False))
+    for mean, x in zip(seen[len(xs) :], xs, strict=False):
+        torch.testing.assert_close(mean, x.detach().mean((0, 2)))
 
 
 # ------------------------------------------------------------------ which cases run
@@ -170,11 +165,11 @@ def test_every_shape_of_every_op_is_measured_in_every_mode(device, collect):
     assert len({case.id for case in cases}) == len(cases)
     for (op, shape), asked in found.items():
         assert asked == {*common.MODES, *(["inference"] if op in ("sub_block", "depthwise") else [])}, (op, shape)
+    shapes = {case.key["shape"] + case.key["taps"] for case in cases if case.key["op"] == "conv1d"}
+    assert len(shapes) == len(layers())
     count = collections.Counter(op for op, _ in found)
-    widths, blocks = (7, 3) if device == "cpu" else (9, 10)
-    shapes = len({case.key["shape"] + case.key["taps"] for case in cases if case.key["op"] == "conv1d"})
-    assert shapes == len(layers())
-    assert count["bn_relu_dropout"] == widths and count["panes"] == blocks and count["bn_relu_dropout+residual"] == 1
+    counted = [count[op] for op in ("bn_relu_dropout", "panes", "bn_relu_dropout+residual")]
+    assert counted == ([7, 3, 1] if device == "cpu" else [9, 10, 1])
 
 
 @pytest.mark.parametrize("op", ["all", "bn_relu_dropout", "conv1d", "sub_block", "panes", "depthwise"])
@@ -187,9 +182,8 @@ def test_one_mode_alone(op, mode, quick, collect):
 
 
 def test_a_brief_run_measures_few_cases(collect):
-    """Shows that a brief run, as `make bench` makes it in ten minutes, has only these cases."""
-    cases = collect(brief=True)
-    assert collections.Counter(case.key["op"] for case in cases) == {
+    """`make bench` makes a brief run, in ten minutes."""
+    assert collections.Counter(case.key["op"] for case in collect(brief=True)) == {
         "bn_relu_dropout": 9,
         "bn_relu_dropout+residual": 1,
         "sub_block": 2,

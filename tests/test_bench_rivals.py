@@ -1,4 +1,4 @@
-"""Rivals compute the same results as eager, and an unknown rival is named in an error."""
+"""Rivals compute the same results as eager, compilers never fall back to eager, and unknown rivals are errors."""
 
 import contextlib
 import gc
@@ -60,10 +60,8 @@ def test_the_cuda_face_has_a_row_of_its_own_on_a_gpu(tmp_path):
     assert rivals(CUDA, backend="auto") and rivals(CUDA, backend="auto", rivals="all")
     assert not rivals(CUDA, backend="cuda") and not rivals(CUDA, backend="auto", rivals="eager") and not rivals(CPU)
     run = make_run(tmp_path, rivals=f"eager,{choice.CUDA_FACE}", dtype=torch.float16)
-    layer = Layer(8, 8, 3)
-    modes = ("forward", "inference")
     for case in (
-        *by_layer.layer_cases(run, "sub_block", 1, 9, layer, modes),
+        *by_layer.layer_cases(run, "sub_block", 1, 9, Layer(8, 8, 3), ("forward", "inference")),
         bn_relu_dropout.case(run, (1, 8, 9), "both", False, False),
     ):
         assert case.names[:1] == ["jasper_fast"] and case.names.count(choice.CUDA_FACE) == 1
@@ -86,8 +84,8 @@ def test_the_cuda_face_is_no_rival_to_be_slower_than():
 
 @pytest.fixture
 def graphs_run(monkeypatch) -> list[int]:
-    """Replaces torch.compile's compiler by one that runs the graph as it is; returns a list with one entry per graph
-    run."""
+    """Replaces torch.compile's backend by one that runs the graphs as they are. Returns a list with one entry per run
+    of a graph."""
     ran: list[int] = []
 
     def backend(graph, _):
@@ -101,19 +99,16 @@ def graphs_run(monkeypatch) -> list[int]:
 
 
 def dense(blocks: int) -> tuple[EagerJasper, torch.Tensor, torch.Tensor]:
-    """Returns a model of this many dense blocks, each with a different number of panes, between two other blocks, and
-    its inputs."""
-    widths = tuple((8, 3, 0.0) for _ in range(blocks))
+    """Returns a model of two blocks with this many dense blocks between them, and its inputs."""
     encoder = {"in_feats": 8, "activation": "relu", "use_conv_masks": True}
-    encoder["blocks"] = models._blocks(8, widths, 1, 8)
+    encoder["blocks"] = models._blocks(8, ((8, 3, 0.0),) * blocks, 1, 8)
     config = models.JasperConfig.from_dict({"encoder": encoder, "decoder": {"in_feats": 8, "n_classes": 4}})
     return EagerJasper(config).eval(), torch.randn(1, 8, 20), torch.tensor([20])
 
 
 @pytest.mark.slow
 def test_every_block_of_twelve_is_compiled(graphs_run):
-    """Shows that each of twelve blocks is compiled. By default PyTorch compiles eight variants of a function and then
-    falls back to eager with only a warning."""
+    """By default PyTorch compiles eight variants of a function and then falls back to eager with only a warning."""
     model, x, lengths = dense(10)
     call = compiler.compiled_blocks_frozen(model)
     for _ in range(2):
@@ -126,21 +121,20 @@ def test_every_block_of_twelve_is_compiled(graphs_run):
 def test_every_shape_of_a_grid_is_compiled_or_an_error(graphs_run, monkeypatch):
     model, *_ = dense(0)
     call = compiler.compiled("default")(model)
-    shapes = [torch.randn(1, 8, T) for T in range(20, 40, 2)]
+    inputs = [(torch.randn(1, 8, T), torch.tensor([T])) for T in range(20, 40, 2)]
     with torch.no_grad():
-        for x in shapes:
-            call(x, torch.tensor([x.shape[2]]))
-    assert len(graphs_run) == len(shapes) > 8
+        for x, lengths in inputs:
+            call(x, lengths)
+    assert len(graphs_run) == len(inputs) > 8
     monkeypatch.setattr(compiler, "VARIANTS", 3)
     call = compiler.compiled("default")(model)
     with torch.no_grad(), pytest.raises(Exception, match="recompile_limit"):
-        for x in shapes:
-            call(x, torch.tensor([x.shape[2]]))
+        for x, lengths in inputs:
+            call(x, lengths)
 
 
 def test_a_sub_block_s_compiled_function_never_runs_in_eager(graphs_run):
-    """Shows that a sub-block's function may have more than eight compiled variants, and that variants compiled for
-    earlier cases do not count."""
+    """The function may have more than eight compiled variants. Those of earlier cases do not count."""
     with torch._functorch.config.patch(donated_buffer=True):  # restored afterwards
         for _ in range(2):
             call = compiler.max_autotuned(lambda x: 2 * x, "forward")
@@ -151,17 +145,17 @@ def test_a_sub_block_s_compiled_function_never_runs_in_eager(graphs_run):
 
 @pytest.mark.slow
 def test_a_frozen_sub_block_never_runs_in_eager(graphs_run):
-    layer = Layer(4, 4, 3)
-    i = sub_block_inference.Inputs(1, 20, layer, torch.float32, torch.device("cpu"))
-    call = sub_block_inference.max_autotuned_frozen(i)
+    i = sub_block_inference.Inputs(1, 20, Layer(4, 4, 3), torch.float32, CPU)
+    call = sub_block_inference.max_autotuned_frozen(i)  # runs one graph
     with torch.inference_mode():
         for T in range(21, 31):
-            call(i.nct["x"].new_zeros(1, 4, T), i.lengths)
-    assert len(graphs_run) == 11, "one when it was made"
+            call(torch.zeros(1, 4, T), i.lengths)
+    assert len(graphs_run) == 1 + 10
 
 
 class Capture:
-    """A stand-in for torch.cuda during a capture; `log` records the events and whether garbage collection was off."""
+    """A stand-in for torch.cuda during a capture. `log` has the events, and for calls whether garbage collection is
+    off."""
 
     def __init__(self, monkeypatch) -> None:
         self.log: list[str] = []
@@ -194,12 +188,12 @@ def test_a_capture_is_warmed_up_on_a_side_stream_and_nothing_is_collected_in_it(
     device = Capture(monkeypatch)
     graph, out = capture.captured(device.work, before=2)
     assert graph is device and out == "result 7" and gc.isenabled()
-    told = ["wait", "stream", "call", "call", "synchronize", "begin", "call, no collection", "end", "wait"]
-    assert device.log == told
+    events = ["wait", "stream", "call", "call", "synchronize", "begin", "call, no collection", "end", "wait"]
+    assert device.log == events
 
 
 def test_a_graph_s_answers_are_of_the_call_s_own_inputs(monkeypatch):
-    """Shows that a graph copies its inputs in and its results out, and that each shape has its own graph."""
+    """A graph copies its inputs in and its results out. Each shape has a graph of its own."""
 
     class Graph:
         def __init__(self, call) -> None:

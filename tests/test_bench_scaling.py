@@ -31,8 +31,8 @@ class Deaf(torch.nn.parallel.DistributedDataParallel):
 
 
 def one_of_two(rank: int, folder: str, port: int) -> None:
-    """Runs as one process of torchrun. It records what is wrong with averaged and with unaveraged gradients, and then
-    runs the command."""
+    """Runs in each process of a stand-in for torchrun: writes what is wrong with averaged gradients and with unaveraged
+    ones, and then runs the command."""
     torch.set_num_threads(1)
     places = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {k: str(v) for k, v in places.items()}
@@ -40,20 +40,12 @@ def one_of_two(rank: int, folder: str, port: int) -> None:
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     at = cases.Setting(f"{folder}/tiny.yaml", N, T, torch.device("cpu"), torch.float32, "reference")
-    parallel = cases.parallel
-
-    def alone(*args):
-        made = parallel(*args)
-        made.__class__ = Deaf
-        return made
-
-    told = []
-    for made in (parallel, alone):
-        cases.parallel = made
-        told.append(cases.steps(cases.OURS, at, rank, dist.group.WORLD).wrong())
-    cases.parallel = parallel
+    wrong = []
+    for ddp in (Deaf, torch.nn.parallel.DistributedDataParallel):
+        cases.DistributedDataParallel = ddp
+        wrong.append(cases.steps(cases.OURS, at, rank, dist.group.WORLD).wrong())
     dist.destroy_process_group()
-    Path(folder, f"{rank}.json").write_text(json.dumps(told))
+    Path(folder, f"{rank}.json").write_text(json.dumps(wrong))
 
     options = ["--model", f"{folder}/tiny.yaml:{N},{T}", "--seconds", "0.05", "--backend", "reference", "--out", folder]
     assert cli.main(["train", "--quick", *options]) == 0
@@ -68,7 +60,7 @@ def test_two_processes_measure_steps_and_their_communication(tmp_path: Path) -> 
         port = free.getsockname()[1]
     mp.spawn(one_of_two, (str(tmp_path), port), nprocs=2)
     for rank in (0, 1):
-        right, wrong = json.loads((tmp_path / f"{rank}.json").read_text())
+        wrong, right = json.loads((tmp_path / f"{rank}.json").read_text())
         assert right == "" and "from the mean of all processes" in wrong
     [path] = tmp_path.glob("train_*.json")
     found = result_file.read(path)
@@ -76,13 +68,13 @@ def test_two_processes_measure_steps_and_their_communication(tmp_path: Path) -> 
     rows = {(row["contender"], row["key"]["processes"]): row for row in found["rows"]}
     assert set(rows) == {(name, world) for name in (cases.OURS, cases.EAGER) for world in (1, 2)}
     for (name, world), row in rows.items():
-        told = row["scaling"]
-        assert row["ours"] == (name == cases.OURS) and told["processes"] == world and row["key"]["mode"] == "step"
+        scaled = row["scaling"]
+        assert row["ours"] == (name == cases.OURS) and scaled["processes"] == world and row["key"]["mode"] == "step"
         assert row["items_per_s"] == pytest.approx(world * N / row["time_s"]["median"])
-        assert told["efficiency"] == pytest.approx(row["items_per_s"] / (world * rows[name, 1]["items_per_s"]))
+        assert scaled["efficiency"] == pytest.approx(row["items_per_s"] / (world * rows[name, 1]["items_per_s"]))
         if world == 2:
-            assert told["exposed_low_s"] <= told["exposed_s"] <= told["exposed_high_s"]
-            assert told["silent_s"] > 0 and told["pairs"] == row["time_s"]["samples"]
+            assert scaled["exposed_low_s"] <= scaled["exposed_s"] <= scaled["exposed_high_s"]
+            assert scaled["silent_s"] > 0 and scaled["pairs"] == row["time_s"]["samples"]
 
 
 def test_numbers_of_processes() -> None:
@@ -97,8 +89,7 @@ def test_processes_are_begun_unless_torchrun_did(monkeypatch) -> None:
     monkeypatch.setattr(scaling, "launch", lambda *args: begun.append(args) or 0)
     arguments = ["train", "--world", "1,4", "--model", "small"]
     assert cli.main(arguments) == 0 and begun == [(arguments, 4)]
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="torchrun started 2 processes"):
         cli.main(arguments)

@@ -1,4 +1,4 @@
-"""Timing on a simulated GPU: events, waiting, host time, and sleep kernels while the clock rate still rises."""
+"""Timing on a simulated GPU: by events, by the wall clock, on the host, and sleeps while the clock rate rises."""
 
 import dataclasses
 import time
@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_runs import CPU, CUDA, FAST, softplus_case
+from standins import wrap
 
 from jasper_fast.bench.harness import checking, clocks, timing
 from jasper_fast.bench.harness.case import Contender
@@ -18,7 +19,7 @@ measured_rate = clocks.cycles_per_second.__wrapped__  # kept before a stand-in r
 
 
 class Gpu:
-    """A simulated device with a queue, and a host clock that moves only when an action takes host time."""
+    """A simulated device with a queue, and a host clock, which only the simulated actions move."""
 
     rate = 1e9  # cycles of a sleep per second
 
@@ -60,14 +61,12 @@ def device(monkeypatch) -> Gpu:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=1024))
     monkeypatch.setattr(clocks, "cycles_per_second", lambda _: made.rate)
     monkeypatch.setattr(clocks, "time", SimpleNamespace(perf_counter=lambda: made.now, monotonic=time.monotonic))
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, device=None, **k: empty(*a, **k))
+    wrap(monkeypatch, torch, "empty", lambda empty, *shape, device=None, **more: empty(*shape, **more))
     return made
 
 
 def small_op(device: Gpu, launches: int, host: float, kernel: float):
-    """Returns a function that launches a kernel several times. Each launch takes `host` seconds of Python, and each
-    kernel takes `kernel` seconds."""
+    """Returns a function that launches kernels. A launch takes `host` seconds, and a kernel `kernel` seconds."""
 
     def run() -> None:
         for _ in range(launches):
@@ -89,14 +88,14 @@ def test_a_long_host_time_is_part_of_the_answer(device):
     ticker = clocks.CudaClock(CUDA)
     run = small_op(device, 100, host=1e-3, kernel=10e-6)
     assert 80e-3 < ticker.sample(run, 1) <= 100e-3 and device.slept == [ticker.LONGEST]
-    heavy = small_op(device, 100, host=1e-4, kernel=10e-3)  # here the kernels take longer than the launches
+    heavy = small_op(device, 100, host=1e-4, kernel=10e-3)  # its kernels take longer than its launches
     assert ticker.sample(heavy, 1) == pytest.approx(1.0, rel=1e-3)
 
 
 def test_waiting_time_is_of_one_run_at_a_time(device):
     ticker = clocks.WallClock(CUDA)
     run = small_op(device, 1, host=1e-3, kernel=5e-3)
-    assert ticker.sample(run, 4) == pytest.approx(6e-3), "not the pipeline's 5.25 ms"
+    assert ticker.sample(run, 4) == pytest.approx(6e-3), "queued runs would take 5.25 ms each"
     assert ticker.min_sample == 0.0 and clocks.WallClock(CPU).min_sample > 0
     assert ticker.host(run) == pytest.approx(1e-3) and clocks.WallClock(CPU).host(run) is None
 
@@ -117,8 +116,7 @@ def test_rows_carry_the_host_s_time_and_still_make_a_table(device, capsys):
 
 
 def test_sleeps_are_counted_at_the_clock_that_the_device_rises_to(device, monkeypatch):
-    """Shows that a sleep is counted at the clock that the device reaches. An idle GPU starts at a fifth of it, and a
-    sleep counted at that rate would end before the host has finished launching."""
+    """An idle GPU starts at a fifth of its highest clock. A sleep counted at that rate would be too short."""
     rates = iter([2e8, 4e8, 1e9, 9e8, 8e8])
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: cycles > 1000 and device.launch(cycles / next(rates)))
     assert measured_rate(CUDA) == pytest.approx(1e9)

@@ -1,10 +1,12 @@
-"""Training steps: a gradient that is a few per cent wrong is found in every precision, and a right one passes."""
+"""Training steps: in every precision, gradients that are a few per cent wrong are found, and right gradients pass."""
 
+import functools
 from functools import cache
 
 import pytest
 import torch
-from bench_runs import CPU, make_run
+from bench_runs import CPU, CUDA, make_run
+from standins import spied
 
 from jasper_fast.bench.cases import models, train
 from jasper_fast.bench.commands import memory
@@ -12,6 +14,7 @@ from jasper_fast.bench.commands import train as train_command
 from jasper_fast.bench.harness import allocations, correct, limits
 from jasper_fast.bench.rivals import choice
 from jasper_fast.bench.rivals.eager_layouts import ChannelsLast2d
+from jasper_fast.kernels.layout import mask
 
 N, T = 4, 96
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -28,7 +31,7 @@ def setting():
 
 @cache
 def found(contender: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Returns the answer of one contender to the bench's check of a training step."""
+    """Returns the log-probabilities and gradients that bench checks, of one contender."""
     config, state, batch = setting()
     if contender == "jasper_fast":
         module = models.fused(config, state, "auto")
@@ -40,7 +43,6 @@ def found(contender: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def complaints(got: dict[str, torch.Tensor], dtype: torch.dtype) -> list[str]:
-    """Returns what the bench finds wrong with this answer."""
     return correct.complaints(got, found("eager", dtype), found("eager", torch.float64), train.tolerance(dtype))
 
 
@@ -52,14 +54,13 @@ def test_right_gradients_are_told_right(contender, dtype):
 
 
 def test_clear_weights_keep_every_relu_away_from_zero():
-    """Shows that at the weights of `models.clear` no ReLU input is near zero. Both signs occur, so a missing ReLU is
-    found."""
+    """Both signs must occur, so that a missing ReLU is found."""
     config, state, batch = setting()
     model = models.eager(config, models.clear(config, state)).train()
     nearest, signs = [], []
 
     def watch(module, inputs):
-        x = inputs[0]
+        (x,) = inputs
         nearest.append((x.abs().amin() / x.std(2).mean()).item())
         signs.append((x > 0).float().mean().item())
 
@@ -72,52 +73,42 @@ def test_clear_weights_keep_every_relu_away_from_zero():
     assert all(abs(share - (1 - 1 / models.OFF)) < 0.01 for share in signs), signs
 
 
-def scaled(by: float, name: str = LAYER):
-    return lambda g: {f"clear grad {name}": g[f"clear grad {name}"] * by}
+def scaled(by: float):
+    return lambda gradient: gradient * by
 
 
-def shifted_taps(g):
-    return {f"clear grad {LAYER}": g[f"clear grad {LAYER}"].roll(1, 2)}
-
-
-def stale_dbeta(g):
-    name = "clear grad encoder.layers.2.conv.5.bias"
-    return {name: g[name].roll(1)}  # values of the right size at the wrong elements
-
-
-def every_layer_scaled(g):
-    return {n: t * 1.02 for n, t in g.items() if n.startswith("clear grad ")}
-
-
-def one_element(g):
-    wrong = g[f"clear grad {LAYER}"].clone()
+def one_element(gradient):
+    wrong = gradient.clone()
     wrong[3, 5, 2] += wrong.abs().max() / 4
-    return {f"clear grad {LAYER}": wrong}
+    return wrong
 
 
-FAULTS = {
-    "weight gradient x 1.0001": (scaled(1.0001), ("fp32",)),
-    "weight gradient x 1.01": (scaled(1.01), ("fp32", "fp16")),
-    "weight gradient x 1.02": (scaled(1.02), ("fp32", "fp16", "bf16")),
-    "weight gradient x 0.97": (scaled(0.97), ("fp32", "fp16", "bf16")),
-    "dgamma x 1.05": (scaled(1.05, "encoder.layers.2.conv.5.weight"), ("fp32", "fp16", "bf16")),
-    "a pane's weight gradient x 0.97": (scaled(0.97, "encoder.layers.3.res.1.0.weight"), ("fp32", "fp16", "bf16")),
-    "every gradient x 1.02": (every_layer_scaled, ("fp32", "fp16", "bf16")),
-    "taps shifted": (shifted_taps, ("fp32", "fp16", "bf16")),
-    "dbeta of something else": (stale_dbeta, ("fp32", "fp16", "bf16")),
-    "one element": (one_element, ("fp32", "fp16", "bf16")),
-    "no weight gradient": (scaled(0.0), ("fp32", "fp16", "bf16")),
+ALL = ("fp32", "fp16", "bf16")
+FAULTS = {  # (fault, names of the gradients that have it, dtypes in which it is found)
+    "weight gradient x 1.0001": (scaled(1.0001), LAYER, ("fp32",)),
+    "weight gradient x 1.01": (scaled(1.01), LAYER, ("fp32", "fp16")),
+    "weight gradient x 1.02": (scaled(1.02), LAYER, ALL),
+    "weight gradient x 0.97": (scaled(0.97), LAYER, ALL),
+    "dgamma x 1.05": (scaled(1.05), "encoder.layers.2.conv.5.weight", ALL),
+    "a pane's weight gradient x 0.97": (scaled(0.97), "encoder.layers.3.res.1.0.weight", ALL),
+    "every gradient x 1.02": (scaled(1.02), "", ALL),
+    "taps shifted": (lambda gradient: gradient.roll(1, 2), LAYER, ALL),
+    "dbeta at the wrong elements": (lambda gradient: gradient.roll(1), "encoder.layers.2.conv.5.bias", ALL),
+    "one element": (one_element, LAYER, ALL),
+    "no weight gradient": (scaled(0.0), LAYER, ALL),
 }
-EACH = [(fault, dtype) for fault, (_, dtypes) in FAULTS.items() for dtype in dtypes]
+EACH = [(fault, dtype) for fault, (*_, dtypes) in FAULTS.items() for dtype in dtypes]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("fault", "dtype"), EACH)
 def test_a_faulty_gradient_is_refused(fault, dtype):
     right = found("jasper_fast", DTYPES[dtype])
-    told = complaints({**right, **FAULTS[fault][0](right)}, DTYPES[dtype])
-    assert told and all(line.startswith("clear grad ") for line in told), told
-    assert fault == "every gradient x 1.02" or len(told) == 1
+    change, name, _ = FAULTS[fault]
+    wrong = {n: change(t) if n.startswith(f"clear grad {name}") else t for n, t in right.items()}
+    lines = complaints(wrong, DTYPES[dtype])
+    assert lines and all(line.startswith("clear grad ") for line in lines), lines
+    assert fault == "every gradient x 1.02" or len(lines) == 1
 
 
 class Wgrad(torch.autograd.Function):
@@ -139,17 +130,13 @@ class Wgrad(torch.autograd.Function):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_skipped_utterance_gets_no_time(dtype, tmp_path, monkeypatch):
-    """Shows that in a whole run of bench the faulty row is "wrong" and has no time, while the rival's row is "ok"."""
-
     def faulty(config, state, backend):
         model = models.eager(config, state)
         conv = model.encoder.layers[2].conv[4]
 
         def forward(x, lengths):
-            t = torch.arange(x.shape[2])
-            x = x.masked_fill((t >= lengths[:, None])[:, None], 0)
             low = DTYPES[dtype]
-            return Wgrad.apply(x.to(low), conv.weight.to(low), conv.padding[0])
+            return Wgrad.apply(mask(x, lengths).to(low), conv.weight.to(low), conv.padding[0])
 
         conv.forward = forward
         return model
@@ -167,23 +154,10 @@ def test_a_skipped_utterance_gets_no_time(dtype, tmp_path, monkeypatch):
     ("fp16", "forward+backward", False), ("fp16", "step", False), ("fp16", "step", True), ("bf16", "step", True),
 ])  # fmt: skip
 def test_fp16_scales_the_loss_as_training_does(dtype, mode, ours, monkeypatch):
-    """Shows that the scaler unscales eager's gradients, while NovoGrad unscales inside its step and leaves `grad`
-    scaled."""
-    calls = []
-
-    class Scaler(torch.amp.GradScaler):
-        def __init__(self, device, enabled):
-            super().__init__(device, init_scale=64.0, enabled=enabled)
-
-        def step(self, optimizer):
-            calls.append("step")
-            return super().step(optimizer)
-
-        def update(self):
-            calls.append("update")
-            return super().update()
-
-    monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
+    """The scaler unscales eager's gradients. NovoGrad unscales inside its step and leaves `grad` scaled."""
+    scaler = torch.amp.GradScaler
+    steps, updates = (spied(monkeypatch, scaler, name) for name in ("step", "update"))
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(scaler, init_scale=64.0))
     config, state, _ = setting()
     module = models.fused(config, state, "auto") if ours else models.eager(config, state)
     batch = train.Batch(config, 2, 32, CPU)
@@ -195,13 +169,13 @@ def test_fp16_scales_the_loss_as_training_does(dtype, mode, ours, monkeypatch):
     stepped = mode == "step" and dtype == "fp16"
     scale = 64.0 if dtype == "fp16" and (ours or not stepped) else 1.0
     torch.testing.assert_close(got.grad, scale * want, atol=0.05 * scale * want.abs().max().item(), rtol=0)
-    assert calls == (["update"] if stepped and ours else ["step", "update"] if stepped else [])
+    assert (len(steps), len(updates)) == (stepped and not ours, stepped)
     assert got.isfinite().all() and torch.equal(got, before) == (mode != "step")
 
 
 @pytest.mark.slow
 def test_answers_in_fp16_are_scaled_as_far_as_nothing_overflows(monkeypatch):
-    """Shows that after an overflow a smaller scale is used, and that the returned gradients are unscaled."""
+    """After an overflow a smaller scale is used. The returned gradients are unscaled."""
     config, state, _ = setting()
     module, batch = models.eager(config, state), train.Batch(config, 2, 32, CPU)
     bias = "grad decoder.layers.0.bias"
@@ -221,15 +195,13 @@ def with_a_temporary(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.slow
 def test_peak_sees_what_lives_and_ends_inside_a_custom_op():
     x = torch.randn(1000)
-    nbytes = allocations.peak(lambda: with_a_temporary(x), "cpu")
-    assert 4_000_000 < nbytes < 4_020_000
+    assert 4_000_000 < allocations.peak(lambda: with_a_temporary(x), "cpu") < 4_020_000
     births = allocations.kept(lambda: with_a_temporary(x), CPU)[1]
-    assert births.peak < 10_000, "dispatch alone does not see it"
+    assert births.peak < 10_000, "a dispatch mode does not see it"
 
 
 def test_peak_leaves_out_gradients_and_nothing_else():
-    w = torch.nn.Parameter(torch.randn(1000, 1000))
-    x = torch.randn(4, 1000)
+    w, x = torch.nn.Parameter(torch.randn(1000, 1000)), torch.randn(4, 1000)
     w.sum().backward()  # lazy set-up
     w.grad = None
     without = allocations.peak(lambda: (x @ w).sum().backward(), "cpu", [w])
@@ -257,11 +229,9 @@ def test_eager_without_masks_meets_unpadded_batches_only(tmp_path):
     run = make_run(tmp_path, rivals="eager,eager_no_masks,eager_2d_channels_last")
     rows = train_command.main(run, (("small", 2, 32),))
     seen = {(r["key"]["mode"], r["contender"]): r["status"] for r in rows}
-    masked = ("jasper_fast", "eager", "eager_2d_channels_last")
-    full = "forward+backward, all lengths full"
-    assert seen == {("forward+backward", c): "ok" for c in masked} | {
-        (full, c): "ok" for c in ("jasper_fast", "eager", "eager_no_masks")
-    }, [r.get("why") for r in rows]
+    rivals = {"": "eager_2d_channels_last", train.FULL: "eager_no_masks"}
+    expected = {(f"forward+backward{full}", c): "ok" for full in rivals for c in ("jasper_fast", "eager", rivals[full])}
+    assert seen == expected, [r.get("why") for r in rows]
 
 
 @pytest.mark.slow
@@ -280,15 +250,15 @@ def test_no_case_without_padding_unless_someone_meets_it(tmp_path):
 def test_tf32_is_held_to_its_own_roundings(monkeypatch):
     assert train.precision(CPU, torch.float32) is torch.float32
     monkeypatch.setattr(limits, "float32_mode", lambda device: "TF32")
-    assert train.precision(torch.device("cuda"), torch.float32) is torch.float16
-    assert train.precision(torch.device("cuda"), torch.bfloat16) is torch.bfloat16
+    assert train.precision(CUDA, torch.float32) is torch.float16
+    assert train.precision(CUDA, torch.bfloat16) is torch.bfloat16
 
 
 @pytest.mark.parametrize(("dtype", "off"), [(torch.bfloat16, 5e-4), (torch.float16, 6e-5)])
 def test_a_loss_that_eager_hits_by_chance_is_no_measure(dtype, off):
-    """Shows that if eager's loss happens to be exact, an error of 0.06 eps passes and one of 0.3 eps does not."""
+    """If eager's loss is exact, an error of 0.06 eps passes and one of 0.3 eps does not."""
     exact = {"loss": torch.tensor(500.0, dtype=torch.float64)}
-    lucky = {"loss": torch.tensor(500.0)}
+    low = {"loss": torch.tensor(500.0)}
     for factor, refused in ((1.0, False), (5.0, True)):
         got = {"loss": torch.tensor(500.0 * (1 + factor * off))}
-        assert bool(correct.complaints(got, lucky, exact, train.tolerance(dtype))) == refused
+        assert bool(correct.complaints(got, low, exact, train.tolerance(dtype))) == refused

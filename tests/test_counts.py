@@ -1,5 +1,5 @@
-"""FLOPs and bytes as bench counts them equal PyTorch's counter and the sizes of the tensors that kernels get. For all
-convs and norms of Jasper 10x5, Triton's launches are recorded and not run."""
+"""The FLOPs that bench counts equal those of PyTorch's counter, and its bytes the sizes of the tensors that kernels
+get. For all convs and norms of Jasper 10x5, Triton's launches are recorded and not run."""
 
 import dataclasses
 from collections import Counter
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from bench_runs import make_run
+from bench_runs import CPU, make_run
 from conftest import interpreted
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,9 +19,8 @@ from jasper_fast.kernels import launch
 from jasper_fast.kernels.panes import gram
 from jasper_fast.nn.eager import EagerJasper
 
-N = 3  # batch size; no conv has as many taps, so a tensor with a dimension of this size is an activation
-PADDED = 32  # output channels in the decoder's pack
-CPU = torch.device("cpu")
+N, T = 3, 40  # no conv has N taps, so a tensor whose first dimension is N is an activation
+PADDED = 32  # output channels of the decoder's packed weight
 LAYERS = layers()
 INNER = [layer for layer in LAYERS if not layer.first]
 
@@ -30,14 +29,14 @@ INNER = [layer for layer in LAYERS if not layer.first]
 def launches() -> Iterator[list[tuple[str, list[torch.Size]]]]:
     """Yields a list that gets (kernel, shapes of its tensors except vectors) for each launch; no kernel runs."""
     interpreted()
-    told: list[tuple[str, list[torch.Size]]] = []
+    seen: list[tuple[str, list[torch.Size]]] = []
 
     def take(one: launch.Launch) -> None:
         tensors = [a for a in one.arguments.values() if isinstance(a, torch.Tensor)]
-        told.append((one.name.strip("_").removesuffix("_kernel"), [t.shape for t in tensors if t.dim() == 3]))
+        seen.append((one.name.strip("_").removesuffix("_kernel"), [t.shape for t in tensors if t.dim() == 3]))
 
     with launch.recorded(take):
-        yield told
+        yield seen
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +45,9 @@ def jasper10x5():
 
 
 def moved(launches) -> int:
-    """Returns how many elements of activations and weights all launches so far have moved, and clears the list.
+    """Returns how many elements of activations and weights the launches have moved, and clears the list.
 
-    Packing, merging shares and the zeros that pad the decoder's pack from 29 to 32 channels do not count.
+    Packing, merging and the zeros that pad the decoder's packed weight from 29 to 32 channels do not count.
     """
     total = 0
     for name, tensors in launches:
@@ -63,8 +62,7 @@ def moved(launches) -> int:
 def hollow(jasper10x5) -> Jasper:
     """A model with uninitialised weights, which no test reads."""
     with torch.device("meta"):
-        model = Jasper(jasper10x5, backend="triton", panes="gram")
-    return model.to_empty(device="cpu")
+        return Jasper(jasper10x5, backend="triton", panes="gram").to_empty(device="cpu")
 
 
 @pytest.fixture
@@ -105,8 +103,8 @@ def test_training_flops_of_jasper_10x5_are_pytorchs(jasper10x5, eager):
 
 @pytest.mark.slow
 def test_training_bytes_are_what_a_step_of_jasper_10x5_moves(jasper10x5, hollow, eager, launches):
-    """Shows that bench's bytes of a step equal those of the launches, plus those of the eager modules for panes and
-    decoder, which run in ATen."""
+    """The bytes of a step are those of the launches and, for panes and decoder, which run in ATen, those of the eager
+    modules."""
     T = 64
     log_probs, _ = hollow.train()(torch.zeros(N, 64, T), torch.full((N,), T))
     log_probs.sum().backward()
@@ -146,7 +144,7 @@ def test_forward_bytes_are_what_the_engine_moves(jasper10x5, hollow, launches):
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_bytes_of_bn_relu_dropout_are_what_its_kernels_move(residual, launches):
-    C, T = 24, 40
+    C = 24
     y, dz, r = (torch.zeros(N, T, C).transpose(1, 2).requires_grad_() for _ in range(3))
     gamma, beta = (torch.zeros(C, requires_grad=True) for _ in range(2))
     more = {"residual": r if residual else None, "lengths": torch.full((N,), T), "p": 0.2, "backend": "triton"}
@@ -162,7 +160,6 @@ def test_bytes_of_bn_relu_dropout_are_what_its_kernels_move(residual, launches):
 @pytest.mark.parametrize("statistics", [True, False])
 @pytest.mark.parametrize("layer", INNER, ids=lambda a: f"{a.C_in}-{a.C_out}-{a.K}")
 def test_bytes_of_sub_blocks_are_what_their_kernels_move(layer, statistics, launches):
-    T = 40
     y = torch.zeros(N, T, layer.C_in).transpose(1, 2).requires_grad_()
     weight = torch.zeros(layer.C_out, layer.C_in, layer.K, requires_grad=True)
     gamma, beta = (torch.zeros(layer.C_in, requires_grad=True) for _ in range(2))
@@ -196,20 +193,17 @@ def pytorchs_flops(call: Callable[[], torch.Tensor]) -> dict[str, int]:
 @pytest.mark.parametrize("op", ["conv1d", "sub_block"])
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda a: f"{a.C_in}-{a.C_out}-{a.K}-{a.stride}")
 def test_flops_of_conv_cases_are_pytorchs(op, layer, tmp_path):
-    """Shows that the FLOPs of a case are those of its conv by PyTorch's counter; the norm adds less than
-    half a per cent."""
-    T = 40
+    """The FLOPs of a case are those of its conv. Those of the norm, less than half a per cent, are not counted."""
     x = torch.empty(N, layer.C_in, T, device="meta", requires_grad=not layer.first)
     weight = torch.empty(layer.C_out, layer.C_in, layer.K, device="meta", requires_grad=True)
-    how = None, layer.stride, layer.padding, layer.dilation
-    expected, run = pytorchs_flops(lambda: torch.nn.functional.conv1d(x, weight, *how)), make_run(tmp_path)
+    geometry, run = (layer.stride, layer.padding, layer.dilation), make_run(tmp_path)
+    expected = pytorchs_flops(lambda: torch.nn.functional.conv1d(x, weight, None, *geometry))
     assert {mode: sub_blocks.case(run, op, N, T, layer, mode).flops for mode in expected} == expected
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda a: f"{a.C_in}-{a.C_out}-{a.K}-{a.stride}")
 def test_counts_of_sub_blocks_in_inference(layer, launches, tmp_path):
-    """Shows that a sub-block at inference is one kernel, whose bytes and FLOPs are those of the conv and its bias."""
-    T = 40
+    """A sub-block in inference is one kernel, whose bytes and FLOPs are those of the conv and its bias."""
     case = sub_block_inference.case(make_run(tmp_path, backend="triton"), N, T, layer)
     runner = case.contenders[0].build()
     launches.clear()  # drops the launch that packed the weight
@@ -228,9 +222,7 @@ def test_counts_of_sub_blocks_in_inference(layer, launches, tmp_path):
 
 @pytest.mark.parametrize("block", panes.blocks(), ids=lambda b: str(len(b.widths)))
 def test_flops_of_panes_are_pytorchs(block, tmp_path):
-    """Shows that the FLOPs of panes are those of one conv per pane; the extra products of the Gram form do not
-    count."""
-    T = 40
+    """The FLOPs of panes are those of one conv per pane. The additional products of the Gram form do not count."""
     meta = lambda *shape: torch.empty(shape, device="meta", requires_grad=True)  # noqa: E731
     vectors = lambda: [meta(block.C_out) for _ in block.widths]  # noqa: E731
     xs = [meta(N, C, T) for C in block.widths]
@@ -242,8 +234,10 @@ def test_flops_of_panes_are_pytorchs(block, tmp_path):
 
 
 class Products(TorchDispatchMode):
-    """Collects the operands and results of matrix products over all rows, separately for sums and for weight gradients.
-    A tensor that is used again counts once."""
+    """Collects the operands and results of matrix products over all rows.
+
+    Among the products for weight gradients, and among all others, a tensor that is used again counts once.
+    """
 
     def __init__(self, rows: int) -> None:
         super().__init__()
@@ -268,15 +262,15 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize("block", [panes.Block((16, 24, 12), 20), panes.Block((24,), 16)], ids=["3", "1"])
 def test_bytes_of_panes_are_what_their_products_read_and_write(block, tmp_path):
-    T, run = 29, make_run(tmp_path)
+    run = make_run(tmp_path)
     i = panes.Inputs(N, T, block, torch.float32, CPU)
     xs = i.xs("ntc")
-    grams = panes.older_grams([*xs, xs[-1]])  # a case counts only the Gram matrix of its newest input
-    means, covs = zip(*((g.mean, g.cov) for g in grams), strict=True)
+    grams = panes.older_grams([*xs, xs[-1]])  # of all inputs
     count = lambda mode: panes.case(run, N, T, block, mode).nbytes  # noqa: E731
     # calls the functions inside the ops, because a dispatch mode cannot look inside an op
     with torch.no_grad(), Products(N * T) as products:
-        variances = [gram.statistics(m, s, [w])[1] for m, s, w in zip(means, covs, i.weights, strict=True)]
+        means = [g.mean for g in grams]
+        variances = [gram.statistics(g.mean, g.cov, [w])[1] for g, w in zip(grams, i.weights, strict=True)]
         gram.forward(xs, means, variances, i.weights, i.gammas, i.betas, common.EPS)
         assert count("forward") == 4 * products.moved()
         gram.backward(i.ntc["dy"], xs, means, variances, i.weights, i.gammas, common.EPS, False)
@@ -305,8 +299,8 @@ class Arithmetic(TorchDispatchMode):
 
 
 def test_flops_of_bn_relu_dropout_are_those_of_its_formula():
-    """Shows that the formulas of kernels/README.md give autograd's gradients, and that bench counts the operations
-    of these formulas."""
+    """The formulas of kernels/README.md give autograd's gradients, and bench counts the operations of these
+    formulas."""
     inputs = bn_relu_dropout.Inputs(2, 8, 40, torch.float64, CPU, False)
     y, dz = (inputs.nct[n].detach() for n in ("y", "dz"))
     gamma, beta = (t.detach().double()[:, None] for t in (inputs.gamma, inputs.beta))
@@ -331,14 +325,12 @@ def test_flops_of_bn_relu_dropout_are_those_of_its_formula():
         yhat = (y - mean) * rstd
         dy = (g - dbeta / M - yhat * (dgamma / M)) * (gamma * rstd)
     want = bn_relu_dropout.answer(inputs, torch.float64, keep, p)
-    got = {"z": z, "dy": dy, "dgamma": dgamma.flatten(), "dbeta": dbeta.flatten()}
-    for name, tensor in got.items():
+    for name, tensor in {"z": z, "dy": dy, "dgamma": dgamma.flatten(), "dbeta": dbeta.flatten()}.items():
         torch.testing.assert_close(tensor, want[name].double(), msg=name)
 
-    N_, C, T = y.shape
-    for mode, count in (("forward", forward.count), ("backward", backward.count)):
-        assert counts.bn_relu_dropout_flops(N_, C, T, mode) == count * y.numel(), mode
-    assert counts.bn_relu_dropout_flops(N_, C, T, "both") == (forward.count + backward.count) * y.numel()
+    both = forward.count + backward.count
+    for mode, count in (("forward", forward.count), ("backward", backward.count), ("both", both)):
+        assert counts.bn_relu_dropout_flops(*y.shape, mode) == count * y.numel(), mode
 
 
 def test_a_conv_s_place_changes_no_count_of_its_own():

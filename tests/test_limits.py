@@ -1,16 +1,15 @@
-"""The machine's limits: which matmul rate applies to a result in fp32."""
+"""The machine's limits: the matmul rate that bounds rows in fp32."""
 
 import pytest
 import torch
+from bench_runs import CPU, CUDA
 
 from jasper_fast.bench.harness import limits, result_file
-
-GPU = torch.device("cuda")
 
 
 @pytest.fixture
 def rates(monkeypatch):
-    """Replaces the measured matmul rates by numbers that tell the dtype, and whether TF32 was allowed."""
+    """Replaces each measured matmul rate by a number for its dtype and for whether TF32 was allowed."""
 
     def rate(device, dtype, size):
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -23,8 +22,8 @@ def rates(monkeypatch):
 def test_fp32_on_a_gpu_is_held_to_the_rate_that_convolutions_may_use(rates, allowed, mode, rate):
     with torch.backends.cudnn.flags(allow_tf32=allowed):
         before = torch.backends.cuda.matmul.fp32_precision
-        found = limits.matmul_rates(GPU)
-        assert limits.float32_mode(GPU) == mode and torch.backends.cuda.matmul.fp32_precision == before
+        found = limits.matmul_rates(CUDA)
+        assert limits.float32_mode(CUDA) == mode and torch.backends.cuda.matmul.fp32_precision == before
     assert found == {
         "float32": rate,
         "float32 in IEEE": 1.0,
@@ -38,6 +37,6 @@ def test_fp32_on_a_gpu_is_held_to_the_rate_that_convolutions_may_use(rates, allo
 
 
 def test_a_cpu_has_one_fp32(rates):
-    found = limits.matmul_rates(torch.device("cpu"))
+    found = limits.matmul_rates(CPU)
     assert found["float32"] == 1.0 and not any("TF32" in name for name in found)
-    assert limits.float32_mode(torch.device("cpu")) == "IEEE"
+    assert limits.float32_mode(CPU) == "IEEE"
