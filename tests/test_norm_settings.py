@@ -63,9 +63,7 @@ def equal(eager: EagerJasper, fused: Jasper, features: torch.Tensor) -> None:
 
 
 def equal_buffers(eager: EagerJasper, fused: Jasper) -> None:
-    ours = dict(fused.named_buffers())
-    for name, want in eager.named_buffers():
-        torch.testing.assert_close(ours[name], want, msg=lambda told, name=name: f"{name}: {told}")
+    torch.testing.assert_close(dict(fused.named_buffers()), dict(eager.named_buffers()))
 
 
 def features_of(model: EagerJasper) -> torch.Tensor:
@@ -85,11 +83,8 @@ def test_a_norm_does_what_its_settings_say(form, change):
         log_probs, lengths = model(features, LENGTHS)
         valid = torch.arange(log_probs.shape[1]) < lengths[:, None]
         (log_probs * weight[:, : log_probs.shape[1]])[valid].sum().backward()
-    ours = dict(fused.named_parameters())
-    for name, parameter in eager.named_parameters():
-        torch.testing.assert_close(
-            ours[name].grad, parameter.grad, atol=1e-5, rtol=1e-4, msg=lambda t, n=name: f"{n}: {t}"
-        )
+    want, got = ({name: p.grad for name, p in model.named_parameters()} for model in (eager, fused))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
     eager.eval(), fused.eval()
     with torch.no_grad():
         equal(eager, fused, features)

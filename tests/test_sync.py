@@ -149,8 +149,7 @@ def test_a_converted_model_alone_is_the_model_itself():
     assert any(isinstance(m, nn.SyncBatchNorm) for m in converted.modules())
     assert converted.state_dict().keys() == ours.state_dict().keys()
     results = [step(m, *whole_batch()) for m in (ours, converted)]
-    for name, value in results[0].items():
-        assert torch.equal(results[1][name], value), name
+    torch.testing.assert_close(*results, atol=0, rtol=0)
     with torch.no_grad():
         outs = [m.eval()(*whole_batch()[:2])[0] for m in (ours, converted)]
     assert torch.equal(*outs)

@@ -15,11 +15,10 @@ from jasper_fast.kernels import likeness
 LAUNCH = 2e-6  # seconds between the end of one kernel and the start of the next
 PADDED = 0.125  # assumed share of a batch's rows that are padding, which our kernels skip
 BATCH_ROWS = 2048  # an output with more rows is assumed to come from several utterances
-# Dense 16-bit FLOP per clock and SM with fp32 sums, by compute capability, and a typical clock in Hz.
+# dense 16-bit FLOP per clock and SM with fp32 sums, by compute capability
 FLOP_CLOCK = {"sm_80": 2048, "sm_86": 512, "sm_87": 1024, "sm_89": 1024, "sm_90": 4096, "sm_100": 8192, "sm_120": 1024}
-CLOCK = 1.6e9
-# An H100 is assumed if the traits of the GPU are not known.
-UNKNOWN = likeness.Traits("sm_90", 132, 3.35e12)
+CLOCK = 1.6e9  # Hz, typical of these GPUs
+UNKNOWN = likeness.Traits("sm_90", 132, 3.35e12)  # an H100, which is assumed if the traits of the GPU are not known
 REACH = {
     ("triton", True): 0.70, ("aten", True): 0.75,  # 16 bits
     ("triton", False): 0.45, ("aten", False): 0.70,  # TF32; Triton's loop is slower because it loads without TMA

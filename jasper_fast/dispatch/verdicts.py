@@ -158,7 +158,7 @@ def locked(patience: float = LOCK_SECONDS, name: str = "lock") -> Iterator[bool]
     Yields True with the lock. If the lock is not free within `patience` seconds, yields False, and the block
     runs without it.
     """
-    import fcntl  # does not exist on Windows, but neither does Triton
+    import fcntl  # is missing on Windows, where Triton is missing too
 
     try:
         folder().mkdir(parents=True, exist_ok=True)

@@ -215,7 +215,7 @@ def normaliser(
             m = rows
         if name or torch.compiler.is_compiling():
             var, unbiased = m2 / m, m2 / (m - 1)
-        else:  # one launch
+        else:  # both divisions in one launch
             var, unbiased = torch._foreach_div([m2, m2], [m, m - 1])
         _update([running_mean, running_var], [mean, unbiased], momentum)
     elif running_mean is None or running_var is None:

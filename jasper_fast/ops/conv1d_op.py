@@ -176,4 +176,4 @@ def conv_face(
     )  # fmt: skip
     if callable(packed):
         return face, packed(weight, x.dtype, face)
-    return face, None if face == "aten" else packed  # a tensor is Triton's pack
+    return face, None if face == "aten" else packed  # `packed` is None or a tensor packed by the Triton face

@@ -113,7 +113,7 @@ def ahead(
         for place, digest in enumerate(of_job):
             kinds.setdefault(digest, (job, place))
     built: dict[str, Facts] = {}
-    cores = len(os.sched_getaffinity(0)) - 1  # one is for the measuring process
+    cores = len(os.sched_getaffinity(0)) - 1  # one core is left to the measuring process
     with multiprocessing.get_context("spawn").Pool(max(1, min(16, cores, len(kinds)))) as pool:
         results = pool.imap_unordered(build, [(digest, *what) for digest, what in kinds.items()])
         with contextlib.suppress(multiprocessing.TimeoutError):  # no time left, or a compiler crashed its worker
