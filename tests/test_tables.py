@@ -113,8 +113,7 @@ def test_a_forced_tile_holds_on_any_device_and_ends_with_its_block(put_table):
     put_table([row()])
     small = TILE | {"t": 16}
     with tables.forced("conv1d.forward", small):
-        found = tables.lookup("conv1d.forward", torch.device("cpu"), torch.float32, **SHAPE, rows=1)
-        assert found.tile == small
+        assert tables.lookup("conv1d.forward", torch.device("cpu"), torch.float32, **SHAPE, rows=1).tile == small
         assert look(4096, op="conv1d.wgrad") is None
         with pytest.raises(KeyError), tables.forced("conv1d.forward", TILE):
             assert look(1).tile == TILE
@@ -210,8 +209,7 @@ def test_writing_a_faulty_table_leaves_the_old_one(put_table):
 def test_committed_tables_hold_what_they_must():
     where = Path(tables.__file__).with_name("tables")
     for path in where.glob("*.json"):
-        table = tables.load(path)
-        assert path.stem == tables.slug(table.header["gpu"])
+        assert path.stem == tables.slug(tables.load(path).header["gpu"])
     assert (where / "README.md").is_file()
 
 

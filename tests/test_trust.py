@@ -385,8 +385,7 @@ def test_the_choice_is_a_constant_of_a_compiled_graph():
         c_out, c_in, taps = weight.shape
         calls = choose.conv_calls(dw=True)
         face = choose.conv_face("auto", x.device, x.dtype, calls=calls, shape=(c_in, c_out, taps, 1, 1))
-        norm = choose.resolve("auto", x.device, NORM)
-        return x * len(face) + len(norm)
+        return x * len(face) + len(choose.resolve("auto", x.device, NORM))
 
     x, weight = torch.ones(2, 3, 4), torch.ones(5, 3, 1)
     compiled = torch.compile(chosen, backend="eager", fullgraph=True)
