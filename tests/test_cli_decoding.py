@@ -116,7 +116,7 @@ def test_errors_are_one_line(folder, tmp_path, capsys):
     (tmp_path / "empty.arpa").write_text("")
     (tmp_path / "bad.yaml").write_text("alpha: 1\n")
     (tmp_path / "kind.yaml").write_text("lm: x\nbeam: yes\n")
-    cases = [
+    assert_refused(functools.partial(run, folder, "transcribe"), capsys, "transcribe", (
         (("--lm", "gone.arpa"), "gone.arpa: no such language model"),
         (("--lm", tmp_path / "empty.arpa"), "empty.arpa: the language model is empty"),
         (("--lm", tmp_path / "bad.yaml"), "has neither `lm` nor `rescore`"),
@@ -134,8 +134,7 @@ def test_errors_are_one_line(folder, tmp_path, capsys):
         (("--rescore", folder / "symbols.arpa"), "symbols.arpa is not a complete PyTorch checkpoint"),
         (("--rescore", folder / "model.pt"), "model.pt: holds no neural language model"),
         (("--rescore", folder / "neural.pt", "--rescore-weight", "nan"), "--rescore-weight nan is not finite"),
-    ]
-    assert_refused(functools.partial(run, folder, "transcribe"), capsys, "transcribe", cases)
+    ))  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -168,13 +167,12 @@ def test_hot_words_and_an_open_vocabulary(folder, tmp_path, capsys):
     assert "sat" in hot and hot <= {"a", "cat", "sat", "i", "o", "io"}
     assert "zebra" in recognised("--hot-word", "zebra:400", "--beam", 16)
     (tmp_path / "bad.txt").write_text("sat 3 4\n")
-    cases = [
+    capsys.readouterr()
+    assert_refused(functools.partial(run, folder, "evaluate"), capsys, "evaluate", (
         (("--hot-word", "two words"), "is not one word"),
         (("--hot-word", "sat:much"), "the boost 'much' is not a number"),
         (("--hot-words", tmp_path / "bad.txt"), "bad.txt, line 1: needs a word"),
         (("--hot-words", tmp_path / "gone.txt"), "cannot be read"),
         (("--open-vocabulary",), "need a language model of words"),
         (("--lm", folder / "symbols.arpa", "--open-vocabulary"), "is a model of symbols, which is always open"),
-    ]
-    capsys.readouterr()
-    assert_refused(functools.partial(run, folder, "evaluate"), capsys, "evaluate", cases)
+    ))  # fmt: skip

@@ -123,7 +123,7 @@ def test_tune_finds_the_weight_of_a_second_pass(text, saved, tmp_path, capsys):
 def test_errors_are_one_line(text, saved, tmp_path, capsys):
     assert run("lm", "train", text, "--order", 1, "--out", tmp_path / "unigrams.arpa") == 0
     capsys.readouterr()
-    cases = [
+    assert_refused(functools.partial(run, "lm"), capsys, "lm", (
         (("train", tmp_path / "gone", "--order", 2, "--out", tmp_path / "x"), "gone: no such text"),
         (("train", text, "--order", 9, "--out", tmp_path / "x"), "--order 9"),
         (("train", text, "--order", 2, "--out", tmp_path / "no" / "x"), "does not exist"),
@@ -137,5 +137,4 @@ def test_errors_are_one_line(text, saved, tmp_path, capsys):
         (("tune", "--log-probs", saved, "--lm", text, "--out", tmp_path / "x.yaml"), "this is no ARPA file"),
         (("tune", "--log-probs", saved, "--lm", text, "--out", tmp_path / "x"), "must end in .yaml"),
         (("tune", "--log-probs", saved, "--lm", text, "--out", tmp_path / "x.yaml", "--alpha", "-1"), "alpha -1"),
-    ]
-    assert_refused(functools.partial(run, "lm"), capsys, "lm", cases)
+    ))  # fmt: skip

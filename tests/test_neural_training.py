@@ -190,7 +190,7 @@ def test_errors_are_one_line(text, trained, tmp_path, capsys, monkeypatch):
     torch.save({"state_dict": {}}, tmp_path / "acoustic" / "best.pt")
     out = ("--out", tmp_path / "out", *SMALL)
     go_on = ("train-neural", text, "--out", trained, *SMALL, "--steps", 301, "--ema", 0.9)
-    cases = [
+    assert_refused(run, capsys, "lm", (
         (("train-neural", tmp_path / "gone", *out), "gone: no such text"),
         (("train-neural", text, "--val", tmp_path / "gone", *out), "gone: no such text"),
         (("train-neural", tmp_path / "empty", *out), "empty: has no words"),
@@ -209,8 +209,7 @@ def test_errors_are_one_line(text, trained, tmp_path, capsys, monkeypatch):
         (("train-neural", text.with_name("dev"), *go_on[2:], "--resume"), "was trained on another text"),
         (("perplexity", tmp_path / "acoustic", text), "best.pt: holds no neural language model"),
         (("info", tmp_path / "bare"), "bare: the folder holds no language model"),
-    ]
-    assert_refused(run, capsys, "lm", cases)
+    ))  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -45,10 +45,9 @@ def make(device, shapes=SHAPES, groups=(0,), averages=True, seed=0) -> tuple[Ten
     tensors = Tensors(new(), new(), new(), squares, new() if averages else [], of)
     if not averages:
         return tensors, Watched([], [])
-    counts = torch.tensor([2**40 + 3, -1], device=device), torch.zeros(2, dtype=torch.int64, device=device)
-    floats = new()[:2], new()[:2]
-    wide = torch.randn(3, generator=draw).to(device).double(), torch.zeros(3, dtype=torch.float64, device=device)
-    return tensors, Watched([*floats[0], counts[0], wide[0]], [*floats[1], counts[1], wide[1]])
+    counts = torch.tensor([2**40 + 3, -1], device=device)
+    lives = [*new()[:2], counts, torch.randn(3, generator=draw).to(device).double()]
+    return tensors, Watched(lives, [*new()[:2], torch.zeros_like(counts), torch.zeros_like(lives[-1])])
 
 
 def mapped(change, tensors: Tensors, watched: Watched) -> tuple[Tensors, Watched]:
@@ -168,9 +167,9 @@ def test_found_inf_is_obeyed_and_without_a_guard_nan_goes_in(face):
 
 def test_memory_in_another_order_and_unaligned(face):
     flat = torch.randn(4, 1 + 6 * 5 * 3 + 1030, device=face.device)
-    cut = lambda i: [flat[i, 1:91].view(3, 5, 6).permute(2, 1, 0), flat[i, 91:-1]]  # noqa: E731
-    square = [torch.rand((), device=face.device) for _ in range(2)]
-    tensors = Tensors(cut(0), cut(1), cut(2), square, cut(3), [0, 0])
+    grads, params, moments, means = ([x[1:91].view(3, 5, 6).permute(2, 1, 0), x[91:-1]] for x in flat)
+    squares = [torch.rand((), device=face.device) for _ in range(2)]
+    tensors = Tensors(grads, params, moments, squares, means, [0, 0])
     compare(face, tensors, Watched([], []), [settings(beta2=0.3)])
 
 

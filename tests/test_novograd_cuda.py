@@ -58,12 +58,11 @@ def guarded(tensors: Tensors, shifts: tuple[int, ...]) -> tuple[Tensors, list[tu
 def steps(shifts: tuple[int, ...]) -> list[Tensor]:
     """Compares several steps with the reference. ``shifts``: the alignments of the tensors (see `guarded`). Returns all
     results."""
-    found = []
     rows = [settings(beta2=0.5), settings(lr=0.5, beta2=0.9, averaging=True, weight_decay=0.0)]
     tensors, watched = make(CUDA.device, groups=(0, 1))
     tensors, buffers = guarded(tensors, shifts)
-    for how in ({"scale": 8.0, "clip": 1.0}, {"found": 0.0, "guard": False}, {"found": 1.0}):
-        found.append(compare(CUDA, tensors, watched, rows, **how))
+    ways = {"scale": 8.0, "clip": 1.0}, {"found": 0.0, "guard": False}, {"found": 1.0}
+    found = [compare(CUDA, tensors, watched, rows, **how) for how in ways]
     tensors.grads[-1][5] = torch.inf
     before = copies(tensors, watched)
     found.append(run(cuda_impl.step, tensors, watched, rows))
@@ -151,10 +150,8 @@ def test_buffers_alone_take_no_part_in_the_norm(functions):
 
 
 def test_a_launch_that_fails_is_told(monkeypatch):
-    failing = SimpleNamespace(
-        jf_novograd_squares=lambda *_: b"an illegal memory access was encountered", jf_novograd_update=None
-    )
-    monkeypatch.setattr(cuda_launch, "functions", lambda: failing)
+    launches = {"jf_novograd_squares": lambda *_: b"an illegal memory access", "jf_novograd_update": None}
+    monkeypatch.setattr(cuda_launch, "functions", lambda: SimpleNamespace(**launches))
     tensors, watched = make(CUDA.device)
     with pytest.raises(RuntimeError, match=r"novograd \(cuda\): an illegal memory access"):
         run(cuda_impl.step, tensors, watched, [settings()])
@@ -166,8 +163,7 @@ def test_a_launch_that_fails_is_told(monkeypatch):
 @pytest.mark.parametrize("functions", [{}, {"jf_novograd_size": lambda: 8}])
 def test_a_library_of_another_version_is_refused(functions, monkeypatch):
     """The library has no NovoGrad kernels, or kernels with other arguments, and CuPy is not installed."""
-    library = SimpleNamespace(_name="libjasper_fast_cuda.so", **functions)
-    monkeypatch.setattr(native, "cuda_library", lambda: library)
+    monkeypatch.setattr(native, "cuda_library", lambda: SimpleNamespace(_name="libjasper_fast_cuda.so", **functions))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(nvrtc, "missing", lambda: "CuPy is not installed")
     with pytest.raises(native.Missing, match=r"libjasper_fast_cuda.so is of another version .*CuPy is not installed"):

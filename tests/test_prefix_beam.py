@@ -88,12 +88,11 @@ def test_the_triton_face_says_what_it_cannot_do():
     triton_impl = pytest.importorskip("jasper_fast.kernels.prefix_beam.triton_impl")
     log_probs, lengths = torch.zeros(1, 3, 29).log_softmax(-1), torch.tensor([3])
     assert triton_impl.why_not(29, 128, None, None) is None
-    cases = [
+    assert_raises((
         (lambda: beam_search(log_probs, lengths, Vocabulary(), beam=129, backend="triton"), "at most beam 128"),
         (lambda: beam_search(log_probs, lengths, Vocabulary(), hot_words={"a": 1.0}, backend="triton"), "no words"),
         (lambda: triton_impl.search(torch.zeros(1, 3, 33), lengths, 8, 1), "32 classes, not 8 and 33"),
-    ]
-    assert_raises(cases)
+    ))  # fmt: skip
 
 
 @pytest.mark.parametrize("broken", ["right", "wrong", "dead"])
@@ -144,10 +143,10 @@ def test_searches_find_more_probable_texts_than_greedy():
     """A wide beam never finds a less probable text than greedy decoding. Beam 1 finds a more probable text at least
     twice as often as a less probable one."""
     torch.manual_seed(3)
-    vocabulary, lengths, everything = Vocabulary(" abc"), torch.full((40,), 5), 1400
+    vocabulary, lengths = Vocabulary(" abc"), torch.full((40,), 5)
     log_probs = torch.randn(40, 5, 5).log_softmax(-1)
     greedy = greedy_decode(log_probs, lengths, vocabulary)
-    exact = beam_search(log_probs, lengths, vocabulary, beam=everything, n_best=everything)
+    exact = beam_search(log_probs, lengths, vocabulary, beam=1400, n_best=1400)  # keeps every prefix
     probability = [{h.text: h.log_prob for h in every} for every in exact]
     gain = {}
     for beam in (1, 128):
@@ -192,7 +191,7 @@ def test_prefixes_that_no_longer_matter_are_cleared_away():
 
 def test_bad_input_is_named(models):
     v, log_probs, lengths = Vocabulary(" ab'"), torch.zeros(2, 3, 5).log_softmax(-1), torch.tensor([3, 2])
-    cases = [
+    assert_raises((
         (lambda: beam_search(log_probs[0], lengths, v), r"\(N, T, V\)"),
         (lambda: beam_search(log_probs, lengths, Vocabulary()), "5 classes, but the vocabulary has 29"),
         (lambda: beam_search(log_probs, torch.tensor([4, 0]), v), r"lengths must be in 0\.\.3"),
@@ -203,8 +202,7 @@ def test_bad_input_is_named(models):
         (lambda: beam_search(log_probs, lengths, v, beta=math.nan), "beta nan"),
         (lambda: beam_search(log_probs, lengths, v, backend="cuda"), "backend 'cuda' must be one of"),
         (lambda: beam_search(log_probs, lengths, v, lm=models[7, 2]), "another vocabulary"),
-    ]
-    assert_raises(cases)
+    ))  # fmt: skip
     for broken in (math.nan, math.inf):
         spoilt = log_probs.clone()
         spoilt[1, 2, 0] = broken

@@ -125,7 +125,7 @@ def test_what_cannot_be_searched_is_one_line(arpa, symbols, tmp_path):
     binary.write_bytes(b"mmap lm http://kheafield.com/code format version 5\n\x00")
     (tmp_path / "lexicon.txt").write_text("bad\n")
     heard = heard_as("bad")
-    cases = [
+    assert_raises((
         (lambda: SpeltLM(closed, V), "has no <unk>"),
         (lambda: SpeltLM(binary, V, tmp_path / "lexicon.txt"), "need the ARPA file"),
         (lambda: SpeltLM(arpa, V, unknown=math.nan), "unknown nan"),
@@ -137,8 +137,7 @@ def test_what_cannot_be_searched_is_one_line(arpa, symbols, tmp_path):
         (lambda: decoder(V, None, hot_words={"": 1.0}), "is not one word"),
         (lambda: hot_words_alone({"one": 1.0}, Vocabulary(["one", "two"])), "labels that are characters"),
         (lambda: best(heard, lm=SpeltLM(arpa, Vocabulary(" abc"))), "another vocabulary"),
-    ]
-    assert_raises(cases)
+    ))  # fmt: skip
 
 
 def test_a_python_without_flashlight_searches_words_itself(arpa, monkeypatch):

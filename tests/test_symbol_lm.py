@@ -94,9 +94,8 @@ def test_broken_files_are_one_line(text, message, tmp_path):
 def test_bytes_that_are_no_text_and_files_that_are_not_there(tmp_path):
     path = tmp_path / "lm.arpa"
     path.write_bytes(b"\\data\\\nngram 1=1\n\n\\1-grams:\n-1\t\xff\xfe\n\\end\\\n")
-    cases = [
+    assert_raises((
         (lambda: SymbolLM(path, V), "line 5: not UTF-8"),
         (lambda: SymbolLM(tmp_path / "gone", V), "no such language model"),
         (lambda: SymbolLM(tmp_path, V), "cannot be read"),
-    ]
-    assert_raises(cases, LanguageModelError)
+    ), LanguageModelError)  # fmt: skip

@@ -157,11 +157,10 @@ def test_broken_binaries_and_lexicons_are_one_line(arpa, tmp_path):
         with pytest.raises(LanguageModelError, match=message):
             word_lm(arpa, V, lexicon)
     unigrams = random_arpa(tmp_path / "uni.arpa", WORDS, 1, random.Random(0))
-    cases = [
+    assert_raises((
         (lambda: word_lm(tmp_path / "gone.arpa", V), "no such language model"),
         (lambda: word_lm(unigrams, V), "has only 1-grams"),
-    ]
-    assert_raises(cases, LanguageModelError)
+    ), LanguageModelError)  # fmt: skip
 
 
 def test_a_python_without_wheels_is_told(arpa, monkeypatch):

@@ -19,7 +19,7 @@ _TRAIN = {
         option("--order", type=int, required=True, metavar="N", help="words in the longest n-grams, 1 to 6"),
         option("--out", required=True, metavar="LM.arpa", help="file to write the model to, in ARPA format"),
         option("--characters", action="store_true", help="make n-grams of characters; a space becomes <space>"),
-        option("--lower-case", action="store_true", help="lower-case the text first, as Jasper's labels need it"),
+        option("--lower-case", action="store_true", help="lower-case the text first; Jasper's labels are lower-case"),
         option(
             "--prune",
             type=int,

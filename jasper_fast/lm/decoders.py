@@ -1,11 +1,15 @@
-"""Beam search for a recogniser. The search of one batch runs while the model computes the next batch."""
+"""Beam search for a recogniser. The search of one batch runs while the model computes the next batch.
+
+``begin`` of a decoder starts a search and returns a function that waits for the transcripts. ``weights`` are the alpha
+and beta of the next search.
+"""
 
 import math
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,26 +29,13 @@ PAPER = (2.0, -0.2)  # the default alpha and beta with a model of words, from th
 SYMBOLS = (1.0, 0.0)  # the default alpha and beta otherwise
 
 
-class Decoder(Protocol):
-    """Turns log-probs into transcripts. ``begin`` starts a search and returns a function that waits for the result.
-
-    ``weights``: alpha and beta of the next search.
-    """
-
-    weights: tuple[float, float]
-
-    def begin(self, log_probs: Tensor, lengths: Tensor, frame_seconds: float) -> Callable[[], list[Transcript]]: ...
-
-    def close(self) -> None: ...
-
-
 def load_lm(
     path: str | os.PathLike,
     vocabulary: Vocabulary,
     lexicon: str | os.PathLike | None = None,
     unknown: float | None = None,
 ) -> SymbolLM | WordLM | SpeltLM:
-    """Loads a model from a file: a model of symbols if all words of an ARPA file are labels, otherwise one of words.
+    """Loads a language model: a model of symbols if all words of the ARPA file are labels, otherwise one of words.
 
     With ``unknown``, a model of words also accepts words that it does not list; ``unknown`` is added to the score for
     each of them. Raises LanguageModelError for a file that cannot be read or does not fit.
@@ -55,34 +46,6 @@ def load_lm(
         return SymbolLM(path, vocabulary)
     known = word_lm(path, vocabulary, lexicon)
     return known if unknown is None else SpeltLM(known, vocabulary, unknown=unknown)
-
-
-def decoder(
-    vocabulary: Vocabulary,
-    lm: SymbolLM | WordLM | SpeltLM | None = None,
-    *,
-    beam: int = 128,
-    alpha: float | None = None,
-    beta: float | None = None,
-    n_best: int = 1,
-    processes: int | None = None,
-    hot_words: Mapping[str, float] | None = None,
-) -> Decoder:
-    """Returns the decoder for an acoustic model's vocabulary and a language model.
-
-    With a word model, flashlight searches in ``processes`` (default: one per core). Without one, with hot words, with
-    an open vocabulary, or on a Python without flashlight wheels, ``beam_search`` runs in a thread. ``alpha`` and
-    ``beta`` default to the paper's 2.0 and -0.2 with a word model, and to 1.0 and 0.0 otherwise. Raises ValueError for
-    settings that no search can use, and LanguageModelError if the model cannot be loaded.
-    """
-    default = PAPER if isinstance(lm, (WordLM, SpeltLM)) else SYMBOLS
-    if isinstance(lm, WordLM) and (hot_words or not has_wheels()):
-        lm = SpeltLM(lm, vocabulary, unknown=-math.inf)
-    alpha, beta = default[0] if alpha is None else alpha, default[1] if beta is None else beta
-    check_weights(beam, alpha, beta, n_best)
-    if isinstance(lm, WordLM):
-        return WordDecoder(vocabulary, lm, beam, alpha, beta, n_best, processes or os.cpu_count() or 1)
-    return SymbolDecoder(vocabulary, lm, beam, alpha, beta, n_best, hot_words)
 
 
 class SymbolDecoder:
@@ -158,6 +121,34 @@ class WordDecoder:
 
     def close(self) -> None:
         self._pool.close()
+
+
+def decoder(
+    vocabulary: Vocabulary,
+    lm: SymbolLM | WordLM | SpeltLM | None = None,
+    *,
+    beam: int = 128,
+    alpha: float | None = None,
+    beta: float | None = None,
+    n_best: int = 1,
+    processes: int | None = None,
+    hot_words: Mapping[str, float] | None = None,
+) -> SymbolDecoder | WordDecoder:
+    """Returns the decoder for an acoustic model's vocabulary and a language model.
+
+    With a word model, flashlight searches in ``processes`` (default: one per core). Without one, with hot words, with
+    an open vocabulary, or on a Python without flashlight wheels, ``beam_search`` runs in a thread. ``alpha`` and
+    ``beta`` default to the paper's 2.0 and -0.2 with a word model, and to 1.0 and 0.0 otherwise. Raises ValueError for
+    settings that no search can use, and LanguageModelError if the model cannot be loaded.
+    """
+    default = PAPER if isinstance(lm, (WordLM, SpeltLM)) else SYMBOLS
+    if isinstance(lm, WordLM) and (hot_words or not has_wheels()):
+        lm = SpeltLM(lm, vocabulary, unknown=-math.inf)
+    alpha, beta = default[0] if alpha is None else alpha, default[1] if beta is None else beta
+    check_weights(beam, alpha, beta, n_best)
+    if isinstance(lm, WordLM):
+        return WordDecoder(vocabulary, lm, beam, alpha, beta, n_best, processes or os.cpu_count() or 1)
+    return SymbolDecoder(vocabulary, lm, beam, alpha, beta, n_best, hot_words)
 
 
 def valid_rows(log_probs: Tensor, lengths: Tensor) -> list[np.ndarray]:

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from jasper_fast.lm.align import best_path
-from jasper_fast.lm.decoders import Decoder, transcript_of, valid_rows
+from jasper_fast.lm.decoders import SymbolDecoder, WordDecoder, transcript_of, valid_rows
 from jasper_fast.speech.decoding import Hypothesis, Transcript
 from jasper_fast.speech.text import Vocabulary
 
@@ -58,7 +58,7 @@ def remembering(scorer: Scorer) -> Scorer:
 
 
 class Rescoring:
-    """A decoder for a recogniser that rescores the N-best lists of the decoder ``first`` with ``scorer``.
+    """A decoder for a recogniser: it rescores the N-best lists of the decoder ``first`` with ``scorer``.
 
     Transcripts have the text, times and confidences of the best hypothesis, and the ``n_best`` best hypotheses with
     scores ``score + weight * log p(text)``. All texts of a batch are scored together. Raises ValueError as ``rescore``
@@ -66,7 +66,12 @@ class Rescoring:
     """
 
     def __init__(
-        self, first: Decoder, scorer: Scorer, vocabulary: Vocabulary, weight: float = 1.0, n_best: int = 1
+        self,
+        first: SymbolDecoder | WordDecoder,
+        scorer: Scorer,
+        vocabulary: Vocabulary,
+        weight: float = 1.0,
+        n_best: int = 1,
     ) -> None:
         self.first, self.scorer, self.vocabulary, self.weight, self.n_best = first, scorer, vocabulary, weight, n_best
 

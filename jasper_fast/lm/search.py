@@ -85,9 +85,8 @@ def beam_search(
 
 
 def _hypotheses(symbols: Tensor, counts: Tensor, scores: Tensor, vocabulary: Vocabulary) -> list[Hypothesis]:
-    made = [
+    return [
         Hypothesis(vocabulary.decode(row[:count].tolist()), score, acoustic, tuple(row[:count].tolist()))
         for row, count, (score, acoustic) in zip(symbols, counts.tolist(), scores.tolist(), strict=True)
         if count >= 0
-    ]
-    return made or [NOTHING]
+    ] or [NOTHING]

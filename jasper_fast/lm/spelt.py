@@ -1,4 +1,4 @@
-"""Words for the search over symbols: an n-gram of words with their spellings, an open vocabulary, and hot words."""
+"""Makes the search over symbols use words: an n-gram of words, an open or closed vocabulary, and hot words."""
 
 import math
 import os
@@ -15,7 +15,7 @@ from jasper_fast.lm.words import Entry, WordLM, entry, is_binary, word_lm
 from jasper_fast.speech.text import Vocabulary
 
 UNKNOWN = -10.0  # added to the score for a word that the model does not list
-BOOST = 5.0
+BOOST = 5.0  # the default boost of a hot word
 _MOST = 20_000_000  # n-grams that a model may have
 
 

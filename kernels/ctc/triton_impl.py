@@ -2,7 +2,8 @@
 
     alpha      one program per utterance: the forward variables of all frames, and the loss
     posterior  one program per utterance: from the last frame to the first, the posterior of every state
-    gradient   one program per tile of frames and symbols: adds posteriors of equal labels (a product with a 0/1 matrix)
+    gradient   one program per tile of frames and symbols: adds the posteriors of all states with the same symbol, as a
+               product with a 0/1 matrix
 
 The states of a frame depend on the frame before, so latency limits the first two kernels. They therefore keep the
 states in registers, get the state of the neighbouring label by one exchange between threads, and load each frame while

@@ -39,7 +39,7 @@ class Functions:
 
 
 class Compiled:
-    """The functions of `Functions` for machines without the CUDA library: NVRTC compiles the kernels."""
+    """The same functions as in `Functions`, for machines without the CUDA library: NVRTC compiles the kernels."""
 
     def __init__(self, nvrtc_: ModuleType | None = None, driver: ModuleType | None = None) -> None:
         self._kernels = nvrtc.Kernels("novograd.cuh", nvrtc_, driver)

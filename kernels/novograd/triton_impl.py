@@ -40,8 +40,8 @@ def _run(table_ptr, runs_ptr, size):
 def _at(anchor_ptr, offset_ptr, start, ALIGNED: tl.constexpr):
     """Returns a pointer to element `start` of the fp32 tensor whose distance from the anchor is at `offset_ptr`.
 
-    The table holds distances in elements instead of addresses, because the compiler would not see that an address is
-    aligned.
+    The table holds distances in elements instead of addresses, because the compiler cannot know the alignment of an
+    address that is loaded.
     """
     offset = tl.load(offset_ptr)
     if ALIGNED:  # to 16 bytes

@@ -1,7 +1,8 @@
 """Trains a neural language model, with the optimisers, mixed precision, averages and checkpoints of acoustic models.
 
-A step is one update with one segment of each row. The output folder has log.jsonl, tensorboard/, the last checkpoints
-(step_*.pt) and, with a validation text, the checkpoint with the best perplexity (best.pt).
+The text is cut into rows that are read side by side. A step is one update with a segment of each row. The output
+folder has log.jsonl, tensorboard/, the last checkpoints (step_*.pt) and, with a validation text, the checkpoint with
+the best perplexity (best.pt).
 """
 
 import argparse
@@ -207,7 +208,8 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[LMRun, Any]:
     folder.clean()
     if found and "language_model" not in found[1]:
         raise RunError(f"{found[0]} holds no language model; choose another --out")
-    val = TextFile(args.val, args.characters, args.lower_case) if args.val else None  # before long work, to fail early
+    # made before the long work, so that a missing file is reported early
+    val = TextFile(args.val, args.characters, args.lower_case) if args.val else None
     tokens, text = read_texts(args, folder.path, found and found[1], console, stop)
     seed_everything(args.seed)
     config = make_config(args, tokens)
