@@ -1,4 +1,4 @@
-"""A small model with everything else that a training step needs, from one seed, for the tests of the graphed step."""
+"""For tests of the graphed step: a small model with everything else that a training step needs, from one seed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def batch(n: int, seconds: float, labels: int, seed: int) -> Batch:
 
 
 def padded(one: Batch, shape: tuple[tuple[int, ...], int]) -> Batch:
-    """Returns the batch padded with zeros to this shape, see `GraphedStep._shape`."""
+    """Returns the batch padded with zeros to `shape`, a result of `GraphedStep._shape`."""
     (_, samples), labels = shape
     audio, targets = (F.pad(x, (0, n - x.shape[1])) for x, n in ((one.audio, samples), (one.targets, labels)))
     return dataclasses.replace(one, audio=audio, targets=targets)
@@ -87,8 +87,7 @@ class Rig:
         self.guard, self.how = BufferGuard(self.model), {"device": torch.device(device), "ema": self.ema} | how
 
     def plain(self, batches: list[Batch]) -> step.StepResult:
-        parts = self.model, self.frontend, batches, self.optimizer, self.scaler, self.guard
-        return train_step(*parts, **self.how)
+        return train_step(self.model, self.frontend, batches, self.optimizer, self.scaler, self.guard, **self.how)
 
     def equal(self, other: Rig) -> bool:
         """Returns whether both rigs have equal states. A NaN counts as equal to a NaN."""
@@ -96,8 +95,9 @@ class Rig:
 
     def graphed(self, monkeypatch, **more) -> tuple[GraphedStep, TapeRecorder]:
         recorder = TapeRecorder(monkeypatch, lambda: self.state(), lambda: self.held(made))
-        parts = self.model, self.frontend, self.optimizer, self.scaler, self.guard
-        made = GraphedStep(*parts, **self.how, recorder=recorder, **more)
+        made = GraphedStep(
+            self.model, self.frontend, self.optimizer, self.scaler, self.guard, **self.how, recorder=recorder, **more
+        )
         return made, recorder
 
     def state(self) -> Iterator[Tensor]:
@@ -108,7 +108,7 @@ class Rig:
             yield from (self.scaler._scale, self.scaler._growth_tracker)
 
     def held(self, made: GraphedStep) -> list[Tensor]:
-        """Returns all tensors in memory: those of the model, the frontend, the state and the graphs."""
+        """Returns all tensors that must stay in memory: those of the state, the frontend and the graphs."""
         found = [*self.state(), *made._rates]
         found += self.frontend.buffers() if isinstance(self.frontend, torch.nn.Module) else []
         for graph in made.graphs.values():

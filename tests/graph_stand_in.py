@@ -58,7 +58,7 @@ class Watch(TorchDispatchMode):
 
 
 class Counter:
-    """Stands in for `graphed.CudaRecorder`: watches the ops of a step and replays nothing."""
+    """Takes the place of `graphed.CudaRecorder`: watches the ops of a step, and replays nothing."""
 
     def __init__(self) -> None:
         self.watched = Watch()
@@ -69,7 +69,7 @@ class Counter:
 
 
 class Launched:
-    """Stands in for NovoGrad's CUDA functions, and records their names."""
+    """Takes the place of NovoGrad's CUDA functions, and records their calls."""
 
     def __init__(self, launched: list[str]) -> None:
         self.jf_novograd_squares = lambda *how: launched.append("squares_kernel")
@@ -95,7 +95,7 @@ def one_step(optimizer: str, panes: str, amp: torch.dtype | None) -> dict:
 
 
 def wrong_ones() -> dict[str, tuple[str, list[str]]]:
-    """Returns, for each planted fault, the message that must be found and the messages that were found."""
+    """Returns, for each kind of forbidden op, the message that `Watch` must record and the messages that it records."""
     with FakeTensorMode():
         x, count = torch.randn(3, device=f"{NAME}:0"), torch.zeros(()) + 2
         cases = {
@@ -111,7 +111,7 @@ def wrong_ones() -> dict[str, tuple[str, list[str]]]:
             with Watch() as watch:
                 try:
                     call()
-                except RuntimeError as error:  # raised by the fake tensor, which has no values
+                except RuntimeError as error:  # a fake tensor has no values to read
                     watch.found.append(type(error).__name__)
             found[name] = wanted, watch.found
     return found
@@ -126,7 +126,7 @@ def main() -> None:
     for module in (step, graphed):
         module.loss_is_capturable = lambda device: True
     choose.ctc_face = lambda backend, device: "triton"
-    # fake tensors have no addresses
+    # the real function reads addresses, which fake tensors do not have
     table.rows_of = lambda tensors, watched: [(0,) * 5 + (64, 0, 0)] * len(tensors.params)
     cases = [("novograd", "gram", torch.float16), ("novograd cuda", "plain", None), ("adamw", "gram", torch.bfloat16)]
     steps = {f"{optimizer} {panes} {amp}": one_step(optimizer, panes, amp) for optimizer, panes, amp in cases}

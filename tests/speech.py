@@ -1,4 +1,4 @@
-"""A corpus of beeps for tests of training. Each letter is a tone, so a tiny Jasper learns it in seconds."""
+"""A corpus of beeps for tests of training, one tone for each letter. A tiny Jasper learns it in seconds."""
 
 from pathlib import Path
 
@@ -77,7 +77,7 @@ def train_arguments(paths: dict[str, Path], output: Path, **more) -> list[str]:
     arguments = []
     for name, value in (options | more).items():
         if value is not None:
-            arguments += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+            arguments += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return arguments
 
 
@@ -94,7 +94,7 @@ def run_train(arguments: list[str]) -> None:
 
 
 def records(folder: Path, *kinds: str) -> list[dict]:
-    """Returns the records of these kinds in a run's log."""
+    """Returns the records of the log in `folder` whose kind is one of `kinds`."""
     from jasper_fast.training.runs import read_log
 
     return [r for r in read_log(folder / "log.jsonl") if r["kind"] in kinds]
@@ -102,7 +102,7 @@ def records(folder: Path, *kinds: str) -> list[dict]:
 
 @pytest.fixture(name="paths", scope="module")
 def corpus_of_beeps(tmp_path_factory) -> dict[str, Path]:
-    """Returns the paths of a corpus that all tests of a file share."""
+    """Makes a corpus for all tests of a file, and returns its paths."""
     return write_corpus(tmp_path_factory.mktemp("beeps"))
 
 

@@ -1,4 +1,4 @@
-"""Stand-ins that several test files share: verdicts, the table of a GPU, a cache for one test, a GPU for tuning.
+"""Stand-ins for several test files: verdicts, a cache folder, tables and tuning of an imaginary GPU, spies.
 
 A test file uses a fixture by importing it from here. An imported autouse fixture applies to all tests of that file.
 """
@@ -24,7 +24,7 @@ GPU_NAME = "NVIDIA Imaginary 9000"
 
 
 def verdict(op: str = "conv1d", status: str = GOOD, face: str = "triton", **more) -> Verdict:
-    """Returns the verdict of a full check in bf16, with the fields in `more` changed."""
+    """Returns the verdict of a full check in bf16. `more` sets further fields."""
     values = {"quick": False, "checked": 3, "failure": "" if status == GOOD else "dgrad (2, 64->48, 37) wrong: 7 %"}
     values |= {"dtype": "bfloat16", **more}
     return Verdict(op, face, status=status, **values, date="2026-01-01T00:00:00+00:00")
@@ -32,7 +32,7 @@ def verdict(op: str = "conv1d", status: str = GOOD, face: str = "triton", **more
 
 @pytest.fixture(name="own_cache", autouse=True)
 def verdicts_of_its_own(tmp_path, monkeypatch):
-    """Gives the test its own cache folder, and clears what dispatch has chosen."""
+    """Gives the test its own cache folder, and clears the choices that dispatch remembers."""
     monkeypatch.setenv("JASPER_FAST_CACHE", str(tmp_path / "cache"))
     choose.forget()
     yield tmp_path / "cache"
@@ -60,7 +60,7 @@ def imaginary_gpus_table(tmp_path, monkeypatch):
 
 
 class NeverWait(TorchDispatchMode):
-    """Fails on any op that reads values of a tensor, because on a GPU the host would wait for it."""
+    """Fails on any op for which the host would wait for a GPU, because it needs the values of a tensor."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -81,10 +81,11 @@ CONTENDERS |= {"aten library": 1.5e-3, "triton direct": 1e-3, "reference library
 
 @dataclasses.dataclass
 class Tuning:
-    """An imaginary GPU for tuning, with a clock that only contenders move.
+    """An imaginary GPU for tuning. Its clock advances only when a contender runs.
 
-    `seconds`: the time that each contender takes. `wrong`: the fault that the compiler or the check finds in a
-    contender. `measured`: the cells whose measurement has begun. `happen(what)` is called at every event and may raise.
+    `seconds`: the time of each contender. `wrong`: the fault that the compiler or the check finds in a contender.
+    `measured`: the cells whose measurement has begun. `sessions`: the number of cells in each tuning process.
+    `happen(what)` is called at every event, and may raise.
     """
 
     seconds: dict[str, float] = dataclasses.field(default_factory=lambda: dict(CONTENDERS))
@@ -94,16 +95,15 @@ class Tuning:
     happen: Callable[[str], None] = lambda what: None
     now: float = 0.0
 
+    # the methods of `timing.Wall`
+
     def warm(self, call: str) -> None:
-        """As `timing.Wall.warm`."""
         self.now += 1.0
 
     def prepare(self, call: str) -> str:
-        """As `timing.Wall.prepare`."""
         return call
 
     def seconds_of(self, call: str, times: int) -> float:
-        """As `timing.Wall.seconds`."""
         self.now += times * self.seconds[call]
         return times * self.seconds[call]
 
@@ -114,7 +114,7 @@ class Tuning:
         return [*(Proposal("triton", tile=tile) for tile in TILES), Proposal("aten", "library")]
 
     def talk(self, argv, wanted, hear, seconds) -> children.Ended:
-        """Does what `children.talk` does, but in this process; all messages pass through JSON, as through a pipe."""
+        """Like `children.talk`, but in this process. Messages are converted to JSON and back, as between processes."""
         wanted = json.loads(json.dumps(wanted))
         self.sessions.append(len(wanted["cells"]))
         told = False
@@ -137,12 +137,12 @@ class Tuning:
 
 
 class Died(SystemExit):
-    """Ends the pretended tuning process with a status, its `code`."""
+    """Ends the pretended tuning process with the exit status `code`."""
 
 
 @pytest.fixture(name="tuning")
 def tuning_on_an_imaginary_gpu(own_cache, monkeypatch, tmp_path):
-    """Turns first-use tuning on, on the imaginary GPU, with good verdicts."""
+    """Turns on first-use tuning, with the imaginary GPU and good verdicts."""
     made = Tuning()
 
     def held(cell, device):
@@ -180,7 +180,7 @@ def tuning_on_an_imaginary_gpu(own_cache, monkeypatch, tmp_path):
 
 
 def forked(*bodies) -> list[int]:
-    """Runs each of `bodies` in a forked process, all at once; returns their exit statuses."""
+    """Runs each of `bodies` in its own forked process, all at the same time. Returns the exit statuses."""
     pids = []
     for body in bodies:
         pids.append(os.fork())
@@ -193,16 +193,13 @@ def forked(*bodies) -> list[int]:
 
 
 def wrap(monkeypatch, owner: object, name: str, around) -> None:
-    """Replaces `owner.name` by `around(right, *args, **more)`, where `right` is the original."""
+    """Replaces `owner.name` by a function that calls `around` with the original function and the arguments."""
     right = getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args, **more: around(right, *args, **more))
 
 
 def spied(monkeypatch, owner: object, name: str, note=lambda *args, **more: args) -> list:
-    """Records `note(...)` of the arguments of each call of `owner.name`; returns the list of records.
-
-    The call still runs the original function.
-    """
+    """Returns a list to which each call of `owner.name` appends `note(*args, **more)`, and then runs the original."""
     calls: list = []
 
     def around(right, *args, **more):

@@ -1,4 +1,4 @@
-"""The commands on a tiny model with random weights: output, exit status and one-line errors."""
+"""The commands, with a tiny model of random weights: output, exit status and one-line errors."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from standins import spied
 
 from jasper_fast import Jasper, JasperConfig
 from jasper_fast.cli import command, common
@@ -81,7 +82,7 @@ def bad(tmp_path):
 
 
 def run(name, *argv):
-    """Runs a command. The options in `argv` come last, so they override the others."""
+    """Runs a command, and returns its exit status. The options in `argv` override those set here."""
     return command.main([name, *(["--backend", "reference", "--quiet"] if name != "info" else []), *map(str, argv)])
 
 
@@ -99,16 +100,13 @@ def test_transcribe(model, files, capsys):
     rows = [line.split("\t") for line in out.out.splitlines()]
     assert [r[0] for r in rows] == files and all(r[1].strip() for r in rows) and not out.err
     run("transcribe", *files, "--checkpoint", model, "--workers", 2, "--batch-size", 1)
-    assert capsys.readouterr().out == out.out  # each file alone, in other processes, gives the same as in the batch
+    assert capsys.readouterr().out == out.out  # batches of one file, read by other processes, give the same texts
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_transcribe_in_low_precision(model, files, dtype, monkeypatch, capsys):
-    """Shows that the engine computes in the low precision and that the transcripts are nearly the same."""
-    used = []
-    make = recognizer.InferenceEngine
-    monkeypatch.setattr(recognizer, "InferenceEngine", lambda m, **how: used.append(how["dtype"]) or make(m, **how))
-    heard = []
+    """Shows that the engine computes in the low precision, and that the transcripts are nearly the same."""
+    used, heard = spied(monkeypatch, recognizer, "InferenceEngine", lambda model, **how: how["dtype"]), []
     for options in ((), ("--dtype", dtype)):
         assert run("transcribe", *files, "--checkpoint", model, *options) == 0
         heard.append([line.split("\t")[1] for line in capsys.readouterr().out.splitlines()])
@@ -237,24 +235,19 @@ def test_info(capsys):
     assert set(report["backends"]) == {"reference", "cpu", "triton", "cuda"}
     assert report["backends"]["reference"]["available"]
     for name, backend in report["backends"].items():
-        assert backend["available"] != bool(backend["missing"]), name  # either available or with a remedy
+        assert backend["available"] != bool(backend["missing"]), name
     for package in report["packages"].values():
         assert package["version"] or package["get"]
     assert run("info") == 0
     assert "backend" in capsys.readouterr().out
 
 
-def python(*argv):
-    root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=True, cwd=root)
-    return done.stdout.strip()
-
-
 @pytest.mark.slow
 def test_module_runs_and_imports_little():
     code = "import sys; from jasper_fast.cli.command import parser; parser(); print('torch' in sys.modules)"
-    assert python("-c", code) == "False"
-    assert python("-m", "jasper_fast", "--version").startswith("jasper_fast ")
+    for argv, start in ((("-c", code), "False"), (("-m", "jasper_fast", "--version"), "jasper_fast ")):
+        command = [sys.executable, *argv]
+        assert subprocess.check_output(command, text=True, cwd=Path(__file__).parents[1]).startswith(start)
 
 
 def test_a_model_that_makes_nan_of_one_file_keeps_the_others(model, files, tmp_path, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""The comparisons of decoders and of a rescoring pass: joined words, the interval of a gain, and the printed lines."""
+"""The demo's comparisons of decoders and of rescoring: joined words, the interval of a gain, and the printed lines."""
 
 import json
 import random
@@ -22,8 +22,8 @@ def test_strings_are_of_one_speaker(tmp_path):
     lines = []
     for i in range(8):
         soundfile.write(tmp_path / f"{i}.wav", np.full(1600, 0.1 * (i + 1), np.float32), 16000)
-        line = {"audio_filepath": f"{i}.wav", "duration": 0.1, "text": f"word{'abcdefgh'[i]}", "speaker": str(i % 2)}
-        lines.append(line)
+        text = f"word{'abcdefgh'[i]}"
+        lines.append({"audio_filepath": f"{i}.wav", "duration": 0.1, "text": text, "speaker": str(i % 2)})
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
     made = read_manifest(decoding.strings(tmp_path / "m.jsonl", tmp_path / "out", 6, (3, 7), 0))
     assert len(made) == 6
@@ -32,9 +32,9 @@ def test_strings_are_of_one_speaker(tmp_path):
         assert 3 <= len(words) <= 7 and {"abcdefgh".index(w[-1]) % 2 for w in words} == {i % 2}
         assert soundfile.info(utterance.path).duration == pytest.approx(utterance.duration, abs=1e-3)
     once = read_manifest(decoding.strings(tmp_path / "m.jsonl", tmp_path / "once", None, (2, 3), 0))
-    words = [u.text.split() for u in once]
-    assert sorted(w for part in words for w in part) == [f"word{c}" for c in "abcdefgh"]
-    assert all(len({"abcdefgh".index(w[-1]) % 2 for w in part}) == 1 and len(part) <= 3 for part in words)
+    parts = [u.text.split() for u in once]
+    assert sorted(w for part in parts for w in part) == [f"word{c}" for c in "abcdefgh"]
+    assert all(len({"abcdefgh".index(w[-1]) % 2 for w in part}) == 1 and len(part) <= 3 for part in parts)
 
 
 def test_digits_are_spelt_by_the_letters_they_need(tmp_path):
@@ -58,8 +58,8 @@ def test_the_interval_of_a_gain():
 
 
 def spoken(folder, noise: float, sharp: float) -> tuple[Saved, list[str]]:
-    """Saves log-probs of twelve random texts of three words, and returns them with the texts. `sharp` is added
-    to the score of "d" in the first frame, although no text begins with a "d"."""
+    """Saves log-probs of twelve random texts of three words, and returns them with the texts. `sharp` is added to the
+    score of "d" in the first frame, although no text begins with "d"."""
     torch.manual_seed(0)
     rng, v = random.Random(0), Vocabulary()
     texts = [" ".join(rng.choices(("one", "two", "three", "four"), k=3)) for _ in range(12)]

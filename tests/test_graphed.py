@@ -1,5 +1,5 @@
-"""The graphed step without a GPU: a recorder of PyTorch's ops takes the place of CUDA graphs, and a stand-in device
-counts the operations that a capture forbids."""
+"""The graphed step without a GPU: a recorder of PyTorch's ops takes the place of CUDA graphs, and steps on a stand-in
+device show whether an operation cannot be captured."""
 
 import ctypes
 import json
@@ -29,8 +29,8 @@ from jasper_fast.training.step import Frontend, StepResult
 
 @pytest.fixture(autouse=True)
 def loss_on_the_device(monkeypatch):
-    """Uses the CTC loss that a CUDA graph can capture (`ops.ctc_loss`), on the reference face, because that is faster
-    than interpreted Triton."""
+    """Uses the CTC loss that a CUDA graph can capture, `ops.ctc_loss`, but on the reference face, which is faster than
+    interpreted Triton."""
     interpreted()
     monkeypatch.setattr(step, "loss_is_capturable", lambda device: True)
     monkeypatch.setattr(graphed, "loss_is_capturable", lambda device: True)
@@ -40,8 +40,8 @@ def loss_on_the_device(monkeypatch):
 def both(
     ours: Rig, made: GraphedStep, plain: Rig, seed: int, batches: list[Batch], pad: bool = True
 ) -> list[StepResult]:
-    """Makes the graphed step, and the plain one over the same padded batches, from one seed. Returns both results.
-    Everything that the steps change must be equal bit by bit, and so must the state of the random generator."""
+    """Makes a graphed step, and a plain step over the same padded batches, from one seed. Returns both results. Asserts
+    that the states of both rigs and of the random generator are equal bit by bit."""
     results, states = [], []
     for run, given in ((made, batches), (plain.plain, [padded(b, made._shape(b)) if pad else b for b in batches])):
         torch.manual_seed(seed)
@@ -57,7 +57,7 @@ def both(
 )
 @pytest.mark.slow
 def test_graphed_steps_are_plain_ones_bit_by_bit(optimizer, steps, how, monkeypatch):
-    """Shows equal bits after steps with dropout, dither and augmentation, two shapes, changing rates and one NaN."""
+    """Uses dropout, dither, augmentation, two shapes, changing learning rates and one NaN."""
     ours, plain = Rig(optimizer, **how), Rig(optimizer, **how)
     made, recorder = ours.graphed(monkeypatch, bucket=16)
     for i in range(steps):
@@ -76,8 +76,8 @@ def test_graphed_steps_are_plain_ones_bit_by_bit(optimizer, steps, how, monkeypa
 
 
 class Taped:
-    """NovoGrad's CUDA functions, emulated. They are launched like Triton kernels, so the tape records them with their
-    tensors."""
+    """NovoGrad's CUDA functions, emulated on the CPU. They go through `launch.run`, where the tape records the launch
+    and its tensors."""
 
     def __init__(self, monkeypatch) -> None:
         library = ctypes.CDLL(str(cuda_host.build([cuda_host.CSRC / "cuda/emulate/novograd.cpp"])))
@@ -101,8 +101,8 @@ class Taped:
 
 @pytest.mark.slow
 def test_novograd_in_cuda_is_graphed_too(monkeypatch):
-    """Shows equal bits with plain steps when graphs record the CUDA face. Its launches read the table and the settings
-    of their own graph, although plain steps and the other graph send different ones in between."""
+    """Shows that graphed steps of the CUDA face equal plain steps bit by bit. Each graph reads its own table and
+    settings, although plain steps and the other graph send theirs in between."""
     taped = Taped(monkeypatch)
     ours, plain = Rig(), Rig()
     made, recorder = ours.graphed(monkeypatch, bucket=16)
@@ -143,8 +143,8 @@ def test_the_graphs_used_last_are_kept(monkeypatch):
 
 
 def test_what_a_graph_needs_is_kept_alive(monkeypatch):
-    """Shows that a graph keeps its memory alive although plain steps make new packs. A replay of the stand-in fails
-    if memory of its graph has been freed."""
+    """Shows that a graph keeps its packs alive when the model makes new ones. The replay asserts that all memory of the
+    graph is alive."""
     ours = Rig("adamw", amp_dtype=torch.bfloat16)
     made, _ = ours.graphed(monkeypatch, bucket=16)
     for _ in range(2):
@@ -160,14 +160,14 @@ def test_what_a_graph_needs_is_kept_alive(monkeypatch):
 
 
 def test_what_the_host_sends_to_a_graph_lies_outside_of_its_memory(monkeypatch):
-    """Shows that the host's numbers reach a graph through memory outside it. Graphs share a pool, so a replay of one
+    """Shows that what the host sends to a graph is in memory that no graph allocated. Graphs share a pool, so one graph
     may overwrite what another allocated."""
     made, recorder = Rig("novograd").graphed(monkeypatch, bucket=16)
     for _ in range(2):
         made([batch(1, 0.2, 2, 0)])
     (graph,), (tape,) = made.graphs.values(), recorder.tapes
     (held,) = graph.held.values()
-    sent = tensors([x for name, x in held.items() if name not in ("one", "zero")])  # the graph writes these two itself
+    sent = tensors([x for name, x in held.items() if name not in ("one", "zero")])  # the graph itself writes these two
     assert len(sent) == 3 and not set(map(place, sent)) & tape.made  # table, runs and settings
 
 
@@ -205,7 +205,7 @@ def test_a_broken_capture_sets_the_allocator_free(where, monkeypatch):
 
 
 def test_a_frontend_of_another_kind_gets_what_it_was_given(monkeypatch):
-    """Shows that a frontend which takes features is given them unpadded, because their padding value is unknown."""
+    """Shows that input other than audio is not padded, because only the padding value of audio is known."""
     ours, plain = Rig("adamw"), Rig("adamw")
     for rig in (ours, plain):
         rig.frontend = lambda features, lengths: (features, lengths, lengths)
@@ -268,25 +268,24 @@ def test_hindrances_are_told_in_a_line(monkeypatch):
         made(Rig("adamw"), recorder=recorder, limit=0)
 
 
-# ---- what would break a capture, counted on a stand-in device ----
+# ---- operations that would break a capture, on a stand-in device ----
 
 
 @pytest.fixture(scope="module")
 def counted() -> dict:
-    """Returns what tests/graph_stand_in.py found, in its own process, because a process can register only one such
-    device."""
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    """Returns the results of tests/graph_stand_in.py. It runs in a process of its own, because a process can register
+    only one such device."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     script = Path(__file__).with_name("graph_stand_in.py")
-    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
 def test_nothing_of_a_captured_step_waits_for_the_device(counted):
-    """Shows that a captured step with every augmentation reads nothing on the host, copies nothing between host and
-    device and uses no CPU scalar, and that the CTC loss runs in Triton, and NovoGrad in Triton or in
-    CUDA."""
+    """Shows that a captured step with every augmentation reads no value on the host and uses no tensor of the CPU. The
+    CTC loss runs in Triton, NovoGrad in Triton or in CUDA."""
     for name, found in counted["steps"].items():
         assert found["possible"] and found["said"] == [], (name, found)
         assert found["breaks"] == [], (name, found)

@@ -1,6 +1,7 @@
-"""A run that was killed or stopped continues with exactly the losses of an uninterrupted run. Uses real processes and
-signals."""
+"""A run that was killed or stopped continues with exactly the losses of an uninterrupted run. The tests use real
+processes and signals."""
 
+import itertools
 import os
 import signal
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from speech import corpus_of_beeps, train_arguments  # noqa: F401
 from jasper_fast.training import step
 from jasper_fast.training.runs import read_log
 
-SETTINGS = {"steps": 12, "grad_accumulation": 2, "save_every": 3, "val_every": 4, "ema": 0.9}  # 2 steps an epoch
+SETTINGS = {"steps": 12, "grad_accumulation": 2, "save_every": 3, "val_every": 4, "ema": 0.9}  # 2 steps per epoch
 
 
 def kill() -> None:
@@ -22,7 +23,7 @@ def kill() -> None:
 
 
 def stop_the_group() -> None:
-    """Sends SIGTERM as torchrun and SLURM do, so that the loader's processes get it too."""
+    """Sends SIGTERM to the process group, and so also to the loader's processes, as torchrun and SLURM do."""
     os.killpg(0, signal.SIGTERM)
 
 
@@ -31,11 +32,10 @@ def stop_the_group() -> None:
 
 def in_a_step(train, rank: int, strike: Callable[[], None]) -> None:
     os.setsid()  # a process group of its own
-    real, calls = step.ctc_loss, []
+    real, calls = step.ctc_loss, itertools.count(1)
 
     def ctc_loss(*args):
-        calls.append(args)
-        if len(calls) == 10:  # the second of two micro-batches of step 5
+        if next(calls) == 10:  # the second of two micro-batches of step 5
             strike()
         return real(*args)
 
@@ -66,13 +66,13 @@ def before_the_rename(train, rank: int) -> None:
 
 
 def finish(arguments: list[str], folder: Path, expected: int, *patch) -> str:
-    """Runs train.py in a process of its own, and returns what it printed."""
+    """Runs train.py in a process of its own, and returns its standard error."""
     [member] = worlds.world(1, arguments, folder / "said", *patch, status=expected)
     return member.said
 
 
 def curves(folder: Path) -> dict[str, list]:
-    """Returns all records of the log by kind, without times."""
+    """Returns the records of the log by kind, without "start" and without times."""
     kept = {}
     for r in read_log(folder / "log.jsonl"):
         if r["kind"] != "start":
@@ -101,11 +101,9 @@ def test_three_kills_change_nothing(paths, untouched, tmp_path):
     finish(fresh, tmp_path, -signal.SIGKILL, in_a_step, kill)
     assert [p.name for p in tmp_path.glob("step_*")] == ["step_00000003.pt"]
     assert read_log(tmp_path / "log.jsonl")[-1]["step"] == 4
-    errors = finish(again, tmp_path, -signal.SIGKILL, in_a_write)
-    assert "step_00000003.pt: epoch 2, step 3" in errors
+    assert "step_00000003.pt: epoch 2, step 3" in finish(again, tmp_path, -signal.SIGKILL, in_a_write)
     assert [p.name for p in tmp_path.glob(".step_*")] == [".step_00000006.pt.tmp"]
-    errors = finish(again, tmp_path, -signal.SIGKILL, before_the_rename)
-    assert "step 3" in errors
+    assert "step_00000003.pt: epoch 2, step 3" in finish(again, tmp_path, -signal.SIGKILL, before_the_rename)
     assert [p.name for p in tmp_path.glob(".step_*")] == [".step_00000009.pt.tmp"]
     (tmp_path / "step_00000007.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
     errors = finish(again, tmp_path, 0)
@@ -117,7 +115,7 @@ def test_three_kills_change_nothing(paths, untouched, tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_saves_and_ends_well(paths, untouched, tmp_path):
-    """Shows that SIGTERM to the whole process group saves the run, although the loader's processes get it too."""
+    """Shows that the run is saved although the loader's processes get SIGTERM too."""
     arguments = train_arguments(paths, tmp_path, **SETTINGS, num_workers=2)
     errors = finish(arguments, tmp_path, 0, in_a_step, stop_the_group)
     assert "stopped by SIGTERM; go on with --resume" in errors

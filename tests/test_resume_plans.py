@@ -1,15 +1,15 @@
-"""A run resumed with other batches, data or settings continues its epoch, or says in one line why it cannot."""
+"""A run resumed with other batches, data or settings continues its epoch, or ends with one line about the reason."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
-from speech import CONFIG, corpus_of_beeps, run_train, train_arguments  # noqa: F401
+from speech import CONFIG, corpus_of_beeps, records, run_train, train_arguments  # noqa: F401
 
 from jasper_fast.data.batches import BatchSampler
 from jasper_fast.nn import checkpoint
-from jasper_fast.training.runs import RunError, read_log
+from jasper_fast.training.runs import RunError
 from jasper_fast.training.split import Split
 from jasper_fast.training.state import TrainingState
 
@@ -17,7 +17,7 @@ ITEMS = 37
 
 
 class Utterances:
-    """A stand-in for the dataset of a Split, without audio."""
+    """Takes the place of a Split's dataset, without audio."""
 
     def __init__(self, items: int = ITEMS, seed: int = 5) -> None:
         self.seconds = np.random.default_rng(seed).uniform(1, 9, items).tolist()
@@ -53,11 +53,10 @@ class Plan:
         return [i for split in self.splits for batch in split.sampler.batches(epoch)[window] for i in batch]
 
     def saved(self) -> dict:
-        made = {"arguments": self.arguments, "rng": [None] * self.world}
-        return made | {"data": self.splits[0].print_of_data()}
+        return {"arguments": self.arguments, "rng": [None] * self.world, "data": self.splits[0].print_of_data()}
 
     def go_on(self, state, saved: dict) -> list[str]:
-        """Loads a checkpoint on every rank; returns each rank's message and sets the state's new position."""
+        """Continues from a checkpoint on every rank. Returns the messages, and leaves the new position in `state`."""
         before, said = (state.epoch, state.position, state.taken), []
         for split in self.splits:
             state.epoch, state.position, state.taken = before
@@ -76,17 +75,14 @@ def drawn(rng: np.random.Generator, data: Utterances) -> Plan:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_each_utterance_of_an_epoch_is_heard_under_changing_batches(seed):
-    """Shows that a run which is stopped twice, and resumed with other batches each time, uses every utterance once."""
-    rng, data, epoch = np.random.default_rng(seed), Utterances(), int(seed % 3)
+    """Shows that a run that is stopped twice, and resumed with other batches each time, uses every utterance once."""
+    rng, data, epoch = np.random.default_rng(seed), Utterances(), seed % 3
     state, heard, plan = standing(epoch, 0), [], drawn(rng, data)
     for _ in range(2):
-        steps = plan.steps(epoch)
-        stop = int(rng.integers(0, steps + 1))
-        heard.append(set(plan.taken(epoch, 0, stop)))
-        state.position = stop
-        new = drawn(rng, data)
-        said = new.go_on(state, plan.saved())
-        plan = new
+        state.position = int(rng.integers(0, plan.steps(epoch) + 1))
+        heard.append(set(plan.taken(epoch, 0, state.position)))
+        before, plan = plan, drawn(rng, data)
+        said = plan.go_on(state, before.saved())
         if state.epoch > epoch:  # every utterance was already used
             break
         assert len(set(said)) == 1 and (state.position == 0 or not said[0])
@@ -97,8 +93,7 @@ def test_each_utterance_of_an_epoch_is_heard_under_changing_batches(seed):
 
 
 def test_an_unchanged_plan_stays_where_it_was():
-    data = Utterances()
-    plan, again = (Plan(data, 4, None, True, 2, 2) for _ in range(2))
+    plan, again = (Plan(Utterances(), 4, None, True, 2, 2) for _ in range(2))
     state = standing(1, 3)
     assert again.go_on(state, plan.saved()) == ["", ""]
     assert (state.epoch, state.position, state.taken) == (1, 3, [])
@@ -118,7 +113,7 @@ def test_other_data_begin_the_epoch_anew():
 
 @pytest.fixture
 def run(capsys):
-    """Returns a function that runs train.py in this process and returns what it prints to stderr."""
+    """Returns a function that runs train.py in this process and returns its standard error."""
 
     def of(*arguments, **more):
         run_train(train_arguments(*arguments, val_manifests=None, **more))
@@ -130,27 +125,21 @@ def run(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [{"batch_size": 8}, {"grad_accumulation": 3}, {"batch_seconds": 9}], ids=str)
 def test_a_run_goes_on_with_fewer_steps_an_epoch(change, paths, run, tmp_path):
-    """Shows that a run stopped at step 7 of 8 continues with fewer steps per epoch; it once looped for ever."""
+    """Shows that a run stopped at step 7 of 8 of an epoch continues with fewer steps per epoch."""
     run(paths, tmp_path, batch_size=2, steps=7)
-    said = run(
-        paths,
-        tmp_path,
-        **({"batch_size": 2 if "grad_accumulation" in change else None} | change),
-        steps=10,
-        resume=True,
-    )
+    sizes = {"batch_size": 2 if "grad_accumulation" in change else None} | change
+    said = run(paths, tmp_path, **sizes, steps=10, resume=True)
     assert "note: the batches have changed: 2 of 16 utterances are left in this epoch" in said
     assert "done: step 10" in said
-    steps = [r for r in read_log(tmp_path / "log.jsonl") if r["kind"] == "train"]
+    steps = records(tmp_path, "train")
     assert [r["step"] for r in steps] == list(range(1, 11))
     assert next(r["epoch"] for r in steps if r["step"] == 8) == 1.0  # one step finishes the epoch
 
 
 @pytest.mark.slow
 def test_epochs_are_counted_whatever_their_steps(paths, run, tmp_path):
-    """Shows how epochs count: seven of eight steps, one step to finish that epoch, then two epochs of two steps
-    each."""
-    run(paths, tmp_path, batch_size=2, steps=7)
+    run(paths, tmp_path, batch_size=2, steps=7)  # of eight steps in the first epoch
+    # one step ends that epoch, and two epochs of two steps follow
     assert "done: step 12" in run(paths, tmp_path, batch_size=8, epochs=3, resume=True)
 
 

@@ -1,5 +1,5 @@
-"""One run goes through many changes of its settings and its number of processes. A signal to one process at a random
-step ends each part. Every rank must stop at that step, and the epochs must use the planned utterances."""
+"""A run is stopped and resumed many times, with other settings and numbers of processes. A signal to one process stops
+it at a random step. Every rank must stop at that step, and every epoch must use each utterance once."""
 
 import json
 from collections import defaultdict
@@ -13,7 +13,7 @@ from speech import train_arguments, write_corpus
 
 from jasper_fast.nn import checkpoint
 
-CHANGES = 10  # of the settings, in each run
+CHANGES = 10  # number of changes of the settings in each run
 
 pytestmark = [
     pytest.mark.slow,
@@ -23,7 +23,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def manifests(tmp_path_factory):
-    """Returns the corpus's paths, and two manifests (all utterances, some of them) with the file names in each."""
+    """Returns the corpus's paths, and the file names in each of two manifests: of all and of some utterances."""
     paths = write_corpus(tmp_path_factory.mktemp("beeps"))
     lines = paths["train"].read_text().splitlines(keepends=True)
     some = paths["train"].with_name("some.jsonl")
@@ -36,7 +36,7 @@ def manifests(tmp_path_factory):
 
 
 def drawn(rng: np.random.Generator, manifests: list[Path]) -> dict:
-    """Draws the settings of one part."""
+    """Draws the settings of one part of the run."""
     sizes = [{"batch_size": int(rng.integers(1, 6))}, {"batch_size": None, "batch_seconds": float(rng.integers(1, 5))}]
     return {
         "train_manifests": manifests[int(rng.random() < 0.25)],
@@ -52,7 +52,7 @@ def drawn(rng: np.random.Generator, manifests: list[Path]) -> dict:
 def test_a_run_goes_on_under_changing_settings(seed, manifests, tmp_path):
     (paths, names), rng = manifests, np.random.default_rng(seed)
     run, step, epoch = tmp_path / "run", 0, 0
-    heard: dict[int, list[set[str]]] = defaultdict(list)  # by epoch, a set of names for each part of the run
+    heard: dict[int, list[set[str]]] = defaultdict(list)  # for each epoch, the names that each part of the run used
     before, of_epoch = None, {}
     for part in range(CHANGES + 1):
         plan = drawn(rng, list(names))
@@ -85,7 +85,7 @@ def test_a_run_goes_on_under_changing_settings(seed, manifests, tmp_path):
         state = checkpoint.load(run / f"step_{stop:08d}.pt")
         assert state["step"] == stop and state["optimizer"]["param_groups"][0]["betas"][0] == plan["betas"]
         before, step, epoch = plan, stop, state["epoch"]
-        for of in [of for of in heard if of < epoch]:  # epochs that are complete
+        for of in [of for of in heard if of < epoch]:  # completed epochs
             assert set().union(*heard.pop(of)) == of_epoch[of], told
     done = worlds.world(1, [*arguments, "--resume", "--steps", str(step + 2)], tmp_path / "last")
     assert done[0].status == 0 and f"done: step {step + 2}" in done[0].said and len(done[0].steps) == 2

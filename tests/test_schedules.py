@@ -1,4 +1,4 @@
-"""Learning-rate schedules equal their formulas."""
+"""Learning-rate schedules against their formulas."""
 
 import math
 
@@ -17,8 +17,8 @@ def test_warm_up_and_hold(policy):
 def test_exponential_steps_once_per_epoch():
     lr = Schedule(0.01, "exponential", warmup_steps=20, hold_steps=30, steps_per_epoch=10, gamma=0.9, min_lr=0.004)
     for epoch in range(5, 40):
-        rates = [lr(epoch * 10 + s) for s in range(10)]
-        assert rates == pytest.approx([max(0.01 * 0.9 ** (epoch + 1 - 5), 0.004)] * 10)
+        want = max(0.01 * 0.9 ** (epoch + 1 - 5), 0.004)
+        assert [lr(epoch * 10 + s) for s in range(10)] == pytest.approx([want] * 10)
     assert lr(10**6) == 0.004
 
 

@@ -1,4 +1,4 @@
-"""The parts of the training loop: loss, step, figures, validation, runs."""
+"""The parts of a training run: loss, step, figures, validation, log, signals."""
 
 import copy
 import math
@@ -31,7 +31,7 @@ ALONE = Ranks(0, 1, CPU)
 
 
 class Model(EagerJasper):
-    """The eager Jasper, so that these tests depend only on the training code."""
+    """The plain PyTorch model, so that these tests depend only on the training code."""
 
     def __init__(self):
         super().__init__(JasperConfig.from_dict(CONFIG))
@@ -54,13 +54,13 @@ def front():
 
 
 def rig(optimizer="novograd", amp="off"):
+    """Returns a model, an optimiser, a loss scaler and a guard."""
     model = Model()
     if optimizer == "novograd":
         chosen = NovoGrad(model.parameters(), lr=0.01, weight_decay=1e-3)
     else:
         chosen = torch.optim.AdamW(model.parameters(), lr=0.003, fused=True)
-    scaler = torch.amp.GradScaler("cpu", enabled=amp == "fp16")
-    return model, chosen, scaler, BufferGuard(model)
+    return model, chosen, torch.amp.GradScaler("cpu", enabled=amp == "fp16"), BufferGuard(model)
 
 
 # --- loss --------------------------------------------------------------------------------------------------------
@@ -68,27 +68,27 @@ def rig(optimizer="novograd", amp="off"):
 
 def test_ctc_loss_is_the_negative_log_likelihood_of_each_utterance():
     log_probs = torch.randn(2, 3, 3).log_softmax(-1)
-    losses = ctc_loss(log_probs, torch.tensor([3, 2]), torch.tensor([[0, 1], [1, 0]]), torch.tensor([2, 1]))
+    lengths, targets, target_lengths = torch.tensor([3, 2]), torch.tensor([[0, 1], [1, 0]]), torch.tensor([2, 1])
     p = log_probs.exp()
     # all alignments of the labels 0, 1 with three frames
-    paths_01 = [(0, 0, 1), (0, 1, 1), (2, 0, 1), (0, 2, 1), (0, 1, 2)]
-    first = sum(p[0, 0, a] * p[0, 1, b] * p[0, 2, c] for a, b, c in paths_01)
+    first = sum(
+        p[0, 0, a] * p[0, 1, b] * p[0, 2, c] for a, b, c in [(0, 0, 1), (0, 1, 1), (2, 0, 1), (0, 2, 1), (0, 1, 2)]
+    )
     # all alignments of the label 1 with two frames
     second = sum(p[1, 0, a] * p[1, 1, b] for a, b in [(1, 1), (1, 2), (2, 1)])
+    losses = ctc_loss(log_probs, lengths, targets, target_lengths)
     torch.testing.assert_close(losses, -torch.stack([first, second]).log())
-    low = ctc_loss(log_probs.bfloat16(), torch.tensor([3, 2]), torch.tensor([[0, 1], [1, 0]]), torch.tensor([2, 1]))
-    assert low.dtype == torch.float32
+    assert ctc_loss(log_probs.bfloat16(), lengths, targets, target_lengths).dtype == torch.float32
 
 
 def test_one_bad_utterance_makes_the_whole_gradient_nan():
     log_probs = torch.randn(2, 4, 3, requires_grad=True)
-    targets, short = torch.tensor([[0, 0, 0], [0, 1, 0]]), torch.tensor([4, 4])  # 0 0 0 needs five frames
-    losses = ctc_loss(log_probs.log_softmax(-1), short, targets, torch.tensor([3, 3]))
+    targets = torch.tensor([[0, 0, 0], [0, 1, 0]])  # the labels 0 0 0 need five frames
+    losses = ctc_loss(log_probs.log_softmax(-1), torch.tensor([4, 4]), targets, torch.tensor([3, 3]))
     assert losses[0] == math.inf and torch.isfinite(losses[1])
     batch_loss(losses).backward()
     assert torch.isnan(log_probs.grad).all()
-    good = torch.tensor([1.0, 2.0])
-    assert batch_loss(good) == 1.5
+    assert batch_loss(torch.tensor([1.0, 2.0])) == 1.5
 
 
 # --- one step ----------------------------------------------------------------------------------------------------
@@ -140,37 +140,34 @@ def test_a_step_never_waits_for_the_device(dataset, amp):
 
 def test_accumulated_gradients_are_the_mean_over_micro_batches(dataset):
     model, _, scaler, _ = rig()
-    model.eval()  # frozen statistics, because otherwise the result depends on the split into batches
+    model.eval()  # fixes the statistics, which otherwise depend on how utterances are split into batches
     gradients = []
     for batches in ([a_batch(dataset)], [a_batch(dataset, [0, 1]), a_batch(dataset, [2, 3])]):
         twin = copy.deepcopy(model)
         optimizer = NovoGrad(twin.parameters(), lr=0.0)
-        features = front().eval()
-        result = train_step(twin, features, batches, optimizer, scaler, BufferGuard(twin), device=CPU)
+        result = train_step(twin, front().eval(), batches, optimizer, scaler, BufferGuard(twin), device=CPU)
         gradients.append([p.grad for p in twin.parameters()])
-        total = torch.stack([p.grad.norm() for p in twin.parameters()]).norm()
-        torch.testing.assert_close(result.grad_norm, total)
+        torch.testing.assert_close(result.grad_norm, torch.nn.utils.get_total_norm(gradients[-1]))
         assert result.names == a_batch(dataset).names
-    for one, two in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
 
 
 def test_the_gradient_norm_is_clipped(dataset):
     model, chosen, scaler, guard = rig("adamw")
     result = train_step(model, front(), [a_batch(dataset)], chosen, scaler, guard, device=CPU, clip_norm=0.5)
-    assert result.grad_norm > 0.5  # the reported norm is the one before clipping
+    assert result.grad_norm > 0.5  # the norm before clipping
     clipped = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     torch.testing.assert_close(clipped, torch.tensor(0.5), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(("optimizer", "lr", "amp"), [("novograd", 0.02, torch.bfloat16), ("adamw", 0.005, None)])
 def test_a_model_learns_one_batch(dataset, optimizer, lr, amp):
-    model, chosen, scaler, guard = rig(optimizer)
+    model, chosen, *rest = rig(optimizer)
     chosen.param_groups[0]["lr"] = lr
-    how = {"device": CPU, "amp_dtype": amp}
-    step = lambda: train_step(model, features, [batch], chosen, scaler, guard, **how)  # noqa: E731
-    batch, features = a_batch(dataset, range(2)), front()
-    losses = [step().losses[0].mean().item() for _ in range(15)]
+    batch, features, losses = a_batch(dataset, range(2)), front(), []
+    for _ in range(15):
+        result = train_step(model, features, [batch], chosen, *rest, device=CPU, amp_dtype=amp)
+        losses.append(result.losses[0].mean().item())
     assert losses[-1] < 0.5 * losses[0], losses
 
 
@@ -191,8 +188,7 @@ def test_meter_counts_names_and_gives_up():
     meter.add(step_result([5.0], math.inf))
     assert meter.read() == []
     figures = meter.figures()
-    assert figures["loss"] == 4.0
-    assert (figures["bad_losses"], figures["overflows"]) == (1, 1)
+    assert (figures["loss"], figures["bad_losses"], figures["overflows"]) == (4.0, 1, 1)
     meter.add(step_result([math.inf, 1.0], math.nan))
     with pytest.raises(RunError, match=r"2 steps in a row .*u0: its loss is inf.*lower the learning rate"):
         meter.read()
@@ -228,7 +224,7 @@ def test_ema_weights_are_what_validation_sees(dataset):
     model = Model()
     state = TrainingState(model, None, None, None, EMA(model, 0.5))
     with torch.no_grad():
-        model.decoder.layers[0].bias[-1] = 1e4  # with the live weights all output is blank
+        model.decoder.layers[0].bias[-1] = 1e4  # only in the current weights: all output is blank
     plan = BatchSampler(dataset.durations, batch_size=4, shuffle=False)
     found = validate_state(state, ALONE, front(), lambda: load_batches(dataset, plan), dataset.vocabulary)
     assert found["live"].loss > 1e4 > found["ema"].loss
@@ -252,7 +248,7 @@ def test_log_continues_at_a_step(tmp_path):
     log.close()
     assert read_log(tmp_path / "log.jsonl")[-1] == {"step": 3, "kind": "train", "loss": None}
     with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"step": 4, "ki')  # as a kill leaves it
+        file.write('{"step": 4, "ki')  # as if the run was killed while it wrote this line
     log = RunLog(tmp_path, step=2)
     log.write(3, "train", loss=0.5)
     log.close()
@@ -264,7 +260,7 @@ def test_log_continues_at_a_step(tmp_path):
 
 
 def test_a_second_signal_stops_at_once():
-    # Python ignores SIGINT if a shell runs the tests in the background
+    # if a shell runs the tests in the background, Python ignores SIGINT: set its usual handler
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     stop = StopRequest()
     try:

@@ -1,4 +1,4 @@
-"""train.py itself, on a corpus of beeps."""
+"""Whole runs of train.py on a corpus of beeps."""
 
 import json
 import os
@@ -23,17 +23,15 @@ from jasper_fast.nn.config import ConfigError
 from jasper_fast.training.runs import RunError
 from jasper_fast.training.state import TrainingState
 
-# --- train.py ----------------------------------------------------------------------------------------------------
-
 
 @pytest.fixture
 def run_train(capsys):
-    """Returns a function that runs train.py in this process and returns what it prints to stderr."""
+    """Returns a function that runs train.py in this process and returns its standard error."""
     return lambda arguments: run(arguments) or capsys.readouterr().err
 
 
 def changed(config: Path, old: str, new: str) -> Path:
-    """Writes a configuration in which `new` replaces `old`, and returns its path."""
+    """Copies a configuration with `old` replaced by `new`, and returns the copy's path."""
     made = config.with_name("changed.yaml")
     made.write_text(config.read_text().replace(old, new))
     return made
@@ -81,8 +79,7 @@ def test_training_from_manifest_to_checkpoint(run_train, paths, tmp_path):
     assert (tmp_path / "milestone_epoch_0002.pt").exists()
     assert len(list(tmp_path.glob("step_*.pt"))) == 2
     assert list((tmp_path / "tensorboard").iterdir())
-    model = loading.load_model(tmp_path / "best.pt", ema=True)
-    assert model.config.labels == tuple(CONFIG["labels"])
+    assert loading.load_model(tmp_path / "best.pt", ema=True).config.labels == tuple(CONFIG["labels"])
     with pytest.raises(RunError, match="add --resume or choose another"):
         run_train(train_arguments(paths, tmp_path, epochs=6))
     assert "done: step" in run_train([*train_arguments(paths, tmp_path, epochs=6, ema=0.5), "--resume"])
@@ -103,7 +100,7 @@ def test_files_that_cannot_be_read_are_reported_and_left_out(run_train, paths, t
 
 
 def test_a_nan_loss_is_named_and_training_goes_on(run_train, paths, tmp_path, monkeypatch):
-    monkeypatch.setattr(batches, "collate", batches.collate)  # so that it is restored at the end
+    monkeypatch.setattr(batches, "collate", batches.collate)  # restores the function that `nan_in` replaces
     worlds.nan_in(None, 0, "train7.wav")
     said = run_train(train_arguments(paths, tmp_path, epochs=2, val_manifests=None))
     assert "step skipped: " in said and "train7.wav: its features are not finite" in said
@@ -136,15 +133,12 @@ def test_a_frozen_encoder_is_that_of_the_file(run_train, paths, tmp_path):
 
 
 def test_the_form_of_the_panes_reaches_the_model_and_is_recorded(run_train, paths, tmp_path, monkeypatch):
-    """Shows that --panes reaches the model and is recorded, and that resuming with the other form gives a note."""
     calls = spied(monkeypatch, ops, "gram")
     run_train(train_arguments(paths, tmp_path, steps=1, val_manifests=None, panes="gram"))
-    assert calls
-    assert records(tmp_path, "start")[0]["arguments"]["panes"] == "gram"
+    assert calls and records(tmp_path, "start")[0]["arguments"]["panes"] == "gram"
     calls.clear()
     said = run_train(train_arguments(paths, tmp_path, steps=2, val_manifests=None, panes="plain", resume=True))
-    assert "note: --panes was gram, now it is plain" in said and "done: step 2" in said
-    assert not calls
+    assert "note: --panes was gram, now it is plain" in said and "done: step 2" in said and not calls
     assert checkpoint.load(tmp_path / "step_00000002.pt")["arguments"]["panes"] == "plain"
 
 
@@ -155,13 +149,12 @@ def test_cuda_graphs_without_a_gpu_are_plain_steps(run_train, paths, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_weights_and_resume(paths, tmp_path):
-    """Shows that under torchrun both processes share the batches, write one log and resume exactly."""
-    settings = {"grad_accumulation": 2, "batch_size": 2, "ema": 0.9, "val_every": 4}
-    settings |= {"steps": 4, "save_every": 2}
+    """Shows that two processes of torchrun write one log, and that a resumed run has the same losses."""
+    settings = {"grad_accumulation": 2, "batch_size": 2, "ema": 0.9, "val_every": 4, "steps": 4, "save_every": 2}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
     arguments = train_arguments(paths, tmp_path / "whole", **settings)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    how = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True}
+    done = subprocess.run([*launch, *arguments], **how)
     assert done.returncode == 0, done.stderr
     (tmp_path / "part").mkdir()
     shutil.copy(tmp_path / "whole" / "step_00000002.pt", tmp_path / "part")
@@ -178,7 +171,7 @@ def test_mixed_precision(run_train, paths, tmp_path, amp):
     last = records(tmp_path, "train")[-1]
     assert last["loss"] > 0 and last["bad_losses"] == 0
     scaler = checkpoint.load(tmp_path / "step_00000012.pt")["scaler"]
-    if amp == "fp16":  # the scale starts high, and every overflow halves it
+    if amp == "fp16":  # the scale starts at 2**16, and every overflow halves it
         assert scaler["scale"] == 2.0 ** (16 - last["overflows"])
     else:
         assert scaler == {} and last["overflows"] == 0
@@ -200,11 +193,10 @@ def test_settings_that_cannot_be_used_are_named(run_train, paths, tmp_path, chan
 
 
 def test_the_schedule_can_follow_the_clock(run_train, paths, tmp_path, monkeypatch):
-    """Shows that if half of the time is over at the first step, half of the schedule is over too."""
+    """Shows that a run which has used half of its time has the learning rate of half of its steps."""
     monkeypatch.setattr(TrainingState, "minutes", property(lambda state: 0.5 + state.step / 100))
     schedule = {"lr_policy": "polynomial", "lr_power": 1, "warmup_steps": 0, "lr": 0.1, "steps": 20}
-    arguments = train_arguments(paths, tmp_path, max_minutes=1, lr_by_clock=True, val_manifests=None, **schedule)
-    run_train(arguments)
+    run_train(train_arguments(paths, tmp_path, max_minutes=1, lr_by_clock=True, val_manifests=None, **schedule))
     rates = [r["lr"] for r in records(tmp_path, "train")]
     assert rates[0] == pytest.approx(0.05) and rates == sorted(rates, reverse=True) and len(rates) == 20
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import worlds
-from speech import corpus_of_beeps, train_arguments  # noqa: F401
+from speech import corpus_of_beeps, records, train_arguments  # noqa: F401
 
 from jasper_fast import train
 from jasper_fast.nn import checkpoint
-from jasper_fast.training.runs import Ranks, read_log
+from jasper_fast.training.runs import Ranks
 
 pytestmark = [
     pytest.mark.slow,
@@ -106,11 +106,12 @@ def test_a_signal_is_heard_while_validating(ran, tmp_path, size):
     members = ran(size, worlds.signal_in, size - 1, "validate", **how)
     assert [len(m.steps) for m in members] == [3] * size
     assert "validation was interrupted by a signal" in members[0].said and "stopped by" in members[0].said
-    assert not [r for r in read_log(tmp_path / "run" / "log.jsonl") if r["kind"].startswith("val")]
+    assert not records(tmp_path / "run", "val_live", "val_ema")
     assert (tmp_path / "run" / "step_00000003.pt").exists() and not (tmp_path / "run" / "best.pt").exists()
     ran(size, **how, resume=True, steps=4)
-    found = [(r["kind"], r["step"]) for r in read_log(tmp_path / "run" / "log.jsonl")]
-    assert found[-6:-2] == [("start", 3), ("val_live", 3), ("val_ema", 3), ("train", 4)]
+    found = records(tmp_path / "run", "start", "val_live", "val_ema", "train")
+    wanted = [("start", 3), ("val_live", 3), ("val_ema", 3), ("train", 4), ("val_live", 4), ("val_ema", 4)]
+    assert [(r["kind"], r["step"]) for r in found][-6:] == wanted
 
 
 @pytest.mark.parametrize("name", ["train_manifests", "val_manifests"])

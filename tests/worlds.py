@@ -34,15 +34,11 @@ class Member:
     steps: list[list[tuple[int, str]]]
 
 
-def nothing(train, rank: int) -> None:
-    pass
-
-
 def world(
-    size: int, arguments: list[str], folder: Path, prepare: Callable = nothing, *args, status: int = 0
+    size: int, arguments: list[str], folder: Path, prepare: Callable | None = None, *args, status: int = 0
 ) -> list[Member]:
-    """Runs train.py with `arguments` in `size` processes. Each first calls `prepare(train, rank, *args)`. Raises
-    AssertionError if a process does not end with the exit status `status`."""
+    """Runs train.py with `arguments` in `size` processes. Each first calls `prepare(train, rank, *args)`, if given.
+    Raises AssertionError if a process does not end with the exit status `status`."""
     members = processes(size, folder, _train, arguments, folder, prepare, args)
     assert [m.status for m in members] == [status] * size, [m.said for m in members]
     return members
@@ -58,11 +54,11 @@ def command(size: int, arguments: list[str], folder: Path) -> list[Member]:
 def processes(size: int, folder: Path, run: Callable, *args) -> list[Member]:
     """Calls `run(rank, *args)`, which returns the exit status, in `size` processes.
 
-    The processes write to files in `folder`. Raises AssertionError if a process does not end.
+    Their standard error and output go to files in `folder`. Raises AssertionError if a process does not end.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent makes it
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # like that of torchrun
     folder.mkdir(parents=True, exist_ok=True)
     members = [
         context.Process(target=_member, args=(rank, size, store.port, folder, run, args)) for rank in range(size)
@@ -75,7 +71,6 @@ def processes(size: int, folder: Path, run: Callable, *args) -> list[Member]:
     hung = [rank for rank, process in enumerate(members) if process.is_alive()]
     for rank in hung:
         members[rank].kill()
-        members[rank].join()
     said, printed = ([(folder / f"{rank}.{kind}").read_text() for rank in range(size)] for kind in ("err", "out"))
     assert not hung, f"ranks {hung} did not end: {said}"
     steps = [json.loads(path.read_text()) if (path := folder / f"{r}.json").exists() else [] for r in range(size)]
@@ -104,7 +99,7 @@ def _command(rank: int, arguments: list[str]) -> int:
     return command.main(arguments)
 
 
-def _train(rank: int, arguments: list[str], folder: Path, prepare: Callable, args: tuple) -> int:
+def _train(rank: int, arguments: list[str], folder: Path, prepare: Callable | None, args: tuple) -> int:
     from jasper_fast import train
 
     heard: list[list[tuple[int, str]]] = []
@@ -115,7 +110,8 @@ def _train(rank: int, arguments: list[str], folder: Path, prepare: Callable, arg
         return step(model, frontend, batches, *more, **how)
 
     train.train_step = recorded
-    prepare(train, rank, *args)
+    if prepare:
+        prepare(train, rank, *args)
     status = train.command(arguments)
     (folder / f"{rank}.json").write_text(json.dumps(heard))
     return status
