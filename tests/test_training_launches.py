@@ -156,7 +156,7 @@ def test_packs_are_in_no_state_dict_and_no_copy(launches, copied):
 
 @pytest.mark.parametrize("form", ["gram", "plain"])
 def test_plain_convs_cast_and_turn_a_weight_once_a_step(form, monkeypatch):
-    """Each weight is cast once per step, into a buffer of its module. The results are close to those without buffers."""
+    """Each weight is cast once per step, into a buffer of its module. The results are nearly those without buffers."""
     ours, (features, lengths) = Jasper(config("dense", dropout=0.0), backend="reference", panes=form).train(), batch()
     found = []
     for packs_or_not in (True, False):
