@@ -96,6 +96,16 @@ def md5(content: bytes) -> str:
     return hashlib.md5(content).hexdigest()
 
 
+def prepare_arguments(folder: Path, source: str, archives: dict[str, bytes], *more: str) -> list[str]:
+    """Returns the command that prepares these archives in the folder "out" of `folder`, and writes the file of MD5 sums
+    that it names."""
+    sums = folder / "md5sum.txt"
+    sums.write_text("".join(f"{md5(content)}  {name}\n" for name, content in archives.items()))
+    sets = [name.removesuffix(".tar.gz") for name in archives]
+    given = ["--out", str(folder / "out"), "--source", source, "--checksums", str(sums), "--sets", *sets]
+    return ["prepare", "librispeech", *given, "-q", *more]
+
+
 class Handler(BaseHTTPRequestHandler):
     """Passes each request to ``Server.answer``."""
 

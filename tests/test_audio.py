@@ -59,6 +59,7 @@ def bad_files(tmp_path):
         (tmp_path / name).write_bytes(content)
     write(tmp_path / "none.wav", np.zeros(0))
     write(tmp_path / "nan.wav", [0.0, np.nan, 0.1, np.inf], subtype="FLOAT")
+    write(tmp_path / "opposite.wav", [[0.0, 0.1], [np.inf, -np.inf]], subtype="FLOAT")
     write(tmp_path / "loud.wav", [0.1, -1e19], subtype="FLOAT")
     write(tmp_path / "slow.wav", tone(), 8)
     (tmp_path / "folder.wav").mkdir()
@@ -85,8 +86,10 @@ def bad_files(tmp_path):
         ("nul\0.wav", "null"),
         ("half\ud800.wav", "not valid text"),
         ("nan.wav", "2 of 4 samples are NaN or infinite"),
+        ("opposite.wav", "1 of 2 samples are NaN or infinite"),
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_bad_files_say_what_is_wrong(tmp_path, name, cause):
     bad_files(tmp_path)
     with pytest.raises(AudioError, match=cause) as caught:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import raising
+from corpora import prepare_arguments as arguments
 
 from jasper_fast.cli.command import main
 from jasper_fast.data.manifest import read_manifest
@@ -24,19 +25,6 @@ from jasper_fast.data.prepare import fetch, librispeech, unpack, writing
 def impatient(monkeypatch) -> None:
     """Removes the pause between download attempts."""
     monkeypatch.setattr(fetch, "PAUSE", 0.0)
-
-
-def sums(folder: Path, archives: dict[str, bytes]) -> str:
-    """Writes a file of MD5 sums and returns its path."""
-    path = folder / "md5sum.txt"
-    path.write_text("".join(f"{corpora.md5(content)}  {name}\n" for name, content in archives.items()))
-    return str(path)
-
-
-def arguments(folder: Path, source: str, archives: dict[str, bytes], *more: str) -> list[str]:
-    sets = [name.removesuffix(".tar.gz") for name in archives]
-    given = ["--out", str(folder / "out"), "--source", source, "--checksums", sums(folder, archives), "--sets", *sets]
-    return ["prepare", "librispeech", *given, "-q", *more]
 
 
 def of_folder(folder: Path, name: str, content: bytes, *more: str) -> list[str]:

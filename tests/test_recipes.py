@@ -44,11 +44,9 @@ def run_chain(folder: Path, sets: dict[str, dict], config: dict, **training) -> 
     archives = {f"{name}.tar.gz": corpora.archive(name, spoken) for name, spoken in sets.items()}
     for name, content in archives.items():
         (folder / name).write_bytes(content)
-    (folder / "md5sum.txt").write_text("".join(f"{corpora.md5(c)} {n}\n" for n, c in archives.items()))
     (folder / "c.yaml").write_text(yaml.safe_dump(config))
     out, (train_set, test_set) = folder / "out", list(sets)
-    source = ["--source", folder, "--checksums", folder / "md5sum.txt"]
-    run("prepare", "librispeech", "--out", out, "--sets", *sets, *source, "-q")
+    run(*corpora.prepare_arguments(folder, str(folder), archives))
     clean = out / "clean.jsonl"
     run("check", out / f"{train_set}.jsonl", "--config", folder / "c.yaml", "--clean", clean, "-q")
     paths = {"config": folder / "c.yaml", "train": clean, "val": None}

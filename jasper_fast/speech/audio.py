@@ -192,7 +192,8 @@ def _load(path: str | os.PathLike | Memory, sample_rate: int, offset: float, dur
     lengths = f"the header promises {promised / rate:.3f} s, but the file has {(first + len(samples)) / rate:.3f} s"
     if not len(samples):
         raise AudioError(path, f"truncated: {lengths}")
-    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+    with np.errstate(invalid="ignore"):  # inf and -inf have no mean; the NaN is reported below
+        mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
     if not np.isfinite(mono).all():
         raise AudioError(path, f"{int((~np.isfinite(mono)).sum())} of {len(mono)} samples are NaN or infinite")
     if (peak := float(np.abs(mono).max())) > _LOUDEST:

@@ -139,8 +139,11 @@ class LogMelFeatures(nn.Module):
         self.log_guard_type, self.mag_power = log_guard_type, mag_power
         self._window_name, self._f_min, self._f_max = window, f_min, f_max
         known = ("per_feature", "all_features", None)
-        fixed = isinstance(normalize, dict) and normalize.keys() == {"fixed_mean", "fixed_std"}
-        fixed = fixed and all(len(values) == n_mels for values in normalize.values())
+        fixed = (
+            isinstance(normalize, dict)
+            and normalize.keys() == {"fixed_mean", "fixed_std"}
+            and all(len(values) == n_mels for values in normalize.values())
+        )
         for fits, wrong in (
             (window in _WINDOWS, f"window={window!r} is unknown; choose one of {', '.join(_WINDOWS)}"),
             (convention in LOG_GUARDS, f"{convention=} is unknown; choose one of {', '.join(LOG_GUARDS)}"),

@@ -34,7 +34,7 @@ OPTIONS = {
         option("source", metavar="SOURCE", help="a folder, a file, a pattern or a URL"),
         option("--out", required=True, metavar="FILE", help="the manifest to write"),
         option("--kind", choices=KINDS, default="auto", help="kind of the source; auto recognises it (auto)"),
-        option("--audio-dir", metavar="DIR", help="folder where relative audio paths start (as the kind defines it)"),
+        option("--audio-dir", metavar="DIR", help="folder where relative audio paths start (depends on the kind)"),
         option("-q", "--quiet", action="store_true", help="count the utterances left out, but do not list them"),
     ]
 }
