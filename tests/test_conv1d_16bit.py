@@ -206,7 +206,7 @@ def test_the_weight_gradient_multiplies_bf16_and_sums_in_fp32(case, cpu) -> None
 
 @pytest.mark.parametrize("has_bf16", [False, True])
 def test_which_products_training_makes(has_bf16, cpu, monkeypatch) -> None:
-    """Shows that a CPU with bf16 products rounds the weight to bf16, and that another CPU multiplies it in fp32."""
+    """A CPU with bf16 products rounds the weight to bf16. Other CPUs multiply the fp32 weight."""
     case = Case(40, 33, 5, 30)
     x, weight, dy, _ = make(case)
     monkeypatch.setattr(cpu, "has_bf16", lambda: has_bf16)

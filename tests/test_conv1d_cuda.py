@@ -74,8 +74,7 @@ def check_gradient_of_x(layer: conv_cases.Layer, dtype: torch.dtype) -> None:
     lows = reference.dgrad_bn(dy, weight, geometry, y, z, norm, zeroed)
     for kind, *three in zip(("g", "dbeta", "dgamma"), results, lows, ref, strict=True):
         assert_close(kind, *three)
-    again = cuda_impl.dgrad_bn(dy, weight, geometry, y, z, norm, zeroed)
-    assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
+    assert all(map(torch.equal, results, cuda_impl.dgrad_bn(dy, weight, geometry, y, z, norm, zeroed)))
 
 
 def check_gradient_of_the_weight(layer: conv_cases.Layer, dtype: torch.dtype) -> None:

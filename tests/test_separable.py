@@ -1,4 +1,4 @@
-"""Separable sub-blocks as one node equal the ops that they consist of, and eager PyTorch."""
+"""A separable sub-block, which is one autograd node, gives the results of its separate ops and of eager PyTorch."""
 
 import pytest
 import torch

@@ -167,7 +167,7 @@ def checkpoints(seed: int) -> None:
         file = io.BytesIO()
         torch.save(state, file)
         content = file.getvalue()
-    else:  # half of the time only the first bytes, because damage to tensor data often has no effect
+    else:  # half of the time only the first bytes are damaged, because damage to tensor data often has no effect
         form = rng.choice(["jasper_fast", "nvidia", "nemo", "safetensors"])
         content = damage(checkpoint(form), rng, rng.choice([None, 1200]))
     with written(content, "model.pt") as path:

@@ -37,12 +37,14 @@ def draw_config(rng: random.Random) -> JasperConfig:
     return JasperConfig.from_dict({"encoder": encoder, "decoder": decoder})
 
 
+def norms(model: nn.Module) -> list[nn.BatchNorm1d]:
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
+
+
 def draw_settings(model: nn.Module, rng: random.Random) -> None:
     """Gives every batch norm its own eps, momentum, scale and running statistics. `step` freezes some statistics."""
     some = rng.random() < 0.3
-    for bn in model.modules():
-        if not isinstance(bn, nn.BatchNorm1d):
-            continue
+    for bn in norms(model):
         bn.eps, bn.momentum = rng.choice([1e-5, 1e-3, 0.1]), rng.choice([None, 0.01, 0.1, 0.9, 1.0])
         bn.running_mean.normal_(0, 0.1)
         bn.running_var.uniform_(0.5, 2)
@@ -74,9 +76,8 @@ def rows_of(log_probs: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 def step(model: nn.Module, features, lengths, seed: int) -> dict[str, torch.Tensor]:
     """Runs one training step; returns its outputs, gradients and running statistics."""
     model.train()
-    for bn in model.modules():
-        if isinstance(bn, nn.BatchNorm1d):
-            bn.train(not bn.frozen)
+    for bn in norms(model):
+        bn.train(not bn.frozen)
     log_probs, out = model(features, lengths)
     rows = rows_of(log_probs, out)
     weights = torch.randn(log_probs.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -124,7 +125,7 @@ def compare(what: str, got: dict, lows: list[dict], ref: dict, floor: int = 64) 
 
 
 def low(eager: nn.Module, state: dict, features, moved: bool, lengths, seed: int) -> dict[str, torch.Tensor]:
-    """Returns the step of `eager` from `state`; if `moved`, its weights are first changed by about four eps."""
+    """Returns the step of `eager` from `state`. If `moved`, the weights are changed by about four eps first."""
     eager.load_state_dict(state)
     with torch.no_grad():
         for weight in eager.parameters() if moved else ():
@@ -141,9 +142,8 @@ def case(seed: int) -> None:
     n, t = rng.randint(1, 4), rng.choice([1, 2, 5, 16, 17, 33, 50])
     while frames(config, t) < 1:  # eager rejects a batch without output frames
         t += 7
-    masks = config.encoder.use_conv_masks
     lengths = torch.tensor([rng.choice([0, 1, t, rng.randint(0, t)]) for _ in range(n)])
-    if not masks or rng.random() < 0.2:
+    if not config.encoder.use_conv_masks or rng.random() < 0.2:
         lengths[:] = t
     if n * frames(config, t) < 2:
         n, lengths = 2, torch.full((2,), t)  # batch norm needs two values
