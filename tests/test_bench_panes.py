@@ -173,7 +173,7 @@ def test_every_shape_of_every_op_is_measured_in_every_mode(device, collect):
 
 
 @pytest.mark.parametrize("op", ["all", "bn_relu_dropout", "conv1d", "sub_block", "panes", "depthwise"])
-@pytest.mark.parametrize("mode", kernels.EVERY_MODE)
+@pytest.mark.parametrize("mode", [*common.MODES, "inference"])
 @pytest.mark.parametrize("quick", [True, False])
 def test_one_mode_alone(op, mode, quick, collect):
     cases = collect(op=op, mode=mode, quick=quick)

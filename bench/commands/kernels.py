@@ -9,8 +9,6 @@ from jasper_fast.bench.cases import bn_relu_dropout, by_layer, common, depthwise
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.rivals import choice
 
-EVERY_MODE = (*common.MODES, "inference")
-
 
 def operations() -> dict[str, common.Cases]:
     """Returns, for each value of `--op`, the function that makes its cases."""
@@ -35,7 +33,7 @@ def check_rivals(run: Run) -> None:
 
 
 def main(run: Run, op: str = "all", mode: str | None = None) -> list[dict]:
-    """Measures one op or all ops, in one mode of EVERY_MODE or in all modes of the op; returns the rows."""
+    """Measures one op or all ops, in one mode or in all modes of the op; returns the rows."""
     check_rivals(run)
     known = operations()
     if run.brief:

@@ -14,7 +14,6 @@ from jasper_fast.bench.harness.run import Run
 # (N, seconds)
 GRID = tuple(itertools.product((1, 2, 4, 8, 16), (2.0, 7.0, 16.7)))
 CPU_GRID = ((1, 2.0), (1, 7.0), (4, 2.0), (2, 2.0))  # all of GRID would take an hour on a small CPU (see --full)
-SOUND_CPU_GRID = ((1, 2.0), (1, 7.0))
 
 
 def grids(run: Run, full: bool, grid: tuple) -> tuple[tuple, tuple]:
@@ -26,7 +25,7 @@ def grids(run: Run, full: bool, grid: tuple) -> tuple[tuple, tuple]:
     alone = grid or (GRID if everything else CPU_GRID[: 1 if run.quick else 3 if run.brief else None])
     if run.quick:
         return alone, ()
-    return alone, alone if everything else SOUND_CPU_GRID[: 1 if run.brief or grid else None]
+    return alone, alone if everything else CPU_GRID[: 1 if run.brief or grid else 2]
 
 
 def main(run: Run, model: str = "jasper10x5", full: bool = False, grid: tuple = ()) -> list[dict]:

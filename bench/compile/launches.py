@@ -36,7 +36,6 @@ TAPS = (
     (16, 63, 1, True), (16, 63, 1, False), (16, 33, 2, True),
 )  # fmt: skip
 META = torch.device("meta")
-EXACT = " ieee"  # suffix of the names of kernels with exact fp32 products
 PARTS = {
     "HAS_STATS": " stats", "HAS_NORM": " bn", "HAS_PANES": " panes", "HAS_SPLITS": " split", "IS_DIRECT": " direct",
 }  # fmt: skip
@@ -240,4 +239,4 @@ def called(one: launch.Launch, exact: bool) -> str:
     spaced = "conv1d first" if values.get("IS_NCT") else "conv1d last" if last else spaced
     spaced += "".join(part for flag, part in PARTS.items() if values.get(flag))
     unmasked = not last and not values.get("HAS_MASK", values.get("HAS_LENGTHS", True))
-    return spaced + " no masks" * unmasked + EXACT * (exact and "PRECISION" in values)
+    return spaced + " no masks" * unmasked + " ieee" * (exact and "PRECISION" in values)

@@ -12,6 +12,7 @@ command `--backend auto` means Triton, because its results are used to decide wh
 """
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -44,6 +45,16 @@ def main(run: Run, budget: float = BUDGET) -> None:
     run.results.data["backend"] = run.backend
     parts, faults = (run.results.data.setdefault(name, {}) for name in ("parts", "faults"))
     begun = set()
+
+    def ended(part: agenda.Part, how: str, gone: bool) -> None:
+        parts[part.title] = how
+        if how.startswith("failed"):
+            faults[part.title] = faults.get(part.title, 0) + 1
+        console.print(f"gpu: {part.title}: {how}, {end - time.monotonic():.0f} s left", markup=False)
+        run.results.write()
+        if gone:
+            go_on_elsewhere(run, end)
+
     for again in (False, True):  # first every part within its share of the time, then cut-off parts in the time left
         for part in agenda.plan(run):
             how, failed = parts.get(part.title), faults.get(part.title, 0)
@@ -56,20 +67,11 @@ def main(run: Run, budget: float = BUDGET) -> None:
                 parts.setdefault(part.title, "no time left")
                 continue
             begun.add(part.title)
-
-            def ended(how: str, gone: bool, part: agenda.Part = part) -> None:
-                parts[part.title] = how
-                if how.startswith("failed"):
-                    faults[part.title] = faults.get(part.title, 0) + 1
-                console.print(f"gpu: {part.title}: {how}, {end - time.monotonic():.0f} s left", markup=False)
-                run.results.write()
-                if gone:
-                    go_on_elsewhere(run, end)
-
             share = left if again else min(left, part.seconds * budget / BUDGET)
-            with outlasted(lambda ended=ended: ended("failed: a kernel or a compiler does not return", True), share):
+            give_up = functools.partial(ended, part, "failed: a kernel or a compiler does not return", True)
+            with outlasted(give_up, share):
                 how, gone = _measure(run, part, share)
-            ended(how, gone)
+            ended(part, how, gone)
             devices.tidy(run.device)
     run.results.write()
 

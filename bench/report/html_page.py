@@ -16,8 +16,6 @@ from jasper_fast.bench.report.terminal import console
 
 HERE = Path(__file__).parent
 STYLE = HERE / "page.css"
-TITLES = {"kernels": "Kernels", "train": "Training step", "latency": "Inference", "launches": "Launches"}
-SAME = "Jasper 10x5, conv masks on; eager PyTorch of 2020 (20.10-py3 container)"
 Lines = list[tuple[str, Sequence[object]]]  # the CSS class and the cells of each row of a table
 
 
@@ -79,8 +77,8 @@ def _template():
     environment.globals |= {function.__name__: function for function in functions} | {
         "words": words,
         "published": published,
-        "same": SAME,
-        "titles": TITLES,
+        "same": "Jasper 10x5, conv masks on; eager PyTorch of 2020 (20.10-py3 container)",
+        "titles": {"kernels": "Kernels", "train": "Training step", "latency": "Inference", "launches": "Launches"},
         "forms": (svg.WIDE, svg.NARROW),
         "style": STYLE.read_text(),
     }

@@ -88,8 +88,6 @@ FOOTNOTE = (
 
 
 Column = tuple[str, Callable[[dict], str]]  # heading, and a function that returns the text of a row's cell
-# The columns of subcommands that measure waiting time.
-WAITS = {"mean": "mean", "p50": "P50", "p90": "P90", "p95": "P95", "p99": "P99"}
 
 
 def waited(rows: Iterable[dict]) -> bool:
@@ -131,7 +129,7 @@ def columns(rows: Sequence[dict]) -> list[Column]:
 
     times: list[Column] = [("median", cell("median")), ("p20 to p80", cell("p20", "p80")), ("p99", cell("p99"))]
     if waited(timed):
-        times = [(heading, cell(key)) for key, heading in WAITS.items()]
+        times = [(heading, cell(heading.lower())) for heading in ("mean", "P50", "P90", "P95", "P99")]
     rates = [(heading, of) for heading, of in OPTIONAL if any(map(of, timed))]
     ratio = ("its time / ours [95 %]", lambda row: span(row["ratio"]) if "ratio" in row else "")
     return [*launch_columns(timed), *times, *rates, ratio]
@@ -145,7 +143,6 @@ def launch_columns(rows: Sequence[dict]) -> list[Column]:
     ]
 
 
-PROFILE_TITLES = {"layer": "layer, forward", "backward": "layer, backward", "op": "op, its own time"}
 PROFILE = ("time", "share", "calls")  # the columns after the name
 
 
@@ -153,7 +150,7 @@ def profiled(records: Sequence[dict], limit: int) -> list[tuple[str, list[tuple[
     """Returns (title, lines) for each kind of record in a profile, with at most `limit` lines. A line is a name and the
     cells of the columns PROFILE."""
     found = []
-    for kind, title in PROFILE_TITLES.items():
+    for kind, title in (("layer", "layer, forward"), ("backward", "layer, backward"), ("op", "op, its own time")):
         mine = [r for r in records if r["kind"] == kind]
         whole = sum(r["seconds"] for r in mine)
         lines = [
