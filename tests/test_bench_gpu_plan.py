@@ -20,7 +20,7 @@ from jasper_fast.bench.cases import (
 from jasper_fast.bench.cases.layers import layers
 from jasper_fast.bench.commands import memory as memory_command
 from jasper_fast.bench.gpu import agenda, ahead, first, gpu, self_check, warm
-from jasper_fast.bench.harness.case import Case
+from jasper_fast.bench.harness.case import Case, Effort
 from jasper_fast.bench.harness.errors import OutOfTime
 from jasper_fast.dispatch import probe
 from jasper_fast.selfcheck import checks
@@ -34,20 +34,29 @@ def collector(tmp_path) -> warm.Collector:
 
 
 @pytest.mark.slow
-def test_every_part_of_the_plan_for_a_gpu_can_make_its_cases(tmp_path, monkeypatch):
-    """Shows that every part makes its cases, and that none names an unknown rival. No contender is built, because that
-    needs the GPU."""
+def test_every_part_of_the_plan_for_a_gpu_makes_its_cases_and_has_time_for_them(tmp_path, monkeypatch):
+    """Shows that no part names an unknown rival, and that the seconds of a part suffice for its cases. No contender is
+    built, because that needs the GPU."""
     asked: list[str] = []
+    seconds: list[float] = []
+
+    def cases_of(cases, run, title, made):
+        seconds.extend(case.effort(run.effort).seconds for case in made)
+        return cases(run, title, made)
+
+    wrap(monkeypatch, warm.Collector, "cases", cases_of)
     monkeypatch.setattr(self_check, "selfcheck", lambda run, **which: None)
     monkeypatch.setattr(checks, "plan", lambda device: [])
     monkeypatch.setattr(ahead, "compilers", lambda run, titles: contextlib.nullcontext(asked.extend(titles)))
     monkeypatch.setattr(memory_command, "measure", lambda run, *size: run.cases("memory", [memory.case(run, *size)[0]]))
     for name in ("tests", "tune"):
         monkeypatch.setattr(first, name, lambda run: None)
-    run = collector(tmp_path)
+    run = dataclasses.replace(collector(tmp_path), effort=Effort().at_most(gpu.CASE))
     found: dict[str, list[Case]] = {}
     for part in agenda.plan(run):
+        seconds.clear()
         part.measure(dataclasses.replace(run, found=found.setdefault(part.title, [])))
+        assert sum(seconds) <= part.seconds or part.title == "memory", part.title  # memory measures no time
     checking = {"preflight", "tests", "tuning", "self-check", "self-check in full"}
     assert {title for title, cases in found.items() if not cases} == checking
     assert set(asked) < set(found) - checking

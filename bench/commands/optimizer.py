@@ -12,5 +12,8 @@ def main(run: Run, models: tuple[str, ...] = ()) -> list[dict]:
 
     The default is Jasper 10x5, and with `--quick` the small Jasper.
     """
-    chosen = models or ("small" if run.quick else "jasper10x5",)
-    return [row for model in chosen for row in run.cases(f"optimizer {model}", [optimizer.case(run, model)])]
+    return [
+        row
+        for model in models or ("small" if run.quick else "jasper10x5",)
+        for row in run.cases(f"optimizer {model}", [optimizer.case(run, model)])
+    ]
