@@ -12,7 +12,7 @@ from jasper_fast.extras import need
 
 
 def render(folder: Path, template: str, **values: Any) -> str:
-    """Returns the page that ``template`` in ``folder`` makes of ``values``. Raises MissingExtra if jinja2 is not
+    """Renders ``template`` of ``folder`` with ``values``, and returns the page. Raises MissingExtra if jinja2 is not
     installed."""
     jinja2 = need("jinja2", "train")
     environment = jinja2.Environment(
@@ -23,8 +23,8 @@ def render(folder: Path, template: str, **values: Any) -> str:
 
 
 def histogram(values: Sequence[float], bins: int = 24) -> list[tuple[float, float, int]]:
-    """Returns (low, high, count) for each bin of a histogram of the finite values. The width of the bins is a round
-    number, and there are about ``bins`` of them. Without finite values the list is empty."""
+    """Returns (low, high, count) for each bin of a histogram of the finite values. There are about ``bins`` bins, and
+    their width is a round number. Without finite values the list is empty."""
     finite = [v for v in values if math.isfinite(v)]
     if not finite:
         return []

@@ -143,7 +143,8 @@ def conv_face(
     shape: tuple[int, int, int, int, int] | None = None,
     rows_log2: int | None = None,
 ) -> str:
-    """Returns the face that runs a conv in `dtype` on `device`: ours if it has the dtype and gradients, else "aten".
+    """Returns the face that runs a conv in `dtype` on `device`: ours if it supports the dtype and computes the needed
+    gradients, else "aten".
 
     strided_dx: the gradient of a strided conv's x is needed, which only ATen computes. On a CPU 16-bit convs run on
     ATen if the CPU has AMX for the dtype, because ATen's convs use AMX and ours do not.

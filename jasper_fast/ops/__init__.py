@@ -1,5 +1,4 @@
-"""The public ops, with one function for each. They are registered with torch.library, and all faces share one autograd
-formula.
+"""The public ops, one function each. An op is registered with torch.library, and its faces share one autograd formula.
 
 N batch, C channels, T frames, K taps, M = N*T rows. Activations have the logical shape (N, C, T), in NTC memory.
 """

@@ -154,8 +154,8 @@ def bn_relu_dropout(
 
     `halo`, with `lengths`, promises that `y` is zero at t >= length + halo, so backward need not read it there. If `y`
     is the output of a conv whose input has zero padding, halo is `ceil((dilation * (K - 1) - padding) / stride)`
-    frames. `group`, with `training`, takes the statistics over the rows of all its ranks, as nn.SyncBatchNorm does; N*T
-    may differ between ranks. The gradients of gamma and beta are those of this rank.
+    frames. With `group` and `training` the statistics are over the rows of all ranks of the group, as in
+    nn.SyncBatchNorm; N*T may differ between ranks. The gradients of gamma and beta are those of this rank.
 
     Raises ValueError for shapes that do not fit, p outside [0, 1), a negative halo, and N*T = 1 in training, as PyTorch
     does. Raises BackendMissing for a named backend that cannot run here.

@@ -161,9 +161,9 @@ def conv_face(
 ) -> tuple[str, Tensor | None]:
     """Returns the face for the conv of `x` (N, C, T), and the weight packed for that face (or None).
 
-    The face is one of ours if that has the dtype and the gradients, else "aten". On a GPU "auto" takes the face with
-    the least measured or estimated time, which may be "aten" (cuDNN in channels-last memory). `stats` and `norm` tell
-    which calls of the conv to compare (see `choose.conv_face`).
+    The face is one of ours if it supports the dtype and computes the gradients that are needed, else "aten". On a GPU
+    "auto" takes the face with the least measured or estimated time, which may be "aten" (cuDNN in channels-last
+    memory). `stats` and `norm` say which functions of the conv are called (see `choose.conv_calls`).
     """
     grad, (c_out, c_in, taps) = torch.is_grad_enabled(), weight.shape
     dx, dw = grad and x.requires_grad, grad and weight.requires_grad
