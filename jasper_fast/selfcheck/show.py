@@ -13,7 +13,8 @@ from jasper_fast.dispatch.verdict import BAD, GOOD, Verdict, failure_of, judge
 
 
 def show(rows: Sequence[dict[str, Any]], found: Sequence[Verdict], device: torch.device, console: Any) -> None:
-    """Prints one line for each configuration, each failed check, and the verdicts to `console`, a rich console."""
+    """Prints to `console`, a rich console: a table with a row for each configuration, the failed checks, and the
+    verdicts."""
     from rich.markup import escape
     from rich.table import Table
 
