@@ -78,12 +78,13 @@ def talk(argv: Sequence[str], wanted: object, hear: Callable[[str, Any], bool], 
             hung = True
         finally:  # after another exception, such as a KeyboardInterrupt, the process is killed without waiting
             code = _end(process, before=10.0 if ended else 0.0, after=30.0 if ended or hung else 5.0)
-        last = _last_line(errors)
+        errors.seek(0)
+        lines = [line.strip() for line in errors if line.strip()]
     if hung:
         how = f"was silent for {seconds if spoke else START_SECONDS:.0f} s"
     else:
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-    return Ended(told, hung, code, how, last)
+    return Ended(told, hung, code, how, f": {lines[-1][:300]}" if lines else "")
 
 
 def _lines(stream: IO[str], start: float, each: float) -> Iterator[tuple[str, Any]]:
@@ -114,9 +115,3 @@ def _end(process: subprocess.Popen, before: float, after: float) -> int:
             return process.wait(timeout=after)
         except subprocess.TimeoutExpired:  # It is stuck in the driver, where no signal reaches it. Do not wait longer.
             return -signal.SIGKILL
-
-
-def _last_line(errors: IO[str]) -> str:
-    errors.seek(0)
-    lines = [line.strip() for line in errors.read().splitlines() if line.strip()]
-    return f": {lines[-1][:300]}" if lines else ""
