@@ -125,8 +125,9 @@ def normalize_and_lost(
     or in part, in lower case: 'hello мир' with Russian labels -> 'мир', ['h', 'e', 'l', 'o']."""
     vocabulary = labels if isinstance(labels, Vocabulary) else Vocabulary(labels)
     keep = vocabulary.characters
+    letters = [c for c in keep if c.isalpha()]
     if english is None:
-        english = all(c.isascii() for c in keep if c.isalpha())
+        english = all(c.isascii() for c in letters)
     text = unicodedata.normalize("NFC", text)
     if english:
         text = re.sub(r"£([0-9,]*[0-9]+)", r"\1 pounds", text)
@@ -138,8 +139,8 @@ def normalize_and_lost(
         text = _ABBREVIATION.sub(lambda m: _ABBREVIATIONS[m[1].lower()], text)
         for sign, word in (("&", " and "), ("+", " plus ")):
             text = text if sign in keep else text.replace(sign, word)
-    if not _has_case(keep, str.lower) and _has_case(keep, str.upper):
-        text = "".join(c if c in keep else c.upper() for c in text)  # the words that were inserted
+    if letters and all(c != c.lower() for c in letters):  # only capitals, so the words inserted above need capitals
+        text = "".join(c if c in keep else c.upper() for c in text)
     text = text.translate({ord(c): " " for c in string.punctuation if c not in keep})
     dropped = {c for c in text if c not in keep and not c.isspace()}
     text = " ".join("".join(c for c in text if c not in dropped).split())
@@ -162,10 +163,6 @@ def _lost(before: str, dropped: set[str], keep: set[str]) -> list[str]:
             lost[c.lower()] = None
             explained |= folded
     return [*lost, *sorted(lower - explained)]
-
-
-def _has_case(keep: set[str], case) -> bool:
-    return any(c.isalpha() and case(c) == c for c in keep)
 
 
 def _fold(character: str, keep: set[str]) -> str:

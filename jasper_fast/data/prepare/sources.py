@@ -264,10 +264,9 @@ def _lhotse(source: Path, audio_dir: Path | None, report: Report) -> Iterator[En
                 report(f"{where}: {cut.get('id')}: the cut is not one file with one supervision")
                 continue
             start, seconds = float(cut.get("start", 0.0)), float(cut["duration"])
-            path, text = Path(sources[0]["source"]), told[0]["text"]
+            path, text = (audio_dir or Path()) / sources[0]["source"], told[0]["text"]
             if not isinstance(text, str) or not (start >= 0 and 0 < seconds < math.inf):
                 raise ValueError(f"text {text!r}, start {start}, duration {seconds}")
-            path = audio_dir / path if audio_dir else path
             speaker = str(told[0].get("speaker") or "")
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
