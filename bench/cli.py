@@ -42,7 +42,6 @@ ALL_SECONDS = 570.0
 DEFAULT_BATCH = (8, 400)  # (N, T)
 OURS = "jasper_fast"  # the contender's name
 MODELS = "small, medium, jasper10x5, quartznet_small, quartznet15x5 or a YAML file"  # for help texts
-INTERRUPTED = 130  # exit status of a shell after Ctrl-C
 NOTHING = "interrupted: nothing was measured yet"
 
 # ------------------------------------------------------------------ options
@@ -327,7 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _command(args, begin)
     except KeyboardInterrupt:
         say(_kept(begun[0].results) if begun else NOTHING)
-        return INTERRUPTED
+        return 130  # as a shell returns after Ctrl-C
 
 
 def _command(args: argparse.Namespace, begin: Callable[[argparse.Namespace], Run]) -> int:

@@ -194,7 +194,6 @@ def test_a_cupy_that_is_absent_or_broken_says_so(monkeypatch):
     monkeypatch.setattr(limits.importlib.util, "find_spec", lambda name: None)
     times, why = limits.cupy_launch(CPU)
     assert not times and why.startswith("absent: pip install cupy-cuda")
-
     cupy(monkeypatch, raising(RuntimeError("CUDA driver version is insufficient")))
     assert limits.cupy_launch(CPU) == ({}, "failed: RuntimeError: CUDA driver version is insufficient")
 

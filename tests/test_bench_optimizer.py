@@ -24,8 +24,7 @@ def test_a_step_is_right_and_one_without_decay_is_not(case, name, monkeypatch):
     for _ in range(2):  # twice, because a comparison must restore the tensors
         assert case.complaints(runner.outputs(), low, exact) == []
     monkeypatch.setattr(optimizer, "WEIGHT_DECAY", 0.0)
-    wrong = runners(case)[name].outputs()
-    assert any("moment" in line for line in case.complaints(wrong, low, exact))
+    assert any("moment" in line for line in case.complaints(runners(case)[name].outputs(), low, exact))
 
 
 def test_the_copy_moves_half_of_the_bytes_twice(case):

@@ -93,8 +93,7 @@ def answer(inputs: Inputs, dtype: torch.dtype, keep: Tensor | None = None, p: fl
         z = z * keep / (1 - p)
     z = common.masked(z, inputs.lengths)
     wanted = [leaves["y"], gamma, beta] + ([leaves["residual"]] if "residual" in leaves else [])
-    gradients = torch.autograd.grad(z, wanted, inputs.nct["dz"].to(dtype))
-    return named(z.detach(), gradients, running)
+    return named(z.detach(), torch.autograd.grad(z, wanted, inputs.nct["dz"].to(dtype)), running)
 
 
 def dropout_complaints(got: Answer, inputs: Inputs, p: float) -> list[str]:

@@ -72,8 +72,7 @@ def eager_sub_block(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: T
     """Computes batch norm, ReLU, dropout, mask and the next conv, one module per step in NCT memory."""
     if i.layer.first:
         return eager_conv(y, i, weight, gamma, beta, p)
-    stats = common.fresh_running(gamma.detach())
-    z = common.eager_chain(y, gamma, beta, stats, None, i.lengths, p)
+    z = common.eager_chain(y, gamma, beta, common.fresh_running(gamma.detach()), None, i.lengths, p)
     return F.conv1d(z, weight, None, 1, i.layer.padding, i.layer.dilation)
 
 

@@ -57,17 +57,14 @@ class CudaClock:
 
     def sample(self, run: Callable[[], object], inner: int) -> float:
         """Returns the seconds of one run, as the mean of `inner` runs."""
-        cycles = round(self.sleep(self.host(run)) * cycles_per_second(self.device))
+        sleep = min(1.5 * self.host(run) + self.SPARE, self.LONGEST)
+        cycles = round(sleep * cycles_per_second(self.device))
         total = 0.0
         for _ in range(inner):
             torch.sum(self.flush, 0, out=self.sink)
             torch.cuda._sleep(cycles)
             total += device_seconds(run)
         return total / inner
-
-    def sleep(self, host: float) -> float:
-        """Returns the seconds that the device sleeps if the host needs `host` seconds to launch a run."""
-        return min(1.5 * host + self.SPARE, self.LONGEST)
 
     def host(self, run: Callable[[], object]) -> float:
         """Returns the seconds until `run` returns to the host. They are measured only once."""
