@@ -43,6 +43,13 @@ def assert_refused(run, capsys, command: str, cases) -> None:
         assert error.startswith(f"jasper-fast {command}: error: "), error
 
 
+def printed(run, capsys, *argv) -> str:
+    """Runs a command, which must succeed, and returns what it prints."""
+    capsys.readouterr()
+    assert run(*argv) == 0
+    return capsys.readouterr().out
+
+
 def hear(vocabulary: Vocabulary, text: str, sharp: float = 4.0, seed: int = 0, times: int = 1) -> torch.Tensor:
     """Returns noisy log-probs (T, V). The best path has ``times`` frames for each symbol of ``text``, then a blank."""
     ids = [i for c in vocabulary.encode(text) for i in ([c] * times + [vocabulary.blank])]

@@ -42,8 +42,8 @@ def keep_bits(first: int, count: int, seed: int, p: float) -> Tensor:
 
 
 def test_words_at_the_threshold():
-    """An element is kept at p = word / 2**32, where `word` is its random word, and dropped at the next larger p."""
-    words = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)  # of Philox with counter 0 and key 0
+    """An element whose random word is w is kept at p = w / 2**32 and dropped at the next larger p."""
+    words = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)  # from Philox with counter 0 and key 0
     for i, word in enumerate(words):
         at, above = (keep_bits(0, 4, 0, (word + more) / 2.0**32) for more in (0, 1))
         assert at[i] and not above[i], hex(word)

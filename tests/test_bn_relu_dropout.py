@@ -77,7 +77,7 @@ def make(n, c, t, *, dtype, device, residual=False, lengths=None, p=0.0, offset=
 def run(op, case: Case, training: bool, soiled: Tensor | None = None, halo: int | None = None) -> dict[str, Tensor]:
     """Runs one forward and backward through the four functions of a face, as autograd calls them.
 
-    soiled: given to `backward_apply` instead of the case's y. halo: its argument.
+    soiled: a tensor that `backward_apply` gets instead of the case's y. halo: the argument of `backward_apply`.
     """
     n, _, t = case.y.shape
     if training:
@@ -332,7 +332,7 @@ def test_triton_indexes_beyond_32_bits_of_counters():
 
     p, seed, rows = 0.4, 99, 4
     for c, vec in ((16, 8), (18, 1)):
-        m0 = (1 << 36) // c - 2  # counters cross 2**34: beyond one 32-bit word
+        m0 = (1 << 36) // c - 2  # counters cross 2**34, so they need more than 32 bits
         out = torch.empty(rows, 32, dtype=torch.int8, device=device)
         threshold, _ = philox.signed_threshold(p)
         draw[(1,)](out, m0, c, torch.tensor([seed], device=device), threshold, BLOCK_M=rows, BLOCK_C=32, VEC=vec)

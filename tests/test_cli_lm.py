@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from kneser_ney import KneserNey
-from language_models import assert_refused, needs_kenlm
+from language_models import assert_refused, needs_kenlm, printed
 
 from jasper_fast.cli import command
 from jasper_fast.kernels import native
@@ -36,34 +36,32 @@ def text(tmp_path):
 @needs_kenlm
 def test_train_info_and_perplexity(text, tmp_path, capsys):
     lm = tmp_path / "lm.arpa"
-    assert run("lm", "train", text, "--order", 3, "--out", lm) == 0
-    assert "5 sentences, 24 words, vocabulary 12" in capsys.readouterr().out
-    assert run("lm", "info", lm, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
+    show = functools.partial(printed, run, capsys, "lm")
+    assert "5 sentences, 24 words, vocabulary 12" in show("train", text, "--order", 3, "--out", lm)
+    found = json.loads(show("info", lm, "--json"))
     assert (found["order"], found["of"], found["vocabulary"], found["open"]) == (3, "words", 9, True)
-    assert run("lm", "info", lm) == 0 and "1-grams 12\n" in capsys.readouterr().out
+    assert "1-grams 12\n" in show("info", lm)
     (tmp_path / "dev").write_text("the cat ran\n\nA zebra sat\n")
-    assert run("lm", "perplexity", lm, tmp_path / "dev", "--json", "--lower-case") == 0
-    said = json.loads(capsys.readouterr().out)
+    measured = json.loads(show("perplexity", lm, tmp_path / "dev", "--json", "--lower-case"))
     want, log10 = KneserNey([s.split() for s in SENTENCES], 3), []
     for line in (["<s>", "the", "cat", "ran", "</s>"], ["<s>", "a", "<unk>", "sat", "</s>"]):
         log10 += [math.log10(want.p(tuple(line[max(0, i - 2) : i + 1]))) for i in range(1, len(line))]
-    assert said["log10"] == pytest.approx(sum(log10), abs=1e-4) and said["unknown"] == 1
-    assert said["perplexity"] == pytest.approx(10 ** (-sum(log10) / 8), rel=1e-4)
-    assert said["perplexity_known"] == pytest.approx(10 ** (-(sum(log10) - log10[5]) / 7), rel=1e-4)
-    assert run("lm", "perplexity", lm, tmp_path / "dev") == 0
-    assert capsys.readouterr().out.startswith("perplexity ")
+    assert measured["log10"] == pytest.approx(sum(log10), abs=1e-4) and measured["unknown"] == 1
+    assert measured["perplexity"] == pytest.approx(10 ** (-sum(log10) / 8), rel=1e-4)
+    assert measured["perplexity_known"] == pytest.approx(10 ** (-(sum(log10) - log10[5]) / 7), rel=1e-4)
+    assert show("perplexity", lm, tmp_path / "dev").startswith("perplexity ")
 
 
 @needs_kenlm
 def test_models_of_characters_are_asked_for_characters(text, tmp_path, capsys):
     lm = tmp_path / "lm.arpa"
-    assert run("lm", "train", text, "--order", 5, "--out", lm, "--characters", "--prune", 0, 0, 1) == 0
-    assert f"{sum(map(len, SENTENCES))} characters" in capsys.readouterr().out
-    assert run("lm", "perplexity", lm, text, "--json") == 0
-    said = json.loads(capsys.readouterr().out)
-    assert (said["words"], said["unknown"]) == (sum(map(len, SENTENCES)), 0) and 1 < said["perplexity"] < 10
-    assert run("lm", "info", lm) == 0 and "of characters" in capsys.readouterr().out
+    show = functools.partial(printed, run, capsys, "lm")
+    count = sum(map(len, SENTENCES))
+    options = ("--order", 5, "--out", lm, "--characters", "--prune", 0, 0, 1)
+    assert f"{count} characters" in show("train", text, *options)
+    measured = json.loads(show("perplexity", lm, text, "--json"))
+    assert (measured["words"], measured["unknown"]) == (count, 0) and 1 < measured["perplexity"] < 10
+    assert "of characters" in show("info", lm)
 
 
 @pytest.fixture
@@ -91,10 +89,8 @@ def test_tune_finds_weights_that_help(kind, text, saved, tmp_path, capsys):
     assert run("lm", "train", text, "--out", lm, *options) == 0
     weights = ("--alpha", "0,1,2", "--beta", "0,0.5", "--beam", 32, "--processes", 1)
     tune = ("lm", "tune", "--log-probs", saved, "--lm", lm, "--out", out, "--report", tmp_path / "tune.html", *weights)
-    capsys.readouterr()
-    assert run(*tune) == 0
-    printed, found = capsys.readouterr().out, tuned.read(out)
-    greedy, best = (float(x) for x in re.findall(r"([\d.]+) %", printed))
+    greedy, best = (float(x) for x in re.findall(r"([\d.]+) %", printed(run, capsys, *tune)))
+    found = tuned.read(out)
     assert best < greedy / 2 and found["lm"] == str(lm) and found["beam"] == 32
     assert found["alpha"] > 0 or kind == "words"  # for words, the lexicon suffices to correct the errors
     page = (tmp_path / "tune.html").read_text()
@@ -109,11 +105,10 @@ def test_tune_finds_the_weight_of_a_second_pass(text, saved, tmp_path, capsys):
     assert run("lm", "train-neural", text, *small, *options) == 0
     weights = ("--rescore", tmp_path / "neural", "--rescore-weight", "0,0.5,1", "--beta", "0,0.5", "--beam", 64)
     report = ("--out", tmp_path / "best.yaml", "--report", tmp_path / "tune.html", "--device", "cpu")
-    capsys.readouterr()
-    assert run("lm", "tune", "--log-probs", saved, *weights, *report) == 0
-    printed, found = capsys.readouterr().out, tuned.read(tmp_path / "best.yaml")
-    greedy, best = (float(x) for x in re.findall(r"([\d.]+) %", printed))
-    assert best < greedy and found["rescore_weight"] > 0 and f"rescoring weight {found['rescore_weight']:g}" in printed
+    told = printed(run, capsys, "lm", "tune", "--log-probs", saved, *weights, *report)
+    found = tuned.read(tmp_path / "best.yaml")
+    greedy, best = (float(x) for x in re.findall(r"([\d.]+) %", told))
+    assert best < greedy and found["rescore_weight"] > 0 and f"rescoring weight {found['rescore_weight']:g}" in told
     assert found["rescore"] == str(tmp_path / "neural") and "lm" not in found and "alpha" not in found
     page = (tmp_path / "tune.html").read_text()
     assert page.count('class="cell') == 2 and f"rescoring {found['rescore_weight']:g}" in page

@@ -75,8 +75,8 @@ def test_it_is_pytorchs(face, blank, zero_infinity):
 
 
 def test_it_is_right_through_a_softmax():
-    """The gradient through a log-softmax equals numerical differences in fp64. Without a log-softmax it would not: it
-    leaves out a term that a log-softmax cancels."""
+    """The gradient through a log-softmax equals numerical differences in fp64. Without a log-softmax it would not,
+    because the loss leaves out a term that a log-softmax cancels."""
     x = torch.randn(3, 4, 3, dtype=torch.float64, requires_grad=True)
     given = torch.tensor([4, 2, 3]), torch.tensor([[0, 0], [1, 0], [1, 0]]), torch.tensor([2, 2, 1])
     assert torch.autograd.gradcheck(lambda x: ops.ctc_loss(x.log_softmax(2), *given), x)
@@ -98,7 +98,7 @@ def test_it_is_the_same_in_any_memory_order_and_amid_others(face):
         found.append((losses, dx[:, :T]))
     for losses, dx in found[1:]:
         assert torch.equal(losses, found[0][0])
-        torch.testing.assert_close(dx, found[0][1], rtol=1e-5, atol=1e-6)  # longer targets add zeros to these sums
+        torch.testing.assert_close(dx, found[0][1], rtol=1e-5, atol=1e-6)  # padding of targets adds zeros to sums
     alone = ops.ctc_loss(log_probs[1:2], lengths[1:2], targets[1:2], counts[1:2], backend=face.name)
     assert torch.equal(alone, found[0][0][1:2])
 

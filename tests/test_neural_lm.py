@@ -44,8 +44,7 @@ def lines(n, length, seed=1):
 def test_attention_equals_its_formula():
     attention = model().layers[0].attention
     x, keys, distances = torch.randn(2, 3, 16).double(), torch.randn(2, 5, 16).double(), torch.randn(5, 16).double()
-    visible = torch.ones(3, 5, dtype=torch.bool).tril(2).expand(2, 1, 3, 5)
-    found = attention(x, keys, distances, visible)
+    found = attention(x, keys, distances, torch.ones(3, 5, dtype=torch.bool).tril(2).expand(2, 1, 3, 5))
     q, r = attention.query(x), attention.position(distances)
     k, v = attention.key_value(keys).chunk(2, -1)
     for n in range(2):
@@ -114,8 +113,7 @@ def test_probabilities_sum_to_one_and_are_those_of_targets(cutoffs):
     hidden, _ = made(tokens[:, :-1])
     every = torch.stack([made.log_probs(hidden, torch.full((3, 8), token)) for token in range(12)], -1)
     torch.testing.assert_close(every.exp().sum(-1), torch.ones(3, 8).double(), rtol=1e-12, atol=0)
-    found = made.log_probs(hidden, tokens[:, 1:])
-    torch.testing.assert_close(found, every.gather(-1, tokens[:, 1:, None])[..., 0])
+    torch.testing.assert_close(made.log_probs(hidden, tokens[:, 1:]), every.gather(-1, tokens[:, 1:, None])[..., 0])
 
 
 @pytest.mark.parametrize(
@@ -173,8 +171,7 @@ def test_perplexity_counts_ends_and_unknown_words(tmp_path):
     assert (found.sentences, found.words, found.unknown) == (2, 6, 1) and found.log10 == pytest.approx(want)
     assert found.value == pytest.approx(10 ** (-want / 8)) and found.known != found.value
     joined = model(joined=True)
-    row = torch.tensor([[0, 2, 3, 4, 0, 2, 1, 4, 0]])
-    want = float(log_probs(joined, row)[0].sum()) / math.log(10)
+    want = float(log_probs(joined, torch.tensor([[0, 2, 3, 4, 0, 2, 1, 4, 0]]))[0].sum()) / math.log(10)
     assert NeuralLM(joined, TOKENS).perplexity(tmp_path / "text").log10 == pytest.approx(want)
 
 

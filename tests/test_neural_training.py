@@ -9,7 +9,7 @@ import signal
 
 import pytest
 import torch
-from language_models import assert_refused, random_neural
+from language_models import assert_refused, printed, random_neural
 from torch.utils._pytree import tree_flatten
 
 from jasper_fast.cli import command
@@ -62,16 +62,14 @@ def trained(text, tmp_path_factory):
 
 @pytest.mark.slow
 def test_it_learns_a_grammar(trained, text, capsys):
-    assert run("perplexity", trained, text.with_name("dev"), "--json") == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(printed(run, capsys, "perplexity", trained, text.with_name("dev"), "--json"))
     assert found["perplexity"] < 1.06 * math.exp(entropy(text.with_name("dev")))
     assert (found["unknown"], found["sentences"]) == (0, 200)
     best = min(r["perplexity"] for r in read_log(trained / "log.jsonl") if r["kind"] == "val_ema")
     assert best == pytest.approx(found["perplexity"], rel=1e-5)
-    assert run("info", trained, "--json") == 0
-    about = json.loads(capsys.readouterr().out)
+    about = json.loads(printed(run, capsys, "info", trained, "--json"))
     assert (about["of"], about["vocabulary"], about["layers"], about["best_perplexity"]) == ("words", 8, 1, best)
-    assert run("info", trained) == 0 and "8; " in capsys.readouterr().out
+    assert "8; " in printed(run, capsys, "info", trained)
     assert {p.suffix for p in trained.iterdir()} == {".pt", ".jsonl", ""}  # no temporary files
     lm = scoring.load(trained, "cpu")
     assert lm(["a c d"])[0] > lm(["a c f"])[0] + 2
@@ -171,10 +169,9 @@ def test_a_signal_ends_the_reading_of_texts(text, tmp_path, monkeypatch, capsys)
 def test_many_words_take_the_adaptive_softmax(tmp_path, capsys):
     rng = random.Random(0)
     (tmp_path / "text").write_text("\n".join(f"w{rng.randrange(5000)} w{i}" for i in range(5000)))
-    out = ("--steps", 1, "--out", tmp_path / "out", *SMALL)
-    assert run("train-neural", tmp_path / "text", *out, "--vocabulary", 4500) == 0
-    assert run("info", tmp_path / "out", "--json") == 0
-    about = json.loads(capsys.readouterr().out)
+    options = (*SMALL, "--steps", 1, "--vocabulary", 4500)
+    assert run("train-neural", tmp_path / "text", "--out", tmp_path / "out", *options) == 0
+    about = json.loads(printed(run, capsys, "info", tmp_path / "out", "--json"))
     assert (about["cutoffs"], about["vocabulary"]) == ([2000], 4500)
     assert -40 < scoring.load(tmp_path / "out", "cpu")(["w3 zebra"])[0] < -15
 

@@ -72,7 +72,8 @@ def run(step, tensors, watched, rows, scale=None, found=None, clip=0.0, guard=Tr
 
 
 def compare(face: Face, tensors, watched, rows, **how) -> Tensor:
-    """Compares one step of the face with the reference, which sets the limits in fp32. Returns the step's outcome."""
+    """Compares one step of the face with the reference in fp64. The errors of the reference in fp32 set the limits.
+    Returns the step's outcome."""
     low, exact = copies(tensors, watched), wide(tensors, watched)
     grads = [g.clone() for g in tensors.grads]
     got = run(face.load("novograd").step, tensors, watched, rows, **how)
@@ -89,7 +90,7 @@ def compare(face: Face, tensors, watched, rows, **how) -> Tensor:
 
 
 def assert_near(tensors: Tensors, exact: Tensors) -> None:
-    """Checks results of several steps, or of very many tensors, against those in fp64."""
+    """Compares results of several steps, or of very many tensors, with those in fp64."""
     for name in ("params", "exp_avgs", "exp_avg_sqs", "averages"):
         for a, b in zip(getattr(tensors, name), getattr(exact, name), strict=True):
             torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-6)

@@ -45,8 +45,7 @@ def test_scores_are_in_the_papers_scale(arpa):
     with doubled spaces."""
     log_probs, model = posteriors("the cat sat on a mat"), kenlm.Model(str(arpa))
     for alpha, beta in ((0.0, 0.0), (2.0, -0.2), (1.0, 0.5)):
-        search = WordSearch(word_lm(arpa, V), beam=512, alpha=alpha, beta=beta, n_best=4)
-        found = search(log_probs.numpy())
+        found = WordSearch(word_lm(arpa, V), beam=512, alpha=alpha, beta=beta, n_best=4)(log_probs.numpy())
         assert len({f.text for f in found}) == 4
         if not alpha:
             assert found[0].text == "the cat sat on a mat" and found[0].log_prob - ctc(log_probs, found[0].text) < 0.7

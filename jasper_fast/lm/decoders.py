@@ -85,7 +85,7 @@ class SymbolDecoder:
         beta: float,
         stream: torch.cuda.Stream | None,
     ) -> list[Transcript]:
-        with torch.cuda.stream(stream):  # the model's stream; None, for a CPU, has no effect
+        with torch.cuda.stream(stream):  # the model's stream; on a CPU None, which has no effect
             found = beam_search(log_probs, lengths, self._vocabulary, alpha=alpha, beta=beta, **self._settings)
             items = valid_rows(log_probs, lengths)
         return [transcript_of(item, h, best_path(item, h[0].symbols), self._vocabulary, frame_seconds)
@@ -168,6 +168,5 @@ def transcript_of(
     path."""
     if path is None:  # nothing was found, so the text is empty
         path = np.full(len(log_probs), vocabulary.blank)
-    probabilities = np.exp(log_probs[np.arange(len(path)), path])
-    transcript = path_transcript(path, probabilities, vocabulary, frame_seconds)
+    transcript = path_transcript(path, np.exp(log_probs[np.arange(len(path)), path]), vocabulary, frame_seconds)
     return replace(transcript, text=hypotheses[0].text, hypotheses=tuple(hypotheses))

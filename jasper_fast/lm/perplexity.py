@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Counts of a text and of its words that a model does not know, and sums of log10 probabilities.
+    """The numbers of sentences, words and unknown words of a text, and sums of log10 probabilities.
 
     ``log10``: the sum over all words and sentence ends. ``log10_unknown``: the sum over the unknown words.
     """

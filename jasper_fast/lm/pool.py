@@ -62,7 +62,7 @@ def _search() -> WordSearch:
 
 
 def _check() -> None:
-    _search()  # not returned, because it cannot be pickled
+    _search()  # the search is not returned, because it cannot be pickled
 
 
 def _decode(log_probs: np.ndarray, weights: tuple[float, float]) -> Answer:

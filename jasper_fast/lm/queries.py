@@ -42,8 +42,8 @@ def load(path: str | os.PathLike) -> Any:
 
 
 def perplexity(path: str | os.PathLike, text: str | os.PathLike, lower_case: bool = False) -> Perplexity:
-    """Returns the perplexity of a text with one sentence per line. A model that lists <space> scores characters, any
-    other one words. Raises LanguageModelError if either file cannot be read, or if the text has no words."""
+    """Returns the perplexity of a text with one sentence per line. A model that lists <space> scores characters; other
+    models score words. Raises LanguageModelError if either file cannot be read, or if the text has no words."""
     if is_neural(path):
         from jasper_fast.lm.neural import scoring
 

@@ -105,9 +105,9 @@ def _gate(z: Tensor | None, seed: Tensor | None) -> str:
 
 
 def _planned(y: Tensor, a: Args, rows: int) -> int:
-    """Divides the work of `a` by `cut`. Returns the channels that a thread loads together.
+    """Plans the launch with `cut`. Returns how many channels a thread loads together.
 
-    These fill 16 bytes if all rows and pointers are aligned to 16 bytes. Otherwise a thread loads one channel.
+    They fill 16 bytes if all rows and pointers are aligned to 16 bytes. Otherwise a thread loads one channel.
     """
     width = 16 // y.element_size()
     if a.c % width or any((getattr(a, name) or 0) % 16 for name in (*_ACTIVATIONS, *_CHANNELS)):

@@ -341,7 +341,7 @@ def forward(y: Tensor, norm: Norm, residual: Tensor | None, mask: Mask) -> Tenso
 def backward_reduce(dz: Tensor, y: Tensor, z: Tensor | None, norm: Norm, mask: Mask) -> tuple[Tensor, Tensor]:
     """Returns dbeta = sum g and dgamma = sum g*yhat, fp32 (C,) each; see `reference.backward_reduce`."""
     rows, c = _rows(y), y.shape[1]
-    seed = mask.seed if z is None else None  # z is 0 where dropped
+    seed = mask.seed if z is None else None  # z shows which elements were dropped
     dbeta, dgamma = _vectors(y, 2)
     chunk, partials = _chunks(rows)
     part_dbeta, part_dgamma = _vectors(y, 2, partials)
@@ -374,7 +374,7 @@ def backward_apply(
     """Returns dy and, with a residual, dres, in the shape, dtype and memory of y; see `reference.backward_apply`."""
     n, c, t = y.shape
     rows = _rows(y)
-    seed = mask.seed if z is None else None  # z is 0 where dropped
+    seed = mask.seed if z is None else None  # z shows which elements were dropped
     dy = empty_ntc(n, c, t, like=y)
     dres = empty_ntc(n, c, t, like=y) if has_residual else None
     block_m, block_c, vec = _blocks(c, APPLY_LANES)

@@ -1,9 +1,9 @@
-"""The search in Triton (NVIDIA sm_80 and later; on a CPU through Triton's interpreter), fp64: one launch in all.
+"""The search in Triton (NVIDIA sm_80 and later; on a CPU through Triton's interpreter), fp64: one launch for a whole search.
 
 A program owns an utterance and keeps its beam in registers. The candidates of a frame are a matrix [classes, beam].
 Column i has the extensions of prefix i by each symbol, and in the row of the blank the prefix itself. Prefixes are
 identified by 63-bit hashes, which also show whether the beam has both a prefix and its parent (the prefix without its
-last symbol). Then the probability of extending the parent by that symbol is added to the prefix.
+last symbol). Then the probability of extending the parent by that symbol is added to that of the prefix.
 
 Each candidate has an integer key. Its upper bits hold the distance of its score from the best score, in steps of at
 most 2 ** -39, so closer scores count as equal. Its lower bits hold the candidate's place in the order of reference.py.

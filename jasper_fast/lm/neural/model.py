@@ -60,8 +60,9 @@ class RelativeAttention(nn.Module):
         k, v = map(self._split, self.key_value(keys).chunk(2, -1))
         bias = shifted((q + self.position_bias) @ r.transpose(-1, -2)) / math.sqrt(q.shape[-1])
         bias = bias.masked_fill(~visible, -math.inf)
-        dropped = self.dropout if self.training else 0.0
-        z = F.scaled_dot_product_attention(q + self.content_bias, k, v, attn_mask=bias.to(k.dtype), dropout_p=dropped)
+        z = F.scaled_dot_product_attention(
+            q + self.content_bias, k, v, attn_mask=bias.to(k.dtype), dropout_p=self.dropout if self.training else 0.0
+        )
         return self.out(z.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ _CHUNK = 1 << 20
 class Stream:
     """Tokens (int32, on disk) with a boundary before each line, cut into ``rows`` parts that are read side by side.
 
-    A step reads ``length`` tokens of each part. The cuts are drawn anew for each epoch, so that its steps differ.
+    A step reads ``length`` tokens of each part. The cuts are drawn anew for each epoch, so that epochs differ.
     """
 
     def __init__(self, tokens: np.ndarray, rows: int, length: int, seed: int, fingerprint: str = "") -> None:
