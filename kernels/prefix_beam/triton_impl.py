@@ -1,4 +1,4 @@
-"""The search in Triton (NVIDIA sm_80 and later; on a CPU through Triton's interpreter), fp64: one launch for a whole search.
+"""The search in Triton (NVIDIA sm_80 and later; on a CPU through Triton's interpreter), fp64, in one launch.
 
 A program owns an utterance and keeps its beam in registers. The candidates of a frame are a matrix [classes, beam].
 Column i has the extensions of prefix i by each symbol, and in the row of the blank the prefix itself. Prefixes are
