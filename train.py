@@ -129,15 +129,13 @@ def load_data(args: argparse.Namespace, config: JasperConfig, ranks: Ranks, cons
         "world_size": ranks.world, "batch_size": args.batch_size, "max_seconds": args.batch_seconds,
     }  # fmt: skip
     train = Split.load("training", args.train_manifests, config, **common, bucketing=not args.no_bucketing)
-    val = None
-    if args.val_manifests:
-        val = Split.load("validation", args.val_manifests, config, **common, training=False)
+    val = Split.load("validation", args.val_manifests, config, **common, training=False) if args.val_manifests else None
     for split in filter(None, (train, val)):
         split.frontend.to(ranks.device)
         console.print("\n".join([str(split), *split.newly_skipped()]))
     if args.global_batch:
-        args.grad_accumulation, said = accumulation_for(args.global_batch, train.sampler, len(train.dataset))
-        console.print(said)
+        args.grad_accumulation, message = accumulation_for(args.global_batch, train.sampler, len(train.dataset))
+        console.print(message)
     return train, val
 
 
@@ -216,8 +214,10 @@ def resume(
     return saved["rng"][ranks.rank]
 
 
-STEP = "loss {loss:.3f}, WER {wer:.1%}, lr {lr:.2e}, grad norm {grad_norm:.3g}, {utterances_per_s:.1f} utterances/s"
-STEP += ", {waited_s:.1f} s waited for data"
+STEP = (
+    "loss {loss:.3f}, WER {wer:.1%}, lr {lr:.2e}, grad norm {grad_norm:.3g}, {utterances_per_s:.1f} utterances/s, "
+    "{waited_s:.1f} s waited for data"
+)
 
 
 @dataclasses.dataclass
@@ -239,8 +239,8 @@ class Run(Loop):
     def tell_step(self, result: StepResult, lr: float, epoch: int, epochs: float) -> str:
         """Logs the figures since the last call, and returns the progress bar's text."""
         vocabulary, state = self.train.dataset.vocabulary, self.state
-        said = wer(result.texts, heard(result.log_probs, result.lengths, vocabulary)) if result.texts else math.nan
-        figures = state.meter.figures() | {"lr": lr, "epoch": epochs, "wer": said, "minutes": state.minutes}
+        rate = wer(result.texts, heard(result.log_probs, result.lengths, vocabulary)) if result.texts else math.nan
+        figures = state.meter.figures() | {"lr": lr, "epoch": epochs, "wer": rate, "minutes": state.minutes}
         figures["waited_s"] = self.train.wait.take()
         self.log.write(state.step, "train", **figures)
         self.console.print(f"step {state.step}: {STEP.format(**figures)}")
@@ -298,9 +298,11 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[nn.Module, Run
         left = train.steps(state.epoch, args.grad_accumulation) - state.position
         left += (args.epochs - state.epoch - 1) * schedule.steps_per_epoch
         schedule = dataclasses.replace(schedule, total_steps=max(1, state.step + left))
-    about = {"format": checkpoint.FORMAT, "config": config.to_dict(), "labels": train.dataset.vocabulary.labels}
     versions = {"jasper_fast": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}
-    about |= {"versions": versions, "arguments": vars(args), "data": train.print_of_data()}
+    about = {
+        "format": checkpoint.FORMAT, "config": config.to_dict(), "labels": train.dataset.vocabulary.labels,
+        "versions": versions, "arguments": vars(args), "data": train.print_of_data(),
+    }  # fmt: skip
     log.write(state.step, "start", device=ranks.place, processes=ranks.world, arguments=vars(args), versions=versions)
     size, total = sum(p.numel() for p in state.model.parameters()), schedule.total_steps
     console.print(f"{size:,} parameters on {ranks.place}, {schedule.steps_per_epoch} steps per epoch, {total} in all")

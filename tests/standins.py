@@ -42,7 +42,8 @@ def verdicts_of_its_own(tmp_path, monkeypatch):
 
 @pytest.fixture(name="put_table")
 def imaginary_gpus_table(tmp_path, monkeypatch):
-    """Returns a function that writes rows as the table of the imaginary GPU, or of `gpu`, and returns its path."""
+    """Returns a function that writes rows as a GPU's table, and returns its path. `gpu` names another GPU than the
+    imaginary one."""
     where = tmp_path / "tables"
     monkeypatch.setenv("JASPER_FAST_TABLES", str(where))
     monkeypatch.setattr(tables, "_gpu_name", lambda index: GPU_NAME)
@@ -60,7 +61,7 @@ def imaginary_gpus_table(tmp_path, monkeypatch):
 
 
 class NeverWait(TorchDispatchMode):
-    """Fails on any op for which the host would wait for a GPU, because it needs the values of a tensor."""
+    """Fails on any op that needs the values of a tensor on the host. On a GPU the host would wait for them."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -199,7 +200,7 @@ def wrap(monkeypatch, owner: object, name: str, around) -> None:
 
 
 def spied(monkeypatch, owner: object, name: str, note=lambda *args, **more: args) -> list:
-    """Returns a list to which each call of `owner.name` appends `note(*args, **more)`, and then runs the original."""
+    """Makes each call of `owner.name` append `note(*args, **more)` to the returned list, and then run as before."""
     calls: list = []
 
     def around(right, *args, **more):

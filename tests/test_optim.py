@@ -105,7 +105,7 @@ def test_state_dict_continues_bit_for_bit(betas, tmp_path):
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["float", "tensor"])
 @pytest.mark.parametrize("betas", [(0.95, 0.0), (0.9, 0.9)])
 def test_found_inf_leaves_everything_untouched(betas, lr):
-    """Shows that a skipped step, even the first, changes nothing, and that later steps are as without it."""
+    """A skipped step, even the first, changes no parameter and has no effect on later steps."""
     params = tensors(torch.float32)
     twins = copy.deepcopy(params)
     ours, plain = (NovoGrad(ps, lr=lr, betas=betas, weight_decay=0.1) for ps in (params, twins))
@@ -235,8 +235,8 @@ class Frozen(Net):
 
 
 def learn(backend, together, warmup=True):
-    """Runs five guarded steps, the third with NaN. If `together`, the optimiser's step updates the average, else a call
-    after it. Returns the model, the average, the optimiser and the results of the steps."""
+    """Runs five guarded steps, the third with NaN. The optimiser's step updates the average if `together`, otherwise
+    `ema.update` does. Returns the model, the average, the optimiser and the results of the steps."""
     torch.manual_seed(3)
     model = Frozen()
     ema = EMA(model, decay=0.9, warmup=warmup)

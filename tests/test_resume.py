@@ -72,7 +72,7 @@ def finish(arguments: list[str], folder: Path, expected: int, *patch) -> str:
 
 
 def curves(folder: Path) -> dict[str, list]:
-    """Returns the records of the log by kind, without "start" and without times."""
+    """Returns the records of the log by kind, except those of kind "start", and without times."""
     kept = {}
     for r in read_log(folder / "log.jsonl"):
         if r["kind"] != "start":
@@ -95,7 +95,7 @@ def untouched(paths, tmp_path_factory):
 
 @pytest.mark.slow
 def test_three_kills_change_nothing(paths, untouched, tmp_path):
-    """Shows that kills within a step, while writing a checkpoint and just before renaming it change no figure."""
+    """The run is killed in a step, while it writes a checkpoint, and before it renames one. No figure changes."""
     fresh = train_arguments(paths, tmp_path, **SETTINGS)
     again = [*fresh, "--resume"]
     finish(fresh, tmp_path, -signal.SIGKILL, in_a_step, kill)

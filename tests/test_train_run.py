@@ -193,7 +193,7 @@ def test_settings_that_cannot_be_used_are_named(run_train, paths, tmp_path, chan
 
 
 def test_the_schedule_can_follow_the_clock(run_train, paths, tmp_path, monkeypatch):
-    """Shows that a run which has used half of its time has the learning rate of half of its steps."""
+    """Halfway through --max-minutes, the learning rate is that of the schedule's middle."""
     monkeypatch.setattr(TrainingState, "minutes", property(lambda state: 0.5 + state.step / 100))
     schedule = {"lr_policy": "polynomial", "lr_power": 1, "warmup_steps": 0, "lr": 0.1, "steps": 20}
     run_train(train_arguments(paths, tmp_path, max_minutes=1, lr_by_clock=True, val_manifests=None, **schedule))

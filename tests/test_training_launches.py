@@ -270,8 +270,8 @@ def hollow_training(form: str, jasper10x5: bool = True) -> tuple[Jasper, EMA]:
 
 @pytest.mark.parametrize("face", ["triton", "cuda", "reference"])
 def test_the_optimiser_and_the_average_are_two_launches(launches, face, monkeypatch):
-    """The update of Jasper 10x5 and its average are two kernels and a few small copies. The foreach form makes hundreds
-    of launches."""
+    """The update of Jasper 10x5 and its average are two kernels and a few small copies. PyTorch's foreach ops, on the
+    reference face, make hundreds of launches."""
     ours, ema = hollow_training("gram")
 
     class Functions:

@@ -15,7 +15,7 @@ from jasper_fast.demo import espeak
 
 SAMPLE_RATE = 16000
 
-# Languages and variants of espeak-ng, without its robots, whispers and jokes.
+# Accents and voices of espeak-ng, without the voices that imitate robots, whisper or are meant as a joke.
 ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-us-nyc", "en-gb-x-gbcwmd", "en-029")
 _WOMEN = {
     "train": "f1 f2 f3 f5 Alicia anika aunty belinda grandma shelby steph steph2 Nguyen",

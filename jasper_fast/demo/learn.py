@@ -16,7 +16,7 @@ from jasper_fast.training.state import TrainingState
 
 CONFIG = Path(str(files("jasper_fast.configs") / "demo.yaml"))
 BATCH_SIZE = 8
-LOOKS = 6  # number of validations
+LOOKS = 6  # number of validations in a run
 
 
 class Threads:

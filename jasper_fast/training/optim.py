@@ -1,4 +1,4 @@
-"""The NovoGrad optimiser, and the moving average of a model, which a step of NovoGrad can update together with it."""
+"""The NovoGrad optimiser and the moving average of a model. A step of NovoGrad can also update the average."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -165,7 +165,8 @@ class NovoGrad(torch.optim.Optimizer):
     def holding(self, held: dict) -> Iterator[None]:
         """A context in which steps keep their tables of addresses and settings, which are on the device, in `held`.
 
-        A CUDA graph of a step reads these tables in each replay, so it needs its own, and they must live as long as it.
+        A CUDA graph of a step reads these tables in each replay. So each graph needs tables of its own, which must live
+        as long as the graph.
         """
         before, self._held = self._held, held
         try:

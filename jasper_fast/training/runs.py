@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from jasper_fast.extras import need
-from jasper_fast.nn.checkpoint import FORMAT, CheckpointError, load, save
+from jasper_fast.nn.checkpoint import FORMAT, CheckpointError, load, replacing, save
 
 
 class RunError(RuntimeError):
@@ -154,15 +154,12 @@ class RunLog:
         if not enabled:
             return
         writer = need("torch.utils.tensorboard", "train").SummaryWriter
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "log.jsonl"
+        path = Path(folder, "log.jsonl")
         kept = [r for r in read_log(path) if r["step"] <= step] if step else []
-        temporary = path.with_name(".log.jsonl.tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        with replacing(path) as file:
+            file.writelines(f"{json.dumps(r)}\n".encode() for r in kept)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        self._board = writer(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._board = writer(str(path.with_name("tensorboard")), purge_step=step + 1 if step else None)
 
     def write(self, step: int, kind: str, **values: Any) -> None:
         """Appends a record, and writes its numbers to TensorBoard as `kind/name`. NaN and infinity become null."""

@@ -25,7 +25,7 @@ EXAMPLES = 3
 class Validation:
     """The figures of a validation. Error rates are fractions."""
 
-    loss: float  # mean over utterances
+    loss: float  # the mean over utterances with a finite loss
     wer: float
     cer: float
     utterances: int
@@ -67,7 +67,7 @@ def validate(
                 return None
             if not more:
                 break
-            if not batch:  # only other ranks have a batch left, or none of its files could be read
+            if not batch:  # only other ranks have a batch left, or no file of this batch could be read
                 continue
             features, lengths, frames = frontend(batch.audio.to(device, non_blocking=True), batch.audio_lengths)
             with torch.autocast(device.type, amp_dtype or torch.float32, enabled=amp_dtype is not None):
