@@ -11,7 +11,7 @@ from jasper_fast.dispatch import backends, choose
 from jasper_fast.kernels.layout import empty_ntc, ntc
 from jasper_fast.kernels.operands import Geometry, Lengths, Mask, Norm
 from jasper_fast.ops import depthwise_op
-from jasper_fast.ops.bn_relu_dropout_op import check, check_lengths, dropout_seed, mean_sums, norm_face, normaliser
+from jasper_fast.ops.bn_relu_dropout_op import check, dropout_seed, mean_sums, norm_face, normaliser
 from jasper_fast.ops.conv1d_op import Pack, autocast, conv_forward, fake_stats
 from jasper_fast.ops.registration import lib, op, register_autograd
 
@@ -186,11 +186,9 @@ def separable_sub_block(
 
 
 def _check(name, x, depthwise, weight, geometry: Geometry, lengths, out_lengths) -> None:
-    depthwise_op.check_depthwise(name, x, depthwise, *geometry)
+    depthwise_op.check_depthwise(name, x, depthwise, geometry, lengths, out_lengths)
     if weight.dim() != 3 or weight.shape[1:] != (x.shape[1], 1):
         raise ValueError(f"weight must be (C_out, {x.shape[1]}, 1), got {tuple(weight.shape)}")
-    check_lengths(lengths, x.shape[0])
-    check_lengths(out_lengths, x.shape[0])
 
 
 def _faces(
