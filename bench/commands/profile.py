@@ -6,7 +6,7 @@ open. The outputs are checked first, as everywhere in bench.
 A profiled step launches the same kernels as a usual step and has no backward hooks. On the host it opens one profiler
 range per layer (in the engine, one per sub-block). The time of an autograd node is counted for the layer whose forward
 created the node, which PyTorch's sequence numbers show. The time of the step is printed with and without the profiler.
-The layers of a CUDA graph cannot be told apart, so the engine is profiled without graphs.
+In a CUDA graph the profiler does not see layers, so the engine is profiled without graphs.
 """
 
 import contextlib
@@ -147,8 +147,7 @@ def backward(events: Iterable, on_gpu: bool) -> list[dict]:
             made[event.sequence_nr] = max(made.get(event.sequence_nr, found), found)
     spent: dict[str, list[float]] = {}
     for node in nodes:
-        layer = made.get(node.sequence_nr, (0.0, ""))[1]
-        if layer:
+        if layer := made.get(node.sequence_nr, (0.0, ""))[1]:
             spent.setdefault(layer, []).append(node.device_time_total if on_gpu else node.cpu_time_total)
     return [
         {"kind": "backward", "name": layer, "seconds": sum(times) * 1e-6, "calls": len(times)}

@@ -154,9 +154,8 @@ class Rule:
 
     def complaint(self, job: Job, facts: dict) -> str | None:
         """Returns the complaint of the rule about a row, or None."""
-        if any(re.search(pattern, TABLE.label(job.key)) for pattern, _ in self.exempt):
-            return None
-        return self.broken(job, facts)
+        exempt = any(re.search(pattern, TABLE.label(job.key)) for pattern, _ in self.exempt)
+        return None if exempt else self.broken(job, facts)
 
 
 def _spill(job: Job, facts: dict) -> str | None:

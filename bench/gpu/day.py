@@ -107,9 +107,8 @@ def _does_it_run(bench: Callable[..., tuple[str, ...]], device: str, out: Path, 
     cpu = device == "cpu"
     wheels = sorted((root / "build" / "wheelhouse").glob("*.whl"))
     if wheels:
-        pip = (PYTHON, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps")
-        names = sorted({wheel.name.split("-")[0] for wheel in wheels})
-        yield Step("wheels", (*pip, "--find-links", str(wheels[0].parent), *names), 60)
+        pip = (PYTHON, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--find-links")
+        yield Step("wheels", (*pip, str(wheels[0].parent), *sorted({w.name.split("-")[0] for w in wheels})), 60)
     yield Step("preflight", (PYTHON, "-m", DAY, "preflight", "--device", device, "--out", str(out)), 30)
     if not cpu and (root / "csrc" / "build.py").is_file():
         archs = {"JASPER_FAST_CUDA_ARCHS": os.environ.get("JASPER_FAST_CUDA_ARCHS", "90a")}
