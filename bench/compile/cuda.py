@@ -48,7 +48,7 @@ WANTED = {  # instructions by the first word of a kernel's name
 _KERNEL = re.compile(r"jf::(conv|novograd)::(\w+?)(?:_kernel)?(?:<(.*)>)?\(")
 _MODES = {"0": "plain", "1": "stats", "2": "norm", "3": "log-softmax"}
 _DTYPES = {"__half": "fp16", "__nv_bfloat16": "bf16", "float": "fp32"}
-_PTXAS = re.compile(
+_PTXAS = re.compile(  # what `ptxas -v` prints for each kernel
     r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers",
     re.DOTALL,
 )
@@ -67,7 +67,10 @@ def compile_for(nvcc: str, arch: str, source: Path, folder: Path) -> list[dict]:
         raise SystemExit(f"nvcc failed for sm_{arch}:\n{done.stderr.strip()[-2000:]}")
     if serial := re.search(r".*wgmma.*serializ.*", done.stderr):
         raise SystemExit(f"sm_{arch}: {serial.group(0).strip()}")
-    used = _resources(done.stderr)
+    used = {
+        name: {"stack": int(stack), "spilled": int(spilled), "registers": int(registers)}
+        for name, stack, spilled, registers in _PTXAS.findall(done.stderr)
+    }
     rows = []
     for symbol, code in _functions(cubin).items():
         counts = Counter(INSTRUCTIONS[word] for word in code if word in INSTRUCTIONS)
@@ -95,14 +98,6 @@ def describe(name: str) -> str | None:
         dtype, mode, block, transposed = words
         words = [dtype, _MODES[mode], block, *(["dgrad"] if transposed in ("1", "true") else [])]
     return " ".join([*([op] if op != "conv" else []), kernel, *words])
-
-
-def _resources(log: str) -> dict[str, dict]:
-    """Returns registers, stack and spills by symbol, from the output of `ptxas -v`."""
-    return {
-        name: {"stack": int(stack), "spilled": int(spilled), "registers": int(registers)}
-        for name, stack, spilled, registers in _PTXAS.findall(log)
-    }
 
 
 def _functions(cubin: Path) -> dict[str, list[str]]:

@@ -47,10 +47,9 @@ def show(rows: Iterable[dict]) -> None:
             cut = cuda_tiles.plan(gpu, work)
             used = registers[arch, f"conv_{gpu.loop} fp16 stats {cut.block}"]
             ctas = min(SHARED_OF_SM[arch] // (cut.shared + 1024), REGISTERS // (used * THREADS[gpu.loop]))
-            moved = cuda_tiles.bytes_of_step(cut.block, work)
+            kib = cuda_tiles.bytes_of_step(cut.block, work) / 1024
             tensor, port, l2 = cuda_tiles.clocks_of_step(gpu, cut.block, work)
             conv = f"{c_in}->{c_out} K={taps}" + (f" s{stride}" if stride > 1 else "") + (" d2" if dilation > 1 else "")
             print(
-                f"{name:>5} {conv:<22}{cut.block:>7}{used:>6}{ctas:>6}{moved / 1024:>9.1f}{tensor:>8.0f}{port:>6.0f}"
-                f"{l2:>6.0f}"
+                f"{name:>5} {conv:<22}{cut.block:>7}{used:>6}{ctas:>6}{kib:>9.1f}{tensor:>8.0f}{port:>6.0f}{l2:>6.0f}"
             )
