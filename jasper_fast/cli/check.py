@@ -2,8 +2,8 @@
 
 Reads the audio and text of every utterance and reports those that are unreadable, truncated, silent, clipped, without
 text, too long, too short, too short for CTC, duplicates, or that have symbols outside the alphabet. --clean writes a
-manifest of the good utterances. It also keeps clipped ones, and those whose text loses symbols in normalisation,
-unless --strict is given. With --config, the alphabet, the bounds and the frame rate are those of a model.
+manifest of the good utterances. Without --strict it also contains clipped utterances, and those whose text loses
+symbols in normalisation. With --config, the alphabet, the bounds and the frame rate are those of a model.
 """
 
 import argparse
