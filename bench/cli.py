@@ -92,7 +92,7 @@ MODEL = option("--model", type=choices.model, default="jasper10x5", help=f"{MODE
 
 
 def models_option(batch: tuple[int, int]) -> Option:
-    """Returns the option `--model`, which may be repeated. Without a batch of its own a model gets `batch`, (N, T)."""
+    """Returns the option `--model`, which may be repeated. If it names no batch, the model gets `batch`, (N, T)."""
     return option(
         "--model",
         type=choices.models_batch(batch),
@@ -112,7 +112,7 @@ class Command:
 
 
 def measure_all(run: Run, _: argparse.Namespace) -> None:
-    """Measures the cases of `all`, and then again as many of them as the time allows."""
+    """Measures the cases of `all`, and then times as many of them again as the time allows."""
     run.brief, run.revisits, run.deadline = True, True, run.started + ALL_SECONDS
     run.effort = dataclasses.replace(run.effort.at_most(3.0), min_rounds=4)
     kernels.main(run)
@@ -297,7 +297,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def shell(arguments: list[str] | None = None) -> int:
-    """Calls `main`. For an error that the user can fix it prints one line and returns status 2, as argparse does."""
+    """Calls `main`. For an error that the user can fix, prints one line and returns status 2, as argparse does."""
     try:
         return main(arguments)
     except SystemExit as end:

@@ -154,10 +154,10 @@ def measured(outcome: dict[str, tuple[str, str]]):
 QUICK = ["--device", "cpu", "--quick", "--seconds", "0.05"]
 
 
-OUTCOMES = [*(("jasper_fast", status) for status in ("wrong", "failed", "refused", "absent")), ("eager", "wrong")]
-
-
-@pytest.mark.parametrize(("contender", "status"), OUTCOMES)
+@pytest.mark.parametrize(
+    ("contender", "status"),
+    [*(("jasper_fast", status) for status in ("wrong", "failed", "refused", "absent")), ("eager", "wrong")],
+)
 def test_ours_without_a_number_fails_the_command(contender, status, capsys, at_once, tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "main", measured({contender: (status, "why not")}))
     assert cli.main(["kernels", *QUICK, "--out", str(tmp_path)]) == (contender == "jasper_fast")

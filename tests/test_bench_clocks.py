@@ -138,8 +138,7 @@ def test_compilers_are_recorded(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(machine.shutil, "which", lambda name: name if name in versions else None)
     monkeypatch.setattr(machine, "_run", lambda program, *_: versions.get(program))
-    found = machine.compilers.__wrapped__()
-    assert found["nvcc"] == "13.0.88" and found["c++"] == "g++ 14.2"
+    assert {"nvcc": "13.0.88", "c++": "g++ 14.2"}.items() <= machine.compilers.__wrapped__().items()
 
 
 # ------------------------------------------------------------------ intervals of few samples

@@ -69,7 +69,7 @@ def test_backward_alone_is_timed_in_both_visits(tmp_path):
 
 def test_a_case_takes_its_own_rounds_and_share_in_both_visits(tmp_path):
     run = make_run(tmp_path, revisits=True)
-    # the target is so wide that `min_rounds` rounds meet it
+    # With so wide a target, a case ends after `min_rounds` rounds.
     run.effort = Effort(seconds=60.0, min_rounds=4, max_rounds=20, target=1e9)
     changes = {"softplus": {}, "more": {"rounds": 12}, "less": {"share": 1e-9}}
     run.cases("test", [softplus_case({"twin": F.softplus}, op, **change) for op, change in changes.items()])

@@ -82,7 +82,7 @@ FAULTS = [
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Gives an utterance of 2 s the frames of one of 0.6 s."""
+    """Replaces utterances of 2 s by utterances of 0.6 s."""
     monkeypatch.setitem(models.FRAMES, 2.0, 64)
 
 

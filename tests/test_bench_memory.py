@@ -1,4 +1,4 @@
-"""The bytes that a forward pass keeps for backward are counted, however they are held."""
+"""Counts of the bytes that a forward pass keeps for backward."""
 
 import torch
 from bench_runs import CPU

@@ -1,4 +1,4 @@
-"""The answers of fp32 convs may be as wrong as TF32 makes them if PyTorch may use TF32, but no more."""
+"""If PyTorch may use TF32, answers of fp32 convs may have the errors of TF32, but no larger ones."""
 
 import pytest
 import torch

@@ -282,7 +282,7 @@ def test_bytes_of_panes_are_what_their_products_read_and_write(block, tmp_path):
 
 
 class Arithmetic(TorchDispatchMode):
-    """Counts arithmetic on tensors of one shape, one operation per element; a sum over a tensor counts the same."""
+    """Counts the arithmetic operations per element on tensors of one shape. A sum over a tensor counts as one."""
 
     COUNTED = ("add", "sub", "mul", "relu", "sum")
 

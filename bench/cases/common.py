@@ -47,7 +47,7 @@ def masked_last(x: Tensor, lengths: Tensor) -> Tensor:
 
 
 class Held:
-    """The inputs of an op, which are refilled in place.
+    """The inputs of an op, which are refilled in place. A subclass has the method `fill(g)`, which draws new values.
 
     `nct` and `ntc` have the same activations in both memory orders, by name; `shapes` are their (C, T). `answers`
     caches reference results by seed, for the cases that share the inputs. `refills` counts the refills.
@@ -63,15 +63,11 @@ class Held:
 
     @torch.no_grad()
     def refill(self, seed: int) -> None:
-        """Writes new values into all inputs."""
+        """Writes new values into all inputs. Those of `ntc` are copies of those of `nct`."""
         self.seed, self.refills = seed, self.refills + 1
         self.fill(seeded(stable_seed(type(self).__module__.rpartition(".")[2], seed), self.device))
         for name, t in self.nct.items():
             self.ntc[name].copy_(t)
-
-    def fill(self, g: torch.Generator) -> None:
-        """Draws new values; `refill` copies those of `nct` to `ntc`."""
-        raise NotImplementedError
 
     def randn(self, like: Tensor, g: torch.Generator) -> Tensor:
         """Returns normal random numbers in the shape of `like`."""
@@ -83,7 +79,7 @@ class Held:
         beta.copy_(self.randn(beta, g) * 0.3)
 
     def draw_lengths(self, T: int, g: torch.Generator) -> None:
-        """Draws random lengths between T / 2 and T. The first one is T."""
+        """Draws lengths from T / 2 to T. The first utterance has the length T."""
         self.lengths.copy_(torch.randint(T // 2, T + 1, self.lengths.shape, generator=g, device=self.device))
         self.lengths[0] = T
 
@@ -148,7 +144,7 @@ def eager_chain_2d(
 
 
 def chosen(run: Run, mode: str | None, every: Sequence[str]) -> tuple[str, ...]:
-    """Returns the modes to run: `mode`; if `mode` is None, all of `every`, or in a short run only the first of them."""
+    """Returns the modes to run: `mode`, or if it is None all of `every`, of which a short run takes only the first."""
     if mode is None:
         return every[:1] if run.quick or run.brief else tuple(every)
     return (mode,) if mode in every else ()

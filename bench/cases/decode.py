@@ -30,7 +30,7 @@ from jasper_fast.speech.text import Vocabulary
 
 FRAMES = 835
 SECONDS = 16.7  # duration of FRAMES
-CHECKED = 25  # number of frames on which answers are compared; few, because the reference search is slow
+CHECKED = 25  # number of frames on which answers are compared, because our reference search is slow
 SHARP = {"confident": 10.0, "unsure": 3.0}  # added to the logit of each frame's right class
 LMS = {"none": "none", "symbols": "6-gram of characters", "words": "3-gram of words, lexicon"}
 # (alpha, beta) by language model. beta is 0 for "symbols", because flashlight has no score per symbol.
@@ -63,7 +63,7 @@ def closed() -> SpeltLM:
 
 
 def posteriors(kind: str, log_probs: Tensor, seed: int) -> None:
-    """Fills log_probs (N, T, V) with noise, over which the classes of random lines of the text stand out.
+    """Fills log_probs (N, T, V) with noise. In each frame the right class, from random lines of the text, is likelier.
 
     About seven of ten frames are blanks.
     """

@@ -18,7 +18,8 @@ from jasper_fast.bench.harness.run import Run
 from jasper_fast.dispatch import backends, choose
 from jasper_fast.kernels.operands import Geometry, Lengths
 
-GOAL = (1, 512, 63, 100)  # the shape that has a goal, (N, C, K, T): one utterance of 2 s
+# Shapes (N, C, K, T). GOAL, which is one utterance of 2 s, is the shape with a goal.
+GOAL = (1, 512, 63, 100)
 CPU_SHAPES = (GOAL, (4, 256, 33, 400), (4, 512, 75, 400))
 GPU_SHAPES = ((32, 512, 63, 832), (32, 256, 33, 832), (32, 512, 75, 832), GOAL)
 MODES = ("inference", *common.MODES)

@@ -1,4 +1,4 @@
-"""Cases of `python -m bench latency`: a batch through the acoustic model alone, and a batch from sound to text."""
+"""Cases of `python -m bench latency`: a batch from features to log-probabilities, and a batch from sound to text."""
 
 import functools
 import gc
@@ -21,7 +21,7 @@ from jasper_fast.speech.decoding import greedy_decode
 from jasper_fast.speech.text import Vocabulary
 
 INFERS = ("conv1d.fused",)  # the ops of the engine, by their names in the self-check
-SAME_PATH = 0.9  # least share of frames in which int8 must have eager's best class
+SAME_PATH = 0.9  # least share of frames in which the best class of the int8 network must be eager's
 SOUND_RIVALS = ("eager", "cuda_graph")
 # How the tolerances were chosen. The errors of correct contenders were measured on a CPU with the models small and
 # medium, with one and two utterances of 2 s, with one of 7 s and with one of 16.7 s, and with three seeds. The largest,
@@ -136,7 +136,7 @@ def told(log_probs: Tensor, lengths: Tensor) -> dict[str, Tensor]:
 
 
 def int8_rule() -> Rule:
-    """Returns the rule for a network in int8, which cannot meet the usual tolerance.
+    """Returns the rule for a network in int8, which is too imprecise for the usual tolerance.
 
     The best class of the int8 network must be eager's in at least the share SAME_PATH of the frames.
     """
@@ -157,7 +157,7 @@ def int8_rule() -> Rule:
 
 
 def case(shared: Models, model: str, N: int, seconds: float) -> Case:
-    """Returns the case of the acoustic model alone at one batch size and audio length."""
+    """Returns the case of the acoustic model, for `N` utterances of this many seconds."""
     run, T = shared.run, models.FRAMES[seconds]
 
     def contender(name: str, make: Callable[[nn.Module], Model]) -> Contender:

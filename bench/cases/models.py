@@ -96,8 +96,9 @@ def _weights(cfg: JasperConfig, device: torch.device, frames: int) -> dict[str, 
     return model.state_dict()
 
 
-FAR = 6.0  # with the weights of `clear`, the mean input of each ReLU is this many standard deviations away from zero
-OFF = 8  # with the weights of `clear`, the mean input of a ReLU is below zero in one of this many channels
+# With the weights of `clear`, the mean input of each ReLU is FAR standard deviations away from zero, and below zero in
+# every OFF-th channel.
+FAR, OFF = 6.0, 8
 
 
 @torch.no_grad()

@@ -29,9 +29,9 @@ BETA1, EPS = 0.95, 1e-8
 
 
 class Inputs:
-    """The gradients, parameters, moments and averages of a network, each a quarter of one buffer.
+    """The gradients, parameters, moments and averages of a network. Each of the four kinds is a quarter of one buffer.
 
-    `model` and `ema` use these tensors as their own.
+    `model` and `ema` use these tensors.
     """
 
     def __init__(self, cfg, device: torch.device) -> None:
@@ -72,7 +72,7 @@ class Inputs:
 
 
 def answer(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Returns the answer of the reference implementation for the present inputs."""
+    """Returns the answer of our `reference` implementation to the current inputs."""
     tensors = inputs.tensors(dtype)
     row = Settings(LR, BETA1, 1.0, 0.0, 1.0, EPS, WEIGHT_DECAY, 1 - DECAY)
     settings = torch.tensor([row], dtype=torch.float64, device=inputs.flat.device)

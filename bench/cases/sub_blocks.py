@@ -1,4 +1,4 @@
-"""Cases of `python -m bench kernels` with a convolution in training: conv1d alone, and the sub-block.
+"""Cases of `python -m bench kernels` with a convolution in training: conv1d, and the sub-block.
 
 The shapes are the distinct main convs of Jasper 10x5: the first (stride 2, from features), eleven at stride 1, and the
 decoder's. A sub-block in training is batch norm, ReLU, dropout and mask of one conv's output, and then the next conv.

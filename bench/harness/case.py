@@ -1,4 +1,4 @@
-"""A case, its contenders, and the effort that is spent on timing one."""
+"""A case, its contenders, and for how long it is timed."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -13,8 +13,7 @@ Answer = Mapping[str, Tensor]  # the tensors by which contenders are compared
 
 @dataclass
 class Rule:
-    """A rule looser than the case's tolerance, for a contender whose `precision` cannot meet that tolerance. `words`
-    describe the rule.
+    """A looser rule than the case's tolerance, for a contender of lower `precision`. `words` describe the rule.
 
     `judge(got, low, ref, found)` returns complaints. It writes numbers for the contender's row into `found`.
     """

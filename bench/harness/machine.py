@@ -112,12 +112,12 @@ def compilers() -> dict[str, str]:
 
 
 def _ptxas() -> str | None:
-    """Returns the version of the ptxas that Triton runs: its own, or the one that TRITON_PTXAS_PATH names."""
+    """Returns the version of the ptxas that Triton runs, or None if there is no Triton or no ptxas."""
     try:
         from triton import knobs
 
         return knobs.nvidia.ptxas.version
-    except (ImportError, OSError, RuntimeError):  # there is no Triton, or it finds no ptxas
+    except (ImportError, OSError, RuntimeError):
         return None
 
 

@@ -43,7 +43,7 @@ class Row(TypedDict, total=False):
     clocks: dict
     throttled: bool
     hurried: bool
-    # Present if the contender has a `Rule` of its own.
+    # Present if the contender has a `Rule`.
     precision: str
     rule: str
     judged: dict

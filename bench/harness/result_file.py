@@ -1,4 +1,4 @@
-"""Results on disk: one JSON file per run. It is written after every case, and `--resume` reads it."""
+"""Results on disk: one JSON file per run, which is written after every case, and which `--resume` reads."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def against_limits(row: Row, limits: dict) -> None:
 
 
 class Results:
-    """The result file of a run. It is written again after every case, so an interrupted run keeps finished cases."""
+    """The result file of a run. It is written after every case, so that an interrupted run keeps its finished cases."""
 
     def __init__(self, path: Path, header: dict, resume: bool = False) -> None:
         self.path, self.started = path, time.monotonic()
@@ -62,8 +62,7 @@ class Results:
         return {f"{case_id} / {name}" for name in contenders} <= {row["id"] for row in self.data["rows"]}
 
     def fatal(self, case_id: str) -> dict[str, tuple[str, str]]:
-        """Returns the contenders of a case that broke the device in an earlier process, in the form of
-        `Measurement.failed`."""
+        """Returns the contenders of a case that broke the device in an earlier process, as in `Measurement.failed`."""
         rows = (row for row in self.data["rows"] if row["id"].startswith(f"{case_id} / ") and row["status"] == "failed")
         return {row["contender"]: ("failed", row["why"]) for row in rows if row["why"].startswith(LOST)}
 

@@ -1,4 +1,4 @@
-"""A run measures the cases of a subcommand one after another, and writes each to disk as soon as it is done."""
+"""A run measures the cases of a subcommand one after another, and writes the result file after each case."""
 
 import contextlib
 import dataclasses

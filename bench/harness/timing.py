@@ -18,7 +18,7 @@ from jasper_fast.bench.harness.ratios import ratio
 
 
 def measure(m: Measurement, effort: Effort, on_round: Callable[[float], None] = lambda share: None) -> list[Row]:
-    """Times a prepared case; returns one row per contender, from the samples of this visit and of earlier ones."""
+    """Times a prepared case. Returns one row per contender, from all samples, those of earlier visits included."""
     effort = m.case.effort(effort)
     ticker = clock(m.device, m.case.wall)
     inner, host = _inner_runs(m, ticker)

@@ -8,7 +8,7 @@ import pytest
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Prints one line per ratio. The speed of the machine cancels out in a ratio, so runs can be compared."""
+    """Prints one line per ratio. A ratio hardly depends on the speed of the machine, so runs can be compared."""
     session = getattr(config, "_benchmarksession", None)
     found = [b for b in session.benchmarks if b.extra_info] if session else []
     if not found:
