@@ -1,13 +1,15 @@
 """Text files for language models: UTF-8, gzipped or not, with one sentence per line."""
 
 import os
-from collections.abc import Container, Iterator
+from array import array
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
 from jasper_fast.lm.arpa import SPACE, SPECIAL, LanguageModelError, open_plain
 
 _LONGEST = 64 << 20  # bytes that a line may have
+_CHUNK = 1 << 20  # about as many ids are in a chunk
 
 
 def pieces(line: str, characters: bool, lower_case: bool) -> list[str]:
@@ -52,6 +54,24 @@ class TextFile:
             raise LanguageModelError(f"{self.path}, line {number}: not UTF-8; convert the text to UTF-8") from None
         except (OSError, EOFError) as error:
             raise LanguageModelError(f"{self.path}: cannot be read as text ({error})") from None
+
+
+def chunks(
+    texts: Iterable[TextFile], encode: Callable[[list[str]], list[int]], progress: Callable[[int], None]
+) -> Iterator[tuple[TextFile, array]]:
+    """Yields the ids of texts in chunks (int32), each with its text. ``encode`` returns the ids of a line's pieces.
+    ``progress`` is called with the number of bytes read."""
+    before = 0
+    for text in texts:
+        chunk = array("i")
+        for line in text:
+            chunk.extend(encode(line))
+            if len(chunk) > _CHUNK:
+                progress(before + text.position())
+                yield text, chunk
+                chunk = array("i")
+        before += text.size
+        yield text, chunk
 
 
 def refuse_reserved(path: str | os.PathLike, words: Container[str]) -> None:

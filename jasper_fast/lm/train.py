@@ -9,7 +9,6 @@ import ctypes
 import itertools
 import os
 import tempfile
-from array import array
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,11 +18,10 @@ import numpy as np
 
 from jasper_fast.kernels import native
 from jasper_fast.lm.arpa import LanguageModelError
-from jasper_fast.lm.texts import TextFile, refuse_reserved, token
+from jasper_fast.lm.texts import TextFile, chunks, refuse_reserved, token
 
 MOST_WORDS = 6  # words of the longest n-grams; KenLM's wheels read no higher order
 _END, _FIRST = 2, 3  # ids of </s> and of the first word; 0 and 1 are <unk> and <s>
-_CHUNK = 1 << 20
 Progress = Callable[[str, float], None]
 
 
@@ -131,24 +129,15 @@ def train(
 def _feed(trainer: _Trainer, texts: Sequence[TextFile], progress: Progress) -> tuple[dict[str, int], int, int]:
     """Feeds the texts to the trainer as ids. Returns the ids of the words, and the numbers of sentences and words."""
     numbers: dict[str, int] = defaultdict(itertools.count(_FIRST).__next__)  # a new word gets the next id
-    chunk, total = array("i"), sum(text.size for text in texts) or 1
-    sentences = words = before = 0
+    total = sum(text.size for text in texts) or 1
+    sentences = words = 0
 
-    def hand_over(text: TextFile) -> None:
-        nonlocal words
+    def encode(line: list[str]) -> list[int]:
+        return [*map(numbers.__getitem__, line), _END]
+
+    for text, chunk in chunks(texts, encode, lambda done: progress("reading", min(1.0, done / total))):
         refuse_reserved(text.path, numbers)
-        words += len(chunk)
         trainer.call("add", ctypes.c_void_p(chunk.buffer_info()[0]), ctypes.c_int64(len(chunk)))
-        del chunk[:]
-
-    for text in texts:
-        for found in text:
-            chunk.extend(map(numbers.__getitem__, found))
-            chunk.append(_END)
-            sentences += 1
-            if len(chunk) > _CHUNK:
-                progress("reading", min(1.0, (before + text.position()) / total))
-                hand_over(text)
-        before += text.size
-        hand_over(text)
+        sentences += chunk.count(_END)
+        words += len(chunk)
     return numbers, sentences, words - sentences

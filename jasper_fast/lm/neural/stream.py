@@ -2,7 +2,6 @@
 
 import tempfile
 import zlib
-from array import array
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,9 +12,7 @@ from torch import Tensor, nn
 from jasper_fast.lm.neural.config import LMConfig
 from jasper_fast.lm.neural.model import BOUNDARY, Memory
 from jasper_fast.lm.neural.tokens import Progress, Tokens
-from jasper_fast.lm.texts import TextFile
-
-_CHUNK = 1 << 20
+from jasper_fast.lm.texts import TextFile, chunks
 
 
 class Stream:
@@ -53,24 +50,12 @@ def write(texts: Iterable[TextFile], tokens: Tokens, folder: Path, progress: Pro
 
     Raises LanguageModelError for a text that cannot be read, and OSError if the disk is full.
     """
-    chunk, checksum, count, before = array("i"), 0, 0, 0
+    checksum = count = 0
     with tempfile.TemporaryFile(dir=folder) as file:  # deleted when no process has it open any more
-
-        def hand_over() -> None:
-            nonlocal checksum, count
-            checksum, count = zlib.crc32(chunk, checksum), count + len(chunk)
+        for _, chunk in chunks(texts, lambda pieces: [BOUNDARY, *tokens.encode(pieces)], progress):
+            checksum = zlib.crc32(chunk, checksum)
+            count += len(chunk)
             file.write(chunk)
-            del chunk[:]
-
-        for text in texts:
-            for pieces in text:
-                chunk.append(BOUNDARY)
-                chunk.extend(tokens.encode(pieces))
-                if len(chunk) > _CHUNK:
-                    progress(before + text.position())
-                    hand_over()
-            before += text.size
-        hand_over()
         file.flush()
         return np.memmap(file, np.int32, "r"), f"{count} tokens, crc32 {checksum:08x}"
 
