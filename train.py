@@ -260,7 +260,7 @@ class Run(Loop):
             self.console.print(f"validation, {weights}: WER {r.wer:.2%}, CER {r.cer:.2%}, loss {r.loss:.3f}")
             for culprit in r.bad[:5]:
                 self.console.print(f"  {culprit}")
-        for said, got in r.examples[:2]:
+        for said, got in r.examples:
             self.console.print(f"  said {said!r}\n   got {got!r}")
         self.keep_best(r.wer)
 

@@ -46,7 +46,7 @@ def paths(tmp_path_factory):
 def judged(rates):
     """Returns a stand-in for `validate_state` that gives these word error rates one after the other."""
     left = iter(rates)
-    return lambda *_, **__: {"live": Validation(1.0, next(left), 0.0, 1)}
+    return lambda *_, **__: {"live": Validation(1.0, next(left), 0.0)}
 
 
 def spoiled(when):

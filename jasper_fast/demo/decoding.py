@@ -110,9 +110,9 @@ def errors(saved: Saved, texts: list[str]) -> np.ndarray:
     return np.array([(e.total, e.length) for e in counted])
 
 
-def gain(before: np.ndarray, after: np.ndarray, rounds: int = 4000) -> tuple[float, float, float]:
+def gain(before: np.ndarray, after: np.ndarray) -> tuple[float, float, float]:
     """Returns by how many per cent the errors fall, and the ends of the 95 % interval from a paired bootstrap."""
-    picks = np.random.default_rng(0).integers(0, len(before), (rounds, len(before)))
+    picks = np.random.default_rng(0).integers(0, len(before), (4000, len(before)))
     ratios = 1 - after[picks, 0].sum(1) / np.maximum(before[picks, 0].sum(1), 1)
     return 100 * (1 - after[:, 0].sum() / before[:, 0].sum()), *(100 * np.percentile(ratios, (2.5, 97.5)))
 

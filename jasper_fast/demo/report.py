@@ -50,9 +50,9 @@ def _uri(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def ticks(top: float, count: int = 4) -> list[float]:
+def ticks(top: float) -> list[float]:
     """Returns round numbers in equal steps, from 0 to at least `top`."""
-    raw = max(top, 1e-9) / count
+    raw = max(top, 1e-9) / 4  # at most four steps
     unit = 10.0 ** floor(log10(raw))
     step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= raw * 0.999)
     return [i * step for i in range(ceil(top / step - 1e-9) + 1)]

@@ -75,11 +75,11 @@ class Split:
         data = self.dataset
         return f"{self.name}: {len(data)} utterances, {sum(data.durations(0)) / 3600:.2f} hours, {data.skipped}"
 
-    def newly_skipped(self, most: int = 5) -> list[str]:
-        """Returns one line for each utterance skipped since the last call, but at most `most` lines."""
+    def newly_skipped(self) -> list[str]:
+        """Returns one line for each utterance skipped since the last call, but at most five lines."""
         items = self.dataset.skipped.items[self.told :]
         self.told += len(items)
-        return [f"  skipped: {item.detail}" for item in items[:most]]
+        return [f"  skipped: {item.detail}" for item in items[:5]]
 
     def batches(self) -> Iterator[Batch]:
         """Loads all batches of this rank, each once."""

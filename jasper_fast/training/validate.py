@@ -18,8 +18,6 @@ from jasper_fast.training.runs import Ranks, RunError
 from jasper_fast.training.state import TrainingState
 from jasper_fast.training.step import Frontend, ctc_loss
 
-EXAMPLES = 3
-
 
 @dataclass
 class Validation:
@@ -28,9 +26,8 @@ class Validation:
     loss: float  # the mean over utterances with a finite loss
     wer: float
     cer: float
-    utterances: int
     bad: list[str] = field(default_factory=list)  # utterances whose loss is NaN or infinite
-    examples: list[tuple[str, str]] = field(default_factory=list)  # (reference, hypothesis)
+    examples: list[tuple[str, str]] = field(default_factory=list)  # (reference, hypothesis) of the first two
 
 
 def heard(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> list[str]:
@@ -93,9 +90,8 @@ def validate(
         loss=sum(losses) / len(losses) if losses else math.nan,
         wer=wer(references, hypotheses),
         cer=cer(references, hypotheses),
-        utterances=len(references),
         bad=bad,
-        examples=list(zip(references[:EXAMPLES], hypotheses[:EXAMPLES], strict=True)),
+        examples=list(zip(references[:2], hypotheses[:2], strict=True)),
     )
 
 
