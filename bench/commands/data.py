@@ -174,6 +174,6 @@ def through_workers(utterances: list[Utterance], workers: int, seconds: float) -
         for batch in load_batches(data, sampler, epoch, workers=workers):
             made = sum(data.utterances[i].seconds for i in batch.indices)
             heard, late = heard + made, late + (made if started else 0.0)
-            started = started or time.monotonic()  # at the first batch all worker processes have started
+            started = started or time.monotonic()  # the start of the worker processes does not count
         epoch += 1
     return heard / (cpu_seconds() - spent), late / (time.monotonic() - started)

@@ -31,7 +31,7 @@ def grids(run: Run, full: bool, grid: tuple) -> tuple[tuple, tuple]:
 def main(run: Run, model: str = "jasper10x5", full: bool = False, grid: tuple = ()) -> list[dict]:
     """Measures `grid` or the device's default grid, for the acoustic model and then from sound to text.
 
-    With `full` the default on a CPU is the whole GRID, as on a GPU. Returns the rows.
+    With `full` the default grid of a CPU is GRID, as on a GPU. Returns the rows.
     """
     shared = latency.Models(run, model)
     alone, heard = grids(run, full, grid)

@@ -179,7 +179,7 @@ class WithoutGraphs(latency.Models):
     """The models of `python -m bench latency`, but with the engine's CUDA graphs switched off."""
 
     def engine(self, _: nn.Module) -> InferenceEngine:
-        """Returns jasper_fast's inference engine with the same weights."""
+        """Returns jasper_fast's inference engine without CUDA graphs."""
         fused = models.fused(self.cfg, self.state, self.run.backend)
         return InferenceEngine(fused.eval(), dtype=self.run.dtype, graphs=False)
 

@@ -69,7 +69,7 @@ class Job:
 
     @functools.cached_property
     def digest(self) -> str:
-        """The key of the code in the cache."""
+        """The key of the compiled kernel in the cache."""
         return self.source.digest(self.arch)
 
 

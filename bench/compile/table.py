@@ -1,6 +1,6 @@
-"""The rows of a compile gate, of the Triton kernels or of the CUDA kernels.
+"""The table of a compile gate, which is that of the Triton kernels or that of the CUDA kernels.
 
-They are compared with the committed table, printed and written to a file.
+The rows are compared with the committed table, printed and written to a file.
 """
 
 import argparse
@@ -16,7 +16,7 @@ COMMITTED = paths.BENCH / "compiled"
 
 @dataclass(frozen=True)
 class Table:
-    """The form of a compiler's rows.
+    """The fields of one compiler's rows, and how the rows are named, printed and sorted.
 
     `key`: the fields that identify a row. `name`: the format of a row's name in messages. `facts`: the fields that the
     gate measures; the file leaves out those that are 0. `shown`: the facts that are printed, with their headings.

@@ -1,4 +1,4 @@
-"""Compares two runs on one machine: in how many rows do the two 95 % intervals of the ratio to a rival overlap?"""
+"""Compares two runs on one machine: counts the rows whose 95 % intervals of the ratio overlap in the two runs."""
 
 from dataclasses import dataclass
 

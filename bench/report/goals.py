@@ -51,7 +51,7 @@ class ShareOfLimit(Goal):
     """
 
     def judge(self, rows: list[dict]) -> Iterable[dict]:
-        """Yields the verdict on each of our rows to which the goal applies. Its `row` is eager's row, as in Goal."""
+        """Yields the verdict on each of our rows to which the goal applies. Its `row` is the id of eager's row."""
         for row in rows:
             if row["ours"] and self.matches(row):
                 share = row.get("limit", {}).get("share")

@@ -20,7 +20,7 @@ def case_id(cell: Cell) -> str:
 
 
 def shape_of(cell: Cell) -> str:
-    """Returns the shape on which a cell is timed, for messages."""
+    """Returns the shape at which a cell is timed, as text for messages."""
     n, frames = cell.batch
     if cell.op in tables.NORM_OPS:
         return f"({n}, {cell.c_in}, {frames})"
