@@ -52,9 +52,7 @@ def test_saved_log_probs_give_what_evaluate_gave(folder, tmp_path, capsys):
     report = evaluate(folder, tmp_path, *options, "--save-log-probs", tmp_path / "saved")
     saved, lm = Saved.open(tmp_path / "saved"), SymbolLM(folder / "symbols.arpa", Vocabulary())
     assert [u["text"] for u in saved.utterances] == ["a cat"] * 3 and saved.frame_seconds == 0.02
-    for i, row in enumerate(report["utterances_list"]):
-        log_probs = torch.from_numpy(saved.log_probs(i))[None]
-        lengths = torch.tensor([log_probs.shape[1]])
+    for row, (log_probs, lengths) in zip(report["utterances_list"], saved.batches(), strict=True):
         (found,) = beam_search(log_probs, lengths, saved.vocabulary, beam=20, lm=lm, alpha=0.7, beta=0.2, n_best=4)
         assert [h["text"] for h in row["hypotheses"]] == [h.text.strip() for h in found]
         assert [h["score"] for h in row["hypotheses"]] == pytest.approx([h.score for h in found], abs=1e-3)

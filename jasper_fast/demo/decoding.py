@@ -122,19 +122,12 @@ def rate(counted: np.ndarray) -> float:
     return 100 * counted[:, 0].sum() / counted[:, 1].sum()
 
 
-def log_probs(saved: Saved) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields for each utterance its log-probs (1, T, V) and their length (1,)."""
-    for i in range(len(saved.utterances)):
-        found = torch.from_numpy(saved.log_probs(i))[None]
-        yield found, torch.tensor([found.shape[1]])
-
-
 def decoded(saved: Saved, lm: Path | None, trial: Trial, beam: int, n_best: int = 1) -> list[Sequence[Hypothesis]]:
     """Returns the ``n_best`` texts of each utterance with alpha and beta of ``trial``."""
     loaded = load_lm(lm, saved.vocabulary) if lm else None
     search = decoder(saved.vocabulary, loaded, beam=beam, alpha=trial.alpha, beta=trial.beta, n_best=n_best)
     with contextlib.closing(search):
-        begun = [search.begin(*one, saved.frame_seconds) for one in log_probs(saved)]
+        begun = [search.begin(*one, saved.frame_seconds) for one in saved.batches()]
         return [transcript.hypotheses for heard in begun for transcript in heard()]
 
 
@@ -144,7 +137,7 @@ def compare(saved: Saved, texts: Path, out: Path, beam: int) -> list[str]:
     train([texts], words, 3)
     train([texts], symbols, 6, characters=True)
     chosen_on, judged_on = part(saved, slice(0, None, 2)), part(saved, slice(1, None, 2))
-    base = errors(judged_on, [greedy_decode(*one, saved.vocabulary)[0] for one in log_probs(judged_on)])
+    base = errors(judged_on, [greedy_decode(*one, saved.vocabulary)[0] for one in judged_on.batches()])
     lines = [f"{len(base)} utterances, {base[:, 1].sum()} words; greedy WER {rate(base):.2f} %"]
     for name, lm in (("no language model", None), ("6-gram of characters", symbols), ("3-gram of words", words)):
         trial = best([*trials(chosen_on, lm, None, GRID if lm else [(0.0, 0.0)], beam)])

@@ -2,11 +2,12 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from jasper_fast.speech.text import Vocabulary
@@ -62,6 +63,12 @@ class Saved:
                 "`jasper-fast evaluate --save-log-probs` makes one"
             ) from None
         return saved
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields the log-probs of each utterance, (1, T', V) fp32, and their length, (1,)."""
+        for number in range(len(self.utterances)):
+            found = torch.from_numpy(self.log_probs(number))[None]
+            yield found, torch.tensor([found.shape[1]])
 
     def log_probs(self, number: int) -> np.ndarray:
         """Returns the log-probs of utterance ``number``, (T', V) fp32."""

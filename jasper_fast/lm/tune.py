@@ -4,9 +4,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from jasper_fast.lm.decoders import decoder, load_lm
 from jasper_fast.lm.rescore import LISTED, Scorer, remembering, rescore
 from jasper_fast.lm.saved import Saved
@@ -39,14 +36,14 @@ def trials(
     the decoders do."""
     for weights in grid:
         check_weights(beam, *weights, 1)
-    arrays = _log_probs(saved)
+    utterances = [*saved.batches()]
     references = [u["text"] for u in saved.utterances]
     loaded = load_lm(lm, saved.vocabulary, lexicon) if lm is not None else None
     search = decoder(saved.vocabulary, loaded, beam=beam, processes=processes, n_best=LISTED if second else 1)
     scorer, seconds = (remembering(second[0]), second[1]) if second else (None, (0.0,))
     try:
         for search.weights in grid:
-            begun = [search.begin(a[None], torch.tensor([len(a)]), saved.frame_seconds) for a in arrays]
+            begun = [search.begin(*utterance, saved.frame_seconds) for utterance in utterances]
             lists = [transcript.hypotheses for heard in begun for transcript in heard()]
             for weight in seconds:
                 again = rescore(lists, scorer, weight) if scorer else lists
@@ -56,13 +53,9 @@ def trials(
         search.close()
 
 
-def _log_probs(saved: Saved) -> list[Tensor]:
-    return [torch.from_numpy(saved.log_probs(i)) for i in range(len(saved.utterances))]
-
-
 def greedy(saved: Saved) -> Errors:
     """Returns the word errors of greedy decoding, without a language model."""
-    texts = [greedy_decode(a[None], torch.tensor([len(a)]), saved.vocabulary)[0] for a in _log_probs(saved)]
+    texts = [greedy_decode(*utterance, saved.vocabulary)[0] for utterance in saved.batches()]
     return word_errors([u["text"] for u in saved.utterances], texts)
 
 
