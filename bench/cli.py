@@ -432,9 +432,8 @@ def start(args: argparse.Namespace, arguments: Sequence[str]) -> Run:
     header |= {"command": args.command, "cudnn_benchmark": cudnn_search.on(device)}
     path = _resumable(args, header) if args.resume else None
     if path is None:
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         name, commit = tables.slug(header["machine"]["name"]), header["machine"]["commit"] or "nogit"
-        path = args.out / f"{args.command}_{name}_{stamp}_{commit}.json"
+        path = args.out / f"{args.command}_{name}_{datetime.datetime.now():%Y%m%d-%H%M%S}_{commit}.json"
     load, cores = header["machine"]["load_average"], header["machine"]["cpu"]["cores"]
     if load and load[0] > 0.5 * cores:
         console.print(f"[yellow]load average {load[0]:.1f} on {cores} cores: other processes disturb the timing[/]")

@@ -23,7 +23,7 @@ RUNS = ("kernels", "tune")
 
 @pytest.fixture
 def at_once(monkeypatch):
-    """Replaces measuring the machine's limits and writing the HTML page."""
+    """Runs neither measure the machine's limits nor write the HTML page."""
     monkeypatch.setattr(limits, "measure", lambda *_: dict(LIMITS))
     monkeypatch.setattr(html_page, "main", lambda *_: 0)
 

@@ -52,7 +52,7 @@ def test_jasper_10x5_totals(jasper10x5):
 
 
 def test_quartznets_counts_are_its_models():
-    """The depthwise convs of QuartzNet have groups."""
+    """Unlike Jasper, QuartzNet has convs with groups."""
     config, model = network("quartznet15x5")
     assert counts.parameters(config) == sum(p.numel() for p in model.parameters()) == 18_924_381
     found = {f"{conv.name}.weight" for conv in counts.convs(config, 1, 64)}

@@ -42,7 +42,7 @@ def no_bias(state: dict) -> dict:
 
 
 def no_panes(state: dict) -> dict:
-    """Returns `state` with the last dense block's panes set to zero."""
+    """Returns `state` with the panes of the last dense block set to zero."""
     last = [n for n in norms(state) if ".res." in n][-1].split(".res.")[0]
     panes = [n for n in norms(state) if n.startswith(f"{last}.res.")]
     return state | {f"{n}.{k}": torch.zeros_like(state[f"{n}.{k}"]) for n in panes for k in ("weight", "bias")}
@@ -147,7 +147,7 @@ def test_a_large_model_is_judged_in_fp32_on_a_cpu_and_by_eager_s_error_in_a_lowe
 
 
 DECODERS = {
-    # collapses repeats after the blanks are removed, so that "book" becomes "bok"
+    # "book" becomes "bok"
     "drops repeated letters": lambda right: lambda *a: ["".join(c for c, _ in itertools.groupby(t)) for t in right(*a)],
     "skips an utterance": lambda right: lambda *a: right(*a)[:-1],
     "leaves one silent": lambda right: lambda *a: [*right(*a)[:-1], ""],
@@ -231,7 +231,7 @@ def test_a_gpu_takes_the_samples_that_a_p99_takes(tmp_path):
 
 
 class Session:
-    """A stand-in for an ONNX Runtime session and its binding. It works on the memory that is bound to it."""
+    """A stand-in for an ONNX Runtime session and for its binding of names to memory."""
 
     def __init__(self, model) -> None:
         self.model = model

@@ -76,7 +76,7 @@ def test_a_large_step_is_compared_on_a_small_batch(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("order", "made"), [(("forward",), 0), (("forward", "both"), 1), (("both", "forward"), 1)])
 def test_answers_are_made_once_and_gradients_only_where_they_are_asked_for(order, made, tmp_path, monkeypatch):
-    """This matters because fp64 answers take longer than everything that is timed."""
+    """An fp64 answer takes longer than everything that is timed, so it must not be computed twice."""
     conv, forwards = sub_blocks.eager_conv, []
     monkeypatch.setitem(sub_blocks.OPS, "conv1d", (None, lambda *of: forwards.append(1) or conv(*of), None))
     backwards = spied(monkeypatch, sub_blocks, "results")

@@ -93,10 +93,10 @@ CHARGED = {
 
 @pytest.mark.parametrize("mode", common.MODES)
 def test_a_run_pays_for_the_newest_matrix_and_adds_the_gradients_of_the_older(mode):
-    """The means and covariances of two older inputs have four gradients."""
+    """Four gradients are added: those of the means and covariances of two older inputs."""
     i = panes.Inputs(2, 40, BLOCK, torch.float32, CPU)
     runner = panes.runner(functools.partial(panes.fused, "gram", "auto"), i, "ntc", mode, gram=True)
-    runner.run()  # makes the Gram matrices that earlier blocks make in a step, and the graph for backward
+    runner.run()  # computes the Gram matrices of the older inputs, and the graph for backward
     with Calls() as calls:
         runner.run()
     assert calls.seen == CHARGED[mode]
@@ -172,7 +172,7 @@ def test_one_mode_alone(op, mode, quick, collect):
 
 
 def test_a_brief_run_measures_few_cases(collect):
-    """`make bench` makes a brief run, in ten minutes."""
+    """`make bench` makes such a run, which may take only ten minutes."""
     assert collections.Counter(case.key["op"] for case in collect(brief=True)) == {
         "bn_relu_dropout": 9,
         "bn_relu_dropout+residual": 1,

@@ -15,7 +15,7 @@ from jasper_fast.bench.harness.case import Contender
 from jasper_fast.bench.harness.measurement import Measurement
 from jasper_fast.bench.report import terminal
 
-measured_rate = clocks.cycles_per_second.__wrapped__  # kept before a stand-in replaces it
+measured_rate = clocks.cycles_per_second.__wrapped__  # the original, which the fixture `device` replaces
 
 
 class Gpu:

@@ -31,7 +31,7 @@ def setting():
 
 @cache
 def found(contender: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Returns the log-probabilities and gradients that bench checks, of one contender."""
+    """Returns one contender's log-probabilities and gradients, which bench compares."""
     config, state, batch = setting()
     if contender == "jasper_fast":
         module = models.fused(config, state, "auto")
@@ -84,7 +84,7 @@ def one_element(gradient):
 
 
 ALL = ("fp32", "fp16", "bf16")
-FAULTS = {  # (fault, names of the gradients that have it, dtypes in which it is found)
+FAULTS = {  # (change, name of the changed gradient or "" for all, dtypes in which the fault is found)
     "weight gradient x 1.0001": (scaled(1.0001), LAYER, ("fp32",)),
     "weight gradient x 1.01": (scaled(1.01), LAYER, ("fp32", "fp16")),
     "weight gradient x 1.02": (scaled(1.02), LAYER, ALL),
@@ -187,7 +187,7 @@ def test_peak_sees_what_lives_and_ends_inside_a_custom_op():
 
 def test_peak_leaves_out_gradients_and_nothing_else():
     w, x = torch.nn.Parameter(torch.randn(1000, 1000)), torch.randn(4, 1000)
-    w.sum().backward()  # lazy set-up
+    w.sum().backward()  # so that `peak` does not count what PyTorch allocates at its first backward
     w.grad = None
     without = allocations.peak(lambda: (x @ w).sum().backward(), "cpu", [w])
     w.grad = None

@@ -27,7 +27,7 @@ INNER = [layer for layer in LAYERS if not layer.first]
 
 @pytest.fixture
 def launches() -> Iterator[list[tuple[str, list[torch.Size]]]]:
-    """Yields a list that gets (kernel, shapes of its tensors except vectors) for each launch; no kernel runs."""
+    """Yields a list of (kernel, shapes of its tensors except vectors), one for each launch. No kernel runs."""
     interpreted()
     seen: list[tuple[str, list[torch.Size]]] = []
 
@@ -103,14 +103,14 @@ def test_training_flops_of_jasper_10x5_are_pytorchs(jasper10x5, eager):
 
 @pytest.mark.slow
 def test_training_bytes_are_what_a_step_of_jasper_10x5_moves(jasper10x5, hollow, eager, launches):
-    """The bytes of a step are those of the launches and, for panes and decoder, which run in ATen, those of the eager
-    modules."""
+    """The bytes of a step are those of Triton's launches, and those of the eager modules for panes and decoder, which
+    run in ATen."""
     T = 64
     log_probs, _ = hollow.train()(torch.zeros(N, 64, T), torch.full((N,), T))
     log_probs.sum().backward()
     names = [name for name, _ in launches]
     assert names.count("conv1d_forward") == names.count("conv1d_wgrad") == 53 and names.count("stats") == 0
-    # wgrad writes a gradient, which is counted, or shares (splits, K, C_in, C_out), which the merge kernel reads
+    # `moved` leaves out the merge kernel. The gradients that it writes count instead of the shares that wgrad writes.
     gradients = sum(t.numel() for name, ts in launches if name == "conv1d_wgrad_merge" for t in ts)
     main = moved(launches) + gradients
 
@@ -265,7 +265,7 @@ def test_bytes_of_panes_are_what_their_products_read_and_write(block, tmp_path):
     run = make_run(tmp_path)
     i = panes.Inputs(N, T, block, torch.float32, CPU)
     xs = i.xs("ntc")
-    grams = panes.older_grams([*xs, xs[-1]])  # of all inputs
+    grams = panes.older_grams([*xs, xs[-1]])  # `older_grams` leaves out the last one
     count = lambda mode: panes.case(run, N, T, block, mode).nbytes  # noqa: E731
     # calls the functions inside the ops, because a dispatch mode cannot look inside an op
     with torch.no_grad(), Products(N * T) as products:

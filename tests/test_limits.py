@@ -9,7 +9,7 @@ from jasper_fast.bench.harness import limits, result_file
 
 @pytest.fixture
 def rates(monkeypatch):
-    """Replaces each measured matmul rate by a number for its dtype and for whether TF32 was allowed."""
+    """Replaces measured matmul rates by numbers that depend on the dtype and on whether TF32 is allowed."""
 
     def rate(device, dtype, size):
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -60,10 +60,8 @@ def full_step(
     trained = Trained(module, call, cfg).train()
     learning = [p for p in module.parameters() if p.requires_grad]
     device, ema = learning[0].device, EMA(trained, DECAY)
-    if isinstance(module, Jasper):
-        optimizer = NovoGrad(learning, lr=LR, weight_decay=WEIGHT_DECAY, ema=ema)
-    else:
-        optimizer = ForeachNovoGrad(learning, lr=LR, weight_decay=WEIGHT_DECAY)
+    kind = functools.partial(NovoGrad, ema=ema) if isinstance(module, Jasper) else ForeachNovoGrad
+    optimizer = kind(learning, lr=LR, weight_decay=WEIGHT_DECAY)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     called = wrap(trained)
     parts = {"optimizer": optimizer, "scaler": scaler, "guard": BufferGuard(trained)}
