@@ -3,6 +3,7 @@
 import copy
 import json
 
+import engines
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,6 @@ from conftest import GOLDEN, assert_raises
 from engines import block, draw_statistics, valid
 from lookalikes import nemo, nvidia
 from standins import spied
-from test_model import config
 from torch import nn
 
 from jasper_fast import Jasper, fuse, ops, unfuse
@@ -32,17 +32,20 @@ def blocks(kind: str, dropout: float = 0.0) -> list[dict]:
     ]
 
 
+def make(which: str, blocks: list[dict], masks: bool = True) -> nn.Module:
+    """Returns a model for 8 features and 7 classes. `which`: one of KINDS."""
+    if which == "eager":
+        return EagerJasper(engines.config(blocks, masks))
+    if which == "nemo":
+        return nemo.EncDecCTCModel(8, blocks, 7, masks)
+    encoder = {"in_feats": 8, "blocks": blocks, "use_conv_masks": masks}
+    return nvidia.Jasper(encoder, {"in_feats": blocks[-1]["filters"], "n_classes": 7})
+
+
 def build(which: str, kind: str = "dense", masks: bool = True, dropout: float = 0.0) -> nn.Module:
     """Returns a small model with random running statistics."""
     torch.manual_seed(0)
-    if which == "eager":
-        model = EagerJasper(config(kind, masks, dropout))
-    elif which == "nvidia":
-        encoder_kw = {"in_feats": 8, "blocks": blocks(kind, dropout), "use_conv_masks": masks}
-        model = nvidia.Jasper(encoder_kw, {"in_feats": 40, "n_classes": 7})
-    else:
-        model = nemo.EncDecCTCModel(8, blocks(kind, dropout), 7, masks)
-    return draw_statistics(model)
+    return draw_statistics(make(which, blocks(kind, dropout), masks))
 
 
 def twins(which: str, kind: str = "dense", masks: bool = True, **how) -> tuple[nn.Module, nn.Module]:
@@ -305,7 +308,7 @@ def test_a_model_of_another_kind_is_refused():
     assert_raises(
         [
             (lambda: fuse(other), r"no Jasper blocks in Sequential: looked for .*JasperBlock.*EagerBlock"),
-            (lambda: fuse(Jasper(config("none"))), "which are already fused"),
+            (lambda: fuse(Jasper(engines.config())), "which are already fused"),
             (lambda: fuse(build("nemo"), "fast"), "backend 'fast' is not one of"),
         ]
     )

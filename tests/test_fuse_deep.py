@@ -6,8 +6,7 @@ import pytest
 import torch
 from close import assert_close
 from engines import block
-from lookalikes import nemo, nvidia
-from test_fuse import call, equal_steps, features
+from test_fuse import call, equal_steps, features, make
 from torch import nn
 
 from jasper_fast import JasperConfig, unfuse
@@ -19,12 +18,7 @@ def deep(which: str, masks: bool) -> nn.Module:
     blocks = [
         block(b.filters // 16, b.repeat, b.k, b.s, b.d, 0.0, b.residual, b.residual_dense) for b in made.encoder.blocks
     ]
-    torch.manual_seed(0)
-    if which == "nvidia":
-        encoder = {"in_feats": 8, "blocks": blocks, "use_conv_masks": masks}
-        model = nvidia.Jasper(encoder, {"in_feats": 64, "n_classes": 7})
-    else:
-        model = nemo.EncDecCTCModel(8, blocks, 7, masks)
+    model = make(which, blocks, masks)
     with torch.no_grad():
         for _ in range(8):
             call(model.train(), features())

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from engines import block, config, draw_statistics
+from engines import block, draw_statistics
 from lookalikes import nemo
 from standins import spied
-from test_fuse import call, equal_steps, features, layers
+from test_fuse import call, equal_steps, features, layers, make
 from torch import nn
 
 from jasper_fast import fuse, ops, unfuse
-from jasper_fast.nn.eager import EagerJasper
 
 SEPARABLE = {"separable": True}
 BLOCKS = [
@@ -23,8 +22,7 @@ BLOCKS = [
 
 def build(which: str, masks: bool = True) -> nn.Module:
     torch.manual_seed(0)
-    model = EagerJasper(config(BLOCKS, masks)) if which == "eager" else nemo.EncDecCTCModel(8, BLOCKS, 7, masks)
-    return draw_statistics(model)
+    return draw_statistics(make(which, BLOCKS, masks))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -13,7 +13,7 @@ from conftest import settle
 from engines import Replays, block, poison
 from lookalikes import nvidia
 from standins import spied
-from test_fuse import KINDS, LENGTHS, add, build, call, features, layers, twins
+from test_fuse import KINDS, LENGTHS, add, build, call, features, layers, make, twins
 from torch import nn
 
 from jasper_fast import fuse, unfuse
@@ -278,7 +278,7 @@ def test_as_triton_launches(blocks, graphs, runs, monkeypatch):
     """With Triton the outputs are right, with and without graphs, and the next call does not overwrite them."""
     settle("triton")
     monkeypatch.setattr(engine_module, "CudaGraphs", Replays)
-    plain = with_blocks(*blocks)
+    plain = make("nvidia", blocks)
     fused = copy.deepcopy(plain.eval())
     fuse(fused, backend="triton", graphs=graphs)
     with torch.no_grad():
@@ -353,14 +353,10 @@ def test_arguments_that_do_not_fit_are_for_the_blocks(x, runs):
     assert str(results[0]) == str(results[1]) and not runs
 
 
-def with_blocks(*blocks: dict) -> nn.Module:
-    made = {"in_feats": 8, "blocks": list(blocks), "use_conv_masks": True}
-    return nvidia.Jasper(made, {"in_feats": blocks[-1]["filters"], "n_classes": 7})
-
-
 def test_an_encoder_that_no_engine_computes_is_left_with_a_reason():
     dense, plain = {"residual": True, "dense": True}, {"residual": True}
-    model = with_blocks(block(16, k=5), block(16, 1, 3, **dense), block(16, 1, 3, **plain), block(16, k=1))
+    blocks = [block(16, k=5), block(16, 1, 3, **dense), block(16, 1, 3, **plain), block(16, k=1)]
+    model = make("nvidia", blocks)
     with pytest.raises(ValueError, match=r"cannot fuse encoder: .* a plain residual follows one with a dense"):
         fuse(model, strict=True)
     assert type(model.encoder) is nvidia.JasperEncoder
@@ -374,7 +370,7 @@ def test_an_encoder_that_no_engine_computes_is_left_with_a_reason():
 
 def test_a_last_block_whose_list_is_wanted(runs):
     dense = {"residual": True, "dense": True}
-    plain = with_blocks(block(16, k=5), block(16, 2, 3, **dense), block(24, 1, 3, **dense)).eval()
+    plain = make("nvidia", [block(16, k=5), block(16, 2, 3, **dense), block(24, 1, 3, **dense)]).eval()
     fused = copy.deepcopy(plain)
     report = fuse(fused)
     assert report.whole == [] and "outputs of all blocks" in report.left[0][1]

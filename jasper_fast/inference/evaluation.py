@@ -40,11 +40,13 @@ def grouped(rows: Sequence[Row], key: Callable[[Row], str | None]) -> dict[str, 
 def totals(rows: Sequence[Row]) -> dict[str, Any]:
     """Returns counts and error rates of ``rows``. If the references have no words, ``wer`` is the number of errors."""
     sums = {k: sum(row[k] for row in rows) for k in ("word_errors", "words", "character_errors", "characters")}
-    rates = {
+    return {
+        "utterances": len(rows),
+        "seconds": round(sum(row["duration"] for row in rows), 3),
+        **sums,
         "wer": sums["word_errors"] / max(sums["words"], 1),
         "cer": sums["character_errors"] / max(sums["characters"], 1),
     }
-    return {"utterances": len(rows), "seconds": round(sum(r["duration"] for r in rows), 3)} | sums | rates
 
 
 def by_parts(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:
