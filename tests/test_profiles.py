@@ -51,7 +51,7 @@ def test_both_contenders_have_tables_of_all_layers(mode, tmp_path):
         assert set(names(eager["records"], "backward")) == ENCODER | {profile.HEAD}
 
 
-def test_backward_s_nodes_belong_to_the_layer_that_made_them(tmp_path):
+def test_layers_have_ranges_and_backward_s_nodes_belong_to_the_layer_that_made_them(tmp_path):
     """Shows that eager's backward nodes are assigned to their layers. Mask, conv, norm, ReLU and dropout have one node
     each, except the first layer's mask, because the features need no gradient."""
     config = models.config("small")
@@ -62,6 +62,10 @@ def test_backward_s_nodes_belong_to_the_layer_that_made_them(tmp_path):
 
     with profile.ranges(model, CPU):
         records = profile.profile(step, CPU, tmp_path / "trace.json")
+    assert names(records, "layer") == dict.fromkeys(ENCODER | {profile.HEAD}, 1)
+    assert ranges_in(tmp_path / "trace.json") == ENCODER | {profile.HEAD}
+    assert any("conv" in name for name in names(records, "op"))
+    assert not any("forward" in vars(layer) for layer in model.encoder.layers), "the ranges are gone"
     nodes = names(records, "backward")
     assert nodes.pop(profile.HEAD) == 1
     wanted = {"encoder.layers.0": 4, "encoder.layers.4": 5}
