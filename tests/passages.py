@@ -25,10 +25,9 @@ PROSE = re.compile(r"(?:[A-Za-z`][\w`',.:;()-]* +){3}[A-Za-z`]")
 
 def files() -> list[Path]:
     """Returns all files that contain prose, sorted by path."""
-    found = []
-    for room in (ROOT / name for name in ROOMS):
-        found += [room] if room.is_file() else room.rglob("*")
-    return sorted(path for path in found if path.suffix in SUFFIXES)
+    rooms = [ROOT / name for name in ROOMS]
+    paths = [*rooms, *(path for room in rooms for path in room.rglob("*"))]
+    return sorted(path for path in paths if path.is_file() and path.suffix in SUFFIXES)
 
 
 def passages(path: Path) -> list[tuple[int, str]]:

@@ -180,12 +180,12 @@ def test_the_new_process_is_the_same_command_with_what_is_left_of_the_time(tmp_p
 
 @pytest.mark.slow
 def test_a_process_replaces_itself():
-    done = python("""
+    script = """
 from types import SimpleNamespace as N; from jasper_fast.bench.gpu import gpu; import time, os
 kept = os.open('/dev/null', os.O_RDONLY); os.set_inheritable(kept, True)
 gpu.go_on_elsewhere(N(arguments=('gpu', '--help')), time.monotonic() + 9)
-""")
-    assert done.stdout.startswith("usage: python -m bench gpu")
+"""
+    assert python(script).stdout.startswith("usage: python -m bench gpu")
 
 
 @pytest.mark.slow
