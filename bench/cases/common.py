@@ -69,6 +69,19 @@ class Held:
         for name, t in self.nct.items():
             self.ntc[name].copy_(t)
 
+    def once_per_refill(self, make: Callable) -> Callable:
+        """Returns a function that calls `make` at its first call after each refill, and otherwise returns the last
+        result."""
+        made: dict[int, object] = {}
+
+        def get() -> object:
+            if self.refills not in made:
+                made.clear()
+                made[self.refills] = make()
+            return made[self.refills]
+
+        return get
+
     def randn(self, like: Tensor, g: torch.Generator) -> Tensor:
         """Returns normal random numbers in the shape of `like`."""
         return torch.randn(like.shape, generator=g, device=self.device)
@@ -107,14 +120,8 @@ def timed(
     retain_graph=True)`, and all its calls share the `out` of one forward pass. In "both" it calls `forward` and then
     `gradients`.
     """
-    graph: dict[int, object] = {}
-
-    def backward() -> None:
-        if held.refills not in graph:  # a refill has overwritten tensors that the graph saved
-            graph.clear()
-            graph[held.refills] = forward()
-        gradients(graph[held.refills], retain_graph=True)
-
+    shared = held.once_per_refill(forward)  # a refill overwrites tensors that the graph has saved
+    backward = lambda: gradients(shared(), retain_graph=True)  # noqa: E731
     return {"forward": forward, "backward": backward, "both": lambda: gradients(forward())}[mode]
 
 

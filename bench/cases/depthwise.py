@@ -80,15 +80,12 @@ def runner(chain: Callable[..., Tensor], i: Inputs, memory: str, mode: str, auto
 def packed(i: Inputs, backend: str) -> Runner:
     """Returns the runner of our forward pass with a weight that was packed before, as in the engine."""
     face = backends.face("depthwise", choose.depthwise_face(backend, i.device, i.dtype))
-    held: dict[int, Tensor] = {}
+    weight = i.once_per_refill(lambda: face.pack_once(i.weight.detach(), i.dtype))
     x = i.ntc["x"].detach().transpose(1, 2)
     out = torch.empty_like(x)
 
     def run() -> None:
-        if i.refills not in held:
-            held.clear()
-            held[i.refills] = face.pack_once(i.weight.detach(), i.dtype)
-        face.into(out, x, held[i.refills], i.geometry, Lengths())
+        face.into(out, x, weight(), i.geometry, Lengths())
 
     def answer() -> dict[str, Tensor]:
         run()

@@ -189,14 +189,8 @@ def runner(function: PaneSum, i: Inputs, memory: str, mode: str, *, amp: bool = 
     """
     a, dy = Leaves(i.xs(memory), i.weights, i.gammas, i.betas), getattr(i, memory)["dy"]
     running, wanted = i.fresh_running(), list(a.named().values())
-    made: dict[int, Sequence[ops.Gram]] = {}  # by the number of refills
+    older = i.once_per_refill(lambda: older_grams(a.xs) if gram else ())
     sums: list[Tensor] = []
-
-    def older() -> Sequence[ops.Gram]:
-        if i.refills not in made:
-            made.clear()
-            made[i.refills] = older_grams(a.xs) if gram else ()
-        return made[i.refills]
 
     def forward(stats: list[common.Stats] = running, given: Sequence[ops.Gram] | None = None) -> Tensor:
         with i.autocast(amp):
