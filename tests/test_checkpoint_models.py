@@ -255,7 +255,7 @@ def test_the_two_files_of_nemo_0(tmp_path):
 
 def test_a_warm_start_that_hears_other_features_says_so(tmp_path):
     nemo_archive(tmp_path / "m.nemo", trained_model())
-    with pytest.warns(UserWarning, match="the convention 'nemo', but the configuration's follow 'reference'"):
+    with pytest.warns(UserWarning, match="the convention 'nemo', but the model's configuration says 'reference'"):
         load_model(tmp_path / "m.nemo", config=config(), strict=False, backend="reference")
     same = JasperConfig.from_dict(config().to_dict() | {"input_train": {"filterbank_features": {"convention": "nemo"}}})
     with warnings.catch_warnings():

@@ -37,7 +37,7 @@ def plain(value: float) -> str:
 
 DASH = "–"
 FEW = f"{DASH} too few samples for this percentile: P90 needs 10, P95 needs 20, P99 needs 100."
-SLOWED = "‡ while this was timed, the clock was more than 5 % below the highest clock of the run."
+SLOWED = "‡ while this was timed, the clock was more than 5 % below the highest of the run."
 HURRIED = "† timed in fewer rounds than usual, because one round takes much of the time for a case."
 MARKED = {"throttled": SLOWED, "hurried": HURRIED}  # by field of a row: the note; its first character marks the row
 # A ratio with fewer pairs has no interval. The range from the smallest to the largest of n ratios contains the true
@@ -195,8 +195,7 @@ SCALING = (
 
 
 def scaling_lines(rows: Iterable[dict]) -> list[tuple[str, ...]]:
-    """Returns the lines of the table with the columns SCALING: one for each row of `python -m bench train` over several
-    processes."""
+    """Returns a line of the table SCALING for each result of `bench train` that ran on several processes."""
     lines = []
     for row in (r for r in rows if r["status"] == "ok" and "scaling" in r):
         scaling, key, step = row["scaling"], row["key"], row["time_s"]["median"]

@@ -1,8 +1,8 @@
 // A vector of W fp32 lanes, its masks, and loads and stores of fp32, fp16 and bf16, for the files under csrc/cpu/isa/.
 // Arithmetic uses the vector extensions of GCC and Clang (+, -, * on F). Only what these cannot express well (masks on
 // AVX-512, fp16 conversion, partial loads) is written per instruction set. Everything is in namespace jf::JF_ISA, so
-// that the linker never shares a function between levels. Avoid templates of the C++ library under isa/ for the same
-// reason: the linker keeps one copy of each for all levels.
+// that the linker never shares a function between instruction sets. Avoid templates of the C++ library under isa/ for
+// the same reason: the linker keeps one copy of each for all instruction sets.
 #pragma once
 
 #include <cstdint>

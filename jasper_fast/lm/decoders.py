@@ -26,7 +26,7 @@ from jasper_fast.speech.decoding import Hypothesis, Transcript, path_transcript
 from jasper_fast.speech.text import Vocabulary
 
 PAPER = (2.0, -0.2)  # the default alpha and beta with a model of words, from the Jasper paper
-SYMBOLS = (1.0, 0.0)  # the default alpha and beta otherwise
+SYMBOLS = (1.0, 0.0)  # the default alpha and beta with a model of symbols, or without a model
 
 
 def load_lm(

@@ -58,7 +58,7 @@ def load_weights(
             theirs, ours = _convention(weights.config), _convention(vars(model.config))
             if theirs != ours:
                 reasons.append(
-                    f"its features follow the convention {theirs!r}, but the configuration's follow {ours!r} "
+                    f"its features follow the convention {theirs!r}, but the model's configuration says {ours!r} "
                     f"(filterbank_features.convention)"
                 )
     rest = [name for name in wrong if name not in head]

@@ -49,7 +49,7 @@ class Parts:
     `panes`: the 1x1 residual convs with their batch norms. `masked`: whether the convs zero the padding of their
     inputs. `dense`: whether the block appends its output to the list of block outputs that it was given.
     `keeps_lengths`: whether a block without masks returns its input lengths unchanged, as NeMo's blocks do.
-    `takes_last`: whether a plain residual reads the last of several block outputs.
+    `takes_last`: whether a residual that is not dense, if it is given several block outputs, reads the last of them.
     """
 
     sub_blocks: list[SubBlock]

@@ -256,7 +256,8 @@ def fused(
 def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked) -> Tensor:
     """Returns `out`, or a new tensor if it is None. Raises ValueError or TypeError if the operands do not fit."""
     if x.dtype not in (w.data.dtype, torch.float32):
-        raise TypeError(f"the cuda face takes x in fp32 or in the dtype of the weights, got {x.dtype}, {w.data.dtype}")
+        dtypes = f"x in {x.dtype} and weights in {w.data.dtype}"
+        raise TypeError(f"the cuda face takes x in fp32 or in the dtype of the weights, got {dtypes}")
     if log_softmax and w.c_out > SOFTMAX_MAX:
         raise ValueError(f"log-softmax in the kernel takes up to {SOFTMAX_MAX} channels, got {w.c_out}")
     if panes is not None and not panes[0].dtype == panes[1].data.dtype == w.data.dtype:

@@ -163,9 +163,9 @@ def transpose_meta(taps: int) -> dict[str, int]:
 
 
 def _shares(tile: Tile, shape: Shape, frames: int) -> int:
-    """Returns into how many groups wgrad splits the utterances.
+    """Returns the number of shares: the groups into which wgrad splits the utterances.
 
-    More groups leave less of the last wave idle, but write more partial results. A single group writes none.
+    More shares leave less of the last wave idle, but write more partial results. A single share writes none.
     """
     batch = max(1, shape.rows // frames)
     taps = wgrad_taps(tile, shape.taps)

@@ -165,8 +165,8 @@ struct Forward {
     return item_of<T>(x, group.n, 0, args.in_lengths != nullptr ? args.in_lengths[group.n] : args.t_in);
   }
 
-  // The chunk of `depth` units from unit `at` on. first: y is overwritten. ends: nothing is added to y after these
-  // units.
+  // The chunk of `depth` of the `units` units, from unit `at` on. first: the chunk overwrites y instead of adding to it.
+  // ends: nothing is added to y after the last of all `units`, because there are no panes.
   Chunk chunk_at(const float* packed, int64_t units, int64_t taps, int64_t at, int64_t depth, bool first,
                  bool ends) const {
     Chunk chunk;

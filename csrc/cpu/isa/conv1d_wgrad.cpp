@@ -1,10 +1,11 @@
-// The weight gradient of conv1d, with the micro-kernel of the forward pass: the reduction runs over frames.
+// The weight gradient of conv1d. It uses the micro-kernel of the forward pass, but sums over frames and not channels.
 //
 //   dw[co, c, k] = sum_n sum_t x[n, t*s + k*d - p, c] * dy[n, t, co]
-// A task owns a column block of co and some channels of x, and goes through all items in order. Segments of rows of x
-// and dy are packed so that all taps read them from L1. Only rows whose shifted x exists are used. In bf16 a step
-// multiplies two rows of dy, t and t + 1, by rows r and r + stride of x. Each row of x is therefore packed together
-// with the row `stride` after it, and all taps read the same pack.
+//
+// A task owns a column block of co and some channels of x, and goes through all items in order. It takes a segment of
+// rows at a time, and packs dy (and x, unless it is fp32 and there are few taps) into a small buffer that all taps
+// read. Only rows whose shifted x exists are used. In bf16 a step multiplies two rows of dy, t and t + 1, by row
+// r = t*s + k*d - p of x and row r + s. Each row of x is therefore packed together with the row s after it.
 
 #include "../conv1d_fir.h"
 #include "../conv1d_rows.h"
@@ -238,7 +239,7 @@ struct WeightGrad {
 // The number of channels of x that a weight-gradient task should own: enough that packing dy costs little.
 int64_t conv1d_wgrad_channels(int64_t taps) { return kRows * std::clamp<int64_t>(32 / taps, 1, 16); }
 
-// Computes one block of co and channels [c_begin, c_end) of dw.
+// Computes dw for one column block of output channels and for the input channels [c_begin, c_end).
 void conv1d_wgrad_task(const ConvWeightGrad& args, int64_t block, int64_t c_begin, int64_t c_end) {
   WeightGrad task{args, block, c_begin, c_end};
   task.allocate();
