@@ -119,7 +119,8 @@ def get(image: Tensor, at: Tensor, dtype: torch.dtype) -> Tensor:
 def wgmma(
     call: Callable, image: Tensor, a: Placed, b: Placed, n: int, dtype: torch.dtype, before=None, **where
 ) -> Result:
-    """Multiplies and returns the whole matrices as `out`, (grid, 64, n)."""
+    """Multiplies operand `a` by operand `b`, both in `image`, with wgmma. `out` is the product, (grid, 64, n), gathered
+    from the registers of all threads. `before` is what the accumulators start from; None means zero."""
     row, column = fragment(n)
     registers = None if before is None else before[:, row, column]
     numbers = {"a": a.descriptor, "b": b.descriptor, "n": n, "a_mn": a.mn, "b_mn": b.mn}

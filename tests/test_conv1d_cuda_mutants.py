@@ -19,7 +19,7 @@ from jasper_fast.kernels.conv1d import cuda_launch, cuda_tiles
 # Together these layers have several chunks, tiles and CTAs, dilation with padding, a stride, and at one tap more chunks
 # than there are buffers.
 LAYERS = {
-    "dilated": (1, 24, 40, 70, 3, 1, 2, [63]),  # one tile contains only frames of the halo
+    "dilated": (1, 24, 40, 70, 3, 1, 2, [63]),  # the second tile begins at the end of the utterance, in the halo
     "long": (1, 16, 24, 1500, 3, 1, 1, [1500]),  # a share has more segments than there are stages
     "pane": (1, 328, 40, 70, 1, 1, 1, [70]),
     "wide": (2, 136, 72, 75, 5, 1, 1, [75, 20]),

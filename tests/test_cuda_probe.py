@@ -91,8 +91,8 @@ def overlaps(call: Callable, where: dict) -> list[tuple[int, int, bool]]:
 
 
 def swizzles(call: Callable, where: dict) -> list[str]:
-    """Returns one line per case. A case is an operand with 128-byte swizzle, the row at which it begins (0 to 63), and
-    a base offset."""
+    """Returns one line per case. Each case has an operand with 128-byte swizzle. Cases vary the row at which it begins
+    (0 to 63) and the base offset."""
     image, lines = probe.panels(), []
     for row in range(64):
         for base in sorted({0, row % 8}):

@@ -1,4 +1,5 @@
-"""How fast is the optimiser's step, with its check for NaN and the moving average, compared with a copy of its bytes?
+"""How fast is the optimiser's step, with its check for NaN and the moving average, compared with a copy that
+moves as many bytes?
 
 `python -m bench optimizer`. The time depends on the number of parameters only, so no batch is needed.
 """

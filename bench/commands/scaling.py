@@ -30,7 +30,7 @@ from jasper_fast.bench.harness.measurement import Row
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.kernels import tables
 
-SAMPLE = 0.2  # target seconds of a sample, which is the mean time of consecutive steps
+SAMPLE = 0.2  # seconds that the consecutive steps of one sample should take together
 WARM = 3  # steps before the timing; in the second one DDP rebuilds its buckets
 
 

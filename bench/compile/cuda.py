@@ -39,7 +39,7 @@ TABLE = Table(
     order=lambda key: (ARCHS.index(key[0]), key[1]),
 )
 SOURCES = tuple(paths.BENCH.parent / "csrc" / "cuda" / name for name in ("conv1d.cu", "novograd.cu"))
-WANTED = {  # instructions by the first word of a kernel's name
+WANTED = {  # instructions that a kernel must have, by the first word of its name
     "conv_90": ("wgmma", "bulk_copies", "cp_async"), "wgrad_90": ("wgmma", "cp_async"),
     "conv_80": ("mma_sync", "ldmatrix", "cp_async"), "wgrad_80": ("mma_sync", "ldmatrix", "cp_async"),
     "conv_75": ("mma_sync", "ldmatrix"), "wgrad_75": ("mma_sync", "ldmatrix"),

@@ -113,7 +113,7 @@ def cycles_per_second(device: torch.device) -> float:
 class Gauge:
     """Reads clocks, temperature and power between the rounds of a case."""
 
-    EVERY = 0.25  # least seconds between readings, except the last
+    EVERY = 0.25  # least seconds between two readings; the last one may come sooner
 
     def __init__(self, device: torch.device, readings: list[dict]) -> None:
         self.device, self.readings, self.last = device, readings, -math.inf

@@ -46,7 +46,8 @@ bool with_dtype(int dtype, F&& f) {
 
 #define JF_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Tells the sizes in bytes of the two structs of arguments. Those in kernels/conv1d/cuda_args.py must be equal.
+// Returns the sizes in bytes of the two structs of arguments. The structs in kernels/conv1d/cuda_args.py must have the
+// same sizes.
 JF_EXPORT void jf_conv1d_sizes(int* args, int* wgrad_args) {
   *args = sizeof(conv::Args), *wgrad_args = sizeof(conv::WgradArgs);
 }

@@ -93,7 +93,7 @@ struct Tile {
   int stop;                     // the frame after the tile's last
   int main_steps, begin, count;  // steps of the conv; this split's first step and number of steps
 
-  // told: whether lengths may be read yet. If not, the tile's steps are those of a tile without padding.
+  // told: whether lengths may be read yet. If not, the tile gets the steps that it would have without padding.
   __device__ __forceinline__ Tile(const Args& a, int block, int id, bool told = true) {
     split = id % a.splits, id /= a.splits;
     o0 = id % a.o_blocks * kOut;  // channels vary fastest, so that neighbouring CTAs share their frames in L2

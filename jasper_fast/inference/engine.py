@@ -37,9 +37,10 @@ class InferenceEngine:
     call at a time; for parallel calls make one engine per thread. `copy.deepcopy` and `pickle` copy the model and make
     an engine of the copy.
 
-    On the triton and cuda faces a call runs one kernel per sub-block and one for the decoder. ATen does the log-softmax
-    of a vocabulary of more than 128 symbols, and copies the features if the first block's panes read them. On the aten
-    face a sub-block runs up to four kernels, one of which is cuDNN's conv.
+    On the triton and cuda faces a call runs one kernel per sub-block (two if it is separable) and one for the decoder.
+    ATen does the log-softmax of a vocabulary of more than 128 symbols, and copies the features if the first block's
+    panes or a depthwise conv read them. On the aten face a sub-block runs up to four kernels, one of which is cuDNN's
+    conv.
 
     The kernels between the first and the last are captured in a CUDA graph per shape. With conv masks T' is rounded up
     to a multiple of `bucket` frames, so that few shapes occur. The `graph_limit` most recently used graphs are kept.

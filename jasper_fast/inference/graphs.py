@@ -60,7 +60,9 @@ class Turns:
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """Makes the device current, and its current stream wait for the work of the last turn. Does nothing on a CPU.
+        """Makes the device current, and lets its current stream wait for the work of the previous turn.
+
+        Does nothing on a CPU.
 
         Raises RuntimeError if the caller is capturing a graph, because that graph could outlive the buffers.
         """

@@ -101,8 +101,8 @@ def _unwrapped(name: str) -> str:
 
 
 def _lightning_labels(settings: Any) -> list[str] | None:
-    """Returns the alphabet in a Lightning checkpoint's `hyper_parameters`: its `labels`, or the `vocabulary` of the
-    decoder in a NeMo configuration; otherwise None."""
+    """Returns the alphabet in a Lightning checkpoint's `hyper_parameters`: the decoder's `vocabulary` (NeMo), else
+    `labels`, also in a nested `cfg`, `config` or `model`; otherwise None."""
     if not isinstance(settings, dict):
         return None
     decoder = settings.get("decoder")

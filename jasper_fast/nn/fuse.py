@@ -122,7 +122,7 @@ def _fused_class(kind: type[Before], own: type) -> type:
 
 
 def _new(kind: type[Before], own: type) -> nn.Module:
-    """Makes an empty module of both classes, for pickle."""
+    """Makes an instance of the fused class without calling `__init__`; copy and pickle fill it."""
     made = _fused_class(kind, own)
     return made.__new__(made)
 

@@ -76,7 +76,7 @@ def two_taps(
 ):  # fmt: skip
     """Returns the sums of `one_tap` for the tap at `shift` and for the next one; each load of dy serves both.
 
-    Stride 1 only, through descriptors, and the padding of x is zero in memory.
+    Requires stride 1, descriptors, and zeros in the padding of x.
     """
     acc = tl.zeros([BLOCK_I, BLOCK_O], tl.float32)
     next_acc = tl.zeros([BLOCK_I, BLOCK_O], tl.float32)
