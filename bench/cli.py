@@ -238,7 +238,7 @@ DATA = (
         "--rate",
         type=options.seconds,
         default=480.0,
-        help="utterances per second that a GPU trains on (default: 480, the rate of one H200)",
+        help="utterances per second that a GPU trains on (default: 480, assumed for one H200)",
     ),
     option(
         "--length",

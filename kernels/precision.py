@@ -15,9 +15,9 @@ _one_at_a_time = threading.RLock()  # the switch belongs to the whole process, s
 
 
 def set_fp32(precision: str | None) -> None:
-    """Sets whether products of fp32 tensors keep fp32 ("ieee") or are rounded to TF32 ("tf32"). None changes nothing.
+    """Sets whether convs and matmuls of fp32 tensors keep fp32 ("ieee") or round their operands to TF32 ("tf32").
 
-    CUDA graphs keep the setting of their capture. Raises ValueError for another name.
+    None changes nothing. CUDA graphs keep the setting of their capture. Raises ValueError for another name.
     """
     if check(precision) is None:
         return

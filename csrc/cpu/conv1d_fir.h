@@ -12,7 +12,7 @@ namespace {
 // The two-parallel fast FIR algorithm, nested LEVEL times. With X0, X1 the even and odd rows of the shifted input and
 // H0, H1 the even and odd taps, three half-length products give two rows of the output:
 //   S = corr(X1, H0 + H1)   A = corr(X0 - X1, H0)   B = corr(X0[s+1] - X1[s], H1)   y[2s] = A + S   y[2s+1] = B + S
-// Products are numbered with S, A, B as digits 0, 1, 2 in base 3, the outermost level first.
+// A product has a number in base 3 with one digit per level, the outermost level first: S is 0, A is 1, B is 2.
 constexpr int power(int base, int exponent) { return exponent == 0 ? 1 : base * power(base, exponent - 1); }
 
 // The inputs of all products in one step, made from the rows x[0 .. 2^(LEVEL+1) - 2].

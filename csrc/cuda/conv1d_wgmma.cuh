@@ -168,8 +168,8 @@ __device__ __forceinline__ void wgmma_conv(const Args& a) {
   // No launch writes weights, so those of the first steps are copied while the previous launch may still run.
   // Lengths must not be read yet, so the steps are those of a tile without padding. All else comes after the wait.
   const int first = static_cast<int>(blockIdx.x);
-  // early: the number of steps whose weights were copied early. wrong: how many of these to drop, because the tile
-  // turned out to have other steps.
+  // early: the number of steps whose weights were copied early. wrong: `early` if the tile turned out to have other
+  // steps, so that these copies are dropped; else 0.
   int early = 0, wrong = 0;
   if constexpr (kChained<MODE, TRANSPOSED>) {
     const Tile guess(a, FRAMES, first, false);

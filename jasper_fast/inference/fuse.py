@@ -250,7 +250,7 @@ class FusedEncoder(Before):
 
 
 def _fits(found: Encoder, x: Tensor, lengths: Tensor | None) -> bool:
-    """Returns whether an engine can take these arguments. If not, the original forward raises its own error."""
+    """Returns whether an engine can take these arguments. If not, the original forward runs instead."""
     return (
         type(x) is Tensor
         and x.dim() == 3

@@ -1,4 +1,7 @@
-"""Runs the plan on the Triton or CUDA kernels: one launch per sub-block, and one for the decoder with its log-softmax.
+"""Runs the plan on the Triton or CUDA kernels.
+
+A sub-block is one launch, a separable one is two. The decoder is one launch, which includes the log-softmax if the
+vocabulary is small enough.
 
 The first launch reads the caller's features and lengths, and the last one writes the results. The launches between them
 use only the engine's buffers, so on a GPU they are captured in one CUDA graph per batch size and bucket of lengths.

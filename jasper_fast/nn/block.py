@@ -89,7 +89,7 @@ def reads_gram(bn: nn.Module, source: Tensor, backend: str, form: str) -> bool:
     """
     if not of_the_batch(bn):
         return False
-    # Ranks may have different numbers of rows, but must make the same choice.
+    # With SyncBN the number of rows is ignored: ranks may differ in it, but must make the same choice.
     if sync.group_of(bn) is None and source.shape[0] * source.shape[2] < FEW_ROWS:
         return False
     return (choose.pane_form(backend, source.device, source.dtype) if form == "auto" else form) == "gram"

@@ -153,8 +153,9 @@ class NovoGrad(torch.optim.Optimizer):
         """Updates every parameter that has a gradient, unless the gradients' norm is NaN or infinite.
 
         Gradients are divided by `grad_scale` and clipped to the norm `clip_norm` (0: not clipped). If the norm is not
-        finite, only the moving average changes. Returns a tensor (2,) on the device: the norm before clipping, and 1.0
-        if that norm is NaN or infinite, else 0.0. Raises RuntimeError if the parameters are on several devices.
+        finite, parameters and moments stay as they are, and only the average of the model is updated. Returns a tensor
+        (2,) on the device: the norm before clipping, and 1.0 if that norm is NaN or infinite, else 0.0. Raises
+        RuntimeError if the parameters are on several devices.
         """
         found = self._step(grad_scale, None, clip_norm, guard=True)
         if len(found) > 1:

@@ -6,7 +6,7 @@ import ctypes
 
 from torch import Tensor
 
-CHUNK = 64  # channels of a panel, and of each side of an image (a block of packed weights)
+CHUNK = 64  # channels of a panel (see conv1d.cuh). A block of packed weights, called an image, is CHUNK x CHUNK
 OUT = 128  # output channels of a tile
 IMAGE = CHUNK * CHUNK
 CELL16, ELEMENT, FLOAT = range(3)  # how activations are read: 16 bytes at a time, by 16-bit element, by fp32 element
