@@ -44,7 +44,7 @@ def test_contenders_are_searched_for_and_answers_are_not():
 
 
 def test_a_search_goes_on_after_an_answer_that_failed():
-    m = Measurement(dataclasses.replace(softplus_case({}), reference=lambda: 1 / 0))
+    m = Measurement(dataclasses.replace(softplus_case({}), reference=lambda: 1 / 0), CPU)
     checking.prepare(m)
     assert m.failed and searches()
 
