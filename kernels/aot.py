@@ -71,7 +71,7 @@ _described: dict[tuple, Source] = {}
 
 @functools.cache
 def _binder(kernel: object, arch: int) -> tuple[triton.JITFunction, object, Callable]:
-    if isinstance(kernel, InterpretedFunction):  # an interpreted kernel takes the same arguments as the compiled one
+    if isinstance(kernel, InterpretedFunction):  # makes the compiled kernel of the same function
         kernel = triton.JITFunction(kernel.fn, **kernel.kwargs)
     if not isinstance(kernel, triton.JITFunction):
         raise TypeError(f"{kernel} is not a kernel made by @triton.jit: its launches cannot be recorded")

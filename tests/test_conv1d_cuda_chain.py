@@ -35,7 +35,7 @@ def emulation() -> ctypes.CDLL:
 
 
 def depends(library: ctypes.CDLL, *tensors: Tensor) -> None:
-    """Declares the memory that an early launch must not touch before its wait; without tensors it clears the list."""
+    """Adds the memory of `tensors` to what an early launch must not touch before its wait. No tensors: clears it."""
     for x in tensors:
         storage = x.untyped_storage()
         library.jf_emulation_depends(ctypes.c_void_p(storage.data_ptr()), ctypes.c_int64(storage.nbytes()))

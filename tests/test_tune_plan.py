@@ -139,7 +139,7 @@ def test_a_norm_is_called_as_a_training_step_calls_it(monkeypatch, op, wanted):
 
 
 def kinds(found: list[launch.Launch]) -> set[str]:
-    """Returns what each launch compiles."""
+    """Returns the distinct kernels that the launches compile, as strings."""
     from jasper_fast.kernels import aot
 
     parts = ("signature", "constexprs", "attrs", "options")

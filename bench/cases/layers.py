@@ -38,7 +38,7 @@ class Layer:
         return (T + 2 * self.padding - self.dilation * (self.K - 1) - 1) // self.stride + 1
 
     def key(self, N: int, T: int) -> dict:
-        """Returns the key of the layer's rows for N utterances of T input frames."""
+        """Returns the part of a result's key that names this layer, for N utterances of T input frames."""
         stride = f" s = {self.stride}" if self.stride > 1 else ""
         dilation = f" d = {self.dilation}" if self.dilation > 1 else ""
         return {"shape": f"({N}, {self.C_in}->{self.C_out}, {T})", "taps": f"K = {self.K}{stride}{dilation}"}

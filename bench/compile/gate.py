@@ -77,8 +77,8 @@ class Job:
 
 
 def jobs(archs: Iterable[int], dtypes: Iterable[str]) -> Iterator[Job]:
-    """Yields a job for each distinct launch of Jasper 10x5's layers. If several layers make the same launch, the job
-    has the name of the widest layer."""
+    """Yields a job for each distinct launch that `recorded` lists. If several layers make the same launch, the job has
+    the name of the widest layer."""
     from jasper_fast.bench.compile.launches import recorded
 
     for arch in archs:

@@ -1,5 +1,5 @@
-"""Lists the Triton kernels to compile: calls our Triton functions at the shapes of Jasper 10x5's layers and records the
-launches.
+"""Lists the Triton kernels to compile: calls our Triton functions at the shapes of Jasper's and QuartzNet's layers and
+records the launches.
 
 The tensors are on the meta device, so nothing is computed.
 """

@@ -14,7 +14,7 @@ STYLES = {"wrong": "bold red", "failed": "red", "refused": "red", "absent": "dim
 
 
 def show(rows: list[dict], goals: list[dict]) -> None:
-    """Prints one table per subcommand, then the goals."""
+    """Prints a table per subcommand with notes on its rows, the table of scaling over processes, and the goals."""
     for bench in dict.fromkeys(row["bench"] for row in rows):
         mine = [row for row in rows if row["bench"] == bench]
         console.print(_rows(bench, mine, words.MEMORY if bench == "memory" else words.columns(mine)))

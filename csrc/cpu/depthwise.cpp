@@ -64,7 +64,7 @@ int64_t packed_size(int64_t channels, int64_t taps) {
   return div_up(channels, kDepthwiseColumns) * taps * kDepthwiseColumns;
 }
 
-// Returns scratch memory of the calling thread, aligned to 64 bytes.
+// Returns the scratch memory of the calling thread, aligned to 64 bytes. The next call may move it.
 float* scratch_of(int64_t floats) {
   thread_local std::vector<float> held;
   if (int64_t(held.size()) < floats + 16) held.resize(floats + 16);

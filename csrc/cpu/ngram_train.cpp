@@ -218,7 +218,7 @@ class Trainer {
 
   double discount(int n, uint64_t count) const { return of_[n].discount[std::min<uint64_t>(count, 3)]; }
 
-  // ---- writing the probabilities of an order, by suffix ----
+  // ---- writing the n-grams of one length, in the order of their suffixes ----
   void write(int n) {
     text_ += "\n\\" + std::to_string(n) + "-grams:\n";
     auto values = std::make_unique<ItemFile<Value>>(folder_);

@@ -1,5 +1,5 @@
-// CTC prefix beam search with shallow fusion of n-grams. kernels/prefix_beam/reference.py is the definition. Both take
-// their sums in the same order, so their results agree in every bit. A task is one utterance.
+// CTC prefix beam search with shallow fusion of n-grams. kernels/prefix_beam/reference.py is the definition. This
+// code adds in the same order, so their results agree in every bit. A task is one utterance.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 

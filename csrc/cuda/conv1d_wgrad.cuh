@@ -24,7 +24,7 @@ struct WgradArgs {
   int batch, frames, frames_out, taps, stride, padding, dilation;
   int in_blocks, out_blocks, tap_groups, shares;
   int segments, share;  // segments of an utterance, segments of a share
-  int stages;           // buffers, on sm_90a only
+  int stages;           // buffers that copies fill in turn, on sm_90a only
 };
 
 inline __host__ __device__ int wgrad_rows(int taps, int dilation, int stride) {

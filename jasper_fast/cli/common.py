@@ -77,7 +77,9 @@ def positive(kind: type) -> Any:
     return parse
 
 
-DEVICE = option("--device", default="auto", help="device to run on: cpu, cuda, cuda:1, ... (a GPU if there is one)")
+DEVICE = option(
+    "--device", default="auto", help="device to run on: cpu, cuda, cuda:1, ... (default: a GPU if there is one)"
+)
 MODEL = {  # the options that `load` and `recognize` read
     "model": [
         option(

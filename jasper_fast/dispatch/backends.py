@@ -1,4 +1,4 @@
-"""The values of `backend=`, and whether this machine can run each of them."""
+"""The values of `backend=`, whether this machine can run each of them, and the module of each face."""
 
 import functools
 import importlib.util

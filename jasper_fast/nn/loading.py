@@ -200,9 +200,9 @@ def load_model(
 ) -> Jasper:
     """Returns a Jasper in evaluation mode with the weights in `path`, a file that `read_weights` understands.
 
-    `config`: the model to build, by default that of the file (see `config_of`). `strict=False` with a `config` for
-    other labels is a warm start, with a warning (see `load_weights`). Raises CheckpointError if the file cannot be read
-    or does not fit.
+    `config`: the model to build, by default that of the file (see `config_of`). `strict=False` makes a warm start, for
+    example with a `config` for other labels; a warning says so (see `load_weights`). Raises CheckpointError
+    if the file cannot be read or does not fit.
     """
     weights = read_weights(path, ema=ema)
     config = config or config_of(weights)

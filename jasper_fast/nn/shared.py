@@ -2,7 +2,7 @@
 
 Every dense block reads all block outputs before it. Without sharing, it would mask and cast each of these outputs
 again, and would compute the statistics of its panes (1x1 residual convs) from the outputs of the panes. When blocks
-share, each block output is prepared once, and its one Gram matrix serves all blocks that read it.
+share, each block output is prepared once. In the Gram form its one Gram matrix serves all blocks that read it.
 """
 
 import contextlib

@@ -96,7 +96,7 @@ def _grad(ctx, dz):
 
 def norm_face(x: Tensor, backend: str, channels: int, frames: int) -> str:
     """Returns the face of the op, and of its statistics, for a tensor (N, `channels`, `frames`) with the N, device and
-    dtype of `x`. See `choose.norm_face`."""
+    dtype of `x`. See `choose.norm_face`; on a CPU `choose.resolve` decides."""
     if not x.is_cuda:
         return choose.resolve(backend, x.device, backends.NORM, x.dtype)
     channels = operator.index(channels)  # makes it a constant in a traced graph

@@ -135,7 +135,7 @@ def _open(path: str | os.PathLike | Memory, pipes: bool = True) -> _File:
 
 
 def _decoder(source: io.BytesIO | bytes) -> _File:
-    """Opens an audio file, given by its bytes or its name."""
+    """Opens an audio file. `source` is its content (BytesIO) or its encoded name (bytes)."""
     file = _File(source)
     if file.format == "MP3" and (counted := _counted(source)) is not None:
         file.close()

@@ -150,8 +150,8 @@ def normalize_and_lost(
 def _lost(before: str, dropped: set[str], keep: set[str]) -> list[str]:
     """Returns the characters that normalisation lost from the text ``before``.
 
-    These are characters whose ASCII form has a ``dropped`` character, letters and digits without an ASCII form, and
-    dropped characters that are in no character of the text, such as letters of a number that was written in words.
+    There are three kinds: characters of the text whose ASCII form contains a ``dropped`` character; letters and digits
+    that have no ASCII form; ``dropped`` characters from words that normalisation inserted, for example for a number.
     ``keep``: the characters of the labels.
     """
     lower, lost, explained = {c.lower() for c in dropped}, {}, set()

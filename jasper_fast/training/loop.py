@@ -100,8 +100,8 @@ class Loop(ABC):
     def tell_skipped(self) -> None:
         """Reads the figures so far and prints which utterances caused bad steps.
 
-        After too many bad steps in a row, goes back to the best weights with `--reload-best`. Otherwise, and if going
-        back is not possible, raises RunError.
+        After too many bad steps in a row it goes back to the best weights if `--reload-best` is given. Without that
+        option, or if going back is not possible, it raises RunError.
         """
         try:
             bad = self.state.meter.read()

@@ -159,10 +159,11 @@ def train_step(
 ) -> StepResult:
     """Runs forward and backward over `batches`, averages their gradients, and makes one step of `optimizer`.
 
-    If the loss or the gradient has a NaN or an infinity, parameters, optimiser state and running statistics do not
-    change. With NovoGrad and PyTorch's fused optimisers this is decided on the device. With other optimisers the host
-    decides, and waits for the device. `model` may be compiled or a DistributedDataParallel. `ema` is updated at the
-    end, or in the optimiser's step if the optimiser was made with `ema`.
+    If the loss or the gradient has a NaN or an infinity, parameters and optimiser state do not change. If a loss of
+    this process is not finite, running statistics do not change either. With NovoGrad and PyTorch's fused optimisers
+    this is decided on the device. With other optimisers the host decides, and waits for the device. `model` may be
+    compiled or a DistributedDataParallel. `ema` is updated at the end of every step, or in the optimiser's step if the
+    optimiser was made with `ema`.
     """
     core = inner(model)
     guard.remember()
@@ -170,8 +171,8 @@ def train_step(
     losses, heard, names, on_device = [], [], [], loss_is_capturable(device)
     for i, batch in enumerate(batches):
         audio, targets = (t.to(device, non_blocking=True) for t in (batch.audio, batch.targets))
-        silent = model.no_sync() if hasattr(model, "no_sync") and i + 1 < len(batches) else nullcontext()
-        with silent:
+        unsynced = model.no_sync() if hasattr(model, "no_sync") and i + 1 < len(batches) else nullcontext()
+        with unsynced:
             samples = batch.audio_lengths.to(device, non_blocking=True) if on_device else batch.audio_lengths
             features, lengths, frames = frontend(audio, samples)
             with torch.autocast(device.type, amp_dtype or torch.float32, enabled=amp_dtype is not None):

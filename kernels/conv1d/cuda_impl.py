@@ -98,7 +98,7 @@ def forward_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y of `forward`, and the mean and M2 (sum of squared deviations) of each channel over all N*T' rows.
 
-    The statistics are taken from the fp32 accumulators before y is rounded: fp32 (C_out,) each.
+    Mean and M2 are fp32 (C_out,) each. They are computed from the fp32 accumulators, before y is rounded.
     """
     return _forward(x, weight, geometry, lengths, packed, STATS)
 

@@ -71,7 +71,7 @@ def default(op: str, dtype: torch.dtype, shape: Shape, frames: int, exact: bool 
     if op == "fused" and shape.stride > 1:
         t = min(t, 64)  # with 128 frames the network's first kernel spills registers
     if op == "fused" and exact and not wide:
-        t = 32  # with 64 frames shared reductions spill: with 4 warps on sm_86, with 8 on sm_100
+        t = 32  # at 64 frames, programs that split a reduction spill: on sm_86 with 4 warps, on sm_100 with 8
     n, k = _fit(out, 16, 128 if wide else 64), _fit(reduced, 16, 64 if wide else 32)
     small = op == "fused" and not wide and t * n < 64 * 64  # 4 warps spill in the last conv, and in panes on sm_100
     warps = 8 if small else _warps(t * n)

@@ -363,7 +363,7 @@ void bn_apply_chunk(const BnArgs& a, int64_t row, int64_t end) {
 // ---- merging the partial results of the chunks, in order, in fp64 ----
 constexpr int64_t kMergeChannels = 16;
 
-// Every chunk but the last has bn_chunk_rows(c) rows. M2 = sum of M2_k + n_k*(mean_k - mean)^2.
+// Every chunk but the last has bn_chunk_rows(c) rows. M2 = sum over k of (M2_k + n_k*(mean_k - mean)^2).
 void bn_merge_stats(const BnArgs& a, int64_t chunks, const double* partials, float* mean, float* m2) {
   const int64_t padded = bn_padded(a.c), rows = bn_chunk_rows(a.c), total = a.n * a.t;
   for (int64_t begin = 0; begin < a.c; begin += kMergeChannels) {

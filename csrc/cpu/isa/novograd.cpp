@@ -12,7 +12,7 @@ namespace jf {
 namespace JF_ISA {
 namespace {
 
-constexpr int kVectors = 4;  // independent accumulators of the sum of squares
+constexpr int kVectors = 4;  // vectors of g per iteration; each has two fp64 accumulators of its own
 
 template <bool kFull, bool kAverage>
 JF_INLINE void update(const NovoGradRun& a, int64_t i, int n) {
