@@ -360,7 +360,7 @@ def test_triton_finds_utterance_and_frame_of_a_row(frames, m0):
 @pytest.mark.parametrize("name", ["cpu", "triton", "cuda"])
 @pytest.mark.parametrize("t", [1, 2, 5, 40])
 def test_utterances_shorter_than_a_tile(name, t, dtype):
-    """A reduction is right if the rows of a program cover many utterances, each with another length."""
+    """A reduction is also right if the rows of one program cover many utterances of different lengths."""
     face = make_face(name)
     n = 300 // t
     lengths = [(7 * i) % (t + 1) for i in range(n)]

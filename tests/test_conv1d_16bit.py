@@ -58,7 +58,7 @@ def test_exact_products_of_rounded_operands(shape, relu, cpu) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_result_in_bf16_is_the_fp32_one_rounded(shape, cpu) -> None:
-    """Shows that this is so with any number of threads, and that nothing beside the result's slice is written."""
+    """Shows it with any number of threads, and that nothing outside of the slice `out` is written."""
     c_in, c_out, k, t, stride, dilation, lengths = shape
     x, packed = torch.randn(len(lengths), t, c_in).to(BF16), cpu.pack(torch.randn(c_out, c_in, k), dtype=BF16)
     how, options = Geometry(stride, k // 2 * dilation, dilation), {"lengths": Lengths(torch.tensor(lengths))}

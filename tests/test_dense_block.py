@@ -30,7 +30,7 @@ def grams(block: JasperBlock, sources) -> list[ops.Gram | None]:
 
 
 def run(block: JasperBlock, sources, seeds) -> torch.Tensor:
-    """Returns the block's output, with masks. The padding of `sources` may have any values."""
+    """Runs the block with conv masks and returns its output. `sources` are masked first."""
     steps = [LENGTHS]
     for _ in range(block.b.repeat):
         steps.append(block.b.out_length(steps[-1]))

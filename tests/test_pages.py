@@ -28,7 +28,8 @@ ADDRESSES = {"src", "href", "poster", "data", "action", "srcset", "xlink:href"}
 
 
 class Page(HTMLParser):
-    """A parsed page. Raises AssertionError if tags are not closed in order, and for addresses of files and scripts."""
+    """A parsed page. Raises AssertionError if tags are not closed in order, if there is a script, or if an
+    address leads out of the page."""
 
     def __init__(self, html: str) -> None:
         super().__init__()

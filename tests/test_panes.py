@@ -18,7 +18,8 @@ LOW = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def ahead(xs, weights, gammas, betas):
-    """Computes the Gram form. The statistics of its panes are taken before, together with those of other panes."""
+    """Returns the sum of the panes in the Gram form. Each pane's statistics come from a call of `pane_stats` that has
+    another pane of the same input too."""
     others = [torch.ones_like(w)[:3] for w in weights]
     grams = [ops.pane_stats(ops.gram(x), pair)[1] for x, *pair in zip(xs, others, weights, strict=True)]
     return ops.panes(xs, grams, weights, gammas, betas)
@@ -163,7 +164,7 @@ def rounded(inputs, low):
 
 @pytest.mark.parametrize("low", LOW, ids=str)
 def test_precision(form, low):
-    """In fp32 a gradient may have 16 times the error of PyTorch's: it sums fp32 products over all rows, while ATen's
+    """In fp32 a gradient may have 16 times the error of PyTorch's: ours sums fp32 products over all rows, while ATen's
     CPU batch norm sums in fp64. In 16 bits that sum does not limit the precision."""
     inputs = rounded(pane_inputs(m=(8, 200)), low)
     judge(form, inputs, low, torch.randn(8, 5, 200).to(low).double(), 16.0 if low == torch.float32 else 2.0)

@@ -216,7 +216,7 @@ def install(out: Path) -> int:
     """Installs the table of the newest result of `bench tune`, as a step of a call; returns the exit status."""
     results = sorted(out.glob("tune_*.json"), key=lambda path: path.stat().st_mtime)
     if not results:
-        print(f"{out}: there is no result of bench tune in it; run call 3 first")
+        print(f"{out}: this folder has no result of `bench tune`; run call 3 first")
         return 1
     return subprocess.call([PYTHON, "-m", "jasper_fast.bench", "tune", "--install", str(results[-1])])
 

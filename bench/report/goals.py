@@ -62,9 +62,9 @@ class NeverSlower(Goal):
     """A goal for all cases that match: the best rival must take at least `goal` times our time."""
 
     def judge(self, rows: list[dict]) -> Iterable[dict]:
-        """Yields the verdict on the worst case, which is the rival's row with the smallest ratio.
+        """Yields one result, for the row with the smallest ratio among all matching cases and their rivals.
 
-        A case in which we have no number is worse than any other.
+        If a case has no number of ours, the result is that case's, and the goal is not met.
         """
         mine = [row for row in rows if self.matches(row)]
         for row in mine:

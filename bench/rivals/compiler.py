@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from jasper_fast.bench.harness.errors import Absent
 from jasper_fast.bench.rivals.eager_layouts import Model
 
-VARIANTS = 64  # most compiled variants of one function
+VARIANTS = 64  # maximum number of compiled variants of one function
 
 
 def fresh_compiler() -> None:

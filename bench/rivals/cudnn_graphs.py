@@ -1,7 +1,7 @@
 """cuDNN's fused convolutions, called by its Python frontend: conv + statistics for training, and conv + bias + ReLU for
 inference.
 
-cuDNN's fused engines take only fp16 and NHWC. A 1D conv is a 2D conv of height 1.
+This rival uses cuDNN's fused engines in fp16 and NHWC only. A 1D conv is a 2D conv of height 1.
 """
 
 import importlib.util

@@ -19,7 +19,7 @@ namespace jf {
 namespace JF_ISA {
 namespace {
 
-struct Scratch {  // grows to the largest task of its thread
+struct Scratch {  // working memory of a thread, which grows to its largest task
   std::unique_ptr<float, void (*)(void*)> memory{nullptr, std::free};
   int64_t size = 0;
   std::vector<int64_t> tap_offsets;

@@ -56,7 +56,7 @@ FIXES = (
 )
 # fixes by the type of the error, used if no text in FIXES fits
 FIXES_OF_KINDS = (
-    (subprocess.SubprocessError,  # the C compiler failed (ptxas: PTXASError)
+    (subprocess.SubprocessError,  # the C compiler failed; if ptxas fails, it is a PTXASError
      "Triton compiles its launcher in C: it needs gcc, Python's headers (python3-dev) and space in TMPDIR"),
     ((OSError, ImportError),  # not the kernel's fault: a kernel uses no files
      "this user must be allowed to read and run the files of Triton, and to write its cache"),

@@ -39,7 +39,7 @@ def into(out: Tensor, x: Tensor, packed: Tensor, geometry: Geometry, lengths: Le
 def dgrad(
     dy: Tensor, weight: Tensor, t: int, geometry: Geometry, lengths: Lengths = FULL, packed: Tensor | None = None
 ) -> Tensor:
-    """Returns the gradient of x, (N, C, T = `t`), from `dy` (N, C, T'), masked by `lengths`."""
+    """Returns the gradient of x, (N, C, T = `t`), from `dy` (N, C, T'). Both are masked by `lengths`."""
     x = empty_ntc(dy.shape[0], dy.shape[1], t, like=dy)  # only its shape and memory format are used
     masked = ntc(mask(dy, lengths.after))
     dx = conv2d_backward(masked, x, weight.to(dy.dtype), geometry, (True, False), weight.shape[0])[0]
