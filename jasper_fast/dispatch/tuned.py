@@ -141,9 +141,10 @@ def tune(
 ) -> Session:
     """Measures `cells` in a child process for at most `budget` seconds. With `keeps` saves each finished cell.
 
-    `seconds`: the time that measuring one cell may take (None: the tuner's default). If a contender crashes or hangs the child, the fault
-    is saved, the contender is not tried again, and a new child continues. `on_cell(session, activity)` is called at
-    each message of the child. Raises CannotTune if a child ends outside any measurement, or by a signal from outside.
+    `seconds`: the time that measuring one cell may take (None: the tuner's default). If a contender crashes or hangs
+    the child, the fault is saved, the contender is not tried again, and a new child continues. `on_cell(session,
+    activity)` is called at each message of the child. Raises CannotTune if a child ends outside any measurement, or by
+    a signal from outside.
     """
     session, end = Session(list(dict.fromkeys(cells))), clock() + budget
     while True:
