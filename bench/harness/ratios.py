@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy
 
 CONFIDENCE = 0.95
-# The least number of samples for each percentile. With fewer it is just the smallest or largest sample.
+# The least number of samples for each percentile. With fewer, less than one sample is expected beyond it.
 SAMPLES = {"p05": 20, "p20": 5, "p50": 1, "p80": 5, "p90": 10, "p95": 20, "p99": 100}
 
 

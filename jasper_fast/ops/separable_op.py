@@ -1,7 +1,8 @@
 """A depthwise and a pointwise conv as one autograd node, with or without batch norm, ReLU and dropout before them.
 
-The node saves its input and a few vectors. Backward computes the input and the output of the depthwise conv again. So a
-separable sub-block keeps one tensor, the output of its pointwise conv, while eager PyTorch keeps four.
+The node saves its input, which is the output of the previous sub-block's pointwise conv, and a few vectors. Backward
+computes the input and the output of the depthwise conv again. So one tensor is kept per sub-block, where eager PyTorch
+keeps four.
 """
 
 import torch
