@@ -22,11 +22,15 @@ from jasper_fast.speech.text import Vocabulary
 
 
 class Watched(SpeechDataset):
-    """Sets an item's ``start`` to the id of the process that reads the item. The item ``deadly`` kills this process."""
+    """Sets an item's ``start`` to the id of the process that reads the item. The item ``deadly`` kills this process.
+    With ``unblocks``, reading an item unblocks SIGTERM."""
 
     deadly = -1
+    unblocks = False
 
     def __getitem__(self, key):
+        if self.unblocks:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         if key[1] == self.deadly:
             os.kill(os.getpid(), signal.SIGKILL)
         item = super().__getitem__(key)
@@ -107,7 +111,7 @@ def test_an_error_of_the_program_is_no_death(data, monkeypatch) -> None:
             next(load_batches(data, BatchSampler(data.durations, 2), workers=workers))
 
 
-def test_sigterm_ends_them_from_their_parent_alone(data, begun) -> None:
+def test_sigterm_ends_them_from_their_parent_only(data, begun) -> None:
     """torchrun and SLURM send SIGTERM to all processes of a run. Workers ignore it, because the training process ends
     them when it has saved its state."""
     loader = load_batches(data, BatchSampler(data.durations, 1), workers=1, endless=True)
@@ -119,6 +123,18 @@ def test_sigterm_ends_them_from_their_parent_alone(data, begun) -> None:
     process.terminate()
     process.join(20)
     assert process.exitcode == 0
+    loader.close()
+
+
+def test_a_worker_survives_sigterm_after_it_was_unblocked(data, begun) -> None:
+    data.unblocks = True
+    loader = load_batches(data, BatchSampler(data.durations, 1), workers=1, endless=True)
+    take(loader, 1)
+    [process] = begun()
+    for _ in range(20):
+        subprocess.run(["kill", "-TERM", str(process.pid)], check=True)
+        take(loader, 1)
+    assert process.is_alive()
     loader.close()
 
 

@@ -62,6 +62,8 @@ def _named(source: Iterator[Any]) -> Iterator[Any]:
 def _outlive_signals(worker: int) -> None:
     """Makes this worker process ignore SIGTERM, unless its parent process sends it."""
     parent = os.getppid()
+    # Other code may unblock SIGTERM, as the resource tracker of multiprocessing does. The signal then does nothing.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:
