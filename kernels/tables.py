@@ -7,8 +7,8 @@ conv has its number of channels as c_in and c_out, and 1 for taps, stride and di
 
 Rows come from three sources: what was tuned on this machine (`lay_over`), the committed table of this GPU, and the
 table of the most similar GPU (`likeness`). For each shape and rows_log2 only the first source that has rows counts,
-because times of two machines are not compared. A table is checked in full at the first look-up for its GPU. For a GPU
-without rows, look-ups return None and kernels use their default tiles.
+because times of two machines are not compared. A table is checked in full when it is read. For a GPU without rows,
+look-ups return None and kernels use their default tiles.
 """
 
 import functools
@@ -76,8 +76,8 @@ def lookup(
     """Returns the fastest measured configuration of `op` on `face`, or None if this GPU or shape was not measured.
 
     c_in, c_out: the channels of the conv's weight, also for gradients. rows: N*T' of the conv's output. If its
-    rows_log2 was not measured, the row of the nearest rows_log2 that was measured is returned. The first look-up raises
-    TableError if the table of this GPU is faulty.
+    rows_log2 was not measured, the row of the nearest rows_log2 that was measured is returned. The tables are read at
+    the first look-up for a GPU, which raises TableError if one of them is faulty.
     """
     if _forced and (row := _forced.get(op)) is not None:
         return row
@@ -99,7 +99,7 @@ def fastest(
     dilation: int,
     rows: int | None = None,
 ) -> str | None:
-    """Returns the face on which all `ops` together take the least time, or None if one of them was not measured.
+    """Returns the face on which all `ops` together take the least time, or None if no face was measured at all of them.
 
     rows: N*T' of the output. None means the largest number that was measured.
     """
@@ -140,7 +140,7 @@ def bucket(rows: int) -> int:
 
 @contextmanager
 def forced(op: str, tile: Mapping[str, int], face: str = "triton") -> Iterator[None]:
-    """A context in which every look-up of `op` returns `tile`, on any device. Tuning and the self-check use it.
+    """A context in which every look-up of `op` returns a row with `tile`, on any device.
 
     This changes the whole process: do not use it while other threads launch kernels.
     """

@@ -1,6 +1,7 @@
 """Calculates what the CUDA convs should cost: `python -m bench compile --cuda --shapes`.
 
-The command prints a line for each conv of Jasper 10x5, for N = 32 utterances of 16.7 s (T' = 835). The columns are:
+For each GPU the command prints a line for each conv of Jasper 10x5, at N = 32 utterances of 16.7 s (T' = 835). The
+columns are:
 
     frames                  the planned tile
     regs                    registers per thread, from nvcc

@@ -1,8 +1,8 @@
 """Compiles every Triton kernel that dispatch can choose, for each architecture, without a GPU, and checks the result.
 
 `python -m bench compile` prints the registers, shared memory and instructions of each kernel. It fails if a kernel
-spills registers, needs more shared memory than the architecture has, does not use tensor cores or asynchronous copies
-where it should, or differs from bench/compiled/triton-VERSION.json.
+breaks one of RULES (no spilled registers, tensor cores where possible, and so on) or differs from
+bench/compiled/triton-VERSION.json.
 """
 
 import argparse
@@ -77,8 +77,10 @@ class Job:
 
 
 def jobs(archs: Iterable[int], dtypes: Iterable[str]) -> Iterator[Job]:
-    """Yields a job for each distinct launch that `recorded` lists. If several layers make the same launch, the job has
-    the name of the widest layer."""
+    """Yields a job for each distinct launch that `recorded` lists.
+
+    If several layers make the same launch, the job has the name of the first.
+    """
     from jasper_fast.bench.compile.launches import recorded
 
     for arch in archs:
@@ -240,7 +242,9 @@ RULES = (
         ),
     ),
     Rule(
-        "a NaN passes", _nan, (("conv1d last", "log-softmax subtracts a maximum without NaN, but its exp keeps a NaN"),)
+        "a NaN passes",
+        _nan,
+        (("conv1d last", "the maximum in log-softmax drops a NaN, but the sum of exponentials keeps it"),),
     ),
 )
 

@@ -79,8 +79,8 @@ class Table:
     ) -> int:
         """Prints the rows, the broken rules and the differences from the table; returns the exit status.
 
-        With --update it writes the table, and with --out a file of the rows. It compares and replaces only rows for
-        whose key `asked` returns True.
+        With --update it writes the table, and with --out a file of the rows. It compares and replaces only rows whose
+        key `asked` accepts.
         """
         compiler = f"{self.compiler} {version}"
         file = f"{self.compiler.lower()}-{version}.json"

@@ -43,7 +43,7 @@ void check_ntc(const char* name, const Tensor& x) {
   if (!ntc) fail(name, "must have NTC memory, strides (T*C, 1, C); make it so with jasper_fast.kernels.layout.ntc");
 }
 
-// A channel vector: fp32, (C,), contiguous.
+// The data of a channel vector, which must be fp32, (C,) and contiguous.
 float* channels(const BnArgs& a, const char* name, const Tensor& x) {
   check_cpu(name, x);
   if (x.scalar_type() != ScalarType::Float) fail(name, "must be fp32");
@@ -54,7 +54,7 @@ float* channels(const BnArgs& a, const char* name, const Tensor& x) {
   return static_cast<float*>(x.data_ptr());
 }
 
-// An activation of the shape, dtype and memory order of y.
+// The data of an activation, which must have the shape, dtype and memory order of y.
 void* activation(const Tensor& y, const char* name, const Tensor& x) {
   check_cpu(name, x);
   if (x.scalar_type() != y.scalar_type()) fail(name, "must have the dtype of y");

@@ -31,7 +31,7 @@ inline int64_t bn_chunk_rows(int64_t c) {
   return rows < kBnMinChunkRows ? kBnMinChunkRows : rows > kBnMaxChunkRows ? kBnMaxChunkRows : rows;
 }
 
-// The partial result of a chunk has this many vectors of C fp64 numbers, each padded to a multiple of a cache line.
+// The partial result of a chunk has room for this many vectors of C fp64 numbers, each padded to whole cache lines.
 constexpr int64_t kBnPartialVectors = 3;
 inline int64_t bn_padded(int64_t c) { return (c + 15) / 16 * 16; }
 

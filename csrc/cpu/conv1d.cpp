@@ -110,7 +110,8 @@ void conv1d_pack(const Tensor& weight, bool transposed, int64_t fir_level, Tenso
 }
 
 std::vector<ConvRowGroup> row_groups(const ConvForward& args) {
-  // Ranges begin at multiples of `unit`, so that the fast algorithm groups the same rows for every length.
+  // All groups but the last have a multiple of `unit` rows, so that the fast algorithm combines the same rows for every
+  // length.
   const int64_t unit = args.fir_level == 0 ? 1 : args.dilation << args.fir_level;
   std::vector<ConvRowGroup> groups;
   for (int64_t n = 0; n < args.n; ++n) {

@@ -39,8 +39,8 @@ struct ConvForward {
   int64_t fir_level = 0;
 };
 
-// Rows [begin, end) of item n go through the GEMM. Rows [fill_begin, begin) and [end, fill_end) depend on no row of x:
-// they are filled with the bias or zeros.
+// Rows [begin, end) of item n go through the GEMM. Rows [fill_begin, begin) and [end, fill_end) need no products: they
+// are filled with the bias or zeros.
 struct ConvRowGroup {
   int64_t n, fill_begin, begin, end, fill_end;
 };
@@ -82,7 +82,7 @@ JF_FOR_EACH_ISA(JF_DECLARE_CONV1D)
 // The number of floats, or of pairs of bf16, that hold `channels` channels.
 inline int64_t conv1d_units(int64_t channels, bool bf16) { return bf16 ? (channels + 1) / 2 : channels; }
 
-// Sets begin and end: rows [begin, end) of the output depend on at least one row of x in [0, length).
+// Sets begin and end: all rows of the output that depend on a row of x in [0, length) are in [begin, end).
 inline void conv1d_live_rows(int64_t length, int64_t t_out, int64_t taps, int64_t stride, int64_t dilation,
                              int64_t padding, int64_t& begin, int64_t& end) {
   const int64_t first = padding - (taps - 1) * dilation;

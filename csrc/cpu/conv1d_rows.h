@@ -26,7 +26,7 @@ struct Scratch {  // working memory of a thread, which grows to its largest task
   float* floats(int64_t n) {
     if (n > size) {
       memory.reset(static_cast<float*>(std::aligned_alloc(64, (n * sizeof(float) + 63) / 64 * 64)));
-      if (memory == nullptr) std::abort();  // inside a parallel region an exception could not leave
+      if (memory == nullptr) std::abort();  // an exception could not leave the parallel region
       size = n;
     }
     return memory.get();
@@ -75,7 +75,7 @@ inline void transpose(const float* from, int64_t stride, int64_t columns, int64_
 inline int64_t chunk_channels(int64_t taps) { return taps > kFewTaps ? kLongChunk : kShortChunk; }
 inline int window_stride(int64_t taps) { return taps > kFewTaps ? kLongStride : kShortStride; }
 
-// One item of x. Rows outside of [0, rows) count as zero: row() returns null for them.
+// One item of an activation. Rows outside of [0, rows) count as zero: row() returns null for them.
 template <class T>
 struct Source {
   const T* data;

@@ -18,7 +18,7 @@ namespace jf {
 namespace JF_ISA {
 namespace {
 
-// kRows is as large as the registers allow: kRows x 2 accumulators, beside 2 vectors of B and 1 of A.
+// kRows is limited by the registers, which hold kRows x 2 accumulators, 2 vectors of B and 1 of A.
 #if defined(__AVX512F__)
 using Vec = __m512;
 inline Vec splat(float v) { return _mm512_set1_ps(v); }
@@ -47,7 +47,7 @@ constexpr int64_t kShortChunk = 256;      // units of a chunk with few taps: eno
 constexpr int64_t kFewTaps = 4;
 constexpr int kLongStride = 80;           // floats between window rows: 5 cache lines; kShortStride: 17 cache lines
 constexpr int kShortStride = 272;
-constexpr int64_t kChain = 128;           // products that are added in registers before the sum goes to memory
+constexpr int64_t kChain = 128;           // units (at least one tap) that are summed before the sum goes to memory
 static_assert(kLongStride / kLine % 2 == 1 && kShortStride / kLine % 2 == 1);
 
 inline Vec load(const float* p) { return (Vec) * reinterpret_cast<const VecUnaligned*>(p); }

@@ -11,8 +11,8 @@
 //             p(w|h') is 1/|V|
 //
 // Every step reads and writes sorted files. "By context" means that a key holds the words from first to last. "By
-// suffix" means from last to first: an n-gram then comes right after the n-grams of lower order that it ends in. The
-// interface is plain C, for ctypes.
+// suffix" means from last to first, so that n-grams with the same last words are neighbours. The interface is plain C,
+// for ctypes.
 #include <array>
 #include <cerrno>
 #include <charconv>
@@ -93,7 +93,7 @@ class Trainer {
         counts_(std::make_unique<Sorter<Counted>>(folder_, memory_)), adjusted_(order + 1), parts_(order + 1),
         gammas_(order + 1) {}
 
-  // Counts the words of complete sentences, each of which ends with </s>.
+  // Counts the n-grams of complete sentences, each of which ends with </s>.
   void add(const int32_t* words, int64_t count) {
     std::array<uint32_t, kMostWords> last;
     last.fill(kBegin);
@@ -326,7 +326,7 @@ int guarded(Handle* handle, const F& body) {
 
 #define JF_EXPORT extern "C" __attribute__((visibility("default")))
 
-// memory: bytes. prune: one count per order; n-grams that occur this often or less are left out.
+// memory: bytes. prune: one count per order; n-grams that do not occur more often than this are left out.
 JF_EXPORT void* jf_ngram_new(int order, const char* folder, int64_t memory, const int64_t* prune) {
   auto* handle = new jf::Handle;
   jf::guarded(handle, [&] { handle->trainer = std::make_unique<jf::Trainer>(order, folder, memory, prune); });

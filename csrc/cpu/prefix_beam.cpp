@@ -103,8 +103,8 @@ class Search {
     }
   }
 
-  // Returns the log of the probability of the paths that `symbol` extends. If it equals the last symbol, these are only
-  // the paths that end in a blank.
+  // Returns the log of the probability of the paths that `symbol` extends. If the prefix ends in the same symbol, these
+  // are only the paths that end in a blank.
   double paths(const Entry& e, int32_t symbol) const {
     return e.node != 0 && nodes_[e.node].symbol == symbol ? e.b : e.total;
   }

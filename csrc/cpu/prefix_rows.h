@@ -174,8 +174,8 @@ class Rows {
   // The state of the empty prefix. A state is one of the n-gram of symbols, or with words the number of a Place.
   int32_t start() { return words_.there() ? number({lm_.start, words_.lm.start, 0}) : lm_.start; }
 
-  // Deletes rows that take too much memory. Call it between frames, when no row is in use. With words, the states of
-  // `entries` are then numbered anew.
+  // Deletes all rows if they take too much memory. Call it between frames, when no row is in use. With words, the
+  // states of `entries` are then numbered anew.
   template <class Entries>
   void tidy(Entries& entries) {
     if ((rows_.size() + spelt_.size()) * size_t(classes_) * 20 + places_.size() * 60 <= kRowBytes) return;

@@ -1,5 +1,5 @@
 // Threads for the files outside isa/. Threads take tasks from a counter, so a thread that loses its core delays only
-// few tasks.
+// one task.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

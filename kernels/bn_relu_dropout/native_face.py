@@ -50,7 +50,7 @@ class NativeFace:
     ) -> tuple[Tensor, Tensor | None]:
         """Returns dy = gamma*rstd*(g - mean_g - yhat*mean_gy), and dres, which is g with a residual, else None.
 
-        means: (mean_g, mean_gy), or None to leave both terms out. halo: not used: these faces read all rows of y.
+        means: (mean_g, mean_gy), or None to leave both terms out. halo: not used.
         """
         dy = torch.empty_like(y)
         dres = torch.empty_like(y) if has_residual else None

@@ -100,7 +100,7 @@ def _alive(y: Tensor, mask: Mask) -> Tensor:
 
 def _open(y: Tensor, z: Tensor | None, norm: Norm, mask: Mask) -> Tensor:
     """Returns bool (N, C, T): True for elements through which the gradient flows."""
-    if z is not None:  # includes the dropout mask: a dropped element of z is 0
+    if z is not None:  # z also shows what was dropped: a dropped element is 0
         passed, mask = ~(z <= 0), Mask(mask.lengths)
     else:
         passed = ~(_pre(y, norm) <= 0)

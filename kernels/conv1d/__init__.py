@@ -3,8 +3,8 @@
     y[n, t, co] = sum_k sum_c x[n, t*stride + k*dilation - padding, c] * w[co, c, k]
 
 x: logical (N, C_in, T), memory N, T, C; weight: (C_out, C_in, K) as PyTorch keeps it; lengths: (N,) int64. Rows of x at
-t >= length count as zero and are not read. `clean` promises that those rows are zero, which makes some faces faster.
-`packed` is the weight in the memory order that the face's kernels read. Each face (an implementation: reference, aten,
+t >= length count as zero. `clean` promises that those rows are zero, which makes some faces faster. `packed` is the
+weight in the memory order that the face's kernels read. Each face (an implementation: reference, aten,
 cpu, triton, cuda) exports `forward`, `dgrad` (gradient of x) and `wgrad` (gradient of the weight). A face whose kernels
 also compute the reductions of batch norm exports `forward_stats` and `dgrad_bn` too. `reference.py` defines them all.
 Backward needs x and the weight.

@@ -61,7 +61,7 @@ def dgrad(
     lengths: Tensor | None = None,
     packed: Tensor | None = None,
 ) -> Tensor:
-    """Returns the gradient of x, (N, C_in, T = `t`), from `dy` (N, C_out, T')."""
+    """Returns the gradient of x, (N, C_in, T = `t`), from `dy` (N, C_out, T'). lengths: not used."""
     # Only the shape and memory format of x are used. A tensor expanded from a scalar would make ATen copy dy to NCHW.
     x = empty_ntc(dy.shape[0], weight.shape[1], t, like=dy)
     return ntc(conv2d_backward(dy, x, _in(dy, weight, packed), geometry, (True, False))[0].squeeze(2))
@@ -95,7 +95,10 @@ def conv2d(x: Tensor, weight: Tensor, geometry: Geometry, groups: int = 1) -> Te
 def conv2d_backward(
     dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, which: tuple[bool, bool], groups: int = 1
 ) -> tuple[Tensor | None, Tensor | None, None]:
-    """Returns the gradients of `x` and of `weight`, with a height of 1, or None where `which` (x, weight) is False."""
+    """Returns the gradients of `x` and of `weight`, with a height of 1, or None where `which` (x, weight) is False.
+
+    A third None stands for the gradient of a bias.
+    """
     return torch.ops.aten.convolution_backward(
         dy.unsqueeze(2), x.unsqueeze(2), weight.unsqueeze(2), None,
         *_in_2d(geometry), False, (0, 0), groups, (*which, False),

@@ -1,11 +1,12 @@
 """The CPU face of conv1d: threaded C++ kernels (csrc/cpu/isa/conv1d_*.cpp), one set per instruction set.
 
 `fused` takes x and returns y in fp32, with weights in fp32. On a CPU with AVX512-BF16 the weights and x may be bf16.
-The functions for training take 16-bit tensors as well. They multiply in bf16 where the CPU can, and in fp32 elsewhere.
+The functions for training take 16-bit tensors as well. They multiply bf16 tensors in bf16 if the CPU can, and all
+others in fp32.
 
 The functions for training choose the algorithm by the shape and pack the weight in every call; they do not use
-`packed`. Results are bit-identical for any number of threads. The result of an utterance does not depend on its batch
-or its padding.
+`packed`. Results are bit-identical for any number of threads. The result of `fused` for an utterance does not depend on
+the rest of the batch or on padding.
 """
 
 from dataclasses import dataclass

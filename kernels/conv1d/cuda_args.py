@@ -26,7 +26,7 @@ def address(x: Tensor | None) -> int | None:
 
 
 class Operand(ctypes.Structure):
-    """Activations (N, T, C) whose channels are reduced, and the packed weight that they are multiplied with."""
+    """Activations (N, T, C), and the packed weight that they are multiplied with (none in wgrad)."""
 
     _fields_ = [
         *((name, Pointer) for name in ("x", "pack")),

@@ -111,7 +111,7 @@ def _panel_bytes(block: int, taps: int, dilation: int, stride: int) -> int:
 
 
 def shared_bytes(loop: int, block: int, work: Work, panels: int, stages: int = 0) -> int:
-    """Returns the bytes of shared memory that a CTA of the kernels needs."""
+    """Returns the bytes of shared memory that a CTA of a conv needs, except in `wgrad`."""
     panel = _panel_bytes(block, work.taps, work.dilation, work.stride)
     if loop == 90:
         return panels * panel + stages * _WEIGHTS + _STAGING_90 + (MAX_STAGES + MAX_PANELS) * 16
@@ -188,7 +188,7 @@ def _clocks(gpu: Gpu, work: Work, p: Plan) -> float:
 def plan_wgrad(gpu: Gpu, work: Work) -> Wgrad:
     """Returns the plan for dw (c_out, c_red, taps). Raises ValueError if none fits the GPU's shared memory.
 
-    The plan has one wave of CTAs for loop 90, and two waves for the other loops, whose CTAs are smaller.
+    It aims at one wave of CTAs for loop 90, and at two waves for the other loops, whose CTAs are smaller.
     """
     for loop, taps in _wgrad_ways(gpu.loop, work):
         if (cut := _plan_wgrad(gpu, work, loop, taps)) is not None:

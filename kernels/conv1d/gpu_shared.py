@@ -70,9 +70,9 @@ def frames_of(t: int, c_in: int, w: Packed, geometry: Geometry) -> int:
 def pack_buffer(
     weight: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Returns the contiguous `weight` and the buffer for its pack: `out`, or a new one in `dtype` (default: its own).
+    """Returns the contiguous `weight` and the buffer for its pack: `out`, or a new one in `dtype`.
 
-    Raises ValueError if `out` has another shape or dtype.
+    The default of `dtype` is that of the weight. Raises ValueError if `out` has another shape or dtype, or gaps.
     """
     w = weight.detach().contiguous()
     if out is None:

@@ -6,10 +6,10 @@
 
 The kernel runs the forward's loop over dy, with the taps reversed and each weight tile transposed as it is loaded. A
 program owns BLOCK_T frames of one utterance by BLOCK_N of the C channels of z. With HAS_NORM it reads the same tile of
-y and z, writes g instead of dz, and writes the sums of its fp32 g to (tiles, C) partial results, which a second kernel
-adds in a fixed order. A separate reduction would need another pass over dz and y. To find where z > 0, the kernel reads
-z. Drawing the dropout mask again would save that read, but needs more registers, and wgrad reads z in any case. Tiles
-at t >= length are filled with zeros.
+y and z, and writes g instead of dz. It also writes the sums of its fp32 g and g*yhat to (tiles, C) partial results,
+which a second kernel adds in a fixed order. A separate reduction would need another pass over dz and y. To find where
+z > 0, the kernel reads z. Drawing the dropout mask again would save that read, but needs more registers, and wgrad
+reads z in any case. Tiles at t >= length are filled with zeros.
 """
 
 import triton

@@ -1,12 +1,12 @@
-"""conv1d forward in training, with the statistics of its output.
+"""conv1d forward in training, if needed with the statistics of its output.
 
     y[n, t, :] = sum_k x[n, t*stride + k*dilation - padding, :] @ w[k]
 
 A program owns BLOCK_T frames of one utterance by BLOCK_N output channels. It reads its frames of x taps/stride times
-(only the first time from memory) and its channels of w once, and writes y once. It writes the mean and M2 of its fp32
-accumulators to (tiles, C_out) partial results. A second kernel merges them in a fixed order (Chan's formula), so the
-statistics need no pass over y. A tile whose inputs all lie beyond the length of its utterance is not computed: its y,
-mean and M2 are zero.
+(only the first time from memory) and its channels of w once, and writes y once. With HAS_STATS it also writes the mean
+and M2 of its fp32 accumulators to (tiles, C_out) partial results. A second kernel merges them in a fixed order (Chan's
+formula), so the statistics need no pass over y. A tile whose inputs all lie beyond the length of its utterance is not
+computed: its y, mean and M2 are zero.
 """
 
 import triton

@@ -280,8 +280,8 @@ def fused(
     panes: x2 (N, T', C2) and packed2, a 1x1 conv. `out` and x2 need unit channel stride; their other strides are free,
     so they may be slices of wider buffers. `x` has unit channel stride too, or it is features with unit frame stride,
     which may be fp32 for any dtype of the pack. Rows of x and x2 at t >= `lengths.before` count as zero and are not
-    read. Rows of the result at t >= `lengths.after` are zero. A tile that has only such rows, or rows that depend on no
-    row of x, loads and multiplies nothing. With a mask, `out` may have more rows than the conv produces. `bias` is
+    read. Rows of the result at t >= `lengths.after` are zero. A tile that has only such rows, or only rows that depend
+    on no row of x and x2, multiplies nothing. With a mask, `out` may have more rows than the conv produces. `bias` is
     fp32 (C_out,).
 
     clean: as in `forward`, for x and x2. log_softmax: ends with a log-softmax over C_out, at most 128; `out` is then
@@ -330,7 +330,7 @@ def fused(
         out, bias, *lengths[:3], part, arrived,
         t, t_out, *x_sizes, x_chan, *x2_sizes, w.c_out, z_row, z_item,
         w.taps, padding, dilation, t_blocks, splits,
-        STRIDE=stride, HAS_IN_LENGTHS=lengths.before is not None, HAS_OUT_LENGTHS=lengths.after is not None,
+        STRIDE=stride, HAS_IN_LENGTHS=lengths.before is not None, HAS_OUT_LENGTHS=masked and lengths.after is not None,
         HAS_LENGTHS_OUT=lengths.made is not None, HAS_MASK=masked, HAS_PANES=x2 is not None,
         HAS_BIAS=bias is not None, HAS_RELU=relu, HAS_LOG_SOFTMAX=log_softmax, HAS_SPLITS=splits > 1,
         HAS_DESCRIPTORS=by_descriptor, IS_CLEAN=whole, IS_NCT=nct,

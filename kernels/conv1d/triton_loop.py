@@ -3,7 +3,7 @@
     acc[t, o] += sum_k sum_c x[n, t*stride + k*dilation - padding, c] * w[k, c, o]
 
 The outer loop runs over chunks of BLOCK_K channels and the inner one over the taps, so K - 1 of K reads of a chunk come
-from cache. On sm_90 and later, 16-bit tiles that touch no padding are loaded through tensor descriptors (TMA), which
+from cache. On sm_90 and later, 16-bit tiles without rows to mask are loaded through tensor descriptors (TMA), which
 fill rows outside of x with zeros, as the conv needs. Other tiles are loaded through masked pointers, which become
 cp.async. At stride S the descriptor sees x as (N, T // S, S*C): frame p is the C channels of row p // S that start at
 channel p % S * C.

@@ -1,9 +1,9 @@
 """Chooses the tiles of the Triton convs: the tile of a call (from a table, or the default), and the tiles to be timed.
 
 A forward, dgrad or fused program owns `t` frames by `n` output channels. In each step it takes `k` input channels of
-one tap, so a 16-bit step of 128 x 128 x 64 moves 32 KB for 2.1 MFLOP. `splits` programs share the reduction of one
-tile. A wgrad program owns `n` input by `k` output channels of one tap or two (`wgrad_taps`) and takes `t` frames in
-each step; `splits` programs share the utterances.
+one tap, so a 16-bit step of 128 x 128 x 64 moves 32 KB for 2.1 MFLOP. In fused, `splits` programs share the reduction
+of a tile. A wgrad program owns `n` input by `k` output channels of one tap or two (`wgrad_taps`) and takes `t` frames
+in each step; `splits` programs share the utterances.
 """
 
 import functools
@@ -13,7 +13,7 @@ import torch
 
 from jasper_fast.kernels import tables
 
-# Defaults are chosen for a large GPU (an H100). These are constants, so that every GPU makes the same choice.
+# The defaults are computed from these numbers of an H100, so they are the same on every GPU.
 WAVE = 132  # programs that fill the GPU once, one per multiprocessor (two if they are wgrad's with one tap)
 FLOP_S = 660e12  # FLOP/s of 16-bit matrix products that these tiles reach at best
 BYTES_S = 3e12  # bytes per second of the GPU's memory
@@ -125,7 +125,7 @@ def shortlist(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> list[Ti
 
 
 def _seconds(op: str, dtype: torch.dtype, tile: Tile, shape: Shape) -> float:
-    """Returns an estimate of the time: programs run in whole waves, and partial sums are written and read once.
+    """Returns an estimate of the time. Programs run in whole waves; in fused, partial sums are written and read once.
 
     A step takes as long as its reads from L2 or as its products, whichever is longer.
     """
@@ -153,7 +153,7 @@ def _shared(op: str, dtype: torch.dtype, tile: Tile, shape: Shape, frames: int) 
 
 
 def wgrad_taps(tile: Tile, taps: int) -> int:
-    """Taps of a wgrad program: two, which share each load of dy, if their sums take at most 128 registers; else one."""
+    """Returns the taps of a wgrad program: 2 if the sums of two taps take at most 128 registers of a thread, else 1."""
     return 2 if taps > 1 and 2 * tile.n * tile.k <= 128 * 32 * tile.num_warps else 1
 
 
@@ -183,9 +183,10 @@ def _shares(tile: Tile, shape: Shape, frames: int) -> int:
 
 
 def _split(tile: Tile, shape: Shape, dtype: torch.dtype) -> Tile:
-    """Returns `tile`, or a narrower one, with the number of splits at which one SM moves the fewest bytes.
+    """Returns `tile` or one of `narrower`, with the number of splits at which one SM moves the fewest bytes.
 
-    A program reads the frames and weights of its share of the steps; the last one also reads all partial sums.
+    A tile that gives a whole wave of programs is returned as it is. A program reads the frames and weights of its share
+    of the steps; the last one also reads all partial sums.
     """
 
     def moved(tile: Tile) -> int:

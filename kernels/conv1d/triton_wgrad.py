@@ -81,7 +81,7 @@ def two_taps(
     acc = tl.zeros([BLOCK_I, BLOCK_O], tl.float32)
     next_acc = tl.zeros([BLOCK_I, BLOCK_O], tl.float32)
     for n in range(first, last):
-        # outputs for which a tap has an input: the first of them has one for the next tap, the last for this tap
+        # from the first output for which the next tap has an input to the last one for which this tap has an input
         begin = tl.maximum(0, -shift - dilation)
         end = tl.minimum(frames_out, limit_of(n, frames, lengths_ptr, HAS_LENGTHS) - shift)
         for i in range(tl.cdiv(tl.maximum(end - begin, 0), BLOCK_T)):

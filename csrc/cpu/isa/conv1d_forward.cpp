@@ -7,9 +7,9 @@
 // shifted, and all column blocks reuse it. Weights are packed [column block][chunk][tap][unit][kColumns]. The panel of
 // one block and chunk fits L2 and is prefetched while the panel before it is in use.
 //
-// Every output element is a sum of sums of at most kChain products, which keeps the rounding error of fp32 small. The
-// order does not depend on the tiling or the number of threads. With bf16 weights a unit is two channels, x is rounded
-// to bf16 as it is copied, and sums are fp32.
+// Every output element is a sum of short sums, of at most 256 units each, which keeps the rounding error of fp32 small.
+// The order does not depend on the tiling or the number of threads. With bf16 weights a unit is two channels, x is
+// rounded to bf16 as it is copied, and sums are fp32.
 
 #include "../conv1d_fir.h"
 #include "../conv1d_rows.h"
@@ -166,7 +166,7 @@ struct Forward {
   }
 
   // The chunk of `depth` of the `units` units, from unit `at` on. first: the chunk overwrites y instead of adding to it.
-  // ends: nothing is added to y after the last of all `units`, because there are no panes.
+  // ends: nothing is added to y after the last of all `units`: they are those of the panes, or there are no panes.
   Chunk chunk_at(const float* packed, int64_t units, int64_t taps, int64_t at, int64_t depth, bool first,
                  bool ends) const {
     Chunk chunk;

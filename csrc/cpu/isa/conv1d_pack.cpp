@@ -1,5 +1,5 @@
-// Packs the weights of conv1d in the order that its micro-kernel reads: [column
-// block][chunk][product][tap][unit][kColumns]. A unit is a channel in fp32, or a pair of channels in bf16.
+// Packs the weights of conv1d in the order that its micro-kernel reads:
+// [column block][chunk][product][tap][unit][kColumns]. A unit is a channel in fp32, or a pair of channels in bf16.
 
 #include "../conv1d_rows.h"
 

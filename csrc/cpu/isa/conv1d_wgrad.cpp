@@ -4,8 +4,9 @@
 //
 // A task owns a column block of co and some channels of x, and goes through all items in order. It takes a segment of
 // rows at a time, and packs dy (and x, unless it is fp32 and there are few taps) into a small buffer that all taps
-// read. Only rows whose shifted x exists are used. In bf16 a step multiplies two rows of dy, t and t + 1, by row
-// r = t*s + k*d - p of x and row r + s. Each row of x is therefore packed together with the row s after it.
+// read. A row of dy whose shifted x does not exist is left out or multiplied by zeros. In bf16 a step multiplies two
+// rows of dy, t and t + 1, by row r = t*s + k*d - p of x and row r + s. Each row of x is therefore packed together with
+// the row s after it.
 
 #include "../conv1d_fir.h"
 #include "../conv1d_rows.h"
@@ -17,7 +18,7 @@ namespace JF_ISA {
 namespace {
 
 constexpr int kGradStride = (kRows + 7) / 8 * 8;  // floats between rows of x packed for the weight gradient
-constexpr int64_t kGradRows = 256;  // rows of dy per segment, about; the products of a segment are summed in registers
+constexpr int64_t kGradRows = 256;  // about the rows of dy in a segment, whose products are summed in registers
 
 // Turns the gradients of the sub-filters into that of the filter: dw[2k] = dS[k] + dA[k] and dw[2k+1] = dS[k] + dB[k],
 // in rows of `size` floats. `sums` has the gradients of the products in order. Returns the end of those that it used.
