@@ -18,7 +18,7 @@ from jasper_fast.bench.harness.case import Answer, Case, Contender, Runner
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.rivals import choice, compiler
 
-# Shapes (N, C, T): two that have goals, and then the other widths of Jasper 10x5.
+# Shapes (N, C, T): two that have goals, then the other widths of Jasper 10x5, and on a GPU single utterances.
 CPU_SHAPES = ((8, 256, 800), (4, 768, 800), (4, 384, 800), (4, 512, 800), (4, 640, 800), (4, 896, 800), (4, 1024, 800))
 GPU_SHAPES = tuple((32, C, 832) for C in (256, 768, 384, 512, 640, 896, 1024)) + ((1, 256, 352), (1, 768, 352))
 GRADIENTS = ("dy", "dgamma", "dbeta", "dres")
@@ -154,7 +154,7 @@ def case(run: Run, shape: tuple[int, int, int], mode: str, residual: bool, compi
 def cases(run: Run, mode: str | None = None) -> list[Case]:
     """Returns the cases: every shape in every mode, and one shape with a residual. The shapes with goals come first.
 
-    With `--quick` they are the two shapes with goals and the one with a residual, in the mode "both".
+    With `--quick` they are only the two shapes with goals and the one with a residual.
     """
     shapes = GPU_SHAPES if run.device.type == "cuda" else CPU_SHAPES
     goals, others = shapes[:2], shapes[2:]

@@ -24,8 +24,8 @@ def cases(op: str) -> common.Cases:
     """Returns a function that makes the cases of one layer after another, so that only one layer's tensors are in
     memory.
 
-    Each layer has one case per mode. `sub_block` also has the mode "inference". With `--quick` there are only two
-    layers.
+    Each layer has one case per mode. `sub_block` also has the mode "inference". If the run is `quick` or `brief`, there
+    are only two layers.
     """
     every = (*common.MODES, "inference") if op == "sub_block" else common.MODES
 

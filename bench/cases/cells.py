@@ -1,6 +1,6 @@
 """What `python -m bench tune` tunes: the cells of Jasper 10x5 at the batches of BATCHES.
 
-A cell is an op at a shape and a dtype, for which a table has the fastest implementation.
+A cell is an op at a shape, a dtype and a number of rows, for which a table has measured times.
 """
 
 import torch
@@ -14,8 +14,8 @@ CONV_OPS = ("forward", "forward_stats", "dgrad", "dgrad_bn", "wgrad", "fused")
 OPS = (*CONV_OPS, *tables.NORM_OPS)
 
 
-# (utterances, feature frames of each, mode). 16.7 s are 1670 frames. A measured cell is also used for batches whose
-# number of rows (utterances x frames) is up to `tables.NEAR` powers of two larger or smaller.
+# (utterances, feature frames of each, mode). 16.7 s are 1670 frames. A batch counts as measured if its number of rows
+# (utterances x frames) is up to `tables.NEAR` powers of two larger or smaller than that of a measured cell.
 BATCHES = (
     (32, 1670, "training"), (1, 200, "inference"), (1, 1670, "inference"), (8, 1670, "training"),
     (1, 700, "inference"), (4, 1670, "inference"), (16, 1670, "inference"), (32, 1670, "evaluation"),

@@ -125,7 +125,7 @@ def timed(
     return {"forward": forward, "backward": backward, "both": lambda: gradients(forward())}[mode]
 
 
-Chain = Callable[..., Tensor]  # (y, gamma, beta, running statistics, residual or None, lengths, p) -> z, all (N, C, T)
+Chain = Callable[..., Tensor]  # (y, gamma, beta, running statistics, residual or None, lengths, p) -> z (N, C, T)
 Stats = tuple[Tensor, Tensor]
 
 
@@ -151,7 +151,8 @@ def eager_chain_2d(
 
 
 def chosen(run: Run, mode: str | None, every: Sequence[str]) -> tuple[str, ...]:
-    """Returns the modes to run: `mode`, or if it is None all of `every`, of which a short run takes only the first."""
+    """Returns the modes to run: `mode` if `every` has it. If `mode` is None, they are all of `every`, or only the first
+    if the run is `quick` or `brief`."""
     if mode is None:
         return every[:1] if run.quick or run.brief else tuple(every)
     return (mode,) if mode in every else ()

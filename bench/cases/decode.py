@@ -134,6 +134,7 @@ def search_case(kind: str, beam: int, lm: str, utterances: int = 1, threads: int
     """Returns the case of the search only, compared with flashlight-text at the same beam. `lm` is one of LMS.
 
     Our search uses this number of threads. flashlight, which holds Python's lock, uses the same number of processes.
+    With several threads flashlight takes part only if `lm` is "words".
     """
     log_probs = torch.empty(utterances, FRAMES, V.n_classes)
     whole, short = (torch.full((utterances,), n) for n in (FRAMES, CHECKED))
@@ -173,8 +174,8 @@ def search_case(kind: str, beam: int, lm: str, utterances: int = 1, threads: int
 def whole_case(shared: latency.Models, run: Run, model: str, seconds: float, beam: int, lm: str) -> Case:
     """Returns the case from features to text with a beam search, compared with greedy decoding after the same engine.
 
-    One minus the ratio is the share of the time that the search takes. The case has only one utterance, so that the
-    search and the model do not run at the same time.
+    One minus the ratio greedy / beam search is the share of the time that the search takes. The case has only one
+    utterance, so that the search and the model do not run at the same time.
     """
     inputs = shared.inputs(1, seconds)
 

@@ -138,7 +138,7 @@ def case(run: Run, shape: tuple[int, int, int, int], mode: str) -> Case:
 
 
 def cases(run: Run, mode: str | None = None) -> Iterator[list[Case]]:
-    """Yields the cases of one shape after another: with `--quick` only the first shape, in two modes."""
+    """Yields the cases of one shape after another: in a `quick` or `brief` run only the first, in at most two modes."""
     shapes = GPU_SHAPES if run.device.type == "cuda" else CPU_SHAPES
     modes = MODES if mode is None else (mode,)
     if run.quick or run.brief:

@@ -196,10 +196,10 @@ def case(shared: Models, model: str, N: int, seconds: float) -> Case:
 def sound_case(shared: Models, model: str, N: int, seconds: float) -> Case:
     """Returns the case from samples to text: log-mel features, the acoustic model, greedy decoding.
 
-    Contenders differ only in the model. Log-probabilities are compared with fp64, and each text with the `best_path` of
-    the contender's own log-probabilities, because between two nearly equal classes rounding decides. A model with
-    random weights hardly ever repeats a letter, so the decoder is also checked on log-probabilities with repeated
-    letters.
+    Contenders differ only in the model. Log-probabilities are compared with those of `Models.judge`. Each text is
+    compared with the `best_path` of the contender's own log-probabilities, because between two nearly equal classes
+    rounding decides. A model with random weights hardly ever repeats a symbol, so the decoder is also checked on
+    log-probabilities with repeated symbols.
     """
     run, words = shared.run, Vocabulary()
 
@@ -268,7 +268,7 @@ def best_path(log_probs: Tensor, length: int, labels: Sequence[str]) -> str:
 
 
 def repeating(N: int, T: int, words: Vocabulary, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns log-probabilities (N, T, V) whose best path has only two letters and many blanks, and lengths (N,) from
+    """Returns log-probabilities (N, T, V) whose best path has only two symbols and the blank, and lengths (N,) from
     T / 2 to T."""
     g = seeded(stable_seed("path"), device)
     path = torch.randint(words.blank - 2, words.blank + 1, (N, T), generator=g, device=device)
@@ -289,10 +289,10 @@ def misread(log_probs: Tensor, lengths: Tensor, texts: Sequence[str], words: Voc
 
 
 def sampled(run: Run) -> dict[str, float]:
-    """Returns the fields `rounds` and `share` of a case. On a GPU, `rounds` is the number that a P99 needs.
+    """Returns the fields `rounds` and `share` of a case on a GPU, and none on a CPU or with `--quick`.
 
-    If rounds take long, a case ends with fewer rounds after 3x its seconds (see `Effort`). `share` halves the seconds,
-    so that such a case takes little longer than other cases.
+    `rounds` is the number that a P99 needs. If rounds take long, a case ends with fewer rounds after 3x its seconds
+    (see `Effort`). `share` halves the seconds, so that such a case takes little longer than other cases.
     """
     if run.device.type != "cuda" or run.quick:
         return {}

@@ -19,7 +19,7 @@ def step(module: nn.Module, batch: Batch, dtype: torch.dtype, device: torch.devi
     The first step does not count, because it may allocate memory that later steps reuse. The peak is that of forward
     and backward, without the gradients of the parameters, which every kind of training keeps. On a CPU every allocation
     counts. On a GPU the tensors that ops take and return count, and `allocator_peak_bytes` is the peak of the
-    allocator.
+    allocator in a third step, with the gradients.
     """
     module.train()
     forward = lambda: batch.loss(module, dtype)[0]  # noqa: E731

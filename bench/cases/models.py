@@ -105,10 +105,11 @@ FAR, OFF = 6.0, 8
 def clear(cfg: JasperConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns `state` changed such that no ReLU has an input near zero.
 
-    With these weights the gradients of right contenders differ only by rounding. The beta of every norm is FAR standard
-    deviations above zero, or in every OFF-th channel below zero. The weights of every tap are orthogonal to the mean m
-    (C_in,) of their input. Otherwise m would add a large constant, which would hide the signal and change at the edges
-    of an utterance. All values are representable in bf16, so that casting to bf16 does not change them.
+    With these weights the gradients of right contenders differ only by rounding. The betas of the norms before a ReLU
+    add up to FAR standard deviations above zero, or in every OFF-th channel below zero. Except in depthwise convs, the
+    weights of every tap are orthogonal to the mean m (C_in,) of their input. Otherwise m would add a large constant,
+    which would hide the signal and change at the edges of an utterance. All parameters are representable in bf16, so
+    that casting to bf16 does not change them.
     """
     made = dict(state)
 

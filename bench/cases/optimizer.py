@@ -24,7 +24,7 @@ from jasper_fast.training.step import update
 BYTES = 32
 ALIGNED = 64  # each tensor begins at a multiple of this many elements in the buffer
 DRAWN = 1 << 20  # random numbers that are drawn and repeated, because drawing a billion would take too long
-COMPARED = 24  # number of parameters that are compared: the smallest ones, and one of middle size
+COMPARED = 24  # number of parameter tensors that are compared: the smallest ones, and one of middle size
 BETA1, EPS = 0.95, 1e-8
 
 

@@ -1,4 +1,4 @@
-"""Cases of sub-blocks in inference: a conv with folded batch norm, bias, ReLU and mask.
+"""Cases of sub-blocks in inference: conv, batch norm, ReLU and mask.
 
 The first layer reads fp32 features in NCT memory, as the front end makes them. The decoder ends in log-softmax. The
 weights of every contender are in the precision under test. Rows of the output at t >= length are not compared.

@@ -2,8 +2,8 @@
 
 The shapes are the distinct main convs of Jasper 10x5: the first (stride 2, from features), eleven at stride 1, and the
 decoder's. A sub-block in training is batch norm, ReLU, dropout and mask of one conv's output, and then the next conv.
-The first conv has no norm before it. With 16-bit activations the weight is the fp32 master weight of AMP, and rivals
-run under autocast, which casts it.
+The first conv has no norm before it. With 16-bit activations the weight is the fp32 master weight of AMP, and eager
+PyTorch runs under autocast, which casts it.
 """
 
 import functools
@@ -44,7 +44,7 @@ class Inputs(common.Held):
         self.refill(0)
 
     def fill(self, g: torch.Generator) -> None:
-        """Draws new values. x is zero in the padding, as after every op."""
+        """Draws new values. x is zero in the padding, as in the model."""
         self.draw_lengths(self.nct["x"].shape[2], g)
         self.draw_norm(self.gamma, self.beta, g)
         x, dy = (self.randn(self.nct[name], g) for name in ("x", "dy"))

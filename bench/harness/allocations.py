@@ -1,5 +1,4 @@
-"""Counts the bytes that a forward pass keeps for backward, and the peak of allocated bytes. Both are exact, not
-sampled."""
+"""Counts the bytes that a forward pass keeps for backward, and the peak of allocated bytes."""
 
 import gc
 from collections.abc import Callable, Collection, Sequence
@@ -18,9 +17,9 @@ from jasper_fast.bench.harness.kineto import recorded
 class Births(TorchDispatchMode):
     """Records the storages that ops create, and the largest number of their bytes that were alive together (`peak`).
 
-    A storage counts once, however many views it has. Storages in `before` do not count. The storages are kept as weak
-    references, so that they can be freed. A tensor that is created and freed inside a custom op does not count here;
-    only the function `peak` counts it.
+    A storage counts once, however many views it has. Storages in `before` do not count, and in the peak the gradients
+    of `parameters` do not count either. The storages are kept as weak references, so that they can be freed. A tensor
+    that is created and freed inside a custom op does not count here; only the function `peak` counts it.
     """
 
     def __init__(self, device_type: str, before: dict[int, StorageWeakRef]) -> None:

@@ -13,9 +13,9 @@ Answer = Mapping[str, Tensor]  # the tensors by which contenders are compared
 
 @dataclass
 class Rule:
-    """A looser rule than the case's tolerance, for a contender of lower `precision`. `words` describe the rule.
+    """A rule that replaces the case's tolerance for one contender. Its row has `precision`, `words` and `found`.
 
-    `judge(got, low, ref, found)` returns complaints. It writes numbers for the contender's row into `found`.
+    `judge(got, low, ref, found)` returns complaints. It may write numbers into `found`.
     """
 
     precision: str
@@ -49,10 +49,11 @@ class Contender:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to time a case: until the interval of every ratio is narrower than +-`target`, within these bounds.
+    """How long to time a case.
 
-    The timing ends when it has taken `seconds` and has `min_rounds` rounds. After 3x `seconds` three rounds are enough,
-    and after 9x `seconds` one round.
+    The timing ends early if it has `min_rounds` rounds and every ratio is known to +-`target` (0.01 is 1 %). Otherwise
+    it ends after `max_rounds` rounds, or when it has taken `seconds` and has `min_rounds` rounds. After 3x `seconds`
+    three rounds are enough, and after 9x `seconds` one round.
     """
 
     seconds: float = 6.0
@@ -71,8 +72,9 @@ class Case:
 
     `refill(seed)` writes new values into the inputs in place. `reference()` returns the fp64 answer to the current
     inputs. `low()` returns the answer of plain PyTorch at the precision under test. If `low` is None, errors are judged
-    by `tolerance.relative`. `flops` and `nbytes` are the least that the computation must do and move. `items` is the
-    number of things that one run completes (for instance utterances), for the throughput.
+    by `tolerance.relative`. `flops` are the operations by the definition of the computation. `nbytes` are the bytes
+    that a fully fused implementation moves. `items` is the number of things that one run completes (for instance
+    utterances), for the throughput.
 
     `seeds` are the seeds of the inputs on which contenders are compared before the timing. One is enough if an answer
     takes seconds, because contenders are compared on another input after the timing. `needs` are the ops that

@@ -13,7 +13,7 @@ from jasper_fast.bench.harness.case import Answer
 from jasper_fast.bench.harness.errors import DeviceLost, first_line
 from jasper_fast.bench.harness.measurement import Measurement
 
-LONG = 1.0  # seconds of a first run after which a CPU needs no second one to be warm
+LONG = 1.0  # a first run on a CPU that takes this many seconds is warm-up enough, so there is no second one
 
 
 def prepare(m: Measurement) -> None:
@@ -33,10 +33,10 @@ def prepare(m: Measurement) -> None:
 def check(m: Measurement, seeds: Sequence[int]) -> None:
     """Compares every runner with fp64 on fresh inputs and drops the wrong ones.
 
-    Every contender is compared on at least two inputs, so one that returns an answer to earlier inputs is found wrong.
-    Contenders run before the fp64 answer is computed, and from the second contender on, `poison` fills freed memory
-    with NaN. So an element that a contender never writes cannot be right by chance. If the fp64 answer cannot be
-    computed (for lack of memory, for instance), no contender gets a number.
+    A timed contender is also checked after the timing, on another input, so one that returns an answer to earlier
+    inputs is found wrong. Contenders run before the fp64 answer is computed, and from the second contender on, `poison`
+    fills freed memory with NaN. So an element that a contender never writes cannot be right by chance. If the fp64
+    answer cannot be computed (for lack of memory, for instance), no contender gets a number.
     """
     case = m.case
     for seed in seeds:
@@ -67,8 +67,8 @@ def check(m: Measurement, seeds: Sequence[int]) -> None:
 
 @contextlib.contextmanager
 def answerable(m: Measurement) -> Iterator[None]:
-    """A context that computes inputs or the fp64 answer. If that fails, no contender of the case gets a number, and the
-    run continues."""
+    """A context that computes inputs or the fp64 answer. If that fails, no contender of the case gets a number. Raises
+    DeviceLost if the device no longer works."""
     try:
         with cudnn_search.off():
             yield

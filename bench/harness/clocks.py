@@ -19,7 +19,7 @@ class WallClock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        # On a GPU a sample is one run and a wait. Several queued runs would measure throughput, not latency.
+        # On a CPU a sample is the mean of as many runs as fit into 2 ms, but at least one. On a GPU it is one run.
         self.min_sample = 2e-3 if device.type == "cpu" else 0.0
 
     def sample(self, run: Callable[[], object], inner: int) -> float:
@@ -86,8 +86,8 @@ def device_seconds(run: Callable[[], object]) -> float:
 def host_seconds(run: Callable[[], object], device: torch.device, short: float = 20e-3) -> float:
     """Returns the seconds until `run` returns to the host, on a device that is idle when it starts.
 
-    This time includes the launches and any waits inside `run`. The value is the median of three runs, or that of a
-    single run if it takes longer than `short`.
+    This time includes the launches and any waits inside `run`. The value is the median of three runs. After a run that
+    takes longer than `short` there are no more.
     """
     seen: list[float] = []
     while len(seen) < (3 if max(seen, default=0.0) < short else 1):

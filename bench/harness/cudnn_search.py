@@ -1,7 +1,7 @@
 """Sets how cuDNN chooses the algorithm of a convolution: by timing several, or by its heuristics.
 
-As in NVIDIA's Jasper, cuDNN times its algorithms (`cudnn.benchmark`), here for all contenders. PyTorch remembers the
-choice for a shape, however it was made, so the setting affects only the first call with a shape.
+Contenders run with `cudnn.benchmark`, as NVIDIA's Jasper does, so that cuDNN times its algorithms. PyTorch remembers
+the choice for a shape, however it was made, so the setting affects only the first call with a shape.
 """
 
 import contextlib

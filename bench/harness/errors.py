@@ -2,7 +2,7 @@
 
 
 class Absent(Exception):
-    """This machine does not have the rival. The message says how to get it."""
+    """A contender is not installed, or cannot run on this machine or in this case. The message says why."""
 
 
 class OutOfTime(BaseException):

@@ -22,7 +22,7 @@ def measure(device: torch.device, quick: bool = False) -> dict:
         "copy_bytes_per_s": copy_bandwidth(device, quick),
         "clocks": machine.clocks(device),  # read just after heavy work, while the clocks are still high
         "launch_s": launch_overhead(device),
-        "method": "best of repeated runs: square matmul, copy of a buffer beyond the caches, one-element add",
+        "method": "best of repeated runs: square matmul, copy of a buffer beyond the caches; launch: one-element add",
     }
     if device.type == "cuda":
         times, found["cupy"] = cupy_launch(device)
@@ -117,7 +117,7 @@ def cupy_launch(device: torch.device) -> tuple[dict[str, float], str]:
 
 
 def _best(device: torch.device, call: Callable[[], object], seconds: float = 0.6) -> float:
-    """Returns the shortest time of a call in `seconds`, because a ceiling is the best that the machine can do."""
+    """Repeats a call for `seconds`; returns the shortest time, because a ceiling is the best that a machine can do."""
     ticker = clocks.clock(device, wall=False)
     times, end = [ticker.sample(call, 1)], time.perf_counter() + seconds
     while len(times) < 5 or time.perf_counter() < end:

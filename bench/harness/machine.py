@@ -70,7 +70,7 @@ def commit() -> str | None:
 
 
 def clocks(device: torch.device) -> dict:
-    """Returns the clock rates, temperature, power and load that this machine reports, in well under a millisecond."""
+    """Returns those of the clock rates, temperature, power and load that this machine reports."""
     if device.type == "cuda":
         return nvml.read(device)
     mhz = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _read("/proc/cpuinfo"), re.MULTILINE)

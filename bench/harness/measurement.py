@@ -32,6 +32,7 @@ class Row(TypedDict, total=False):
     at_s: float
     status: str  # ok, wrong, failed, refused or absent
     why: str  # why there is no number
+    limit: dict  # the least time by the machine's ceilings, if they are known for the row
     # Present if the contender was timed: seconds by quantile, rates, ratio to jasper_fast, state of the machine.
     time_s: dict
     host_s: float
@@ -39,11 +40,10 @@ class Row(TypedDict, total=False):
     bytes_per_s: float
     items_per_s: float
     ratio: dict
-    limit: dict
     clocks: dict
     throttled: bool
     hurried: bool
-    # Present if the contender has a `Rule`.
+    # Present if the contender has a `Rule` and did not fail.
     precision: str
     rule: str
     judged: dict
@@ -113,7 +113,7 @@ class Measurement:
         """Returns one row per contender, in the order of the case, from its samples in all visits.
 
         The row of a contender that failed has the reason instead. `inner` are the runs per sample. `host` are the
-        seconds for which a run occupies the host, if it is not the same time that is measured.
+        seconds for which a run occupies the host; on a CPU it is empty.
         """
         case, made = self.case, []
         timed_by = "events" if self.device.type == "cuda" and not case.wall else "wall"

@@ -85,7 +85,7 @@ class Results:
 
 
 def parts_left(data: dict) -> list[str]:
-    """Returns the parts of a run that `--resume` would do: those that are unfinished and have attempts left."""
+    """Returns the parts of a run that `--resume` would do: those that have not finished and have attempts left."""
     parts, faults = data.get("parts", {}), data.get("faults", {})
     return [part for part, how in parts.items() if how != "finished" and faults.get(part, 0) < TRIES]
 
@@ -113,8 +113,10 @@ ALIKE = ("device", "dtype", "backend", "quick", "threads")  # runs with differen
 
 
 def unfinished(path: Path, header: dict) -> bool:
-    """Whether `path` is the result of an interrupted run with the same subcommand, machine, commit and ALIKE
-    arguments."""
+    """Whether `path` is the result of an interrupted run with the same subcommand, machine, commit and ALIKE arguments.
+
+    Raises SystemExit if the file is not a result.
+    """
     if not path.exists():
         return False
     try:

@@ -89,8 +89,8 @@ class Run:
     def begun(self, case: Case) -> Iterator[Measurement]:
         """A context with a `Measurement` of the case, in which contenders that must not run count as failed.
 
-        If the device is lost inside, the row of the contender that broke it is written. A new process then measures the
-        other contenders.
+        If the device is lost inside, the row of the contender that broke it is written. The other contenders are left
+        to a later process.
         """
         m = Measurement(case, self.device, failed=self.results.fatal(case.id))
         if why := self.refusal(case.needs):
