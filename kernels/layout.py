@@ -22,6 +22,14 @@ def empty_ntc(n: int, c: int, t: int, *, like: Tensor, dtype: torch.dtype | None
     return torch.empty((n, t, c), dtype=dtype or like.dtype, device=like.device).transpose(1, 2)
 
 
+def empty_fp32(count: int, *shape: int, like: Tensor) -> list[Tensor]:
+    """Returns `count` uninitialised fp32 tensors of this shape on the device of `like`.
+
+    Each has its own memory, because outputs of a registered op must not share any.
+    """
+    return [torch.empty(shape, dtype=torch.float32, device=like.device) for _ in range(count)]
+
+
 def padding(lengths: Tensor, t: int) -> Tensor:
     """Returns which of `t` frames are padding, at or after `lengths` (N,): bool (N, 1, T), for all channels."""
     return (torch.arange(t, device=lengths.device) >= lengths[:, None])[:, None]

@@ -23,6 +23,7 @@ from jasper_fast.bench.compile import cuda
 from jasper_fast.bench.compile.table import Table
 from jasper_fast.bench.harness import options, paths
 from jasper_fast.bench.harness.console import console
+from jasper_fast.kernels import files
 from jasper_fast.kernels.tables import SHARED_LIMIT
 from jasper_fast.options import option
 
@@ -118,10 +119,7 @@ def compiled(todo: list[Job], processes: int, cache: Path | None, show: Callable
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             if cache is not None:
-                cache.parent.mkdir(parents=True, exist_ok=True)
-                part = cache.with_suffix(f".{os.getpid()}.part")
-                part.write_text(json.dumps(known))
-                os.replace(part, cache)
+                files.write(cache, json.dumps(known))
     return {job.digest: known[job.digest] for job in todo}
 
 

@@ -58,12 +58,11 @@ def recorded(arch: int, dtype: str) -> Recorded:
     for T, K, stride, masks in TAPS:
         name = f"C{TAPS_C} K{K} T{T}" + f" s{stride}" * (stride > 1)
         calls.append((name, functools.partial(taps_calls, K, stride, stride * T, number, masks)))
-    for C in sorted({a.C_in for a in wide if not a.first}, reverse=True):
-        calls.append((f"C{C}", functools.partial(norm_calls, C, number)))
+    channels = sorted({a.C_in for a in wide if not a.first}, reverse=True)
+    calls += [(f"C{C}", functools.partial(norm_calls, C, number)) for C in channels]
     if dtype == "float32":
-        for averages in (True, False):
-            calls.append(("all", functools.partial(step, True, averages)))
-            calls.append(("all unaligned", functools.partial(step, False, averages)))
+        for averages, aligned in itertools.product((True, False), (True, False)):
+            calls.append(("all" + " unaligned" * (not aligned), functools.partial(step, aligned, averages)))
         calls += [*((f"U{U}", functools.partial(loss, U)) for U in LABELS), ("any", prefixes)]
     for name, call in calls:
         for kernel, source in _sources(arch, call):

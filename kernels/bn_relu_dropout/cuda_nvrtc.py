@@ -79,8 +79,6 @@ class Compiled:
         self._elementwise(y, a, "apply_kernel", _gate(z, seed), BACKWARD_ROWS)
 
     def _reduce(self, y, a, kernel, flags, rows, first, second) -> None:
-        for name, x in (("first", first), ("second", second)):
-            _channels(name, x, y)
         width = _planned(y, a, rows)
         partials = torch.empty((a.parts, 2, a.c), dtype=torch.float32, device=y.device)
         a.partials = partials.data_ptr()

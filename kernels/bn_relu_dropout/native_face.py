@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jasper_fast.kernels.layout import empty_fp32
 from jasper_fast.kernels.operands import Mask, Norm
 
 
@@ -21,7 +22,7 @@ class NativeFace:
 
     def stats(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the mean and M2 (sum of squared deviations) per channel of y (N, C, T) over all N*T rows, fp32."""
-        mean, m2 = _channels(y), _channels(y)
+        mean, m2 = empty_fp32(2, y.shape[1], like=y)
         self._ops().bn_stats(y, mean, m2)
         return mean, m2
 
@@ -33,7 +34,7 @@ class NativeFace:
 
     def backward_reduce(self, dz: Tensor, y: Tensor, z: Tensor | None, norm: Norm, mask: Mask) -> tuple[Tensor, Tensor]:
         """Returns dbeta = sum g and dgamma = sum g*yhat. g is dz/(1-p) where ReLU, dropout and mask pass it, else 0."""
-        dbeta, dgamma = _channels(y), _channels(y)
+        dbeta, dgamma = empty_fp32(2, y.shape[1], like=y)
         self._ops().bn_backward_reduce(dz, y, z, *norm, *mask, dbeta, dgamma)
         return dbeta, dgamma
 
@@ -56,7 +57,3 @@ class NativeFace:
         dres = torch.empty_like(y) if has_residual else None
         self._ops().bn_backward_apply(dz, y, z, *norm, *(means or (None, None)), *mask, dy, dres)
         return dy, dres
-
-
-def _channels(y: Tensor) -> Tensor:
-    return torch.empty(y.shape[1], dtype=torch.float32, device=y.device)

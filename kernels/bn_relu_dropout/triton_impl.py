@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jasper_fast.kernels import launch, philox
-from jasper_fast.kernels.layout import empty_ntc
+from jasper_fast.kernels.layout import empty_fp32, empty_ntc
 from jasper_fast.kernels.operands import Mask, Norm
 from jasper_fast.kernels.triton_dropout import keep
 
@@ -305,9 +305,9 @@ def _backward_apply_kernel(
 def stats(y: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the mean and M2 of each channel over all N*T rows, fp32 (C,) each; see `reference.stats`."""
     rows, c = _rows(y), y.shape[1]
-    mean, m2 = _vectors(y, 2)
+    mean, m2 = empty_fp32(2, c, like=y)
     chunk, partials = _chunks(rows)
-    part_mean, part_m2 = _vectors(y, 2, partials)
+    part_mean, part_m2 = empty_fp32(2, partials, c, like=y)
     block_m, block_c, vec = _blocks(c, LANES)
     launch.run(
         _stats_kernel, (partials * triton.cdiv(c, block_c),), y,
@@ -342,9 +342,9 @@ def backward_reduce(dz: Tensor, y: Tensor, z: Tensor | None, norm: Norm, mask: M
     """Returns dbeta = sum g and dgamma = sum g*yhat, fp32 (C,) each; see `reference.backward_reduce`."""
     rows, c = _rows(y), y.shape[1]
     seed = mask.seed if z is None else None  # z shows which elements were dropped
-    dbeta, dgamma = _vectors(y, 2)
+    dbeta, dgamma = empty_fp32(2, c, like=y)
     chunk, partials = _chunks(rows)
-    part_dbeta, part_dgamma = _vectors(y, 2, partials)
+    part_dbeta, part_dgamma = empty_fp32(2, partials, c, like=y)
     block_m, block_c, vec = _blocks(c, LANES)
     launch.run(
         _backward_reduce_kernel, (partials * triton.cdiv(c, block_c),), y,
@@ -396,10 +396,6 @@ def _rows(y: Tensor) -> int:
     if y.numel() == 0:
         raise ValueError(f"y has no elements: shape {tuple(y.shape)}")
     return y.shape[0] * y.shape[2]
-
-
-def _vectors(y: Tensor, count: int, *leading: int) -> list[Tensor]:
-    return [torch.empty((*leading, y.shape[1]), dtype=torch.float32, device=y.device) for _ in range(count)]
 
 
 def _chunks(rows: int) -> tuple[int, int]:

@@ -24,8 +24,7 @@ def packs(weight: Tensor, dtype: torch.dtype) -> bool:
 
 def packed_shape(weight: Tensor) -> tuple[int, int, int]:
     """Shape of what `pack` writes for `weight` (C_out, C_in, K)."""
-    c_out, c_in, taps = weight.shape
-    return c_out, taps, c_in
+    return weight.transpose(1, 2).shape
 
 
 def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:

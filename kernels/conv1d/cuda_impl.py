@@ -31,16 +31,18 @@ from jasper_fast.kernels.conv1d.gpu_shared import (
     Packed,
     Workspace,
     check_sub_block,
+    dgrad_padding,
     frames_of,
-    fused_shape,
+    fused_out,
     out_frames,
     pack_buffer,
 )
-from jasper_fast.kernels.layout import empty_ntc
+from jasper_fast.kernels.layout import empty_fp32, empty_ntc
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths, Mask, Norm
 
 SIXTEEN = (torch.float16, torch.bfloat16)
 SOFTMAX_MAX = OUT  # maximum number of symbols of a log-softmax in the epilogue
+_VECTOR = (torch.float32, "bias, mean and rstd")
 
 
 def packed_shape(weight: Tensor) -> tuple[int, int, int, int]:
@@ -110,7 +112,7 @@ def _forward(x, weight, geometry, lengths, packed, mode):
     y = empty_ntc(n, w.c_out, t_out, like=x)
     work = Work(n, t_out, c_in, w.c_out, 0, w.taps, geometry.stride, geometry.dilation)
     args = _args(Operand.of(x.transpose(1, 2), w.data, c_in, w.c_out), y.transpose(1, 2), t, w.taps, geometry)
-    args.in_lengths, args.masked = address(_int64(lengths)), True
+    args.in_lengths, args.masked = _checked(lengths), True
     return y, *_launch(args, x, w, work, mode, False)
 
 
@@ -150,25 +152,19 @@ def dgrad_bn(
 
 
 def _dgrad(dy, weight, t, geometry, lengths, packed, sub_block=None):
-    stride, padding, dilation = geometry
-    if stride != 1:
-        raise ValueError(f"the cuda face's dgrad takes stride 1, got {stride}: use backend='reference' for this conv")
-    w = _packed(weight, packed, dy)
-    n, c_out, t_dy = dy.shape
-    reach = dilation * (w.taps - 1)
-    if c_out != w.c_out or t_dy != t + 2 * padding - reach:
-        raise ValueError(f"dy {tuple(dy.shape)} does not fit a conv of {t} frames to {w.c_out} channels")
+    w, (n, c_out, t_dy) = _packed(weight, packed, dy), dy.shape
+    flipped = Geometry(1, dgrad_padding("cuda", dy, w, t, geometry), geometry.dilation)
     g = empty_ntc(n, w.c_in, t, like=dy)
-    work = Work(n, t, c_out, w.c_in, 0, w.taps, 1, dilation)
+    work = Work(n, t, c_out, w.c_in, 0, w.taps, 1, flipped.dilation)
     source = Operand.of(dy.transpose(1, 2), w.data, w.c_in, c_out)
-    args = _args(source, g.transpose(1, 2), t_dy, w.taps, Geometry(1, reach - padding, dilation))
-    args.out_lengths = address(_int64(lengths))
+    args = _args(source, g.transpose(1, 2), t_dy, w.taps, flipped)
+    args.out_lengths = _checked(lengths)
     if sub_block is None:
         return g, *_launch(args, dy, w, work, PLAIN, True)
     y, z, norm, mask = sub_block
     check_sub_block(y, z, g)
     args.y, args.z, args.scale = address(y), address(z), 1 / (1 - mask.p)
-    args.mean, args.rstd = address(_float(norm.mean)), address(_float(norm.rstd))
+    args.mean, args.rstd = _checked(norm.mean, *_VECTOR), _checked(norm.rstd, *_VECTOR)
     args.out_vector = args.out_vector and w.c_in % 8 == 0 and y.data_ptr() % 16 == 0 and z.data_ptr() % 16 == 0
     return g, *_launch(args, dy, w, work, NORM, True)
 
@@ -195,7 +191,7 @@ def wgrad(
     parts = torch.empty((cut.shares, k, c_out, c_in), dtype=torch.float32, device=x.device)
     dw = torch.empty((c_out, c_in, k), dtype=dtype or x.dtype, device=x.device)
     args = WgradArgs(
-        Operand.of(x.transpose(1, 2)), Operand.of(dy.transpose(1, 2)), address(_int64(lengths)), address(parts),
+        Operand.of(x.transpose(1, 2)), Operand.of(dy.transpose(1, 2)), _checked(lengths), address(parts),
         n, t, t_out, k, *geometry, cut.in_blocks, cut.out_blocks, cut.tap_groups, cut.shares, cut.segments, cut.share,
         cut.stages,
     )  # fmt: skip
@@ -242,8 +238,8 @@ def fused(
     args = _args(Operand.of(x, w.data, c_in, w.c_out), out, t, w.taps, geometry)
     if x2 is not None:
         args.panes = Operand.of(x2, w2.data, w2.c_in, w2.c_out)
-    args.in_lengths, args.out_lengths, args.lengths_out = (address(_int64(v)) for v in lengths[:3])
-    args.masked, args.bias, args.relu = masked, address(_float(bias)), relu
+    args.in_lengths, args.out_lengths, args.lengths_out = map(_checked, lengths[:3])
+    args.masked, args.bias, args.relu = masked, _checked(bias, *_VECTOR), relu
     if not masked:
         args.out_lengths = None
         args.in_lengths = args.in_lengths if lengths.made is not None else None
@@ -263,13 +259,7 @@ def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked) -> Tens
     if panes is not None and not panes[0].dtype == panes[1].data.dtype == w.data.dtype:
         dtypes = f"{panes[0].dtype}, {panes[1].data.dtype}, {w.data.dtype}"
         raise TypeError(f"x2 and both packs must have one dtype, got {dtypes}")
-    shape = fused_shape(x, w, geometry, lengths, panes, out, masked)
-    dtype = torch.float32 if log_softmax else w.data.dtype
-    if out is None:
-        out = torch.empty(shape, dtype=dtype, device=x.device)
-    if out.shape != shape or out.dtype != dtype:
-        raise ValueError(f"out is {tuple(out.shape)} {out.dtype}, the conv gives {shape} {dtype}")
-    return out
+    return fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked)
 
 
 def takes_tf32() -> bool:
@@ -324,7 +314,7 @@ def _launch(args, x, w, work, mode, transposed, workspace=None, early=False) -> 
     )  # fmt: skip
     if parts is None:
         return None, None
-    first, second = (torch.empty(work.c_out, dtype=torch.float32, device=x.device) for _ in range(2))
+    first, second = empty_fp32(2, work.c_out, like=x)
     cuda_launch.run(
         "jf_conv1d_merge", x, -(-work.c_out // 32), 256 * 3 * 4, args.part_a, args.part_b, address(first),
         address(second), tiles, cut.t_blocks, cut.block, work.frames, work.c_out, mode == STATS,
@@ -348,13 +338,8 @@ def _check(x: Tensor, other: Tensor) -> None:
         raise ValueError(f"x has no elements: shape {tuple(x.shape)}")
 
 
-def _int64(x: Tensor | None) -> Tensor | None:
-    if x is not None and (x.dtype != torch.int64 or not x.is_contiguous()):
-        raise TypeError(f"lengths must be contiguous int64, got {x.dtype}, strides {x.stride()}")
-    return x
-
-
-def _float(x: Tensor | None) -> Tensor | None:
-    if x is not None and (x.dtype != torch.float32 or not x.is_contiguous()):
-        raise TypeError(f"bias, mean and rstd must be contiguous fp32, got {x.dtype}, strides {x.stride()}")
-    return x
+def _checked(x: Tensor | None, dtype: torch.dtype = torch.int64, names: str = "lengths") -> int | None:
+    """Returns the address of `x`, or None. Raises TypeError unless `x` is contiguous and in `dtype`."""
+    if x is not None and (x.dtype != dtype or not x.is_contiguous()):
+        raise TypeError(f"{names} must be contiguous {dtype}, got {x.dtype}, strides {x.stride()}")
+    return address(x)

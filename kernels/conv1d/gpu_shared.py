@@ -67,6 +67,21 @@ def frames_of(t: int, c_in: int, w: Packed, geometry: Geometry) -> int:
     return out_frames(t, w.taps, geometry)
 
 
+def dgrad_padding(face: str, dy: Tensor, w: Packed, t: int, geometry: Geometry) -> int:
+    """Returns the padding of the conv of `dy` (N, C_out, T') that computes the gradient of x (N, C_in, T = `t`).
+
+    Raises ValueError for a stride above 1, and if the shape of `dy` does not fit.
+    """
+    stride, padding, dilation = geometry
+    if stride != 1:
+        raise ValueError(f"the {face} face's dgrad takes stride 1, got {stride}: use backend='reference' for this conv")
+    reach = dilation * (w.taps - 1)
+    if dy.shape[1:] != (w.c_out, t + 2 * padding - reach):
+        expected = f"{w.c_out} channels and {t + 2 * padding - reach} frames"
+        raise ValueError(f"dy {tuple(dy.shape)} must have {expected}, as the conv of {t} frames has")
+    return reach - padding
+
+
 def pack_buffer(
     weight: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -82,19 +97,20 @@ def pack_buffer(
     return w, out
 
 
-def fused_shape(
+def fused_out(
     x: Tensor,
     w: Packed,
     geometry: Geometry,
     lengths: Lengths,
     panes: tuple[Tensor, Packed] | None,
     out: Tensor | None,
+    log_softmax: bool,
     masked: bool,
-) -> tuple[int, int, int]:
-    """Returns the shape (N, T', C_out) of the result of `fused`.
+) -> Tensor:
+    """Returns the tensor (N, T', C_out) for the result of `fused`: `out`, or a new one if it is None.
 
-    If output lengths mask the result, `out` may have more rows than the conv produces; T' is then that of `out`. Raises
-    ValueError if the operands do not fit.
+    If output lengths mask the result, `out` may have more rows than the conv produces. Raises ValueError if the
+    operands do not fit.
     """
     n, t, c_in = x.shape
     t_out = frames_of(t, c_in, w, geometry)
@@ -105,7 +121,12 @@ def fused_shape(
     x2, w2 = panes or (None, None)
     if x2 is not None and (x2.shape != (n, t_out, w2.c_in) or w2.taps != 1 or w2.c_out != w.c_out):
         raise ValueError(f"x2 {tuple(x2.shape)} and its weight do not fit an output of {(n, t_out, w.c_out)}")
-    return n, t_out, w.c_out
+    shape, dtype = (n, t_out, w.c_out), torch.float32 if log_softmax else w.data.dtype
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=x.device)
+    if out.shape != shape or out.dtype != dtype:
+        raise ValueError(f"out is {tuple(out.shape)} {out.dtype}, the conv gives {shape} {dtype}")
+    return out
 
 
 def check_sub_block(y: Tensor, z: Tensor, like: Tensor) -> None:

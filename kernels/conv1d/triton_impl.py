@@ -20,8 +20,9 @@ from jasper_fast.kernels.conv1d.gpu_shared import (
     Workspace,
     check_offsets,
     check_sub_block,
+    dgrad_padding,
     frames_of,
-    fused_shape,
+    fused_out,
     out_frames,
     pack_buffer,
     sizes,
@@ -32,7 +33,7 @@ from jasper_fast.kernels.conv1d.triton_fused import conv1d_fused_kernel
 from jasper_fast.kernels.conv1d.triton_pack import PAD_OUT, conv1d_pack_kernel
 from jasper_fast.kernels.conv1d.triton_tiles import MERGE_C, MERGE_G, SOFTMAX_MAX, Shape, Tile, transpose_meta
 from jasper_fast.kernels.conv1d.triton_wgrad import conv1d_wgrad_kernel, conv1d_wgrad_merge_kernel
-from jasper_fast.kernels.layout import empty_ntc
+from jasper_fast.kernels.layout import empty_fp32, empty_ntc
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths, Mask, Norm
 
 INTERPRET_DESCRIPTORS = False  # tests set it to run the descriptor loops in the interpreter
@@ -103,7 +104,7 @@ def _forward(x, weight, geometry, lengths, packed, clean, stats):
     t_blocks = triton.cdiv(t_out, tile.t)
     y = empty_ntc(n, w.c_out, t_out, like=x)
     check_offsets(y)
-    part_mean, part_m2 = _vectors(x, 2, n * t_blocks, w.c_out) if stats else (None, None)
+    part_mean, part_m2 = empty_fp32(2, n * t_blocks, w.c_out, like=x) if stats else (None, None)
     vec_in, (groups, x_row, x_item) = sizes(x.transpose(1, 2))
     vec_out, (_, y_row, y_item) = sizes(y.transpose(1, 2))
     x_desc = _activations(x.transpose(1, 2), stride, tile.t, tile.k)
@@ -117,7 +118,7 @@ def _forward(x, weight, geometry, lengths, packed, clean, stats):
     )  # fmt: skip
     if not stats:
         return y, None, None
-    mean, m2 = _vectors(x, 2, w.c_out)
+    mean, m2 = empty_fp32(2, w.c_out, like=x)
     launch.run(
         conv1d_stats_merge_kernel, (triton.cdiv(w.c_out, MERGE_C),), x,
         part_mean, part_m2, mean, m2, t_out, t_blocks, n * t_blocks, w.c_out,
@@ -162,16 +163,8 @@ def dgrad_bn(
 
 
 def _dgrad(dy, weight, t, geometry, lengths, packed, norm=None):
-    stride, padding, dilation = geometry
-    if stride != 1:
-        raise ValueError(f"the triton face's dgrad takes stride 1, got {stride}: use backend='reference' for this conv")
-    w = _packed(weight, packed, dy)
-    n, c_out, t_dy = dy.shape
-    if c_out != w.c_out:
-        raise ValueError(f"dy has {c_out} channels, but the weight produces {w.c_out}")
-    reach = dilation * (w.taps - 1)
-    if t_dy != t + 2 * padding - reach:
-        raise ValueError(f"dy has {t_dy} frames, but {t} frames of x lead to {t + 2 * padding - reach}")
+    w, (n, c_out, t_dy), dilation = _packed(weight, packed, dy), dy.shape, geometry.dilation
+    padding = dgrad_padding("triton", dy, w, t, geometry)
     op = "dgrad" if norm is None else "dgrad_bn"
     tile = triton_tiles.choose(op, dy.device, dy.dtype, Shape(w.c_in, c_out, w.taps, 1, dilation, n * t_dy), t)
     t_blocks = triton.cdiv(t, tile.t)
@@ -179,7 +172,7 @@ def _dgrad(dy, weight, t, geometry, lengths, packed, norm=None):
     g = empty_ntc(n, w.c_in, t, like=dy)
     if norm is not None:
         check_sub_block(y, z, g)
-    part_g, part_gy = (None, None) if norm is None else _vectors(dy, 2, n * t_blocks, w.c_in)
+    part_g, part_gy = (None, None) if norm is None else empty_fp32(2, n * t_blocks, w.c_in, like=dy)
     vec_dy, (groups_dy, dy_row, dy_item) = sizes(dy.transpose(1, 2))
     vec, (groups, _, _) = sizes(g.transpose(1, 2))
     dy_desc = _activations(dy.transpose(1, 2), 1, tile.t, tile.k)
@@ -187,13 +180,13 @@ def _dgrad(dy, weight, t, geometry, lengths, packed, norm=None):
         conv1d_dgrad_kernel, (n * t_blocks * triton.cdiv(w.c_in, tile.n),), dy,
         dy, dy_desc, w.data, _weights(w, tile.n, tile.k, dy_desc is not None), g, lengths,
         y, z, mean, rstd, part_g, part_gy,
-        t_dy, t, groups_dy, dy_row, dy_item, groups, w.taps, reach - padding, dilation, t_blocks,
+        t_dy, t, groups_dy, dy_row, dy_item, groups, w.taps, padding, dilation, t_blocks,
         1 / (1 - p), HAS_LENGTHS=lengths is not None, HAS_NORM=norm is not None, HAS_DESCRIPTORS=dy_desc is not None,
         VEC_DY=vec_dy, VEC=vec, PAD=PAD_OUT, **_arithmetic(dy), **_blocks(tile),
     )  # fmt: skip
     if norm is None:
         return g, None, None
-    dbeta, dgamma = _vectors(dy, 2, w.c_in)
+    dbeta, dgamma = empty_fp32(2, w.c_in, like=dy)
     launch.run(
         conv1d_sums_merge_kernel, (triton.cdiv(w.c_in, MERGE_C),), dy,
         part_g, part_gy, dbeta, dgamma, n * t_blocks, w.c_in, BLOCK_G=MERGE_G, BLOCK_C=MERGE_C, num_warps=4,
@@ -348,11 +341,7 @@ def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, nct) ->
     _check(w.data, w.data)
     if panes is not None:
         _check(panes[0], panes[1].data)
-    shape = fused_shape(x, w, geometry, lengths, panes, out, masked)
-    if out is None:
-        out = torch.empty(shape, dtype=torch.float32 if log_softmax else w.data.dtype, device=x.device)
-    if out.shape != shape:
-        raise ValueError(f"out has shape {tuple(out.shape)}, the conv needs {shape}")
+    out = fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked)
     check_offsets(x, out)
     return out
 
@@ -408,11 +397,6 @@ def _check(x: Tensor, other: Tensor) -> None:
     if x.numel() == 0:
         raise ValueError(f"x has no elements: shape {tuple(x.shape)}")
     check_offsets(x)
-
-
-def _vectors(x: Tensor, count: int, *shape: int) -> list[Tensor]:
-    # each has its own memory, because outputs of a registered op must not share any
-    return [torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(count)]
 
 
 def _transpose_grid(c_in: int, c_out: int, meta: dict[str, int]) -> tuple[int]:

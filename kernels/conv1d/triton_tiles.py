@@ -48,9 +48,7 @@ class Shape(NamedTuple):
 def choose(op: str, device: torch.device, dtype: torch.dtype, shape: Shape, frames: int, exact: bool = False) -> Tile:
     """Returns the tile of `op` ("forward", "dgrad", ...) in the table of this GPU if there is one, else the default."""
     row = tables.lookup(f"conv1d.{op}", device, dtype, **shape._asdict())
-    if row is not None:
-        return Tile(**row.tile)
-    return default(op, dtype, shape, frames, exact)
+    return default(op, dtype, shape, frames, exact) if row is None else Tile(**row.tile)
 
 
 @functools.lru_cache(maxsize=4096)
