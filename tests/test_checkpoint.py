@@ -43,7 +43,7 @@ def trained_model():
 
 
 def own_document(model, **more):
-    """Returns the content of this project's checkpoint of `model`. `more`: entries to add or replace."""
+    """Returns the content of a checkpoint that this project writes of `model`. `more`: entries to add or replace."""
     document = {"format": checkpoint.FORMAT, "config": model.config.to_dict(), "labels": LABELS}
     return document | {"state_dict": model.state_dict()} | more
 

@@ -34,8 +34,8 @@ def test_own_checkpoints_carry_their_configuration(tmp_path):
 
 
 def v1_entries(state):
-    """Returns the state dict as NVIDIA's Jasper saved it in 2019: with other names, every entry twice, and a buffer of
-    the features."""
+    """Returns the state dict as NVIDIA's Jasper saved it in 2019: other names, each entry twice, no batch counters, and
+    a buffer of the features."""
     entries = {"audio_preprocessor.featurizer.window": torch.ones(320)}
     for name, tensor in state.items():
         old = name.replace("encoder.layers.", "jasper_encoder.encoder.")
@@ -232,7 +232,7 @@ def test_warm_start_from_a_file_that_may_not_say_its_labels(tmp_path, kind):
 
 
 def test_the_published_alphabet_keeps_its_decoder(tmp_path):
-    """A file without labels is assumed to have the published alphabet."""
+    """For a model with the published alphabet, a file without labels is assumed to have that alphabet too."""
     model = Jasper(config(published_labels()), backend="reference")
     torch.save({"state_dict": model.state_dict()}, tmp_path / "a.pt")
     with pytest.warns(UserWarning, match="does not name its labels"):

@@ -105,7 +105,7 @@ def test_transcribe(model, files, capsys):
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_transcribe_in_low_precision(model, files, dtype, monkeypatch, capsys):
-    """Shows that the engine computes in the low precision, and that the transcripts are nearly the same."""
+    """Shows that the engine gets the low precision, and that its transcripts have a WER under 50 % against fp32's."""
     used, heard = spied(monkeypatch, recognizer, "InferenceEngine", lambda model, **how: how["dtype"]), []
     for options in ((), ("--dtype", dtype)):
         assert run("transcribe", *files, "--checkpoint", model, *options) == 0

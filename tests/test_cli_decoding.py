@@ -21,7 +21,7 @@ from jasper_fast.speech.text import Vocabulary
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Returns a folder with a model of random weights, three sounds, their manifest and two language models."""
+    """Returns a folder with a model of random weights, three sounds, their manifest and three language models."""
     folder = tmp_path_factory.mktemp("decoding")
     write_checkpoint(folder / "model.pt")
     rng, lines = np.random.default_rng(0), []

@@ -66,7 +66,7 @@ def test_models_of_characters_are_asked_for_characters(text, tmp_path, capsys):
 
 @pytest.fixture
 def saved(tmp_path):
-    """Saves log-probs of SENTENCES in which four letters of each are wrong. Returns the folder."""
+    """Saves log-probs of SENTENCES with about four wrong symbols in each. Returns the folder."""
     rng = random.Random(0)
     folder = Saved.begin(tmp_path / "saved", SimpleNamespace(vocabulary=V, frame_seconds=0.02))
     for i, sentence in enumerate(SENTENCES):

@@ -59,7 +59,7 @@ BN, LAST = "bn_relu_dropout forward", GOOD | {"nan_eaters": 9, "wide_stores": 0}
         (set(), job(80, kernel=BN), POINTWISE),
         (set(), job(90, **ROUNDED), GOOD | SMALL),
         (set(), job(80, **EXACT), AMPERE | {"mma_sync": 0, "cp_async": 0}),
-        # Some rules do not apply to the merge of the statistics and to the last conv. They apply to the first conv.
+        # The merge of the statistics and the last conv are exempt from some rules. The first conv is not.
         (set(), job(80, kernel="conv1d stats merge"), POINTWISE | {"spilled": 8, "wide_stores": 0}),
         (set(), job(kernel="conv1d last"), LAST),
         ({"a NaN passes", "16-byte accesses"}, job(kernel="conv1d first"), LAST),
@@ -146,7 +146,7 @@ def test_innermost_loops_of_ptx():
 
 @pytest.fixture(scope="module")
 def made() -> dict:
-    """Returns the facts about tests/gate_kernels.py, compiled in a process without Triton's interpreter."""
+    """Returns the facts about the kernels of tests/gate_kernels.py, compiled in a process without the interpreter."""
     return json.loads(run([str(ROOT / "tests" / "gate_kernels.py")]).stdout)
 
 

@@ -86,7 +86,7 @@ def test_reference_is_conv1d(case: Case) -> None:
 
 # The fast algorithms multiply rounded sums of two or four operands, so their errors are larger.
 FACTOR = {"direct": 2.0, "fast_fir_1": 4.0, "fast_fir_2": 6.0}
-# How many rows further than the taps reach a NaN may spread.
+# A NaN may spread this many rows beyond those that the taps reach.
 REACH = {"direct": 0, "fast_fir_1": 1, "fast_fir_2": 3}
 
 
@@ -219,14 +219,12 @@ class Formats(TorchDispatchMode):
         self.seen = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.convolution_backward.default:
-            dy, x = args[:2]
-            self.seen.append(
-                [v.is_contiguous(memory_format=torch.channels_last) and 0 not in v.stride() for v in (dy, x)]
-            )
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.convolution_backward.default and out[0] is not None:
-            self.seen[-1].append(out[0].is_contiguous(memory_format=torch.channels_last))
+        if func is torch.ops.aten.convolution_backward.default:
+            found = [v for v in (*args[:2], out[0]) if v is not None]  # `out[0]` is None if only dweight is asked for
+            self.seen.append(
+                [v.is_contiguous(memory_format=torch.channels_last) and 0 not in v.stride() for v in found]
+            )
         return out
 
 

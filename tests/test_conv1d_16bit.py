@@ -58,7 +58,7 @@ def test_exact_products_of_rounded_operands(shape, relu, cpu) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_result_in_bf16_is_the_fp32_one_rounded(shape, cpu) -> None:
-    """Shows it with any number of threads, and that nothing outside of the slice `out` is written."""
+    """Shows this for one thread and for three, and that nothing outside of the slice `out` is written."""
     c_in, c_out, k, t, stride, dilation, lengths = shape
     x, packed = torch.randn(len(lengths), t, c_in).to(BF16), cpu.pack(torch.randn(c_out, c_in, k), dtype=BF16)
     how, options = Geometry(stride, k // 2 * dilation, dilation), {"lengths": Lengths(torch.tensor(lengths))}
@@ -140,7 +140,7 @@ def test_wrong_packs_are_named(cpu) -> None:
 
 
 def test_a_lower_instruction_set_says_so() -> None:
-    """Shows the error of a CPU without bf16 products. test_cpu_instruction_sets.py runs this test as such a CPU."""
+    """Shows the error of a CPU without bf16 products. test_cpu_instruction_sets.py runs this test as on such a CPU."""
     if cpu_impl.has_bf16():
         pytest.skip("this process multiplies bf16")
     with pytest.raises(RuntimeError, match="does not multiply; pack in float32"):

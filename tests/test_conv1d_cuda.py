@@ -175,8 +175,8 @@ def check_inference(
         assert not space.arrived.any(), "a counter was not set back for the next launch"
 
 
-# These layers are run with every tile size of every loop. In loop 90 a CTA gets several tiles, and a tile has more than
-# twice as many steps as there are stages.
+# These layers are run with every tile size of every loop, as far as they fit. In loop 90 a CTA gets several tiles.
+# Except in the last layer, a tile has more than twice as many steps as there are stages.
 WIDE = [
     (2, 72, 136, 150, 11, 1, 1, [150, 61]),
     (1, 136, 200, 233, 9, 1, 1, [233]),

@@ -16,8 +16,8 @@ from test_conv1d_cuda_chain import check_early
 
 from jasper_fast.kernels.conv1d import cuda_launch, cuda_tiles
 
-# Together these layers have several chunks, tiles and CTAs, dilation with padding, a stride, and at one tap more chunks
-# than there are buffers.
+# Together these layers cover several chunks, tiles and CTAs, dilation with padding, a stride, and one tap with more
+# chunks than there are buffers.
 LAYERS = {
     "dilated": (1, 24, 40, 70, 3, 1, 2, [63]),  # the second tile begins at the end of the utterance, in the halo
     "long": (1, 16, 24, 1500, 3, 1, 1, [1500]),  # a share has more segments than there are stages

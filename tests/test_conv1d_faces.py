@@ -12,7 +12,8 @@ from jasper_fast.dispatch import backends
 from jasper_fast.selfcheck.cases import case
 from jasper_fast.selfcheck.checks import CONV, UNCLEAN, Check, Conv
 
-# (C_in, C_out, K, stride, dilation) of the 13 distinct main convs, channels divided by 16
+# (C_in, C_out, K, stride, dilation) of the 13 distinct main convs. Channels are divided by 16, except the 64 of the
+# features, which become 16, and the 29 of the output.
 LAYERS = {
     "prologue": (16, 16, 11, 2, 1),
     "block 1": (16, 16, 11, 1, 1),

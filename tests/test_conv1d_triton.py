@@ -80,7 +80,7 @@ def test_fp32_is_rounded_to_tf32_where_pytorch_rounds_it(name):
 
 
 def test_errors_name_what_is_wrong():
-    settle("triton")  # packs a weight before launches are recorded
+    settle("triton")
     x, weight, how = ntc(torch.ones(1, 8, 4)), torch.ones(8, 8, 11), Geometry(1, 5)
     cases = [
         (lambda: triton_impl.forward(x, weight, Geometry()), "taps span 11"),
@@ -188,7 +188,8 @@ def test_a_batch_costs_its_frames_and_its_halo(monkeypatch):
     ids=str,
 )
 def test_wgrad_of_two_taps_a_program_and_without_partials(layer, shares, monkeypatch):
-    """Shows that two taps share each load of dy, except an odd last tap, and that a single share needs one launch."""
+    """Shows that two taps share each load of dy, except an odd last tap. With several taps, a single share needs one
+    launch."""
     monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", True)
     x, weight, shape, lengths = make(layer, torch.float16, make_face("triton").device)
     k = weight.shape[2]

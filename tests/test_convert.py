@@ -127,7 +127,7 @@ def test_files_of_others_become_every_format(tmp_path, model, kind):
 
 
 def test_what_is_written_is_what_the_others_load(tmp_path, model, own):
-    """Look-alikes of NVIDIA's and NeMo's modules load the converted files strictly, and give equal outputs."""
+    """Look-alikes of NVIDIA's and NeMo's modules load the converted files strictly, and give nearly equal outputs."""
     clean = tmp_path / "clean.pt"
     checkpoint.save(clean, own_document(model, config=full_config().to_dict()))
     want = outputs(load_model(clean, backend="reference"))

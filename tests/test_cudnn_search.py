@@ -51,8 +51,8 @@ def test_a_search_goes_on_after_an_answer_that_failed():
 
 @pytest.mark.parametrize("judged_at", [(1, 64), (2, 64)])
 def test_a_step_is_searched_for_at_the_batch_that_is_timed(judged_at, tmp_path, monkeypatch):
-    """Shows that cuDNN searches already in the check if the check has the timed batch size. Otherwise there would be no
-    search, because cuDNN searches only in the first call with a shape."""
+    """Shows that cuDNN searches in the check if the check has the timed batch size. The timed calls would be too
+    late, because cuDNN searches only in the first call with a shape."""
     monkeypatch.setattr(train, "judged_size", lambda *_: judged_at)
     runner = train.case(make_run(tmp_path, rivals="eager"), "small", 2, 64, "forward+backward").contenders[1].build()
     seen = spied(monkeypatch, train.Batch, "loss", lambda *_: searches())

@@ -395,7 +395,7 @@ def test_in_evaluation_each_utterance_belongs_to_one_rank():
 
 
 def librispeech_durations(count: int) -> np.ndarray:
-    """Returns random durations with the distribution of LibriSpeech: mean 12.3 s, most near 15.3 s."""
+    """Returns random durations distributed like those of LibriSpeech: mean 12.3 s, most near 15.3 s."""
     rng = np.random.default_rng(0)
     long, short = rng.triangular(10, 15.3, 16.7, count), rng.triangular(1.3, 8, 10.5, count)
     return np.where(rng.random(count) < 0.78, long, short)

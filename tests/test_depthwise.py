@@ -14,7 +14,7 @@ from jasper_fast.kernels.depthwise import reference
 from jasper_fast.kernels.layout import mask, ntc
 from jasper_fast.kernels.operands import Geometry, Lengths
 
-# (C, K, T, stride, dilation, lengths), with the taps of QuartzNet 15x5
+# (C, K, T, stride, dilation, lengths). The taps of the first six are those of layers of QuartzNet 15x5.
 CASES = {
     "prologue": (64, 33, 75, 2, 1, [75, 20]),
     "k33": (48, 33, 70, 1, 1, [70, 9]),
@@ -147,7 +147,7 @@ def test_a_nan_in_a_valid_frame_reaches_its_taps_alone(name: str) -> None:
 
 
 def test_triton_makes_the_output_lengths() -> None:
-    """The engine's first launch computes them so. Here one length is larger than x, and is clamped."""
+    """In the engine, the first launch computes the output lengths. Here one length is larger than T, and is clamped."""
     impl, device = face_of("triton")
     x, _, weight, geometry, masks = make(TRITON["stride 2"][0], torch.float32, device)
     given = torch.tensor([99, 11], device=device)

@@ -1,4 +1,4 @@
-"""Every face of an op exports the same functions with the same signatures."""
+"""Every face of an op exports the functions of the op, with the signatures of reference.py."""
 
 import importlib
 import inspect

@@ -35,7 +35,7 @@ def _in_parallel(rank: int) -> dict[tuple, dict[str, torch.Tensor]]:
             run = model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         else:
             run = nn.parallel.DistributedDataParallel(model)
-        # In the case "gram" it is the Gram form, as on a GPU. That stays set, so "gram" must be the last case.
+        # The case "gram" takes the Gram form, as on a GPU. The setting stays, so "gram" must be the last case.
         choose.pane_form = (lambda *of: "gram") if when == "gram" else choose.pane_form
         if when in ("after", "gram"):
             assert fuse(run, strict=True).fused[0] == ("" if synced else "module.") + "encoder.layers.0"

@@ -1,4 +1,5 @@
-"""Each face against results of NVIDIA's Jasper: evaluation, first gradients, BN buffers, four NovoGrad steps."""
+"""EagerJasper and each face except CUDA against results of NVIDIA's Jasper: evaluation, first gradients, batch norms'
+buffers, and, except for Triton, four NovoGrad steps."""
 
 import json
 

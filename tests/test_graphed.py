@@ -40,8 +40,8 @@ def loss_on_the_device(monkeypatch):
 def both(
     ours: Rig, made: GraphedStep, plain: Rig, seed: int, batches: list[Batch], pad: bool = True
 ) -> list[StepResult]:
-    """Makes a graphed step, and a plain step over the same padded batches, from one seed. Returns both results. Asserts
-    that the states of both rigs and of the random generator are equal bit by bit."""
+    """Makes a graphed step, and a plain step over the same batches, padded if `pad`, from one seed. Returns both
+    results. Asserts that the states of both rigs and of the random generator are equal bit by bit."""
     results, states = [], []
     for run, given in ((made, batches), (plain.plain, [padded(b, made._shape(b)) if pad else b for b in batches])):
         torch.manual_seed(seed)

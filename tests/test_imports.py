@@ -1,4 +1,4 @@
-"""Imports go one way: train, bench, tests -> jasper_fast -> jasper_fast.kernels -> the native libraries.
+"""Imports go one way: train, tests -> the rooms of jasper_fast, in the order of LAYERS -> jasper_fast.kernels.
 
 Imports inside functions count as well. A room is a folder of the package, and a key of LAYERS.
 """
@@ -87,7 +87,7 @@ def graph() -> dict[str, set[str]]:
     for name, path in named.items():
         targets = set()
         for target in imports(path.read_text(), package_of(path)):
-            while target and target not in named:  # of a function or class, take the module
+            while target and target not in named:  # a function or class counts as its module
                 target = target.rpartition(".")[0]
             targets |= {target} if target else set()
         found[name] = targets - {name, *BELOW_ALL}

@@ -53,7 +53,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(text, tmp_path_factory):
-    """Trains for two epochs and a little more, with validation and averages."""
+    """Trains for about four epochs, with validation and averages."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     options = ("--val", text.with_name("dev"), "--ema", 0.9, "--ema-warmup", "--steps", 300, "--save-every", 100)
     assert run("train-neural", text, "--out", out, *SMALL, *options, "--lr", 0.02) == 0

@@ -13,7 +13,7 @@ from torch import Tensor
 from jasper_fast.kernels.novograd import cuda_launch, reference
 from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
 
-# The last is longer than the part that a Triton program or a CPU task processes, and no multiple of it.
+# The last is longer than the run of a Triton program or CUDA block, and no multiple of it.
 SHAPES = ((5, 3, 11), (7,), (1,), (4, 5, 1), (), (0, 3), (3, 1025), (8192 + 1024 + 5,))
 LONG = (65536 * 2 + 17,)
 

@@ -126,7 +126,7 @@ for code in sys.argv[1:]:
 
 @pytest.mark.slow
 def test_only_extras_need_optional_packages_and_say_how_to_get_them() -> None:
-    """Shows that inference works and that the errors name the extra, in a process without any optional package."""
+    """Shows that inference works without optional packages, and that errors name the package or extra to install."""
     command = [sys.executable, "-c", f"{WITHOUT}{INFERENCE}sys.stderr = sys.stdout{IN_TURN}", *HINTS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -173,7 +173,8 @@ def test_precision(form, low):
 @pytest.mark.parametrize("upstream", ["centred", "shifted"])
 @pytest.mark.parametrize("low", LOW, ids=str)
 def test_large_means_do_not_cancel(form, low, upstream):
-    """Checks precision for block outputs with means of 30 standard deviations, and for gradients with a large mean."""
+    """Checks precision for block outputs with means of 30 to 60 standard deviations, and for gradients with a large
+    mean."""
     torch.manual_seed(5)
     xs, *parameters = pane_inputs(m=(4, 300), widths=(24, 32), c_out=16)
     xs = [x.detach().add(30 * x.detach().std() * (1 + torch.rand(x.shape[1])[:, None])) for x in xs]
@@ -251,8 +252,8 @@ def test_an_unknown_form_is_named():
 
 # ---- the plain form on its faces ----
 
-# (N, T, lengths, channels of the xs, C). Some channels are fewer and some more than a vector has lanes. The third case
-# has more rows than a chunk.
+# (N, T, lengths, channels of the xs, C). Some channels are fewer and some more than a vector has lanes. The second
+# and the third case have more rows than a chunk.
 FACE_CASES = [
     (1, 5, None, (3,), 1),
     (3, 29, (29, 0, 17), (33, 64), 40),
@@ -264,8 +265,8 @@ FACE_CASES = [
 def pass_through(face, case, dtype=torch.float32, activations=None, like=torch.float32) -> list[torch.Tensor]:
     """Returns all results of a face of `panes`: outputs, sums, reduction, dx (zero in the padding) and dweight.
 
-    Weights and vectors have `dtype`. The xs, y and the gradient have the dtype `activations`, by default `dtype`; their
-    values are rounded to the dtype `like`.
+    Weights and vectors have `dtype`. The xs, y and the gradient have the dtype `activations`, by default `dtype`. The
+    values of xs, weights and gradient are rounded to the dtype `like`.
     """
     n, t, lengths, widths, c = case
     g = torch.Generator().manual_seed(3)

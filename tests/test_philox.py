@@ -29,7 +29,7 @@ def test_known_answers(counter, key, answer):
 
 
 def test_words_split_counter_and_seed_in_halves():
-    start, seed = (7 << 32) - 1, -(5 << 32) + 3  # the second counter needs more than 32 bits; the seed is negative
+    start, seed = (7 << 32) - 1, -(5 << 32) + 3  # the upper halves of the two counters differ; the seed is negative
     got = philox.words(start, 2, torch.tensor([seed]))
     key = (seed & ONES, (seed >> 32) & ONES)
     for row, c in zip(got, (start, start + 1), strict=True):

@@ -118,7 +118,8 @@ def test_sources_that_cannot_be_read_are_one_line_errors(tmp_path: Path, capsys,
 
 
 def spoiled(folder: Path) -> tuple[Path, dict[str, set[str]]]:
-    """Writes a manifest of files with every fault. Returns its path and the expected faults by file name."""
+    """Writes a manifest of files with every fault except `out_of_alphabet`. Returns its path and the expected faults by
+    file name."""
     rng = np.random.default_rng(0)
     lengths = {"good": 16000, "clipped": 16000, "numbers": 16000, "long": 16000 * 18, "brief": 800, "many": 4000}
     speech = {n: 0.1 * rng.standard_normal(size) for n, size in (lengths | {"short": 8000, "empty": 16000}).items()}

@@ -138,7 +138,7 @@ def test_a_run_goes_on_with_fewer_steps_an_epoch(change, paths, run, tmp_path):
 
 @pytest.mark.slow
 def test_epochs_are_counted_whatever_their_steps(paths, run, tmp_path):
-    run(paths, tmp_path, batch_size=2, steps=7)  # of eight steps in the first epoch
+    run(paths, tmp_path, batch_size=2, steps=7)  # stops before the eighth and last step of the first epoch
     # one step ends that epoch, and two epochs of two steps follow
     assert "done: step 12" in run(paths, tmp_path, batch_size=8, epochs=3, resume=True)
 

@@ -1,5 +1,5 @@
-"""A run is stopped and resumed many times, with other settings and numbers of processes. A signal to one process stops
-it at a random step. Every rank must stop at that step, and every epoch must use each utterance once."""
+"""A run is stopped and resumed many times, with other settings and numbers of processes. Each time, a signal to one
+process comes at a random step. Every rank must stop at that step, and every epoch must use each utterance once."""
 
 import json
 from collections import defaultdict

@@ -170,10 +170,11 @@ def test_a_killed_process_is_restarted_and_the_losses_are_those_of_an_undisturbe
         arguments = train_arguments(paths, tmp_path / name, steps=6, save_every=2, batch_size=2, val_manifests=None)
         launch = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
         # Without TORCH_DISABLE_SHARE_RDZV_TCP_STORE torchrun gives restarted processes old addresses (pytorch#135712).
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        environment["PYTHONPATH"] = str(ROOT)
+        environment = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "torch.distributed.run", *launch, str(program), *arguments]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr
         losses[name] = [(r["step"], r["loss"]) for r in records(tmp_path / name, "train")]
     assert losses["killed"] == losses["undisturbed"] and len(losses["killed"]) == 6

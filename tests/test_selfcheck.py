@@ -245,7 +245,7 @@ def test_a_wrong_kernel_is_caught(check, fault, monkeypatch):
 @pytest.mark.parametrize(("bits", "tf32", "status"), [(10, True, "ok"), (10, False, "wrong"), (7, True, "wrong")])
 def test_fp32_is_held_to_tf32_where_convs_round_to_it(function, bits, tf32, status, monkeypatch):
     """Inputs truncated to 10 bits, as in TF32, pass only if TF32 is allowed; 7 bits never pass. PyTorch's result is
-    exact here, because cuDNN may choose an exact kernel."""
+    exact here, as it is on a GPU where cuDNN chooses an exact kernel."""
     impl, floor = backends.face("conv1d", make_face("cpu").name), perform._floor
     right = getattr(impl, function)
 

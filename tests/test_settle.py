@@ -1,4 +1,5 @@
-"""Tensors of a test are made on the device of its face. A GPU is pretended: fake tensors have no content."""
+"""Tensors of a test are made on the device of its face. Fake tensors, which have no memory, stand in for
+those of a GPU."""
 
 import conftest
 import pytest

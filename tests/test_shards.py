@@ -32,8 +32,7 @@ def corpus(tmp_path: Path) -> Path:
         name, seconds = f"s{i % 3}/a.{i // 6}.{i // 3}.flac", 0.4 + 0.05 * i
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(corpora.tone(i, seconds))
-        entry = {"audio_filepath": name, "duration": seconds, "text": f"text {'i' * i}", "speaker": f"s{i % 3}"}
-        lines.append(entry)
+        lines.append({"audio_filepath": name, "duration": seconds, "text": f"text {'i' * i}", "speaker": f"s{i % 3}"})
     lines.append({"audio_filepath": name, "offset": 0.1, "duration": 0.3, "text": "a part"})
     return corpora.write_lines(tmp_path / "m.jsonl", lines)
 
@@ -112,7 +111,7 @@ def test_an_object_store_gives_what_the_files_give(tmp_path: Path, store: list[i
     remote = read_manifest(f"{URL}/tarred_audio_manifest.json")
     local, plain = by_text(tmp_path / "shards" / "tarred_audio_manifest.json"), by_text(tmp_path / "m.jsonl")
     assert {u.text for u in remote} == set(plain) and all(u.packed.tar.startswith(URL) for u in remote)
-    assert remote[0].packed == local[remote[0].text].packed  # the manifest contains --url
+    assert remote[0].packed == local[remote[0].text].packed  # the manifest has the address that --url gave
     made = []
     for utterances in ([plain[u.text] for u in remote], remote):
         data = SpeechDataset(utterances, Vocabulary(), AudioSettings(min_duration=0.0, perturb=Perturb(speed=SPEED)))

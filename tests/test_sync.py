@@ -187,8 +187,8 @@ PARTS = ("y", "residual", "x0", "x1")  # these are split over the ranks
 
 
 def op_step(rank: int | None, form: str) -> dict[str, torch.Tensor]:
-    """Runs two panes, a bn_relu_dropout with their sum in its residual, and a sub_block. `rank` runs them on its own
-    frames, and None on all frames."""
+    """Runs two panes, a bn_relu_dropout with their sum in its residual, and a sub_block. With `rank` they get that
+    rank's frames, and with None all frames."""
     v, group = op_inputs(), None if rank is None else dist.group.WORLD
     up = v.pop("up")
     if rank is not None:

@@ -276,7 +276,8 @@ with launch.recorded(take, arch):
 """
 
 
-# The most variants of a kernel per conv shape: the flags used here times the two default tiles for T up to 40.
+# The most variants of a kernel per conv shape. For convs: the flags used here times the two default tiles for T up to
+# 40.
 MOST = {"conv": 4, "bn": 1, "fused": 8}
 
 

@@ -50,7 +50,7 @@ def judged(rates):
 
 
 def spoiled(when):
-    """Returns a stand-in for `collate` that fills the audio of the batches with these numbers with NaN."""
+    """Returns a stand-in for `collate` that fills with NaN the audio of the batches whose numbers are in `when`."""
     numbers = count()
 
     def collate_or_spoil(items):

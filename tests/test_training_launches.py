@@ -33,7 +33,7 @@ BLOCKS, CONVS, PANES = 6, 9, 1 + 2 + 3
 
 @pytest.fixture
 def launches(monkeypatch) -> list[str]:
-    """Records the kernel name of every launch, with the flags that are on. No kernel runs."""
+    """Records each launch as the kernel's name and those flags of `shown` that are on. No kernel runs."""
     interpreted()
     launched: list[str] = []
 

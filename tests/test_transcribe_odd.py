@@ -48,7 +48,8 @@ def good_file(i, rng):
 
 
 def odd_files(folder, copy):
-    """Makes twenty files that cannot be used. Returns for each the name and a part of the expected reason."""
+    """Returns the names of twenty files that cannot be used, each with a part of the expected reason. Makes those files
+    that have to exist."""
     nan, loud = np.full(800, 0.1), np.full(800, 0.1)
     nan[7], loud[7] = np.nan, 1e19
     noise = np.random.default_rng(0).uniform(-1, 1, 16000)

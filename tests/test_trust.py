@@ -313,7 +313,7 @@ def test_a_block_takes_the_form_that_was_chosen(gpu, form, status, wanted):
 
 
 class Faces(TorchDispatchMode):
-    """Records, for each call of our ops, the face of bn_relu_dropout and its statistics."""
+    """Records each call of our ops as (op, the face that runs its norm or statistics)."""
 
     def __init__(self):
         super().__init__()

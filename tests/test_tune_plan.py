@@ -96,7 +96,7 @@ def test_a_face_joins_by_one_function(gpu, monkeypatch):
 
 
 def estimate(cells: list[Cell]) -> float:
-    """Estimates the seconds for tuning `cells` on 16 cores.
+    """Estimates the seconds for tuning `cells` on 16 cores, of which 15 compile.
 
     The start takes 15 s. Each kernel takes 8 s on one core to compile and 0.3 s to check. Each contender takes 0.08 s,
     and each cell 0.05 s. None of these numbers was measured on a GPU.

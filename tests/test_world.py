@@ -92,7 +92,7 @@ def test_a_signal_to_one_process_ends_all_within_a_step(ran, tmp_path, on_rank):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_signal_is_heard_while_a_step_is_loaded(ran, tmp_path, size):
-    """The signal comes in the first of a step's four micro-batches. The other three are not read."""
+    """The signal comes in the first of the four micro-batches of the second step, which is not taken."""
     how = {"batch_size": 1, "epochs": 9, "grad_accumulation": 4, "val_manifests": None}
     members = ran(size, worlds.signal_in, size - 1, "load", **how)
     assert [len(m.steps) for m in members] == [1] * size
