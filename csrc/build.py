@@ -173,7 +173,7 @@ def compile_libraries(target: Path, sanitize: str | None = None) -> list[Path]:
 
 
 def install(built: Path, place: Path) -> Path:
-    """Copies `built` to `place` atomically if they differ. A process that has loaded the old library keeps that."""
+    """Copies `built` to `place` atomically if they differ. A process that has loaded the old library keeps it."""
     if not place.exists() or place.read_bytes() != built.read_bytes():
         shutil.copy2(built, place.with_suffix(".tmp"))
         os.replace(place.with_suffix(".tmp"), place)

@@ -21,8 +21,8 @@ SHAPES = (
     (512, 512, 17, 1, 1), (512, 640, 21, 1, 1), (640, 640, 21, 1, 1), (640, 768, 25, 1, 1), (768, 768, 25, 1, 1),
     (768, 896, 29, 1, 2), (896, 1024, 1, 1, 1), (1024, 29, 1, 1, 1),
 )  # fmt: skip
-# By architecture, one GPU: its name, and a Gpu with the variant of the inner loop, the number of multiprocessors and
-# the maximum shared memory of a thread block in bytes.
+# One GPU of each architecture: its name, and its inner loop, number of multiprocessors and bytes of shared memory that
+# a thread block may have.
 GPUS = {
     "75": ("T4", cuda_tiles.Gpu(75, 40, 65536)), "80": ("A100", cuda_tiles.Gpu(80, 108, 166912)),
     "86": ("A10", cuda_tiles.Gpu(80, 72, 101376, products=512)),

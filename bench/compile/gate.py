@@ -58,7 +58,7 @@ class Job:
 
     @property
     def tile(self) -> str:
-        """The block sizes, the number of warps (w) and of stages (s), such as "C64 T128 w4 s3"."""
+        """The block sizes and the numbers of warps (w) and stages (s), such as "C64 T128 w4 s3"."""
         s = self.source
         blocks = (f"{k.removeprefix('BLOCK_')}{v}" for k, v in s.constants.items() if k.startswith("BLOCK_"))
         return " ".join([*blocks, f"w{s.options['num_warps']}", f"s{s.options['num_stages']}"])

@@ -83,7 +83,7 @@ def measured(arch: int, dtype: str) -> Recorded:
             name = f"{a.C_in}->{a.C_out} {path.stem}" + f" s{a.stride}" * a.first
             for exact, splits in itertools.product(_exacts(number), (1, 2) if op == "fused" else (1,)):
                 for kernel, source in _sources(arch, call, op, {**row.tile, "splits": splits}, exact):
-                    if "PRECISION" in source.constants:  # kernels that pack or merge do not use the tile
+                    if "PRECISION" in source.constants:  # the others pack or merge, and do not use the tile
                         yield kernel, name, source
 
 
@@ -182,8 +182,11 @@ def prefixes() -> None:
 
 
 def _exacts(dtype: torch.dtype) -> tuple[bool, ...]:
-    """Returns the values of `exact` to compile with: in fp32 False (products rounded to TF32) and True, and otherwise
-    only False. At run time PyTorch's setting of the fp32 precision chooses."""
+    """Returns the values of `exact` to compile for.
+
+    fp32 has kernels that round products to TF32 (False) and exact ones (True); PyTorch's setting of the fp32 precision
+    chooses at run time. Other dtypes have only False.
+    """
     return (False, True) if dtype == torch.float32 else (False,)
 
 

@@ -1,4 +1,4 @@
-"""The table of a compile gate, which is that of the Triton kernels or that of the CUDA kernels.
+"""The table of a compile gate: that of the Triton kernels or that of the CUDA kernels.
 
 The rows are compared with the committed table, printed and written to a file.
 """

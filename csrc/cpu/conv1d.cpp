@@ -17,7 +17,8 @@ namespace {
 using torch::stable::Tensor;
 using namespace jf;
 
-constexpr int64_t kGroupRows = 128;  // rows of one item that share a window in L2; twice that in the fast algorithm
+// Maximum rows of a task, which share a window of x in L2. The fast algorithm takes twice as many.
+constexpr int64_t kGroupRows = 128;
 
 int64_t checked_level(int64_t fir_level, int64_t taps, int64_t stride) {
   STD_TORCH_CHECK(fir_level >= 0 && fir_level <= kMaxFirLevel, "conv1d: fir_level must be in [0, ", kMaxFirLevel,

@@ -14,7 +14,7 @@ constexpr int64_t kDepthwiseRows = 8;      // outputs (in the gradient of the we
 
 enum class DepthwiseDtype { fp32, fp16, bf16 };
 
-struct DepthwiseRows {  // one (N, T, C) activation; rows at t >= lengths[n] count as zero and are not read
+struct DepthwiseRows {  // one (N, T, C) activation; rows at t >= lengths[n] are padding, which counts as zero
   void* data = nullptr;
   int64_t stride_n = 0, stride_t = 0, t = 0;
   const int64_t* lengths = nullptr;

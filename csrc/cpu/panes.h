@@ -12,7 +12,7 @@ struct PanesArgs {
   int64_t panes, rows, c;
   bool bf16;                  // whether y, g and dy are bf16; the rest is always fp32
   const void* y;              // outputs (panes, rows, c)
-  const float *mean, *scale;  // means of the outputs and gamma * rstd (panes, c)
+  const float *mean, *scale;  // means of the outputs, and gamma * rstd; (panes, c) each
   const float* start;         // forward: what the sum starts from, (rows, c), or (c) for all rows if start_stride is 0
   int64_t start_stride;
   float* out;                   // forward: the sum (rows, c)

@@ -23,7 +23,9 @@ struct Node {
   int32_t slot;                            // place in the beam, -1 outside of it
 };
 
-struct Entry {  // a prefix in the beam: log b, log n, log(b + n), what its symbols add to the score, its node and state
+// A prefix in the beam: the log probabilities of its paths that end in a blank (b), of the others (n) and of all
+// (total), what its symbols add to the score (bonus), and its node and state.
+struct Entry {
   double b, n, total, bonus;
   int32_t node, state;
 };

@@ -29,7 +29,7 @@ MAX_PARTIALS = 256  # most partial results per channel; a program of the merge k
 MERGE_C = 16  # channels per program of the merge kernel
 NUM_WARPS = 4
 APPLY_LANES, APPLY_WARPS = 2048, 8  # for backward_apply, which holds three tiles; other sizes spill on some GPUs
-# Lengths and seeds are slices of int64 tensors, so only half of them are aligned to 16 bytes. Specialising kernels on
+# Lengths and seeds may be slices of int64 tensors, so they are not always aligned to 16 bytes. Specialising kernels on
 # the alignment would compile each one twice.
 _SLICES = ("lengths_ptr", "seed_ptr")
 
@@ -82,7 +82,7 @@ def _stats_kernel(
     y_ptr, mean_ptr, m2_ptr, rows, chunk, c_groups,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Writes the partial result of chunk g. Each lane runs Welford's algorithm over its rows; then lanes are merged."""
+    """Writes the partial result of chunk g. Each lane of the tile runs Welford's algorithm; then lanes are merged."""
     C = c_groups * VEC
     c_blocks = tl.cdiv(C, BLOCK_C)
     g = (tl.program_id(0) // c_blocks).to(tl.int64)

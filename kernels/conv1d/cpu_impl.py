@@ -104,8 +104,8 @@ def fused(
     panes: x2 (N, T', C2) and packed2, a 1x1 conv packed `direct`. x, x2 and out need unit channel stride; their other
     strides are free, so they may be slices of wider buffers. `out` is fp32, or bf16 if the weights are and there is no
     bias. Rows of x and x2 at t >= `lengths.before` count as zero and are not read. Rows of the result at t >=
-    `lengths.after` are zero. No work is done for these rows, nor for rows that depend on no row of x. Raises ValueError
-    for `lengths.made` and for `masked=False`, which only GPU faces support.
+    `lengths.after` are zero. Nothing is multiplied for these rows, nor for rows that depend on no row of x and x2.
+    Raises ValueError for `lengths.made` and for `masked=False`, which only GPU faces support.
     """
     if lengths.made is not None or not lengths.masked:
         raise ValueError("the cpu face always masks and does not compute output lengths: give it lengths.after")

@@ -78,7 +78,7 @@ def dgrad_padding(face: str, dy: Tensor, w: Packed, t: int, geometry: Geometry) 
     reach = dilation * (w.taps - 1)
     if dy.shape[1:] != (w.c_out, t + 2 * padding - reach):
         expected = f"{w.c_out} channels and {t + 2 * padding - reach} frames"
-        raise ValueError(f"dy {tuple(dy.shape)} must have {expected}, as the conv of {t} frames has")
+        raise ValueError(f"dy {tuple(dy.shape)} must have {expected}, like the conv's output for {t} frames")
     return reach - padding
 
 

@@ -73,7 +73,7 @@ def add_taps(
                 w = w_desc.load([tap * C_w + c0, o0])
             acc = dot(x, w, acc, UPCAST, PRECISION)
         i_begin = tl.where(whole, i_end, i_begin)
-    if not (HAS_DESCRIPTORS and IS_CLEAN and STRIDE == 1):  # a tile may have rows to mask, which descriptors cannot do
+    if not (HAS_DESCRIPTORS and IS_CLEAN and STRIDE == 1):  # a tile may have rows to mask; descriptors cannot mask
         offs_c = tl.arange(0, BLOCK_K)
         offs_o = o0 + tl.arange(0, BLOCK_N)
         first = (t0 + tl.arange(0, BLOCK_T)) * STRIDE - padding

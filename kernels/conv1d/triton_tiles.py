@@ -14,7 +14,7 @@ import torch
 from jasper_fast.kernels import tables
 
 # The defaults are computed from these numbers of an H100, so they are the same on every GPU.
-WAVE = 132  # programs that fill the GPU once, one per multiprocessor (two if they are wgrad's with one tap)
+WAVE = 132  # programs that fill the GPU once: one per multiprocessor, or two of wgrad with one tap
 FLOP_S = 660e12  # FLOP/s of 16-bit matrix products that these tiles reach at best
 BYTES_S = 3e12  # bytes per second of the GPU's memory
 L2_S = 5.5e12  # bytes per second from L2 to all multiprocessors
@@ -151,7 +151,7 @@ def _shared(op: str, dtype: torch.dtype, tile: Tile, shape: Shape, frames: int) 
 
 
 def wgrad_taps(tile: Tile, taps: int) -> int:
-    """Returns the taps of a wgrad program: 2 if the sums of two taps take at most 128 registers of a thread, else 1."""
+    """Returns how many taps a wgrad program takes: two, if their sums fit into 128 registers of a thread, else one."""
     return 2 if taps > 1 and 2 * tile.n * tile.k <= 128 * 32 * tile.num_warps else 1
 
 
