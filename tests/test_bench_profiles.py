@@ -27,7 +27,8 @@ def test_a_profile_leaves_nothing_on_the_terminal_and_hides_no_error(tmp_path, c
     out, err = capfd.readouterr()
     assert (out, set(err.splitlines())) == ("", {"USDT: of the step's own"})  # output of the step is kept
     with pytest.raises(RuntimeError), kineto.without_marks():
-        os.write(2, b"USDT:2026 profiler_start\nERROR: CUPTI_ERROR_INSUFFICIENT_PRIVILEGES\n")
+        os.write(2, b"USDT:2026 profiler_start\nERROR:2026 A.cpp:48] gpuGetDeviceCount failed with code 35\n")
+        os.write(2, b"ERROR: CUPTI_ERROR_INSUFFICIENT_PRIVILEGES\n")
         raise RuntimeError
     assert capfd.readouterr().err == "ERROR: CUPTI_ERROR_INSUFFICIENT_PRIVILEGES\n"
 

@@ -1,21 +1,23 @@
-"""torch.profiler without the lines that its library Kineto writes to the terminal at every start and stop."""
+"""torch.profiler without the lines that its library Kineto writes to the terminal when no error has happened."""
 
 import contextlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 
 from torch.profiler import ProfilerActivity, profile
 
-MARK = b"USDT:"  # each of these lines begins with it
+# The lines of every start and stop, and the one of a CUDA build of PyTorch on a machine without a driver.
+MARKS = re.compile(rb"USDT:|ERROR:.*gpuGetDeviceCount failed with code 35$")
 
 
 @contextlib.contextmanager
 def without_marks() -> Iterator[None]:
-    """A context that drops Kineto's MARK lines. Other output to stderr appears at the end of the context.
+    """A context that drops Kineto's lines that match MARKS. Other output to stderr appears at the end of the context.
 
-    Kineto's log level cannot do this, because a level that hides MARK lines also hides errors.
+    Kineto's log level cannot do this, because a level that hides these lines also hides errors.
     """
     sys.stderr.flush()
     terminal = os.dup(2)
@@ -29,12 +31,12 @@ def without_marks() -> Iterator[None]:
             os.close(terminal)
             heard.seek(0)
             with open(2, "wb", closefd=False) as out:
-                out.writelines(line for line in heard if not line.startswith(MARK))
+                out.writelines(line for line in heard if not MARKS.match(line))
 
 
 @contextlib.contextmanager
 def recorded(activities: Sequence[ProfilerActivity], profile_memory: bool = False) -> Iterator[profile]:
-    """A context in which torch.profiler records, without Kineto's MARK lines."""
+    """A context in which torch.profiler records, without the Kineto lines that match MARKS."""
     trace = profile(activities=activities, profile_memory=profile_memory)
     with without_marks():
         trace.start()
