@@ -2,8 +2,8 @@
 
 They are measured twice: for the acoustic model only, and from sound to text.
 
-`python -m bench latency` measures the grid of NVIDIA's published table: batches of 1, 2, 4, 8 and 16 utterances of 2, 7
-and 16.7 s.
+On a GPU, `python -m bench latency` measures the grid of NVIDIA's published table: batches of 1, 2, 4, 8 and 16
+utterances of 2, 7 and 16.7 s.
 """
 
 import itertools

@@ -1,7 +1,7 @@
 """How fast is the optimiser's step, with its check for NaN and the moving average, compared with a copy that
 moves as many bytes?
 
-`python -m bench optimizer`. The time depends on the number of parameters only, so no batch is needed.
+`python -m bench optimizer`. The time depends only on the parameters, so no batch is needed.
 """
 
 from jasper_fast.bench.cases import optimizer

@@ -99,7 +99,8 @@ class NoKernels(RuntimeError):
 
 
 def profile(step: Callable[[], object], device: torch.device, target: Path) -> list[dict]:
-    """Runs `step` under the profiler, writes the trace, and returns one record per op or layer, longest time first.
+    """Runs `step` under the profiler and writes the trace. Returns one record per op, per layer, and per backward of a
+    layer, longest time first.
 
     Raises NoKernels if the profiler records no kernel on the GPU.
     """

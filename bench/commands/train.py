@@ -6,7 +6,7 @@
 from jasper_fast.bench.cases import train
 from jasper_fast.bench.harness.run import Run
 
-# (model, N, T): the first entry of each grid has a goal
+# (model, N, T): the first entry of CPU_GRID has a goal
 CPU_GRID = (("small", 8, 400), ("medium", 4, 400))
 GPU_GRID = (("jasper10x5", 32, 1680), ("jasper10x5", 8, 1680), ("jasper10x5", 32, 704), ("jasper10x5", 64, 1680))
 MODES = ("forward+backward", "step")
@@ -15,7 +15,8 @@ MODES = ("forward+backward", "step")
 def main(run: Run, grid: tuple = (), mode: str | None = None) -> list[dict]:
     """Measures `grid` or the default grid of the device; returns the rows.
 
-    Without `mode` it measures all MODES, or in a short run only forward + backward.
+    Without `mode` it measures all MODES. With `--quick`, and for models other than "small" in `all`, it measures only
+    forward + backward.
     """
     grid = grid or (GPU_GRID if run.device.type == "cuda" else CPU_GRID[: 1 if run.quick else None])
     found = []

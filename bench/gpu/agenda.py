@@ -98,8 +98,7 @@ def first_nine_minutes() -> list[Part]:
 
 
 def and_then() -> list[Part]:
-    """Returns the parts for later calls with `--resume`. Parts with slow compilers come last, so that they do not delay
-    the others."""
+    """Returns the parts that follow. Usually only later calls with `--resume` reach them."""
     return [
         Part("training grid", 40, lambda r: train.main(replace(r, rivals=f"{LIGHT_TRAINING},eager_no_masks"))),
         Part("sub-blocks beside max-autotune and cuDNN", 90, slow_rivals),

@@ -7,8 +7,8 @@
 
 Every step has its own time limit and log. Its result is written to day.json as soon as it ends, and at the end all
 results are printed as a table. If a step fails or is cut off, the later steps still run. An exception is the self-check
-of call 1: if it fails, the later steps would fail for the same reason, so they are skipped. With `--device cpu` the
-same steps run on small stand-ins. `--dry-run` shows the steps.
+of call 1: if it does not end well, the later steps would fail for the same reason, so they are skipped. With `--device
+cpu` the steps are small stand-ins, and those that need a GPU are left out. `--dry-run` shows the steps.
 """
 
 import argparse
@@ -66,7 +66,7 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class Step:
-    """A command and its limit in seconds. If a step with `gate` fails, the later steps of the call are not run."""
+    """A command and its limit in seconds. Unless a step with `gate` ends well, the later steps of the call do not run."""
 
     name: str
     argv: tuple[str, ...]
@@ -76,7 +76,7 @@ class Step:
 
 
 def plan(call: str, device: str, out: Path, root: Path) -> list[Step]:
-    """Returns the steps of a call that this checkout and this machine can run."""
+    """Returns the steps of a call. For a CPU they are small stand-ins, without the steps that need a GPU."""
     cpu = device == "cpu"
     interpret = {"TRITON_INTERPRET": "1"} if cpu else {}
 

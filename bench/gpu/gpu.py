@@ -2,13 +2,13 @@
 
 Each case is written to disk as soon as it is measured, and `--resume` continues after the last one. Every part has its
 own share of the time, so that no part uses up the time of later ones. Time that is left at the end goes to the parts
-that were cut off. A part that fails does not stop the others. If its failure leaves the GPU unusable in this process,
-the run continues in a new process. After two failures a part is not tried again.
+that were cut off. If a part fails, the run continues with the next one, in a new process if the GPU is no longer usable
+in this one. After two failures a part is not tried again.
 
 The run begins with a preflight (compiler, headers, disk, driver, clocks, memory), the most important tests, the
-self-check and tuning. Later parts run with the tuned tiles and skip kernels that the self-check found bad. In this
-command `--backend auto` means Triton, because its results are used to decide what `auto` chooses elsewhere. With
-`--device cpu` the same plan runs on small stand-ins: the small Jasper and small shapes.
+self-check and tuning. Later parts run with the tuned tiles and skip kernels that the self-check found bad. On a GPU
+`--backend auto` means Triton here, because the results of this command are used to decide what `auto` chooses
+elsewhere. With `--device cpu` a short plan runs with the small Jasper and small shapes, to test the command.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from jasper_fast.bench.harness.errors import DeviceLost, OutOfTime, first_line
 from jasper_fast.bench.harness.run import Run
 
 BUDGET = 540.0
-CASE = 3.0  # a case is timed for at most this many seconds
+CASE = 3.0  # the most seconds for a case, which only slow rounds exceed (see Effort)
 GOOD = 10.0  # a part is started only if at least this many seconds are left
 PATIENCE = 60.0  # a part may last this many seconds longer than its time, because a call into C++ cannot be interrupted
 UNTIL = "BENCH_GPU_UNTIL"  # environment variable of a process that continues a run: the `time.time` of the budget's end
@@ -107,7 +107,7 @@ def end_compilers() -> None:
         return
     for pool in list(compilers._pool_set):
         if (process := getattr(pool, "process", None)) is not None:
-            process.kill()  # otherwise the next line would wait for the queued work, for up to five minutes
+            process.kill()  # otherwise the shutdown would wait for the queued work, for up to five minutes
     compilers.shutdown_compile_workers()
 
 

@@ -44,7 +44,7 @@ def group(row: dict) -> tuple[str, str, str]:
 
 
 def selfcheck_in_full(run: Run) -> None:
-    """Runs the full check of all kernels that have not had one yet, first of those in the run's dtype."""
+    """Runs the full check of all kernels that have not had one yet, beginning with those in the run's dtype."""
     kept = run.results.data.get("selfcheck", {}).get("verdicts", ())
     done = {group(v) for v in kept if not v["quick"]}
     left = [c for c in checks.plan(run.device) if (c.op, c.face, c.dtype) not in done]

@@ -116,7 +116,7 @@ def row_lines(rows: Sequence[dict], shown: Sequence[words.Column]) -> Lines:
 
 
 def by_bench(rows: Iterable[dict]) -> dict[str, list[dict]]:
-    """Returns the timed rows of each subcommand."""
+    """Returns the rows of each subcommand, except those of `memory`."""
     found: dict[str, list[dict]] = {}
     for row in (row for row in rows if row["bench"] != "memory"):
         found.setdefault(row["bench"], []).append(row)
@@ -182,8 +182,8 @@ def longest(groups: dict[str, list[tuple]]) -> float:
 
 
 def roofs(result: dict) -> dict[str, functools.partial]:
-    """Returns, by dtype, the function that draws the roofline plot: the rates of the rows below the machine's measured
-    ceilings. Our dots are drawn last, above the others."""
+    """Returns, by dtype, the function that lays out the roofline plot: the rates of the rows below the machine's
+    measured ceilings. Our dots are drawn last, above the others."""
     plots, limits = {}, result["limits"]
     for dtype, rate in limits.get("matmul_flops_per_s", {}).items():
         points = [
@@ -249,7 +249,7 @@ def verdict_lines(result: dict) -> Lines:
 
 
 def tuned_lines(result: dict) -> Lines:
-    """Returns one line per row of the tuned table: the fastest configuration for a shape."""
+    """Returns one line per row of the tuned table: the fastest configuration of a face at a shape."""
     lines = []
     for row in result.get("table", {}).get("rows", ()):
         shape = f"{row['c_in']} to {row['c_out']}, K = {row['taps']}"
@@ -271,7 +271,8 @@ def part_lines(result: dict) -> Lines:
 
 
 def beside(result: dict) -> list[dict]:
-    """Returns tables with our rows and NVIDIA's published numbers for the same batch and length, side by side."""
+    """Returns tables with jasper_fast's and eager's numbers beside those that NVIDIA published: latencies for the same
+    batch size and length, and training for the same batch size."""
     found = [latency_beside(result, dtype) for dtype in ("float16", "bfloat16", "float32")]
     lines = []
     for key, rows in ours_and_eager(result["rows"], "train", mode="step").items():

@@ -15,10 +15,8 @@ def duration(seconds: float) -> str:
 
 
 def rate(row: dict) -> str:
-    """Returns the rate of a row as text: bytes per second if memory is its limit, else FLOP per second.
-
-    The text is empty if the row has no count of FLOPs.
-    """
+    """Returns the rate of a row as text: bytes per second if memory is its limit, and otherwise FLOP per second, or an
+    empty text if the row has no FLOPs."""
     if row.get("limit", {}).get("bound") == "memory":
         return per_second(row["bytes_per_s"], "B")
     return per_second(row["flops_per_s"], "FLOP") if "flops_per_s" in row else ""
@@ -31,7 +29,7 @@ def per_second(value: float, of: str) -> str:
 
 
 def plain(value: float) -> str:
-    """Returns a number as text with at least three digits, without a power of ten."""
+    """Returns a number as text: from 100 on without decimals, and below with three significant digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -195,7 +193,7 @@ SCALING = (
 
 
 def scaling_lines(rows: Iterable[dict]) -> list[tuple[str, ...]]:
-    """Returns a line of the table SCALING for each result of `bench train` that ran on several processes."""
+    """Returns a line of the table SCALING for each row with the field `scaling`."""
     lines = []
     for row in (r for r in rows if r["status"] == "ok" and "scaling" in r):
         scaling, key, step = row["scaling"], row["key"], row["time_s"]["median"]

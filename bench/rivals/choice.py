@@ -55,9 +55,9 @@ def choose(kind: str, device: torch.device, wanted: str) -> dict[str, Callable[[
 
 
 def only(kind: str, wanted: str) -> str:
-    """Returns the names in `wanted` that are rivals of `kind`, so that one option can name rivals of both kinds.
+    """Returns the names in `wanted` that are rivals of `kind`, or "eager" if none is.
 
-    Raises UnknownRival for a name that no kind has.
+    So one option can name rivals of both kinds. Raises UnknownRival for a name that no kind has.
     """
     if wanted in ("default", "all"):
         return wanted

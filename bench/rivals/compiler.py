@@ -27,7 +27,7 @@ def fresh_compiler() -> None:
 
 
 def needs_compiler() -> None:
-    """Raises Absent if torch.compile lacks the C++ compiler that it needs on a CPU."""
+    """Raises Absent if there is no C++ compiler, which torch.compile needs on a CPU."""
     if not any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++") if c):
         raise Absent("torch.compile needs a C++ compiler: apt install g++")
 
@@ -58,7 +58,7 @@ def compiled_blocks_frozen(model: nn.Module) -> Model:
 
     def call(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            if features.shape in ready:  # only the first call sets compiler options, because that takes host time
+            if features.shape in ready:  # only a shape's first call sets compiler options, because that takes host time
                 return frozen(features, lengths)
             with inductor.patch(freezing=True):
                 found = frozen(features, lengths)

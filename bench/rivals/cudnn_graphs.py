@@ -1,5 +1,5 @@
-"""cuDNN's fused convolutions, called by its Python frontend: conv + statistics for training, and conv + bias + ReLU for
-inference.
+"""cuDNN's fused convolutions, called through its Python frontend: conv + statistics for training, and conv + bias +
+ReLU for inference.
 
 This rival uses cuDNN's fused engines in fp16 and NHWC only. A 1D conv is a 2D conv of height 1.
 """
@@ -16,8 +16,8 @@ class FusedConv:
     """A cuDNN graph for a fused convolution.
 
     `weight` is (C_out, C_in, K) in fp16. With `bias`, (C_out,) in fp32, the graph also adds the bias and applies ReLU.
-    With `stats` it also computes the sums for batch norm. Raises Absent if the frontend or the GPU is missing, or if
-    cuDNN has no engine for the pattern on this GPU.
+    With `stats` it also computes the sums for batch norm. Raises Absent if the frontend or the GPU is missing, if
+    `x` is not fp16 or C_out is not a multiple of 8, and if cuDNN has no engine for the pattern on this GPU.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ Model = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def eager(model: nn.Module) -> Model:
-    """Returns eager PyTorch as in NVIDIA's Jasper: NCT memory, one module per step, a mask before every convolution."""
+    """Returns eager PyTorch as in NVIDIA's Jasper: NCT memory, a module per step, and a mask before each encoder conv."""
     return model
 
 
@@ -29,7 +29,7 @@ def eager_no_masks(model: nn.Module) -> Model:
 class ChannelsLast2d(nn.Module):
     """Eager PyTorch with each conv as a 2D conv over a height of 1, in channels_last memory.
 
-    In that memory cuDNN needs no transposes. The weights are copies, with the names that they have in the eager model.
+    In that memory cuDNN needs no transposes. The weights are copies, whose names begin with "model.".
     """
 
     def __init__(self, model: nn.Module) -> None:

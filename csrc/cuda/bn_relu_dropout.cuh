@@ -8,7 +8,7 @@
 // and a second kernel merges the partial results in a fixed order. No atomics are used, so runs are bit-identical.
 //
 // Values moved per element (with residual): stats reads 1, forward reads 1 (2) and writes 1, reduce reads 2 (3), apply
-// reads 2 (3) and writes 1 (2). For padding fewer values are moved.
+// reads 2 (3) and writes 1 (2). For padding, all but stats move fewer values.
 #pragma once
 
 #include "common.cuh"

@@ -1,4 +1,4 @@
-// Functions that all CUDA kernels here share: 16-byte packs, dtype conversion, Philox, merging of means and M2.
+// Functions that the CUDA kernels share: 16-byte packs, dtype conversion, Philox, merging of means and M2.
 // With JF_EMULATE this compiles as host C++ (see emulate/cuda.h), so that the kernels run and are tested without a GPU.
 #pragma once
 

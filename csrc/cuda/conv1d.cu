@@ -1,5 +1,5 @@
-// A C interface to the conv kernels, without torch. kernels/conv1d/cuda_launch.py calls it. Each function launches one
-// kernel on the current device and returns null or an error message. dtypes: 0 fp32, 1 fp16, 2 bf16.
+// A C interface to the conv kernels, without torch. kernels/conv1d/cuda_launch.py calls it. A function that launches a
+// kernel does so on the current device, and returns null or an error message. dtypes: 0 fp32, 1 fp16, 2 bf16.
 // With JF_EMULATE this file is host C++, and a kernel has run when its function returns.
 #include "conv1d_launch.cuh"
 

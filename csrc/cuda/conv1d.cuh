@@ -96,7 +96,7 @@ struct Tile {
   // told: whether lengths may be read yet. If not, the tile gets the steps that it would have without padding.
   __device__ __forceinline__ Tile(const Args& a, int block, int id, bool told = true) {
     split = id % a.splits, id /= a.splits;
-    o0 = id % a.o_blocks * kOut;  // channels vary fastest, so that neighbouring CTAs share their frames in L2
+    o0 = id % a.o_blocks * kOut;  // blocks of channels vary before frames, so that neighbouring CTAs share frames in L2
     index = id / a.o_blocks;
     n = index / a.t_blocks;
     t0 = index % a.t_blocks * block;

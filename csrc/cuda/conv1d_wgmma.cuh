@@ -19,7 +19,7 @@ constexpr int kWgmmaThreads = 384, kConsumers = 256, kPanelThreads = 96;
 constexpr int kMaxStages = 8, kMaxPanels = 4;
 
 struct WgmmaLayout {
-  int rows, panel_bytes, weights, staging, barriers, total;  // offsets into shared memory
+  int rows, panel_bytes, weights, staging, barriers, total;  // weights, staging, barriers: offsets into shared memory
 
   __host__ __device__ WgmmaLayout(const Args& a, int frames)
       : rows(panel_rows(frames, a.taps, a.dilation, a.stride)), panel_bytes(conv::panel_bytes(rows, a.stride)),

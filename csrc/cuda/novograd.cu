@@ -1,6 +1,6 @@
-// A C interface to NovoGrad's kernels, without torch. kernels/novograd/cuda_launch.py calls it. Each function launches
-// one kernel on the current device and returns null or an error message. With JF_EMULATE this file is host C++, and a
-// kernel has run when its function returns.
+// A C interface to NovoGrad's kernels, without torch. kernels/novograd/cuda_launch.py calls it. A function that
+// launches a kernel does so on the current device, and returns null or an error message. With JF_EMULATE this file is
+// host C++, and a kernel has run when its function returns.
 #include "novograd.cuh"
 
 namespace {

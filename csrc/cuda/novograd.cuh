@@ -27,7 +27,7 @@ constexpr int kPack = 4;  // fp32 elements in 16 bytes
 constexpr int kStep = kThreads * kPack;
 
 // Columns of the table. The first five locate tensors, as distances in fp32 elements from `Args::anchor`. For a buffer
-// that is averaged or copied, kParam locates its current value; kGrad, kMoment, kSquare and kGroup are not used.
+// that is averaged or copied, kParam locates its current value, and kGrad, kMoment and kSquare are not used.
 enum Column { kGrad, kMoment, kParam, kMean, kSquare, kNumel, kGroup, kKind, kFirst, kEnd, kColumns };
 enum Kind { kUpdate, kAverage, kCopy };
 // Columns of the settings, named as in kernels/novograd/operands.py.

@@ -164,7 +164,8 @@ __global__ void __launch_bounds__(32) counters_kernel(Case c) {
   }
 }
 
-// Warp 0 copies `cells` cells by bulk copies, through two stages of 32 cells. Warps 1 to 3 write them to `out`.
+// Warp 0 copies `cells` cells by bulk copies, through two stages of 32 cells. Warps 1 to 3 wait for each stage, and warp
+// 1 writes it to `out`.
 __global__ void __launch_bounds__(128) copy_bulk_kernel(Case c) {
 #if JF_SM90A
   constexpr int kStage = 32, kStages = 2;

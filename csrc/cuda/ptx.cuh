@@ -2,7 +2,7 @@
 // instead (emulate/ptx.h), written from the PTX ISA, so that the kernels run on a CPU.
 //
 // Addresses in shared memory are 32-bit, as in PTX (`shared_address`). A warp-wide instruction must be called by all 32
-// lanes, a warpgroup-wide one by all 128 threads, with the same scalar arguments.
+// lanes, a warpgroup-wide one by all 128 threads, with the same counts, ids and descriptors.
 #pragma once
 
 #include "common.cuh"

@@ -41,8 +41,8 @@ void run(int op, const Raw& raw, float* first, float* second, int sms) {
   if (op == 3) jf::bn::backward_apply(a, sms, nullptr);
 }
 
-// Launches the kernel of this name with these flags (template arguments), as the driver does: `args` is the whole
-// struct. Returns false if there is no such kernel.
+// Launches the kernel with this name and these flags (its template arguments), as CUDA's driver would, with the whole
+// struct of arguments `a`. Returns false if there is no such kernel.
 template <class T, int V>
 bool launch(const std::string& kernel, const std::string& flags, int64_t grid, const jf::bn::Args<T>& a, float* first,
             float* second) {
@@ -76,7 +76,7 @@ bool launch(const std::string& kernel, const std::string& flags, int64_t grid, c
 
 }  // namespace
 
-// Launches a kernel as above. Returns null or an error message.
+// Calls `launch` with `args`, a jf::bn::Args of this dtype. Returns null or an error message.
 extern "C" const char* jf_bn_kernel(const char* kernel, int dtype, const char* flags, int64_t grid, const void* args,
                                     float* first, float* second) {
   bool known = false;
