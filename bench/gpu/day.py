@@ -7,7 +7,7 @@
 
 Every step has its own time limit and log. Its result is written to day.json as soon as it ends, and at the end all
 results are printed as a table. If a step fails or is cut off, the later steps still run. An exception is the self-check
-of call 1: if it does not end well, the later steps would fail for the same reason, so they are skipped. With `--device
+of call 1: if it does not succeed, the later steps would fail for the same reason, so they are skipped. With `--device
 cpu` the steps are small stand-ins, and those that need a GPU are left out. `--dry-run` shows the steps.
 """
 
@@ -66,7 +66,7 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class Step:
-    """A command and its limit in seconds. Unless a step with `gate` ends well, the later steps of the call do not run."""
+    """A command and its limit in seconds. Unless a step with `gate` succeeds, later steps of the call do not run."""
 
     name: str
     argv: tuple[str, ...]
