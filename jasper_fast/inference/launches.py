@@ -17,7 +17,7 @@ from torch import Tensor
 from jasper_fast.dispatch import backends
 from jasper_fast.inference.graphs import Bound, Shapes
 from jasper_fast.inference.plan import Buffers, KernelConv, Network, make_plan, weight_of
-from jasper_fast.kernels.conv1d.gpu_shared import Chain
+from jasper_fast.kernels.conv1d.gpu_shared import SOFTMAX_MAX, Chain
 from jasper_fast.kernels.operands import FULL, Lengths
 
 
@@ -53,7 +53,7 @@ class Launches:
         self.plan = make_plan(model, lambda folded: KernelConv(folded, dtype, face, workspace=self._workspace), dtype)
         self._dtype, self._turns, self.shapes = dtype, shapes.turns, shapes
         self._takes_tf32 = impl.takes_tf32
-        self._softmax = self.plan.channels <= impl.SOFTMAX_MAX  # whether the last launch does the log-softmax
+        self._softmax = self.plan.channels <= SOFTMAX_MAX  # whether the last launch does the log-softmax
         self._span = self.plan.span(bucket)
         self.buffers = Buffers(dtype, device)
         self.lengths = Buffers(torch.int64, device)

@@ -60,8 +60,7 @@ class Compiled:
     def bn_forward(self, y, mean, rstd, gamma, beta, residual, lengths, seed, p, z) -> None:
         names = {"residual": residual, "out": z, "mean": mean, "rstd": rstd, "gamma": gamma, "beta": beta}
         a = _args(y, names, lengths, seed, p)
-        flags = f"{BOOL[seed is not None]}, {BOOL[residual is not None]}"
-        self._elementwise(y, a, "forward_kernel", flags, ROWS)
+        self._elementwise(y, a, "forward_kernel", f"{BOOL[seed is not None]}, {BOOL[residual is not None]}", ROWS)
 
     def bn_backward_reduce(
         self, dz, y, z, mean, rstd, gamma, beta, lengths, seed, p, dbeta, dgamma

@@ -41,7 +41,6 @@ from jasper_fast.kernels.layout import empty_fp32, empty_ntc
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths, Mask, Norm
 
 SIXTEEN = (torch.float16, torch.bfloat16)
-SOFTMAX_MAX = OUT  # maximum number of symbols of a log-softmax in the epilogue
 _VECTOR = (torch.float32, "bias, mean and rstd")
 
 
@@ -242,7 +241,6 @@ def fused(
     args.masked, args.bias, args.relu = masked, _checked(bias, *_VECTOR), relu
     if not masked:
         args.out_lengths = None
-        args.in_lengths = args.in_lengths if lengths.made is not None else None
     work = Work(n, t_out, c_in, w.c_out, 0 if x2 is None else w2.c_in, w.taps, geometry.stride, geometry.dilation)
     _fetch_ahead(args, cuda_launch.gpu(x.device), chain.ahead)
     _launch(args, x, w, work, LOG_SOFTMAX if log_softmax else PLAIN, False, workspace, chain.early)
@@ -252,13 +250,14 @@ def fused(
 def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked) -> Tensor:
     """Returns `out`, or a new tensor if it is None. Raises ValueError or TypeError if the operands do not fit."""
     if x.dtype not in (w.data.dtype, torch.float32):
-        dtypes = f"x in {x.dtype} and weights in {w.data.dtype}"
-        raise TypeError(f"the cuda face takes x in fp32 or in the dtype of the weights, got {dtypes}")
-    if log_softmax and w.c_out > SOFTMAX_MAX:
-        raise ValueError(f"log-softmax in the kernel takes up to {SOFTMAX_MAX} channels, got {w.c_out}")
+        raise TypeError(
+            "the cuda face takes x in fp32 or in the dtype of the weights, "
+            f"got x in {x.dtype} and weights in {w.data.dtype}"
+        )
     if panes is not None and not panes[0].dtype == panes[1].data.dtype == w.data.dtype:
-        dtypes = f"{panes[0].dtype}, {panes[1].data.dtype}, {w.data.dtype}"
-        raise TypeError(f"x2 and both packs must have one dtype, got {dtypes}")
+        raise TypeError(
+            f"x2 and both packs must have one dtype, got {panes[0].dtype}, {panes[1].data.dtype}, {w.data.dtype}"
+        )
     return fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked)
 
 

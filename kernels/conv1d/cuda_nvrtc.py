@@ -23,9 +23,10 @@ class Compiled:
         loop = launch.loop
         self._launch(launch, f"jf::conv::wgrad_{loop}<{TYPES[dtype]}, {taps}>", 384 if loop == 90 else 128, args)
 
-    def jf_conv1d_wgrad_merge(self, launch: Launch, dtype: int, parts: int, dw: int, *sizes: int) -> None:
-        *counts, pairs = sizes
-        arguments = Pointer(parts), Pointer(dw), *map(Int, counts), Long(pairs)
+    def jf_conv1d_wgrad_merge(
+        self, launch: Launch, dtype: int, parts: int, dw: int, shares: int, taps: int, pairs: int
+    ) -> None:
+        arguments = Pointer(parts), Pointer(dw), Int(shares), Int(taps), Long(pairs)
         self._launch(launch, f"jf::conv::wgrad_merge_kernel<{TYPES[dtype]}>", 128, *arguments)
 
     def jf_conv1d_pack(self, launch: Launch, of: int, to: int, weight: int, pack: int, *sizes: int) -> None:

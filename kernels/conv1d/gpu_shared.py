@@ -30,6 +30,7 @@ class Chain(NamedTuple):
 
 
 ALONE = Chain()
+SOFTMAX_MAX = 128  # maximum number of symbols of a log-softmax in the epilogue
 
 
 class Workspace:
@@ -77,8 +78,10 @@ def dgrad_padding(face: str, dy: Tensor, w: Packed, t: int, geometry: Geometry) 
         raise ValueError(f"the {face} face's dgrad takes stride 1, got {stride}: use backend='reference' for this conv")
     reach = dilation * (w.taps - 1)
     if dy.shape[1:] != (w.c_out, t + 2 * padding - reach):
-        expected = f"{w.c_out} channels and {t + 2 * padding - reach} frames"
-        raise ValueError(f"dy {tuple(dy.shape)} must have {expected}, like the conv's output for {t} frames")
+        raise ValueError(
+            f"dy {tuple(dy.shape)} must have {w.c_out} channels and {t + 2 * padding - reach} frames, "
+            f"like the conv's output for {t} frames"
+        )
     return reach - padding
 
 
@@ -118,6 +121,8 @@ def fused_out(
         raise ValueError("lengths.made needs lengths.before and replaces lengths.after: leave the latter out")
     if out is not None and masked and (lengths.made is not None or lengths.after is not None):
         t_out = max(t_out, out.shape[1])
+    if log_softmax and w.c_out > SOFTMAX_MAX:
+        raise ValueError(f"log-softmax in the kernel takes up to {SOFTMAX_MAX} channels, got {w.c_out}")
     x2, w2 = panes or (None, None)
     if x2 is not None and (x2.shape != (n, t_out, w2.c_in) or w2.taps != 1 or w2.c_out != w.c_out):
         raise ValueError(f"x2 {tuple(x2.shape)} and its weight do not fit an output of {(n, t_out, w.c_out)}")
@@ -133,8 +138,10 @@ def check_sub_block(y: Tensor, z: Tensor, like: Tensor) -> None:
     """Raises ValueError unless `y` and `z` have the shape, the dtype and the dense NTC memory of `like` (N, C, T)."""
     for v in y, z:
         if v.shape != like.shape or v.dtype != like.dtype or not v.transpose(1, 2).is_contiguous():
-            got = f"{tuple(v.shape)} {v.dtype}, strides {v.stride()}"
-            raise ValueError(f"y and z must be {tuple(like.shape)} {like.dtype}, dense in NTC memory, got {got}")
+            raise ValueError(
+                f"y and z must be {tuple(like.shape)} {like.dtype}, dense in NTC memory, "
+                f"got {tuple(v.shape)} {v.dtype}, strides {v.stride()}"
+            )
 
 
 def check_offsets(*tensors: Tensor | None) -> None:
@@ -144,8 +151,10 @@ def check_offsets(*tensors: Tensor | None) -> None:
     """
     for x in tensors:
         if x is not None and sum((s - 1) * d for s, d in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 1 << 31:
-            found = f"shape {tuple(x.shape[1:])}, strides {x.stride()[1:]}"
-            raise ValueError(f"one utterance of {found} exceeds 32-bit offsets: cut it into shorter ones")
+            raise ValueError(
+                f"one utterance of shape {tuple(x.shape[1:])}, strides {x.stride()[1:]} exceeds 32-bit offsets: "
+                "cut it into shorter ones"
+            )
 
 
 def sizes(*tensors: Tensor) -> tuple[int, ...]:

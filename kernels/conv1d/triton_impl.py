@@ -31,7 +31,7 @@ from jasper_fast.kernels.conv1d.triton_dgrad import conv1d_dgrad_kernel, conv1d_
 from jasper_fast.kernels.conv1d.triton_forward import conv1d_forward_kernel, conv1d_stats_merge_kernel
 from jasper_fast.kernels.conv1d.triton_fused import conv1d_fused_kernel
 from jasper_fast.kernels.conv1d.triton_pack import PAD_OUT, conv1d_pack_kernel
-from jasper_fast.kernels.conv1d.triton_tiles import MERGE_C, MERGE_G, SOFTMAX_MAX, Shape, Tile, transpose_meta
+from jasper_fast.kernels.conv1d.triton_tiles import MERGE_C, MERGE_G, Shape, Tile, transpose_meta
 from jasper_fast.kernels.conv1d.triton_wgrad import conv1d_wgrad_kernel, conv1d_wgrad_merge_kernel
 from jasper_fast.kernels.layout import empty_fp32, empty_ntc
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths, Mask, Norm
@@ -294,8 +294,6 @@ def fused(
     arithmetic = _arithmetic(w.data)
     tile = triton_tiles.choose("fused", x.device, w.data.dtype, shape, t_out, arithmetic["PRECISION"] == "ieee")
     if log_softmax:
-        if w.c_out > SOFTMAX_MAX:
-            raise ValueError(f"log-softmax in the kernel takes up to {SOFTMAX_MAX} channels, got {w.c_out}")
         tile = tile._replace(n=max(16, triton.next_power_of_2(w.c_out)))
     t_blocks, n_blocks = triton.cdiv(t_out, tile.t), triton.cdiv(w.c_out, tile.n)
     splits = 1 if workspace is None or nct else tile.splits  # the reduction over features is too short to share

@@ -19,7 +19,6 @@ FLOP_S = 660e12  # FLOP/s of 16-bit matrix products that these tiles reach at be
 BYTES_S = 3e12  # bytes per second of the GPU's memory
 L2_S = 5.5e12  # bytes per second from L2 to all multiprocessors
 MERGE_G, MERGE_C = 64, 32  # tiles that a merging program reads at a time, and channels that it owns
-SOFTMAX_MAX = 128  # maximum number of symbols of a log-softmax in the epilogue
 MIN_STEPS = 8  # minimum steps per split: with fewer, adding up the splits would cost more than splitting saves
 
 
