@@ -77,8 +77,11 @@ def interpreted() -> None:
 
 def check_op(op, args: tuple) -> None:
     """Runs `torch.library.opcheck` with the tests that are worth their time."""
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(op, args, test_utils=checks)
+    torch.library.opcheck(
+        op,
+        args,
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
 
 
 def raising(error: BaseException):

@@ -102,8 +102,10 @@ def prepare_arguments(folder: Path, source: str, archives: dict[str, bytes], *mo
     sums = folder / "md5sum.txt"
     sums.write_text("".join(f"{md5(content)}  {name}\n" for name, content in archives.items()))
     sets = [name.removesuffix(".tar.gz") for name in archives]
-    given = ["--out", str(folder / "out"), "--source", source, "--checksums", str(sums), "--sets", *sets]
-    return ["prepare", "librispeech", *given, "-q", *more]
+    return [
+        "prepare", "librispeech", "--out", str(folder / "out"), "--source", source, "--checksums", str(sums),
+        "--sets", *sets, "-q", *more,
+    ]  # fmt: skip
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 LDMATRIX, MMA8, MMA16, COPY_ASYNC, BARRIERS, SHUFFLE, COUNTERS, COPY_BULK, WGMMA = range(9)
-PRODUCTS = 4
+PRODUCTS = 4  # how often the kernel issues the same wgmma, each time adding to the accumulators
 INSTANCES = [  # n, a_mn, b_mn, dtype
     (64, 0, 0, torch.float16),
     (64, 0, 1, torch.float16),
@@ -119,8 +119,8 @@ def get(image: Tensor, at: Tensor, dtype: torch.dtype) -> Tensor:
 def wgmma(
     call: Callable, image: Tensor, a: Placed, b: Placed, n: int, dtype: torch.dtype, before=None, **where
 ) -> Result:
-    """Multiplies operand `a` by operand `b`, both in `image`, with wgmma. `out` is the product, (grid, 64, n), gathered
-    from the registers of all threads. `before` is what the accumulators start from; None means zero."""
+    """Multiplies operand `a` by operand `b`, both in `image`, with wgmma, and adds the product PRODUCTS times to
+    `before` (None means zero). `out` is the result, (grid, 64, n), gathered from the registers of all threads."""
     row, column = fragment(n)
     registers = None if before is None else before[:, row, column]
     numbers = {"a": a.descriptor, "b": b.descriptor, "n": n, "a_mn": a.mn, "b_mn": b.mn}

@@ -12,8 +12,10 @@ FEATS = 8
 
 
 def block(filters, repeat=1, k=5, s=1, d=1, dropout=0.0, residual=False, dense=False):
-    shape = {"filters": filters, "repeat": repeat, "kernel_size": [k], "stride": [s], "dilation": [d]}
-    return shape | {"dropout": dropout, "residual": residual, "residual_dense": dense}
+    return {
+        "filters": filters, "repeat": repeat, "kernel_size": [k], "stride": [s], "dilation": [d], "dropout": dropout,
+        "residual": residual, "residual_dense": dense,
+    }  # fmt: skip
 
 
 BLOCKS = {

@@ -95,8 +95,8 @@ def one_step(optimizer: str, panes: str, amp: torch.dtype | None) -> dict:
 
 
 def wrong_ones() -> dict[str, tuple[str, list[str]]]:
-    """Returns, for each kind of forbidden op, a part of the message that `Watch` must record, and the
-    messages that it records."""
+    """Returns, for each kind of forbidden op, a part of the message that `Watch` must record, and the messages that it
+    records."""
     with FakeTensorMode():
         x, count = torch.randn(3, device=f"{NAME}:0"), torch.zeros(()) + 2
         cases = {

@@ -4,6 +4,7 @@ import io
 import tarfile
 from pathlib import Path
 
+import corpora
 import torch
 import yaml
 from torch import Tensor, nn
@@ -21,9 +22,7 @@ def tarred(members: dict[str, bytes], compression: str = "") -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode=f"w:{compression}") as archive:
         for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
+            corpora.add(archive, name, content)
     return file.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""The cases of bench make their networks and answers only once, and rivals never reorder memory."""
+"""The cases of bench make their networks and answers only once, and channels_last rivals never reorder memory."""
 
 import gc
 import weakref

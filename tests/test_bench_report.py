@@ -1,4 +1,4 @@
-"""Everything in a result's JSON is also on its HTML page and in the terminal."""
+"""The HTML page, the terminal and the README's table show what a result's JSON says."""
 
 import copy
 import itertools

@@ -102,8 +102,8 @@ def graphs_run(monkeypatch) -> list[int]:
 
 def dense(blocks: int) -> tuple[EagerJasper, torch.Tensor, torch.Tensor]:
     """Returns a model of two blocks with this many dense blocks between them, and its inputs."""
-    encoder = {"in_feats": 8, "activation": "relu", "use_conv_masks": True}
-    encoder["blocks"] = models._blocks(8, ((8, 3, 0.0),) * blocks, 1, 8)
+    shapes = models._blocks(8, ((8, 3, 0.0),) * blocks, 1, 8)
+    encoder = {"in_feats": 8, "activation": "relu", "use_conv_masks": True, "blocks": shapes}
     config = models.JasperConfig.from_dict({"encoder": encoder, "decoder": {"in_feats": 8, "n_classes": 4}})
     return EagerJasper(config).eval(), torch.randn(1, 8, 20), torch.tensor([20])
 

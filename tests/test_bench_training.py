@@ -1,7 +1,6 @@
 """Training steps: in every precision, gradients that are a few per cent wrong are found, and right gradients pass."""
 
 import functools
-from functools import cache
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LAYER = "encoder.layers.2.conv.4.weight"
 
 
-@cache
+@functools.cache
 def setting():
     config = models.config("small")
     batch = train.Batch(config, N, T, CPU)
@@ -29,7 +28,7 @@ def setting():
     return config, models.weights(config, CPU), batch
 
 
-@cache
+@functools.cache
 def found(contender: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Returns one contender's log-probabilities and gradients, which bench compares."""
     config, state, batch = setting()

@@ -51,14 +51,25 @@ class Inputs(common.Held):
 
 def fused(backend: str, y: Tensor, gamma: Tensor, beta: Tensor, running: common.Stats, residual, lengths, p) -> Tensor:
     """Computes the chain by jasper_fast's op, with the arguments of `eager_chain`."""
-    how = {"residual": residual, "lengths": lengths, "p": p, "momentum": common.MOMENTUM, "eps": common.EPS}
-    return ops.bn_relu_dropout(y, gamma, beta, *running, training=True, backend=backend, **how)
+    return ops.bn_relu_dropout(
+        y,
+        gamma,
+        beta,
+        *running,
+        residual=residual,
+        lengths=lengths,
+        p=p,
+        training=True,
+        momentum=common.MOMENTUM,
+        eps=common.EPS,
+        backend=backend,
+    )
 
 
 def named(z: Tensor, gradients: Sequence[Tensor], running: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """Returns the tensors of an answer that are compared, by name. Without a residual there is no "dres"."""
-    named = dict(zip(GRADIENTS, gradients, strict=False))
-    return {"z": z, **named, "running_mean": running[0], "running_var": running[1]}
+    found = {"z": z, "running_mean": running[0], "running_var": running[1]}
+    return found | dict(zip(GRADIENTS, gradients, strict=False))
 
 
 def runner(chain: common.Chain, inputs: Inputs, memory: str, mode: str, p: float) -> Runner:
@@ -77,8 +88,11 @@ def runner(chain: common.Chain, inputs: Inputs, memory: str, mode: str, p: float
         z = forward(q, stats)
         return named(z, gradients(z), stats)
 
-    timed = common.timed(mode, inputs, forward, gradients)
-    return Runner(timed, lambda: everything(0.0), lambda: dropout_complaints(everything(p), inputs, p))
+    return Runner(
+        common.timed(mode, inputs, forward, gradients),
+        lambda: everything(0.0),
+        lambda: dropout_complaints(everything(p), inputs, p),
+    )
 
 
 def answer(inputs: Inputs, dtype: torch.dtype, keep: Tensor | None = None, p: float = 0.0) -> dict[str, Tensor]:

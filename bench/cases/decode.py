@@ -107,8 +107,7 @@ def _flashlight(kind: str, beam: int) -> Callable[[np.ndarray], float]:
     if kind == "words":
         words = WordSearch(language_model(kind), beam, alpha, beta)
         return lambda row: words(row)[0].score
-    ctc = decoder.CriterionType.CTC
-    options = decoder.LexiconFreeDecoderOptions(beam, V.n_classes, 1e9, alpha, 0.0, True, ctc)
+    options = decoder.LexiconFreeDecoderOptions(beam, V.n_classes, 1e9, alpha, 0.0, True, decoder.CriterionType.CTC)
     model = decoder.ZeroLM()
     if kind == "symbols":
         model = KenLM(language_model(kind).path, Dictionary([*tokens(V), "<blank>"]))

@@ -34,6 +34,7 @@ class Inputs(common.Held):
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         N, C, self.K, T = shape
+        self.geometry = Geometry(1, self.K // 2)
         super().__init__(N, dtype, device, x=(C, T), dy=(C, T))
         self.weight = torch.empty(C, 1, self.K, device=device, requires_grad=True)
         for memory in (self.nct, self.ntc):
@@ -44,10 +45,6 @@ class Inputs(common.Held):
         for t in self.nct.values():
             t.copy_(self.randn(t, g))
         self.weight.copy_(self.randn(self.weight, g) * self.K**-0.5)
-
-    @property
-    def geometry(self) -> Geometry:
-        return Geometry(1, self.K // 2)
 
 
 def eager(x: Tensor, i: Inputs, weight: Tensor) -> Tensor:

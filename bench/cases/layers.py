@@ -46,8 +46,7 @@ class Layer:
 
 def layers() -> list[Layer]:
     """Returns the 13 distinct main convs of Jasper 10x5, largest first."""
-    convs = cells.convs(models.config("jasper10x5"))
-    found = [Layer(*conv.shape, head=conv.place == "decoder") for conv in convs]
+    found = (Layer(*conv.shape, head=conv.place == "decoder") for conv in cells.convs(models.config("jasper10x5")))
     return sorted(dict.fromkeys(found), key=lambda a: -a.C_in * a.C_out * a.K)
 
 

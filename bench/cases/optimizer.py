@@ -74,8 +74,11 @@ class Inputs:
 def answer(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
     """Returns the answer of our `reference` implementation to the current inputs."""
     tensors = inputs.tensors(dtype)
-    row = Settings(LR, BETA1, 1.0, 0.0, 1.0, EPS, WEIGHT_DECAY, 1 - DECAY)
-    settings = torch.tensor([row], dtype=torch.float64, device=inputs.flat.device)
+    settings = torch.tensor(
+        [Settings(LR, BETA1, 1.0, 0.0, 1.0, EPS, WEIGHT_DECAY, 1 - DECAY)],
+        dtype=torch.float64,
+        device=inputs.flat.device,
+    )
     reference.step(tensors, Watched([], []), settings, None, None, 0.0, True, {})
     return named(inputs, tensors.params, tensors.exp_avgs, tensors.averages)
 

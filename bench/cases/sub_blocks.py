@@ -86,8 +86,15 @@ def eager_sub_block_2d(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta
 
 def fused_conv(backend: str, x: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
     """Computes jasper_fast's conv1d with the arguments of `eager_conv`."""
-    geometry = {"stride": i.layer.stride, "padding": i.layer.padding, "dilation": i.layer.dilation}
-    return ops.conv1d(x, weight, lengths=i.lengths, backend=backend, **geometry)
+    return ops.conv1d(
+        x,
+        weight,
+        lengths=i.lengths,
+        stride=i.layer.stride,
+        padding=i.layer.padding,
+        dilation=i.layer.dilation,
+        backend=backend,
+    )
 
 
 def fused_sub_block(
@@ -96,8 +103,18 @@ def fused_sub_block(
     """Computes jasper_fast's sub_block with the arguments of `eager_sub_block`. The first layer is only a conv1d."""
     if i.layer.first:
         return fused_conv(backend, y, i, weight, gamma, beta, p)
-    more = {"padding": i.layer.padding, "dilation": i.layer.dilation, "p": p, "backend": backend}
-    return ops.sub_block(y, gamma, beta, *common.fresh_running(i.gamma), weight, lengths=i.lengths, **more)
+    return ops.sub_block(
+        y,
+        gamma,
+        beta,
+        *common.fresh_running(i.gamma),
+        weight,
+        lengths=i.lengths,
+        padding=i.layer.padding,
+        dilation=i.layer.dilation,
+        p=p,
+        backend=backend,
+    )
 
 
 def cudnn_statistics(i: Inputs) -> Callable[..., Tensor]:
@@ -201,8 +218,8 @@ def case(
 
     def contender(name: str) -> Contender:
         build, memory, amp = builders[name]
-        last = name == "eager_2d_channels_last"
-        return Contender(name, lambda: runner(op, build(), inputs(), memory, mode, amp=amp, last=last))
+        how = {"amp": amp, "last": name == "eager_2d_channels_last"}
+        return Contender(name, lambda: runner(op, build(), inputs(), memory, mode, **how))
 
     builders: dict[str, tuple[Callable[[], Callable[..., Tensor]], str, bool]] = {
         "jasper_fast": (lambda: functools.partial(ours, run.backend), "ntc", False),

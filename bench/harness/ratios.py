@@ -17,8 +17,13 @@ def ratio(rival: Sequence[float], ours: Sequence[float], resamples: int = 2000, 
     """Returns the median of rival time / our time over the pairs of samples, with its `interval`."""
     pairs = [r / o for r, o in zip(rival, ours, strict=False)]
     low, high = interval(pairs, resamples, seed)
-    of = {"confidence": confidence(len(pairs)), "pairs": len(pairs)}
-    return {"median": statistics.median(pairs), "low": low, "high": high, **of}
+    return {
+        "median": statistics.median(pairs),
+        "low": low,
+        "high": high,
+        "confidence": confidence(len(pairs)),
+        "pairs": len(pairs),
+    }
 
 
 def interval(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
@@ -71,9 +76,14 @@ def ratio_of_visits(visits: Sequence[Mapping[str, Sequence[float]]], rival: str,
     if len(parts) == 1:
         return parts[0]
     pooled = [r / o for pair in pairs for r, o in zip(*pair, strict=False)]
-    span = {"low": min(p["low"] for p in parts), "high": max(p["high"] for p in parts)}
-    of = {"confidence": confidence(len(pooled)), "pairs": len(pooled), "visits": len(parts)}
-    return {"median": statistics.median(pooled), **span, **of}
+    return {
+        "median": statistics.median(pooled),
+        "low": min(p["low"] for p in parts),
+        "high": max(p["high"] for p in parts),
+        "confidence": confidence(len(pooled)),
+        "pairs": len(pooled),
+        "visits": len(parts),
+    }
 
 
 def summary(samples: Sequence[float], inner: int) -> dict:

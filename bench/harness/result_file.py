@@ -49,8 +49,8 @@ class Results:
             old = read(path)
             self.data |= {"rows": old["rows"], "limits": old["limits"], "resumed": old.get("resumed", 0) + 1}
             parts = {k: v for k, v in old.get("parts", {}).items() if v == "finished" or v.startswith("failed")}
-            more = {k: old[k] for k in ("selfcheck", "faults", "preflight", "tests", "tuned") if k in old}
-            self.data |= {"parts": parts, **more}
+            kept = ("selfcheck", "faults", "preflight", "tests", "tuned")
+            self.data |= {"parts": parts} | {k: old[k] for k in kept if k in old}
 
     @property
     def limits(self) -> dict:
