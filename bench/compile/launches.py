@@ -158,7 +158,7 @@ def norm_calls(C: int, dtype: torch.dtype) -> None:
 
 
 def step(aligned: bool, averages: bool) -> None:
-    """Calls NovoGrad's step, with or without the moving average."""
+    """Calls NovoGrad's step, with aligned or unaligned tensors, and with or without the moving average."""
     of = [torch.empty(1004, device=META)[0 if aligned else 1 :]]
     settings = torch.empty(1, len(Settings._fields), dtype=torch.float64, device=META)
     novograd.step(

@@ -1,8 +1,8 @@
 // A vector of W fp32 lanes, its masks, and loads and stores of fp32, fp16 and bf16, for the files under csrc/cpu/isa/.
 // Arithmetic uses the vector extensions of GCC and Clang (+, -, * on F). Only what these cannot express well (masks on
 // AVX-512, fp16 conversion, partial loads) is written per instruction set. Everything is in namespace jf::JF_ISA, so
-// that the linker never shares a function between instruction sets. Avoid templates of the C++ library under isa/ for
-// the same reason: the linker keeps one copy of each for all instruction sets.
+// that the linker never shares a function between instruction sets. But it keeps one copy of each template of the C++
+// library for all instruction sets, so use few of them under isa/.
 #pragma once
 
 #include <cstdint>
