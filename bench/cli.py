@@ -73,7 +73,7 @@ COMMON = (  # options of every subcommand that measures rows
         help="the implementation of jasper_fast's ops to time (default: auto, which chooses by shape)",
     ),
     OUT,
-    option("--quick", action="store_true", help="measure only the cases with goals, with fewer repetitions"),
+    option("--quick", action="store_true", help="measure only the most important cases, with fewer repetitions"),
     option(
         "--rivals",
         type=choices.rivals,

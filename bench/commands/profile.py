@@ -12,9 +12,7 @@ In a CUDA graph the profiler does not see layers, so the engine is profiled with
 import contextlib
 import dataclasses
 import datetime
-import functools
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from torch.autograd import DeviceType
 
 from jasper_fast import InferenceEngine, Jasper
 from jasper_fast.bench.cases import latency, memory, models, train
-from jasper_fast.bench.harness import checking
+from jasper_fast.bench.harness import checking, clocks
 from jasper_fast.bench.harness.case import Case, Runner
 from jasper_fast.bench.harness.devices import synchronize
 from jasper_fast.bench.harness.kineto import recorded
@@ -216,20 +214,18 @@ def main(run: Run, model: str = "small", mode: str = "train", N: int = 8, T: int
     """
     stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
     case, of = {"train": training, "inference": inference}[mode](run, model, N, T)
-    found = []
+    found, watched, clock = [], [], clocks.WallClock(run.device)
     with run.begun(case) as m:
         checking.prepare(m)
     for name in case.names:
         status, why = m.failed.get(name) or ("ok", "")
         target = run.results.path.with_name(f"trace_{tables.slug(Path(model).stem)}_{mode}_{name}_{stamp}.json")
-        bare, watched, records = [], [], []
         if status == "ok":
             step, named = of(name, m.runners[name])
-            for _ in range(4):
-                time_into(bare, step, run.device)
+            bare = [clock.sample(step, 1) for _ in range(4)]
             try:
                 with named:
-                    records = profile(functools.partial(time_into, watched, step, run.device), run.device, target)
+                    records = profile(lambda step=step: watched.append(clock.sample(step, 1)), run.device, target)
             except NoKernels as error:
                 status, why = "failed", str(error)
         about = {"contender": name, "model": model, "mode": mode, "batch": [N, T], "status": status}
@@ -245,12 +241,3 @@ def main(run: Run, model: str = "small", mode: str = "train", N: int = 8, T: int
     run.results.data["profiles"] = found
     run.results.write()
     return found
-
-
-def time_into(seconds: list[float], step: Callable[[], object], device: torch.device) -> None:
-    """Calls `step`, waits for the device, and appends the seconds that this took."""
-    synchronize(device)
-    start = time.perf_counter()
-    step()
-    synchronize(device)
-    seconds.append(time.perf_counter() - start)

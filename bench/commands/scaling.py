@@ -36,13 +36,9 @@ WARM = 3  # steps before the timing; in the second one DDP rebuilds its buckets
 
 @dataclass
 class Team:
-    """The rank of this process, and how many processes torchrun started (`world`).
-
-    `sizes`: the numbers of processes to measure with, one after another.
-    """
+    """The rank of this process, and the numbers of processes to measure with, one after another."""
 
     rank: int
-    world: int
     sizes: tuple[int, ...]
 
     def from_first(self, value: Any) -> Any:
@@ -83,17 +79,15 @@ def joined(args: argparse.Namespace) -> Iterator[Team]:
     if torch.cuda.is_available() and (args.device or "cuda") == "cuda":
         args.device = f"cuda:{local}"
         torch.cuda.set_device(local)
-    device = torch.device(args.device or "cpu")
     if args.threads:
         torch.set_num_threads(args.threads)
     wanted = args.world or (*(2**i for i in range(world) if 2**i < world), world)
     if max(wanted) > world:
         raise SystemExit(f"--world {max(wanted)}: torchrun started {world} processes")
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1)
-    )
+    on_gpu = torch.device(args.device or "cpu").type == "cuda"
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=datetime.timedelta(hours=1))
     try:
-        yield Team(rank, world, wanted)
+        yield Team(rank, wanted)
         dist.barrier()  # the first process serves the group's store, so it must not end before the others
     finally:
         dist.destroy_process_group()

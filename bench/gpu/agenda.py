@@ -178,9 +178,7 @@ def slow_rivals(run: Run) -> None:
 
     cuDNN's fused patterns are measured at all layers before torch.compile's max-autotune, which takes longer.
     """
-    rivals = SLOW
-    if importlib.util.find_spec("cudnn") is None:
-        rivals = f"cudnn,{SLOW}"  # one pass over the layers is enough, in which cudnn is reported as absent
-    else:
+    absent = importlib.util.find_spec("cudnn") is None
+    if not absent:  # otherwise the pass below reports cudnn as absent
         all_layers(run, "cudnn", "sub_block", ("forward", "inference"))
-    all_layers(run, rivals, "sub_block", ("forward", "inference", "backward"))
+    all_layers(run, f"cudnn,{SLOW}" if absent else SLOW, "sub_block", ("forward", "inference", "backward"))

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jasper_fast.bench.harness import options, paths
+from jasper_fast.kernels import files
 from jasper_fast.options import add, option
 
 DAY = "jasper_fast.bench.gpu.day"
@@ -110,16 +111,14 @@ def _does_it_run(bench: Callable[..., tuple[str, ...]], device: str, out: Path, 
         pip = (PYTHON, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--find-links")
         yield Step("wheels", (*pip, str(wheels[0].parent), *sorted({w.name.split("-")[0] for w in wheels})), 60)
     yield Step("preflight", (PYTHON, "-m", DAY, "preflight", "--device", device, "--out", str(out)), 30)
-    if not cpu and (root / "csrc" / "build.py").is_file():
+    if not cpu:
         archs = {"JASPER_FAST_CUDA_ARCHS": os.environ.get("JASPER_FAST_CUDA_ARCHS", "90a")}
         yield Step("native libraries", (PYTHON, "csrc/build.py"), 240, env=archs)
-    if not cpu and (root / PROBE).is_file():
         yield Step("probe of the device", (PYTHON, PROBE), 60)
     selfcheck = (PYTHON, "-m", "jasper_fast", "selfcheck", "--quick", "--dtype", "fp32" if cpu else "fp16")
     yield Step("self-check", (*selfcheck, "--device", device), 120, gate=True)
-    if (root / "tests").is_dir():
-        chosen = ("tests/test_faces.py",) if cpu else ("-k", "triton or cuda", *(f"tests/{name}" for name in TESTS))
-        yield Step("tests of the ops", (*PYTEST, "-x", "-m", "not slow", *chosen), 90, env=ONE_THREAD)
+    chosen = ("tests/test_faces.py",) if cpu else ("-k", "triton or cuda", *(f"tests/{name}" for name in TESTS))
+    yield Step("tests of the ops", (*PYTEST, "-x", "-m", "not slow", *chosen), 90, env=ONE_THREAD)
     rivals = {"bn_relu_dropout": "eager,jasper_fast_cuda", "conv1d": "eager,eager_2d_channels_last,jasper_fast_cuda"}
     for op, names in ({"bn_relu_dropout": "eager"} if cpu else rivals).items():
         argv = bench("kernels", "--quick", "--op", op, "--mode", "forward", "--rivals", names)
@@ -185,11 +184,9 @@ def carry_out(call: str, steps: Sequence[Step], out: Path, root: Path, limit: fl
 
 
 def keep(path: Path, call: str, done: list[dict]) -> None:
-    """Writes the results of a call so far into the file, atomically. Results of other calls in it are kept."""
+    """Writes the results of a call so far into the file. Results of other calls in it are kept."""
     data = json.loads(path.read_text()) if path.is_file() else {}
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(data | {call: done}, indent=1) + "\n")
-    os.replace(part, path)
+    files.write(path, json.dumps(data | {call: done}, indent=1) + "\n")
 
 
 def table(done: Sequence[dict]) -> str:

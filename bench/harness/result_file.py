@@ -1,7 +1,6 @@
 """Results on disk: one JSON file per run, which is written after every case, and which `--resume` reads."""
 
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from jasper_fast.bench.harness import machine
 from jasper_fast.bench.harness.case import Effort
 from jasper_fast.bench.harness.clocks import mark_throttled
 from jasper_fast.bench.harness.measurement import LOST, Row
+from jasper_fast.kernels import files
 
 SCHEMA = 1
 TRIES = 2  # the most attempts at a part of a run
@@ -78,10 +78,7 @@ class Results:
 
     def write(self) -> None:
         """Writes the file atomically."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.data, indent=1) + "\n")
-        os.replace(part, self.path)
+        files.write(self.path, json.dumps(self.data, indent=1) + "\n")
 
 
 def parts_left(data: dict) -> list[str]:

@@ -23,9 +23,8 @@ def onnx_runtime(model: nn.Module) -> Model:
     weight = next(model.parameters())
     if weight.device.type == "cpu" and weight.dtype is torch.bfloat16:
         raise Absent("ONNX Runtime has no bf16 convolutions on a CPU")
-    _need("onnxruntime", "pip install onnxruntime onnx onnxscript")
-    for module in ("onnx", "onnxscript"):
-        _need(module, "pip install onnx onnxscript")
+    for module in ("onnxruntime", "onnx", "onnxscript"):
+        _need(module, "pip install onnxruntime onnx onnxscript")
     import onnxruntime
 
     device = weight.device
