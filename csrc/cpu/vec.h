@@ -118,7 +118,7 @@ JF_INLINE H narrow(F x, Half) {
   const U u = (U)x;
   const U magnitude = u & 0x7fffffffu;
   const U rebased = magnitude - (112u << 23);
-  const U normal = (rebased + 0xfffu + ((rebased >> 13) & 1u)) >> 13;  // a carry into infinity is right
+  const U normal = (rebased + 0xfffu + ((rebased >> 13) & 1u)) >> 13;  // may carry into infinity, which is right
   const U subnormal = (U)((F)magnitude + 0.5f) - 0x3f000000u;          // + 0.5f rounds to fp16's smallest step, 2^-24
   const U special = splat_u(0x7c00u) | ((U)(magnitude > 0x7f800000u) & 0x200u);
   const I is_subnormal = magnitude < 0x38800000u;

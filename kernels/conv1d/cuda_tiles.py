@@ -188,7 +188,7 @@ def _clocks(gpu: Gpu, work: Work, p: Plan) -> float:
 def plan_wgrad(gpu: Gpu, work: Work) -> Wgrad:
     """Returns the plan for dw (c_out, c_red, taps). Raises ValueError if none fits the GPU's shared memory.
 
-    It aims at one wave of CTAs for loop 90, and at two waves for the other loops, whose CTAs are smaller.
+    The plan aims at one wave of CTAs for loop 90, and at two waves for the other loops, whose CTAs are smaller.
     """
     for loop, taps in _wgrad_ways(gpu.loop, work):
         if (cut := _plan_wgrad(gpu, work, loop, taps)) is not None:

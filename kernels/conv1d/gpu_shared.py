@@ -90,7 +90,7 @@ def pack_buffer(
 ) -> tuple[Tensor, Tensor]:
     """Returns the contiguous `weight` and the buffer for its pack: `out`, or a new one in `dtype`.
 
-    The default of `dtype` is that of the weight. Raises ValueError if `out` has another shape or dtype, or gaps.
+    The default of `dtype` is that of the weight. Raises ValueError if `out` does not fit.
     """
     w = weight.detach().contiguous()
     if out is None:

@@ -60,7 +60,7 @@ def conv1d_dgrad_kernel(
     VEC_DY: tl.constexpr, VEC: tl.constexpr, PAD: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """padding: dilation*(K - 1) minus the forward's padding; y and g are contiguous (N, T, C) tensors."""
+    """padding: dilation*(K - 1) minus the forward's padding; y, z and g are contiguous (N, T, C)."""
     C_dy = groups_dy * VEC_DY
     C = groups * VEC
     n_blocks = tl.cdiv(C, BLOCK_N)

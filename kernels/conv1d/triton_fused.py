@@ -79,7 +79,7 @@ def conv1d_fused_kernel(
     n = tile // t_blocks
     t0 = (tile % t_blocks).to(tl.int32) * BLOCK_T
 
-    limit, limit_2 = frames, frames_out  # inputs from these frames on are zero
+    limit, limit_2 = frames, frames_out  # inputs from these frames on count as zero
     end = frames_out  # outputs from this frame on are zero
     if HAS_IN_LENGTHS:
         length = tl.load(in_lengths_ptr + n)

@@ -13,7 +13,7 @@ import torch
 
 from jasper_fast.kernels import tables
 
-# The defaults are computed from these numbers of an H100, so they are the same on every GPU.
+# WAVE, FLOP_S, BYTES_S and L2_S describe an H100. Defaults are computed from them, so they are the same on every GPU.
 WAVE = 132  # programs that fill the GPU once: one per multiprocessor, or two of wgrad with one tap
 FLOP_S = 660e12  # FLOP/s of 16-bit matrix products that these tiles reach at best
 BYTES_S = 3e12  # bytes per second of the GPU's memory

@@ -18,7 +18,8 @@ namespace JF_ISA {
 namespace {
 
 constexpr int kGradStride = (kRows + 7) / 8 * 8;  // floats between rows of x packed for the weight gradient
-constexpr int64_t kGradRows = 256;  // about the rows of dy in a segment, whose products are summed in registers
+// Approximate number of rows of dy in a segment. The products of a segment are summed in registers.
+constexpr int64_t kGradRows = 256;
 
 // Turns the gradients of the sub-filters into that of the filter: dw[2k] = dS[k] + dA[k] and dw[2k+1] = dS[k] + dB[k],
 // in rows of `size` floats. `sums` has the gradients of the products in order. Returns the end of those that it used.
