@@ -49,7 +49,7 @@ NOTHING = "interrupted: nothing was measured yet"
 OUT = option(
     "--out", type=Path, default=paths.OUT, metavar="DIR", help="folder for the JSON file (default: build/bench)"
 )
-COMMON = (  # options of every subcommand that measures rows
+COMMON = (  # options of every subcommand in COMMANDS
     option(
         "--device",
         type=options.device,
@@ -191,7 +191,7 @@ COMMANDS = {
         (models_option((2, 400)),),
     ),
     "all": Command(
-        "kernels, train, latency and memory: small, medium and Jasper 10x5, in under 10 minutes on two cores",
+        "kernels, train, latency and memory, in under 10 minutes on two cores",
         measure_all,
     ),
     "launches": Command(
@@ -310,7 +310,8 @@ def shell(arguments: list[str] | None = None) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Runs a subcommand and returns the exit status.
 
-    The exit status is 0 for success, 1 if a row of jasper_fast has no number or a part failed, and 130 after Ctrl-C.
+    The exit status is 0 for success, 1 if a row of jasper_fast has no number or a part failed, 4 if the budget of
+    `tune` is used up, and 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)

@@ -1,1 +1,1 @@
-"""The subcommands that measure, one file each."""
+"""Subcommands that measure, one file each, and the types of their options."""

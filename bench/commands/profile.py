@@ -210,7 +210,8 @@ def training(run: Run, model: str, N: int, T: int) -> tuple[Case, Callable[[str,
 def main(run: Run, model: str = "small", mode: str = "train", N: int = 8, T: int = 400) -> list[dict]:
     """Profiles one training step or one inference call of jasper_fast and of eager, if their outputs are right.
 
-    Returns the records, which are also in the result file.
+    Returns a dict per contender, with the records of `profile` or the reason why there are none. The result file has
+    the same dicts.
     """
     stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
     case, of = {"train": training, "inference": inference}[mode](run, model, N, T)

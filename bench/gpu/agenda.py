@@ -98,7 +98,7 @@ def first_nine_minutes() -> list[Part]:
 
 
 def and_then() -> list[Part]:
-    """Returns the parts that follow. Usually only later calls with `--resume` reach them."""
+    """Returns the parts after those. Usually only later calls with `--resume` reach them."""
     return [
         Part("training grid", 40, lambda r: train.main(replace(r, rivals=f"{LIGHT_TRAINING},eager_no_masks"))),
         Part("sub-blocks beside max-autotune and cuDNN", 90, slow_rivals),
@@ -145,7 +145,8 @@ def ready(run: Run) -> None:
 
 
 def all_launches(run: Run) -> None:
-    """Counts and times the launches of small calls. cuDNN's choice of algorithms does not matter here."""
+    """Counts and times the launches of small calls. cuDNN does not time its algorithms, because their speed does not
+    matter here."""
     with cudnn_search.off():
         launches.main(replace(run, rivals="eager,cuda_graph"))
 

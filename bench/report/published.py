@@ -11,13 +11,13 @@ LATENCY_FP16, LATENCY_FP32 = (
      for gpu, table in _FOUND["latency"][dtype].items()}
     for dtype in ("float16", "float32")
 )  # fmt: skip
-# Each entry: GPU, batch per GPU, number of GPUs, and utterances per second of all GPUs, in FP32 (None if not published)
-# and with AMP.
+# Each entry: GPU, batch per GPU, number of GPUs, and utterances per second of all GPUs: in FP32, or TF32 on the A100
+# (None if not published), and with AMP.
 TRAINING = tuple(map(tuple, _FOUND["training"]))
 
 
 def latency(dtype: str) -> dict[str, dict[tuple[int, float], tuple[float, ...]]]:
-    """Returns, by GPU, the published percentiles to compare with a row in `dtype`."""
+    """Returns, by GPU, the published means and percentiles to compare with a row in `dtype`."""
     return LATENCY_FP16 if dtype in ("float16", "bfloat16") else LATENCY_FP32
 
 

@@ -72,7 +72,7 @@ SUB_BLOCK = ("eager", "eager_2d_channels_last", "compile_max_autotune", "cudnn")
 
 
 def for_sub_blocks(run: Run) -> tuple[str, ...]:
-    """Returns the rivals of a conv or sub-block: those that `--rivals` names, and `cuda_face`.
+    """Returns the rivals of a conv or sub-block: those that `--rivals` names, and those of `cuda_face`.
 
     The default is all on a GPU, and only the eager ones on a CPU or with `--quick`.
     """

@@ -207,7 +207,7 @@ class MmaTile {
 #pragma unroll
       for (int n = 0; n < kColumnTiles; n += 2) {
         uint32_t r[4];
-        if constexpr (TRANSPOSED)  // a cell's 8 channels are columns of this product; it reduces over the image's rows
+        if constexpr (TRANSPOSED)  // the 8 channels of a cell are output columns; the sum is over the rows of the image
           ptx::ldmatrix_trans(r, image + ((n + matrix / 2) * kChunk + k * 16 + matrix % 2 * 8 + row) * 16);
         else
           ptx::ldmatrix(r, image + ((k * 2 + matrix % 2) * kChunk + (n + matrix / 2) * 8 + row) * 16);
