@@ -45,8 +45,8 @@ class Ops(TorchDispatchMode):
 
 
 def count(runner: Runner, device: torch.device) -> dict[str, int]:
-    """Returns the number of ops that one run dispatches. On a GPU also returns the number of its kernels and copies, and
-    of the host's launches."""
+    """Returns the number of ops that one run dispatches, and on a GPU the numbers of its kernels and copies and of the
+    host's launches."""
     for _ in range(2):  # an engine captures its CUDA graph in the second call
         runner.run()
     with Ops() as ops:
