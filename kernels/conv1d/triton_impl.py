@@ -1,9 +1,9 @@
 """The Triton face of conv1d (NVIDIA sm_80 and later; on a CPU through Triton's interpreter): launches and checks.
 
 N batch, C channels, T frames, K taps. The kernels are in triton_forward.py, triton_dgrad.py and triton_wgrad.py for
-training, triton_fused.py for inference and triton_pack.py for weights; triton_loop.py is the reduction that they share.
-Activations are fp16, bf16 or fp32. fp32 is rounded to TF32 if PyTorch's own conv does so (see `takes_tf32`).
-Accumulators are fp32.
+training, triton_fused.py for inference and triton_pack.py for weights. triton_loop.py is the reduction that forward,
+dgrad and fused share. Activations are fp16, bf16 or fp32. fp32 is rounded to TF32 if PyTorch's own conv does so (see
+`takes_tf32`). Accumulators are fp32.
 """
 
 import torch

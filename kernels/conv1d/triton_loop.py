@@ -1,4 +1,4 @@
-"""The reduction that the Triton convs share: K shifted matrix products, accumulated in fp32.
+"""The reduction that all Triton convs except wgrad share: K shifted matrix products, accumulated in fp32.
 
     acc[t, o] += sum_k sum_c x[n, t*stride + k*dilation - padding, c] * w[k, c, o]
 
