@@ -23,9 +23,11 @@ ENGINE = [
     CSRC / "cuda/emulate" / name for name in ("engine.cpp", "grids.cpp", "memory.cpp", "barriers.cpp", "products.cpp")
 ]
 BUILT = ROOT / "build" / "emulated"
-FLAGS = ["-std=c++20", "-fPIC", "-pthread", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
-# GCC 12 wrongly reports an overlap in "a" + std::string.
-FLAGS += ["-Wno-restrict", "-Wno-unknown-warning-option"]
+# -Wno-restrict: GCC 12 wrongly reports an overlap in "a" + std::string
+FLAGS = [
+    "-std=c++20", "-fPIC", "-pthread", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-Wno-restrict",
+    "-Wno-unknown-warning-option",
+]  # fmt: skip
 
 
 @functools.cache
@@ -84,10 +86,12 @@ def build(
     seen = ["-DJF_TSAN", "-g1"] if sanitize == "thread" else checks
     engine = [*FLAGS, "-O1" if sanitize else "-O3", *native, *seen]
     kernels = [*FLAGS, "-O1", "-DJF_EMULATE", *checks, *defines]
-    objects = [compiled(compiler, ENGINE[0], [*engine, *scheduler, *include])]
-    objects += [compiled(compiler, path, [*engine, *include]) for path in ENGINE[1:]]
     into = BUILT if folder == CSRC else folder.parent
-    objects += [compiled(compiler, path, [*kernels, *include], folder, into) for path in sources]
+    objects = [
+        compiled(compiler, ENGINE[0], [*engine, *scheduler, *include]),
+        *(compiled(compiler, path, [*engine, *include]) for path in ENGINE[1:]),
+        *(compiled(compiler, path, [*kernels, *include], folder, into) for path in sources),
+    ]
     link = [compiler, "-pthread", *checks, *([] if program else ["-shared"])]
     name = hashlib.sha256("\0".join([*link, *map(str, objects)]).encode()).hexdigest()[:24]
     target = into / f"{sources[-1].stem}-{name}{'' if program else '.so'}"

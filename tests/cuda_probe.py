@@ -123,8 +123,10 @@ def wgmma(
     `before` (None means zero). `out` is the result, (grid, 64, n), gathered from the registers of all threads."""
     row, column = fragment(n)
     registers = None if before is None else before[:, row, column]
-    numbers = {"a": a.descriptor, "b": b.descriptor, "n": n, "a_mn": a.mn, "b_mn": b.mn}
-    numbers |= {"half": dtype == torch.float16, "option": int(before is None)}
+    numbers = {
+        "a": a.descriptor, "b": b.descriptor, "n": n, "a_mn": a.mn, "b_mn": b.mn, "half": dtype == torch.float16,
+        "option": int(before is None),
+    }  # fmt: skip
     result = run(call, WGMMA, (len(image), 128, n // 2), image, registers, **numbers, **where)
     whole = torch.full((len(image), 64, n), float("nan"))
     whole[:, row, column] = result.out

@@ -33,8 +33,7 @@ def batch(n: int, seconds: float, labels: int, seed: int) -> Batch:
     draw = torch.Generator().manual_seed(seed)
     samples = int(16000 * seconds)
     lengths = torch.tensor([samples - i * samples // 4 for i in range(n)])
-    audio = torch.randn(n, samples, generator=draw) * 0.1
-    audio *= torch.arange(samples) < lengths[:, None]
+    audio = 0.1 * torch.randn(n, samples, generator=draw) * (torch.arange(samples) < lengths[:, None])
     counts = torch.tensor([max(0, labels - 2 * i) for i in range(n)])
     targets = torch.randint(0, 4, (n, labels), generator=draw) * (torch.arange(labels) < counts[:, None])
     names = [f"{seed} {i}" for i in range(n)]

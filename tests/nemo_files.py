@@ -30,8 +30,11 @@ def entries(model: nn.Module, masked: bool = True) -> dict[str, Tensor]:
     """Returns the state dict under NeMo's names. `masked`: the convs have masks, so NeMo wraps them."""
     found = {}
     for name, tensor in model.state_dict().items():
-        new = name.replace("decoder.layers", "decoder.decoder_layers").replace("encoder.layers", "encoder.encoder")
-        new = new.replace(".conv.", ".mconv.")
+        new = (
+            name.replace("decoder.layers", "decoder.decoder_layers")
+            .replace("encoder.layers", "encoder.encoder")
+            .replace(".conv.", ".mconv.")
+        )
         wrapped = masked and new.startswith("encoder.") and tensor.dim() == 3
         found[new.removesuffix("weight") + "conv.weight" if wrapped else new] = tensor
     return found

@@ -166,8 +166,12 @@ def test_ours_without_a_number_fails_the_command(contender, status, capsys, at_o
 
 
 def profiles(**statuses: str) -> dict:
-    about = {"model": "small", "mode": "train"}
-    return {"profiles": [about | {"contender": name, "status": status} for name, status in statuses.items()]}
+    return {
+        "profiles": [
+            {"model": "small", "mode": "train", "contender": name, "status": status}
+            for name, status in statuses.items()
+        ]
+    }
 
 
 @pytest.mark.parametrize(

@@ -123,8 +123,10 @@ def test_a_machine_that_tells_no_clock_has_rows_all_the_same(tmp_path, monkeypat
 
 
 def test_whatever_is_installed_is_recorded(monkeypatch):
-    names = ("torch", "cupy-cuda13x", "nvidia_cudnn_frontend", "torch_tensorrt", "tensorrt-cu12", "onnxscript", "onnx")
-    names += ("onnxruntime-gpu", "nvidia-cuda-runtime", "openvino", "Triton", "pytest", "torchvision", "cudatoolkitten")
+    names = (
+        "torch", "cupy-cuda13x", "nvidia_cudnn_frontend", "torch_tensorrt", "tensorrt-cu12", "onnxscript", "onnx",
+        "onnxruntime-gpu", "nvidia-cuda-runtime", "openvino", "Triton", "pytest", "torchvision", "cudatoolkitten",
+    )  # fmt: skip
     installed = [SimpleNamespace(metadata={"Name": name}, version=str(i)) for i, name in enumerate(names)]
     installed.append(SimpleNamespace(metadata={"Name": "triton"}, version="hidden by the one before"))
     monkeypatch.setattr(machine.importlib.metadata, "distributions", lambda: installed)

@@ -82,9 +82,11 @@ def _member(rank: int, size: int, port: int, folder: Path, run: Callable, args: 
     with open(folder / f"{rank}.err", "w", buffering=1) as said, open(folder / f"{rank}.out", "w") as printed:
         os.dup2(said.fileno(), 2)
         if size > 1:
-            places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": 0}
-            places |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": 0}
-            os.environ |= {k: str(v) for k, v in ({"RANK": rank, "WORLD_SIZE": size} | places).items()}
+            places = {
+                "RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": 0,
+            }  # fmt: skip
+            os.environ |= {k: str(v) for k, v in places.items()}
         import torch
 
         torch.set_num_threads(1)

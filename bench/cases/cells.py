@@ -21,8 +21,11 @@ BATCHES = (
     (1, 700, "inference"), (4, 1670, "inference"), (16, 1670, "inference"), (32, 1670, "evaluation"),
 )  # fmt: skip
 # Tiny cells for Triton's interpreter.
-STAND_IN = [(f"conv1d.{op}", (16, 24, 3, 1, 1)) for op in CONV_OPS]
-STAND_IN += [("conv1d.fused", (24, 13, 1, 1, 1)), *((op, (24, 24, 1, 1, 1)) for op in tables.NORM_OPS)]
+STAND_IN = [
+    *((f"conv1d.{op}", (16, 24, 3, 1, 1)) for op in CONV_OPS),
+    ("conv1d.fused", (24, 13, 1, 1, 1)),
+    *((op, (24, 24, 1, 1, 1)) for op in tables.NORM_OPS),
+]
 
 
 def plan(device: torch.device, dtype: torch.dtype, ops: tuple[str, ...] = OPS) -> list[Cell]:

@@ -59,7 +59,7 @@ def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Modul
     """
     cfg = models.config(model)
     small = counts.parameters(cfg) < LARGE
-    roomy = small or run.device.type == "cuda"  # whether there is time and memory for more answers
+    roomy = small or run.device.type == "cuda"  # if not, a tiny batch is checked, and without `low`
     state = functools.cache(lambda: models.weights(cfg, run.device))
     batch = functools.cache(lambda: Batch(cfg, N, T, run.device))
     judged_at = judged_size(run.device, cfg, N, T) if roomy else (2, 64)

@@ -120,7 +120,7 @@ def clear(cfg: JasperConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             w = w - torch.einsum("oik,i->ok", w, u)[:, None, :] * u[None, :, None]
         made[name] = w
 
-    history: list[Tensor | None] = [None]  # None means zero, as the features have
+    history: list[Tensor | None] = [None]  # the mean of each input of a block; None means zero, as for the features
     for b, block in enumerate(cfg.encoder.blocks):
         at, m = f"encoder.layers.{b}", history[-1]
         panes = (history if block.residual_dense else history[-1:]) if block.residual else []

@@ -5,7 +5,7 @@ A case has a row for each of our two forms. `jasper_fast` is the form that dispa
 form is `jasper_fast_gram` or `jasper_fast_plain`.
 
 In a step the Gram matrix of a block output is computed once, and every later block uses it. In backward the gradients
-of the matrix from all these blocks are added up, and then its part of dx is computed once.
+of the matrix from all these blocks are added up, and then the part of dx that comes from the matrix is computed once.
 
 A dense block is the first to use its newest input. The Gram matrices of its older inputs exist already. So in forward
 the time of the Gram form includes `gram` of the newest input. In backward it includes `gram_backward` of the newest
@@ -177,8 +177,8 @@ def results(out: Tensor, a: Leaves, dy: Tensor, lengths: Tensor) -> dict[str, Te
 
 def statistics(running: list[common.Stats]) -> dict[str, Tensor]:
     """Returns the running statistics of each pane, by name."""
-    names = ("running_mean", "running_var")
-    return {f"{name} {k}": t for k, stats in enumerate(running) for name, t in zip(names, stats, strict=True)}
+    found = {f"running_mean {k}": mean for k, (mean, _) in enumerate(running)}
+    return found | {f"running_var {k}": var for k, (_, var) in enumerate(running)}
 
 
 def runner(function: PaneSum, i: Inputs, memory: str, mode: str, *, amp: bool = False, gram: bool = False) -> Runner:
@@ -245,8 +245,10 @@ def case(run: Run, N: int, T: int, block: Block, mode: str, shared: Callable[[],
     def rival(name: str, build: Callable[[], PaneSum], memory: str) -> Contender:
         return Contender(name, lambda: runner(build(), inputs(), memory, mode, amp=True))
 
-    contenders = [ours("jasper_fast", form)]
-    contenders += [ours(f"jasper_fast_{other}", other) for other in FORMS if other != form]
+    contenders = [
+        ours("jasper_fast", form),
+        *(ours(f"jasper_fast_{other}", other) for other in FORMS if other != form),
+    ]
     known = {
         "eager": (lambda: eager, "nct"),
         "eager_2d_channels_last": (lambda: eager_2d, "ntc"),

@@ -50,8 +50,8 @@ def parallel(module: nn.Module, device: torch.device, group: dist.ProcessGroup) 
 
 
 def steps(contender: str, at: Setting, rank: int, group: dist.ProcessGroup | None) -> Steps:
-    """Returns the steps of `contender` in process `rank` of `group`, with its own batch. Without a group there is only
-    this process."""
+    """Returns the steps of `contender` in process `rank` of `group`. Every process has a batch of its own. Without a
+    group there is only this process."""
     cfg = models.config(at.model)
     state = models.weights(cfg, at.device)
     module = models.fused(cfg, state, at.backend) if contender == OURS else models.eager(cfg, state)

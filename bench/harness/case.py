@@ -13,7 +13,7 @@ Answer = Mapping[str, Tensor]  # the tensors by which contenders are compared
 
 @dataclass
 class Rule:
-    """A rule that replaces the case's tolerance for one contender. Its row has `precision`, `words` and `found`.
+    """A rule that replaces the case's tolerance for one contender, whose row shows `precision`, `words` and `found`.
 
     `judge(got, low, ref, found)` returns complaints. It may write numbers into `found`.
     """

@@ -22,7 +22,7 @@ def measure(device: torch.device, quick: bool = False) -> dict:
         "copy_bytes_per_s": copy_bandwidth(device, quick),
         "clocks": machine.clocks(device),  # read just after heavy work, while the clocks are still high
         "launch_s": launch_overhead(device),
-        "method": "best of repeated runs: square matmul, copy of a buffer beyond the caches; launch: one-element add",
+        "method": "best of repeated runs: square matmul, copy of a large buffer; launch: one-element add",
     }
     if device.type == "cuda":
         times, found["cupy"] = cupy_launch(device)
@@ -62,7 +62,7 @@ def _matmul_rate(device: torch.device, dtype: str, size: int) -> float:
 
 
 def copy_bandwidth(device: torch.device, quick: bool = False) -> float:
-    """Returns the bytes per second that a copy reads and writes together. The copy is far larger than the caches."""
+    """Returns the bytes per second that a large copy reads and writes together."""
     size = (GIB // 8 if quick else GIB // 4) if device.type == "cpu" else GIB
     src = torch.ones(size, dtype=torch.uint8, device=device)
     dst = torch.empty_like(src)

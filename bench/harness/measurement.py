@@ -102,9 +102,19 @@ class Measurement:
     def begin_row(self, name: str) -> Row:
         """Returns the fields that a contender's row has even without a number."""
         case, (status, why) = self.case, self.failed.get(name, ("ok", ""))
-        row: Row = {"id": f"{case.id} / {name}", "bench": case.bench, "key": case.key, "contender": name}
-        row |= {"ours": name == case.ours, "dtype": case.dtype, "flops": case.flops, "bytes": case.nbytes}
-        row |= {"status": status, "why": why} if why else {"status": status}
+        row: Row = {
+            "id": f"{case.id} / {name}",
+            "bench": case.bench,
+            "key": case.key,
+            "contender": name,
+            "ours": name == case.ours,
+            "dtype": case.dtype,
+            "flops": case.flops,
+            "bytes": case.nbytes,
+            "status": status,
+        }
+        if why:
+            row["why"] = why
         if rule := getattr(self.runners.get(name), "rule", None):
             row |= {"precision": rule.precision, "rule": rule.words, "judged": rule.found}
         return row

@@ -26,8 +26,10 @@ PLANTED = {
 RUNTIME = {"address": "libasan.so", "thread": "libtsan.so"}
 # The tests that are run, by file and by words in their names. They reach everything that a kernel does with memory. The
 # opcheck tests, and the tests of all instruction sets but the lowest, would take most of the time and reach no more.
-NAMES = ("bn_relu_dropout", "cuda_emulated", "cuda_ptx", "panes", "conv1d", "conv1d_16bit", "depthwise", "prefix_beam")
-NAMES += ("lm_train", "novograd", "cpu_instruction_sets")
+NAMES = (
+    "bn_relu_dropout", "cuda_emulated", "cuda_ptx", "panes", "conv1d", "conv1d_16bit", "depthwise", "prefix_beam",
+    "lm_train", "novograd", "cpu_instruction_sets",
+)  # fmt: skip
 FILES = [f"tests/test_{name}.py" for name in NAMES]
 _CONV = "test_conv1d and (test_forward or test_backward or fused_epilogue or any_threads or products_of or transposed)"
 TESTS = {

@@ -19,8 +19,12 @@ CUT = {
     "supervisions": [{"text": "one", "speaker": "s"}],
     "recording": {"sources": [{"type": "file", "source": "a.wav"}]},
 }
-KALDI = {"wav.scp": "r a.wav\nq flac -cd b.wav |\n", "text": "u one\nv two\n", "utt2spk": "u s\nv s\n"}
-KALDI["segments"] = "u r 0 0.01\nv q 0.01 -1\n"
+KALDI = {
+    "wav.scp": "r a.wav\nq flac -cd b.wav |\n",
+    "text": "u one\nv two\n",
+    "utt2spk": "u s\nv s\n",
+    "segments": "u r 0 0.01\nv q 0.01 -1\n",
+}
 
 
 def _table(rng: random.Random) -> bytes:
