@@ -39,7 +39,7 @@ def sources() -> Path:
 def either(library: Callable[[], Any], compiled: Callable[[], Any]) -> Any:
     """Returns the functions of the CUDA library, or if it cannot be used, the same functions compiled by NVRTC.
 
-    If neither can be used, raises `native.Missing`, which says what the library and what NVRTC lacks.
+    If neither can be used, raises `native.Missing`, which says what is missing. NVRTC needs a GPU.
     """
     try:
         return library()

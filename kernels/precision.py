@@ -36,8 +36,8 @@ def check(precision: str | None) -> str | None:
 def fp32(precision: str | None) -> Iterator[None]:
     """A context with the setting of `set_fp32(precision)`. At its end the earlier setting is restored.
 
-    Another thread that enters such a context waits until this one ends. Launches of threads that enter none use this
-    setting as well.
+    If another thread enters such a context meanwhile, it waits until this one ends, unless its `precision` is None.
+    Launches of threads that enter none use this setting as well.
     """
     switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
     with contextlib.nullcontext() if precision is None else _one_at_a_time:

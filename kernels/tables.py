@@ -3,7 +3,7 @@
 A table is a JSON file {"header": {...}, "rows": [...]} for one GPU. A row says how fast one face of an op ran at a
 shape with the face's best tile. A row's key is (op, dtype, c_in, c_out, taps, stride, dilation, rows_log2, face,
 algorithm). A call with N*T' rows of output belongs to the smallest rows_log2 with N*T' <= 2**rows_log2. An op without a
-conv has its number of channels as c_in and c_out, and 1 for taps, stride and dilation. Dispatch takes the fastest row.
+conv has its number of channels as c_in and c_out, and 1 for taps, stride and dilation.
 
 Rows come from three sources: what was tuned on this machine (`lay_over`), the committed table of this GPU, and the
 table of the most similar GPU (`likeness`). For each shape and rows_log2 only the first source that has rows counts,

@@ -1,8 +1,9 @@
 """Training steps by CUDA graphs, one graph for each shape: the host launches a graph instead of thousands of kernels.
 
-A graph contains all of `train_step`: features, augmentation, forward, loss, backward, unscaling, the optimiser and the
-moving average. Its inputs (audio, transcripts, lengths and the optimiser's settings) have fixed addresses and are
-filled before each replay. Random numbers are drawn on the device, so each replay draws new ones.
+A graph contains all of `train_step`: features, augmentation, forward, loss, backward, unscaling and the optimiser's
+step. It contains the update of the moving average only if the optimiser's step makes it. The graph's inputs (audio,
+transcripts, lengths and the optimiser's settings) have fixed addresses and are filled before each replay. Random
+numbers are drawn on the device, so each replay draws new ones.
 """
 
 import contextlib
@@ -71,11 +72,11 @@ class GraphedStep:
         result = step(batches)
 
     Arguments and results are those of `train_step`. If the frontend computes `LogMelFeatures`, audio is padded with
-    silence to a multiple of `bucket` frames. A shape consists of the utterances, frames and labels of each micro-batch.
-    The first step of a shape is a plain step over the padded batch. The `limit` most recently used graphs are kept.
-    Learning rates are read from the optimiser's groups. If plain steps are reproducible bit by bit, graphed steps give
-    the same bits, except with PyTorch's optimisers: in a graph they read the learning rate in fp32. After a replay the
-    parameters have no gradients.
+    silence to a multiple of `bucket` frames. A shape consists of the numbers of utterances, frames and labels of each
+    micro-batch. The first step of a shape is a plain step over the padded batch. The `limit` most recently used graphs
+    are kept. Learning rates are read from the optimiser's groups. If plain steps are reproducible bit by bit, graphed
+    steps give the same bits, except with PyTorch's optimisers: in a graph they read the learning rate in fp32. After a
+    replay the parameters have no gradients.
 
     Existing graphs do not see changes that are made outside the step. So call `forget()` after a `load_state_dict` of
     the model, optimiser, scaler or average, after one of their tensors is replaced, and after a change of modes, of
@@ -83,7 +84,8 @@ class GraphedStep:
 
     If steps cannot be captured, all steps are plain steps, and `say` is called once with the reason. This is the case
     on a CPU, in several processes, with an optimiser that skips bad steps on the host (all except NovoGrad and
-    PyTorch's fused Adam and AdamW), without the CTC loss in Triton, and after a capture has failed. Graphs need as much
+    PyTorch's fused Adam and AdamW), with parameters that NovoGrad's kernels do not take, with a learning rate that is a
+    tensor on another device, without the CTC loss in Triton, and after a capture has failed. Graphs need as much
     memory as the largest step, in addition to the memory of plain steps and validation. `recorder` is for tests: an
     object with the method `capture`, used instead of CUDA graphs.
     """
@@ -116,7 +118,7 @@ class GraphedStep:
         self._plain_from_now(why)
 
     def __call__(self, batches: Sequence[Batch]) -> StepResult:
-        """Makes one step over `batches`, by a graph if there is one for their shape."""
+        """Makes one step over `batches`: a plain one if their shape is new, else a graph's."""
         if not self.possible:
             return self._step(batches, self.ema)
         shapes = tuple(self._shape(batch) for batch in batches)

@@ -20,7 +20,7 @@ RETURNS = 3  # how many times in a row a run may go back to the same best weight
 
 @dataclass
 class Loop(ABC):
-    """A training run: its parts, and its work between steps. Every rank does the same work."""
+    """A training run: its parts, and its work between steps. All ranks call its methods in the same order."""
 
     args: argparse.Namespace
     ranks: Ranks
@@ -37,7 +37,7 @@ class Loop(ABC):
     # the step of the weights that the run went back to last, and how many times in a row it went back to them
     returned: tuple[int, int] = field(default=(-1, 0), init=False)
 
-    best: ClassVar[str]  # the field of `state` with the lowest figure so far, such as "best_wer"
+    best: ClassVar[str]  # name of the field of `state` with the lowest figure so far, such as "best_wer"
     best_text: ClassVar[str]  # a format string that prints this figure
 
     @abstractmethod
@@ -100,8 +100,8 @@ class Loop(ABC):
     def tell_skipped(self) -> None:
         """Reads the figures so far and prints which utterances caused bad steps.
 
-        After too many bad steps in a row it goes back to the best weights if `--reload-best` is given. Without that
-        option, or if going back is not possible, it raises RunError.
+        After too many bad steps in a row it goes back to the best weights if `--reload-best` is given. It raises
+        RunError without that option, if going back is not possible, or if a rank could read no file for the last step.
         """
         try:
             bad = self.state.meter.read()
@@ -114,7 +114,7 @@ class Loop(ABC):
             self.log.write(self.state.step, "skipped", names=bad)
 
     def go_back(self, why: str) -> bool:
-        """Loads the weights of best.pt, but keeps the position in the data. Prints the reason, `why`.
+        """Restores the weights and the optimiser's state of best.pt, and keeps the position in the data. Prints `why`.
 
         Returns False and changes nothing without `--reload-best`, without best.pt, or if the run has already gone back
         to the same best.pt RETURNS times in a row.
@@ -147,7 +147,10 @@ class Loop(ABC):
         return results is None
 
     def keep_best(self, figure: float) -> None:
-        """Records the figure of a validation, and saves the state as best.pt if the figure is the lowest so far."""
+        """Records the figure of a validation, and saves the state as best.pt if the figure is the lowest so far.
+
+        With `--reload-best N`, N > 0, it goes back to the best weights after N validations without a lower figure.
+        """
         before = getattr(self.state, self.best)
         self.judged = self.state.step
         setattr(self.state, self.best, min(figure, before))
@@ -177,7 +180,10 @@ class Loop(ABC):
             raise
 
     def finish(self, stopped: bool) -> None:
-        """Ends the run: validates unless a signal stopped it, saves a last checkpoint, and prints how the run ended."""
+        """Ends the run: validates and saves the last step, unless this has been done, and prints how the run ended.
+
+        A run that a signal has `stopped` is not validated.
+        """
         if self.validates and not stopped and self.judged != self.state.step:
             self.judge()
         if self.kept != self.state.step:

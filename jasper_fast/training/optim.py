@@ -253,7 +253,7 @@ class NovoGrad(torch.optim.Optimizer):
     def _settings(self, device: torch.device) -> Tensor:
         """Returns the settings on `device`, one row per group (see kernels/novograd/operands.py).
 
-        Copies them to the device only if one of them has changed.
+        Copies them to the device only if one of them has changed. A learning rate that is a tensor is always copied.
         """
         rates = {i: group["lr"] for i, group in enumerate(self.param_groups) if isinstance(group["lr"], Tensor)}
         rows, weight = [], 1 - self.ema.decay_now if self.ema else 0.0

@@ -13,7 +13,7 @@ import torch
 def rng_state() -> dict[str, Any]:
     """Returns the states of this process's random generators: torch, each CUDA device, Python and NumPy.
 
-    The result has only types that a checkpoint may contain: tensors, numbers, strings, and dicts and lists of them.
+    The result has only types that a checkpoint may contain: tensors, numbers, strings, None, dicts and lists.
     """
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
@@ -32,7 +32,10 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restores every random generator to a state from `rng_state`."""
+    """Restores the random generators to `state`, a result of `rng_state`.
+
+    Those of CUDA devices are restored only if there are as many devices as when the state was saved.
+    """
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
@@ -61,8 +64,11 @@ def seed_everything(seed: int) -> None:
 
 
 def settle(deterministic: bool, cudnn_benchmark: bool) -> None:
-    """Sets PyTorch's global switches. With `deterministic`, repeated runs are bit-identical, even on a GPU. With
-    `cudnn_benchmark`, cuDNN times its algorithms at each new shape."""
+    """Sets PyTorch's global switches.
+
+    With `deterministic`, PyTorch uses only deterministic algorithms, and warns where an operation has none. With
+    `cudnn_benchmark`, cuDNN times its algorithms at each new shape.
+    """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -42,7 +42,8 @@ class Ranks:
     def start(cls, device: str = "auto") -> Ranks:
         """Joins the process group if torchrun started this process: nccl on GPUs, gloo on CPUs.
 
-        `device`: "auto", "cpu", "cuda" or "cuda:1". Raises RunError if a GPU is requested and there is none.
+        `device`: "auto", "cpu", "cuda" or a GPU such as "cuda:1". Raises RunError if a GPU is requested and there is
+        none.
         """
         rank, world, local = launched()
         if device == "auto":
@@ -203,9 +204,9 @@ class Folder:
         self.path, self.keep, self.milestones = Path(path), keep, frozenset(milestones)
 
     def save(self, state: dict[str, Any], name: str | None = None) -> None:
-        """Writes `state` as `name`.pt, or without a name as step_NUMBER.pt. Raises CheckpointError.
+        """Writes `state` as `name`.pt, or without a name as step_NUMBER.pt.
 
-        Deletes all step_NUMBER.pt except the last `keep`.
+        Deletes all step_NUMBER.pt except the last `keep`. Raises CheckpointError if the file cannot be written.
         """
         save(self.path / f"{name or 'step_{:08d}'.format(state['step'])}.pt", state)
         for old in self.steps()[: -self.keep]:

@@ -33,7 +33,7 @@ class Split:
     sampler: BatchSampler
     frontend: Frontend
     workers: int = 0
-    told: int = 0  # number of skipped utterances that have been reported
+    told: int = 0  # number of skipped utterances at the last call of `newly_skipped`
     wait: Wait = field(default_factory=Wait)  # the time that `micro_batches` spent waiting for batches
     changed: bool = False  # whether a resumed run makes different batches than the stopped run
 
@@ -50,7 +50,7 @@ class Split:
         workers: int = 0,
         **sampling: Any,
     ) -> Split:
-        """Reads `manifests` with the settings of `config`: `input_train` for training, else `input_val`.
+        """Reads `manifests` with the settings of `config`: `input_train`, or for validation `input_val`, if it exists.
 
         `sampling`: arguments of BatchSampler. Raises RunError, which names the setting or file that cannot be used.
         """
@@ -126,10 +126,11 @@ class Split:
     def micro_batches(
         self, state: TrainingState, accumulation: int, device: torch.device, stopped: Callable[[], bool]
     ) -> Iterator[list[Batch]]:
-        """Yields the micro-batches of each step on `device`, from the position of `state` on, epoch after epoch.
+        """Yields the micro-batches of each step, from the position of `state` on, epoch after epoch.
 
-        The caller must advance `state` after each step. A batch is empty if none of its files could be read. When
-        `stopped` returns True, no more batches are read. The loading processes are started once and serve all epochs.
+        On a GPU, audio and targets are already on `device`. The caller must advance `state` after each step. A batch is
+        empty if none of its files could be read. When `stopped` returns True, no more batches are read. The loading
+        processes are started once and serve all epochs.
         """
         first, pinned = state.position * accumulation, device.type == "cuda"
         read = load_batches(self.dataset, self.sampler, state.epoch, first, self.workers, pinned, endless=True)

@@ -13,14 +13,14 @@ from jasper_fast.training.runs import RunError
 from jasper_fast.training.step import StepResult
 
 _COUNTS = ("bad_in_a_row", "bad_losses", "overflows", "unread")
-ADVICE = (  # after NaN or infinity, and after files that cannot be read
+ADVICE = (  # first for NaN or infinity, then for files that cannot be read
     "Check the audio of these files, lower the learning rate, lengthen the warm-up, or use bf16 or fp32",
     "Check the paths in the manifests and that their drive is mounted; --data-dir is the folder of relative paths",
 )
 
 
 class Diverged(RunError):
-    """Raised if too many steps in a row had a NaN or an infinity in the gradient."""
+    """Raised if too many steps in a row were skipped, the last because of a NaN or an infinity in the gradient."""
 
 
 class Meter:
@@ -38,7 +38,7 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Starts a new interval, over which `figures` takes means."""
+        """Starts a new interval for `figures`."""
         self._sum, self._good, self._seen, self._norm = 0.0, 0, 0, math.nan
         self._start = time.perf_counter()
 
@@ -47,12 +47,13 @@ class Meter:
         self._pending.append(step)
 
     def read(self) -> list[str]:
-        """Waits for the device and returns one line for each cause of a skipped step since the last call.
+        """Waits for the device and returns lines about the steps that were skipped since the last call.
 
-        For a bad loss, the lines name the utterances whose features are not finite. The losses do not show which
-        utterance is bad, because batch norm spreads a NaN over the whole batch. If all features are finite, the lines
-        name the utterances whose loss is not finite. After `max_bad` skipped steps in a row, raises an error that names
-        the last cause: RunError if files could not be read, else Diverged.
+        A rank that could read no file gives one line, and an overflow gives none. For a bad loss, the lines name the
+        utterances whose features are not finite. The losses do not show which utterance is bad, because batch norm
+        spreads a NaN over the whole batch. If all features are finite, the lines name the utterances whose loss is not
+        finite. After `max_bad` skipped steps in a row, raises an error that names the last cause: RunError if files
+        could not be read, else Diverged.
         """
         if not self._pending:
             return []
@@ -83,7 +84,8 @@ class Meter:
     def figures(self) -> dict[str, float]:
         """Returns the figures of the interval and starts a new one. Call it after `read`.
 
-        `loss` is the mean over the utterances of good steps. `grad_norm` is the norm of the last good step.
+        `loss` is the mean over the utterances of good steps. `grad_norm` is the norm of the last good step. The numbers
+        of skipped steps are those of the whole run.
         """
         seconds = time.perf_counter() - self._start
         loss = self._sum / self._good if self._good else math.nan

@@ -60,7 +60,8 @@ def compiled(model: nn.Module, device: torch.device) -> nn.Module:
     """Returns `model` compiled by `torch.compile` for batches of any length.
 
     The result shares its parameters with `model` and draws the same dropout. Use `model` itself for validation and for
-    checkpoints, because there the names of the weights have no prefix. Raises RunError if PyTorch finds no compiler.
+    checkpoints, because in the result the names of all weights have a prefix. Raises RunError if PyTorch finds no
+    compiler.
     """
 
     def small(x: Tensor) -> Tensor:
@@ -161,9 +162,9 @@ def train_step(
 
     If the loss or the gradient has a NaN or an infinity, parameters and optimiser state do not change. If a loss of
     this process is not finite, running statistics do not change either. With NovoGrad and PyTorch's fused optimisers
-    this is decided on the device. With other optimisers the host decides, and waits for the device. `model` may be
-    compiled or a DistributedDataParallel. `ema` is updated at the end of every step, or in the optimiser's step if the
-    optimiser was made with `ema`.
+    the device decides whether to skip the step. With other optimisers the host decides, and waits for the device.
+    `model` may be compiled or a DistributedDataParallel. `ema` is updated at the end of every step, or in the
+    optimiser's step if the optimiser was made with `ema`.
     """
     core = inner(model)
     guard.remember()
@@ -180,7 +181,7 @@ def train_step(
             frames = out_lengths if on_device else core.out_lengths(frames)
             each = ctc_loss(log_probs, frames, targets, batch.target_lengths)
             loss = batch_loss(each)
-            # If no utterance has a frame, the loss is infinite but its gradient is 0: adding 0 * loss makes it NaN.
+            # If no utterance has a frame, the loss is NaN, but its gradient is 0. Adding 0 * loss makes it NaN.
             log_probs.register_hook(functools.partial(torch.add, other=loss.detach(), alpha=0))
             scaler.scale(loss / len(batches)).backward()
         losses.append(each.detach())
@@ -201,7 +202,7 @@ def finish(
 ) -> Tensor:
     """Ends a step after the backward of `losses`: keeps or restores the buffers, and updates weights and `ema`.
 
-    Returns the gradient's norm.
+    Returns the gradient's norm. Waits for the device only where `update` does.
     """
     guard.settle(torch.isfinite(torch.cat(list(losses))).all())
     norm = update(model, optimizer, scaler, clip_norm)
@@ -217,7 +218,8 @@ def update(
 
     Returns the norm of the unscaled gradients. If the norm is not finite, the weights do not change and the loss scale
     falls. NovoGrad needs two passes over memory and does not change the gradients. For other optimisers the gradients
-    are unscaled and clipped in place.
+    are unscaled and clipped in place. With an optimiser that is neither NovoGrad nor a fused one of PyTorch, this waits
+    for the device.
     """
     if isinstance(optimizer, NovoGrad):
         scale = scaler._scale if scaler.is_enabled() else None

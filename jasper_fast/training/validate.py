@@ -107,8 +107,9 @@ def validate_state(
 ) -> dict[str, Validation] | None:
     """Returns the results of `validate` with the current weights ("live") and with the moving average ("ema"), if any.
 
-    First, the running statistics of rank 0 are copied to all ranks. The states of the random generators do not change.
-    `batches` returns this rank's batches; it is called once for each result. Returns None if `validate` returns None.
+    First, the buffers and the moving average of rank 0 are copied to all ranks. The states of the random generators do
+    not change. `batches` returns this rank's batches; it is called once for each result. Returns None if `validate`
+    returns None.
     """
     ranks.same_buffers(state.model, state.ema.average.values() if state.ema else ())
     results = {}

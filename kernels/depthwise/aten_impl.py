@@ -14,7 +14,10 @@ from jasper_fast.kernels.operands import FULL, Geometry, Lengths
 def forward(
     x: Tensor, weight: Tensor, geometry: Geometry, lengths: Lengths = FULL, packed: Tensor | None = None
 ) -> Tensor:
-    """Returns y (N, C, T'), the conv of `x` (N, C, T) with `weight` (C, 1, K), masked by `lengths`."""
+    """Returns y (N, C, T'), the conv of `x` (N, C, T) with `weight` (C, 1, K).
+
+    x counts as zero at t >= `lengths.before`, and y is zero at t >= `lengths.after`.
+    """
     y = conv2d(ntc(mask(x, lengths.before)), weight.to(x.dtype), geometry, weight.shape[0])
     return ntc(mask(y, lengths.after))
 
@@ -39,7 +42,10 @@ def into(out: Tensor, x: Tensor, packed: Tensor, geometry: Geometry, lengths: Le
 def dgrad(
     dy: Tensor, weight: Tensor, t: int, geometry: Geometry, lengths: Lengths = FULL, packed: Tensor | None = None
 ) -> Tensor:
-    """Returns the gradient of x, (N, C, T = `t`), from `dy` (N, C, T'). Both are masked by `lengths`."""
+    """Returns the gradient of x, (N, C, T = `t`), from `dy` (N, C, T').
+
+    dy counts as zero at t >= `lengths.after`; the result is zero at t >= `lengths.before`.
+    """
     x = empty_ntc(dy.shape[0], dy.shape[1], t, like=dy)  # only its shape and memory format are used
     masked = ntc(mask(dy, lengths.after))
     dx = conv2d_backward(masked, x, weight.to(dy.dtype), geometry, (True, False), weight.shape[0])[0]

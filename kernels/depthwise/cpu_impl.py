@@ -14,7 +14,7 @@ COLUMNS = 32  # channels per block of the pack
 
 
 def pack(weight: Tensor, *, flipped: bool = False) -> Tensor:
-    """Packs `weight` (C, 1, K) in the order that the kernel reads, (C / 32, K, 32) fp32. flipped: taps reversed."""
+    """Packs `weight` (C, 1, K) as the kernel reads it: (ceil(C / 32), K, 32) fp32. flipped: the taps are reversed."""
     c, _, k = weight.shape
     packed = torch.empty((-(-c // COLUMNS), k, COLUMNS), dtype=torch.float32)
     native.cpu().depthwise_pack(weight.detach().float().contiguous(), flipped, packed)
@@ -43,8 +43,8 @@ def forward(
 def into(out: Tensor, x: Tensor, packed: Tensor, geometry: Geometry, lengths: Lengths = FULL) -> None:
     """Writes `forward` of `x` (N, T, C) and a pack into `out` (N, T', C).
 
-    Both need unit channel stride; their other strides are free. Raises ValueError for `lengths.made`, which only GPU
-    faces support.
+    Both need unit channel stride; their other strides are free. Raises ValueError for `lengths.made`, which this
+    face does not support.
     """
     if lengths.made is not None:
         raise ValueError("the cpu face does not compute output lengths: give it lengths.after")
@@ -75,7 +75,8 @@ def wgrad(
 ) -> Tensor:
     """Returns the gradient of the weight, (C, 1, K = `k`), from `x` (N, C, T) and `dy` (N, C, T').
 
-    Both are masked by `lengths`. Sums are fp32; the result is in `dtype` (default: that of `x`).
+    x counts as zero at t >= `lengths.before`, and dy at t >= `lengths.after`. Sums are fp32; the result is in `dtype`
+    (default: that of `x`).
     """
     dw, (stride, padding, dilation) = torch.empty((x.shape[1], 1, k), dtype=torch.float32), geometry
     rows, dy_rows = x.transpose(1, 2), dy.transpose(1, 2)

@@ -47,7 +47,8 @@ def wgrad(
 ) -> Tensor:
     """Returns the gradient of the weight, (C, 1, K = `k`), from `x` (N, C, T) and `dy` (N, C, T').
 
-    Both are masked by `lengths`. The result is in `dtype` (default: that of `x`).
+    x counts as zero at t >= `lengths.before`, and dy at t >= `lengths.after`. The result is in `dtype` (default: that
+    of `x`).
     """
     rows, t_out = padded(x, geometry, lengths.before).to(wide_dtype(x)), dy.shape[2]
     dy_rows = mask(dy, lengths.after).transpose(1, 2).to(rows.dtype)

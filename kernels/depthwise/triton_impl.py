@@ -90,7 +90,8 @@ def wgrad(
 ) -> Tensor:
     """Returns the gradient of the weight, (C, 1, K = `k`), from `x` (N, C, T) and `dy` (N, C, T').
 
-    Both are masked by `lengths`. Sums are fp32; the result is in `dtype` (default: that of `x`).
+    x counts as zero at t >= `lengths.before`, and dy at t >= `lengths.after`. Sums are fp32; the result is in `dtype`
+    (default: that of `x`).
     """
     rows, dy_rows, (stride, padding, dilation) = x.transpose(1, 2), dy.transpose(1, 2), geometry
     _check(rows, dy_rows)

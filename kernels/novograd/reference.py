@@ -41,7 +41,8 @@ def step(
             mine = [i for i, group in enumerate(tensors.groups) if group == index]
             if mine:
                 part = Tensors(*([of[i] for i in mine] if of else [] for of in tensors))
-                squares = (norms[torch.tensor(mine, device=device)] * clip).square()
+                own = torch.stack([norms[i] for i in mine])  # indexing with a list would make the host wait for the GPU
+                squares = (own * clip).square()
                 _update(part, Settings(*row), squares, scale, None if on_cpu else bad)
     average(tensors.params if tensors.averages else [], tensors.averages, rows[0][-1])
     average(*watched, rows[0][-1])

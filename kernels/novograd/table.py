@@ -1,8 +1,8 @@
 """The table of addresses and sizes that NovoGrad's Triton and CUDA kernels read, and the runs that programs own.
 
 A run is a range of elements of one tensor, and each program owns one run. The table and the runs are sent to the GPU
-only when an address has changed. Runs are long, so that there are only some thousands of programs, because each program
-reads the partial sums of all programs.
+only when a row of the table, for instance an address, has changed. Runs are long, so that there are only some thousands
+of programs, because each program reads the partial sums of all programs.
 """
 
 import torch

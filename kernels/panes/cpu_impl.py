@@ -1,4 +1,4 @@
-"""The CPU face of the panes: threaded C++ kernels (csrc/cpu), which skip the padding.
+"""The CPU face of the panes: threaded C++ kernels (csrc/cpu), whose matrix products skip the padding.
 
 Activations are fp32, or bf16 on a CPU that multiplies pairs of bf16 (`takes`). Shapes are those of reference.py. All
 tensors except the xs and the weights must be contiguous. Results are bit-identical for any number of threads.

@@ -7,8 +7,9 @@ each block output and shared by every later block):
     out = sum_k x_k (diag(a_k) W_k)^T + (beta_k - a_k mean_y_k)
 
 As soon as a block output exists, `statistics` computes the statistics of all its panes in later blocks together, by
-two products with S. No pane output is stored, forward or backward. x may have a large mean, so either its rows or the
-matrix that multiplies them is centred before a product; rounding errors are then relative to the deviations.
+two products with S. No pane output is stored, forward or backward. x may have a large mean. So its rows are centred
+before the product that makes S. In other products the factor of x is rounded first, and then the mean's share is
+computed from the rounded factor and subtracted. Rounding errors are then relative to the deviations from the mean.
 
 S is symmetric, so only three quarters of it are computed and kept. Cut S into 2 x 2 blocks. L consists of its two
 diagonal blocks and twice the block below the diagonal, in one flat tensor. For any row w of W, w S w^T = w L w^T. Also,
@@ -179,8 +180,8 @@ def backward(
     dvar = dgamma * a * rstd * -0.5
     dweights = [by[:, None] * part for by, part in zip(a, products.split(sizes, 1), strict=True)]
     scaled = _scaled(weights, a, g.dtype)
-    # The part of dx that comes from the mean of g is subtracted here: later it would cancel, but with rounding errors.
-    # With several ranks it is part of the gradient of the means instead, because the mean of g differs between ranks.
+    # What the means contribute to dx is added here, before dx is rounded to 16 bits. With several ranks it goes into
+    # the gradient of the means instead, because the mean of g differs between ranks.
     given = total @ torch.cat(scaled, 1).to(wide)
     shift = torch.zeros_like(given, dtype=g.dtype) if synced else (given / -g.shape[0]).to(g.dtype)
     parts = zip(shift.split(sizes), scaled, strict=True)
