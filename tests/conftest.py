@@ -60,8 +60,8 @@ def make_face(name: str) -> Face:
 
 
 def settle(name: str) -> str:
-    """Returns `name`, or skips the test if this machine cannot run that face. If the face needs a GPU, the GPU becomes
-    the default device of new tensors."""
+    """Returns `name`, or skips the test if this machine cannot run that face. If the face runs on the GPU, the GPU
+    becomes the default device of new tensors."""
     face = make_face(name)
     if face.device.type == "cuda":
         torch.set_default_device(face.device)

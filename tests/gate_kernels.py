@@ -1,4 +1,4 @@
-"""Kernels that break the rules of the compile gate on purpose.
+"""Kernels for tests of the compile gate. Most of them break one of its rules.
 
 `python tests/gate_kernels.py` compiles them and prints one JSON object: what the gate measures of each kernel, and for
 the ReLUs the number of maximum instructions in the machine code.

@@ -51,7 +51,8 @@ def printed(run, capsys, *argv) -> str:
 
 
 def hear(vocabulary: Vocabulary, text: str, sharp: float = 4.0, seed: int = 0, times: int = 1) -> torch.Tensor:
-    """Returns noisy log-probs (T, V). The best path has ``times`` frames for each symbol of ``text``, then a blank."""
+    """Returns noisy log-probs (T, V). In their best path each symbol of ``text`` fills ``times`` frames, and a blank
+    follows."""
     ids = [i for c in vocabulary.encode(text) for i in ([c] * times + [vocabulary.blank])]
     log_probs = torch.randn(len(ids), vocabulary.n_classes, generator=torch.Generator().manual_seed(seed))
     log_probs[torch.arange(len(ids)), torch.tensor(ids)] += sharp

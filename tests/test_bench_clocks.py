@@ -1,4 +1,4 @@
-"""Clock readings from a stand-in for the driver's library, intervals of few samples, and launches timed by CuPy."""
+"""Clocks read from a stand-in for the driver's library, recorded versions, intervals of few samples, CuPy's timing."""
 
 import itertools
 import sys

@@ -1,4 +1,4 @@
-"""Goals are judged from a run's rows, and every goal refers to a case that a run measures."""
+"""Goals are judged from a run's rows, and goals for a GPU refer to cases that its plan measures."""
 
 import pytest
 import torch

@@ -39,8 +39,7 @@ class Steps(NamedTuple):
 
 
 def parallel(module: nn.Module, device: torch.device, group: dist.ProcessGroup) -> DistributedDataParallel:
-    """Returns `module` wrapped as in training, but without broadcasting the running statistics in every forward
-    pass."""
+    """Returns `module` wrapped as in train.py, where forward passes do not broadcast the running statistics."""
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     places = [device.index] if device.type == "cuda" else None

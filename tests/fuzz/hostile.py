@@ -26,7 +26,7 @@ HANG = 20  # seconds, far more than a reader needs for these small files
 
 @contextmanager
 def time_limit():
-    """Raises AssertionError in its block after HANG seconds."""
+    """A context that raises AssertionError after HANG seconds."""
 
     def stop(*_):
         raise AssertionError(f"not finished after {HANG} s")
