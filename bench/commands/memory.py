@@ -42,11 +42,11 @@ def main(run: Run, grid: tuple = ()) -> list[Row]:
     found = []
     usual = GPU_GRID if run.device.type == "cuda" else CPU_GRID
     for model, N, T in grid or usual[: 1 if run.quick else None]:
-        done = f"memory model={model} batch=({N}, 64, {T}) dtype={run.dtype_name} mode=training step"
-        if run.out_of_time() or run.results.has(done, ("jasper_fast", "eager")):
+        case = memory.case(run, model, N, T)[0]
+        if run.out_of_time() or run.results.has(case.id, case.names):
             continue
         gc.collect()
-        with console.status(f"memory: counting the bytes of {model} ({N}, 64, {T})"), cudnn_search.off():
+        with console.status(f"memory: counting the bytes of {case.label()}"), cudnn_search.off():
             rows = measure(run, model, N, T)
         run.results.add(rows)
         found += rows

@@ -158,8 +158,7 @@ def ratios_of(rows: Iterable[dict], bench: str) -> dict[str, list[tuple]]:
     groups: dict[str, list[tuple]] = {}
     for r in (r for r in rows if r["bench"] == bench and "ratio" in r):
         low, high = ("low", "high") if words.known(r["ratio"]) else ("median", "median")
-        bar = (r["contender"], *(r["ratio"][k] for k in ("median", low, high)))
-        groups.setdefault(label(r), []).append(bar)
+        groups.setdefault(label(r), []).append((r["contender"], *(r["ratio"][k] for k in ("median", low, high))))
     return groups
 
 
@@ -309,9 +308,13 @@ def latency_beside(result: dict, dtype: str) -> dict:
                 here.append(in_words([None if v is None else 1e3 * v for v in seconds]))
             there = [in_words(found.get(at)) for found in elsewhere.values()]
             lines.append((f"N = {at[0]}, {at[1]} s", here + there))
-    theirs = "FP16" if elsewhere is published.LATENCY_FP16 else "TF32 on the A100, FP32 on the others"
-    few = words.few((row for rows in cases.values() for row in rows.values()), ("p90", "p95", "p99"))
-    return {"dtype": dtype, "theirs": theirs, "gpus": list(elsewhere), "lines": lines, "few": few}
+    return {
+        "dtype": dtype,
+        "theirs": "FP16" if elsewhere is published.LATENCY_FP16 else "TF32 on the A100, FP32 on the others",
+        "gpus": list(elsewhere),
+        "lines": lines,
+        "few": words.few((row for rows in cases.values() for row in rows.values()), ("p90", "p95", "p99")),
+    }
 
 
 def in_words(milliseconds: Sequence[float | None] | None) -> list[str]:
