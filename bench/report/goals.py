@@ -25,7 +25,7 @@ class Goal:
         return row["bench"] == self.bench and all(row["key"].get(k) == v for k, v in self.key.items())
 
     def judge(self, rows: list[dict]) -> Iterable[dict]:
-        """Yields whether the goal is met, for each row to which it applies."""
+        """Yields the verdict on each of eager's rows to which the goal applies."""
         for row in rows:
             if row["contender"] == "eager" and self.matches(row):
                 kept = row.get("memory", {}).get("ours_over_kept")

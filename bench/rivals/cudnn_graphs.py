@@ -41,6 +41,7 @@ class FusedConv:
 
         (n, c_in, t), (c_out, _, k) = x.shape, weight.shape
         t_out = (t + 2 * padding - dilation * (k - 1) - 1) // stride + 1
+        self.weight = weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
         self.y = torch.empty(n, t_out, c_out, dtype=x.dtype, device=x.device).transpose(1, 2)
         self.handle = cudnn.create_handle()
         half, single = cudnn.data_type.HALF, cudnn.data_type.FLOAT
@@ -54,7 +55,7 @@ class FusedConv:
         y_at = graph.conv_fprop(
             image=self.x_at, weight=w_at, padding=[0, padding], stride=[1, stride], dilation=[1, dilation]
         )
-        self.buffers = {w_at: weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)}
+        self.buffers = {w_at: self.weight}  # the caller may write other weights into it
         if bias is not None:
             b_at = graph.tensor(name="b", dim=[1, c_out, 1, 1], stride=[c_out, 1, c_out, c_out], data_type=single)
             y_at = graph.relu(graph.bias(input=y_at, bias=b_at))
