@@ -14,7 +14,7 @@ from jasper_fast.bench.rivals import choice
 from jasper_fast.dispatch import backends
 
 MODEL = "jasper10x5"
-ALL_MODES = ("backward", "forward", "inference")  # backward first: its fp64 answer includes that of forward, and is kept
+ALL_MODES = ("backward", "forward", "inference")  # backward first: its fp64 answer is kept and includes forward's
 LIGHT = "eager,eager_no_masks,eager_2d_channels_last,cuda_graph"
 LIGHT_TRAINING = "eager,eager_2d_channels_last"
 CONVS = f"{LIGHT_TRAINING},{choice.CUDA_FACE}"
