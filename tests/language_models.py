@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from jasper_fast.kernels import native
 from jasper_fast.lm.neural.config import LMConfig
 from jasper_fast.lm.neural.model import TransformerXL
 from jasper_fast.speech.text import Vocabulary
 
+needs_native = pytest.mark.skipif(not native.cpu_available(), reason="the native CPU library is not built")
 needs_kenlm = pytest.mark.skipif(importlib.util.find_spec("kenlm") is None, reason="ufal-kenlm is not installed")
 
 

@@ -46,6 +46,18 @@ def write(path: Path, document: dict, state: dict[str, Tensor], compression: str
     path.write_bytes(tarred(members, compression))
 
 
+def untarred(content: bytes) -> dict[str, bytes]:
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        return {member.name: archive.extractfile(member).read() for member in archive}
+
+
+def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Returns the configuration and the entries in an archive."""
+    members = untarred(path.read_bytes())
+    state = torch.load(io.BytesIO(members["./model_weights.ckpt"]), weights_only=True)
+    return yaml.safe_load(members["./model_config.yaml"]), state
+
+
 def write_halves(folder: Path, model: nn.Module) -> tuple[Path, Path]:
     """Writes the two files that NeMo 0.x makes of a model; returns the paths of encoder and decoder."""
     paths = folder / "JasperEncoder-STEP-100.pt", folder / "JasperDecoderForCTC-STEP-100.pt"

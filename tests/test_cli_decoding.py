@@ -4,9 +4,8 @@ import functools
 import json
 import random
 
-import numpy as np
+import corpora
 import pytest
-import soundfile
 import torch
 from language_models import assert_refused, random_arpa, random_neural
 from test_cli import write_checkpoint
@@ -24,13 +23,11 @@ def folder(tmp_path_factory):
     """Returns a folder with a model of random weights, three sounds, their manifest and three language models."""
     folder = tmp_path_factory.mktemp("decoding")
     write_checkpoint(folder / "model.pt")
-    rng, lines = np.random.default_rng(0), []
+    lines = []
     for i, seconds in enumerate((1.0, 2.1, 0.6)):
-        t = np.arange(int(16000 * seconds)) / 16000
-        sound = 0.3 * np.sin(2 * np.pi * (200 + 900 * t * rng.random()) * t) + 0.01 * rng.standard_normal(len(t))
-        soundfile.write(folder / f"{i}.wav", sound, 16000)
+        (folder / f"{i}.wav").write_bytes(corpora.tone(i, seconds, "WAV"))
         lines.append({"audio_filepath": f"{i}.wav", "duration": seconds, "text": "a cat"})
-    (folder / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    corpora.write_lines(folder / "m.jsonl", lines)
     random_arpa(folder / "symbols.arpa", tokens(Vocabulary()), 3, random.Random(0))
     random_arpa(folder / "words.arpa", ["a", "cat", "sat", "i", "o"], 2, random.Random(0))
     random_neural(folder / "neural.pt", [*map(str, Vocabulary().labels)], characters=True)

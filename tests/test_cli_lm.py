@@ -10,15 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from kneser_ney import KneserNey
-from language_models import assert_refused, needs_kenlm, printed
+from language_models import assert_refused, needs_kenlm, needs_native, printed
 
 from jasper_fast.cli import command
-from jasper_fast.kernels import native
 from jasper_fast.lm import tuned
 from jasper_fast.lm.saved import Saved
 from jasper_fast.speech.text import Vocabulary
 
-pytestmark = pytest.mark.skipif(not native.cpu_available(), reason="the native CPU library is not built")
+pytestmark = needs_native
 V = Vocabulary()
 SENTENCES = ["the cat sat on the mat", "the dog sat", "a cat ran to the dog", "the mat ran", "a dog sat on a cat"]
 

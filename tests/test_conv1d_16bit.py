@@ -5,6 +5,7 @@ import torch
 from close import assert_close
 from conftest import assert_raises
 from engines import batch, config, pair, valid
+from standins import verdicts_of_its_own  # noqa: F401 (a fixture)
 from test_conv1d import CASES, PADDED, Case, make, pytorch
 
 from jasper_fast import InferenceEngine
@@ -130,13 +131,12 @@ def test_an_item_is_the_same_bits_in_any_batch_and_with_any_threads(cpu) -> None
 def test_wrong_packs_are_named(cpu) -> None:
     weight, x = torch.randn(33, 24, 11), torch.zeros(2, 50, 24)
     packed, panes = cpu.pack(weight, dtype=BF16), (torch.zeros(2, 50, 4), cpu.pack(torch.randn(33, 4, 1)))
-    cases = [
+    assert_raises([
         (lambda: cpu.pack(weight, algorithm="fast_fir_1", dtype=BF16), "fir_level 0"),
         (lambda: cpu.fused(x, packed, PADDED, panes=panes), "packed2 must have packed's dtype"),
         (lambda: cpu.fused(x.to(BF16), cpu.pack(weight), PADDED), "x must be a float32"),
         (lambda: cpu.fused(torch.zeros(2, 50, 27), packed, PADDED), "elements"),
-    ]
-    assert_raises(cases, RuntimeError)
+    ], RuntimeError)  # fmt: skip
 
 
 def test_a_lower_instruction_set_says_so() -> None:
@@ -183,14 +183,10 @@ def test_aten_gets_the_dtypes_that_it_has_instructions_for(name, monkeypatch) ->
     for unit, there in zip(("amx_tile", "amx_fp16"), has, strict=True):
         monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda there=there: there)
     device = torch.device("cpu")
-    choose.forget()
-    try:
-        for dtype, faces in wanted.items():
-            how = "auto", device, dtypes[dtype]
-            assert (choose.fused_faces(*how)[0], choose.conv_face(*how)) == faces, dtype
-            assert choose.fused_faces("reference", device, dtypes[dtype]) == ("aten",)
-    finally:
-        choose.forget()
+    for dtype, faces in wanted.items():
+        how = "auto", device, dtypes[dtype]
+        assert (choose.fused_faces(*how)[0], choose.conv_face(*how)) == faces, dtype
+        assert choose.fused_faces("reference", device, dtypes[dtype]) == ("aten",)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

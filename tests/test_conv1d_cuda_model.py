@@ -3,9 +3,10 @@
 import pytest
 import torch
 from close import assert_close
+from engines import valid
 from test_conv1d_cuda import Face
 from test_conv1d_cuda_chain import depends, emulation
-from test_golden import _build, _loss, _valid, golden  # noqa: F401 (a fixture)
+from test_golden import _build, _loss, golden  # noqa: F401 (a fixture)
 
 from jasper_fast import InferenceEngine
 from jasper_fast.dispatch import choose
@@ -71,9 +72,8 @@ def test_the_engine_gives_the_reference_systems_numbers(convs, golden) -> None: 
         wide = _build("eager", config, tensors).eval().double()
         ref = wide(tensors["features"].double(), tensors["feature_lengths"])[0]
         low = _build("eager", config, tensors).eval().half()(tensors["features"].half(), tensors["feature_lengths"])[0]
-    valid = _valid(lengths, log_probs.shape[1])
-    assert (ref - tensors["eval.log_probs"])[valid].abs().max() <= 1e-4
-    assert_close("log_probs", log_probs[valid], low[valid].float(), ref[valid])
+    assert valid(ref - tensors["eval.log_probs"], lengths).abs().max() <= 1e-4
+    assert_close("log_probs", *(valid(x, lengths) for x in (log_probs, low.float(), ref)))
 
 
 @pytest.mark.slow
@@ -88,7 +88,7 @@ def test_a_training_step_gives_the_reference_systems_gradients(convs, golden) ->
         with torch.autocast("cpu", dtype=HALF, enabled=dtype == HALF):
             log_probs, lengths, loss = _loss(model, given)
         loss.backward()
-        found = {"log_probs": log_probs[_valid(lengths, log_probs.shape[1])].detach(), "loss": loss.detach()}
+        found = {"log_probs": valid(log_probs, lengths).detach(), "loss": loss.detach()}
         return found | {name: parameter.grad for name, parameter in model.named_parameters()}
 
     ours = step("auto", HALF)

@@ -82,15 +82,14 @@ def test_fp32_is_rounded_to_tf32_where_pytorch_rounds_it(name):
 def test_errors_name_what_is_wrong():
     settle("triton")
     x, weight, how = ntc(torch.ones(1, 8, 4)), torch.ones(8, 8, 11), Geometry(1, 5)
-    cases = [
+    assert_raises([
         (lambda: triton_impl.forward(x, weight, Geometry()), "taps span 11"),
         (lambda: triton_impl.dgrad(x, weight, 8, Geometry(2, 5)), "stride 1"),
         (lambda: triton_impl.forward(ntc(torch.ones(1, 4, 4)), weight, how), "4 channels, the weight takes 8"),
         (lambda: triton_impl.forward(ntc(torch.ones(1, 16, 4)), weight, how), "16 channels, the weight takes 8"),
         (lambda: triton_impl.wgrad(x, ntc(torch.ones(1, 8, 5)), 11, how), "does not fit the conv"),
         (lambda: triton_impl.wgrad(torch.ones(1, 8, 4), x, 11, how), "dense in NTC memory"),
-    ]
-    assert_raises(cases)
+    ])  # fmt: skip
     with pytest.raises(TypeError, match="float64"):
         triton_impl.forward(x.double(), weight.double(), how)
 

@@ -1,15 +1,12 @@
 """Conversion of checkpoints: every format to every other and back bit for bit, and the report."""
 
-import io
 import math
 import os
-import tarfile
 from pathlib import Path
 
 import nemo_files
 import pytest
 import torch
-import yaml
 from conftest import raising
 from lookalikes import nemo, nvidia
 from test_checkpoint import BLOCKS, LABELS, config, outputs, own_document, same, trained_model
@@ -143,10 +140,7 @@ def test_what_is_written_is_what_the_others_load(tmp_path, model, own):
         torch.testing.assert_close(theirs.eval()(features, lengths)[0][valid], want[valid], rtol=1e-4, atol=1e-3)
 
     convert(clean, tmp_path / "a.nemo", "nemo")
-    with tarfile.open(tmp_path / "a.nemo") as archive:
-        read = lambda name: archive.extractfile(f"./{name}").read()  # noqa: E731
-        document = yaml.safe_load(read("model_config.yaml"))
-        state = torch.load(io.BytesIO(read("model_weights.ckpt")), weights_only=True)
+    document, state = nemo_files.read(tmp_path / "a.nemo")
     front = {name: state.pop(f"preprocessor.featurizer.{name}") for name in ("window", "fb")}
     assert front["window"].shape == (320,) and front["fb"].shape == (1, 6, 513)
     theirs = nemo.EncDecCTCModel(6, [b | {"kernel_size": b["kernel"]} for b in document["encoder"]["jasper"]], 9)
@@ -164,8 +158,7 @@ def test_quartznets(tmp_path):
         {"filters": 8, "repeat": 2, "kernel_size": [3], "separable": True},
         {"filters": 12, "kernel_size": [1], "residual": False},
     ]
-    jasper = {"encoder": {"in_feats": 6, "blocks": blocks}, "decoder": {"in_feats": 12}}
-    given = full_config(jasper=jasper)
+    given = full_config(jasper={"encoder": {"in_feats": 6, "blocks": blocks}, "decoder": {"in_feats": 12}})
     made = Jasper(given, backend="reference")
     state = odd(made.state_dict())
     average = {name: tensor + 1 for name, tensor in state.items()}
@@ -186,8 +179,7 @@ def test_quartznets(tmp_path):
 
 def test_the_report_is_exact(tmp_path, own):
     report, _ = convert(own, tmp_path / "a.nemo", "nemo")
-    with tarfile.open(tmp_path / "a.nemo") as archive:
-        entries = torch.load(io.BytesIO(archive.extractfile("./model_weights.ckpt").read()), weights_only=True)
+    _, entries = nemo_files.read(tmp_path / "a.nemo")
     source = torch.load(own, weights_only=True)
     assert report.names.keys() == source["state_dict"].keys()
     assert {*report.names.values(), *report.made} == entries.keys()

@@ -5,13 +5,12 @@ import io
 import json
 import os
 import struct
-import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from nemo_files import saved, tarred
+from nemo_files import saved, tarred, untarred
 from test_checkpoint import BLOCKS, LABELS, config, own_document
 from test_convert import TARGETS, full_config, model, own  # noqa: F401 (fixtures)
 
@@ -58,11 +57,6 @@ class Bomb:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
-
-
-def untarred(content: bytes) -> dict[str, bytes]:
-    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-        return {m.name: archive.extractfile(m).read() for m in archive}
 
 
 def headed(content: bytes, change) -> bytes:

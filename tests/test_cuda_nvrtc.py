@@ -244,13 +244,12 @@ def test_norms_refuse_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None
     ops = norms_nvrtc.Compiled(Nvrtc(), object())
     y, c = ntc(torch.randn(2, 8, 5)), torch.randn(8)
     forward = functools.partial(ops.bn_forward, y, c, c, c, c, None, None, None)
-    cases = [
+    assert_raises([
         (lambda: forward(0.0, y.contiguous()), "NTC memory"),
         (lambda: forward(0.0, y.half()), "must be"),
         (lambda: forward(0.0, y[:1]), "must be"),
         (lambda: forward(0.5, y), "seed must be given"),
-    ]
-    assert_raises(cases)
+    ])  # fmt: skip
     assert_raises([(lambda: ops.bn_stats(y.double(), c, c), "use backend='reference'")], TypeError)
 
 

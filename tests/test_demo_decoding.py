@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from language_models import needs_native
 
 from jasper_fast import JasperConfig
 from jasper_fast.data.manifest import read_manifest
 from jasper_fast.demo import decoding, rescoring
-from jasper_fast.kernels import native
 from jasper_fast.lm.neural import scoring
 from jasper_fast.lm.saved import Saved
 from jasper_fast.speech.text import Vocabulary
@@ -74,11 +74,8 @@ def spoken(folder, noise: float, sharp: float) -> tuple[Saved, list[str]]:
     return Saved.open(folder), texts
 
 
-NATIVE = pytest.mark.skipif(not native.cpu_available(), reason="the native CPU library is not built")
-
-
 @pytest.mark.slow
-@NATIVE
+@needs_native
 def test_the_lines_of_a_comparison(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "GRID", [(0.0, 0.0), (1.0, 0.0)])
     pytest.importorskip("flashlight.lib.text.decoder", reason="flashlight-text is not installed")
@@ -90,7 +87,7 @@ def test_the_lines_of_a_comparison(tmp_path, monkeypatch):
     assert "3-gram of words" in lines[3] and words < greedy
 
 
-@NATIVE
+@needs_native
 def test_the_lines_of_a_rescoring(tmp_path):
     saved, texts = spoken(tmp_path, 0.5, 5.5)
     scorer = lambda found: [0.0 if text in texts else -2000.0 for text in found]  # noqa: E731

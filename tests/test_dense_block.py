@@ -77,8 +77,7 @@ def test_equals_autograd_on_the_definition(form, dropout, more):
         gradients = torch.autograd.grad(out, wanted, torch.randn(out.shape, dtype=out.dtype))
         running = [v for name, v in sorted(block.named_buffers()) if not name.endswith("tracked")]
         results.append([out.detach(), *gradients, *running])
-    for i, (got, want) in enumerate(zip(*results, strict=True)):
-        torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-8, msg=str(i))
+    torch.testing.assert_close(*results, atol=1e-10, rtol=1e-8)
 
 
 @pytest.mark.parametrize("form", ["gram", "plain"])
@@ -94,6 +93,4 @@ def test_panes_train_by_the_eps_and_momentum_of_their_modules(form):
         stats.append((mean, var))
     out = pane_sum(block.panes, sources, grams(block, sources), LENGTHS, "reference")
     torch.testing.assert_close(out, expected)
-    for (_, bn), (mean, var) in zip(block.panes, stats, strict=True):
-        torch.testing.assert_close(bn.running_mean, mean)
-        torch.testing.assert_close(bn.running_var, var)
+    torch.testing.assert_close([(bn.running_mean, bn.running_var) for _, bn in block.panes], stats)

@@ -75,10 +75,9 @@ def test_layout_and_dtype_of_the_arguments_do_not_matter(kind, face):
     features, lengths = batch([29, 12], device=face.device)
     features = features.half().float()  # values that every dtype below can represent
     want, out = engine(features, lengths)
-    wide = torch.empty(2, 2 * FEATS, 58, device=face.device)[:, ::2, ::2].copy_(features)
     forms = {
         "NTC": features.transpose(1, 2).contiguous().transpose(1, 2),
-        "strided": wide,
+        "strided": torch.empty(2, 2 * FEATS, 58, device=face.device)[:, ::2, ::2].copy_(features),
         "a slice": torch.cat([features, features], 2)[:, :, :29],
         "fp16": features.half(),
         "fp16 NTC": features.half().transpose(1, 2).contiguous().transpose(1, 2),

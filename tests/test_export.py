@@ -30,8 +30,7 @@ needs_onnx = pytest.mark.skipif(
 
 
 def config(masks=True):
-    encoder = {"in_feats": 6, "use_conv_masks": masks, "blocks": BLOCKS}
-    model = {"encoder": encoder, "decoder": {"in_feats": 12}}
+    model = {"encoder": {"in_feats": 6, "use_conv_masks": masks, "blocks": BLOCKS}, "decoder": {"in_feats": 12}}
     features = {"filterbank_features": {"n_filt": 6, "convention": "nemo"}}
     return JasperConfig.from_dict({"labels": LABELS, "input_val": features, "jasper": model})
 
@@ -69,8 +68,7 @@ def test_a_graph_that_forgets_the_padding_is_seen():
 def test_the_exported_program_serves_other_batches_and_loads_without_this_package(tmp_path):
     model = trained()
     torch.export.save(export.program(model), tmp_path / "jasper.pt2")
-    served = torch.export.load(tmp_path / "jasper.pt2").module()
-    assert export.differs(served, InferenceEngine(model), model) < 1e-4
+    assert export.differs(torch.export.load(tmp_path / "jasper.pt2").module(), InferenceEngine(model), model) < 1e-4
     code = "import sys, torch; m = torch.export.load(sys.argv[1]).module(); x = torch.ones(2, 6, 50)\n"
     code += "print(m(x, torch.tensor([50, 20]))[1].tolist(), 'jasper_fast' in sys.modules)"
     command = [sys.executable, "-c", code, str(tmp_path / "jasper.pt2")]

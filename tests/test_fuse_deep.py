@@ -34,8 +34,8 @@ def test_steps(which, masks, training):
     """The fused model has the original's outputs, gradients, parameters and buffers. Afterwards both evaluate equally,
     and each loads the state dict of the other."""
     single = deep(which, masks)
-    number = 2 if training else 1  # in evaluation the statistics do not change
-    exact, fused, report = equal_steps(single, training, number, rtol=1e-7)
+    # in evaluation the statistics do not change, so one step is enough
+    exact, fused, report = equal_steps(single, training, 2 if training else 1, rtol=1e-7)
     assert len(report.fused) == 13 and report.whole == ["encoder"]
     single.load_state_dict(fused.state_dict())
     exact.load_state_dict(single.state_dict())

@@ -199,8 +199,7 @@ def test_training_between_two_evaluations(runs):
             torch.optim.SGD(m.parameters(), lr=0.01).step()
         results.append(found)
     assert vars(model.encoder)[STATE]._engines == {} and len(set(map(id, runs))) == 3
-    for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
 
 OWN_FORWARD = {
@@ -354,9 +353,8 @@ def test_arguments_that_do_not_fit_are_for_the_blocks(x, runs):
 
 
 def test_an_encoder_that_no_engine_computes_is_left_with_a_reason():
-    dense, plain = {"residual": True, "dense": True}, {"residual": True}
-    blocks = [block(16, k=5), block(16, 1, 3, **dense), block(16, 1, 3, **plain), block(16, k=1)]
-    model = make("nvidia", blocks)
+    residual = [block(16, 1, 3, residual=True, dense=dense) for dense in (True, False)]
+    model = make("nvidia", [block(16, k=5), *residual, block(16, k=1)])
     with pytest.raises(ValueError, match=r"cannot fuse encoder: .* a plain residual follows one with a dense"):
         fuse(model, strict=True)
     assert type(model.encoder) is nvidia.JasperEncoder

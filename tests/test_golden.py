@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, interpreted, make_face
+from engines import valid
 
 from jasper_fast import InferenceEngine, Jasper, JasperConfig, NovoGrad
 from jasper_fast.nn.eager import EagerJasper
@@ -49,10 +50,6 @@ def _relative(got, want):
     return ((got - want).abs().max() / want.abs().max()).item()
 
 
-def _valid(lengths, frames):
-    return torch.arange(frames) < lengths[:, None]
-
-
 @pytest.fixture(params=["eager", "reference", "cpu", "triton"])
 def which(request):
     if request.param == "triton":
@@ -72,7 +69,7 @@ def test_evaluation(golden, which):
             log_probs, out_lengths = forward(features, lengths)
         assert torch.equal(out_lengths, tensors["eval.lengths"][1:])
         want = tensors["eval.log_probs"][1:, : log_probs.shape[1]]
-        assert (log_probs - want)[_valid(out_lengths, log_probs.shape[1])].abs().max() <= 1e-4
+        assert valid(log_probs - want, out_lengths).abs().max() <= 1e-4
 
 
 @pytest.mark.slow
@@ -80,7 +77,7 @@ def test_first_training_step(golden, which):
     config, tensors = golden
     model = _build(which, config, tensors).train()
     log_probs, lengths, loss = _loss(model, tensors)
-    assert (log_probs - tensors["train.log_probs"])[_valid(lengths, log_probs.shape[1])].abs().max() <= 1e-3
+    assert valid(log_probs - tensors["train.log_probs"], lengths).abs().max() <= 1e-3
     assert _relative(loss.detach(), tensors["train.losses"][0]) <= 1e-4
 
     want = _named(tensors, "stats_after_1.")

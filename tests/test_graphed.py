@@ -123,8 +123,7 @@ def test_micro_batches_are_one_step(monkeypatch):
     ours, plain = Rig("adamw"), Rig("adamw")
     made, recorder = ours.graphed(monkeypatch, bucket=16)
     for i in range(3):
-        batches = [batch(2, 0.3, 3, i), batch(1, 0.2, 2, 50 + i)]
-        got, want = both(ours, made, plain, i, batches)
+        got, want = both(ours, made, plain, i, [batch(2, 0.3, 3, i), batch(1, 0.2, 2, 50 + i)])
         assert got.names == want.names and got.texts == want.texts
         assert same(got.losses, want.losses) and len(got.losses) == 2
     assert recorder.replays == 2

@@ -107,8 +107,7 @@ def test_an_exported_model_serves_other_batches_and_lengths(backend, tmp_path):
     n, t = torch.export.Dim("n", min=2, max=64), torch.export.Dim("t", min=32, max=4096)
     shapes = {"features": {0: n, 2: t}, "lengths": {0: n}}
     with torch.no_grad():
-        program = torch.export.export(ours.eval(), batch(), dynamic_shapes=shapes)
-        torch.export.save(program, tmp_path / "jasper.pt2")
+        torch.export.save(torch.export.export(ours.eval(), batch(), dynamic_shapes=shapes), tmp_path / "jasper.pt2")
         served = torch.export.load(tmp_path / "jasper.pt2").module()
         for features, lengths in (batch(), (torch.randn(2, 8, 90), torch.tensor([90, 7]))):
             (want, want_out), (got, out) = ours(features, lengths), served(features, lengths)

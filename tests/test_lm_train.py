@@ -6,14 +6,14 @@ import random
 
 import pytest
 from kneser_ney import KneserNey
+from language_models import needs_native
 
-from jasper_fast.kernels import native
 from jasper_fast.lm.arpa import Arpa
 from jasper_fast.lm.symbols import SymbolLM
 from jasper_fast.lm.train import train
 from jasper_fast.speech.text import Vocabulary
 
-pytestmark = pytest.mark.skipif(not native.cpu_available(), reason="the native CPU library is not built")
+pytestmark = needs_native
 
 
 def corpus(rng: random.Random, lines: int | None = None) -> list[list[str]]:

@@ -119,8 +119,7 @@ def test_steps_go_on_from_the_segment_before():
     steps = [training.train_step(state, tokens[:, i : i + 9], ["a", "b", "c"], guard) for i in (0, 8)]
     hidden, memory = model(tokens[:, :-1])
     whole = -model.log_probs(hidden, tokens[:, 1:])
-    for step, part in zip(steps, (whole[:, :8], whole[:, 8:]), strict=True):
-        torch.testing.assert_close(step.losses[0], part.mean(1))
+    torch.testing.assert_close([step.losses[0] for step in steps], [whole[:, :8].mean(1), whole[:, 8:].mean(1)])
     torch.testing.assert_close(held.memory.hidden[:, :, 4:], memory.hidden)
     assert not memory.hidden.requires_grad
     assert held.lines[:, :4].eq(-1).all() and held.lines[:, 4:].eq(0).all()

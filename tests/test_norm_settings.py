@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from engines import valid
 from test_model import config
 from torch import nn
 
@@ -58,8 +59,8 @@ def pair(form: str, change=lambda bn, i: None) -> tuple[EagerJasper, Jasper]:
 
 def equal(eager: EagerJasper, fused: Jasper, features: torch.Tensor) -> None:
     (want, lengths), (got, _) = (model(features, LENGTHS) for model in (eager, fused))
-    valid = torch.arange(want.shape[1]) < lengths[:, None]
-    torch.testing.assert_close(got[valid], want[valid], atol=1e-5, rtol=1e-5)  # log-probabilities are fp32
+    # log-probabilities are fp32
+    torch.testing.assert_close(valid(got, lengths), valid(want, lengths), atol=1e-5, rtol=1e-5)
 
 
 def equal_buffers(eager: EagerJasper, fused: Jasper) -> None:
@@ -81,8 +82,7 @@ def test_a_norm_does_what_its_settings_say(form, change):
     weight = torch.randn(2, 20, fused.config.decoder.n_classes, dtype=torch.float64)
     for model in (eager, fused):
         log_probs, lengths = model(features, LENGTHS)
-        valid = torch.arange(log_probs.shape[1]) < lengths[:, None]
-        (log_probs * weight[:, : log_probs.shape[1]])[valid].sum().backward()
+        valid(log_probs * weight[:, : log_probs.shape[1]], lengths).sum().backward()
     want, got = ({name: p.grad for name, p in model.named_parameters()} for model in (eager, fused))
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
     eager.eval(), fused.eval()

@@ -232,8 +232,7 @@ def test_given_statistics_are_used(backend):
     y, gamma, beta, mean, var = inputs()
     stats = ops.bn_stats(y, backend)
     want = ops.bn_relu_dropout(y, gamma, beta, mean.clone(), var.clone(), backend=backend)
-    got = ops.bn_relu_dropout(y, gamma, beta, mean, var, stats=stats, backend=backend)
-    assert torch.equal(got, want)
+    assert torch.equal(ops.bn_relu_dropout(y, gamma, beta, mean, var, stats=stats, backend=backend), want)
     shifted = (stats[0] + 1, stats[1])
     assert not torch.equal(ops.bn_relu_dropout(y, gamma, beta, mean, var, stats=shifted, backend=backend), want)
 

@@ -9,10 +9,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import assert_raises, make_face, raising
-from language_models import random_arpa
+from language_models import needs_native, random_arpa
 
 from jasper_fast import beam_search
-from jasper_fast.kernels import native
 from jasper_fast.kernels.prefix_beam import cpu_impl, reference
 from jasper_fast.lm import faces
 from jasper_fast.lm.align import best_path
@@ -21,7 +20,6 @@ from jasper_fast.speech.decoding import NotFinite, greedy_decode
 from jasper_fast.speech.text import Vocabulary
 
 FACES = ("cpu", "reference")
-needs_cpu = pytest.mark.skipif(not native.cpu_available(), reason="the native CPU library is not built")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +53,7 @@ def draw(rng: random.Random, case: int):
     return log_probs, lengths.clamp(max=frames), labels, rng.choice((1, 2, 3, 8, 17, 64))
 
 
-@needs_cpu
+@needs_native
 @pytest.mark.slow
 def test_the_cpu_face_equals_the_definition_on_500_cases(models):
     rng = random.Random(0)
@@ -165,7 +163,7 @@ def test_where_one_path_has_it_all_the_search_is_greedy():
         assert [h[0].text for h in found] == greedy_decode(log_probs, lengths, Vocabulary())
 
 
-@needs_cpu
+@needs_native
 def test_threads_dtypes_and_strides_change_nothing():
     torch.manual_seed(5)
     log_probs, lengths = torch.randn(5, 60, 29).log_softmax(-1).half(), torch.tensor([60, 7, 0, 33, 60])
@@ -179,7 +177,7 @@ def test_threads_dtypes_and_strides_change_nothing():
     assert alone == want
 
 
-@needs_cpu
+@needs_native
 @pytest.mark.slow
 def test_prefixes_that_no_longer_matter_are_cleared_away():
     """The C++ face deletes old prefixes once there are 16,384; this search makes about 20,000."""
@@ -213,7 +211,7 @@ def test_bad_input_is_named(models):
     assert beam_search(log_probs[:0], lengths[:0], v) == []
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpu)])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_native)])
 def test_an_utterance_that_nothing_fits_has_an_empty_text(backend):
     log_probs = torch.tensor([[[0.0, -50.0, -math.inf], [-math.inf, 0.0, -math.inf]]])
     (found,) = beam_search(log_probs, torch.tensor([2]), Vocabulary("ab"), beam=1, beta=-1e308, backend=backend)

@@ -46,8 +46,7 @@ def test_sets_are_fetched_unpacked_copied_and_described(tmp_path: Path, archives
         assert main(arguments(tmp_path, server.url, archives, "--speeds", "0.9", "1.1", "1", "--jobs", "2")) == 0
     out = tmp_path / "out"
     spoken = corpora.utterances(6)
-    lines = corpora.read_lines(out / "dev-clean.jsonl")
-    for line, name in zip(lines, sorted(spoken), strict=True):
+    for line, name in zip(corpora.read_lines(out / "dev-clean.jsonl"), sorted(spoken), strict=True):
         audio, text = spoken[name]
         assert (line["text"], line["speaker"]) == (text.lower().strip(), name.split("-")[0])
         assert (out / line["audio_filepath"]).read_bytes() == audio, "FLAC files stay as they are"

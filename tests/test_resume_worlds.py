@@ -71,8 +71,7 @@ def test_a_run_goes_on_under_changing_settings(seed, manifests, tmp_path):
             assert f"epoch {epoch + 1} begins anew" in members[0].said, told
             heard[epoch].clear()
         elif before and any(before[k] != plan.get(k) for k in before if k not in ("amp", "betas")):
-            known = set().union(*heard[epoch])
-            left = len(names[plan["train_manifests"]]) - len(known)
+            left = len(names[plan["train_manifests"]]) - len(set().union(*heard[epoch]))
             assert f"{left} of {len(names[plan['train_manifests']])} utterances are left" in members[0].said, told
         share = defaultdict(set)
         for name, of in ((Path(n).name, e) for m in members for heard_in in m.steps for e, n in heard_in):

@@ -12,7 +12,7 @@ from standins import spied, verdicts_of_its_own, wrap  # noqa: F401
 
 from jasper_fast.dispatch import backends, verdict, verdicts
 from jasper_fast.dispatch.verdict import UNCHECKED
-from jasper_fast.kernels import launch, tables
+from jasper_fast.kernels import launch, precision, tables
 from jasper_fast.kernels.panes import gram
 from jasper_fast.selfcheck import checks, perform
 from jasper_fast.selfcheck.checks import Check, Conv, Norm
@@ -259,16 +259,12 @@ def test_fp32_is_held_to_tf32_where_convs_round_to_it(function, bits, tf32, stat
 
 
 def test_an_exact_check_asks_for_exact_products_and_leaves_the_setting_as_it_was(monkeypatch):
-    impl, seen = backends.face("conv1d", make_face("cpu").name), []
-    right, conv = impl.forward, torch.backends.cudnn.conv
-    monkeypatch.setattr(impl, "forward", lambda *args: seen.append(conv.fp32_precision) or right(*args))
-    before, conv.fp32_precision = conv.fp32_precision, "tf32"
-    try:
+    impl, conv = backends.face("conv1d", make_face("cpu").name), torch.backends.cudnn.conv
+    seen = spied(monkeypatch, impl, "forward", lambda *_: conv.fp32_precision)
+    with precision.fp32("tf32"):
         for variant in ("", checks.EXACT):
             assert_is("ok", conv_check("cpu", variant=variant))
         assert set(seen[:3]) == {"tf32"} and set(seen[3:]) == {"ieee"} and conv.fp32_precision == "tf32"
-    finally:
-        conv.fp32_precision = before
 
 
 def test_a_buffer_that_is_shared_by_calls_is_no_fault_of_its_results(monkeypatch):

@@ -10,6 +10,7 @@ import corpora
 import numpy as np
 import pytest
 import test_cli
+from standins import spied
 
 from jasper_fast.cli.command import main
 from jasper_fast.data import places
@@ -90,7 +91,7 @@ URL = "memory://bucket/shards"
 
 
 @pytest.fixture
-def store(tmp_path: Path, corpus: Path):
+def store(tmp_path: Path, corpus: Path, monkeypatch):
     """Copies the shards to an object store (fsspec's in memory). Yields a list that gets, for each later request, the
     number of its byte ranges."""
     fsspec = pytest.importorskip("fsspec")
@@ -99,11 +100,7 @@ def store(tmp_path: Path, corpus: Path):
     files.store.clear()
     for path in (tmp_path / "shards").iterdir():
         files.pipe_file(f"/bucket/shards/{path.name}", path.read_bytes())
-    asked = []
-    together = files.cat_ranges
-    files.cat_ranges = lambda paths, *more, **how: asked.append(len(paths)) or together(paths, *more, **how)
-    yield asked
-    del files.cat_ranges
+    yield spied(monkeypatch, files, "cat_ranges", lambda paths, *more, **how: len(paths))
     files.store.clear()
 
 

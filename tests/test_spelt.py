@@ -6,10 +6,9 @@ import random
 import pytest
 import torch
 from conftest import assert_raises
-from language_models import hear, random_arpa
+from language_models import hear, needs_native, random_arpa
 
 from jasper_fast import beam_search
-from jasper_fast.kernels import native
 from jasper_fast.kernels.prefix_beam import cpu_impl, reference
 from jasper_fast.lm import decoders
 from jasper_fast.lm.decoders import decoder, load_lm
@@ -20,7 +19,6 @@ from jasper_fast.speech.text import Vocabulary
 
 V = Vocabulary(" abcd")
 WORDS = ["a", "ab", "abc", "bad", "cab", "dad", "d"]
-needs_cpu = pytest.mark.skipif(not native.cpu_available(), reason="the native CPU library is not built")
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +28,7 @@ def arpa(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def symbols(tmp_path_factory):
-    path = random_arpa(tmp_path_factory.mktemp("spelt") / "symbols.arpa", tokens(V), 3, random.Random(1))
-    return SymbolLM(path, V)
+    return SymbolLM(random_arpa(tmp_path_factory.mktemp("spelt") / "symbols.arpa", tokens(V), 3, random.Random(1)), V)
 
 
 def transcript(log_probs: torch.Tensor, lm, **settings):
@@ -50,7 +47,7 @@ def best(log_probs: torch.Tensor, **settings):
     return beam_search(log_probs, torch.tensor([log_probs.shape[1]]), V, **settings)[0]
 
 
-@needs_cpu
+@needs_native
 @pytest.mark.slow
 def test_the_cpu_face_equals_the_definition(arpa, symbols):
     rng = random.Random(0)

@@ -257,9 +257,8 @@ def one_frame_each(rank: int) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def two_ops(tmp_path_factory) -> dict:
     """The results of both ranks in the tasks above."""
-    tasks = {form: (op_step, form) for form in ("gram", "plain")}
-    tasks |= {"means": (large_means,), "frame": (one_frame_each,)}
-    return spawn(tmp_path_factory.mktemp("ops"), tasks)
+    forms = {form: (op_step, form) for form in ("gram", "plain")}
+    return spawn(tmp_path_factory.mktemp("ops"), forms | {"means": (large_means,), "frame": (one_frame_each,)})
 
 
 @pytest.mark.slow

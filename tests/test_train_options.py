@@ -89,8 +89,7 @@ def returns(monkeypatch):
 
 @pytest.mark.parametrize("optimizer", ["novograd", "adamw"])
 def test_after_validations_without_a_better_one(paths, tmp_path, monkeypatch, returns, optimizer):
-    rates = [0.9, 0.5, 0.6, 0.5, 0.7, 0.4, 0.6, 0.4]
-    monkeypatch.setattr(train, "validate_state", judged(rates))
+    monkeypatch.setattr(train, "validate_state", judged([0.9, 0.5, 0.6, 0.5, 0.7, 0.4, 0.6, 0.4]))
     run(train_arguments(paths, tmp_path, steps=8, val_every=1, reload_best=2, ema=0.9, optimizer=optimizer))
     assert returns == [(4, 2), (8, 6)]
     assert [(r["step"], r["best"]) for r in records(tmp_path, "reload")] == returns

@@ -187,9 +187,8 @@ def test_mixed_precision(run_train, paths, tmp_path, amp):
     ],
 )
 def test_settings_that_cannot_be_used_are_named(run_train, paths, tmp_path, change, message):
-    config = changed(paths["config"], *change)
     with pytest.raises(RunError, match=message):
-        run_train(train_arguments({**paths, "config": config}, tmp_path))
+        run_train(train_arguments({**paths, "config": changed(paths["config"], *change)}, tmp_path))
 
 
 def test_the_schedule_can_follow_the_clock(run_train, paths, tmp_path, monkeypatch):

@@ -395,19 +395,17 @@ def test_real_contenders_are_checked_and_timed(monkeypatch):
     found = [Cell("conv1d.forward_stats", "float32", 16, 24, 3, 1, 1, 5),
              Cell("conv1d.fused", "float32", 24, 13, 1, 1, 1, 5),
              Cell("bn_relu_dropout.backward", "float32", 24, 24, 1, 1, 1, 5)]  # fmt: skip
-    impl = backends.face("conv1d", "triton")
 
     def spoilt(right, *args, **more):
         out, tile = right(*args, **more), tables._forced["conv1d.forward_stats"].tile
         return (out[0] * 1.01, *out[1:]) if tile["num_stages"] == 4 else out
 
-    wrap(monkeypatch, impl, "forward_stats", spoilt)
+    wrap(monkeypatch, backends.face("conv1d", "triton"), "forward_stats", spoilt)
     work.Tuner(torch.device("cpu"), lambda *told_: told.append(told_), budget=100.0).run(found)
     by_cell = {value["cell"]: value for kind, value in told if kind == "found"}
     assert list(by_cell) == found and told[-1] == ("end", None)
     for cell, value in by_cell.items():
-        library = "reference" if cell.op.startswith("bn") else "aten"
-        assert {row["face"] for row in value["rows"]} == {"triton", library}
+        assert {row["face"] for row in value["rows"]} == {"triton", "reference" if cell.op.startswith("bn") else "aten"}
         assert [tables.Row(**row).cell for row in value["rows"]] == [cell] * 2
     (why,) = by_cell[found[0]]["refused"].values()
     assert why.startswith("wrong: y: ") and not by_cell[found[1]]["refused"]

@@ -125,8 +125,10 @@ def test_tempo_and_noise_reach_the_items_and_repeat(tmp_path):
     speech = np.sin(np.arange(8000) * 0.2).astype(np.float32)
     soundfile.write(tmp_path / "a.wav", speech, 8000)
     one = [Utterance(str(tmp_path / "a.wav"), 1.0, "a")]
-    settings = {"tempo_perturbation": {"min_rate": 0.5, "max_rate": 0.6}, "noise_perturbation": {"max_snr_db": 20}}
-    settings = AudioSettings.from_config({"sample_rate": 8000} | settings)
+    settings = AudioSettings.from_config({
+        "sample_rate": 8000, "tempo_perturbation": {"min_rate": 0.5, "max_rate": 0.6},
+        "noise_perturbation": {"max_snr_db": 20},
+    })  # fmt: skip
     dataset, plain = (SpeechDataset(one, Vocabulary(["a"]), settings, training=t) for t in (True, False))
     item = dataset[(3, 0)]
     assert 8000 / 0.6 - 1 <= len(item.audio) <= 8000 / 0.5 + 1
