@@ -4,6 +4,7 @@ import pytest
 import torch
 from close import assert_close
 from engines import valid
+from standins import spied
 from test_conv1d_cuda import Face
 from test_conv1d_cuda_chain import depends, emulation
 from test_golden import _build, _loss, golden  # noqa: F401 (a fixture)
@@ -21,21 +22,14 @@ def convs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
 
     A launch is the name of its function, and whether it may begin before the previous launch ends.
     """
-    called: list[tuple[str, bool]] = []
-    run = cuda_launch.run
     Face(monkeypatch, cuda_launch.Functions(emulation())).on(request.param, 4)
 
     def chosen(backend, device, dtype, strided_dx, calls, shape, rows_log2) -> str:
         return "cuda" if dtype == HALF and not strided_dx else "aten"
 
-    def noted(name: str, *args: object, **how: object) -> None:
-        called.append((name, how.get("early", False)))
-        run(name, *args, **how)
-
     monkeypatch.setattr(choose, "_conv_face", chosen)
     monkeypatch.setattr(choose, "fused_faces", lambda backend, device, dtype: ("cuda",))
-    monkeypatch.setattr(cuda_launch, "run", noted)
-    return called
+    return spied(monkeypatch, cuda_launch, "run", lambda name, *args, **how: (name, how.get("early", False)))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import random
@@ -10,6 +11,7 @@ import signal
 import pytest
 import torch
 from language_models import assert_refused, printed, random_neural
+from standins import wrap
 from torch.utils._pytree import tree_flatten
 
 from jasper_fast.cli import command
@@ -126,13 +128,8 @@ def test_steps_go_on_from_the_segment_before():
 
 
 def test_a_bad_step_changes_nothing_and_is_named(text, tmp_path, monkeypatch, capfd):
-    real, calls = training.TransformerXL.log_probs, []
-
-    def log_probs(self, hidden, targets):
-        calls.append(1)
-        return real(self, hidden, targets) * (math.nan if len(calls) >= 3 else 1.0)
-
-    monkeypatch.setattr(training.TransformerXL, "log_probs", log_probs)
+    factors = itertools.chain([1.0, 1.0], itertools.repeat(math.nan))
+    wrap(monkeypatch, training.TransformerXL, "log_probs", lambda right, *args: right(*args) * next(factors))
     options = (*SMALL, "--steps", 9, "--save-every", 2, "--max-bad-steps", 4, "--keep", 9)
     assert run("train-neural", text, "--out", tmp_path / "out", *options) == 2
     error = capfd.readouterr().err
@@ -151,14 +148,13 @@ def test_other_kinds_learn(options, text, tmp_path):
 
 def test_a_signal_ends_the_reading_of_texts(text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("jasper_fast.lm.neural.tokens._OFTEN", 10)
-    real = training.training_bar
 
     @contextlib.contextmanager
-    def bar(*args):
-        with real(*args) as show:
+    def bar(right, *args):
+        with right(*args) as show:
             yield lambda *told: (show(*told), signal.raise_signal(signal.SIGTERM))
 
-    monkeypatch.setattr(training, "training_bar", bar)
+    wrap(monkeypatch, training, "training_bar", bar)
     before = signal.getsignal(signal.SIGTERM)
     assert run("train-neural", text, "--out", tmp_path / "out", *SMALL) == 2
     assert "stopped by SIGTERM while the texts were read" in capsys.readouterr().err

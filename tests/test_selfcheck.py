@@ -179,9 +179,8 @@ def test_where_the_gpu_is_full_the_same_inputs_are_tried_three_times(variant, st
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("wrong", [False, True])
 def test_products_of_panes_are_checked(dtype, wrong, monkeypatch):
-    right = gram.product
     if wrong:
-        monkeypatch.setattr(gram, "product", lambda a, b: 1.02 * right(a, b))
+        wrap(monkeypatch, gram, "product", lambda right, a, b: 1.02 * right(a, b))
     assert_is("wrong" if wrong else "ok", Check("panes", "aten", "panes", "default", Norm(2, 24, 37), dtype))
 
 
@@ -246,15 +245,14 @@ def test_a_wrong_kernel_is_caught(check, fault, monkeypatch):
 def test_fp32_is_held_to_tf32_where_convs_round_to_it(function, bits, tf32, status, monkeypatch):
     """Inputs truncated to 10 bits, as in TF32, pass only if TF32 is allowed; 7 bits never pass. PyTorch's result is
     exact here, as it is on a GPU where cuDNN chooses an exact kernel."""
-    impl, floor = backends.face("conv1d", make_face("cpu").name), perform._floor
-    right = getattr(impl, function)
+    impl = backends.face("conv1d", make_face("cpu").name)
 
     def cut(x):
         return (x.view(torch.int32) & -(1 << (23 - bits))).view(torch.float32)
 
-    monkeypatch.setattr(impl, function, lambda a, b, *rest, **how: right(cut(a), cut(b), *rest, **how))
+    wrap(monkeypatch, impl, function, lambda right, a, b, *rest, **how: right(cut(a), cut(b), *rest, **how))
     monkeypatch.setattr(impl, "takes_tf32", lambda: tf32, raising=False)
-    monkeypatch.setattr(perform, "_floor", lambda check, device: floor(check, GPU))
+    wrap(monkeypatch, perform, "_floor", lambda right, check, device: right(check, GPU))
     assert_is(status, dataclasses.replace(conv_check("cpu", function), shape=Conv(2, 100, 128, 128, 11)))
 
 
