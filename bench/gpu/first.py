@@ -65,5 +65,5 @@ def tune(run: Run, ops: tuple[str, ...] = cells.OPS) -> None:
 
 
 def seconds_left(run: Run) -> float:
-    """Returns the seconds until the part's time is over."""
+    """Returns the seconds until the part's time is over, or 600 if it has no limit."""
     return 600.0 if run.deadline is None else max(0.0, run.deadline - time.monotonic())

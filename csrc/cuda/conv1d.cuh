@@ -49,7 +49,7 @@ struct Args {
   float *part_a, *part_b;                    // (tiles, C_out): mean and M2 (kStats), or sums of g and g*yhat (kNorm)
   const void *y, *z;                         // for kNorm: contiguous, with the shape of out
   const float *mean, *rstd;
-  float* shares;                             // (tiles, splits, frames of a tile, kOut): partial sums of the splits
+  float* shares;                             // (tiles, splits, slabs, kSlab, kOut): partial sums of the splits
   int* arrived;                              // (tiles): counters, which are zero before and after a launch
   int64_t out_item, out_row;
   float scale;

@@ -54,7 +54,7 @@ struct Warp {
   Cta* cta = nullptr;
   Fiber* lanes[32] = {};
   int index = 0;
-  // Bits of lanes. all: the lanes that exist; ready: those that can run; turn: those still to run in this turn.
+  // Bits of lanes. all: those that have not ended; ready: those that can run; turn: those still to run in this turn.
   uint32_t all = 0, ready = 0, turn = 0;
   bool queued = false;
   const char* name = nullptr;  // the collective instruction at which lanes have arrived
