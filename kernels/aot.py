@@ -20,6 +20,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from jasper_fast.kernels.launch import Launch
 
+_OWN_TEXT = Path(__file__).read_text()  # the facts depend on this file as well as on the kernel
 _WIDE = r"{}\.global\S*(?:\.v4\.[bfu]32|\.v2\.[bfu]64|\.v8\.[bfu]32|\.v4\.[bfu]64)"
 
 
@@ -46,7 +47,7 @@ class Source:
         """Returns a hash of everything that determines the compiled code and the facts about it on `arch`."""
         launch = (self.signature, self.constexprs, self.attrs, self.options)
         parts = (self.kernel.cache_key, *(sorted(map(repr, part.items())) for part in launch), arch)
-        return hashlib.sha256(repr((*parts, triton.__version__, _own_text())).encode()).hexdigest()[:32]
+        return hashlib.sha256(repr((*parts, triton.__version__, _OWN_TEXT)).encode()).hexdigest()[:32]
 
 
 def source(launch: Launch, arch: int) -> Source:
@@ -176,9 +177,3 @@ def _cuobjdump(cubin: bytes, *options: str) -> str:
         file.write(cubin)
         file.flush()
         return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
-
-
-@functools.cache
-def _own_text() -> str:
-    """Returns the source of this file. The facts depend on it as well as on the kernel."""
-    return Path(__file__).read_text()

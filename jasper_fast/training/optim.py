@@ -12,9 +12,6 @@ from jasper_fast.kernels import capture
 from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
 from jasper_fast.kernels.novograd.reference import average
 
-# The faces that have a NovoGrad kernel for dense fp32 parameters. Other parameters use the reference face.
-FACES = ("cpu", "triton", "cuda")
-
 
 class EMA:
     """Moving average of everything in `model.state_dict()`: `average = decay * average + (1 - decay) * live`.
@@ -205,14 +202,13 @@ class NovoGrad(torch.optim.Optimizer):
     def in_kernels(self) -> bool:
         """Returns whether our kernels update all parameters. Only then can a CUDA graph capture a step."""
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        return all(self._face(p.device, [p]) in FACES for p in params)
+        return all(self._face(p.device, [p]) != "reference" for p in params)
 
     def _face(self, device: torch.device, params: list[Tensor]) -> str:
-        """Returns the name of the face that updates `params`."""
+        """Returns the name of the face that updates `params`. Only "reference" takes other ones than dense fp32."""
         if not all(p.dtype == torch.float32 and _dense(p) for p in params):
             return "reference"
-        face = choose.resolve(self.backend, device, backends.NOVOGRAD, torch.float32)
-        return face if face in FACES else "reference"
+        return choose.resolve(self.backend, device, backends.NOVOGRAD, torch.float32)
 
     def _tensors(self, ready: list[tuple[Tensor, int]], averaged: dict[Tensor, Tensor]) -> Tensors:
         params, groups = [p for p, _ in ready], [i for _, i in ready]

@@ -63,12 +63,8 @@ def compiled(model: nn.Module, device: torch.device) -> nn.Module:
     checkpoints, because in the result the names of all weights have a prefix. Raises RunError if PyTorch finds no
     compiler.
     """
-
-    def small(x: Tensor) -> Tensor:
-        return torch.sin(x) + 1
-
     try:
-        torch.compile(small)(torch.zeros(8, device=device))
+        torch.compile(nn.Sigmoid())(torch.zeros(8, device=device))
     except RuntimeError as error:
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         what = "a C++ compiler (g++)" if device.type == "cpu" else "Triton and a C compiler (gcc)"

@@ -41,8 +41,8 @@ def step(
             mine = [i for i, group in enumerate(tensors.groups) if group == index]
             if mine:
                 part = Tensors(*([of[i] for i in mine] if of else [] for of in tensors))
-                own = torch.stack([norms[i] for i in mine])  # indexing with a list would make the host wait for the GPU
-                squares = (own * clip).square()
+                # stacked, because the host would wait for the GPU if it sent a list of indices
+                squares = (torch.stack([norms[i] for i in mine]) * clip).square()
                 _update(part, Settings(*row), squares, scale, None if on_cpu else bad)
     average(tensors.params if tensors.averages else [], tensors.averages, rows[0][-1])
     average(*watched, rows[0][-1])

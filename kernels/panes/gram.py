@@ -145,10 +145,8 @@ def forward(
 
 def _scaled(weights, a, dtype):
     """Returns diag(a_k) W_k of each pane in `dtype`, rounded once."""
-    made = [w.new_empty(w.shape[:2], dtype=dtype) for w in weights]
-    for w, by, out in zip(weights, a, made, strict=True):
-        torch.mul(w.flatten(1), by[:, None], out=out)
-    return made
+    rounded = [w.new_empty(w.shape[:2], dtype=dtype) for w in weights]
+    return [torch.mul(w.flatten(1), by[:, None], out=out) for w, by, out in zip(weights, a, rounded, strict=True)]
 
 
 def backward(
