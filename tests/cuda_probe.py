@@ -74,8 +74,8 @@ def run(
 
 
 class Placed(NamedTuple):
-    """Where an operand lies in shared memory. Element [i][k], with i along M or N, is in the core matrix (i / 8, k /
-    8), at the place that the descriptor's rule gives."""
+    """Where an operand lies in shared memory. Without a swizzle, element [i][k] (i along M or N) is in the core matrix
+    that begins at start + i // 8 * sbo + k // 8 * lbo."""
 
     start: int
     lbo: int

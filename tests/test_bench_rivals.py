@@ -136,7 +136,7 @@ def test_every_shape_of_a_grid_is_compiled_or_an_error(graphs_run, monkeypatch):
 
 
 def test_a_sub_block_s_compiled_function_never_runs_in_eager(graphs_run):
-    """The function may have more than eight compiled variants. Those of earlier cases do not count."""
+    """A function may have more than eight compiled variants, and those of an earlier function do not count."""
     with torch._functorch.config.patch(donated_buffer=True):  # restored afterwards
         for _ in range(2):
             call = compiler.max_autotuned(lambda x: 2 * x, "forward")
@@ -190,8 +190,9 @@ def test_a_capture_is_warmed_up_on_a_side_stream_and_nothing_is_collected_in_it(
     device = Capture(monkeypatch)
     graph, out = capture.captured(device.work, before=2)
     assert graph is device and out == "result 7" and gc.isenabled()
-    events = ["wait", "stream", "call", "call", "synchronize", "begin", "call, no collection", "end", "wait"]
-    assert device.log == events
+    assert device.log == [
+        "wait", "stream", "call", "call", "synchronize", "begin", "call, no collection", "end", "wait",
+    ]  # fmt: skip
 
 
 def test_a_graph_s_answers_are_of_the_call_s_own_inputs(monkeypatch):

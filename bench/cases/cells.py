@@ -15,7 +15,7 @@ OPS = (*CONV_OPS, *tables.NORM_OPS)
 
 
 # (utterances, feature frames of each, mode). 16.7 s are 1670 frames. A batch counts as measured if its number of rows
-# (utterances x frames) is up to `tables.NEAR` powers of two larger or smaller than that of a measured cell.
+# (utterances x output frames) is up to `tables.NEAR` powers of two larger or smaller than that of a measured cell.
 BATCHES = (
     (32, 1670, "training"), (1, 200, "inference"), (1, 1670, "inference"), (8, 1670, "training"),
     (1, 700, "inference"), (4, 1670, "inference"), (16, 1670, "inference"), (32, 1670, "evaluation"),

@@ -13,11 +13,11 @@ from jasper_fast.nn.config import JasperConfig
 DIRECTIONS = {"forward": 1, "backward": 2, "both": 3}  # a backward pass has the gradients of the input and the weight
 
 # How many tensors of the size of y (a conv's output) the passes of a norm read or write in training, by the place of
-# the norm. Its statistics need no pass, because the conv computes them.
+# the norm. No pass computes its statistics, because the conv does. The passes are:
 #
-#     inner    inside a block: y -> z, once in forward and once in backward; y and z in dgrad; dz, y -> dy
-#     end      at the end of a block: y -> z; dz and y for the sums of backward; dz, y -> dy
-#     joined   at the end of a block with a residual r: y, r -> z; dz, y and z for the sums; dz, y, z -> dy, dr
+#     inner    inside a block: y -> z in forward, and again in backward; dgrad reads y and z; dz, y -> dy
+#     end      at the end of a block: y -> z; the sums of backward read dz and y; dz, y -> dy
+#     joined   at the end of a block with a residual r: y, r -> z; the sums read dz, y and z; dz, y, z -> dy, dr
 #     pane     none, because the panes of a block are one sum of GEMMs, and their statistics come from their inputs
 #     head     none, because no norm follows the decoder
 #     taps     none, because no norm follows a depthwise conv

@@ -42,9 +42,12 @@ def parallel(module: nn.Module, device: torch.device, group: dist.ProcessGroup) 
     """Returns `module` wrapped as in train.py, where forward passes do not broadcast the running statistics."""
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    places = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(
-        module, device_ids=places, process_group=group, gradient_as_bucket_view=True, **{buffers: False}
+        module,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        process_group=group,
+        gradient_as_bucket_view=True,
+        **{buffers: False},
     )
 
 
