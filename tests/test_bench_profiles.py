@@ -1,4 +1,4 @@
-"""The profiler of bench counts launches and names layers and ops, and errors of the profiler are reported."""
+"""The profiler of bench counts launches, names ops and adds no output, and its errors are reported."""
 
 import os
 

@@ -54,8 +54,10 @@ def full_step(
     `inputs` returns features, their lengths, transcripts and their lengths, with the lengths on the host. Our `Jasper`
     is trained with `NovoGrad`, which also updates the moving average. Every other model is trained in PyTorch's usual
     way: with NovoGrad by foreach operations and a separate pass for the average, and the host decides whether to skip
-    the step. `wrap` wraps the model for several processes. With `graphs` the step is a CUDA graph from the second call
-    on, and the function raises Absent if the step cannot be captured.
+    the step. `wrap` wraps the model for several processes.
+
+    With `graphs` the step is a CUDA graph from the second call on. If the step cannot be captured, `full_step` or the
+    second call raises Absent.
     """
     trained = Trained(module, call, cfg).train()
     learning = [p for p in module.parameters() if p.requires_grad]
