@@ -1,4 +1,4 @@
-"""Each mistake in tests/cuda_mutants.py, made in the CUDA conv's sources, makes a check of the conv fail."""
+"""Mistakes in the sources of the CUDA conv, listed in tests/cuda_mutants.py, each make a check of the conv fail."""
 
 import ctypes
 from collections.abc import Iterable

@@ -61,7 +61,7 @@ def assert_right(name: str, shape: Conv, dtype: str, functions: tuple[str, ...] 
     for function, check in drawn.items():
         found = case(check, face.device, 1)
         got, low, ref = found.ours(), found.low(), found.reference()
-        # PyTorch's fp32 result may by chance have a smaller error. The CPU face's `fused` multiplies sums of four
+        # PyTorch's error in fp32 may by chance be small, hence 4. The CPU face's `fused` multiplies sums of four
         # operands, which adds rounding errors.
         factor = 6.0 if (name, function) == ("cpu", "fused") else 4.0 if dtype == "float32" else 2.0
         for key in ref:

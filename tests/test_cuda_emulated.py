@@ -61,7 +61,7 @@ class Raw(ctypes.Structure):
 
 
 class Emulated(NativeFace):
-    """The face with its ops emulated on a GPU with `sms` multiprocessors."""
+    """The CUDA face, with its kernels emulated as on a GPU with `sms` multiprocessors."""
 
     def __init__(self, library: Path) -> None:
         super().__init__(lambda: self)

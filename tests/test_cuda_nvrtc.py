@@ -39,7 +39,7 @@ DTYPES = {"float": 0, "__half": 1, "__nv_bfloat16": 2}
 
 
 class Nvrtc:
-    """A stand-in for NVRTC whose compiled code is the kernel's name; it counts the compiles."""
+    """A stand-in for NVRTC whose compiled code is the kernel's name. `compiled` lists what it compiled."""
 
     class NVRTCError(RuntimeError):
         """A stand-in for the exception of NVRTC's module."""
@@ -77,7 +77,7 @@ class Nvrtc:
 
 
 def values(places, *kinds: type) -> list:
-    """Returns the arguments of a launch, which `places` point to."""
+    """Returns the arguments of a launch: the values of these kinds that `places` point to."""
     return [ctypes.cast(places[i], ctypes.POINTER(kind)).contents for i, kind in enumerate(kinds)]
 
 

@@ -80,7 +80,7 @@ def test_without_masks_each_length_has_its_graph(device):
 @pytest.mark.parametrize(
     ("kind", "frames", "held"),
     [
-        ("jasper", (9, 16, 12), [(1, 16)]),  # one bucket: with stride 2, 16 frames of features give 8
+        ("jasper", (9, 16, 12), [(1, 16)]),  # one bucket: with stride 2, 16 frames of features give 8 frames
         ("jasper", (17, 16), [(1, 32), (1, 16)]),
         ("plain residual", (24, 8, 24, 16), [(1, 24), (1, 16)]),  # the largest first, so that the buffers never grow
     ],

@@ -1,4 +1,5 @@
-"""Fused blocks whose panes take their statistics from Gram matrices, as on a GPU: one matrix serves all blocks."""
+"""Fused blocks whose panes take their statistics from Gram matrices, as on a GPU. All blocks that read an output
+share its matrix."""
 
 import gc
 import weakref

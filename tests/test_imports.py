@@ -1,4 +1,4 @@
-"""Imports go one way: train, tests -> the rooms of jasper_fast, in the order of LAYERS -> jasper_fast.kernels.
+"""Imports go one way: train, tests -> the rooms of jasper_fast, as LAYERS says -> jasper_fast.kernels.
 
 Imports inside functions count as well. A room is a folder of the package, and a key of LAYERS.
 """

@@ -102,7 +102,7 @@ def test_compiled_inference_equals_uncompiled(backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_an_exported_model_serves_other_batches_and_lengths(backend, tmp_path):
-    """The model is saved and loaded first: a loaded program finds its ops by name."""
+    """The exported program is saved and loaded first, because a loaded program finds its ops by name."""
     _, ours = pair(config(), backend)
     n, t = torch.export.Dim("n", min=2, max=64), torch.export.Dim("t", min=32, max=4096)
     shapes = {"features": {0: n, 2: t}, "lengths": {0: n}}

@@ -145,7 +145,7 @@ def test_sub_block_equals_its_two_halves(backend, p):
         out = run(*leaves, *running)
         torch.manual_seed(1)
         results.append([out.detach(), *running, *torch.autograd.grad(out, leaves, torch.randn(out.shape))])
-    near = 1e-5 if backend == "triton" else 0.0  # in Triton dgrad computes dbeta and dgamma, over other tiles
+    near = 1e-5 if backend == "triton" else 0.0  # in Triton dgrad computes dbeta and dgamma, as sums over other tiles
     torch.testing.assert_close(*results, atol=near, rtol=near)
 
 

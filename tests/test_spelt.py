@@ -107,7 +107,7 @@ def test_a_closed_search_finds_what_flashlight_finds(arpa):
 
 @pytest.mark.parametrize("kind", ["none", "symbols", "words", "open"])
 def test_a_boost_turns_a_near_tie(kind, arpa, symbols):
-    """The word "bad" is a little likelier than "dad", unless "dad" gets a boost."""
+    """The word "bad" is a little likelier than "dad", unless "dad" gets a positive boost."""
     heard = heard_as("bad", 9.0)
     heard[0, 0, V.encode("d")[0]] = heard[0, 0, V.encode("b")[0]] - 0.3
     heard = heard.log_softmax(-1)

@@ -186,7 +186,7 @@ def test_a_cache_that_cannot_be_read_is_said_and_tuned_again(tuning, capsys):
     assert "cannot use the saved times" in capsys.readouterr().err
 
 
-# ---- dispatch: empty cache, a neighbour's table, a full table, and when not ----
+# ---- dispatch: empty cache, a neighbour's table, a full table, and when nothing is tuned ----
 
 
 def table(put_table, *times: tuple[str, float, float], **header) -> None:
