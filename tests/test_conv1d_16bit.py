@@ -25,8 +25,8 @@ def cpu():
     return cpu_impl
 
 
-# (C_in, C_out, K, T, stride, dilation, lengths): odd C, more channels than a chunk (128, or 512 if K is at most 4), more
-# rows than a tile
+# (C_in, C_out, K, T, stride, dilation, lengths): odd C, more channels than a chunk (128, or 512 if K is at most 4),
+# more rows than a tile
 SHAPES = [
     (1, 1, 1, 1, 1, 1, (1, 0)),
     (29, 33, 1, 37, 1, 1, (37, 5, 0)),

@@ -1,4 +1,4 @@
-"""cuDNN searches for its fastest algorithm only in calls that are timed."""
+"""cuDNN searches for its fastest algorithm only where contenders run at the shape that is timed."""
 
 import dataclasses
 
