@@ -107,7 +107,7 @@ class Epilogue {
     for (int i = 0; i < 8; ++i) {
       float mean = 0.f, m2 = 0.f;
 #pragma unroll
-      for (int j = 0; j < kRows; ++j) mean += j < n ? v[j][i] : 0.f;  // from n on, a thread's frames are outside the tile
+      for (int j = 0; j < kRows; ++j) mean += j < n ? v[j][i] : 0.f;  // frames from n on are outside the tile
       mean /= n;
 #pragma unroll
       for (int j = 0; j < kRows; ++j) m2 += j < n ? (v[j][i] - mean) * (v[j][i] - mean) : 0.f;
