@@ -271,7 +271,7 @@ OTHERS = {  # subcommands that measure no rows: (help, what the description adds
         DATA,
     ),
     "compile": (
-        "compile every kernel for sm_80 to sm_100 without a GPU, and compare the results with a committed table",
+        "compile the GPU kernels for several architectures without a GPU, and compare the results with a committed table",
         "",
         gate.OPTIONS,
     ),

@@ -1,6 +1,6 @@
 """How long does one batch take? Measures percentiles by batch size and audio length.
 
-They are measured twice: for the acoustic model only, and from sound to text.
+There are two kinds of cases: the acoustic model only, and the whole way from sound to text.
 
 On a GPU, `python -m bench latency` measures the grid of NVIDIA's published table: batches of 1, 2, 4, 8 and 16
 utterances of 2, 7 and 16.7 s.

@@ -89,7 +89,7 @@ Column = tuple[str, Callable[[dict], str]]  # heading, and a function that retur
 
 
 def waited(rows: Iterable[dict]) -> bool:
-    """Whether these rows are from a subcommand that measures waiting time."""
+    """Whether the table of these rows shows percentiles of the time to wait."""
     return any(row["bench"] in ("latency", "launches") for row in rows)
 
 
