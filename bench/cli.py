@@ -271,7 +271,7 @@ OTHERS = {  # subcommands that measure no rows: (help, what the description adds
         DATA,
     ),
     "compile": (
-        "compile the GPU kernels for several architectures without a GPU, and compare the results with a committed table",
+        "compile the GPU kernels for several architectures without a GPU, and compare them with a committed table",
         "",
         gate.OPTIONS,
     ),

@@ -122,14 +122,14 @@ def test_every_block_of_twelve_is_compiled(graphs_run):
 @pytest.mark.slow
 def test_every_shape_of_a_grid_is_compiled_or_an_error(graphs_run, monkeypatch):
     model, *_ = dense(0)
-    call = compiler.compiled("default")(model)
+    call = compiler.compiled(model)
     inputs = [(torch.randn(1, 8, T), torch.tensor([T])) for T in range(20, 40, 2)]
     with torch.no_grad():
         for x, lengths in inputs:
             call(x, lengths)
     assert len(graphs_run) == len(inputs) > 8
     monkeypatch.setattr(compiler, "VARIANTS", 3)
-    call = compiler.compiled("default")(model)
+    call = compiler.compiled(model)
     with torch.no_grad(), pytest.raises(Exception, match="recompile_limit"):
         for x, lengths in inputs:
             call(x, lengths)

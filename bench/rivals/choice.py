@@ -15,8 +15,8 @@ TRAINING: dict[str, Callable[[nn.Module], Model]] = {
     "eager": eager_layouts.eager,
     "eager_no_masks": eager_layouts.eager_no_masks,
     "eager_2d_channels_last": ChannelsLast2d,
-    "compile": compiler.compiled("default"),
-    "compile_reduce_overhead": compiler.compiled("reduce-overhead"),
+    "compile": compiler.compiled,
+    "compile_reduce_overhead": lambda model: compiler.compiled(model, "reduce-overhead"),
 }
 INFERENCE = TRAINING | {
     "compile_blocks_frozen": compiler.compiled_blocks_frozen,

@@ -32,14 +32,10 @@ def needs_compiler() -> None:
         raise Absent("torch.compile needs a C++ compiler: apt install g++")
 
 
-def compiled(mode: str) -> Callable[[nn.Module], Model]:
-    """Returns a builder that compiles the whole model in this mode of torch.compile."""
-
-    def build(model: nn.Module) -> Model:
-        fresh_compiler()
-        return torch.compile(model, mode=mode, dynamic=False)
-
-    return build
+def compiled(model: nn.Module, mode: str = "default") -> Model:
+    """Returns the whole model compiled in this mode of torch.compile."""
+    fresh_compiler()
+    return torch.compile(model, mode=mode, dynamic=False)
 
 
 def compiled_blocks_frozen(model: nn.Module) -> Model:
