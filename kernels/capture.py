@@ -25,7 +25,7 @@ def record(graph: torch.cuda.CUDAGraph, launch: Callable[[], Any], pool: Any = N
     gc.disable()
     try:
         if pool is None and torch.cuda.is_available():
-            # Made here, because `_end` needs the handle after a failure, and a failed capture does not reveal its own.
+            # After a failure `_end` needs the pool's handle, which a graph whose capture failed does not give.
             pool = torch.cuda.graph_pool_handle()
         # With "thread_local", an allocation by another thread, such as a data loader, does not break the capture.
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
