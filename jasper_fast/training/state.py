@@ -1,4 +1,4 @@
-"""The state of a training run: everything that a checkpoint must contain so that a resumed run continues exactly."""
+"""The state of a training run that its checkpoints contain, and the meter that collects the figures of its steps."""
 
 import math
 import time

@@ -55,7 +55,7 @@ def _made(rows: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Te
     table, runs, partials, anchor = [], [], 0, rows[0][2]
     for i, row in enumerate(rows):
         first = len(runs)
-        runs += [(i, start) for start in range(0, max(1, row[5]), size)]  # an empty tensor has one run, which updates its v
+        runs += [(i, start) for start in range(0, max(1, row[5]), size)]  # an empty tensor has a run too, to update v
         table.append((*((address - anchor) // 4 for address in row[:5]), *row[5:], first, len(runs)))
         partials = len(runs) if row[7] == UPDATE else partials
     aligned = all(address % 16 == 0 for row in rows for address in row[:4])
