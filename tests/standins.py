@@ -101,7 +101,7 @@ class Tuning:
     happen: Callable[[str], None] = lambda what: None
     now: float = 0.0
 
-    # the methods of `timing.Wall`
+    # the methods of `timing.Wall`, where `seconds_of` is called `seconds`
 
     def warm(self, call: str) -> None:
         self.now += 1.0
