@@ -54,7 +54,8 @@ struct Args {
   int64_t out_item, out_row;
   float scale;
   int batch, frames, frames_out, c_out, taps, stride, padding, dilation;
-  int relu, masked, out_vector;              // out_vector: 16-byte stores to out are possible
+  // masked: frames beyond in_lengths and lengths_out are zero. out_vector: 16-byte stores to out are possible.
+  int relu, masked, out_vector;
   // panels_kept: number of buffers for panels. stages: number of buffers for weights, on sm_90a only.
   int t_blocks, o_blocks, splits, panels_kept, stages;
   Ahead ahead[2];                            // `bytes` is 0 if there is nothing to prefetch
