@@ -266,12 +266,10 @@ class GraphedStep:
 
 def _fill(batch: Batch, to: Batch) -> None:
     """Copies a micro-batch to the memory that a graph reads, and fills the rest of this memory with zeros."""
-    for name in ("audio", "targets"):
+    for name in ("audio", "audio_lengths", "targets", "target_lengths"):
         source, into = getattr(batch, name), getattr(to, name)
         into[..., : source.shape[-1]].copy_(source, non_blocking=True)
         into[..., source.shape[-1] :].zero_()
-    to.audio_lengths.copy_(batch.audio_lengths, non_blocking=True)
-    to.target_lengths.copy_(batch.target_lengths, non_blocking=True)
 
 
 def _named(result: StepResult, batches: Sequence[Batch]) -> StepResult:

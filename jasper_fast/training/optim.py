@@ -205,7 +205,7 @@ class NovoGrad(torch.optim.Optimizer):
         return all(self._face(p.device, [p]) != "reference" for p in params)
 
     def _face(self, device: torch.device, params: list[Tensor]) -> str:
-        """Returns the name of the face that updates `params`. Only "reference" takes other ones than dense fp32."""
+        """Returns the face that updates `params`: "reference" unless all are dense fp32, else the one of dispatch."""
         if not all(p.dtype == torch.float32 and _dense(p) for p in params):
             return "reference"
         return choose.resolve(self.backend, device, backends.NOVOGRAD, torch.float32)
