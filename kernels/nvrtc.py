@@ -1,7 +1,7 @@
 """Runs the kernels of csrc/cuda without a CUDA toolkit: NVRTC compiles them at their first use, CuPy launches them.
 
-Compiled kernels are kept in `$XDG_CACHE_HOME/jasper_fast/nvrtc` (by default under `~/.cache`), separately for each
-architecture, version of NVRTC and content of the sources.
+Compiled kernels are kept in the folder `nvrtc` of the cache (`files.cache`), separately for each architecture, version
+of NVRTC and content of the sources.
 """
 
 import contextlib
@@ -60,11 +60,6 @@ def digest() -> str:
     return found.hexdigest()[:16]
 
 
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "jasper_fast" / "nvrtc"
-
-
 def options() -> list[str]:
     """Returns NVRTC's options except the architecture: the language and the folders of all headers."""
     cupy = Path(importlib.util.find_spec("cupy").origin).parent
@@ -84,7 +79,7 @@ def compile_kernel(header: str, name: str, arch: str, nvrtc: ModuleType) -> tupl
     """
     version = ".".join(map(str, nvrtc.getVersion()))
     key = hashlib.sha256("\0".join((header, name, arch, version, digest())).encode()).hexdigest()[:32]
-    kept = _cache() / f"{key}.cubin"
+    kept = files.cache() / "nvrtc" / f"{key}.cubin"
     if kept.exists():
         symbol, _, code = kept.read_bytes().partition(b"\n")
         return code, symbol.decode()

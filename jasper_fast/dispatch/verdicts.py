@@ -86,12 +86,7 @@ def _version(package: str) -> str:
         return "none"
 
 
-def folder() -> Path:
-    """Returns the cache folder."""
-    if own := os.environ.get("JASPER_FAST_CACHE"):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "jasper_fast"
+folder = files.cache
 
 
 def path(device: torch.device) -> Path:
