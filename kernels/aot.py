@@ -72,7 +72,7 @@ _described: dict[tuple, Source] = {}
 
 @functools.cache
 def _binder(kernel: object, arch: int) -> tuple[triton.JITFunction, object, Callable]:
-    if isinstance(kernel, InterpretedFunction):  # makes the compiled kernel of the same function
+    if isinstance(kernel, InterpretedFunction):  # the same function as a kernel that can be compiled
         kernel = triton.JITFunction(kernel.fn, **kernel.kwargs)
     if not isinstance(kernel, triton.JITFunction):
         raise TypeError(f"{kernel} is not a kernel made by @triton.jit: its launches cannot be recorded")

@@ -60,7 +60,7 @@ def captured(
 ) -> tuple[torch.cuda.CUDAGraph, Any]:
     """Captures `call` as a CUDA graph. Returns the graph, and what `call` returned during the capture.
 
-    Before the capture, `call` runs `before` times on a side stream, so that one-time work is done.
+    Before the capture, `call` runs `before` times on a side stream, so that one-time work is not captured.
     """
     side, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream(device))

@@ -1,4 +1,4 @@
-"""Tuples of arguments that all faces take: the vectors of a batch norm, a mask, a conv's geometry, lengths."""
+"""Tuples of arguments that several ops take: the vectors of a batch norm, a mask, a conv's geometry, lengths."""
 
 from typing import NamedTuple
 

@@ -220,7 +220,7 @@ class GraphedStep:
                 result, replay = self.recorder.capture(step, alone=not self.graphs)
         except RuntimeError:
             if self.scaler.is_enabled():
-                self.scaler._per_optimizer_states.clear()  # the step was not completed
+                self.scaler._per_optimizer_states.clear()  # the scaler must not expect the rest of this step
             raise
         finally:
             self.optimizer.zero_grad(set_to_none=True)  # frees the gradients' memory for the next graph

@@ -60,7 +60,7 @@ class Meter:
         losses = torch.cat([loss for step in self._pending for loss in step.losses]).tolist()
         heard = torch.cat([flag for step in self._pending for flag in step.heard]).tolist()
         norms = torch.stack([step.grad_norm for step in self._pending]).tolist()
-        bad: list[str] = []  # one line for each cause
+        bad: list[str] = []
         for step, norm in zip(self._pending, norms, strict=True):
             count = len(step.names)
             mine, losses, finite, heard = losses[:count], losses[count:], heard[:count], heard[count:]

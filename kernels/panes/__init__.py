@@ -1,4 +1,4 @@
-"""The plain form of the panes (a sum of 1x1 convs, each with its own batch norm): all conv outputs are stored.
+"""The plain form of the panes (a sum of 1x1 convs, each with its own batch norm): conv outputs are written to memory.
 
     y_p = x_p W_p^T,   out = start + sum_p (y_p - mean_p)*scale_p
     dy_p = scale_p*(g - mean_g - (y_p - mean_p)*slope_p),   dx_p = dy_p W_p,   dW_p = dy_p^T x_p
