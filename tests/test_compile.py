@@ -205,9 +205,8 @@ def test_a_table_that_differs_fails_and_update_puts_it_right(tmp_path, monkeypat
     def command(*options: str) -> tuple[int, str]:
         return cli.main([*PART, "--table", str(table), "--out", str(tmp_path), *options]), capsys.readouterr().out
 
-    monkeypatch.setattr(
-        gate, "os", SimpleNamespace(environ={})
-    )  # with TRITON_INTERPRET set, gate would start another process
+    # with TRITON_INTERPRET set, gate would start another process
+    monkeypatch.setattr(gate, "os", SimpleNamespace(environ={}))
     facts = dict(GOOD)
     monkeypatch.setattr(gate.Job, "digest", gate.Job.key)  # an interpreted kernel has no digest
     monkeypatch.setattr(gate, "compiled", lambda todo, *_: {job.digest: facts for job in todo})

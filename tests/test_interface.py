@@ -73,7 +73,8 @@ def commands() -> dict[str, list[str]]:
 
 
 def result() -> dict[str, list[str]]:
-    """Returns the keys of a benchmark's result: of the machine and of the measured rows, nested keys included."""
+    """Returns the keys of a benchmark's result: those of the machine, and those of its rows with the keys nested in
+    them, except in `clocks`."""
     from bench_runs import CPU, make_run, softplus_case
 
     from jasper_fast.bench.harness import machine

@@ -1,4 +1,4 @@
-"""The self-check's child process: a kernel that crashes or hangs it is named. The command prints and saves the
+"""The self-check's child process: a kernel that makes it crash or hang is named. The command prints and saves the
 results."""
 
 import json

@@ -137,7 +137,7 @@ def test_a_kill_at_twenty_random_points_loses_nothing(tuning, monkeypatch, own_c
 
 
 def test_one_of_two_processes_tunes_and_the_other_reads(tuning, own_cache, monkeypatch):
-    """Of two processes with the same convs, the second waits for the first and reads its rows."""
+    """If two processes need the same convs, one tunes each conv while the other waits, and the other reads its rows."""
     log = own_cache.parent / "log"
 
     def rank():
