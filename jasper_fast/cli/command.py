@@ -1,4 +1,5 @@
-"""The command line: `jasper-fast COMMAND` or `python -m jasper_fast`; each subcommand is a module in this folder."""
+"""The command line: `jasper-fast COMMAND` or `python -m jasper_fast`. Subcommands are modules in this folder, except
+`train`, `bench` and `demo`."""
 
 import argparse
 import os

@@ -59,9 +59,9 @@ class SpeechDataset(Dataset):
 
     Indexed by ``index`` or ``(epoch, index)``; returns Items for ``collate``. For training, the dataset leaves out
     utterances whose duration in the manifest (before any perturbation) is outside the settings' bounds, whose text is
-    empty after normalisation, or which have fewer output frames than CTC needs. ``frame_samples`` is the number of
-    samples per output frame, the hop times the model's stride. In place of an utterance that cannot be read, training
-    gets one of similar length.
+    empty after normalisation, or (unless utterances are joined) which have fewer output frames than CTC needs.
+    ``frame_samples`` is the number of samples per output frame, the hop times the model's stride. In place of an
+    utterance that cannot be read, training gets one of similar length. If utterances are joined, it is only left out.
 
     With ``training=False`` nothing is perturbed, joined or replaced, and utterances of any length and with empty text
     are kept. Unreadable files are skipped. Of a truncated file the available audio is used, with a warning.
@@ -199,10 +199,8 @@ class SpeechDataset(Dataset):
             return item
         order = sorted(range(len(self.utterances)), key=self._seconds.__getitem__)
         rank = order.index(index)
-        neighbours = (
-            order[:rank][::-1] + order[rank + 1 :]
-        )  # shorter ones first, because they do not make the batch longer
-        for neighbour in neighbours[:_SUBSTITUTES]:
+        # Shorter ones come first, because they do not make the batch longer.
+        for neighbour in (order[:rank][::-1] + order[rank + 1 :])[:_SUBSTITUTES]:
             skipped += item.skipped
             item = self._single(neighbour, change)
             if item.audio is not None:

@@ -29,9 +29,10 @@ class Clips:
 class Join:
     """Joins min_clips..max_clips utterances into one, with silences of min_gap..max_gap seconds around and between.
 
-    Item i contains utterance i and random others. With ``same_speaker`` these are of the same speaker, if the manifest
-    names speakers. ``noise_db`` (low, high) fills the silences with white noise of a random level in that range, in dB
-    of full scale; None fills them with zeros. ``items`` is the number of items per epoch (None: one per utterance).
+    Item i contains utterance i (modulo the number of utterances) and random ones. With ``same_speaker`` all are of one
+    speaker, if the manifest names speakers. ``noise_db`` (low, high) fills the silences with white noise of a random
+    level in that range, in dB of full scale; None fills them with zeros. ``items`` is the number of items per epoch
+    (None: one per utterance).
     """
 
     min_clips: int = 1

@@ -28,7 +28,8 @@ class AudioReader:
         self._fetched = shards.fetch(u.packed for u in utterances if u.packed and u not in self._memory)
 
     def read(self, utterance: Utterance, variant: float | None = None) -> tuple[np.ndarray, float]:
-        """Returns the samples (S,) fp32, read-only, and the seconds that trimming removed from their beginning.
+        """Returns the samples (S,) fp32, which callers must not change, and the seconds that trimming removed from
+        their beginning.
 
         ``variant``, from 0 to 1, chooses among the utterance's alternatives, if it has any. Raises ShortAudio, which
         has the available samples, if the audio is shorter than its header or the manifest says, and AudioError if it

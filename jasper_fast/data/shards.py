@@ -40,8 +40,8 @@ class Packed(NamedTuple):
 
 
 def fetch(packed: Iterable[Packed]) -> dict[Packed, bytes]:
-    """Returns the bytes of those files that lie in object stores, read with one request per store. Files that cannot be
-    read are left out; ``Packed.read`` then raises the error."""
+    """Returns the bytes of those files that lie in object stores, requested from each store all at the same time. Files
+    that cannot be read are left out; ``Packed.read`` then raises the error."""
     groups: dict[int, tuple[Any, list[Packed], list[str]]] = {}
     for each in dict.fromkeys(p for p in packed if places.is_url(p.tar)):
         try:

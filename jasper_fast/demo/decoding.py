@@ -80,7 +80,8 @@ def _drawn(
 
 
 def spelt(heard: Path, out: Path) -> Path:
-    """Writes a variant of configs/digits.yaml whose labels are letters (those of the training texts), not words."""
+    """Writes a variant of configs/digits.yaml. Its labels are letters (those of the training texts), not words, and its
+    tempo perturbation is weaker."""
     config = yaml.safe_load((files("jasper_fast.configs") / "digits.yaml").read_text())
     config["labels"] = sorted({" "}.union(*(u.text for u in read_manifest(heard))))
     config["input_train"]["audio_dataset"]["tempo_perturbation"] = {"min_rate": 0.75, "max_rate": 1.3}
@@ -170,9 +171,9 @@ def main() -> None:
         heard = corpus.synthesise(out / "corpus", "train", 1500)
         test = corpus.synthesise(out / "corpus", "test", 400)
         config, steps, batch_size = learn.CONFIG, 1500, learn.BATCH_SIZE
-    steps = arguments.steps or steps
-    manifests, run = (heard, test), out / "run"
-    model, *_ = learn.learn(config, manifests, run, steps, arguments.minutes, "cpu", batch_size=batch_size)
+    model, *_ = learn.learn(
+        config, (heard, test), out / "run", arguments.steps or steps, arguments.minutes, "cpu", batch_size=batch_size
+    )
     texts = out / "texts.txt"
     texts.write_text("".join(u.text + "\n" for u in read_manifest(heard)))
     saved = say(model.eval(), read_manifest(test), out / "log_probs")

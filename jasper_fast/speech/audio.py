@@ -158,9 +158,9 @@ def load(
     Reads ``duration`` seconds from ``offset`` seconds on; None or 0 reads to the end. Integer formats are scaled to
     [-1, 1). A pipe is read to its end, and can be read only once.
 
-    Raises AudioError, which names the file and the cause: it is missing, unreadable or empty, has no samples at the
-    offset, or has samples that are NaN, infinite or beyond 1e10. Raises ShortAudio if the file is shorter than its
-    header promises, so that a part of the requested audio is missing.
+    Raises AudioError, which names the file and the cause. For example, it is missing, unreadable or empty, has no
+    samples at the offset, or has samples that are NaN, infinite or beyond 1e10. Raises ShortAudio if the file is
+    shorter than its header promises, so that more than 10 ms of the requested audio are missing.
     """
     if not (offset >= 0 and math.isfinite(offset)) or (duration is not None and not duration >= 0):
         raise AudioError(path, f"offset={offset} and duration={duration} must not be negative")
@@ -221,7 +221,8 @@ def change_speed(samples: np.ndarray, speed: float) -> np.ndarray:
 
 
 def change_tempo(samples: np.ndarray, tempo: float, sample_rate: int) -> np.ndarray:
-    """Makes (samples,) ``tempo`` times as fast at the same pitch. Returns round(samples / tempo) values, fp32.
+    """Makes (samples,) fp32 ``tempo`` times as fast at the same pitch. Returns round(samples / tempo) values, fp32.
+    If those are 15 ms or less, they are the first values of the input.
 
     The method is waveform-similarity overlap-add (Verhelst and Roelands, 1993). It adds windows of 30 ms that overlap
     by half. They are taken from the input at distances of 15 ms times ``tempo``. Each is moved by up to 8 ms, to the
@@ -247,8 +248,8 @@ def change_tempo(samples: np.ndarray, tempo: float, sample_rate: int) -> np.ndar
 
 
 def silence_bounds(samples: np.ndarray, top_db: float = 60.0, frame: int = 2048, hop: int = 512) -> tuple[int, int]:
-    """Returns (first, end) of the part ``samples[first:end]`` without the silence at both ends. Samples count as silent
-    where the power of a ``frame`` is more than ``top_db`` below that of the loudest frame.
+    """Returns (first, end) of the part ``samples[first:end]`` without the silence at both ends. Every ``hop`` samples,
+    a frame of ``frame`` samples is silent if its power is more than ``top_db`` dB below that of the loudest frame.
 
     If everything is silent, the part is all samples. Equivalent: ``librosa.effects.trim(samples, top_db)[1]``.
     """

@@ -44,8 +44,9 @@ class SpecAugment(nn.Module):
     """Zeroes ``freq_masks`` spans of min_freq..max_freq mel bands, and ``time_masks`` spans of min_time..max_time
     frames.
 
-    For corpora with very short utterances, ``max_time_ratio`` limits a span in time to this fraction of the utterance.
-    With 1.0 there is no such limit, as in NVIDIA's Jasper. Raises ValueError for an empty range.
+    For corpora with very short utterances, ``max_time_ratio`` limits a span in time to this fraction of the utterance,
+    or to min_time if that is more. With 1.0 there is no such limit, as in NVIDIA's Jasper. Raises ValueError for an
+    empty or negative range, and for a ratio outside (0, 1].
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class SpecAugment(nn.Module):
 class SpecCutout(nn.Module):
     """Zeroes ``masks`` rectangles of min_freq..max_freq mel bands by min_time..max_time frames.
 
-    Raises ValueError for an empty range.
+    Raises ValueError for an empty or negative range.
     """
 
     def __init__(

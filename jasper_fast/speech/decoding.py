@@ -1,4 +1,4 @@
-"""Greedy CTC decoding. It runs on the device of the log-probs, with one copy to the host per batch.
+"""Greedy CTC decoding. The device of the log-probs computes the argmax, which is copied to the host once per batch.
 
 Shapes: N utterances, T frames, V classes; the blank is the last class.
 """
@@ -31,8 +31,8 @@ class Word:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A text that a beam search found, with the search's ``score``, the natural logarithm of its CTC probability, and
-    the classes of its symbols."""
+    """A text that a beam search found. ``score`` is the search's, ``log_prob`` the natural logarithm of the text's CTC
+    probability, and ``symbols`` the classes of its symbols."""
 
     text: str
     score: float

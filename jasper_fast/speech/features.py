@@ -81,8 +81,8 @@ class LogMelFeatures(nn.Module):
       its batch, unless the utterance's length is a multiple of the hop.
     - Dither is added in training and evaluation, as in NVIDIA's. In evaluation mode every call adds the same noise, so
       that a repeated call gives the same transcript; ``dither=0`` switches it off.
-    - The features of an utterance of one frame or none are zeros. (NVIDIA's are NaN, because one value has no
-      variance.)
+    - Normalised per band, the features of an utterance of one frame are zeros. (NVIDIA's are NaN, because one value
+      has no variance.)
     - A batch with S <= n_fft / 2, which is too short for the reflection, is extended by zeros. (NVIDIA's raises an
       error.)
 
@@ -92,6 +92,7 @@ class LogMelFeatures(nn.Module):
     For both conventions ``log_guard`` sets the guard. It is added to the power before the logarithm, or is the lower
     bound of the power with ``log_guard_type="clamp"``. ``mag_power`` is the exponent of the magnitude. ``normalize`` is
     "per_feature", "all_features", None, or NeMo's dict of ``fixed_mean`` and ``fixed_std``, one number per band.
+    ``pad_to_max_duration`` makes T at least the number of windows in ``max_duration`` seconds.
 
     A NaN in a valid sample stays a NaN in the features; the caller must report it. The computation is always in fp32
     and without gradient, and does not synchronise with the device. Windows are in seconds, frequencies in Hz. Raises

@@ -34,8 +34,8 @@ def pack(
     path of the manifest and the number of shards.
 
     A file that is one utterance is packed unchanged. If an utterance is part of a longer file, that part is packed as
-    FLAC. ``url``: the folder from which the shards will be read (None: the manifest's). Equal arguments produce equal
-    bytes. Raises PrepareError, which names a file that cannot be read.
+    FLAC in mono at 16 kHz. ``url``: the folder from which the shards will be read (None: the manifest's). Equal
+    arguments produce equal bytes. Raises PrepareError, which names a file that cannot be read.
     """
     order = list(utterances)
     random.Random(seed).shuffle(order)
