@@ -78,7 +78,7 @@ class LogMelFeatures(nn.Module):
     - Samples beyond the length are taken as zero.
     - With ``batch_invariant=True`` (the default) zeros follow the end of every utterance. With False, as
       in NVIDIA's, the end of the padded batch is reflected. Then the last frame of an utterance depends on the rest of
-      its batch, unless the utterance's length is a multiple of the hop.
+      its batch, unless the window of that frame ends within the utterance.
     - Dither is added in training and evaluation, as in NVIDIA's. In evaluation mode every call adds the same noise, so
       that a repeated call gives the same transcript; ``dither=0`` switches it off.
     - Normalised per band, the features of an utterance of one frame are zeros. (NVIDIA's are NaN, because one value
@@ -219,8 +219,9 @@ class LogMelFeatures(nn.Module):
         lengths = lengths.clamp(max=samples)
         beyond = torch.arange(samples, device=audio.device) >= lengths[:, None]
         audio = audio.masked_fill(beyond, 0)
-        # With zeros up to the next hop no valid frame reaches the reflection at the end (see batch_invariant).
-        extend = max(-samples % self.hop_length if self.batch_invariant else 0, self.n_fft // 2 + 1 - samples)
+        # After these zeros no window of a valid frame reaches the reflection at the end (see batch_invariant).
+        zeros = -samples % self.hop_length + max(0, (self.win_length + 1) // 2 - self.hop_length)
+        extend = max(zeros if self.batch_invariant else 0, self.n_fft // 2 + 1 - samples)
         audio = F.pad(audio, (0, extend))
         if self.dither > 0 and (self.training or not nemo):
             many = -(-audio.shape[1] // _NOISE_PERIOD)

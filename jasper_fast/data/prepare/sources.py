@@ -166,7 +166,7 @@ def _kaldi(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Ent
         whole = lengths[recording]
         if whole is None:
             continue
-        seconds = (min(end, whole) if end > 0 else whole) - start  # -1 means the end of the recording
+        seconds = (min(end, whole) if end > 0 else whole) - start  # 0 or -1 means the end of the recording
         if not (seconds > 0 and start >= 0):
             report(f"{source}: {name}: {start} s to {end} s is not within the audio, which has {whole} s")
             continue
