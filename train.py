@@ -265,7 +265,7 @@ class Run(Loop):
         self.keep_best(r.wer)
 
     def end_epoch(self) -> None:
-        """Prints which files could not be used since the last call."""
+        """Prints up to five of the files that could not be used since the last call."""
         if lines := self.train.newly_skipped():
             talker().print(*lines, sep="\n")
 

@@ -28,8 +28,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common.add_modules(commands, transcribe, evaluate, check, convert, export, info, selfcheck, tune)
     about = "prepare data for training and evaluation"
-    prepare = commands.add_parser("prepare", help=about, description=about)
-    parts = prepare.add_subparsers(dest="part", required=True, metavar="WHAT")
+    parts = commands.add_parser("prepare", help=about, description=about).add_subparsers(
+        dest="part", required=True, metavar="WHAT"
+    )
     common.add_modules(parts, librispeech, manifest, shards)
     lm.add(commands)
     for name, (help, *_) in _PASSED_ON.items():

@@ -196,16 +196,15 @@ def _finished(out: Path, as_json: bool) -> Counter[str]:
 
 
 def _record(file: str, transcript: Any, seconds: float) -> str:
-    words = [
-        {"word": w.text, "start": round(w.start, 3), "end": round(w.end, 3), "confidence": round(w.confidence, 4)}
-        for w in transcript.words
-    ]
     record = {
         "audio_filepath": file,
         "duration": round(seconds, 3),
         "pred_text": transcript.text.strip(),
         "confidence": round(transcript.confidence, 4),
-        "words": words,
+        "words": [
+            {"word": w.text, "start": round(w.start, 3), "end": round(w.end, 3), "confidence": round(w.confidence, 4)}
+            for w in transcript.words
+        ],
         **common.hypotheses(transcript),
     }
     return json.dumps(record, ensure_ascii=False)

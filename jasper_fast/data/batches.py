@@ -14,7 +14,7 @@ from jasper_fast.data.batch import Batch
 from jasper_fast.data.dataset import Item, SpeechDataset
 from jasper_fast.data.manifest import Skipped
 
-_TRIES = 3  # processes that may die while they read the same batch; after that the batch is left out
+_TRIES = 3  # a batch is yielded empty when this many processes have died while they read it
 
 
 def _padded(rows: Sequence[np.ndarray | list[int]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ class BatchSampler:
     there are fewer utterances than ranks, some are repeated. Without shuffling, some ranks may have one batch more than
     others.
 
-    ``shards`` is the shard number of each item, from 0 on. Shuffled batches are then made from the items of
+    ``shards`` is the shard number of each utterance, from 0 on. Shuffled batches are then made from the items of
     ``open_shards`` randomly chosen shards at a time, so that few files are read at a time.
 
     Raises ValueError for sizes that are not positive or a rank out of range.
@@ -92,8 +92,8 @@ class BatchSampler:
         self._left_out: tuple[int, frozenset[int]] = (-1, frozenset())
 
     def leave_out(self, epoch: int, items: Iterable[int]) -> None:
-        """Leaves these items out of the batches of ``epoch``. A run that is resumed with another batch size or number
-        of ranks calls this for the items that the epoch has already used."""
+        """Leaves these items out of the batches of ``epoch``. A resumed run calls this for the items that the epoch has
+        already used in batches of other sizes, or with another number of ranks."""
         self._left_out, self._kept = (epoch, frozenset(items)), {}
 
     def batches(self, epoch: int = 0) -> list[list[int]]:

@@ -63,8 +63,12 @@ class Utterance:
 def entry(audio_filepath: str | os.PathLike, duration: float, text: str, **known: Any) -> dict[str, Any]:
     """Returns an entry of a manifest. Values of ``known`` (speaker, offset, files) are left out if they are empty or
     0."""
-    plain = {"audio_filepath": os.fspath(audio_filepath), "duration": duration, "text": text}
-    return plain | {name: value for name, value in known.items() if value}
+    return {
+        "audio_filepath": os.fspath(audio_filepath),
+        "duration": duration,
+        "text": text,
+        **{name: value for name, value in known.items() if value},
+    }
 
 
 def read_manifest(

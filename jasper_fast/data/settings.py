@@ -55,8 +55,7 @@ class AudioSettings:
         join = _built(Join(), left.pop("join", None), {f.name: f.name for f in fields(Join)}, "join")
         offline = not left.pop("ignore_offline_speed_perturbation", True)
         settings = cls(perturb=Perturb(**parts), join=join, offline_speeds=offline)
-        plain = {key: value for key, value in left.items() if key not in _ELSEWHERE}
-        return _built(settings, plain, _PLAIN, "audio_dataset")
+        return _built(settings, {k: v for k, v in left.items() if k not in _ELSEWHERE}, _PLAIN, "audio_dataset")
 
 
 def _built(default: Any, given: dict[str, Any] | None, keys: dict[str, str], where: str) -> Any:

@@ -62,8 +62,8 @@ def fetch(packed: Iterable[Packed]) -> dict[Packed, bytes]:
 def locate(entry: dict[str, Any], root: str) -> tuple[str, Packed]:
     """Returns the name of a manifest entry that has ``shard_id``, and its place in its shard.
 
-    The shard is the entry's ``tar``, if it has one. Otherwise it is audio_SHARD.tar in the folder ``root``, or, if
-    ``root`` is a pattern (audio__OP_0..127_CL_.tar), path number ``shard_id`` (from 0 on) of the pattern. The file is
+    The shard is the entry's ``tar``, if it has one. Otherwise it is audio_N.tar in the folder ``root``, where N is
+    ``shard_id``, or, if ``root`` is a pattern (audio__OP_0..127_CL_.tar), path number N (from 0 on) of it. The file is
     ``tar_size`` bytes from byte ``tar_start`` on, as `prepare shards` writes them. Without these keys, as in NeMo's
     manifests, the file is looked up in the shard by its name. Raises KeyError, TypeError, ValueError or OSError for an
     invalid entry.

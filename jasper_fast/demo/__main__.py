@@ -122,8 +122,7 @@ def main(argv: list[str] | None = None) -> int:
 
     ends.append(time.perf_counter())
     console.print("measuring fused against eager ...")
-    frames = 16 * math.ceil(100 * statistics.median(u.duration for u in heard) / 16)
-    batch = learn.BATCH_SIZE, frames
+    batch = learn.BATCH_SIZE, 16 * math.ceil(100 * statistics.median(u.duration for u in heard) / 16)
     measured = compare.compare(args.config, out / "bench", batch, device, args.compare_seconds / 2)
     ends.append(time.perf_counter())
     result = {

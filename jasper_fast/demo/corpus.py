@@ -72,7 +72,7 @@ def sentence(rng: random.Random) -> str:
 
 
 def trim(samples: np.ndarray, sample_rate: int, keep: float = 0.08, level: float = 0.01) -> np.ndarray:
-    """Cuts the silence at the start and at the end, but leaves `keep` seconds of it."""
+    """Cuts the silence at the start and at the end, but leaves `keep` seconds of it on each side."""
     loud = np.flatnonzero(np.abs(samples) > level * np.abs(samples).max())
     pad = int(keep * sample_rate)
     return samples[max(0, loud[0] - pad) : loud[-1] + pad]

@@ -176,8 +176,7 @@ def main() -> None:
     )
     texts = out / "texts.txt"
     texts.write_text("".join(u.text + "\n" for u in read_manifest(heard)))
-    saved = say(model.eval(), read_manifest(test), out / "log_probs")
-    lines = compare(saved, texts, out, arguments.beam)
+    lines = compare(say(model.eval(), read_manifest(test), out / "log_probs"), texts, out, arguments.beam)
     (out / "result.txt").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -128,9 +128,8 @@ def path_transcript(ids: np.ndarray, probs: np.ndarray, vocabulary: Vocabulary, 
     change = np.append(np.flatnonzero(np.diff(ids)) + 1, len(ids))
     for first in np.flatnonzero(emitted):
         end = change[np.searchsorted(change, first, side="right")]
-        text = vocabulary.labels[ids[first]]
-        confidence = float(probs[first:end].max())
-        symbols.append(Word(text, float(first * frame_seconds), float(end * frame_seconds), confidence))
+        times = float(first * frame_seconds), float(end * frame_seconds)
+        symbols.append(Word(vocabulary.labels[ids[first]], *times, float(probs[first:end].max())))
     text = vocabulary.decode(ids[emitted].tolist())
     mean = sum(s.confidence for s in symbols) / len(symbols) if symbols else 1.0
     if vocabulary.of_words:

@@ -15,7 +15,7 @@ from jasper_fast.cli import common
 from jasper_fast.options import option
 
 END = """\
-sets of LibriSpeech (62 GB): dev-clean, dev-other, test-clean, test-other, train-clean-100, train-clean-360,
+sets of LibriSpeech (61 GB): dev-clean, dev-other, test-clean, test-other, train-clean-100, train-clean-360,
 train-other-500. Sets of mini-LibriSpeech (0.5 GB): dev-clean-2, train-clean-5. An archive is deleted after it is
 unpacked.
 

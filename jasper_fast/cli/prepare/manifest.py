@@ -3,7 +3,7 @@ Lhotse cuts or tar shards.
 
 Writes a manifest: JSON lines with audio_filepath, duration, text and, if they are known, speaker and offset. Sources:
   folder   audio with a text beside each file (NAME.txt, .lab, .trn), LibriSpeech's *.trans.txt or a metadata.csv;
-           the speaker is the name of the file's folder
+           the speaker is the name of the file's folder, if that is a subfolder of the source
   kaldi    a folder with wav.scp and text, and optionally segments and utt2spk
   csv      CSV or TSV with a header like Common Voice's (path, sentence, client_id)
   lines    JSON lines in NeMo's format, or the JSON array of NVIDIA's Jasper

@@ -111,8 +111,9 @@ def look(entry: Any, utterance: Utterance, rules: Rules) -> Found:
     _listen(found, samples, rules)
     needed, frames = ctc_frames(target), -(-len(samples) // rules.frame_samples)
     if frames < needed:
-        detail = f"{frames} output frames, but CTC needs {needed} for its {len(target)} symbols"
-        found.fault("too_short_for_ctc", detail)
+        found.fault(
+            "too_short_for_ctc", f"{frames} output frames, but CTC needs {needed} for its {len(target)} symbols"
+        )
     return found
 
 

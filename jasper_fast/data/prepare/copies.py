@@ -28,7 +28,7 @@ class Copy:
         return self.speed == 1.0 and self.suffix == ".flac"
 
     def folder(self, original: Path) -> Path:
-        """Returns the folder of the copies, beside the folder of the originals."""
+        """Returns the folder of the copies, beside the folder of the originals. For a plain kind both are the same."""
         speed = "" if self.speed == 1.0 else f"-sp{self.speed:g}"
         return original if self.plain else original.with_name(f"{original.name}{speed}{self.suffix.replace('.', '-')}")
 
@@ -38,8 +38,8 @@ class Copy:
 
 
 def make(file: Path, copy: Copy, target: Path, work: Path) -> float:
-    """Writes a 16-bit copy of an audio file to ``target``, at the same sample rate, unless ``target`` exists. Returns
-    the length of the copy in seconds.
+    """Writes a 16-bit copy of an audio file to ``target``, at the same sample rate, unless ``target`` exists or
+    ``copy`` is plain. Returns the length of ``target`` in seconds.
 
     An incomplete copy lies in the folder ``work``. Raises PrepareError, which names a file that cannot be read.
     """

@@ -135,9 +135,9 @@ def prepare(corpus: Corpus, jobs: int, say: Callable[[str], None], progress: Pro
     ``files`` if there are copies at other speeds).
 
     First calls ``say`` with a line on what will be downloaded and written. Copies are made by ``jobs`` threads (0: one
-    per core). Complete files are never made again, so the same call continues an interrupted run, with the same result.
-    Raises PrepareError for a wrong MD5, a damaged or hostile archive, too little disk space, or a server that does not
-    answer.
+    per core). Complete audio files are never made again, so the same call continues an interrupted run, with the same
+    result. Raises PrepareError for a wrong MD5, a damaged or hostile archive, too little disk space, or a server that
+    does not answer.
     """
     for name in corpus.sets:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -167,7 +167,8 @@ def prepare(corpus: Corpus, jobs: int, say: Callable[[str], None], progress: Pro
 
 
 def _unpacked(corpus: Corpus, name: str, progress: Progress) -> None:
-    """Downloads, verifies and unpacks a set, unless its folder exists."""
+    """Downloads, verifies and unpacks a set, unless its folder exists. Deletes a downloaded archive, unless archives
+    are kept."""
     folder, staged = corpus.folder(name), corpus.out / UNFINISHED / name
     url, archive = corpus.place(name)
     if not folder.is_dir():
