@@ -16,7 +16,7 @@ HELP = "language models: train n-grams or neural ones, describe them, tune their
 _TRAIN = {
     "": [
         option("texts", nargs="+", metavar="TEXT", help="UTF-8 text files, gzipped or not, one sentence per line"),
-        option("--order", type=int, required=True, metavar="N", help="words in the longest n-grams, 1 to 6"),
+        option("--order", type=int, required=True, metavar="N", help="words or characters of the longest n-grams, 1-6"),
         option("--out", required=True, metavar="LM.arpa", help="file to write the model to, in ARPA format"),
         option("--characters", action="store_true", help="make n-grams of characters; a space becomes <space>"),
         option("--lower-case", action="store_true", help="lower-case the text first; Jasper's labels are lower-case"),
@@ -166,8 +166,10 @@ def tune(arguments: argparse.Namespace) -> None:
     if arguments.rescore:
         from jasper_fast.lm.neural import scoring
 
-        scorer = scoring.load(arguments.rescore, common.device_of(arguments.device))
-        second = scorer, arguments.rescore_weight or [0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0]
+        second = (
+            scoring.load(arguments.rescore, common.device_of(arguments.device)),
+            arguments.rescore_weight or [0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0],
+        )
     alphas = arguments.alpha or ([0.5 * i for i in range(7)] if arguments.lm else [0.0])
     betas = arguments.beta or [-1.0, -0.5, 0.0, 0.5, 1.0]
     grid = list(itertools.product(alphas, betas))

@@ -81,5 +81,4 @@ class AudioReader:
 
         plain = [u for u in utterances if not u.alternatives]
         with ThreadPoolExecutor() as pool:
-            loaded = zip(plain, pool.map(read, plain), strict=True)
-            self._memory = {utterance: found for utterance, found in loaded if found is not None}
+            self._memory = {u: found for u, found in zip(plain, pool.map(read, plain), strict=True) if found}

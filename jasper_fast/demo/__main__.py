@@ -73,8 +73,10 @@ def listen(model: Jasper, unheard: list[Utterance], device: torch.device, seed: 
     """Transcribes one utterance of each of three voices that were not in training. Returns the files and their
     examples for the page."""
     rng = random.Random(seed)
-    voices = rng.sample(corpus.VOICES["test"], 3)
-    chosen = [rng.choice([u for u in unheard if u.speaker == voice] or unheard) for voice in voices]
+    chosen = [
+        rng.choice([u for u in unheard if u.speaker == voice] or unheard)
+        for voice in rng.sample(corpus.VOICES["test"], 3)
+    ]
     transcripts = Recognizer(model, device=device).recognize(chosen).transcripts
     examples = [
         {"speaker": u.speaker, "reference": u.text, "transcript": heard.text}

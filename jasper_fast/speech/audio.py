@@ -222,7 +222,7 @@ def change_speed(samples: np.ndarray, speed: float) -> np.ndarray:
 
 def change_tempo(samples: np.ndarray, tempo: float, sample_rate: int) -> np.ndarray:
     """Makes (samples,) fp32 ``tempo`` times as fast at the same pitch. Returns round(samples / tempo) values, fp32.
-    If those are 15 ms or less, they are the first values of the input.
+    If that is at most 15 ms, it returns the beginning of the input instead.
 
     The method is waveform-similarity overlap-add (Verhelst and Roelands, 1993). It adds windows of 30 ms that overlap
     by half. They are taken from the input at distances of 15 ms times ``tempo``. Each is moved by up to 8 ms, to the
@@ -248,8 +248,9 @@ def change_tempo(samples: np.ndarray, tempo: float, sample_rate: int) -> np.ndar
 
 
 def silence_bounds(samples: np.ndarray, top_db: float = 60.0, frame: int = 2048, hop: int = 512) -> tuple[int, int]:
-    """Returns (first, end) of the part ``samples[first:end]`` without the silence at both ends. Every ``hop`` samples,
-    a frame of ``frame`` samples is silent if its power is more than ``top_db`` dB below that of the loudest frame.
+    """Returns (first, end) of the part ``samples[first:end]`` without the silence at both ends. A frame of ``frame``
+    samples is centred on every ``hop``-th sample. It is silent if its power is more than ``top_db`` dB below that of
+    the loudest frame.
 
     If everything is silent, the part is all samples. Equivalent: ``librosa.effects.trim(samples, top_db)[1]``.
     """

@@ -16,7 +16,8 @@ _NOISE_PERIOD = 16384  # samples, after which the dither of evaluation mode repe
 _AUGMENT_KEYS = ("spec_augment", "cutout_augment")  # may be in filterbank_features, but are read by augment.py
 
 _SAME = "sample_rate window_size window_stride window n_fft dither normalize log pad_to_max_duration max_duration"
-_KEYS = {name: name for name in _SAME.split()} | {  # from keys of NVIDIA's filterbank_features to our names
+# from keys of filterbank_features, in NVIDIA's, NeMo's or our configurations, to names of arguments
+_KEYS = {name: name for name in _SAME.split()} | {
     "n_filt": "n_mels",
     "pad_align": "pad_to_multiple",
     "preemph": "preemphasis",

@@ -16,8 +16,8 @@ from jasper_fast.options import option
 
 END = """\
 sets of LibriSpeech (61 GB): dev-clean, dev-other, test-clean, test-other, train-clean-100, train-clean-360,
-train-other-500. Sets of mini-LibriSpeech (0.5 GB): dev-clean-2, train-clean-5. An archive is deleted after it is
-unpacked.
+train-other-500. Sets of mini-LibriSpeech (0.5 GB): dev-clean-2, train-clean-5. A downloaded archive is deleted after it
+is unpacked.
 
 example: jasper-fast prepare librispeech --out corpora/mini --sets dev-clean-2 train-clean-5"""
 OPTIONS = {

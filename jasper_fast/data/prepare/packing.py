@@ -105,6 +105,8 @@ def _write(path: Path, number: int, share: Sequence[tuple[Utterance, str]], url:
             tar.addfile(member, io.BytesIO(data))
             start = tar.offset - math.ceil(len(data) / tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             tar_name = f"{url.rstrip('/')}/{path.name}" if url else path.name
-            place = {"shard_id": number, "tar": tar_name, "tar_start": start, "tar_size": len(data)}
-            lines.append(entry(name, round(seconds, 6), utterance.text, speaker=utterance.speaker) | place)
+            lines.append(
+                entry(name, round(seconds, 6), utterance.text, speaker=utterance.speaker)
+                | {"shard_id": number, "tar": tar_name, "tar_start": start, "tar_size": len(data)}
+            )
     return lines
