@@ -236,9 +236,8 @@ def _rescoring(
     if not math.isfinite(weight):
         raise UsageError(f"--rescore-weight {weight} is not finite")
     scorer, kept = scoring.load(model, device_of(arguments.device)), given.get("n_best", 1)
-    given = given | {"n_best": max(kept, LISTED)}
-    first = decoders.decoder(vocabulary, lm, processes=arguments.decode_processes, **given)
-    return Rescoring(first, scorer, vocabulary, weight, kept)
+    given = given | {"n_best": max(kept, LISTED), "processes": arguments.decode_processes}
+    return Rescoring(decoders.decoder(vocabulary, lm, **given), scorer, vocabulary, weight, kept)
 
 
 def _hot_words(arguments: argparse.Namespace) -> dict[str, float]:

@@ -1,9 +1,10 @@
 """`jasper-fast selfcheck`: compare every kernel with fp64 on this machine.
 
 Runs every kernel and compares the results with fp64. The check covers every configuration that dispatch can choose on
-the device (the tiles in its tables and the defaults), in forward, backward and inference, on small shapes and on those
-of Jasper 10x5. The error may be twice that of plain PyTorch at the same precision, plus an allowance for rounding. The
-kernels run in a separate process, so a kernel that crashes or hangs gets a bad verdict and the check continues.
+the device (the defaults, and the tiles that were tuned or are in its tables), in forward, backward and inference, on
+small shapes and on those of Jasper 10x5. The error may be twice that of plain PyTorch at the same precision, plus an
+allowance for rounding. The kernels run in a separate process, so a kernel that crashes or hangs gets a bad verdict and
+the check continues.
 
 Verdicts are saved per dtype, GPU, driver and versions. On a GPU, backend="auto" uses only kernels with a good verdict.
 If the machine lacks something that a check needs (a compiler, memory), the command reports it and saves no verdict. If
@@ -26,7 +27,7 @@ example: jasper-fast selfcheck --device cuda:0 --quick --dtype fp16"""
 OPTIONS = {
     "": [
         common.DEVICE,
-        option("--quick", action="store_true", help="check default tiles, two shapes and one dtype only (seconds)"),
+        option("--quick", action="store_true", help="check few shapes, frequent tiles and one dtype only (seconds)"),
         option(
             "--dtype",
             action="append",

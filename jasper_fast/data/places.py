@@ -32,8 +32,8 @@ def parent(place: str) -> str:
 
 
 def expanded(pattern: str) -> list[str]:
-    """Expands a pattern with {0..127}, {000..127}, {a,b} or NeMo's _OP_0..127_CL_ to its paths. A path that is not a
-    pattern is returned as it is.
+    """Expands a pattern with {0..127}, {000..127}, {a,b} or NeMo's _OP_0..127_CL_ to its paths. A path that exists or
+    is not a pattern is returned as it is.
 
     Raises ValueError for a pattern of more than a million paths.
     """
