@@ -396,7 +396,7 @@ def write(path: str, text: str) -> None:
         target.write_text(text, encoding="utf-8", errors="backslashreplace")
         return
     temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # bytes that are not UTF-8 become \udcff
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # bytes that are not UTF-8 become \udcXX
     os.replace(temporary, target)
 
 

@@ -205,7 +205,7 @@ _COMMANDS = {
     "perplexity": (perplexity, _PERPLEXITY, "measure how well a model predicts a text",
                    "jasper-fast lm perplexity lm.arpa dev.txt"),
     "info": (info, _INFO, "show order, size and vocabulary of a model", "jasper-fast lm info lm.arpa"),
-    "tune": (tune, _TUNE, "find the weights of a model that give the fewest word errors on saved log-probabilities",
+    "tune": (tune, _TUNE, "find the alpha, beta and rescoring weight with the fewest word errors on saved log-probs",
              "jasper-fast lm tune --log-probs dev_log_probs --lm lm.arpa --out lm.yaml --report tune.html"),
 }  # fmt: skip
 

@@ -97,7 +97,7 @@ def _run(arguments: argparse.Namespace, share: Ranks) -> int:
     recognizer = common.load(arguments)
     utterances = [Utterance(file, _seconds(file), "") for file in files]
     line = _record if arguments.json else lambda file, transcript, _: f"{_name(file)}\t{transcript.text.strip()}"
-    # JSON shows a byte that is not UTF-8 as \udcff. In plain text it is written unchanged.
+    # JSON shows a byte that is not UTF-8 as \udcXX. In plain text it is written unchanged.
     errors = "backslashreplace" if arguments.json else "surrogateescape"
     with _output(arguments, share) as out:
         for found, speed in _heard(arguments, share, recognizer, utterances):

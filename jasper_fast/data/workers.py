@@ -60,7 +60,7 @@ def _named(source: Iterator[Any]) -> Iterator[Any]:
 
 
 def _outlive_signals(worker: int) -> None:
-    """Makes this worker process ignore SIGTERM, unless its parent process sends it."""
+    """Makes this worker process ignore SIGTERM, unless its parent process sends it or has ended."""
     parent = os.getppid()
     # Other code may unblock SIGTERM, as the resource tracker of multiprocessing does. The signal then does nothing.
     signal.signal(signal.SIGTERM, lambda *_: None)

@@ -158,7 +158,7 @@ def load(
     Reads ``duration`` seconds from ``offset`` seconds on; None or 0 reads to the end. Integer formats are scaled to
     [-1, 1). A pipe is read to its end, and can be read only once.
 
-    Raises AudioError, which names the file and the cause. For example, it is missing, unreadable or empty, has no
+    Raises AudioError, which names the file and the cause. For example, the file is missing, unreadable or empty, has no
     samples at the offset, or has samples that are NaN, infinite or beyond 1e10. Raises ShortAudio if the file is
     shorter than its header promises, so that more than 10 ms of the requested audio are missing.
     """

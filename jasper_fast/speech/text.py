@@ -82,7 +82,7 @@ class Vocabulary:
         vocabulary."""
         ids = list(ids)
         if wrong := [i for i in ids if not 0 <= i <= self.blank]:
-            raise ValueError(f"class {wrong[0]} is not in 0..{self.blank}: it must come from another vocabulary")
+            raise ValueError(f"class {wrong[0]} is not in 0..{self.blank}: it belongs to another vocabulary")
         return (" " if self.of_words else "").join(self.labels[i] for i in ids if i != self.blank)
 
 

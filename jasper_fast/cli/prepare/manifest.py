@@ -38,7 +38,7 @@ OPTIONS = {
         option("-q", "--quiet", action="store_true", help="count the utterances left out, but do not list them"),
     ]
 }
-_SHOWN = 20  # lines about utterances that are left out
+_SHOWN = 20  # utterances that are left out and listed, at most
 
 
 def run(arguments: argparse.Namespace) -> int:
