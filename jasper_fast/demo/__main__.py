@@ -131,7 +131,10 @@ def main(argv: list[str] | None = None) -> int:
         "wer_unseen": last["wer"],
         "cer_unseen": last["cer"],
         **measured,
-        "seconds": {part: b - a for part, a, b in zip(("corpus", "training", "measuring"), ends, ends[1:])},
+        "seconds": {
+            **{part: b - a for part, a, b in zip(("corpus", "training", "measuring"), ends, ends[1:])},
+            "total": ends[-1] - ends[0],
+        },
         "training": {"steps": last["step"]},
         "corpus": {
             "train_utterances": len(heard),
@@ -148,7 +151,6 @@ def main(argv: list[str] | None = None) -> int:
         "command": " ".join(["python -m jasper_fast.demo", *(sys.argv[1:] if argv is None else argv)]),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
     }
-    result["seconds"]["total"] = ends[-1] - ends[0]
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     page = report.render(result, [picture(path) for path in paths], [path.read_bytes() for path in paths])
     (out / "index.html").write_text(page, encoding="utf-8")

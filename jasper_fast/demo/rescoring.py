@@ -49,8 +49,7 @@ def compare(saved: Saved, scorer: Scorer, passes: Sequence[tuple[str, Path | Non
             counts.append(errors(judged_on, [hypotheses[0].text for hypotheses in texts]))
             weights = f"alpha {trial.alpha:g}, beta {trial.beta:g}, weight {trial.rescore:g}"
             shown.append(f"{rate(counts[-1]):.2f} % ({weights})")
-        before, after = counts
-        fewer = "{:.1f} % [{:.1f}, {:.1f}] fewer errors".format(*gain(before, after)) if before[:, 0].any() else "-"
+        fewer = "{:.1f} % [{:.1f}, {:.1f}] fewer errors".format(*gain(*counts)) if counts[0][:, 0].any() else "-"
         lines.append(f"beam {beam}, {name}: WER {shown[0]}, rescored {shown[1]}, {fewer}")
     return lines
 
@@ -66,9 +65,13 @@ def main() -> None:
     learn(folder / "texts.txt", out, arguments.steps)
     lm = scoring.load(out, "cpu")
     found = lm.perplexity(out / "dev.txt")
-    passes = (("no language model", None), ("6-gram of characters", folder / "symbols.arpa"))
+    passes = (
+        ("no language model", None),
+        ("6-gram of characters", folder / "symbols.arpa"),
+        ("3-gram of words", folder / "words.arpa"),
+    )
     lines = [f"{len(saved.utterances) // 2} utterances; neural model: perplexity {found.value:.2f} of held-out texts"]
-    lines += compare(saved, lm, (*passes, ("3-gram of words", folder / "words.arpa")), arguments.beam)
+    lines += compare(saved, lm, passes, arguments.beam)
     (folder / "rescored.txt").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
