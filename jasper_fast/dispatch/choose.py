@@ -63,8 +63,8 @@ def _resolve(backend: str, device: torch.device | str, op: str | None, dtype: to
 
 @torch.compiler.assume_constant_result
 def depthwise_face(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Returns the face of the depthwise convs in `dtype` on `device`: ours if it can run, else "aten". With
-    backend="reference" it is "reference"."""
+    """Returns the face of the depthwise convs in `dtype` on `device`: the one that `resolve` returns, or "aten" if that
+    is plain PyTorch or has no kernel for `dtype`. With backend="reference" it is "reference"."""
     face = resolve(backend, device, DEPTHWISE, dtype)
     if backend != "reference" and (face == "reference" or dtype not in tables.DTYPES):
         return "aten"
@@ -152,8 +152,8 @@ def conv_face(
     On a GPU "auto" compares our faces with cuDNN in channels-last memory. It takes the one on which `calls` together
     take the least time at `shape` (c_in, c_out, taps, stride, dilation) and 2**rows_log2 rows (None: the largest
     measured number). The times are those tuned on this GPU (now, at the first use: see `tuned`), else those in the
-    tables of this GPU or a similar one, else estimates by `rules`. Our faces are used only if their verdict is good. On
-    a GPU too old for Triton "auto" takes the CUDA face without comparing times.
+    tables of this GPU or a similar one, else estimates by `rules`. Our faces are used only if their verdict is good. If
+    Triton cannot run, "auto" takes the CUDA face without comparing times.
     """
     _catch_up(backend, device)
     return _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2)
@@ -197,8 +197,8 @@ def fused_faces(backend: str, device: torch.device, dtype: torch.dtype) -> tuple
     """Returns the faces that may run a whole network at inference in `dtype`: some of "triton", "cuda", "cpu", "aten".
 
     Returns a single face, except for "auto" on a GPU. In that case it returns "aten" and those of our faces that can
-    run and have a good verdict on fused sub-blocks, and `fused_face` chooses one of them for each batch. On a GPU too
-    old for Triton it returns only the CUDA face, or only "aten" if the verdict on the CUDA face is not good.
+    run and have a good verdict on fused sub-blocks, and `fused_face` chooses one of them for each batch. If Triton
+    cannot run, it returns only the CUDA face, or only "aten" if the verdict on the CUDA face is not good.
     """
     device = torch.device(device)
     first = resolve(backend, device)

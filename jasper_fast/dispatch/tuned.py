@@ -3,8 +3,8 @@
 This is what `torch.backends.cudnn.benchmark` does, but the results are kept on disk. They are in the user's cache
 (`verdicts.folder()`), in one file per GPU, driver, versions and sources, and take precedence over the tables of the
 package. The contenders (the candidate kernels for an op) run in a child process, `python -m jasper_fast.tuning.child`,
-which checks each before it times it. A cell (an op at a shape, see `tables.Cell`) is saved as soon as it is measured,
-so a run that is killed loses at most one cell.
+which checks each of ours before it times it. A cell (an op at a shape, see `tables.Cell`) is saved as soon as it is
+measured, so a run that is killed loses at most one cell.
 
 Nothing is tuned while a graph is captured or traced, or inside `not_now()`. Then "auto" chooses by tables or estimates,
 and the cells are tuned when "auto" next chooses a face and tuning is allowed. `JASPER_FAST_TUNE=0` turns tuning off,
@@ -236,7 +236,7 @@ def want(device: torch.device, cells: Iterable[Cell], what: str) -> None:
 
 
 def _has_choice(op: str, device: torch.device) -> bool:
-    """Returns whether one of our faces can run `op` on `device`. If not, there is nothing to choose."""
+    """Returns whether "auto" compares times for `op` on `device`. For convs it does so only if Triton can run."""
     ours = ("triton", "cuda") if op in tables.NORM_OPS else ("triton",)
     return any(backends.why_missing(face, device) is None for face in ours)
 

@@ -96,8 +96,8 @@ def path(device: torch.device) -> Path:
 
 
 def read(device: torch.device) -> dict[tuple[str, str, str], Verdict]:
-    """Reads the saved verdicts for `device`, by (op, face, dtype). If the file cannot be used, prints why and returns
-    an empty dict."""
+    """Reads the saved verdicts for `device`, by (op, face, dtype). Without a file the dict is empty. If the file cannot
+    be used, the dict is empty too, and a message says why."""
     file = path(device)
     try:
         return _parse(json.loads(file.read_text(encoding="utf-8")), device)
@@ -148,10 +148,10 @@ def keep(device: torch.device, verdicts: Iterable[Verdict]) -> None:
 
 @contextmanager
 def locked(patience: float = LOCK_SECONDS, name: str = "lock") -> Iterator[bool]:
-    """Locks out the other processes that share the cache, so that only one rank of a training run makes the check.
+    """Locks out the other processes that share the cache, so that only one rank of a training run checks or tunes.
 
-    Yields True with the lock. If the lock is not free within `patience` seconds, yields False, and the block
-    runs without it.
+    Each `name` is a lock of its own. Yields True with the lock. If the lock is not free within `patience` seconds,
+    yields False, and the block runs without it.
     """
     import fcntl  # is missing on Windows, where Triton is missing too
 

@@ -74,8 +74,9 @@ def convert(
     then renamed to `out`. `config` is for files without a configuration. With `ema`, the moving average is written in
     place of the weights. Without `ema`, the average is written besides the weights if the format has a place for it.
 
-    Raises ConvertError if `out` exists and `force` is false, and for a model that the format cannot represent. Raises
-    CheckpointError for a file that cannot be read or does not fit its configuration.
+    Raises ConvertError if `out` exists and `force` is false, if `to` is unknown, and if the file and `config` have
+    different labels. Raises CheckpointError for a file that cannot be read or does not fit its configuration. NeMo's
+    format needs labels and valid settings of the features (otherwise ValueError) and odd kernels (CheckpointError).
     """
     if to not in WRITERS:
         raise ConvertError(f"--to {to} is unknown; choose one of {', '.join(WRITERS)}")

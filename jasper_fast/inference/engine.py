@@ -46,13 +46,14 @@ class InferenceEngine:
     to a multiple of `bucket` frames, so that few shapes occur. The `graph_limit` most recently used graphs are kept.
     On the aten face such a graph has all kernels of the network.
 
-    graphs: "auto" captures a shape when it occurs for the second time, if there is a GPU. True captures a shape when it
-    first occurs, and raises ValueError without a GPU. False captures nothing. On the triton face results have the same
-    bits with and without graphs.
+    graphs: "auto" captures a shape when it occurs for the second time, if the weights are on a GPU. True captures a
+    shape when it first occurs, and raises ValueError if the weights are not on a GPU. False captures nothing. On the
+    triton face results have the same bits with and without graphs.
 
-    With `backend="auto"` on a GPU each call uses the fastest face for its N*T'. The times are measured once on each
-    GPU, at the first such call (see `jasper_fast.dispatch.tuned`); with the model's `tune=False` they come from tables
-    and estimates. An engine with `backend="auto"` has one copy of the weights for each face that it may use.
+    With `backend="auto"` on a GPU each call uses the fastest face for its N*T'. Times that no table has yet are
+    measured at the first call that needs them (see `jasper_fast.dispatch.tuned`). With the model's `tune=False` all
+    times come from tables and estimates. An engine with `backend="auto"` has one copy of the weights for each face that
+    it may use.
 
     fp32_precision: the precision of products of fp32 weights on a GPU, "ieee" or "tf32". None: PyTorch's own switches
     decide at each call (`jasper_fast.kernels.precision`). Engines with "ieee" or "tf32" run one at a time, because each
@@ -98,7 +99,8 @@ class InferenceEngine:
             with turns.turn():
                 runs = {face: self._runner(face, dtype, turns) for face in faces}
             self._turns, self._runs, self._device, self._dtype = turns, runs, weight.device, dtype
-            # The allocator does not know which streams use the buffers, so wait for them before the buffers are freed.
+            # The allocator does not know which streams use the buffers, so wait for the streams before the buffers are
+            # freed.
             self._waits = weakref.finalize(self, turns.finish)
             self._waits.atexit = False
 

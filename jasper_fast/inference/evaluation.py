@@ -59,7 +59,8 @@ def by_parts(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def worst(rows: Sequence[Row], count: int) -> list[Row]:
-    """Returns the ``count`` rows with the highest word error rates, the worst first."""
+    """Returns the ``count`` rows with the highest word error rates, the worst first. Rows without errors are left
+    out."""
     bad = sorted((r for r in rows if r["word_errors"]), key=lambda r: r["word_errors"] / max(r["words"], 1))
     return bad[::-1][: max(count, 0)]
 

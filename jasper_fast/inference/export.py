@@ -34,8 +34,7 @@ class ExportError(ValueError):
 
 
 class _Conv(nn.Module):
-    """A convolution over (N, C, 1, T), with its batch norm folded in. It is 2D because runtimes have better kernels for
-    2D than for 1D."""
+    """A convolution of (N, C, 1, T). It is 2D because runtimes have better kernels for 2D than for 1D."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, b: BlockConfig | None = None, groups: int = 1):
         super().__init__()
@@ -54,7 +53,7 @@ class _Conv(nn.Module):
 
 
 class PlainJasper(nn.Module):
-    """Jasper for evaluation with only convolutions, sums, ReLU and masks, for export to other runtimes.
+    """Jasper for evaluation with only convolutions, sums, ReLU, masks and log-softmax, for export to other runtimes.
 
     `forward(features (N, C, T), lengths (N,)) -> (log_probs (N, T', V) fp32, lengths (N,))` equals that of
     `model.eval()` on rows t < length. `model` is a Jasper or an EagerJasper; batch norm is folded into copies of the
@@ -121,7 +120,7 @@ def write_onnx(
 ) -> None:
     """Writes the plain graph of `model` as an ONNX file. Large weights are written beside it, to `path`.data.
 
-    Raises MissingExtra without onnx and onnxscript.
+    Raises MissingExtra if onnx or onnxscript is not installed.
     """
     need("onnx", "export"), need("onnxscript", "export")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # otherwise it reports that torchvision is absent
@@ -138,7 +137,8 @@ def differs(run: Run, engine: Run, model: nn.Module, seed: int = 0) -> float:
     features.
 
     `run` gets three utterances in one batch, with NaN in the padding if there are conv masks, and then each utterance
-    by itself at its own length. The lengths are not those with which the export was traced.
+    by itself at its own length. The lengths are not those with which the export was traced. Raises ExportError if `run`
+    returns other lengths than the model.
     """
     generator = torch.Generator().manual_seed(seed)
     masks = model.config.encoder.use_conv_masks
@@ -160,8 +160,8 @@ def differs(run: Run, engine: Run, model: nn.Module, seed: int = 0) -> float:
 
 
 def in_onnx_runtime(path: str | Path) -> Run:
-    """Returns a function that runs the graph of an ONNX file in ONNX Runtime on the CPU. Raises MissingExtra without
-    onnxruntime."""
+    """Returns a function that runs the graph of an ONNX file in ONNX Runtime on the CPU. Raises MissingExtra if
+    onnxruntime is not installed."""
     session = need("onnxruntime", "export").InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,8 +177,8 @@ def export_onnx(model: Jasper, labels: Sequence[str], folder: str | Path) -> flo
 
     `model.onnx` takes `audio_signal` (N, C, T) fp32 and `length` (N,) int64, and returns `logprobs` (N, T', V) and
     `encoded_lengths`. `vocab.txt` and `config.json` are in onnx-asr's format, and `features.json` has the settings of
-    the features. Raises ExportError, and writes nothing, for a folder that is not empty and for a graph that differs by
-    more than TOLERANCE; MissingExtra without onnx, onnxscript and onnxruntime.
+    the features. Raises ExportError, and writes nothing, if `folder` is a file or is not empty, and if the results
+    differ by more than TOLERANCE. Raises MissingExtra if onnx, onnxscript or onnxruntime is not installed.
     """
     need("onnx", "export"), need("onnxscript", "export"), need("onnxruntime", "export")
     folder = Path(folder)

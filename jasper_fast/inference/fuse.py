@@ -143,8 +143,8 @@ class Whole:
             self._capturing: list[nn.Module] = []
 
     def stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        """Drops the engines if `optimizer` has updated this encoder. The Watch would not notice the step of a fused
-        optimiser, which does not raise `_version`."""
+        """Drops the engines if `optimizer` has parameters of this encoder. The Watch would not notice the step of a
+        fused optimiser, which does not raise `_version`."""
         with self._lock:
             given = (p for group in optimizer.param_groups for p in group["params"])
             if self._watch is not None and self._watch.holds(given):
@@ -321,9 +321,10 @@ def fuse(model: nn.Module, backend: str = "auto", strict: bool = False, *, graph
     was fused.
 
     Blocks of NVIDIA's Jasper, of NeMo's and of `EagerJasper` are recognised by class name and attributes. A block that
-    the ops cannot compute is left unchanged, with the reason in the report. With `strict` such a block raises
-    ValueError, and nothing is changed. State-dict keys, hooks on blocks and on modules around blocks, train(),
-    deepcopy, pickle and optimisers stay valid. With conv masks, outputs of blocks are zero in the padding.
+    the ops cannot compute is left unchanged, with the reason in the report. With `strict`, ValueError is raised if
+    there is such a block, or an encoder that no engine can run; then nothing is changed. State-dict keys, hooks on
+    blocks and on modules around blocks, train(), deepcopy, pickle and optimisers stay valid. With conv masks, outputs
+    of blocks are zero in the padding.
 
     A fused block reads its weights in every call. In evaluation without gradients, an encoder whose blocks are all
     fused runs on an `InferenceEngine`, with batch norm folded, one kernel per sub-block, and CUDA graphs on a GPU

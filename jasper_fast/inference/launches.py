@@ -26,7 +26,7 @@ class Kernels(Bound):
     """The launches for one (N, T), bound to the buffers: `first`, which still needs the features and lengths, and the
     launches `between` the first and the last one. `last` is the input of the last launch."""
 
-    source: Tensor | None  # (N, T, C_in), if the first block's panes need the features
+    source: Tensor | None  # (N, T, C_in), if the features are copied to a buffer
     first: Callable[..., None]
     between: list[Callable[[], None]]
     last: Tensor
@@ -105,7 +105,7 @@ class Launches:
 
     def _bound(self, n: int, t: int) -> Kernels:
         """Returns the launches for a shape, bound to the buffers, which grow if they are too small."""
-        # whether a step writes its lengths into a new buffer
+        # for each step, whether it writes its lengths into a new buffer
         changes = [True, *(step.b.resizes for step in self.plan.steps[1:])]
 
         def sizes() -> dict[Buffers, dict[str, int]]:
@@ -131,7 +131,7 @@ class Launches:
                 before, lens = lens, self.lengths.held[f"lengths{sum(changes[:i])}"][:n]
                 told = Lengths(before, None, lens, plan.masks)
             # `clean`: the padding of all inputs is zero. This is true of tensors that kernels have written, but not of
-            # the caller's features. The first step reads the features, and so do steps whose panes read them.
+            # the caller's features, which are read by the first step and by some panes.
             chain = Chain(early=i > 1 and bool(packs[i - 1]), ahead=packs[i + 1])
             call = partial(step.conv, out=out, panes=panes, clean=i > 0 and not plan.panes_read_source, chain=chain)
             calls.append(call if i == 0 else partial(call, x, lengths=told))

@@ -35,7 +35,7 @@ class Network(Protocol):
 
 
 def weight_of(model: Network) -> Tensor:
-    """Returns a weight, for its dtype and device, which are those of the model."""
+    """Returns one of the model's weights. Its dtype and device are those of the model."""
     conv = model.decoder.layers[0] if model.decoder is not None else model.encoder.layers[0].sub_blocks[0].conv
     return conv.weight
 
@@ -81,7 +81,8 @@ class FoldedConv(Protocol):
 class KernelConv:
     """A FoldedConv that is one kernel of `face`, with bias, panes, ReLU and mask. Weights are packed once.
 
-    Inputs may have any values beyond `lengths.before`. `more`: further arguments of `fused`, for every call.
+    Inputs may have any values beyond `lengths.before`, unless `clean=True` is passed. `more`: further arguments of
+    `fused`, for every call.
     """
 
     def __init__(self, folded: Folded, dtype: torch.dtype, face: str, **more: object):

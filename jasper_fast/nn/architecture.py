@@ -47,7 +47,7 @@ def convs_and_norm(c_in: int, c_out: int, b: BlockConfig | None, conv: type[nn.C
 
 def add_layers(model: nn.Module, config: JasperConfig, blocks: Iterable[nn.Module]) -> None:
     """Adds encoder and decoder under the names of NVIDIA's Jasper, and initialises their weights as NVIDIA does: convs
-    by `init` (gain 1), batch norm's gamma to 1 and beta to 0."""
+    by `init`, batch norm's gamma to 1 and beta to 0."""
     model.encoder, model.decoder = nn.Module(), nn.Module()
     model.encoder.layers = nn.ModuleList(blocks)
     model.decoder.layers = nn.ModuleList([nn.Conv1d(config.decoder.in_feats, config.decoder.n_classes, 1)])

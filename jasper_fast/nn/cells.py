@@ -23,8 +23,8 @@ PRODUCTS_OF_NORM = 2400
 class Conv(NamedTuple):
     """A conv of the network: `shape` (c_in, c_out, taps, stride, dilation) and the frames of its output.
 
-    `place`: "first" (of the network), "opening" (the first of a later block, or a conv with a stride), "inner" (a later
-    conv of a block) or "decoder". The conv of a separable sub-block is always "opening".
+    `place`: "first" (of the network), "opening" (the first of a later block, or another conv with a stride), "inner" (a
+    later conv of a block) or "decoder". The conv of a separable sub-block is always "opening".
     """
 
     shape: tuple[int, int, int, int, int]

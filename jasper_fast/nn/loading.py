@@ -29,8 +29,8 @@ def load_weights(
 ) -> None:
     """Copies `weights` into `model`. A model on the meta device takes over the tensors without a copy.
 
-    With `strict`, the file must have every entry in the right shape. Otherwise this is a warm start: entries that are
-    missing or have another shape keep their initial values, and a warning says so.
+    With `strict`, the file must have every entry of the model in the right shape, and no others. Otherwise this is a
+    warm start: entries that are missing or have another shape keep their initial values, and a warning says so.
 
     `labels` are those of the model. If they differ from the file's labels, a warm start copies the decoder's rows for
     the blank and for the labels that both alphabets have. If the file does not name its labels, the decoder is copied
@@ -123,8 +123,8 @@ def _decoder_rows(
 ) -> tuple[list[tuple[int, int]] | None, str | None]:
     """Returns (rows, message): what a warm start does with the decoder.
 
-    rows: pairs of a row of the model and the row of the file that is copied to it; None copies all rows. message: a
-    warning for the user, or None. `wrong`: the faults of the decoder's entries.
+    rows: pairs of a row of the model and the row of the file that is copied to it. None copies all rows, and [] none.
+    message: a warning for the user, or None. `wrong`: the faults of the decoder's entries.
     """
     misfit = next(filter(None, wrong), None)
     if decoder == "keep":

@@ -1,4 +1,4 @@
-"""Packed weights that a module keeps between steps, so no step allocates them or saves them for backward."""
+"""Buffers of packed weights that a module keeps between steps, so that not every step allocates memory for them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Packs:
 
     Every forward pass fills the buffers anew, so a weight is cast and rearranged once per step. The buffers are copies
     of the weights, so no state dict has them, and they are not copied or pickled with the module. A buffer has the
-    device of the weight and the dtype of the activations. Backward also reads the buffer. This is safe,
-    because the content changes only when the weight does, and autograd checks the version of the weight.
+    device of the weight and the dtype of the activations. Backward also reads the buffer. This is safe, because the
+    content changes only when the weight does, and autograd checks the version of the weight.
     """
 
     def __init__(self) -> None:

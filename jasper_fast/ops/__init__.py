@@ -1,7 +1,7 @@
 """The public ops, one function each. An op is registered with torch.library, and its faces share one autograd formula.
 
-A function asks dispatch.choose for the name of a face, and passes that name to the op as its argument `face`. The op
-calls the function of that face's module.
+Most functions ask dispatch.choose for the name of a face, and pass that name to their op, which calls the function of
+that face's module. `gram`, `pane_stats` and `panes` have only one implementation.
 
 N batch, C channels, T frames, K taps, M = N*T rows. Activations have the logical shape (N, C, T), in NTC memory.
 """

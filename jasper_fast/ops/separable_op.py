@@ -1,8 +1,8 @@
 """A depthwise and a pointwise conv as one autograd node, with or without batch norm, ReLU and dropout before them.
 
-The node saves its input, which is the output of the previous sub-block's pointwise conv, and a few vectors. Backward
-computes the input and the output of the depthwise conv again. So one tensor is kept per sub-block, where eager PyTorch
-keeps four.
+The node saves its input and a few vectors. With batch norm, its input is the output of the previous sub-block's
+pointwise conv. Backward computes the input and the output of the depthwise conv again. So one tensor is kept per
+sub-block, where eager PyTorch keeps four.
 """
 
 import torch

@@ -20,7 +20,7 @@ class Case:
     """One set of inputs, and three functions that compute results from it.
 
     `ours` runs the face under test, `low` plain PyTorch at the same precision, and `reference` PyTorch in fp64.
-    `inputs` has all tensors that these functions read, by name. To check other inputs, copy values into these tensors.
+    `inputs` has tensors that these functions read, by name. To change an input, copy values into its tensor.
     For bn_relu_dropout, `ours` accepts the name of another face, which it runs instead on the same inputs.
     """
 

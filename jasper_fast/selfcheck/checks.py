@@ -71,7 +71,7 @@ class Speech(NamedTuple):
 # channels that is a multiple of no tile.
 SMALL_CONV = (Conv(2, 37, 64, 48, 11), Conv(3, 1, 32, 32, 1), Conv(3, 5, 32, 29, 25), Conv(2, 41, 64, 32, 11, 2),
               Conv(2, 23, 35, 48, 3, 1, 2))  # fmt: skip
-# the convs of Jasper 10x5: first block, main blocks, dilated conv, last block, decoder
+# the convs of Jasper 10x5: first block, main blocks, dilated conv, last block, decoder; then one short utterance
 REAL_CONV = (
     Conv(4, 420, 64, 256, 11, 2), Conv(4, 330, 256, 256, 11), Conv(4, 330, 256, 384, 13), Conv(4, 330, 384, 384, 13),
     Conv(4, 330, 512, 512, 17), Conv(4, 330, 640, 640, 21), Conv(4, 330, 768, 768, 25),

@@ -13,8 +13,8 @@ from jasper_fast.dispatch.verdict import BAD, GOOD, Verdict, failure_of, judge
 
 
 def show(rows: Sequence[dict[str, Any]], found: Sequence[Verdict], device: torch.device, console: Any) -> None:
-    """Prints to `console`, a rich console: a table with a row for each configuration, the failed checks, and the
-    verdicts."""
+    """Prints three parts to `console`, a rich console: a table, in which the variants of a check share a row; the
+    failed checks; and the verdicts."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -51,9 +51,10 @@ def show(rows: Sequence[dict[str, Any]], found: Sequence[Verdict], device: torch
 
 def main(device: torch.device, *, quick: bool, as_json: bool, cache: bool, dtypes: Sequence[str] = (),
          seconds: float = CHECK_SECONDS) -> int:  # fmt: skip
-    """Checks `device`, prints the results and saves the verdicts. Returns 0 if every check passed, else 1.
+    """Checks `device`, prints the results and, with `cache`, saves the verdicts. Returns 0 if every check passed,
+    else 1.
 
-    If it is stopped early, for example by Ctrl-C, it prints and saves the results so far.
+    If it is stopped early, for example by Ctrl-C, it does the same with the results so far.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

@@ -3,8 +3,7 @@
     def face(cell, device):
         return [Proposal("face", "direct", tile) for tile in ...]
 
-The function returns an empty list if its face cannot run the cell. Proposals are tried in the order of FACES, which
-matters only if the time runs out.
+The function returns an empty list if its face cannot run the cell.
 """
 
 from collections.abc import Callable, Mapping
@@ -71,10 +70,7 @@ def aten(cell: Cell, device: torch.device) -> list[Proposal]:
 
 
 def norm(cell: Cell, device: torch.device) -> list[Proposal]:
-    """The CUDA face first, because it is likely to be the fastest where it is built, then Triton, then plain PyTorch.
-
-    Each chooses its own tile.
-    """
+    """The CUDA face, the Triton face and plain PyTorch. Each chooses its own tile."""
     ours = [Proposal(face) for face in ("cuda", "triton") if backends.why_missing(face, device) is None]
     return [*ours, Proposal("reference", "library")]
 

@@ -1,4 +1,5 @@
-"""The tuner. For each cell it checks all contenders, times the correct ones, and reports the result immediately."""
+"""The tuner. For each cell it checks our contenders, times the correct ones and plain PyTorch, and reports the result
+immediately."""
 
 import statistics
 import time
@@ -22,9 +23,9 @@ Tell = Callable[[str, Any], object]
 class Tuner:
     """Tunes cells on one device within `budget` seconds.
 
-    `tell(event, value)` receives progress and results. `without`: by cell, contenders that crashed an earlier process
-    and are not tried again. `seconds`: time to spend on timing one cell. Tests replace `clock` (measures the budget),
-    `ticker` (times the calls) and `proposals` (returns the contenders).
+    `tell(event, value)` receives progress and results. `without`: by cell, contenders that crashed or hung an
+    earlier process and are not tried again. `seconds`: time to spend on timing one cell. Tests replace `clock`
+    (measures the budget), `ticker` (times the calls) and `proposals` (returns the contenders).
     """
 
     def __init__(
