@@ -35,7 +35,8 @@ def load_lm(
     lexicon: str | os.PathLike | None = None,
     unknown: float | None = None,
 ) -> SymbolLM | WordLM | SpeltLM:
-    """Loads a language model: a model of symbols if all words of the ARPA file are labels, otherwise one of words.
+    """Loads a language model. It is one of symbols if all words of an ARPA file are labels and there is no ``lexicon``,
+    otherwise one of words.
 
     With ``unknown``, a model of words also accepts words that it does not list; ``unknown`` is added to the score for
     each of them. Raises LanguageModelError for a file that cannot be read or does not fit.

@@ -25,7 +25,7 @@ _PAGE = """<!doctype html>
 
 
 def page(found: Sequence[Trial], without: Errors, about: str) -> str:
-    """Returns the HTML page of the trials ``found``. ``without``: errors without a language model, of greedy decoding.
+    """Returns the HTML page of the trials ``found``. ``without``: the errors of greedy decoding.
     ``about``: a description of the run."""
     chosen, pairs = best(found), {}
     for trial in found:

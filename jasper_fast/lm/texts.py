@@ -9,7 +9,7 @@ from typing import IO
 from jasper_fast.lm.arpa import SPACE, SPECIAL, LanguageModelError, open_plain
 
 _LONGEST = 64 << 20  # bytes that a line may have
-_CHUNK = 1 << 20  # about as many ids are in a chunk
+_CHUNK = 1 << 20  # a chunk has about this many ids
 
 
 def pieces(line: str, characters: bool, lower_case: bool) -> list[str]:

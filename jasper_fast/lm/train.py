@@ -93,7 +93,8 @@ def train(
     """Trains an n-gram of words, or of ``characters`` (the space as <space>), and writes it as an ARPA file.
 
     ``texts``: UTF-8, gzipped or not, with one sentence per line. They are lower-cased only if ``lower_case`` is true.
-    ``prune``: one number per order; n-grams that occur at most this often are left out. ``memory``: bytes for sorting.
+    ``prune``: a number for each order, the last one also for all higher orders; n-grams that occur at most this often
+    are left out. ``memory``: bytes for sorting.
     A longer text needs more disk space in the folder of ``out``, not more memory. Raises ValueError for an unusable
     order or unusable thresholds, LanguageModelError for a text that cannot be read or is empty, and OSError if the disk
     is full.

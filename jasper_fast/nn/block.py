@@ -68,7 +68,7 @@ class JasperBlock(nn.Module):
     def forward(
         self, x: Tensor, sources: list[Tensor], grams: list, lengths: list[Tensor] | None, seeds: Tensor | None
     ) -> Tensor:
-        """Returns the block's output (N, C_out, T') for `x` (N, C_in, T). Both are zero in the padding.
+        """Returns the block's output (N, C_out, T') for `x` (N, C_in, T). With masks both are zero in the padding.
 
         `sources`: the block outputs that the panes read. `grams`: in training, the Gram matrix of each source (None for
         the plain form). `lengths`: frames at the input of each sub-block and at the end, R + 1 tensors (N,); None
@@ -139,7 +139,7 @@ class Pass:
         return out if stats else (out, None)
 
     def _how(self, i: int) -> dict[str, object]:
-        """Returns the padding, the dilation and the packed weights of conv `i`, as arguments of an op."""
+        """Returns arguments of an op: the padding and dilation of conv `i`, and a function that packs its weight."""
         conv = self.sub_blocks[i].in_time
         return {"padding": conv.padding[0], "dilation": conv.dilation[0], "packed": partial(self.packs, i)}
 
@@ -218,7 +218,7 @@ def _batch_sum(xs, grams, weights, bns, lengths: Tensor | None, backend: str) ->
 
 def refuse_hooks(*modules: nn.Module) -> None:
     """Raises RuntimeError if one of these convs and norms has hooks or a forward of its own, because neither would run:
-    the fused ops only read the parameters of these modules."""
+    the fused ops only read the parameters of these modules. Under torch.compile nothing is checked."""
     if torch.compiler.is_compiling():
         return
     for m in modules:

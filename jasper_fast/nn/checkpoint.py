@@ -29,7 +29,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
     The temporary file lies next to `path`. It is flushed to the disk (fsync) before it is renamed, so even after a
     crash `path` has either its old content or the whole new one. Raises CheckpointError if the file cannot be written
-    (disk full). After any error the old file is unchanged.
+    (disk full). If an error occurs before the renaming, the old file is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")

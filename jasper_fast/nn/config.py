@@ -74,12 +74,13 @@ class BlockConfig:
 
     @property
     def resizes(self) -> bool:
-        """Whether a conv changes the number of frames: by a stride, or by padding other than half the kernel."""
-        return self.s != 1 or 2 * self.padding != self.d * (self.k - 1)
+        """Whether the convs change the number of frames, as a stride or an even kernel does."""
+        return self.s > 1 or self.k % 2 == 0
 
     @property
     def dense(self) -> bool:
-        """Whether later blocks have a pane for the output of this one."""
+        """Whether the block appends its output to the list of block outputs that panes can read. The output of a block
+        that is not dense replaces that list."""
         return self.residual and self.residual_dense
 
     def out_length(self, length):

@@ -1,7 +1,7 @@
 """Jasper in eager PyTorch, computed as in NVIDIA's Jasper, with the same parameters and state-dict names.
 
 It works in NCT memory with one module per step: masked_fill, Conv1d, BatchNorm1d, ReLU, Dropout. It defines the results
-that the fused model must return, and every benchmark compares with it.
+that the fused model must return, and benchmarks compare with it.
 """
 
 import torch

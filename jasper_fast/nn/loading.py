@@ -27,17 +27,17 @@ def load_weights(
     decoder: Literal["auto", "keep", "new"] = "auto",
     like: Mapping[str, str] | None = None,
 ) -> None:
-    """Copies `weights` into `model`. A model on the meta device takes over the tensors without a copy.
+    """Copies `weights` into `model`. A model on the meta device takes over tensors of its dtypes without a copy.
 
     With `strict`, the file must have every entry of the model in the right shape, and no others. Otherwise this is a
     warm start: entries that are missing or have another shape keep their initial values, and a warning says so.
 
     `labels` are those of the model. If they differ from the file's labels, a warm start copies the decoder's rows for
     the blank and for the labels that both alphabets have. If the file does not name its labels, the decoder is copied
-    only if the model has the published alphabet; otherwise it is initialised anew. `decoder="keep"` always copies the
-    decoder, and "new" never does. `like` maps labels of the model to labels of the file: the rows of the former start
-    as copies of the rows of the latter. With `like`, a file that does not name its labels is assumed to have the
-    published alphabet.
+    only if the model has the published alphabet; otherwise it is initialised anew. Without `labels` it is copied if its
+    shape fits. In a warm start `decoder="keep"` always copies the decoder, and "new" never does. `like` maps labels of
+    the model to labels of the file: the rows of the former start as copies of the rows of the latter. With `like`, a
+    file that does not name its labels is assumed to have the published alphabet.
 
     Raises CheckpointError naming the entries that do not fit, and also if no entry of the encoder fits.
     """

@@ -28,7 +28,7 @@ def read(path: str | Path) -> dict[str, Any]:
     `config` and `labels`.
 
     Raises CheckpointError naming a file that is cut short or whose header does not fit its bytes, and MissingExtra
-    without safetensors. Its `state_dict` is that of `safetensors.torch.load_file(path)`.
+    without safetensors. The entry `state_dict` equals `safetensors.torch.load_file(path)`.
     """
     safetensors = need("safetensors", "safetensors")
     try:

@@ -3,7 +3,7 @@
 A program owns an utterance and keeps its beam in registers. The candidates of a frame are a matrix [classes, beam].
 Column i has the extensions of prefix i by each symbol, and in the row of the blank the prefix itself. Prefixes are
 identified by 63-bit hashes, which also show whether the beam has both a prefix and its parent (the prefix without its
-last symbol). Then the probability of extending the parent by that symbol is added to that of the prefix.
+last symbol). If it has, the probability of extending the parent by that symbol is added to that of the prefix.
 
 Each candidate has an integer key. Its upper bits hold the distance of its score from the best score, in steps of at
 most 2 ** -39, so closer scores count as equal. Its lower bits hold the candidate's place in the order of reference.py.
@@ -33,7 +33,7 @@ from jasper_fast.kernels.prefix_beam.words import Words
 BEAM = 128  # places for prefixes; a narrower beam leaves some of them idle, and 256 spill registers in Triton 3.6
 MOST_CLASSES = 32  # a set of symbols is stored in the bits of an int32
 MOST_TABLE = 4 << 30  # bytes of the n-gram's table
-_kept: list = []  # the arguments of the newest call of `table`, and its result
+_kept: list = []  # the newest result of `table`, after the arguments that it was made from
 STAY = tl.constexpr(63)  # stored instead of a symbol if the prefix did not change
 NEVER = tl.constexpr(-math.inf)
 PART = tl.constexpr(16)  # each iteration compares every prefix of the beam with this many others
