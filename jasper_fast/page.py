@@ -23,8 +23,8 @@ def render(folder: Path, template: str, **values: Any) -> str:
 
 
 def histogram(values: Sequence[float], bins: int = 24) -> list[tuple[float, float, int]]:
-    """Returns (low, high, count) for each bin of a histogram of the finite values. There are about ``bins`` bins, and
-    their width is a round number. Without finite values the list is empty."""
+    """Returns (low, high, count) for each bin of a histogram of the finite values. There are at most about ``bins``
+    bins, and their width is a round number. Without finite values the list is empty."""
     finite = [v for v in values if math.isfinite(v)]
     if not finite:
         return []

@@ -18,7 +18,7 @@ from jasper_fast.kernels.tables import Cell
 
 CONVS = ("triton", "cuda")  # our faces that have convs for GPUs
 
-# the last part of a warning: what "auto" does if a verdict is not good
+# the part of a warning that says what "auto" does if a verdict is not good
 PLAIN = "backend='auto' uses plain PyTorch for it instead, which is slower"
 LIBRARY = "backend='auto' uses PyTorch's own conv instead, which is slower here"
 
@@ -30,7 +30,7 @@ def resolve(backend: str, device: torch.device | str, op: str | None = None, dty
 
     For "auto", `op` and `dtype` say what will run. In fp64 the face is "reference". On a GPU the face is one of ours
     only if its verdict on the op in this dtype is good (see `dispatch.verdicts`), else "reference". If `dtype` is None,
-    the verdicts in all dtypes must be good. Without `op` verdicts are ignored.
+    the verdicts in all dtypes must be good. If `op` is None, dtype and verdicts are ignored.
     """
     return _resolve(backend, device, op, dtype)
 
@@ -153,7 +153,7 @@ def conv_face(
     take the least time at `shape` (c_in, c_out, taps, stride, dilation) and 2**rows_log2 rows (None: the largest
     measured number). The times are those tuned on this GPU (now, at the first use: see `tuned`), else those in the
     tables of this GPU or a similar one, else estimates by `rules`. Our faces are used only if their verdict is good. If
-    Triton cannot run, "auto" takes the CUDA face without comparing times.
+    Triton cannot run, "auto" takes the CUDA face without comparing times; otherwise it takes "aten" if `shape` is None.
     """
     _catch_up(backend, device)
     return _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2)

@@ -56,7 +56,7 @@ def path(device: torch.device) -> Path:
 
 
 def read(device: torch.device) -> tuple[Row, ...]:
-    """Reads the saved rows for `device`. If the file cannot be used, prints why and returns none."""
+    """Reads the saved rows for `device`. If the file cannot be used, prints why and returns no rows."""
     file = path(device)
     try:
         return tables.load(file).rows if file.is_file() else ()
@@ -143,8 +143,8 @@ def tune(
 
     `seconds`: the time that measuring one cell may take (None: the tuner's default). If a contender crashes or hangs
     the child, the fault is saved, the contender is not tried again, and a new child continues. `on_cell(session,
-    activity)` is called at each message of the child. Raises CannotTune if a child ends outside any measurement, or by
-    a signal from outside.
+    activity)` is called at each message of the child but the last. Raises CannotTune if a child ends outside any
+    measurement, or by a signal from outside.
     """
     session, end = Session(list(dict.fromkeys(cells))), clock() + budget
     while True:

@@ -62,7 +62,7 @@ def driver() -> str:
 
 @functools.cache
 def sources() -> str:
-    """Returns a hash of what is checked (kernels, native libraries, panes) and of the checks.
+    """Returns a hash of what is checked (kernels, native libraries, ops) and of the checks.
 
     Tables are not part of it, because every tile in a table was checked when it was measured.
     """

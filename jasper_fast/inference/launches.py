@@ -24,7 +24,7 @@ from jasper_fast.kernels.operands import FULL, Lengths
 @dataclass
 class Kernels(Bound):
     """The launches for one (N, T), bound to the buffers: `first`, which still needs the features and lengths, and the
-    launches `between` the first and the last one. `last` is the input of the last launch."""
+    launches `between` it and the decoder's. `last` is the output of the last block."""
 
     source: Tensor | None  # (N, T, C_in), if the features are copied to a buffer
     first: Callable[..., None]

@@ -125,6 +125,7 @@ class Recognizer:
         progress: Callable[[int], None] | None = None,
     ) -> Recognition:
         """Reads and transcribes utterances in batches of similar length. Unusable utterances are listed in ``skipped``.
+        Raises ValueError if none can be used.
 
         A batch has at most ``batch_size`` utterances and ``max_seconds`` of padded audio; a longer utterance is a batch
         of its own. After each batch ``progress`` is called with the number of utterances that the batch has finished.

@@ -126,7 +126,7 @@ class AtenConv:
         self, x: Tensor, out: Tensor, panes: Tensor | None = None, lengths: Lengths = FULL, top: Tensor | None = None
     ) -> None:
         b = self.b
-        # The bias is added below, because conv2d would not add it without a further kernel either.
+        # The bias is added below, because conv2d too would add it in a separate kernel.
         y = F.conv2d(x.transpose(1, 2).unsqueeze(2), self.weight, None, (1, b.s), (0, b.padding), (1, b.d))
         y = y.squeeze(2).transpose(1, 2).contiguous()
         if panes is not None:

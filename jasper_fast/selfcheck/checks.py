@@ -84,7 +84,7 @@ QUICK_CONV = (Conv(2, 37, 64, 48, 11), Conv(2, 200, 256, 256, 11))
 # milliseconds on an H100, and a second on GPUs with slow fp64.
 WAVE_CONV = Conv(32, 840, 256, 256, 11)
 WAVE = "wave"  # the variant for WAVE_CONV
-EXACT = "exact"  # a variant with exact fp32 products; by default a GPU runs other kernels, which round to TF32
+EXACT = "exact"  # a variant with exact fp32 products; by default a GPU runs other kernels, which use TF32
 SMALL_NORM = (Norm(2, 64, 37), Norm(3, 29, 1), Norm(3, 48, 7))
 REAL_NORM = (Norm(4, 256, 420), Norm(4, 768, 420), Norm(4, 1024, 331))
 QUICK_NORM = (Norm(2, 64, 37), Norm(2, 256, 200))

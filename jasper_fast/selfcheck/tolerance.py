@@ -53,7 +53,8 @@ class Compared:
 def compare(got: Tensor, low: Tensor | None, ref: Tensor, tolerance: Tolerance) -> Compared:
     """Compares the error of `got` against the fp64 result `ref` with the error of `low`, plain PyTorch's result.
 
-    All three have the same shape. Integers must be equal. The norms are compared in the order max, RMS, along.
+    If `got` has another shape than `ref`, its share is infinite. Integers must be equal. The norms are compared in the
+    order max, RMS, along.
     """
     if got.shape != ref.shape:
         return Compared(math.inf, detail=f"shape {tuple(got.shape)}, expected {tuple(ref.shape)}")

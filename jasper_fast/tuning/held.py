@@ -29,7 +29,7 @@ def check_of(cell: Cell, proposal: Proposal, *, small: bool = False) -> Check:
         frames = max(1, min(frames, SMALL_ROWS // n) - (frames > 3))  # mostly an odd number, as in real batches
     tile = None if proposal.tile is None else dict(proposal.tile)
     if cell.op in NORM_FUNCTIONS:
-        # with lengths, dropout and the halo of the next conv, as the blocks of Jasper call it
+        # with lengths, dropout and the halo of the conv before, as the blocks of Jasper call it
         shape, function = checks.Norm(n, cell.c_in, frames), NORM_FUNCTIONS[cell.op]
         return Check("bn_relu_dropout", proposal.face, function, "tuning", shape, cell.dtype, "halo", tile)
     function = cell.op.removeprefix("conv1d.")
@@ -46,8 +46,8 @@ def is_decoder(cell: Cell) -> bool:
 
 
 class Held:
-    """Holds the inputs of a cell. Each face has its own set, because faces pack weights differently. A set is made at
-    its first use."""
+    """Holds the inputs of a cell. Each face has its own set, because faces pack weights differently; only PyTorch's
+    conv reads the Triton face's set. A set is made at its first use."""
 
     def __init__(self, cell: Cell, device: torch.device) -> None:
         self.cell, self.device = cell, device
