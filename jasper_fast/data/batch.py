@@ -1,4 +1,7 @@
-"""The utterances of one training step. This file imports no audio library, because benchmarks run without one."""
+"""The utterances of one training step. This file imports no audio library, because benchmarks run without one.
+
+Shapes: N utterances, S samples, U target symbols.
+"""
 
 from __future__ import annotations
 

@@ -51,10 +51,10 @@ class BatchSampler:
     Batches are shuffled. With ``shuffle=False`` items keep the given order or, with bucketing, are sorted by length. If
     ``window`` is given, they are sorted only within groups of ``window`` consecutive items.
 
-    Each utterance is used by one of the ``world_size`` ranks. With shuffling, every rank has the same number of steps,
-    and the batches of a step have similar lengths. To make the numbers of steps equal, large batches are halved; if
-    there are fewer utterances than ranks, some are repeated. Without shuffling, some ranks may have one batch more than
-    others.
+    Each utterance is used by one of the ``world_size`` ranks. With shuffling, every rank has the same number of steps.
+    To make the numbers equal, large batches are halved; once every batch is a single utterance, some are repeated. If
+    there is bucketing too, the batches of a step have similar lengths. Without shuffling, some ranks may have one batch
+    more than others.
 
     ``shards`` is the shard number of each utterance, from 0 on. Shuffled batches are then made from the items of
     ``open_shards`` randomly chosen shards at a time, so that few files are read at a time.

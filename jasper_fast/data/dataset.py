@@ -2,8 +2,6 @@
 
 Everything random is a function of (seed, epoch, index), so a resumed run draws the same numbers as an uninterrupted
 one. Unusable utterances are skipped, counted by reason and listed in ``SpeechDataset.skipped``; they never end a run.
-
-Shapes: N utterances, S samples, U target symbols.
 """
 
 import itertools
@@ -66,8 +64,9 @@ class SpeechDataset(Dataset):
     With ``training=False`` nothing is perturbed, joined or replaced, and utterances of any length and with empty text
     are kept. Unreadable files are skipped. Of a truncated file the available audio is used, with a warning.
 
-    Utterances whose text has symbols that are not labels are always left out. ``kept`` lists the indices of the
-    remaining utterances in the argument ``utterances``. Raises ValueError if none remains.
+    Utterances whose text (after normalisation, unless that is switched off) has symbols that are not labels are always
+    left out. ``kept`` lists the indices of the remaining utterances in the argument ``utterances``. Raises ValueError
+    if none remains.
     """
 
     def __init__(

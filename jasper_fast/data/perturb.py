@@ -13,7 +13,7 @@ class Change:
     """The perturbation drawn for one utterance; the default values change nothing.
 
     ``speed`` and ``tempo`` are factors, ``gain`` is in decibels, ``shift`` in milliseconds to the left. The mean power
-    of the noise is ``snr_db`` decibels below that of the speech. At each frequency it is proportional to
+    of the noise is ``snr_db`` decibels below that of the speech. The noise's power at each frequency is proportional to
     frequency ** ``slope`` (0 white, -2 brown). ``noise_seed`` is the seed of the noise. ``variant``, from 0 to 1,
     chooses among the alternatives of an utterance.
     """

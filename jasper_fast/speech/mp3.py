@@ -31,8 +31,8 @@ def _side(header: bytes) -> int:
 
 
 def with_length(data: bytes | mmap.mmap) -> bytes | None:
-    """Returns the MP3 file with a Xing header in front that states its number of frames. Returns None if the file has
-    such a header already, or does not begin with frames of layer III."""
+    """Returns the MP3 file with a Xing header in front that states its number of frames. Returns None if its first
+    frame already has a header (Xing, Info or VBRI), or if the file does not begin with frames of layer III."""
     at = 0
     while data[at : at + 3] == b"ID3" and len(data) >= at + 10:
         a, b, c, d = data[at + 6 : at + 10]

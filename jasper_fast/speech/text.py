@@ -52,7 +52,7 @@ class Vocabulary:
 
     @property
     def separator(self) -> str:
-        """The separator of words: a space, or the empty string if the space is not among the labels."""
+        """The separator of words: a space, or the empty string if the labels are characters without a space."""
         return " " if " " in self.characters else ""
 
     def __len__(self) -> int:

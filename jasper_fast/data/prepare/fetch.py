@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jasper_fast.data.prepare.writing import PrepareError, Progress, move, writing
 
-TRIES = 8  # give up after this many attempts in a row that received nothing
+TRIES = 8  # give up after this many failures in a row, of which only the first may have received data
 PAUSE = 1.0  # seconds before the second attempt; doubled before each further one
 LONGEST_PAUSE = 60.0  # seconds
 TIMEOUT = 60.0  # seconds without data after which a connection counts as broken
@@ -36,8 +36,9 @@ def fetch(url: str, target: Path, md5: str, progress: Progress) -> None:
     """Downloads ``url`` to ``target.part``, verifies the MD5, and renames the file to ``target``.
 
     A ``target.part`` from an earlier run is continued. If the connection breaks or is silent for a minute, or if the
-    server is busy, the download is tried again, until ``TRIES`` attempts in a row have received nothing. Raises
-    PrepareError for other errors of the server, and for a wrong MD5, after which ``target.part`` is deleted.
+    server answers with status 408, 425, 429 or 5xx, the download is tried again. Raises PrepareError after ``TRIES``
+    failures in a row, of which only the first may have received data. Also raises it for other errors of the server,
+    and for a wrong MD5, after which ``target.part`` is deleted.
     """
     part = target.with_name(f"{target.name}.part")
     with writing(part):

@@ -254,7 +254,7 @@ def _manifest(source: str, audio_dir: Path | None, report: Report) -> Iterator[E
 
 
 def _lhotse(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Entry]:
-    """Reads Lhotse's cuts from JSON lines. Each must have one recording in one file, and one supervision with text."""
+    """Reads Lhotse's cuts from JSON lines. Reports and leaves out a cut that is not one file with one supervision."""
     for number, line in _lines(source):
         where = f"{source}, line {number}"
         try:
