@@ -1,4 +1,4 @@
-"""Reads ARPA files of n-grams, plain or gzipped, line by line. Errors name the line that is wrong."""
+"""Reads ARPA files of n-grams, plain or gzipped, line by line."""
 
 import gzip
 import itertools
@@ -32,7 +32,8 @@ def open_plain(path: str | os.PathLike) -> IO[bytes]:
 class Arpa:
     """An ARPA file. ``counts``: the number of n-grams of each order, from the header. Iteration yields the n-grams.
 
-    Raises LanguageModelError for a file that is not ARPA, is cut off, or has malformed numbers.
+    Raises LanguageModelError, at once for a missing file or a wrong header, and during the iteration if an n-gram is
+    malformed or missing.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:

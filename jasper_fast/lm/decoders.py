@@ -35,11 +35,12 @@ def load_lm(
     lexicon: str | os.PathLike | None = None,
     unknown: float | None = None,
 ) -> SymbolLM | WordLM | SpeltLM:
-    """Loads a language model. It is one of symbols if all words of an ARPA file are labels and there is no ``lexicon``,
+    """Loads a language model: one of symbols if there is no lexicon and all words of the ARPA file are labels,
     otherwise one of words.
 
-    With ``unknown``, a model of words also accepts words that it does not list; ``unknown`` is added to the score for
-    each of them. Raises LanguageModelError for a file that cannot be read or does not fit.
+    With ``unknown``, a model of words also accepts words outside the lexicon (by default the words of the file);
+    ``unknown`` is added to the score for each of them. Raises LanguageModelError for a file that cannot be read or does
+    not fit.
     """
     if lexicon is None and not is_binary(path) and not foreign(Arpa(path), vocabulary):
         if unknown is not None:
@@ -112,11 +113,12 @@ class WordDecoder:
         answers = self._pool.submit(items, self.weights)
 
         def finish() -> list[Transcript]:
-            made = []
-            for item, (found, path) in zip(items, answers(), strict=True):
-                hypotheses = [Hypothesis(*text) for text in found] or [NOTHING]
-                made.append(transcript_of(item, hypotheses, path, self._vocabulary, frame_seconds))
-            return made
+            return [
+                transcript_of(
+                    item, [Hypothesis(*text) for text in found] or [NOTHING], path, self._vocabulary, frame_seconds
+                )
+                for item, (found, path) in zip(items, answers(), strict=True)
+            ]
 
         return finish
 
@@ -165,8 +167,8 @@ def transcript_of(
     vocabulary: Vocabulary,
     frame_seconds: float,
 ) -> Transcript:
-    """Returns the transcript of the best hypothesis. Times and confidences of words come from ``path``, its best CTC
-    path."""
+    """Returns the transcript of the first hypothesis. Times and confidences of words come from ``path``, the best CTC
+    path of that hypothesis."""
     if path is None:  # nothing was found, so the text is empty
         path = np.full(len(log_probs), vocabulary.blank)
     transcript = path_transcript(path, np.exp(log_probs[np.arange(len(path)), path]), vocabulary, frame_seconds)

@@ -1,4 +1,5 @@
-"""Chooses the face of the prefix search: Triton on a GPU if its results equal the definition's, else C++ on the CPU."""
+"""Chooses the face of the prefix search: Triton on a GPU if its results agree with the definition's. Otherwise the CPU
+searches, in C++ or, if that is not built, in plain Python."""
 
 import functools
 import warnings

@@ -15,7 +15,7 @@ from jasper_fast.lm.align import best_path
 from jasper_fast.lm.arpa import LanguageModelError
 from jasper_fast.lm.words import Found, WordLM, WordSearch
 
-Answer = tuple[list[Found], np.ndarray | None]  # what a search found, and the best CTC path of its first text
+Answer = tuple[list[Found], np.ndarray | None]  # the texts found, and the best CTC path of the first of them
 
 _settings: tuple[WordLM, dict[str, Any]]
 

@@ -42,8 +42,8 @@ def load(path: str | os.PathLike) -> Any:
 
 
 def perplexity(path: str | os.PathLike, text: str | os.PathLike, lower_case: bool = False) -> Perplexity:
-    """Returns the perplexity of a text with one sentence per line. A model that lists <space> scores characters; other
-    models score words. Raises LanguageModelError if either file cannot be read, or if the text has no words."""
+    """Returns the perplexity of a text with one sentence per line. An n-gram model scores characters if it lists
+    <space>, otherwise words. Raises LanguageModelError if either file cannot be read, or if the text has no words."""
     if is_neural(path):
         from jasper_fast.lm.neural import scoring
 
@@ -65,10 +65,10 @@ def perplexity(path: str | os.PathLike, text: str | os.PathLike, lower_case: boo
 
 
 def describe(path: str | os.PathLike) -> dict[str, Any]:
-    """Returns a model's form, size, order, n-grams per order, and whether it is one of words or characters.
+    """Describes a model: its form, size and order, and for an ARPA file the n-grams per order and whether it is one of
+    words or characters. A neural model is described by ``neural.scoring.describe``.
 
-    Reads all of an ARPA file. Of a KenLM binary only the order and the size are known. Raises LanguageModelError if the
-    model cannot be read.
+    Reads all of an ARPA file. Raises LanguageModelError if the model cannot be read.
     """
     if is_neural(path):
         from jasper_fast.lm.neural import scoring

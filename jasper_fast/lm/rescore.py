@@ -22,8 +22,8 @@ def rescore(
     """Adds ``weight * log p(text)`` to each score and sorts each N-best list, the best first. Ties keep their order.
 
     ``scorer`` gets at most ``batch_size`` texts per call, and each distinct text only once. It returns their natural
-    log-probabilities; -inf marks an impossible text. Raises ValueError if the weight is not finite, or if the scorer
-    returns NaN, +inf, or another number of values than texts.
+    log-probabilities; -inf marks an impossible text. Raises ValueError if the weight is not finite, if ``batch_size``
+    is below 1, or if the scorer returns NaN, +inf, or another number of values than texts.
     """
     if not math.isfinite(weight) or batch_size < 1:
         raise ValueError(f"weight {weight} must be finite and batch_size {batch_size} positive")
@@ -61,8 +61,7 @@ class Rescoring:
     """A decoder for a recogniser: it rescores the N-best lists of the decoder ``first`` with ``scorer``.
 
     Transcripts have the text, times and confidences of the best hypothesis, and the ``n_best`` best hypotheses with
-    scores ``score + weight * log p(text)``. All texts of a batch are scored together. Raises ValueError as ``rescore``
-    does.
+    scores ``score + weight * log p(text)``. Raises ValueError as ``rescore`` does.
     """
 
     def __init__(

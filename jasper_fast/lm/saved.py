@@ -27,7 +27,7 @@ class Saved:
 
     @classmethod
     def begin(cls, folder: str | os.PathLike, recognizer: Any) -> Self:
-        """Creates a folder to fill from a recogniser. Raises ValueError if it already holds files."""
+        """Creates a folder to fill from a recogniser. Raises ValueError if it exists and is not an empty folder."""
         path = Path(folder)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ValueError(f"--save-log-probs {folder} already exists and is not an empty folder; name another")
@@ -49,7 +49,7 @@ class Saved:
 
     @classmethod
     def open(cls, folder: str | os.PathLike) -> Self:
-        """Opens a filled folder. Raises ValueError, naming the file, if the index is broken."""
+        """Opens a filled folder. Raises ValueError, naming the file, if the index is missing or broken."""
         path = Path(folder) / _INDEX
         try:
             index = json.loads(path.read_text(encoding="utf-8"))

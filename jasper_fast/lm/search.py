@@ -55,16 +55,16 @@ def beam_search(
     log_probs (N, T, V): natural logarithms in any float dtype, with the blank last; lengths (N,): in frames. ``score``
     is log p_CTC(text) + sum over its symbols of (alpha * log10 p_LM + beta) + alpha * log10 p_LM(end). As in the Jasper
     paper, alpha multiplies a log10, so 2.3 gives both probabilities the same weight. Without ``lm`` alpha has no
-    effect. With a SpeltLM the sum is over words, and each word that the model does not list adds ``lm.unknown``.
-    ``hot_words`` maps a word to a natural logarithm that is added each time the word occurs: 5 makes it 148 times as
-    likely.
+    effect. With a SpeltLM the sum is over words, and each word outside its lexicon adds ``lm.unknown``, unless it is a
+    hot word. ``hot_words`` maps a word to a natural logarithm that is added each time the word occurs: 5 makes it 148
+    times as likely.
 
     ``backend``: "cpu" (C++, one thread per utterance), "triton" (on a GPU, up to beam 128 and 32 classes, without
     words), "reference" (plain Python, the definition) or "auto". For log-probs on a GPU, "auto" takes "triton" if that
     can do the search and gives the right results on this GPU. Otherwise log-probs are copied to the host for "cpu", or
-    for "reference" if the C++ library is not built. Raises ValueError for wrong shapes or settings, and NotFinite for
-    NaN in a valid frame. Equivalent to ``greedy_decode`` at beam 1 without ``lm``, if one path has nearly all the
-    probability.
+    for "reference" if the C++ library is not built. Raises ValueError for wrong shapes or settings, and NotFinite if a
+    valid frame has NaN or no possible class. Equivalent to ``greedy_decode`` at beam 1 without ``lm``, if one path has
+    nearly all the probability.
     """
     check(log_probs, lengths, vocabulary)
     check_weights(beam, alpha, beta, n_best)

@@ -25,7 +25,7 @@ class SpeltLM:
     A word that is not in the lexicon (by default the words of the file) has the probability of <unk>. For each such
     word ``unknown``, a natural logarithm, is added to the score; with -inf the vocabulary is closed. Raises
     LanguageModelError as ``word_lm`` does. Raises it also for a KenLM binary, for a file of more than 20 million
-    n-grams, and for an open vocabulary if the file has no <unk>.
+    n-grams, and for an open vocabulary if the file has no <unk>. Raises ValueError if ``unknown`` is NaN or +inf.
     """
 
     def __init__(
@@ -118,8 +118,8 @@ def _words(
     count = len(parents)
     word = np.full(count, -1, dtype=np.int32)
     word[node_of] = np.arange(len(spellings))
-    # ahead[node]: the best score, by 1-gram probabilities, of the words whose spelling continues from this node. After
-    # half of the letters of a hot word, the word's score includes half of its boost, and so on.
+    # ahead[node]: the best score, by 1-gram probabilities, of the words whose spelling continues from this node and of
+    # the unknown word. After half of the letters of a hot word, the word's score includes half of its boost, and so on.
     alone = alpha * ngram.arc_log10.numpy()[np.array(classes)].astype(np.float64) + np.array(extra)
     boosted = np.array([boosts.get(s, 0.0) for s in spellings])
     ahead = np.full(count + 1, alone[-1])
@@ -128,12 +128,11 @@ def _words(
         np.maximum.at(ahead, parents[first:last], ahead[first:last])
     begin = np.concatenate(([0], np.cumsum(np.bincount(parents[1:], minlength=count))))
     for i in np.flatnonzero(boosted).tolist():
-        path = [int(node_of[i])]
-        while path[-1]:
-            path.append(int(parents[path[-1]]))
-        for spelt, node in enumerate(reversed(path[:-1]), 1):
+        node = node_of[i]
+        for spelt in range(len(spellings[i]), 0, -1):
             share = boosted[i] * spelt / len(spellings[i])
             ahead[node] = max(ahead[node], alone[i] - boosted[i] + share)
+            node = parents[node]
     ahead[0] = 0.0
     return Words(
         torch.from_numpy(begin.astype(np.int64)),

@@ -26,8 +26,8 @@ def foreign(arpa: Arpa, vocabulary: Vocabulary) -> list[str]:
 class SymbolLM:
     """An n-gram of a vocabulary's symbols (`jasper-fast lm train --characters`), from an ARPA file.
 
-    A label that the file does not list has the probability of the file's <unk>. Raises LanguageModelError if the file
-    is broken, lacks <s> or </s>, or lists a word that is no label.
+    A label that the file does not list has the probability of the file's <unk>, or 1e-100 if it has none. Raises
+    LanguageModelError if the file is broken, lacks <s> or </s>, or lists a word that is no label.
     """
 
     def __init__(self, path: str | os.PathLike, vocabulary: Vocabulary) -> None:
@@ -38,15 +38,14 @@ class SymbolLM:
                 f"{path}: {words[0]!r} is no label of the acoustic model ({len(words)} words are not); "
                 "`jasper-fast lm train --characters` makes an n-gram of symbols"
             )
-        self.order = arpa.order
         self.ngram = automaton(arpa, tokens(vocabulary))
 
 
 def automaton(arpa: Arpa, listed_tokens: Sequence[str]) -> Ngram:
     """Returns the n-gram over classes. Each token is a class, and the last class is the end of the text.
 
-    A token that the file does not list gets the n-grams of <unk>. Raises LanguageModelError if the file is broken, or
-    lacks <s> or </s>.
+    A token that the file does not list gets the n-grams of <unk>, or log10 p = MISSING if the file has no <unk>. Raises
+    LanguageModelError if the file is broken, or lacks <s> or </s>.
     """
     # A context is stored as a string with one character per word. A word of class i is chr(i); <s> is chr(begin), and
     # <unk> is chr(unknown).
@@ -55,23 +54,20 @@ def automaton(arpa: Arpa, listed_tokens: Sequence[str]) -> Ngram:
     number = {token: i for i, token in enumerate(listed_tokens)}
     number |= {"</s>": end, "<s>": begin} | {u: number.get("<unk>", unknown) for u in ("<unk>", "<UNK>")}
     state_of, back_off = {"": 0}, [0.0]
-    sources: list[str] = []
-    last, values = [], []
+    grams: list[tuple[str, int, float]] = []  # the context, the last word and log10 p of each n-gram
     for log10, words, weight in arpa:
         try:
             ids = [number[word] for word in words]
         except KeyError as error:
             raise LanguageModelError(f"{arpa.path}: {error} is not among its 1-grams") from None
         context = "".join(map(chr, ids))
-        sources.append(context[:-1])
-        last.append(ids[-1])
-        values.append(log10)
+        grams.append((context[:-1], ids[-1], log10))
         if len(words) < arpa.order and ids[-1] != end:
             if context in state_of:
                 raise LanguageModelError(f"{arpa.path}: {' '.join(words)!r} is listed twice")
             state_of[context] = len(back_off)
             back_off.append(weight)
-    listed = {i for i, source in zip(last, sources, strict=True) if not source}
+    listed = {i for source, i, _ in grams if not source}
     for name in ("<s>", "</s>"):
         if number[name] not in listed:
             raise LanguageModelError(f"{arpa.path}: no {name} among its 1-grams; train the model on whole lines")
@@ -84,7 +80,7 @@ def automaton(arpa: Arpa, listed_tokens: Sequence[str]) -> Ngram:
     lower = [0, *(longest(context[1:]) for context in list(state_of)[1:])]
     missing = sorted(set(range(end)) - listed)
     arcs: dict[tuple[int, int], tuple[float, int]] = {(0, i): (MISSING, 0) for i in missing}
-    for source, i, log10 in zip(sources, last, values, strict=True):
+    for source, i, log10 in grams:
         if source not in state_of:
             raise LanguageModelError(f"{arpa.path}: has an n-gram whose prefix is not listed; make the file again")
         following = 0 if i == end else longest((source + chr(i))[-(arpa.order - 1) or len(source) + 1 :])

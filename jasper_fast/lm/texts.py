@@ -9,7 +9,7 @@ from typing import IO
 from jasper_fast.lm.arpa import SPACE, SPECIAL, LanguageModelError, open_plain
 
 _LONGEST = 64 << 20  # bytes that a line may have
-_CHUNK = 1 << 20  # a chunk has about this many ids
+_CHUNK = 1 << 20  # ids; a chunk ends with the line that exceeds this number
 
 
 def pieces(line: str, characters: bool, lower_case: bool) -> list[str]:
@@ -21,7 +21,7 @@ def pieces(line: str, characters: bool, lower_case: bool) -> list[str]:
 class TextFile:
     """Yields the ``pieces`` of each line of a file. Skips empty lines. ``size``: the file's bytes on disk.
 
-    Raises LanguageModelError, naming file and line, if it does not exist or cannot be read as text.
+    Raises LanguageModelError, naming the file, if it does not exist or cannot be read as text.
     """
 
     def __init__(self, path: str | os.PathLike, characters: bool = False, lower_case: bool = False) -> None:
@@ -37,7 +37,6 @@ class TextFile:
         return raw.tell() if raw is not None else 0
 
     def __iter__(self) -> Iterator[list[str]]:
-        number = 0
         try:
             with open_plain(self.path) as raw:
                 self._raw = raw
@@ -60,7 +59,7 @@ def chunks(
     texts: Iterable[TextFile], encode: Callable[[list[str]], list[int]], progress: Callable[[int], None]
 ) -> Iterator[tuple[TextFile, array]]:
     """Yields the ids of texts in chunks (int32), each with its text. ``encode`` returns the ids of a line's pieces.
-    ``progress`` is called with the number of bytes read."""
+    ``progress`` is called with the number of bytes read, before each chunk but the last of a text."""
     before = 0
     for text in texts:
         chunk = array("i")

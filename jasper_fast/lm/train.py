@@ -69,7 +69,8 @@ class _Trainer:
 
 
 def thresholds(order: int, prune: Sequence[int]) -> list[int]:
-    """Returns one count per order, the last one repeated for higher orders. Raises ValueError for unusable counts."""
+    """Returns one count per order: those of ``prune``, the last one repeated for higher orders, or zeros without any.
+    Raises ValueError for unusable counts."""
     found = [*prune, *([prune[-1]] * (order - len(prune)))] if prune else [0] * order
     if len(found) > order or found[0] != 0 or found != sorted(found):
         raise ValueError(
@@ -93,11 +94,10 @@ def train(
     """Trains an n-gram of words, or of ``characters`` (the space as <space>), and writes it as an ARPA file.
 
     ``texts``: UTF-8, gzipped or not, with one sentence per line. They are lower-cased only if ``lower_case`` is true.
-    ``prune``: a number for each order, the last one also for all higher orders; n-grams that occur at most this often
-    are left out. ``memory``: bytes for sorting.
-    A longer text needs more disk space in the folder of ``out``, not more memory. Raises ValueError for an unusable
-    order or unusable thresholds, LanguageModelError for a text that cannot be read or is empty, and OSError if the disk
-    is full.
+    ``prune``: one number per order, the last one also for higher orders; n-grams that occur at most this often are left
+    out. ``memory``: bytes for sorting. A longer text needs more disk space in the folder of ``out``, and more memory
+    only for its distinct words. Raises ValueError for an unusable order or unusable thresholds, LanguageModelError for
+    a text that cannot be read or is empty, and OSError if the disk is full.
     """
     files = [TextFile(path, characters, lower_case) for path in texts]
     if not 1 <= order <= MOST_WORDS:

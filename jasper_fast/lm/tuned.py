@@ -1,4 +1,4 @@
-"""The YAML file that `lm tune` writes and `--lm` reads. It names a language model and the weights to use with it."""
+"""The YAML file that `lm tune` writes and `--lm` reads. It names language models and the weights to use with them."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ def is_settings(path: str | os.PathLike) -> bool:
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
     """Returns the settings. Relative paths start from the file's folder. Raises LanguageModelError if the file is
-    broken."""
+    missing or broken."""
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

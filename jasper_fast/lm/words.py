@@ -70,8 +70,9 @@ def word_lm(path: str | os.PathLike, vocabulary: Vocabulary, lexicon: str | os.P
 
     ``lexicon``: a text file with one word per line, which may be followed by the word's symbols, all separated by
     spaces. Without a lexicon, the words are those of the ARPA file. A word in capitals is spelt in small letters if the
-    labels have only small letters. Raises LanguageModelError for a file that is missing, empty or broken, for a KenLM
-    binary without a lexicon (because its words cannot be listed), and if no word can be spelt.
+    labels have only small letters. Raises LanguageModelError for another vocabulary, for a file that is missing, empty,
+    broken or has only 1-grams, for a KenLM binary without a lexicon (because its words cannot be listed), and if no
+    word can be spelt.
     """
     if vocabulary.of_words or " " not in vocabulary.characters:
         raise LanguageModelError("a word language model needs labels that are characters and include the space")
@@ -111,8 +112,8 @@ def entry(word: str, spelling: list[str] | None, vocabulary: Vocabulary) -> Entr
 class WordSearch:
     """flashlight's lexicon decoder for a WordLM. It sums the probabilities of CTC paths; alpha multiplies log10 p.
 
-    Raises LanguageModelError if KenLM cannot read the model, and MissingExtra if the packages of the extra `lm` are not
-    installed.
+    Raises LanguageModelError if KenLM cannot read the model or flashlight has no wheels for this Python, and
+    MissingExtra if the packages of the extra `lm` are not installed.
     """
 
     def __init__(self, lm: WordLM, beam: int, alpha: float, beta: float, n_best: int = 1) -> None:

@@ -43,7 +43,8 @@ def backward(
     blank: int,
     zero_infinity: bool,
 ) -> Tensor:
-    """Returns the gradient of `log_probs`. For an infinite loss it is NaN, or 0 with `zero_infinity`."""
+    """Returns the gradient of `log_probs`, 0 beyond the lengths. For an infinite loss it is NaN within the length, or 0
+    with `zero_infinity`."""
     labels, differs, blanks = _states(targets, target_lengths)
     low, at = log_probs.new_full((), -math.inf), torch.arange(labels.shape[1], device=log_probs.device)
     b = torch.where(at == target_lengths[:, None], 0.0, low)
@@ -68,7 +69,8 @@ def backward(
 def _states(targets: Tensor, target_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns three (N, U + 1) tensors: the labels (-1 beyond the last), and two masks.
 
-    The first mask is true for labels that differ from the label before, the second for blanks that exist.
+    The first mask is true for labels that differ from the label before (so not for the first label), the second for
+    blanks that exist.
     """
     at = torch.arange(targets.shape[1] + 1, device=targets.device)
     labels = torch.where(at < target_lengths[:, None], F.pad(targets, (0, 1)), -1)

@@ -178,7 +178,7 @@ def backward(
     blank: int,
     zero_infinity: bool,
 ) -> Tensor:
-    """Returns the gradient of `log_probs`, contiguous. For an infinite loss it is NaN, or 0 with `zero_infinity`."""
+    """Returns the gradient of `log_probs`, contiguous, as `reference.backward` does."""
     n, t, v = log_probs.shape
     u, w = targets.shape[1], alpha.shape[3]
     sizes = (t, u, v, w, log_probs.stride(0), log_probs.stride(1), blank)

@@ -111,8 +111,8 @@ def _search(
             bonus[longer] += by_words
         bonus[longer] += bonus[prefix]
 
+    blank = len(rows[0]) - 1 if rows else _blank(lm) if lm else 0
     for row in rows:
-        blank = len(row) - 1
         found = {}
         for prefix, (b, n) in kept.items():
             found[prefix] = (_add(b, n) + row[blank], n + row[prefix[-1]] if prefix else -inf)
@@ -128,7 +128,6 @@ def _search(
         kept = {prefix: found[prefix] for prefix in best}
     ended = []
     for prefix, (b, n) in kept.items():
-        blank = len(rows[0]) - 1 if rows else _blank(lm) if lm else 0
         end = _end(lm, states[prefix], words, spelt.get(prefix, (0, 0)), alpha, blank)
         if (total := _add(b, n) + bonus[prefix] + end) > -inf:
             ended.append((prefix, total, _add(b, n)))

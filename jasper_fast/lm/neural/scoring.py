@@ -20,7 +20,7 @@ from jasper_fast.lm.perplexity import Perplexity
 from jasper_fast.lm.texts import TextFile
 from jasper_fast.nn import checkpoint
 
-_TOKENS = 1 << 14  # tokens per batch
+_TOKENS = 1 << 14  # tokens that the model reads at a time, unless one row has more
 _LOGITS = 1 << 26  # logits that are held in memory at a time
 
 

@@ -194,7 +194,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[LMRun, Any]:
-    """Returns the run, new or resumed, and the state of the random generators if it is resumed."""
+    """Returns the run, and the state of the random generators if the run is resumed (otherwise None)."""
     ranks = Ranks.start(args.device)
     if ranks.world > 1:
         raise RunError("a language model trains in one process; start the command without torchrun")
@@ -216,26 +216,25 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[LMRun, Any]:
     model = TransformerXL(config).to(ranks.device)
     optimizer, ema = options.make_learner(args, model)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=args.amp == "fp16")
-    held = Held(config, args.batch_size).to(ranks.device)
-    state = LMState(model, optimizer, scaler, Meter(args.max_bad_steps, ADVICE), ema, memory=held)
+    state = LMState(model, optimizer, scaler, Meter(args.max_bad_steps, ADVICE), ema,
+                    memory=Held(config, args.batch_size).to(ranks.device))  # fmt: skip
     generators = None
     if found:
         generators, notes = resume(args, state, *found, text)
         console.print(*notes, f"resuming from {found[0]}: epoch {state.epoch + 1}, step {state.step}", sep="\n")
     schedule, log = options.make_schedule(args, text.steps), RunLog(folder.path, state.step)
     scorer = NeuralLM(model, tokens)
-    rows = scorer.rows(val) if val else []
     settings = _settings(args)
     versions = {"jasper_fast": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}
-    about = {"format": checkpoint.FORMAT, "language_model": vars(config), "names": tokens.names}
-    about |= {"versions": versions, "arguments": settings, "data": text.fingerprint}
+    about = {"format": checkpoint.FORMAT, "language_model": vars(config), "names": tokens.names,
+             "versions": versions, "arguments": settings, "data": text.fingerprint}  # fmt: skip
     log.write(state.step, "start", device=ranks.place, arguments=settings, versions=versions)
     size = sum(p.numel() for p in model.parameters())
     kind = "characters" if tokens.characters else "words"
     console.print(f"{text.fingerprint}; {len(tokens) - 2} {kind}; {size:,} parameters on {ranks.place}; "
                   f"{schedule.steps_per_epoch} steps per epoch, {schedule.total_steps} in all")  # fmt: skip
     run = LMRun(args, ranks, console, state, schedule, folder, about, stop, log, state.step, state.step,
-                text=text, val=rows, scorer=scorer)  # fmt: skip
+                text=text, val=scorer.rows(val) if val else [], scorer=scorer)  # fmt: skip
     return run, generators
 
 
