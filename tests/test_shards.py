@@ -9,6 +9,7 @@ from pathlib import Path
 import corpora
 import numpy as np
 import pytest
+import soundfile
 import test_cli
 from standins import spied
 
@@ -85,6 +86,14 @@ def test_other_tools_find_their_names(tmp_path: Path, packed: Path) -> None:
             found |= {m.name: (path.name, m.offset_data, m.size) for m in tar}
     wanted = {x["audio_filepath"]: (f"audio_{x['shard_id']}.tar", x["tar_start"], x["tar_size"]) for x in lines}
     assert found == wanted and len(found) == len(lines) and all(name.count(".") == 1 for name in found)
+
+
+def test_the_first_part_of_a_wav_file_is_named_as_the_flac_file_that_it_is(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros(16000), 16000)
+    corpora.write_lines(tmp_path / "m.jsonl", [{"audio_filepath": "a.wav", "duration": 0.3, "text": "a part"}])
+    [line] = corpora.read_lines(pack(tmp_path))
+    assert (line["audio_filepath"], line["duration"]) == ("a.flac", 0.3)
+    assert read_manifest(tmp_path / "shards/tarred_audio_manifest.json")[0].source().data[:4] == b"fLaC"
 
 
 URL = "memory://bucket/shards"

@@ -40,7 +40,7 @@ def pack(
     order = list(utterances)
     random.Random(seed).shuffle(order)
     taken: set[str] = set()
-    named = [(u, _name(u, taken)) for u in order]
+    named = [(u, _stem(u, taken)) for u in order]
     count = max(1, min(len(named), math.ceil(sum(_size(u) for u in order) / shard_bytes)))
     shares = [named[i * len(named) // count : (i + 1) * len(named) // count] for i in range(count)]
 
@@ -66,40 +66,40 @@ def _size(utterance: Utterance) -> int:
         ) from error
 
 
-def _name(utterance: Utterance, taken: set[str]) -> str:
-    """Returns a file name that is not in ``taken``. Its only dot is before the suffix, because WebDataset splits names
-    at the first dot."""
-    path = Path(utterance.path)
-    first = re.sub(r"[^A-Za-z0-9_-]", "_", path.stem)[:80] or "utterance"
+def _stem(utterance: Utterance, taken: set[str]) -> str:
+    """Returns a file name without suffix that is not in ``taken``. It has no dot, because WebDataset splits names at the
+    first dot."""
+    first = re.sub(r"[^A-Za-z0-9_-]", "_", Path(utterance.path).stem)[:80] or "utterance"
     more = (f"{first}_{number}" for number in itertools.count(1))
     stem = next(name for name in itertools.chain([first], more) if name not in taken)
     taken.add(stem)
-    return f"{stem}{'.flac' if utterance.offset else path.suffix.lower() or '.wav'}"
+    return stem
 
 
-def _content(utterance: Utterance) -> tuple[bytes, float]:
-    """Returns the bytes of the file to be packed for an utterance, and its length in seconds."""
+def _content(utterance: Utterance) -> tuple[bytes, str, float]:
+    """Returns the file to be packed for an utterance: its bytes, its suffix, and its length in seconds."""
     source = utterance.source()
     if not utterance.offset:
         data = source.data if isinstance(source, audio.Memory) else Path(source).read_bytes()
         whole_seconds = audio.duration(audio.Memory(utterance.path, data))
         if not utterance.seconds or utterance.seconds >= whole_seconds - 0.05:
-            return data, whole_seconds
+            return data, Path(utterance.path).suffix.lower() or ".wav", whole_seconds
     samples = audio.load(source, 16000, utterance.offset, utterance.seconds)
     file = io.BytesIO()
     soundfile.write(file, samples, 16000, format="FLAC", subtype="PCM_16")
-    return file.getvalue(), len(samples) / 16000
+    return file.getvalue(), ".flac", len(samples) / 16000
 
 
 def _write(path: Path, number: int, share: Sequence[tuple[Utterance, str]], url: str | None) -> list[dict[str, Any]]:
-    """Writes one shard of (utterance, file name) pairs, and returns its manifest entries."""
+    """Writes one shard of (utterance, file name without suffix) pairs, and returns its manifest entries."""
     lines = []
     with whole(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for utterance, name in share:
+        for utterance, stem in share:
             try:
-                data, seconds = _content(utterance)
+                data, suffix, seconds = _content(utterance)
             except AudioError as error:
                 raise PrepareError(f"{error}; `jasper-fast check --clean` leaves such files out") from error
+            name = stem + suffix
             member = tarfile.TarInfo(name)
             member.size, member.mode = len(data), 0o644
             tar.addfile(member, io.BytesIO(data))
