@@ -157,8 +157,9 @@ def bn_relu_dropout(
     frames. With `group` and `training` the statistics are over the rows of all ranks of the group, as in
     nn.SyncBatchNorm; N*T may differ between ranks. The gradients of gamma and beta are those of this rank.
 
-    Raises ValueError for shapes that do not fit, p outside [0, 1), a negative halo, and, as PyTorch does, for
-    statistics of a batch with N*T = 1 and no group. Raises BackendMissing for a named backend that cannot run here.
+    Raises ValueError for shapes that do not fit, p outside [0, 1) and a negative halo. As PyTorch does, also raises it
+    if a batch has only one row (N*T = 1) and its statistics are wanted, unless there is a group. Raises BackendMissing
+    for a named backend that cannot run here.
 
     Semantics: what follows the conv in a sub-block of NVIDIA's `jasper/model.py`. Equivalent to
 

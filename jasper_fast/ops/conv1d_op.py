@@ -115,9 +115,10 @@ def conv1d(
     face in the dtype of `x`, or a function. The function takes (weight, dtype, face) and returns the pack for that
     face, or None if the face packs weights itself.
 
-    The kernels of the cpu and triton backends take fp32, fp16 and bf16, those of the cuda backend fp16 and bf16. A conv
-    with a stride needs an `x` without gradient. All other cases, and 16-bit dtypes on a CPU with AMX, run ATen's conv2d
-    on a channels-last view of the same memory. On a GPU "auto" does so too where cuDNN is faster.
+    The kernels of the cpu and triton backends take fp32, fp16 and bf16, those of the cuda backend fp16 and bf16 (fp16
+    only on sm_75). With a stride they run only if `x` needs no gradient. All other cases, and 16-bit dtypes on a CPU
+    with AMX, run ATen's conv2d on a channels-last view of the same memory. On a GPU "auto" does so too where cuDNN is
+    faster.
 
     Raises ValueError for shapes that do not fit. Equivalent to `F.conv1d(x, weight, None, stride, padding, dilation)`,
     and with `stats` to `bn_stats` of the result. NVIDIA's `MaskedConv1d` (jasper/model.py) also zeroes the padding of
