@@ -326,7 +326,7 @@ def test_the_cpu_face_gives_the_same_bits_whatever_the_threads():
 
 @pytest.mark.parametrize(("face", "dtype"), [("reference", torch.float64), ("cpu", torch.float32)])
 def test_frames_beyond_the_lengths_are_skipped_and_counted(face, dtype):
-    """Padding counts in the statistics and in the gradients of gamma and beta, although the op skips it."""
+    """Padding counts in the statistics and in the gradients of gamma and beta, although the op does not compute it."""
     settle(face)
     lengths, (xs, *parameters) = torch.tensor([9, 4]), pane_inputs(dtype, m=(2, 9), widths=(3, 20), c_out=18)
     live = torch.arange(9) < lengths[:, None, None]

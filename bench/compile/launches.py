@@ -191,7 +191,7 @@ def _exacts(dtype: torch.dtype) -> tuple[bool, ...]:
 
 
 def _tiles(op: str, a: Layer, T: int, dtype: torch.dtype, exact: bool) -> Iterator[dict[str, int] | None]:
-    """Yields the tiles that dispatch uses for a layer. None is the default.
+    """Yields the tiles that dispatch uses for a layer. None stands for the default tile.
 
     For inference and for the gradient of the weight, each tile is yielded with and without a split of the reduction
     over several programs. Dispatch splits the reduction if a conv has few tiles.

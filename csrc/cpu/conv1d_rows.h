@@ -19,7 +19,7 @@ namespace jf {
 namespace JF_ISA {
 namespace {
 
-struct Scratch {  // working memory of a thread, which grows to its largest task
+struct Scratch {  // working memory of a thread, which grows to the size that its largest task needs
   std::unique_ptr<float, void (*)(void*)> memory{nullptr, std::free};
   int64_t size = 0;
   std::vector<int64_t> tap_offsets;

@@ -230,8 +230,11 @@ def _fused_face(device, dtype, convs, rows_log2, faces) -> str:
 
 
 def _faster(calls: list[tuple[str, tuple[int, ...], int]], device, dtype, rows_log2: int | None, faces) -> str:
-    """Returns the one of `faces` and "aten" on which `calls`, each (op, shape, count), take the least measured time, or
-    the least estimated time if none was measured."""
+    """Returns a face from `faces`, or "aten": the one that takes the least measured time for all `calls`.
+
+    A call is (op, shape, count). If no such face was measured, estimates decide between "triton", if it is in `faces`,
+    and "aten".
+    """
     rows = None if rows_log2 is None else 1 << rows_log2
     times = tables.times(calls, device, dtype, rows) or {}
     if measured := {face: time for face, time in times.items() if face in (*faces, "aten")}:

@@ -37,8 +37,8 @@ def register_autograd(name: str, setup_context):
     The ops of the backward pass have no gradient of their own. PyTorch would treat their results as constants, and a
     gradient penalty or a Hessian would be wrong without an error.
 
-    Outputs that have no gradient arrive as None and not as zeros, unless `setup_context` asks for zeros. If there is no
-    gradient at all, the function is not called.
+    The function gets None, not zeros, as the gradient of an output that has none, unless `setup_context` asks for
+    zeros. If no output has a gradient, the function is not called.
     """
     said = f"jasper_fast::{name} has no second derivative: use jasper_fast.nn.eager.EagerJasper for that".encode()
 

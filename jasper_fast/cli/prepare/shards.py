@@ -22,7 +22,7 @@ OPTIONS = {
         option("--data-dir", metavar="DIR", help="folder where relative paths start (each manifest's own)"),
         option("--shard-mb", type=common.positive(float), default=256, metavar="MB", help="size of a shard (256)"),
         option("--seed", type=int, default=0, help="seed of the shuffling (0)"),
-        option("--url", metavar="URL", help="folder that the shards will be read from (the manifest's own)"),
+        option("--url", metavar="URL", help="folder or URL from which the shards will be read (the manifest's folder)"),
         option("--jobs", type=common.positive(int), default=0, metavar="N", help="threads (one per core)"),
         option("-q", "--quiet", action="store_true", help="show no progress bar"),
     ]
