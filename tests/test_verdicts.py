@@ -16,7 +16,7 @@ from standins import forked, spied, verdict, verdicts_of_its_own  # noqa: F401
 from jasper_fast.cli import command
 from jasper_fast.dispatch import probe, verdicts
 from jasper_fast.dispatch.verdict import BAD, GOOD, UNCHECKED
-from jasper_fast.kernels import native
+from jasper_fast.kernels import files, native
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -35,12 +35,12 @@ def of_conv(check=None, dtype: str = BF16):
 def test_the_folder_is_the_users_and_can_be_chosen(monkeypatch, tmp_path):
     monkeypatch.setenv("JASPER_FAST_CACHE", "/own")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert verdicts.folder() == Path("/own")
+    assert files.cache() == Path("/own")
     monkeypatch.delenv("JASPER_FAST_CACHE")
-    assert verdicts.folder() == Path("/xdg/jasper_fast")
+    assert files.cache() == Path("/xdg/jasper_fast")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert verdicts.folder() == tmp_path / ".cache" / "jasper_fast"
+    assert files.cache() == tmp_path / ".cache" / "jasper_fast"
 
 
 def test_verdicts_come_back_as_they_were_kept():

@@ -13,8 +13,7 @@ import torch
 from jasper_fast.bench.harness import nvml
 from jasper_fast.bench.harness.console import console
 from jasper_fast.bench.harness.run import Run
-from jasper_fast.dispatch import verdicts
-from jasper_fast.kernels import native
+from jasper_fast.kernels import files, native
 
 DISK, MEMORY = 2.0, 16.0  # GiB that must be free; on a small GPU 80 % of its memory is enough
 
@@ -61,7 +60,7 @@ def _folders() -> Iterator[Finding]:
     triton = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
     for what, folder, variable in (
         ("kernels", triton, "TRITON_CACHE_DIR"),
-        ("choices", verdicts.folder(), "JASPER_FAST_CACHE"),
+        ("choices", files.cache(), "JASPER_FAST_CACHE"),
         ("compilers", Path(tempfile.gettempdir()), "TMPDIR"),
     ):
         there = next(p for p in (folder, *folder.absolute().parents) if p.exists())

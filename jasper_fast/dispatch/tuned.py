@@ -1,7 +1,7 @@
 """First-use tuning: if `backend="auto"` has no times of an op at a shape on this GPU, measures and saves them.
 
 This is what `torch.backends.cudnn.benchmark` does, but the results are kept on disk. They are in the user's cache
-(`verdicts.folder()`), in one file per GPU, driver, versions and sources, and take precedence over the tables of the
+(`files.cache()`), in one file per GPU, driver, versions and sources, and take precedence over the tables of the
 package. The contenders (the candidate kernels for an op) run in a child process, `python -m jasper_fast.tuning.child`,
 which checks each of ours before it times it. A cell (an op at a shape, see `tables.Cell`) is saved as soon as it is
 measured, so a run that is killed loses at most one cell.
@@ -52,7 +52,7 @@ def path(device: torch.device) -> Path:
     """Returns the path of the file with the rows that were tuned for `device`."""
     key = verdicts.key(device)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return verdicts.folder() / "tuned" / f"{tables.slug(key['device'])}-{digest}.json"
+    return files.cache() / "tuned" / f"{tables.slug(key['device'])}-{digest}.json"
 
 
 def read(device: torch.device) -> tuple[Row, ...]:

@@ -86,13 +86,10 @@ def _version(package: str) -> str:
         return "none"
 
 
-folder = files.cache
-
-
 def path(device: torch.device) -> Path:
     """Returns the path of the file with the verdicts for `device`."""
     text = json.dumps(key(device), sort_keys=True)
-    return folder() / "verdicts" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+    return files.cache() / "verdicts" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
 
 
 def read(device: torch.device) -> dict[tuple[str, str, str], Verdict]:
@@ -156,8 +153,8 @@ def locked(patience: float = LOCK_SECONDS, name: str = "lock") -> Iterator[bool]
     import fcntl  # is missing on Windows, where Triton is missing too
 
     try:
-        folder().mkdir(parents=True, exist_ok=True)
-        file = open(folder() / name, "w")  # noqa: SIM115
+        files.cache().mkdir(parents=True, exist_ok=True)
+        file = open(files.cache() / name, "w")  # noqa: SIM115
     except OSError:
         yield True  # Without a cache folder there is no result to wait for. `keep` reports the folder.
         return
