@@ -19,7 +19,8 @@ else:
 
 os.environ["JASPER_FAST_TUNE"] = "0"  # off, except in the tests of first-use tuning
 
-GOLDEN = Path(__file__).with_name("golden")  # results of NVIDIA's Jasper, see its README.md
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"  # results of NVIDIA's Jasper, see its README.md
 FACES = ("reference", "cpu", "triton", "cuda")
 
 

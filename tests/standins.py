@@ -17,10 +17,15 @@ from jasper_fast.dispatch import backends, children, choose, tuned, verdicts
 from jasper_fast.dispatch.verdict import GOOD, Verdict
 from jasper_fast.kernels import likeness, tables
 from jasper_fast.kernels.conv1d import cuda_launch, cuda_tiles
+from jasper_fast.selfcheck.checks import Conv
 from jasper_fast.tuning import work
 from jasper_fast.tuning.faces import Proposal
 
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 GPU_NAME = "NVIDIA Imaginary 9000"
+NORM = "bn_relu_dropout"
+BF16, FP16, FP32 = "bfloat16", "float16", "float32"
+CONV = Conv(2, 21, 24, 20, 5)  # small inputs for a check
 
 
 def verdict(op: str = "conv1d", status: str = GOOD, face: str = "triton", **more) -> Verdict:
@@ -60,6 +65,21 @@ def imaginary_gpus_table(tmp_path, monkeypatch):
     tables._index.cache_clear()
 
 
+def pretend_a_gpu(monkeypatch, traits: likeness.Traits | None) -> None:
+    """Pretends that there is an sm_90 of these traits that runs every face."""
+    key = {"device": GPU_NAME, "driver": "580", "torch": "2.13.0", "triton": "3.7.1", "sources": "abc"}
+    for owner, name, stand_in in (
+        (backends, "why_missing", lambda backend, device: None),
+        (cuda_launch, "gpu", lambda device: cuda_tiles.Gpu(90, 132, 232448)),
+        (likeness, "traits", lambda index: traits),
+        (tables, "_gpu_name", lambda index: GPU_NAME),
+        (tables, "forget", tables._index.cache_clear),
+        (verdicts, "key", lambda device: key),
+        (verdicts, "forget", verdicts._memory.clear),
+    ):
+        monkeypatch.setattr(owner, name, stand_in)
+
+
 class NeverWait(TorchDispatchMode):
     """Fails on any op that needs the values of a tensor on the host. On a GPU the host would wait for them."""
 
@@ -71,7 +91,6 @@ class NeverWait(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-GPU = torch.device("cuda", 0)
 TRAITS = likeness.Traits("sm_90", 132, 3.35e12)
 TILES = [
     {"t": t, "n": 64, "k": 32, "num_warps": 4, "num_stages": stages, "splits": 1} for t, stages in ((64, 3), (128, 3))
@@ -161,24 +180,16 @@ def tuning_on_an_imaginary_gpu(own_cache, monkeypatch, tmp_path):
 
     monkeypatch.setenv("JASPER_FAST_TUNE", "1")
     monkeypatch.setenv("JASPER_FAST_TABLES", str(tmp_path / "tables"))
-    key = {"device": GPU_NAME, "driver": "580", "torch": "2.13.0", "triton": "3.7.1", "sources": "abc"}
+    pretend_a_gpu(monkeypatch, TRAITS)
     monkeypatch.setattr(tuned, "rows", lambda index: tuned.read(GPU))
-    replaced = (
+    for owner, name, stand_in in (
         (work, "Held", held),
         (work.perform, "perform", perform),
         (work.Tuner, "_wait", lambda self: None),
         (children, "talk", made.talk),
         (tables, "_over", tuned.rows),
-        (tables, "_gpu_name", lambda index: GPU_NAME),
-        (tables, "forget", tables._index.cache_clear),
-        (backends, "why_missing", lambda backend, device: None),
-        (cuda_launch, "gpu", lambda device: cuda_tiles.Gpu(90, 132, 232448)),
-        (likeness, "traits", lambda index: TRAITS),
-        (verdicts, "key", lambda device: key),
         (verdicts, "verdict", lambda op, face, device, dtype: verdict(op, face=face, dtype=dtype)),
-        (verdicts, "forget", verdicts._memory.clear),
-    )
-    for owner, name, stand_in in replaced:
+    ):
         monkeypatch.setattr(owner, name, stand_in)
     choose.forget()
     yield made

@@ -228,6 +228,7 @@ def test_bad_input_is_named():
             (lambda: ours(torch.randn(2, 9, 20), lengths), r"features must be \(N, 8, T\)"),
             (lambda: ours(torch.randn(2, 8, 20), lengths.float()), "lengths"),
             (lambda: Jasper(config(), backend="metal"), "not one of"),
+            (lambda: Jasper(config(), panes="dense"), "'dense' is not one of auto, gram, plain"),
         )
     )
 

@@ -156,9 +156,8 @@ def test_opcheck_sub_block(backend, stats):
     leaves = [v.requires_grad_() for v in (y, gamma, beta, torch.randn(6, 8, 5))]
     pack = packed_by_triton(leaves[3]) if backend == "triton" and not stats else None
     lengths, seed = torch.tensor([21, 9]), torch.tensor([5])
-    call = (leaves[0], mean, var, *leaves[1:3], lengths, seed, None, leaves[3], pack)
-    call += (0.25, True, 2, 2, 1, stats, "", backend, conv_face_of(backend))
-    check_op(torch.ops.jasper_fast.sub_block, call)
+    call = (leaves[0], mean, var, *leaves[1:3], lengths, seed, None, leaves[3], pack, 0.25, True, 2, 2, 1, stats, "")
+    check_op(torch.ops.jasper_fast.sub_block, (*call, backend, conv_face_of(backend)))
 
 
 def test_sub_block_takes_and_gives_statistics(backend):
@@ -205,10 +204,9 @@ def test_sub_block_against_fp64(backend, dtype):
     keep = philox.keep_mask(*y.shape, 0.2, 5, y.device) & (torch.arange(y.shape[2]) < lengths[:, None])[:, None]
     results = []
     for low in (torch.float64, dtype):
-        stats_dtype = torch.float64 if low == torch.float64 else torch.float32
-        leaves = [y.to(low).requires_grad_()]
-        leaves += [v.detach().to(stats_dtype).requires_grad_() for v in (gamma, beta)]
-        leaves += [weight.detach().to(low).requires_grad_()]
+        of_norm = torch.promote_types(low, torch.float32)
+        dtyped = zip((y, gamma, beta, weight), (low, of_norm, of_norm, low), strict=True)
+        leaves = [v.detach().to(d).requires_grad_() for v, d in dtyped]
         z = F.relu(F.batch_norm(leaves[0], None, None, *leaves[1:3], True, 0.0, 1e-3)) * (1 / 0.8)
         out = F.conv1d(z.masked_fill(~keep, 0), leaves[3], padding=2)
         results.append([out.detach(), *torch.autograd.grad(out, leaves, up.to(low))])

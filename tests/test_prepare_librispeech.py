@@ -90,9 +90,8 @@ def test_a_download_goes_on_after_faults(tmp_path: Path, archives, faults: list[
 
 
 def test_a_wrong_md5_is_an_error_and_the_next_run_starts_anew(tmp_path: Path, archives, capsys) -> None:
-    given = arguments(tmp_path, "", archives)
     with corpora.Server(archives, ["corrupt"]) as server:
-        given[given.index("--source") + 1] = server.url
+        given = arguments(tmp_path, server.url, archives)
         assert main(given) == 2
         said = capsys.readouterr().err.splitlines()
         assert "MD5" in said[-1] and "dev-clean.tar.gz" in said[-1] and "deleted" in said[-1]
@@ -108,14 +107,14 @@ def test_a_server_that_brings_nothing_is_given_up(tmp_path: Path, archives, caps
     assert len(server.asked) == tries and said in capsys.readouterr().err
 
 
-def test_a_part_that_is_whole_or_too_long_is_settled(tmp_path: Path, archives) -> None:
+@pytest.mark.parametrize("more", [b"", b"more"])
+def test_a_part_that_is_whole_or_too_long_is_settled(tmp_path: Path, archives, more: bytes) -> None:
     name = "dev-clean.tar.gz"
-    for part in (archives[name], archives[name] + b"more"):
-        folder = tmp_path / str(len(part))
-        (folder / "out" / ".prepare").mkdir(parents=True)
-        (folder / "out" / ".prepare" / f"{name}.part").write_bytes(part)
-        with corpora.Server(archives) as server:
-            assert main(arguments(folder, server.url, {name: archives[name]})) == 0
+    part = tmp_path / "out" / ".prepare" / f"{name}.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(archives[name] + more)
+    with corpora.Server(archives) as server:
+        assert main(arguments(tmp_path, server.url, {name: archives[name]})) == 0
 
 
 @pytest.mark.parametrize("kind", corpora.hostile_members())

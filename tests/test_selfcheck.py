@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 from conftest import make_face, raising
-from standins import spied, verdicts_of_its_own, wrap  # noqa: F401
+from standins import CONV, CPU, GPU, spied, verdicts_of_its_own, wrap  # noqa: F401
 
 from jasper_fast.dispatch import backends, verdict, verdicts
 from jasper_fast.dispatch.verdict import UNCHECKED
@@ -16,9 +16,6 @@ from jasper_fast.kernels import launch, precision, tables
 from jasper_fast.kernels.panes import gram
 from jasper_fast.selfcheck import checks, perform
 from jasper_fast.selfcheck.checks import Check, Conv, Norm
-
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-CONV = Conv(2, 21, 24, 20, 5)
 
 
 @pytest.fixture(params=["cpu", "triton"])

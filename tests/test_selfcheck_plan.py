@@ -1,21 +1,15 @@
 """The plan of the self-check has every kernel and configuration that dispatch can choose, once."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_face
-from standins import GPU_NAME, imaginary_gpus_table, verdicts_of_its_own  # noqa: F401
+from conftest import ROOT, make_face
+from standins import CONV, CPU, GPU, GPU_NAME, imaginary_gpus_table, verdicts_of_its_own  # noqa: F401
 
 from jasper_fast.dispatch import backends, verdict
 from jasper_fast.kernels import tables
 from jasper_fast.selfcheck import cases, checks
-from jasper_fast.selfcheck.checks import Conv
-
-ROOT = Path(__file__).resolve().parents[1]
-CPU = torch.device("cpu")
-CONV = Conv(2, 21, 24, 20, 5)
 
 
 @pytest.mark.parametrize("face", ["cpu", "triton"])
@@ -54,9 +48,6 @@ def test_the_plan_leaves_out_what_was_not_asked_for():
     for name in ("op", "face", "dtype"):
         with pytest.raises(ValueError, match=f"{name} 'conv2d' is not one of"):
             checks.plan(CPU, **{f"{name}s": ("conv2d",)})
-
-
-GPU = torch.device("cuda", 0)
 
 
 @pytest.fixture

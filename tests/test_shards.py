@@ -5,6 +5,7 @@ import json
 import re
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import corpora
 import numpy as np
@@ -53,8 +54,7 @@ def packed(tmp_path: Path, corpus: Path) -> Path:
 
 def without_places(path: Path, out: Path) -> tuple[Path, list[dict]]:
     """Writes a manifest without the byte ranges in tars, as NeMo does, and returns its path and entries."""
-    places = ("tar", "tar_start", "tar_size")
-    entries = [{k: v for k, v in entry.items() if k not in places} for entry in corpora.read_lines(path)]
+    entries = [{k: v for k, v in e.items() if not k.startswith("tar")} for e in corpora.read_lines(path)]
     return corpora.write_lines(out, entries), entries
 
 
@@ -101,19 +101,20 @@ URL = "memory://bucket/shards"
 
 @pytest.fixture
 def store(tmp_path: Path, corpus: Path, monkeypatch):
-    """Copies the shards to an object store (fsspec's in memory). Yields a list that gets, for each later request, the
-    number of its byte ranges."""
+    """Copies the shards to an object store (fsspec's in memory). Yields its files, and as `asked` a list that gets, for
+    each later request, the number of its byte ranges."""
     fsspec = pytest.importorskip("fsspec")
     pack(tmp_path, "shards", "--url", f"{URL}/")
     files = fsspec.filesystem("memory")
     files.store.clear()
     for path in (tmp_path / "shards").iterdir():
         files.pipe_file(f"/bucket/shards/{path.name}", path.read_bytes())
-    yield spied(monkeypatch, files, "cat_ranges", lambda paths, *more, **how: len(paths))
+    asked = spied(monkeypatch, files, "cat_ranges", lambda paths, *more, **how: len(paths))
+    yield SimpleNamespace(files=files, asked=asked)
     files.store.clear()
 
 
-def test_an_object_store_gives_what_the_files_give(tmp_path: Path, store: list[int]) -> None:
+def test_an_object_store_gives_what_the_files_give(tmp_path: Path, store) -> None:
     remote = read_manifest(f"{URL}/tarred_audio_manifest.json")
     local, plain = by_text(tmp_path / "shards" / "tarred_audio_manifest.json"), by_text(tmp_path / "m.jsonl")
     assert {u.text for u in remote} == set(plain) and all(u.packed.tar.startswith(URL) for u in remote)
@@ -124,14 +125,12 @@ def test_an_object_store_gives_what_the_files_give(tmp_path: Path, store: list[i
         made.append(list(load_batches(data, BatchSampler(data.durations, 5))))
         assert not data.skipped.items
     assert all(np.array_equal(one.audio, other.audio) for one, other in zip(*made, strict=True))
-    assert sorted(store) == [3, 5, 5], "one request for each batch"
+    assert sorted(store.asked) == [3, 5, 5], "one request for each batch"
 
 
-def test_what_an_object_store_does_not_give_is_named(tmp_path: Path, store: list[int], capsys) -> None:
-    import fsspec
-
+def test_what_an_object_store_does_not_give_is_named(store, capsys) -> None:
     utterances = read_manifest(f"{URL}/tarred_audio_manifest.json")
-    fsspec.filesystem("memory").rm_file("/bucket/shards/audio_0.tar")
+    store.files.rm_file("/bucket/shards/audio_0.tar")
     data, count = read_all(utterances)
     assert count == len(utterances) and "the shard cannot be read" in data.skipped.items[0].detail
     for url in (f"{URL}/absent.json", "nothing://at/all.json", "http://127.0.0.1:9/m.json"):
@@ -140,19 +139,17 @@ def test_what_an_object_store_does_not_give_is_named(tmp_path: Path, store: list
         assert f"{url}: cannot read the manifest" in error and error.count("\n") == 1
 
 
-def test_shards_of_nemo_in_a_store_by_their_pattern(tmp_path: Path, store: list[int]) -> None:
+def test_shards_of_nemo_in_a_store_by_their_pattern(tmp_path: Path, store) -> None:
     """Each shard has a manifest of its own, the tars have other names than ours, and the manifests name files in other
     folders and parts of files."""
-    import fsspec
-
-    files, manifest = fsspec.filesystem("memory"), tmp_path / "shards" / "tarred_audio_manifest.json"
+    manifest = tmp_path / "shards" / "tarred_audio_manifest.json"
     _, entries = without_places(manifest, tmp_path / "nemo.json")
     count = max(e["shard_id"] for e in entries) + 1
     for shard in range(count):
         mine = [e | {"audio_filepath": f"old/place/{e['audio_filepath']}"} for e in entries if e["shard_id"] == shard]
         mine[0]["audio_filepath"] = mine[0]["audio_filepath"].replace(".flac", "-sub1.flac")
-        files.pipe_file(f"/bucket/manifest_{shard}.json", "\n".join(map(json.dumps, mine)).encode())
-        files.mv(f"/bucket/shards/audio_{shard}.tar", f"/bucket/tars/part-{shard:03d}.tar")
+        store.files.pipe_file(f"/bucket/manifest_{shard}.json", "\n".join(map(json.dumps, mine)).encode())
+        store.files.mv(f"/bucket/shards/audio_{shard}.tar", f"/bucket/tars/part-{shard:03d}.tar")
     tars = f"memory://bucket/tars/part-_OP_000..{count - 1:03d}_CL_.tar"
     found = read_manifest(f"memory://bucket/manifest__OP_0..{count - 1}_CL_.json", tars)
     assert [(u.text, u.packed[1:]) for u in found] == [(u.text, u.packed[1:]) for u in read_manifest(manifest)]

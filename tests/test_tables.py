@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from standins import GPU_NAME, imaginary_gpus_table  # noqa: F401
+from standins import GPU, GPU_NAME, imaginary_gpus_table  # noqa: F401
 
 from jasper_fast.kernels import table_rows, tables
 
-DEVICE = torch.device("cuda", 0)
 HEADER = {
     "gpu": GPU_NAME, "capability": "sm_90", "multiprocessors": "132", "bandwidth": "3350 GB/s",
     "driver": "580.1", "torch": "2.13.0", "triton": "3.7.1", "commit": "abc",
@@ -38,7 +37,7 @@ def library(**changes) -> tables.Row:
 def look(
     rows: int, op: str = "conv1d.forward", dtype=torch.bfloat16, face: str = "triton", **changes
 ) -> tables.Row | None:
-    return tables.lookup(op, DEVICE, dtype, **(SHAPE | changes), rows=rows, face=face)
+    return tables.lookup(op, GPU, dtype, **(SHAPE | changes), rows=rows, face=face)
 
 
 def test_a_row_comes_back_as_written(put_table):
@@ -89,10 +88,10 @@ def test_faces_are_compared_within_a_bucket_and_over_all_ops(put_table):
         (ops[:1], None, "triton"),  # at the largest measured number of rows
         ((*ops, "conv1d.dgrad"), 4096, None),
     ):
-        assert tables.fastest(of, DEVICE, torch.bfloat16, **SHAPE, rows=rows) == face
+        assert tables.fastest(of, GPU, torch.bfloat16, **SHAPE, rows=rows) == face
     calls = [(ops[0], shape, 2), (ops[1], shape, 1)]
-    assert tables.times(calls, DEVICE, torch.bfloat16, 4096) == {"triton": 6.0, "aten": 6.5}, "2 * 1 + 4, 2 * 2 + 2.5"
-    assert tables.times([*calls, ("conv1d.fused", shape, 1)], DEVICE, torch.bfloat16, 4096) is None
+    assert tables.times(calls, GPU, torch.bfloat16, 4096) == {"triton": 6.0, "aten": 6.5}, "2 * 1 + 4, 2 * 2 + 2.5"
+    assert tables.times([*calls, ("conv1d.fused", shape, 1)], GPU, torch.bfloat16, 4096) is None
 
 
 def test_norms_are_found_by_their_channels(put_table):
@@ -157,16 +156,22 @@ FAULTS = {
 }
 
 
+def error_of(path: Path, text: str) -> str:
+    """Returns the error that a look-up raises when the table's file has this content."""
+    path.write_text(text)
+    tables._index.cache_clear()
+    with pytest.raises(tables.TableError) as raised:
+        look(4096)
+    return str(raised.value)
+
+
 @pytest.mark.parametrize(("changes", "told"), FAULTS.values(), ids=FAULTS.keys())
 def test_a_faulty_row_is_an_error_that_names_file_and_row(put_table, changes, told):
     path = put_table([row()])
     data = json.loads(path.read_text())
     data["rows"].append(data["rows"][0] | {"rows_log2": 3} | changes)
-    path.write_text(json.dumps(data))
-    tables._index.cache_clear()
-    with pytest.raises(tables.TableError) as raised:
-        look(4096)
-    assert str(raised.value).startswith(f"{path}: row 2: ") and told in str(raised.value)
+    error = error_of(path, json.dumps(data))
+    assert error.startswith(f"{path}: row 2: ") and told in error
 
 
 def test_an_operand_too_large_for_one_gpu_fits_another(put_table):
@@ -190,11 +195,8 @@ def test_an_operand_too_large_for_one_gpu_fits_another(put_table):
 )
 def test_a_faulty_file_is_an_error(put_table, text, told):
     path = put_table([row()])
-    path.write_text(text)
-    tables._index.cache_clear()
-    with pytest.raises(tables.TableError) as raised:
-        look(4096)
-    assert str(path) in str(raised.value) and told in str(raised.value)
+    error = error_of(path, text)
+    assert str(path) in error and told in error
 
 
 def test_writing_a_faulty_table_leaves_the_old_one(put_table):

@@ -3,12 +3,23 @@
 import dataclasses
 import itertools
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from standins import GPU_NAME, imaginary_gpus_table, verdict, verdicts_of_its_own  # noqa: F401
+from conftest import ROOT
+from standins import (  # noqa: F401
+    BF16,
+    CPU,
+    FP16,
+    FP32,
+    GPU,
+    NORM,
+    imaginary_gpus_table,
+    pretend_a_gpu,
+    verdict,
+    verdicts_of_its_own,
+)
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,18 +27,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from jasper_fast import ops
 from jasper_fast.dispatch import backends, choose, rules, verdicts
 from jasper_fast.dispatch.verdict import BAD, GOOD, UNCHECKED, Verdict
-from jasper_fast.kernels import likeness, tables
-from jasper_fast.kernels.conv1d import cuda_launch, cuda_tiles
+from jasper_fast.kernels import tables
 from jasper_fast.nn.block import JasperBlock
 from jasper_fast.nn.config import JasperConfig
 from jasper_fast.ops.bn_relu_dropout_op import norm_face as norm_face_of
 
-ROOT = Path(__file__).resolve().parents[1]
-GPU = torch.device("cuda", 0)
-CPU = torch.device("cpu")
-NORM = "bn_relu_dropout"
 SHAPE = (256, 256, 11, 1, 1)
-BF16, FP16, FP32 = "bfloat16", "float16", "float32"
 WHY_MISSING = backends.why_missing
 IN_TRITON = (GPU, NORM, "triton", BF16)  # the check of the norm in Triton
 IN_CUDA = (GPU, NORM, "cuda", BF16)
@@ -50,14 +55,8 @@ def gpu(monkeypatch):
         known = found.get((op, face, dtype)) or found.get((op, face)) or found.get(op) or verdict(op, quick=True)
         return dataclasses.replace(known, face=face, dtype=dtype)
 
-    monkeypatch.setattr(backends, "why_missing", lambda backend, device_type: None)
-    monkeypatch.setattr(cuda_launch, "gpu", lambda device: cuda_tiles.Gpu(90, 132, 232448))
-    monkeypatch.setattr(verdicts, "key", lambda device: {"device": GPU_NAME, "driver": "580"})
+    pretend_a_gpu(monkeypatch, traits=None)
     monkeypatch.setattr(verdicts, "_check_now", check)
-    monkeypatch.setattr(verdicts, "forget", verdicts._memory.clear)
-    monkeypatch.setattr(tables, "_gpu_name", lambda index: GPU_NAME)
-    monkeypatch.setattr(tables, "forget", tables._index.cache_clear)
-    monkeypatch.setattr(likeness, "traits", lambda index: None)
     return SimpleNamespace(found=found, checked=checked)
 
 

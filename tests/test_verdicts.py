@@ -9,19 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import make_face
-from standins import forked, spied, verdict, verdicts_of_its_own  # noqa: F401
+from conftest import ROOT, make_face
+from standins import BF16, CPU, FP16, FP32, GPU, NORM, forked, spied, verdict, verdicts_of_its_own  # noqa: F401
 
 from jasper_fast.cli import command
 from jasper_fast.dispatch import probe, verdicts
 from jasper_fast.dispatch.verdict import BAD, GOOD, UNCHECKED
 from jasper_fast.kernels import files, native
-
-ROOT = Path(__file__).resolve().parents[1]
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-NORM = "bn_relu_dropout"
-BF16, FP16, FP32 = "bfloat16", "float16", "float32"
 
 
 def of_conv(check=None, dtype: str = BF16):
