@@ -57,9 +57,9 @@ def gpu_archs() -> list[str]:
     command = shutil.which("nvidia-smi")
     if command is None:
         return []
-    told = subprocess.run([command, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True)
-    found = sorted({line.strip().replace(".", "") for line in told.stdout.splitlines() if line.strip()}, key=int)
-    return [arch + "a" if arch == "90" else arch for arch in found] if told.returncode == 0 else []
+    done = subprocess.run([command, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True)
+    found = sorted({line.strip().replace(".", "") for line in done.stdout.splitlines() if line.strip()}, key=int)
+    return [arch + "a" if arch == "90" else arch for arch in found] if done.returncode == 0 else []
 
 
 def cuda_archs(nvcc: str) -> list[str]:

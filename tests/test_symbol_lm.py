@@ -9,7 +9,7 @@ from language_models import random_arpa
 
 from jasper_fast.kernels.prefix_beam import reference
 from jasper_fast.lm.arpa import Arpa, LanguageModelError
-from jasper_fast.lm.symbols import SymbolLM, foreign, tokens
+from jasper_fast.lm.symbols import SymbolLM, automaton, foreign, tokens
 from jasper_fast.speech.text import Vocabulary
 
 V = Vocabulary(" abcd")
@@ -89,6 +89,13 @@ def test_broken_files_are_one_line(text, message, tmp_path):
     with pytest.raises(LanguageModelError, match=message) as error:
         SymbolLM(path, V)
     assert "\n" not in str(error.value) and "lm.arpa" in str(error.value) and len(str(error.value)) < 300
+
+
+def test_more_words_than_one_character_can_number(tmp_path):
+    path = tmp_path / "lm.arpa"
+    path.write_text(GOOD + "\\end\\\n")
+    with pytest.raises(LanguageModelError, match=r"lm\.arpa: 1,114,110 words; at most 1,114,109 can be searched"):
+        automaton(Arpa(path), [str(i) for i in range(1_114_110)])
 
 
 def test_bytes_that_are_no_text_and_files_that_are_not_there(tmp_path):

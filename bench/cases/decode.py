@@ -193,7 +193,7 @@ def whole_case(shared: latency.Models, run: Run, model: str, seconds: float, bea
                         greedy_decode(log_probs, lengths, V)
                     return log_probs, lengths
 
-            return Runner(timed, lambda: latency.told(*timed()))
+            return Runner(timed, lambda: latency.compared(*timed()))
 
         return build
 

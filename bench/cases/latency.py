@@ -76,7 +76,7 @@ class Models:
     def answer(self, x: Tensor, lengths: Tensor) -> dict[str, Tensor]:
         """Returns the answer of `judge` to these features."""
         with torch.inference_mode():
-            return told(*self.judge(x.to(self.judged_in), lengths))
+            return compared(*self.judge(x.to(self.judged_in), lengths))
 
     def low(self, inputs: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], dict[str, Tensor]] | None:
         """Returns a function that computes the answer of `plain`, whose error sets the tolerance.
@@ -89,7 +89,7 @@ class Models:
         def answer() -> dict[str, Tensor]:
             with torch.inference_mode():
                 x, lengths = inputs()
-                return told(*self.plain(x.to(self.run.dtype), lengths))
+                return compared(*self.plain(x.to(self.run.dtype), lengths))
 
         return answer
 
@@ -130,7 +130,7 @@ class Models:
         self.inputs(N, seconds)[0].copy_(x)
 
 
-def told(log_probs: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+def compared(log_probs: Tensor, lengths: Tensor) -> dict[str, Tensor]:
     """Returns the tensors of an answer that are compared, by name."""
     return {"log_probs": models.valid(log_probs, lengths), "lengths": lengths}
 
@@ -169,7 +169,7 @@ def case(shared: Models, model: str, N: int, seconds: float) -> Case:
                 with torch.inference_mode():
                     return call(*inputs)
 
-            return Runner(timed, lambda: told(*timed()), rule=int8_rule() if name == "openvino_int8" else None)
+            return Runner(timed, lambda: compared(*timed()), rule=int8_rule() if name == "openvino_int8" else None)
 
         return Contender(name, build)
 
@@ -232,7 +232,7 @@ def sound_case(shared: Models, model: str, N: int, seconds: float) -> Case:
 
             def outputs() -> dict[str, Tensor]:
                 heard[:] = [hear()]
-                return told(*heard[0][:2])
+                return compared(*heard[0][:2])
 
             def texts() -> list[str]:
                 drawn = repeating(N, heard[0][0].shape[1], words, run.device)

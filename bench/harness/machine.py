@@ -103,11 +103,11 @@ def compilers() -> dict[str, str]:
     nvcc = _run(
         shutil.which("nvcc") or str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin/nvcc"), "--version"
     )
-    if told := re.search(r"release [\d.]+, V([\d.]+)", nvcc or ""):
-        found["nvcc"] = told[1]
+    if version := re.search(r"release [\d.]+, V([\d.]+)", nvcc or ""):
+        found["nvcc"] = version[1]
     cxx = os.environ.get("CXX") or next((c for c in ("g++", "clang++") if shutil.which(c)), None)
-    if cxx and (told := _run(*shlex.split(cxx), "--version")):
-        found["c++"] = told.splitlines()[0]
+    if cxx and (version := _run(*shlex.split(cxx), "--version")):
+        found["c++"] = version.splitlines()[0]
     return found
 
 

@@ -31,7 +31,7 @@ def library() -> ModuleType | None:
             "pip install nvidia-ml-py"
         )
         return None
-    return None if _told(pynvml.nvmlInit, default=pynvml) is pynvml else pynvml
+    return None if _call(pynvml.nvmlInit, default=pynvml) is pynvml else pynvml
 
 
 @functools.cache
@@ -43,7 +43,7 @@ def handle(device: torch.device) -> object | None:
         return None
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     # The library's UUIDs have a prefix that PyTorch's UUIDs lack.
-    found = (_told(nvml.nvmlDeviceGetHandleByUUID, prefix + uuid) for prefix in ("GPU-", "MIG-", ""))
+    found = (_call(nvml.nvmlDeviceGetHandleByUUID, prefix + uuid) for prefix in ("GPU-", "MIG-", ""))
     return next((at for at in found if at is not None), None)
 
 
@@ -53,12 +53,12 @@ def read(device: torch.device) -> dict:
     nvml, at = library(), handle(device)
     if at is None:
         return {}
-    milliwatts = _told(nvml.nvmlDeviceGetPowerUsage, at)
-    bits = _told(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, at)
+    milliwatts = _call(nvml.nvmlDeviceGetPowerUsage, at)
+    bits = _call(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, at)
     found = {
-        "sm_mhz": _told(nvml.nvmlDeviceGetClockInfo, at, nvml.NVML_CLOCK_SM),
-        "memory_mhz": _told(nvml.nvmlDeviceGetClockInfo, at, nvml.NVML_CLOCK_MEM),
-        "temperature_c": _told(nvml.nvmlDeviceGetTemperature, at, nvml.NVML_TEMPERATURE_GPU),
+        "sm_mhz": _call(nvml.nvmlDeviceGetClockInfo, at, nvml.NVML_CLOCK_SM),
+        "memory_mhz": _call(nvml.nvmlDeviceGetClockInfo, at, nvml.NVML_CLOCK_MEM),
+        "temperature_c": _call(nvml.nvmlDeviceGetTemperature, at, nvml.NVML_TEMPERATURE_GPU),
         "power_w": None if milliwatts is None else milliwatts / 1000,
         "held_by": None if bits is None else [
             reason for name, reason in REASONS.items() if bits & getattr(nvml, f"nvmlClocksThrottleReason{name}")
@@ -69,20 +69,20 @@ def read(device: torch.device) -> dict:
 
 def driver() -> str | None:
     """Returns the driver's version, or None."""
-    return _told(library().nvmlSystemGetDriverVersion) if library() else None
+    return _call(library().nvmlSystemGetDriverVersion) if library() else None
 
 
 def cuda_driver() -> str | None:
     """Returns the newest CUDA version that the driver supports, or None."""
-    number = _told(library().nvmlSystemGetCudaDriverVersion_v2) if library() else None
+    number = _call(library().nvmlSystemGetCudaDriverVersion_v2) if library() else None
     return None if number is None else f"{number // 1000}.{number % 1000 // 10}"
 
 
-def _told(ask: Callable, *args: object, default: object = None) -> object:
+def _call(function: Callable, *args: object, default: object = None) -> object:
     """Returns the library's answer, or `default` if the call fails or the driver has no such function."""
     from pynvml import NVMLError
 
     try:
-        return ask(*args)
+        return function(*args)
     except NVMLError:
         return default

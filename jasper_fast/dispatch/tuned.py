@@ -277,12 +277,12 @@ def _tell_and_tune(device: torch.device, cells: Sequence[Cell], what: str) -> No
     try:
         session = tune(device, cells, FIRST_USE)
     except (CannotTune, OSError, tables.TableError) as error:
-        told = f" not possible ({error}); using times of similar GPUs, or estimates"
+        result = f" not possible ({error}); using times of similar GPUs, or estimates"
     else:
         done, of = len(session.done), len(cells)
         rest = f" (time for {done} of {of} shapes; `jasper-fast tune` does the rest)" if done < of else ""
-        told = f": {time.monotonic() - started:.0f} s{rest}"
-    print(told, file=sys.stderr, flush=True)
+        result = f": {time.monotonic() - started:.0f} s{rest}"
+    print(result, file=sys.stderr, flush=True)
 
 
 def forget() -> None:

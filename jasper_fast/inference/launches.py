@@ -126,14 +126,14 @@ class Launches:
         for i, (step, t) in enumerate(zip(plan.steps, frames[1:], strict=True)):
             out = buffers.view(step.out, n, t)
             panes = buffers.view(step.panes, n, t) if step.panes else None
-            told = Lengths(lens, lens) if plan.masks else FULL
+            masks = Lengths(lens, lens) if plan.masks else FULL
             if changes[i]:
                 before, lens = lens, self.lengths.held[f"lengths{sum(changes[:i])}"][:n]
-                told = Lengths(before, None, lens, plan.masks)
+                masks = Lengths(before, None, lens, plan.masks)
             # `clean`: the padding of all inputs is zero. This is true of tensors that kernels have written, but not of
             # the caller's features, which are read by the first step and by some panes.
             chain = Chain(early=i > 1 and bool(packs[i - 1]), ahead=packs[i + 1])
             call = partial(step.conv, out=out, panes=panes, clean=i > 0 and not plan.panes_read_source, chain=chain)
-            calls.append(call if i == 0 else partial(call, x, lengths=told))
+            calls.append(call if i == 0 else partial(call, x, lengths=masks))
             x = out
         return Kernels(source, calls[0], calls[1:], x, lens)

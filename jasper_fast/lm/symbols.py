@@ -1,6 +1,7 @@
 """An n-gram of the acoustic model's own symbols, for the prefix search."""
 
 import os
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -45,12 +46,16 @@ def automaton(arpa: Arpa, listed_tokens: Sequence[str]) -> Ngram:
     """Returns the n-gram over classes. Each token is a class, and the last class is the end of the text.
 
     A token that the file does not list gets the n-grams of <unk>, or log10 p = MISSING if the file has no <unk>. Raises
-    LanguageModelError if the file is broken, or lacks <s> or </s>.
+    LanguageModelError if the file is broken, lacks <s> or </s>, or lists over 1.1 million words.
     """
     # A context is stored as a string with one character per word. A word of class i is chr(i); <s> is chr(begin), and
     # <unk> is chr(unknown).
     end = len(listed_tokens)
     begin, unknown = end + 1, end + 2
+    if unknown > sys.maxunicode:
+        raise LanguageModelError(
+            f"{arpa.path}: {end:,} words; at most {sys.maxunicode - 2:,} can be searched. Train with fewer words"
+        )
     number = {token: i for i, token in enumerate(listed_tokens)}
     number |= {"</s>": end, "<s>": begin} | {u: number.get("<unk>", unknown) for u in ("<unk>", "<UNK>")}
     state_of, back_off = {"": 0}, [0.0]

@@ -54,13 +54,13 @@ def _backward(
 ):  # fmt: skip
     conv, bn = backends.face("conv1d", face), backends.face(backends.NORM, bn_face)
     norm, dout = (mean, rstd, gamma, beta), ntc(dout)
-    geometry, told = Geometry(stride, padding, dilation), Lengths(lengths, out_lengths)
+    geometry, masks = Geometry(stride, padding, dilation), Lengths(lengths, out_lengths)
     z = _input(x, norm, lengths, seed, p, bn_face)
-    d = backends.face("depthwise", taps_face).forward(z, depthwise, geometry, told)
+    d = backends.face("depthwise", taps_face).forward(z, depthwise, geometry, masks)
     dw = conv.wgrad(d, dout, 1, POINTWISE, out_lengths, weight.dtype, clean=True)
     dd = conv.dgrad(dout, weight, d.shape[2], POINTWISE, out_lengths, packed)
     del d
-    dz, dtaps = depthwise_op.backward(taps_face, dd, z, depthwise, geometry, told, need_dx)
+    dz, dtaps = depthwise_op.backward(taps_face, dd, z, depthwise, geometry, masks, need_dx)
     if mean is None:
         return dz, dout.new_empty(0), dout.new_empty(0), dtaps, dw
     x, mask = ntc(x), Mask(lengths, seed, p)

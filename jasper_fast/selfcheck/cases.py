@@ -21,10 +21,9 @@ class Case:
 
     `ours` runs the face under test, `low` plain PyTorch at the same precision, and `reference` PyTorch in fp64.
     `inputs` has tensors that these functions read, by name. To change an input, copy values into its tensor.
-    For bn_relu_dropout, `ours` accepts the name of another face, which it runs instead on the same inputs.
     """
 
-    ours: Callable[..., dict[str, Tensor]]
+    ours: Callable[[], dict[str, Tensor]]
     low: Callable[[], dict[str, Tensor]]
     reference: Callable[[], dict[str, Tensor]]
     inputs: dict[str, Tensor]
@@ -99,7 +98,7 @@ def _conv_case(check: Check, draw: _Draw) -> Case:
     y = _off_the_edge(draw.activation(s.n, s.c_in, s.t), norm)
     bn = backends.face("bn_relu_dropout", "reference")
     z = bn.forward(y, norm, None, zeroed) if function == "dgrad_bn" else y
-    zero, clean = ntc(mask(x, lengths)), _told_clean(check)
+    zero, clean = ntc(mask(x, lengths)), _clean(check)
     given = zero if clean else ntc(mask(x, lengths, float("nan")))
     impl = backends.face("conv1d", check.face)
     packed = impl.pack(weight, draw.dtype).data if draw.timed and hasattr(impl, "pack") else None
@@ -142,7 +141,7 @@ def _conv_case(check: Check, draw: _Draw) -> Case:
     )
 
 
-def _told_clean(check: Check) -> bool:
+def _clean(check: Check) -> bool:
     """Returns whether the kernel is called with `clean`, the promise that the padding of x is zero. Kernels without
     that promise get NaN in the padding."""
     return check.face == "triton" and check.function in CLEAN_FUNCTIONS and UNCLEAN not in check.variant.split()
@@ -152,14 +151,14 @@ def _depthwise_case(check: Check, draw: _Draw) -> Case:
     s, function, c = check.shape, check.function, check.shape.c_in
     x, dy, weight = draw.activation(s.n, c, s.t), draw.activation(s.n, c, s.t_out), draw.weight(c, 1, s.k)
     before = draw.lengths(s.n, s.t)
-    told = Lengths(before, s.geometry.frames(before, s.k).clamp_(0, s.t_out))
-    given, given_dy = (ntc(mask(v, of, float("nan"))) for v, of in ((x, told.before), (dy, told.after)))
+    masks = Lengths(before, s.geometry.frames(before, s.k).clamp_(0, s.t_out))
+    given, given_dy = (ntc(mask(v, of, float("nan"))) for v, of in ((x, masks.before), (dy, masks.after)))
 
     def results(face: str, x: Tensor, dy: Tensor, weight: Tensor) -> dict[str, Tensor]:
         arguments = {
-            "forward": (x, weight, s.geometry, told),
-            "dgrad": (dy, weight, s.t, s.geometry, told),
-            "wgrad": (x, dy, s.k, s.geometry, told, wide_dtype(x)),
+            "forward": (x, weight, s.geometry, masks),
+            "dgrad": (dy, weight, s.t, s.geometry, masks),
+            "wgrad": (x, dy, s.k, s.geometry, masks, wide_dtype(x)),
         }
         return {RESULTS[function][0]: getattr(backends.face("depthwise", face), function)(*arguments[function])}
 
@@ -167,7 +166,7 @@ def _depthwise_case(check: Check, draw: _Draw) -> Case:
         lambda: results(check.face, given, given_dy, weight),
         lambda: results("aten", x, dy, weight),
         lambda: results("reference", *_wide(x, dy, weight)),
-        {"x": x, "dy": dy, "given": given, "given dy": given_dy, "weight": weight, "lengths": told.before},
+        {"x": x, "dy": dy, "given": given, "given dy": given_dy, "weight": weight, "lengths": masks.before},
     )
 
 
@@ -185,13 +184,13 @@ def _fused_case(check: Check, draw: _Draw) -> Case:
     def masked(x: Tensor | None, value: float) -> Tensor | None:
         return None if x is None else ntc(mask(x.transpose(1, 2), lengths, value)).transpose(1, 2)
 
-    impl, clean = backends.face("conv1d", check.face), _told_clean(check) and not features
+    impl, clean = backends.face("conv1d", check.face), _clean(check) and not features
     padding = 0.0 if clean else float("nan")
     given, given2 = masked(x, padding), masked(x2, padding)
-    told = Lengths(lengths, out_lengths)
+    masks = Lengths(lengths, out_lengths)
     if features:  # The network's first kernel reads fp32 (N, C, T) features from a user, with anything in the padding.
         given = given.float().transpose(1, 2).contiguous().transpose(1, 2)
-        told = Lengths(lengths, made=torch.empty_like(lengths))
+        masks = Lengths(lengths, made=torch.empty_like(lengths))
     if check.face == "cpu":  # the inference engine keeps activations in fp32 on a CPU
         given, given2 = given.float(), None if x2 is None else given2.float()
     workspace = impl.Workspace(x.device) if "splits" in words else None
@@ -201,8 +200,8 @@ def _fused_case(check: Check, draw: _Draw) -> Case:
     panes = None if x2 is None else (given2, impl.pack_once(weight2, x.dtype))
 
     def ours() -> dict[str, Tensor]:
-        out = impl.fused(given, pack, s.geometry, lengths=told, bias=bias, relu=relu, panes=panes, **more)
-        return {"z": out.to(x.dtype) if relu else out} | ({"lengths": told.made} if features else {})
+        out = impl.fused(given, pack, s.geometry, lengths=masks, bias=bias, relu=relu, panes=panes, **more)
+        return {"z": out.to(x.dtype) if relu else out} | ({"lengths": masks.made} if features else {})
 
     def low() -> dict[str, Tensor]:
         z = backends.face("conv1d", "aten").forward(masked(x, 0.0).transpose(1, 2), weight, s.geometry).transpose(1, 2)
@@ -257,7 +256,7 @@ def _norm_case(check: Check, draw: _Draw) -> Case:
     tensors = {"residual": residual, "z": z, **norm._asdict(), "mean_g": means[0], "mean_gy": means[1]}
     named = {"y": y, "dz": dz, "poisoned": poisoned, "lengths": lengths, "seed": zeroed.seed, **tensors}
     return Case(
-        lambda face=check.face: results(face, y, poisoned, *tensors.values()),
+        lambda: results(check.face, y, poisoned, *tensors.values()),
         lambda: results("reference", y, dz, *tensors.values()),
         lambda: results("reference", *_wide(y, dz, *tensors.values())),
         {name: t for name, t in named.items() if t is not None},
@@ -338,8 +337,8 @@ def _step_case(check: Check, draw: _Draw) -> Case:
         watched = Watched(copied[5][:1], copied[5][1:]) if averages else Watched([], [])
         step = backends.face("novograd", face).step
         outcome = step(tensors, watched, settings, scale, None, 1.0 if averages else 0.0, True, {})
-        told = outcome.nan_to_num(0.0, 0.0, 0.0)  # infinity and NaN are the same outcome: the norm is not finite
-        found = {"outcome": told.double() if wide else told.float()}
+        finite = outcome.nan_to_num(0.0, 0.0, 0.0)  # infinity and NaN are the same outcome: the norm is not finite
+        found = {"outcome": finite.double() if wide else finite.float()}
         for name, of in zip(("p", "m", "v", "a"), (*copied[1:5],), strict=True):
             found |= {f"{name} {i}": x for i, x in enumerate(of)}
         return found | ({"watched": copied[5][1]} if averages else {})

@@ -95,13 +95,13 @@ def build(what: tuple[str, Job, int]) -> tuple[str, Facts]:
 
 
 def ahead(
-    jobs: Iterable[Job], told: Callable[[int, int], None], left: Callable[[], float]
+    jobs: Iterable[Job], progress: Callable[[int, int], None], left: Callable[[], float]
 ) -> dict[tuple[Cell, str], Facts]:
     """Compiles `jobs` in parallel processes for at most `left()` seconds. Equal launches are compiled once.
 
     Returns the facts of each contender, by cell and name: the largest number of registers, shared bytes and spilled
     bytes among its kernels. A contender with a kernel that did not compile, or not in time, is left out of the result.
-    `told(done, of)` is called after each kernel.
+    `progress(done, of)` is called after each kernel.
     """
     from jasper_fast.kernels import aot
 
@@ -120,6 +120,6 @@ def ahead(
             while len(built) < len(kinds):
                 digest, found = results.next(timeout=max(0.1, min(left(), SILENCE)))
                 built[digest] = found
-                told(len(built), len(kinds))
+                progress(len(built), len(kinds))
     whole = {key: [built[d] for d in of] for key, of in digests.items() if all(built.get(d) for d in of)}
     return {key: {name: max(facts[name] for facts in of) for name in FACTS} for key, of in whole.items()}

@@ -212,10 +212,10 @@ def html(manifest: str, results: Sequence[Found], rules: Rules, most: int = 200)
         for fault in found.faults:
             text = found.utterance.text[:200] if found.utterance else ""
             culprits.setdefault(fault.reason, []).append((found.name, fault.detail, text))
-    told = figures(results, rules.strict)
+    summary = figures(results, rules.strict)
     return page.render(
-        Path(__file__).parent, "check.html.j2", manifest=manifest, told=told, reasons=REASONS, histograms=histograms,
-        culprits={r: culprits[r] for r in told["faults"]}, most=most, rules=rules, warnings=_WARNINGS,
+        Path(__file__).parent, "check.html.j2", manifest=manifest, summary=summary, reasons=REASONS, most=most,
+        histograms=histograms, culprits={r: culprits[r] for r in summary["faults"]}, rules=rules, warnings=_WARNINGS,
     )  # fmt: skip
 
 

@@ -53,8 +53,8 @@ def entries(source: str, kind: str, audio_dir: Path | None, report: Report) -> I
     """Yields manifest entries: audio_filepath, duration, text and, if known, speaker and offset.
 
     ``audio_dir``: where relative paths of audio start (default: depends on the format). ``report`` is called with a
-    message for each utterance that is left out. Raises PrepareError, which names file and line, for a source that is
-    not in the format ``kind``.
+    message for each utterance that is left out. Raises PrepareError, which names the file (and the line, if one line
+    is at fault), for a source that is not in the format ``kind``.
     """
     if kind == "shards":
         return tars.entries(source, report)
@@ -259,15 +259,15 @@ def _lhotse(source: Path, audio_dir: Path | None, report: Report) -> Iterator[En
         where = f"{source}, line {number}"
         try:
             cut = json.loads(line)
-            sources, told = cut["recording"]["sources"], cut["supervisions"]
-            if len(sources) != 1 or sources[0]["type"] != "file" or len(told) != 1:
+            sources, supervisions = cut["recording"]["sources"], cut["supervisions"]
+            if len(sources) != 1 or sources[0]["type"] != "file" or len(supervisions) != 1:
                 report(f"{where}: {cut.get('id')}: the cut is not one file with one supervision")
                 continue
             start, seconds = float(cut.get("start", 0.0)), float(cut["duration"])
-            path, text = (audio_dir or Path()) / sources[0]["source"], told[0]["text"]
+            path, text = (audio_dir or Path()) / sources[0]["source"], supervisions[0]["text"]
             if not isinstance(text, str) or not (start >= 0 and 0 < seconds < math.inf):
                 raise ValueError(f"text {text!r}, start {start}, duration {seconds}")
-            speaker = str(told[0].get("speaker") or "")
+            speaker = str(supervisions[0].get("speaker") or "")
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise PrepareError(f"{where}: not a valid cut of Lhotse: {what}") from error

@@ -63,10 +63,10 @@ def _entry(
 ) -> dict[str, Any] | None:
     sound = next((end for end in parts if f".{end.rpartition('.')[2]}" in SOUNDS), None)
     try:
-        told = json.loads(parts["json"][1]) if "json" in parts else {}
-        told = told if isinstance(told, dict) else {}
+        metadata = json.loads(parts["json"][1]) if "json" in parts else {}
+        metadata = metadata if isinstance(metadata, dict) else {}
         texts = (parts[end][1].decode("utf-8-sig") for end in TEXTS if end in parts)
-        text = next(texts, None) or told.get("text") or told.get("transcript")
+        text = next(texts, None) or metadata.get("text") or metadata.get("transcript")
     except (ValueError, RecursionError) as error:
         report(f"{name}: {error}")
         return None
@@ -79,6 +79,6 @@ def _entry(
     except AudioError as error:
         report(str(error))
         return None
-    speaker = str(told.get("speaker") or told.get("speaker_id") or "")
+    speaker = str(metadata.get("speaker") or metadata.get("speaker_id") or "")
     entry = manifest.entry(member.name, round(seconds, 6), " ".join(text.split()), speaker=speaker)
     return entry | {"tar_start": member.offset_data, "tar_size": member.size}
