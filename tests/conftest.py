@@ -1,4 +1,4 @@
-"""Shared fixtures: the faces of an op, seeds, poisoned uninitialised memory."""
+"""Shared fixtures: the faces of an op, a run of bench, seeds, poisoned uninitialised memory."""
 
 import importlib.util
 import os
@@ -103,6 +103,14 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(params=FACES)
 def face(request: pytest.FixtureRequest) -> Face:
     return make_face(request.param)
+
+
+@pytest.fixture
+def run(tmp_path: Path):
+    """A run of bench on the CPU, in fp32 and with the reference face, that takes almost no time."""
+    from bench_runs import make_run
+
+    return make_run(tmp_path)
 
 
 def assert_raises(cases, error: type[Exception] = ValueError) -> None:

@@ -64,8 +64,7 @@ def run(
     pointers = [None if x is None else x.data_ptr() for x in (*keep, out, clocks, counters)]
     case = Case(*pointers, grid=grid, cells=image.shape[1] // 16, **numbers)
     call.restype = ctypes.c_char_p
-    error = call(op, ctypes.byref(case), ctypes.c_void_p(stream))
-    if error:
+    if error := call(op, ctypes.byref(case), ctypes.c_void_p(stream)):
         raise RuntimeError(error.decode())
     return Result(out.cpu(), clocks.cpu())
 
@@ -199,7 +198,7 @@ def check_mma(call: Callable, k: int, dtype: torch.dtype, **where) -> None:
     assert torch.equal(mma(call, a, b, d, **where).out, a.float() @ b.float() + d.float())
 
 
-def check_ldmatrix(call: Callable, transposed: bool, **where) -> Tensor:
+def check_ldmatrix(call: Callable, transposed: bool, **where) -> None:
     image = torch.arange(64 * 8, dtype=torch.int16).view(torch.uint8)[None]  # the value of each element is its index
     rows = torch.randperm(64)[:32]
     got = ldmatrix(call, image, rows, transposed, **where)

@@ -7,11 +7,11 @@ from jasper_fast.bench.report import html_page, readme_table
 from jasper_fast.bench.report.agreement import agreement
 
 
-def row(name: str, low: float, high: float) -> dict:
+def row(name: str, low: float, high: float, pairs: int = 9) -> dict:
     return {
         "id": name, "bench": "kernels", "key": {"op": name}, "contender": "eager", "ours": False, "status": "ok",
         "dtype": "float32", "time_s": {"median": 1.0, "p20": 1.0, "p80": 1.0, "p99": 1.0},
-        "ratio": {"median": (low + high) / 2, "low": low, "high": high, "confidence": 0.95, "pairs": 9},
+        "ratio": {"median": (low + high) / 2, "low": low, "high": high, "confidence": 0.95, "pairs": pairs},
     }  # fmt: skip
 
 
@@ -36,9 +36,7 @@ def test_failed_rows_and_rows_without_a_ratio_do_not_count():
 
 
 def test_rows_of_too_few_pairs_for_an_interval_are_told_and_not_counted():
-    few = row("few", 1.0, 1.0)
-    few["ratio"]["pairs"] = 5
-    enough = few | {"ratio": few["ratio"] | {"pairs": 6}}
+    few, enough = row("few", 1.0, 1.0, pairs=5), row("few", 1.0, 1.0, pairs=6)
     apart = row("apart", 1.0, 1.1), row("apart", 2.0, 2.1)
     found = agreement(result(few, apart[0]), result(enough, apart[1]))
     assert (found.rows, found.apart, found.too_few) == (1, ("apart",), 1)

@@ -89,20 +89,25 @@ def test_a_model_file_that_holds_none_is_told(command, text, capsys, at_once, tm
     assert "--model: " in line and "net.yaml" in line and "jasper10x5" in line, line
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", "\xff\xfe", '{"rows": [], "schema": 1}', None])
-def test_what_is_no_result_is_told(content, capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        *((text, "not a result") for text in ("", "[]", "{}", "\xff\xfe", '{"rows": [], "schema": 1}')),
+        (None, "Is a directory"),
+    ],
+)
+def test_what_is_no_result_is_told(content, why, capsys, tmp_path):
     path = tmp_path / "run.json"
     path.mkdir() if content is None else path.write_bytes(content.encode("latin-1"))
-    assert "run.json" in told(capsys, ["report", str(path)])
+    assert f"{path}: {why}" in told(capsys, ["report", str(path)])
 
 
 @pytest.mark.parametrize("command", MEASURING)
 def test_a_folder_that_cannot_be_written_is_told(command, capsys, at_once, tmp_path):
-    (tmp_path / "file").write_text("")
-    options = ["--device", "cpu", "--out"]
-    line = told(capsys, [command, *options, str(tmp_path / "file")])
-    assert f"--out {tmp_path / 'file'}: is a file; name a folder" in line
-    assert "--out /proc/bench: " in told(capsys, [command, *options, "/proc/bench"])
+    file = tmp_path / "file"
+    file.write_text("")
+    for folder, why in ((str(file), "is a file; name a folder"), ("/proc/bench", "")):
+        assert f"--out {folder}: {why}" in told(capsys, [command, "--device", "cpu", "--out", folder])
 
 
 @pytest.mark.parametrize("command", MEASURING)
@@ -116,8 +121,8 @@ def test_a_damaged_file_is_not_resumed(command, content, capsys, at_once, tmp_pa
 
 
 def test_a_face_that_the_device_lacks_is_told_before_anything_is_measured(capsys, at_once, tmp_path):
-    line = told(capsys, ["kernels", "--device", "cpu", "--backend", "cuda", "--out", str(tmp_path)])
-    assert "--backend cuda: the cuda backend needs CUDA tensors" in line
+    command = ["kernels", "--device", "cpu", "--backend", "cuda", "--out", str(tmp_path)]
+    assert "--backend cuda: the cuda backend needs CUDA tensors" in told(capsys, command)
 
 
 def test_a_gpu_that_is_not_there_is_told(capsys, monkeypatch):
@@ -202,8 +207,8 @@ def test_an_interrupted_run_says_what_it_keeps_and_goes_on(capsys, at_once, tmp_
     command = ["kernels", *QUICK, "--out", str(tmp_path)]
     assert cli.main(command) == 130
     (path,) = tmp_path.glob("*.json")
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line == f"interrupted: 2 rows are in {path}; the same command with --resume continues"
+    kept = f"interrupted: 2 rows are in {path}; the same command with --resume continues\n"
+    assert capsys.readouterr().err.endswith(kept)
     assert len(json.loads(path.read_text())["rows"]) == 2
     monkeypatch.setattr(kernels, "main", lambda run, op, mode: None)
     assert cli.main([*command, "--resume"]) == 0

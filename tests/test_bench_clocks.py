@@ -2,14 +2,14 @@
 
 import itertools
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy
 import pynvml
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_runs import CPU, CUDA, FAST, make_run, softplus_case
+from bench_runs import CPU, CUDA, FAST, softplus_case
 from conftest import raising
 
 from jasper_fast.bench.harness import checking, clocks, limits, machine, nvml, ratios, timing
@@ -57,8 +57,10 @@ def driver(monkeypatch):
 
 
 def test_the_driver_s_library_is_read_and_what_it_lacks_is_left_out(driver, monkeypatch):
-    held = ["software power cap", "hardware thermal slowdown"]
-    assert machine.clocks(CUDA) == {"sm_mhz": 1755, "memory_mhz": 2619, "temperature_c": 61, "held_by": held}
+    assert machine.clocks(CUDA) == {
+        "sm_mhz": 1755, "memory_mhz": 2619, "temperature_c": 61,
+        "held_by": ["software power cap", "hardware thermal slowdown"],
+    }  # fmt: skip
     assert (nvml.driver(), nvml.cuda_driver()) == ("580.65.06", "13.2")
     old = Driver()
     del old.nvmlDeviceGetCurrentClocksThrottleReasons
@@ -79,11 +81,10 @@ def test_without_pynvml_the_fields_stay_empty_and_a_line_says_why_once(driver, m
     assert capsys.readouterr().err.count("pip install nvidia-ml-py") == 1
 
 
-def test_rows_tell_their_clocks_and_which_of_them_ran_slowly(tmp_path, monkeypatch):
+def test_rows_tell_their_clocks_and_which_of_them_ran_slowly(run, monkeypatch):
     rates = {"fast": 1980, "a little slower": 1900, "slow": 1500}
     now: list[str] = []
     monkeypatch.setattr(machine, "clocks", lambda _: {"sm_mhz": rates[now[-1]], "temperature_c": 60 + len(now)})
-    run = make_run(tmp_path)
     for name in rates:
         now.append(name)
         run.cases("test", [softplus_case({"eager": F.softplus}, name)])
@@ -113,9 +114,9 @@ def test_clocks_are_read_seldom_but_never_not_at_all(monkeypatch):
     assert [r["sm_mhz"] for r in m.readings] == [1, 2]  # after the first of the few rounds, and at the end
 
 
-def test_a_machine_that_tells_no_clock_has_rows_all_the_same(tmp_path, monkeypatch):
+def test_a_machine_that_tells_no_clock_has_rows_all_the_same(run, monkeypatch):
     monkeypatch.setattr(machine, "clocks", lambda _: {})
-    rows = make_run(tmp_path).cases("test", [softplus_case({"eager": F.softplus})])
+    rows = run.cases("test", [softplus_case({"eager": F.softplus})])
     assert all(row["status"] == "ok" and "clocks" not in row and "throttled" not in row for row in rows)
 
 
@@ -173,10 +174,9 @@ def test_the_median_has_an_interval_of_its_own():
 
 
 def cupy(monkeypatch, benchmark) -> None:
-    module, inner = ModuleType("cupy"), ModuleType("cupyx.profiler")
-    module.__version__, inner.benchmark = "14.0", benchmark
-    for name, made in {"cupy": module, "cupyx": ModuleType("cupyx"), "cupyx.profiler": inner}.items():
-        monkeypatch.setitem(sys.modules, name, made)
+    contents = {"cupy": {"__version__": "14.0"}, "cupyx": {}, "cupyx.profiler": {"benchmark": benchmark}}
+    for name, content in contents.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**content))
     monkeypatch.setattr(limits.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 

@@ -50,19 +50,19 @@ WRONG = {
 
 
 @pytest.mark.parametrize("fault", WRONG)
-def test_wrong_kernel_gets_no_number(fault, tmp_path):
+def test_wrong_kernel_gets_no_number(fault, run):
     case = softplus_case({"wrong": WRONG[fault](), "eager": F.softplus})
-    rows = {r["contender"]: r for r in make_run(tmp_path).cases("test", [case])}
+    rows = {r["contender"]: r for r in run.cases("test", [case])}
     assert rows["wrong"]["status"] == "wrong" and rows["wrong"]["why"].startswith("y:")
     assert not {"time_s", "ratio", "flops_per_s", "bytes_per_s"} & set(rows["wrong"])
     assert rows["eager"]["status"] == rows["jasper_fast"]["status"] == "ok"
     assert rows["eager"]["ratio"]["low"] <= rows["eager"]["ratio"]["median"] <= rows["eager"]["ratio"]["high"]
 
 
-def test_absent_and_failing_rivals_are_rows_that_say_so(tmp_path):
+def test_absent_and_failing_rivals_are_rows_that_say_so(run):
     case = softplus_case({"broken": raising(RuntimeError("no kernel for this shape"))})
     case = dataclasses.replace(case, contenders=[*case.contenders, Contender("absent", raising(Absent("get it so")))])
-    rows = {r["contender"]: r for r in make_run(tmp_path).cases("test", [case])}
+    rows = {r["contender"]: r for r in run.cases("test", [case])}
     assert (rows["absent"]["status"], rows["absent"]["why"]) == ("absent", "get it so")
     assert rows["broken"]["status"] == "failed" and "no kernel for this shape" in rows["broken"]["why"]
     assert rows["jasper_fast"]["status"] == "ok"
@@ -76,11 +76,10 @@ FAULTY_CHAINS = {
 
 
 @pytest.mark.parametrize("fault", FAULTY_CHAINS)
-def test_faulty_bn_relu_dropout_is_refused(fault, tmp_path):
+def test_faulty_bn_relu_dropout_is_refused(fault, run):
     def chain(*of):
         return FAULTY_CHAINS[fault](common.eager_chain(*of))
 
-    run = make_run(tmp_path)
     inputs = bn_relu_dropout.Inputs(2, 8, 40, torch.float32, CPU, False)
     case = dataclasses.replace(
         bn_relu_dropout.case(run, (2, 8, 40), "both", False, False),
@@ -158,11 +157,10 @@ def test_sub_blocks_under_amp_are_right(mode, backend, dtype, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_wrong_sub_block_is_refused_in_every_mode(tmp_path, monkeypatch):
+def test_a_wrong_sub_block_is_refused_in_every_mode(run, monkeypatch):
     ours, *others = sub_blocks.OPS["sub_block"]
     monkeypatch.setitem(sub_blocks.OPS, "sub_block", (lambda *a: ours(*a) * 1.01, *others))
     wrap(monkeypatch, sub_block_inference, "fused", lambda right, *of: lambda *a: right(*of)(*a) * 1.01)
-    run = make_run(tmp_path)
     modes = (*common.MODES, "inference")
     rows = run.cases("test", by_layer.layer_cases(run, "sub_block", 2, 40, LAYERS[0], modes))
     assert {r["key"]["mode"]: r["status"] for r in rows if r["ours"]} == dict.fromkeys(modes, "wrong")

@@ -30,7 +30,6 @@ from jasper_fast.bench.cases.layers import Layer
 from jasper_fast.bench.commands import memory as memory_command
 from jasper_fast.bench.gpu import agenda, gpu
 from jasper_fast.bench.harness import clocks, devices, interruption, result_file, timing
-from jasper_fast.bench.harness.case import Contender
 from jasper_fast.bench.harness.errors import DeviceLost, OutOfTime
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.report import terminal
@@ -54,23 +53,14 @@ def written(run: Run) -> dict:
 
 
 @pytest.mark.slow
-def test_without_an_answer_only_that_case_has_no_number(tmp_path):
+def test_without_an_answer_only_that_case_has_no_number(run):
     no_memory = raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 49 GiB"))
     broken, refilled, fine = (softplus_case({"eager": F.softplus}, f"softplus{i}") for i in range(3))
     broken = dataclasses.replace(broken, reference=no_memory)
     refilled = dataclasses.replace(refilled, refill=no_memory)
-    rows = make_run(tmp_path).cases("test", [broken, refilled, fine])
+    rows = run.cases("test", [broken, refilled, fine])
     assert [r["status"] for r in rows] == ["failed"] * 4 + ["ok"] * 2
     assert all("the inputs or the fp64 answer cannot be made: OutOfMemoryError" in r["why"] for r in rows[:4])
-
-
-def test_a_case_is_on_disk_before_the_next_is_prepared(tmp_path):
-    run = make_run(tmp_path)
-    first, second = (softplus_case({"eager": F.softplus}, name) for name in ("first", "second"))
-    second = dataclasses.replace(second, contenders=[Contender("jasper_fast", raising(OutOfTime()))])
-    with pytest.raises(OutOfTime):
-        run.cases("test", [first, second])
-    assert {r["key"]["op"] for r in written(run)["rows"]} == {"first"}
 
 
 # ------------------------------------------------------------------ a lost device
@@ -149,10 +139,9 @@ def test_a_fault_that_nobody_noticed_ends_its_own_part(tmp_path, context, monkey
 
 
 @pytest.mark.parametrize("stop", [SystemExit("no such kernel"), ValueError("no such kernel")])
-def test_a_failed_part_is_unfinished_until_it_has_failed_twice(stop, tmp_path, monkeypatch):
+def test_a_failed_part_is_unfinished_until_it_has_failed_twice(stop, run, monkeypatch):
     failing = Mock(side_effect=stop)
     planned(monkeypatch, failing=failing)
-    run = make_run(tmp_path)
     for count, left in ((1, ["failing"]), (2, []), (2, [])):
         gpu.main(run)
         data = written(run)
@@ -189,7 +178,7 @@ gpu.go_on_elsewhere(N(arguments=('gpu', '--help')), time.monotonic() + 9)
 
 
 @pytest.mark.slow
-def test_a_kernel_that_never_ends_is_left_behind(tmp_path, monkeypatch):
+def test_a_kernel_that_never_ends_is_left_behind(run, monkeypatch):
     """Shows that a part which blocks the alarm signal is abandoned. A call into C++ has the same effect, because Python
     handles no signals during the call."""
     left = threading.Event()
@@ -204,7 +193,6 @@ def test_a_kernel_that_never_ends_is_left_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "PATIENCE", 0.1)
     monkeypatch.setattr(gpu, "go_on_elsewhere", lambda run, end: left.set())
     planned(monkeypatch, 0.001, deaf=deaf)
-    run = make_run(tmp_path)
     with contextlib.suppress(OutOfTime):
         gpu.main(run)
     assert left.is_set() and run.results.data["faults"]["deaf"] >= 1
@@ -232,14 +220,14 @@ def test_an_interruption_that_got_lost_comes_again_and_none_comes_later(monkeypa
 
 
 @pytest.mark.parametrize("how", ["cut off", "finished"])
-def test_a_part_that_is_cut_off_leaves_no_compiler_at_work(how, tmp_path, monkeypatch):
+def test_a_part_that_is_cut_off_leaves_no_compiler_at_work(how, run, monkeypatch):
     """Shows that the compiling processes are killed after a part that is cut off. Without that, torch.compile's own
     shutdown would wait for everything in its queue."""
     compilers = Mock()
     compilers._pool_set = [compilers.pool]
     monkeypatch.setitem(sys.modules, "torch._inductor.async_compile", compilers)
     part = raising(OutOfTime()) if how == "cut off" else lambda run: None
-    assert gpu._measure(make_run(tmp_path), agenda.Part("compiling", 10.0, part), 10.0) == (how, False)
+    assert gpu._measure(run, agenda.Part("compiling", 10.0, part), 10.0) == (how, False)
     ended = [call.pool.process.kill(), call.shutdown_compile_workers()]
     assert compilers.mock_calls == (ended if how == "cut off" else [])
 
@@ -257,19 +245,20 @@ gpu.end_compilers(); pool.process.wait(300); assert not a._pool_set
 # ------------------------------------------------------------------ what the self-check refused
 
 
-def refused(run: Run, op: str) -> Run:
+def refused(run: Run, op: str) -> None:
+    """Gives `run` the verdicts of a self-check: `op` is wrong on the run's own face and in its dtype. On another face
+    and in another dtype it is wrong for another reason."""
     verdict = {
         "op": op, "face": run.backend, "dtype": "float32", "status": "bad", "quick": True,
         "failure": "stats wrong: error 2.0",
     }  # fmt: skip
     others = [verdict | {"failure": "another's"} | other for other in ({"face": "cuda"}, {"dtype": "float16"})]
     run.results.data["selfcheck"] = {"verdicts": [*others, verdict]}
-    return run
 
 
-def test_what_the_self_check_found_bad_is_not_timed(tmp_path, monkeypatch, capsys):
+def test_what_the_self_check_found_bad_is_not_timed(run, monkeypatch, capsys):
     monkeypatch.setattr(bn_relu_dropout, "fused", lambda *_: pytest.fail("it ran"))
-    run = refused(make_run(tmp_path), "bn_relu_dropout")
+    refused(run, "bn_relu_dropout")
     rows = run.cases("test", [bn_relu_dropout.case(run, (2, 8, 40), "both", False, False)])
     assert [r["status"] for r in rows] == ["refused", "ok", "ok"]
     assert rows[0]["why"] == "self-check: stats wrong: error 2.0" and not any("ratio" in r for r in rows)
@@ -278,8 +267,7 @@ def test_what_the_self_check_found_bad_is_not_timed(tmp_path, monkeypatch, capsy
     assert again(run).results.data["selfcheck"] == written(run)["selfcheck"], "a resumed run knows it too"
 
 
-def test_each_case_knows_the_ops_that_ours_is_made_of(tmp_path):
-    run = make_run(tmp_path)
+def test_each_case_knows_the_ops_that_ours_is_made_of(run):
     layer, first = Layer(8, 8, 3), Layer(8, 8, 3, stride=2)
     shared = latency.Models(run, "small")
     training, steps = {"bn_relu_dropout", "conv1d"}, set(train.TRAINS)
@@ -299,7 +287,8 @@ def test_each_case_knows_the_ops_that_ours_is_made_of(tmp_path):
 
 
 @pytest.mark.slow
-def test_memory_s_refused_and_unanswerable_cases_are_rows(tmp_path, monkeypatch):
-    ours, eager = memory_command.main(refused(make_run(tmp_path), "conv1d"), (("small", 1, 32),))
+def test_memory_of_a_refused_contender_is_not_measured(run):
+    refused(run, "conv1d")
+    ours, eager = memory_command.main(run, (("small", 1, 32),))
     assert ours["ours"] and (ours["status"], eager["status"]) == ("refused", "ok")
     assert "ours_over_kept" not in eager["memory"]

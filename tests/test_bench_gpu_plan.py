@@ -28,13 +28,14 @@ from jasper_fast.selfcheck import checks
 # ------------------------------------------------------------------ the whole plan
 
 
-def collector(tmp_path) -> warm.Collector:
-    """Returns a run on a GPU that collects cases and measures none."""
-    return warm.Collector(torch.device("cuda"), torch.float16, "triton", False, make_run(tmp_path).results, FAST)
+@pytest.fixture
+def collector(run) -> warm.Collector:
+    """A run on a GPU that collects cases and measures none."""
+    return warm.Collector(torch.device("cuda"), torch.float16, "triton", False, run.results, FAST)
 
 
 @pytest.mark.slow
-def test_every_part_of_the_plan_for_a_gpu_makes_its_cases_and_has_time_for_them(tmp_path, monkeypatch):
+def test_every_part_of_the_plan_for_a_gpu_makes_its_cases_and_has_time_for_them(collector, monkeypatch):
     """Shows that no part names an unknown rival, and that the seconds of a part suffice for its cases. No contender is
     built, because that needs the GPU."""
     asked: list[str] = []
@@ -51,7 +52,7 @@ def test_every_part_of_the_plan_for_a_gpu_makes_its_cases_and_has_time_for_them(
     monkeypatch.setattr(memory_command, "measure", lambda run, *size: run.cases("memory", [memory.case(run, *size)[0]]))
     for name in ("tests", "tune"):
         monkeypatch.setattr(first, name, lambda run: None)
-    run = dataclasses.replace(collector(tmp_path), effort=Effort().at_most(gpu.CASE))
+    run = dataclasses.replace(collector, effort=Effort().at_most(gpu.CASE))
     found: dict[str, list[Case]] = {}
     for part in agenda.plan(run):
         seconds.clear()
@@ -95,7 +96,7 @@ def test_the_plan_has_every_question_once_and_the_most_valuable_first(tmp_path):
     assert sum(part.seconds for part in plan[:13]) <= gpu.BUDGET, "one run has time for all these parts"
 
 
-def test_the_full_self_check_keeps_the_verdicts_that_it_reached(tmp_path, monkeypatch):
+def test_the_full_self_check_keeps_the_verdicts_that_it_reached(run, tmp_path, monkeypatch):
     plan = [
         SimpleNamespace(op=op, face=face, dtype=dtype)
         for dtype in ("bfloat16", "float32")
@@ -117,7 +118,6 @@ def test_the_full_self_check_keeps_the_verdicts_that_it_reached(tmp_path, monkey
     monkeypatch.setattr(probe, "supervise", supervise)
     monkeypatch.setattr(checks, "plan", lambda device: plan)
     monkeypatch.setenv("JASPER_FAST_CACHE", str(tmp_path / "cache"))
-    run = make_run(tmp_path)
     quick = {"op": "conv1d", "face": "triton", "dtype": "float32", "status": "good", "quick": True}
     run.results.data["selfcheck"] = {"seconds": 1.0, "verdicts": [quick], "failures": []}
     with pytest.raises(OutOfTime):
@@ -201,11 +201,10 @@ sys.exit(cli.main(["gpu", "--device", "cpu", "--quick", "--out", sys.argv[1]]))
 
 
 @pytest.mark.parametrize("frontend", [None, True])
-def test_cudnn_s_rows_cost_no_second_timing_where_it_is_absent(frontend, tmp_path, monkeypatch):
+def test_cudnn_s_rows_cost_no_second_timing_where_it_is_absent(frontend, collector, monkeypatch):
     wrap(monkeypatch, importlib.util, "find_spec", lambda right, name: frontend if name == "cudnn" else right(name))
-    run = collector(tmp_path)
-    agenda.slow_rivals(run)
-    assert len(run.found) == len(layers()) * (5 if frontend else 3)
+    agenda.slow_rivals(collector)
+    assert len(collector.found) == len(layers()) * (5 if frontend else 3)
     for name in ("cudnn", agenda.SLOW):
-        ids = [case.id for case in run.found if name in {c.name for c in case.contenders}]
+        ids = [case.id for case in collector.found if name in {c.name for c in case.contenders}]
         assert len(set(ids)) == len(ids) > 0

@@ -131,8 +131,7 @@ def test_a_faulty_engine_has_no_time(dtype, fault, tmp_path):
     assert all(row["status"] == "ok" for row in rows.values()), [row.get("why") for row in rows.values()]
 
 
-def test_a_large_model_is_judged_in_fp32_on_a_cpu_and_by_eager_s_error_in_a_lower_precision(tmp_path, monkeypatch):
-    run = make_run(tmp_path)
+def test_a_large_model_is_judged_in_fp32_on_a_cpu_and_by_eager_s_error_in_a_lower_precision(run, tmp_path, monkeypatch):
     assert latency.Models(run, "small").judged_in is torch.float64
     large = latency.Models(run, "jasper10x5")
     assert large.judged_in is torch.float32 and large.low(tuple) is None
@@ -198,8 +197,8 @@ def on(run: Run, device: str) -> Run:
     return dataclasses.replace(run, device=torch.device(device), effort=Effort(), quick=False)
 
 
-def test_a_gpu_measures_the_whole_grid_of_both_and_a_cpu_what_it_has_time_for(tmp_path):
-    run, grids, whole = make_run(tmp_path), latency_command.grids, (latency_command.GRID, latency_command.GRID)
+def test_a_gpu_measures_the_whole_grid_of_both_and_a_cpu_what_it_has_time_for(run):
+    grids, whole = latency_command.grids, (latency_command.GRID, latency_command.GRID)
     gpu, cpu = on(run, "cuda"), on(run, "cpu")
     assert grids(gpu, False, ()) == grids(cpu, True, ()) == whole
     assert grids(gpu, False, ((1, 2.0),)) == (((1, 2.0),), ((1, 2.0),))
@@ -215,12 +214,11 @@ def test_sound_to_text_meets_cuda_graphs_where_they_are_asked_for(tmp_path):
     assert set(latency.SOUND_RIVALS) <= set(choice.DEFAULT["inference", "cuda"])
 
 
-def test_a_gpu_takes_the_samples_that_a_p99_takes(tmp_path):
+def test_a_gpu_takes_the_samples_that_a_p99_takes(run):
     def asked(run: Run) -> list[Effort]:
         shared = latency.Models(run, "small")
         return [make(shared, "small", 1, 2.0).effort(run.effort) for make in (latency.case, latency.sound_case)]
 
-    run = make_run(tmp_path)
     for effort in asked(on(run, "cuda")):
         assert effort.max_rounds >= effort.min_rounds >= ratios.SAMPLES["p99"]
         assert effort.seconds == Effort().seconds / 2
@@ -258,8 +256,8 @@ class Session:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_onnx_runtime_is_given_tensors_where_they_are(dtype, tmp_path):
-    shared = latency.Models(make_run(tmp_path), "small")
+def test_onnx_runtime_is_given_tensors_where_they_are(dtype, run):
+    shared = latency.Models(run, "small")
     call = runtimes.bound(Session(shared.plain), shared.plain)
     x, lengths = models.features(shared.cfg, 2, 63, CPU, 1, ragged=True)
     x = x.to(dtype)

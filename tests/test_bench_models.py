@@ -46,11 +46,11 @@ def test_weights_are_shared_and_models_are_copies():
     torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
 
 
-def test_models_go_when_nobody_holds_them(tmp_path):
+def test_models_go_when_nobody_holds_them(run):
     gc.collect()
     gc.disable()  # so that objects in reference cycles are not freed
     try:
-        shared = latency.Models(make_run(tmp_path), "small")
+        shared = latency.Models(run, "small")
         refs = weakref.ref(shared), weakref.ref(shared.inputs(1, 2.0)[0])
         del shared
         assert [ref() for ref in refs] == [None, None]

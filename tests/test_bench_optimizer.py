@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from bench_runs import CPU, make_run
+from bench_runs import CPU
 
 from jasper_fast.bench.cases import optimizer
 
 
 @pytest.fixture
-def case(tmp_path):
-    return optimizer.case(make_run(tmp_path), "small")
+def case(run):
+    return optimizer.case(run, "small")
 
 
 def runners(case):

@@ -58,9 +58,8 @@ def swapped_statistics(panes_plain, *of, **more):
     ("panes_plain", a_wide_pane, "jasper_fast", "sum"),
     ("panes_plain", swapped_statistics, "jasper_fast", "running_mean 0"),
 ])  # fmt: skip
-def test_a_wrong_form_has_no_time_in_any_mode(op, fault, form, why, tmp_path, monkeypatch):
+def test_a_wrong_form_has_no_time_in_any_mode(op, fault, form, why, run, monkeypatch):
     wrap(monkeypatch, ops, op, fault)
-    run = make_run(tmp_path)
     rows = run.cases("test", panes.block_cases(run, BLOCK, common.MODES, 2, 40))
     assert all(row["why"].startswith(why) for row in rows if row["status"] == "wrong")
     for (_, name), status in statuses(rows).items():
@@ -137,12 +136,12 @@ def test_a_retained_graph_is_of_the_inputs_as_they_are(form):
 
 
 @pytest.fixture
-def collect(tmp_path):
+def collect(run):
     def collected(device: str = "cpu", op: str = "all", mode: str | None = None, **changes) -> list:
-        run = warm.Collector(torch.device(device), torch.float32, "triton", False, make_run(tmp_path).results)
-        run = dataclasses.replace(run, **changes)
-        kernels.main(run, op, mode)
-        return run.found
+        collector = warm.Collector(torch.device(device), torch.float32, "triton", False, run.results)
+        collector = dataclasses.replace(collector, **changes)
+        kernels.main(collector, op, mode)
+        return collector.found
 
     return collected
 

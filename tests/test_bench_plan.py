@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from bench_runs import ROOT, again, make_run, measured
+from bench_runs import ROOT, again, measured
 from conftest import raising
 
 from jasper_fast.bench.gpu import agenda, gpu, self_check
@@ -20,7 +20,7 @@ def endless_compiler(run):
 
 
 @pytest.mark.slow
-def test_gpu_plan_is_bounded_written_as_it_goes_and_resumed(tmp_path, monkeypatch):
+def test_gpu_plan_is_bounded_written_as_it_goes_and_resumed(run, monkeypatch):
     whole = gpu.BUDGET
     plan = [
         agenda.Part("first", whole, measured("a")),
@@ -34,7 +34,6 @@ def test_gpu_plan_is_bounded_written_as_it_goes_and_resumed(tmp_path, monkeypatc
     monkeypatch.setattr(gpu, "GOOD", 0.5)
     # garbage collection takes long in a process with many tests
     monkeypatch.setattr(devices, "tidy", lambda device: None)
-    run = make_run(tmp_path)
     gpu.main(run, time.monotonic() - run.started + 10.0)
     assert json.loads(run.results.path.read_text())["parts"] == {
         "first": "finished",
@@ -55,7 +54,7 @@ def test_gpu_plan_is_bounded_written_as_it_goes_and_resumed(tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_part_that_was_cut_off_goes_on_when_the_others_are_done(tmp_path, monkeypatch):
+def test_a_part_that_was_cut_off_goes_on_when_the_others_are_done(run, monkeypatch):
     calls = []
 
     def slow_at_first(run):
@@ -67,7 +66,6 @@ def test_a_part_that_was_cut_off_goes_on_when_the_others_are_done(tmp_path, monk
     plan = [agenda.Part("slow", 0.05 * gpu.BUDGET, slow_at_first), agenda.Part("other", gpu.BUDGET, measured("other"))]
     monkeypatch.setattr(agenda, "plan", lambda run: plan)
     monkeypatch.setattr(gpu, "GOOD", 0.1)
-    run = make_run(tmp_path)
     gpu.main(run, time.monotonic() - run.started + 20.0)
     data = json.loads(run.results.path.read_text())
     assert data["parts"] == {"slow": "finished", "other": "finished"}
@@ -75,7 +73,7 @@ def test_a_part_that_was_cut_off_goes_on_when_the_others_are_done(tmp_path, monk
     assert calls[0] < 1.5 < calls[1]
 
 
-def test_the_self_check_s_verdict_is_in_the_result(tmp_path, monkeypatch):
+def test_the_self_check_s_verdict_is_in_the_result(run, tmp_path, monkeypatch):
     row = {
         "op": "conv1d", "face": "triton", "function": "forward", "variant": "", "configuration": "t128", "id": "1",
         "shape": "(1, 2, 3)", "dtype": "float16", "detail": "error 2.0", "status": "wrong",
@@ -86,7 +84,6 @@ def test_the_self_check_s_verdict_is_in_the_result(tmp_path, monkeypatch):
 
     monkeypatch.setattr(probe, "supervise", supervise)
     monkeypatch.setenv("JASPER_FAST_CACHE", str(tmp_path / "cache"))
-    run = make_run(tmp_path)
     self_check.selfcheck(run, quick=True)
     saved = json.loads(run.results.path.read_text())["selfcheck"]
     assert saved["verdicts"][0]["quick"] and saved["verdicts"][0]["status"] == "bad"

@@ -28,9 +28,9 @@ def answers() -> dict[str, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("mode", ["TF32", "IEEE"])
-def test_cut_operands_pass_where_tf32_is_allowed_only(mode, answers, tmp_path, monkeypatch) -> None:
+def test_cut_operands_pass_where_tf32_is_allowed_only(mode, answers, run, monkeypatch) -> None:
     monkeypatch.setattr(limits, "float32_mode", lambda device: mode)
-    tolerance = common.tolerance(make_run(tmp_path))
+    tolerance = common.tolerance(run)
     answers["scaled"] = {"y": 1.005 * answers["cut"]["y"]}
     for name, wrong in (("cut", mode == "IEEE"), ("low", False), ("scaled", True)):
         assert bool(correct.complaints(answers[name], answers["low"], answers["ref"], tolerance)) == wrong, name

@@ -226,9 +226,9 @@ def test_eager_without_masks_is_wrong_where_utterances_are_padded(tmp_path, monk
     assert rows["eager_no_masks"]["status"] == "wrong" and rows["eager"]["status"] == "ok"
 
 
-def test_no_case_without_padding_unless_someone_meets_it(tmp_path):
+def test_no_case_without_padding_unless_someone_meets_it(run):
     assert "eager_no_masks" in choice.DEFAULT["training", "cuda"]
-    assert "eager_no_masks" not in train.rivals_of(make_run(tmp_path))
+    assert "eager_no_masks" not in train.rivals_of(run)
 
 
 def test_tf32_is_held_to_its_own_roundings(monkeypatch):

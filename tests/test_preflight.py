@@ -67,12 +67,11 @@ def test_without_a_gpu_it_says_so(machine, monkeypatch):
 
 
 @pytest.mark.slow
-def test_tests_that_fail_fail_their_part_and_name_themselves(tmp_path, monkeypatch):
+def test_tests_that_fail_fail_their_part_and_name_themselves(run, tmp_path, monkeypatch):
     folder = tmp_path / "tests"
     folder.mkdir()
     monkeypatch.setattr(first.paths, "CHECKOUT", tmp_path)
     (folder / "test_a.py").write_text("def test_good(): pass\ndef test_bad(): assert 1 == 2\n")
-    run = make_run(tmp_path)
     with pytest.raises(first.TestsFailed, match=r"FAILED .*test_bad"):
         first.tests(run, files=("test_a.py",), chosen="")
     first.tests(run, files=("test_a.py",), chosen="good")
@@ -82,9 +81,9 @@ def test_tests_that_fail_fail_their_part_and_name_themselves(tmp_path, monkeypat
         first.tests(run, files=("test_a.py",), chosen="")
 
 
-def test_a_machine_without_tests_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_machine_without_tests_goes_on(run, monkeypatch, capsys):
     monkeypatch.setattr(first.paths, "CHECKOUT", None)
-    first.tests(make_run(tmp_path))
+    first.tests(run)
     assert "no tests here" in "".join(capsys.readouterr())
 
 

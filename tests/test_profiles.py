@@ -1,16 +1,20 @@
-"""`python -m bench profile` names every layer, forward and backward, in training and in the engine."""
+"""`python -m bench profile` names every layer, forward and backward, in training and in the engine. Its profiler counts
+launches, adds no output and reports its errors."""
 
 import json
+import os
 
 import pytest
 import torch
-from bench_runs import CPU, make_run
-from conftest import interpreted, make_face
+from bench_runs import CPU, CUDA, make_run
+from conftest import interpreted, make_face, raising
 from standins import wrap
 
 from jasper_fast import InferenceEngine
 from jasper_fast.bench.cases import models
-from jasper_fast.bench.commands import profile
+from jasper_fast.bench.commands import launches, profile
+from jasper_fast.bench.harness import allocations, kineto
+from jasper_fast.bench.harness.case import Runner
 from jasper_fast.kernels import launch
 from jasper_fast.nn.eager import EagerJasper
 
@@ -29,8 +33,7 @@ def ranges_in(path) -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["train", "inference"])
-def test_both_contenders_have_tables_of_all_layers(mode, tmp_path):
-    run = make_run(tmp_path)
+def test_both_contenders_have_tables_of_all_layers(mode, run, tmp_path):
     ours, eager = profile.main(run, "small", mode, 2, T)
     assert (ours["contender"], eager["contender"]) == ("jasper_fast", "eager")
     for found in (ours, eager):
@@ -75,12 +78,12 @@ def test_layers_have_ranges_and_backward_s_nodes_belong_to_the_layer_that_made_t
 
 
 @pytest.mark.slow
-def test_a_wrong_contender_has_no_profile(tmp_path, monkeypatch):
+def test_a_wrong_contender_has_no_profile(run, tmp_path, monkeypatch):
     def scaled(fused, cfg, state, backend):
         return fused(cfg, {k: v * 1.5 if k == "decoder.layers.0.weight" else v for k, v in state.items()}, backend)
 
     wrap(monkeypatch, models, "fused", scaled)
-    ours, eager = profile.main(make_run(tmp_path), "small", "inference", 2, T)
+    ours, eager = profile.main(run, "small", "inference", 2, T)
     assert ours["status"] == "wrong" and "log_probs" in ours["why"] and ours["records"] == []
     assert eager["status"] == "ok" and not list(tmp_path.glob("trace_*jasper_fast*"))
 
@@ -103,3 +106,50 @@ def test_an_engine_is_as_it_was_after_its_ranges(backend, monkeypatch):
     assert engine._run.plan is plan and not any(e.key.startswith(profile.LAYER) for e in trace.key_averages())
     if backend != "triton":  # Triton's launches are replaced above by a function that does nothing
         assert torch.equal(before, inside) and torch.equal(before, after)
+
+
+# ------------------------------------------------------------------ the profiler
+
+
+def test_launches_are_counted():
+    x = torch.randn(4, 4)
+    assert launches.count(Runner(lambda: x.t().relu().exp().reshape(16).sum(), dict), CPU) == {"ops": 4}
+
+
+def test_a_profile_leaves_nothing_on_the_terminal_and_hides_no_error(tmp_path, capfd):
+    def step():
+        os.write(2, b"USDT: of the step's own\n")
+        return torch.ones(3) + 1
+
+    assert any(r["name"] == "aten::add" for r in profile.profile(step, CPU, tmp_path / "trace.json"))
+    assert allocations.peak(lambda: torch.ones(256), "cpu") == 1024
+    out, err = capfd.readouterr()
+    assert (out, set(err.splitlines())) == ("", {"USDT: of the step's own"})  # output of the step is kept
+    with pytest.raises(RuntimeError), kineto.without_marks():
+        os.write(2, b"USDT:2026 profiler_start\nERROR:2026 A.cpp:48] gpuGetDeviceCount failed with code 35\n")
+        os.write(2, b"ERROR: CUPTI_ERROR_INSUFFICIENT_PRIVILEGES\n")
+        raise RuntimeError
+    assert capfd.readouterr().err == "ERROR: CUPTI_ERROR_INSUFFICIENT_PRIVILEGES\n"
+
+
+def test_a_step_that_fails_stops_the_profiler():
+    with pytest.raises(ValueError), kineto.recorded([torch.profiler.ProfilerActivity.CPU]):
+        raise ValueError
+    assert not torch.autograd._profiler_enabled()
+
+
+def test_a_gpu_s_profile_without_kernels_is_a_failure(run, tmp_path, monkeypatch):
+    """Shows that a GPU profile without kernels is reported as failed. Without CUPTI the profiler records no kernel."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    with pytest.raises(profile.NoKernels, match="CUPTI"):
+        profile.profile(lambda: torch.ones(3) + 1, CUDA, tmp_path / "trace.json")
+
+    monkeypatch.setattr(profile, "profile", raising(profile.NoKernels("no CUPTI")))
+    found = profile.main(run, "small", "inference", 1, T)
+    assert [(f["status"], f["why"], f["records"]) for f in found] == [("failed", "no CUPTI", [])] * 2
+
+
+def test_launches_that_cannot_be_counted_are_not_told_as_none(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    assert launches.count(Runner(lambda: torch.ones(4).exp(), dict), CUDA) == {"ops": 2}
+    assert "CUPTI" in capsys.readouterr().err
