@@ -11,7 +11,7 @@ from bench_runs import CPU, make_run, softplus_case
 from conftest import interpreted, make_face, raising
 from standins import wrap
 
-from jasper_fast.bench.cases import bn_relu_dropout, by_layer, common, sub_block_inference, sub_blocks
+from jasper_fast.bench.cases import bn_relu_dropout, by_layer, common, panes, sub_block_inference, sub_blocks
 from jasper_fast.bench.cases.layers import Layer, layers
 from jasper_fast.bench.harness import correct
 from jasper_fast.bench.harness.case import Contender
@@ -167,15 +167,16 @@ def test_a_wrong_sub_block_is_refused_in_every_mode(run, monkeypatch):
     assert all(r["status"] == "ok" and "ratio" not in r for r in rows if not r["ours"])
 
 
-def test_rivals_of_sub_blocks_that_this_machine_lacks_are_rows_that_say_so(tmp_path, monkeypatch):
+def test_rivals_that_this_machine_lacks_are_rows_that_say_so(tmp_path, monkeypatch):
     monkeypatch.setattr(compiler, "needs_compiler", raising(Absent("no compiler")))
     run = make_run(tmp_path, rivals="all")
-    rows = run.cases("test", by_layer.layer_cases(run, "sub_block", 2, 40, LAYERS[0], ("forward", "inference")))
-    for mode in ("forward", "inference"):
-        named = {r["contender"]: r for r in rows if r["key"]["mode"] == mode}
+    sub_block = by_layer.layer_cases(run, "sub_block", 2, 40, LAYERS[0], ("forward", "inference"))
+    for case in (*sub_block, panes.case(run, 2, 40, panes.Block((16, 24), 20), "both")):
+        named = {r["contender"]: r for r in run.cases("test", [case])}
         assert named["compile_max_autotune"]["why"] == "no compiler"
-        assert named["cudnn"]["status"] == "absent" and "NVIDIA GPU" in named["cudnn"]["why"]
         assert named["jasper_fast"]["status"] == named["eager"]["status"] == "ok"
+        if case in sub_block:  # cuDNN has no kernel for panes
+            assert named["cudnn"]["status"] == "absent" and "NVIDIA GPU" in named["cudnn"]["why"]
 
 
 def test_conv_shapes_are_jasper_10x5s():

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 from bench_runs import CPU, make_run
-from conftest import make_face, raising
+from conftest import make_face
 from standins import wrap
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,8 +17,7 @@ from jasper_fast.bench.cases import common, panes
 from jasper_fast.bench.cases.layers import layers
 from jasper_fast.bench.commands import kernels
 from jasper_fast.bench.gpu import warm
-from jasper_fast.bench.harness.errors import Absent
-from jasper_fast.bench.rivals import choice, compiler
+from jasper_fast.bench.rivals import choice
 
 BLOCK = panes.Block((16, 24, 9), 20)
 
@@ -182,10 +181,12 @@ def test_a_brief_run_measures_few_cases(collect):
     assert len(collect(quick=True)) == 2 + 1 + 2 + 2 + 1 + 2
 
 
-@pytest.mark.parametrize("wanted", ["nonsense", "eager,nonsense", "onnxruntime"])
-def test_a_rival_that_no_op_has_is_an_error_that_names_those_there_are(wanted, collect):
+@pytest.mark.parametrize(
+    ("wanted", "brief"), [("nonsense", False), ("eager,nonsense", False), ("onnxruntime", False), ("nonsense", True)]
+)
+def test_a_rival_that_no_op_has_is_an_error_that_names_those_there_are(wanted, brief, collect):
     with pytest.raises(choice.UnknownRival, match=r"(?s)no rival '(nonsense|onnxruntime)'.*known: eager,.*compile"):
-        collect(rivals=wanted)
+        collect(rivals=wanted, brief=brief)
 
 
 @pytest.mark.parametrize("wanted", ["default", "all", "eager", "eager,compile", "cudnn,compile_max_autotune"])
@@ -199,12 +200,3 @@ def test_known_rivals_are_taken(wanted, collect):
 
 def test_a_brief_run_may_name_the_rivals_of_models(collect):
     assert collect(rivals="onnxruntime", brief=True)
-    with pytest.raises(choice.UnknownRival, match="nonsense"):
-        collect(rivals="nonsense", brief=True)
-
-
-def test_a_compiled_rival_that_is_lacking_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(compiler, "needs_compiler", raising(Absent("no compiler")))
-    run = make_run(tmp_path, rivals="all")
-    rows = {r["contender"]: r for r in run.cases("test", [panes.case(run, 2, 40, BLOCK, "both")])}
-    assert rows["compile_max_autotune"]["why"] == "no compiler" and rows["jasper_fast"]["status"] == "ok"
