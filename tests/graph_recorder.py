@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from standins import READS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from jasper_fast.kernels import launch
 
-READS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "lift_fresh")
+FORBIDDEN = (*READS, "lift_fresh")  # lift_fresh makes a tensor of a number of the host
 MEMORY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 CPU_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
@@ -28,20 +29,16 @@ def place(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
-class Refused(RuntimeError):
-    """The step does something that a CUDA graph cannot record."""
-
-
 class Tape(TorchDispatchMode):
     """The record of one capture. `state` returns all tensors that a step changes; they are restored after the
-    capture."""
+    capture. A capture raises RuntimeError if the step does something that a CUDA graph cannot record."""
 
     def __init__(self, monkeypatch, state: Callable[[], Iterable[Tensor]]) -> None:
         super().__init__()
         self._patch, self._state = monkeypatch, state
         self.calls: list[tuple[Callable, tuple, dict, Any]] = []
         self.made: set[int] = set()  # storages that the capture allocated
-        self.outside: set[int] = set()
+        self.outside: set[int] = set()  # other storages that the recorded calls use
 
     def capture(self, step: Callable[[], Any]) -> Any:
         before = [(x, x.detach().clone()) for x in self._state()]
@@ -49,14 +46,13 @@ class Tape(TorchDispatchMode):
         self._patch.setattr(launch, "run", self._launched)
         try:
             with self:
-                result = step()
+                return step()
         finally:
             self._patch.setattr(launch, "run", run)
             torch.set_rng_state(rng)
             with torch.no_grad():
                 for x, old in before:
                     x.copy_(old)
-        return result
 
     def _launched(self, kernel, grid, like, *args, **meta) -> None:
         self._note(args)
@@ -67,8 +63,8 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
-        if name in READS:
-            raise Refused(f"{name}: the host and the device wait for each other")
+        if name in FORBIDDEN:
+            raise RuntimeError(f"{name}: the host and the device wait for each other")
         if func.namespace == "jasper_fast":  # record the operations and launches inside the op
             with self:
                 return func.redispatch(CPU_KEY, *args, **kwargs)

@@ -80,15 +80,30 @@ def pretend_a_gpu(monkeypatch, traits: likeness.Traits | None) -> None:
         monkeypatch.setattr(owner, name, stand_in)
 
 
+# Ops that need the values of a tensor on the host, by the names under which they are dispatched
+READS = (
+    "_local_scalar_dense", "nonzero", "masked_select", "equal", "allclose", "bincount",
+    "_unique2", "unique_dim", "unique_consecutive",
+)  # fmt: skip
+
+
 class NeverWait(TorchDispatchMode):
     """Fails on any op that needs the values of a tensor on the host. On a GPU the host would wait for them."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"), name
+        assert name not in READS, name
         if name in ("index", "index_put", "index_put_"):
             assert torch.bool not in {i.dtype for i in args[1] if i is not None}, f"{name} by a mask"
         return func(*args, **(kwargs or {}))
+
+
+def novograd_functions(launched: list[str]) -> SimpleNamespace:
+    """Stands in for NovoGrad's CUDA functions. Each call adds the name of its kernel to `launched`."""
+    return SimpleNamespace(
+        jf_novograd_squares=lambda *how: launched.append("squares"),
+        jf_novograd_update=lambda *how: launched.append("update"),
+    )
 
 
 TRAITS = likeness.Traits("sm_90", 132, 3.35e12)

@@ -1,19 +1,18 @@
 """The graphed step without a GPU: a recorder of PyTorch's ops takes the place of CUDA graphs, and steps on a stand-in
 device show whether an operation cannot be captured."""
 
-import ctypes
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import cuda_host
 import pytest
 import torch
 from conftest import interpreted
-from graph_recorder import TapeRecorder, place, tensors
+from graph_recorder import place, tensors
 from graph_rig import Rig, batch, padded, same
+from test_novograd import emulated
 
 from jasper_fast.bench.cases.full_step import full_step
 from jasper_fast.bench.harness.errors import Absent
@@ -80,8 +79,7 @@ class Taped:
     and its tensors."""
 
     def __init__(self, monkeypatch) -> None:
-        library = ctypes.CDLL(str(cuda_host.build([cuda_host.CSRC / "cuda/emulate/novograd.cpp"])))
-        self._functions, self._given, self.launched = cuda_launch.Functions(library), [], 0
+        self._functions, self._given, self.launched = emulated(), [], 0
         monkeypatch.setattr(cuda_launch, "functions", lambda: self)
         monkeypatch.setattr(NovoGrad, "_face", lambda self, device, params: "cuda")
         address = torch.Tensor.data_ptr
@@ -246,25 +244,19 @@ def test_where_a_step_cannot_be_captured_plain_ones_go_on(optimizer, monkeypatch
 
 
 def test_hindrances_are_told_in_a_line(monkeypatch):
-    told = []
-
-    def made(rig: Rig, **more):
-        return GraphedStep(
-            rig.model, rig.frontend, rig.optimizer, rig.scaler, rig.guard, **rig.how, **more, say=told.append
-        )
-
-    rig, recorder = Rig("adamw"), TapeRecorder(monkeypatch, list, list)
-    assert made(rig)([batch(1, 0.2, 2, 0)]).names == ["0 0"]
+    told, rig = [], Rig("adamw")
+    made = GraphedStep(rig.model, rig.frontend, rig.optimizer, rig.scaler, rig.guard, **rig.how, say=told.append)
+    assert made([batch(1, 0.2, 2, 0)]).names == ["0 0"]
     assert "need a GPU, but the model is on cpu" in told[-1]
     rig.optimizer = torch.optim.SGD(rig.model.parameters(), lr=0.1)
-    made(rig, recorder=recorder)
+    rig.graphed(monkeypatch, say=told.append)
     assert "SGD skips steps on the host: use NovoGrad, or AdamW(..., fused=True)" in told[-1]
     monkeypatch.setattr(graphed, "loss_is_capturable", lambda device: False)
-    made(Rig("adamw"), recorder=recorder)
+    Rig("adamw").graphed(monkeypatch, say=told.append)
     assert "CTC loss reads lengths on the host" in told[-1]
     assert all("\n" not in line for line in told) and len(told) == 3
     with pytest.raises(ValueError, match="at least 1"):
-        made(Rig("adamw"), recorder=recorder, limit=0)
+        Rig("adamw").graphed(monkeypatch, limit=0)
 
 
 # ---- operations that would break a capture, on a stand-in device ----
@@ -289,8 +281,8 @@ def test_nothing_of_a_captured_step_waits_for_the_device(counted):
         assert found["possible"] and found["said"] == [], (name, found)
         assert found["breaks"] == [], (name, found)
         assert found["ops"] > 300 and {"_ctc_alpha_kernel", "_ctc_gradient_kernel"} <= set(found["launched"])
-        mine = {"_update_kernel", "update_kernel"} & set(found["launched"])
-        assert mine == ({"update_kernel"} if "cuda" in name else {"_update_kernel"} if "novograd" in name else set())
+        mine = {"_update_kernel", "update"} & set(found["launched"])
+        assert mine == ({"update"} if "cuda" in name else {"_update_kernel"} if "novograd" in name else set())
 
 
 @pytest.mark.slow

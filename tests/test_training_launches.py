@@ -12,7 +12,7 @@ import pickle
 import pytest
 import torch
 from conftest import interpreted, raising, settle
-from standins import NeverWait
+from standins import NeverWait, novograd_functions
 from test_model import batch, config, pair
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -94,10 +94,10 @@ def test_a_step_waits_for_nothing(launches, form, training, monkeypatch):
     assert launches
 
 
-def kept(module: torch.nn.Module, n: int, t: int) -> int:
+def kept(module: torch.nn.Module) -> int:
     """Returns the bytes that the second training forward allocates and keeps for backward, as `bench memory` does."""
     device = next(module.parameters()).device
-    features, lengths = torch.zeros(n, 64, t, device=device), torch.full((n,), t, device=device)
+    features, lengths = torch.zeros(2, 64, 400, device=device), torch.full((2,), 400, device=device)
     forward = lambda: module(features, lengths)[0].square().mean()  # noqa: E731
     forward()
     return allocations.kept(forward, device)[0]
@@ -109,15 +109,15 @@ def test_a_step_keeps_a_quarter_of_what_eager_keeps(launches):
     also saves covariances, whose size does not depend on the batch."""
     cfg = models.config("jasper10x5")
     with torch.device("meta"):
-        eager = kept(EagerJasper(cfg).train(), 2, 400)
+        eager = kept(EagerJasper(cfg).train())
         ours, shares = Jasper(cfg, backend="triton").train().to_empty(device="cpu"), {}  # uninitialised
     for form in ("gram", "plain"):
         for layer in ours.encoder.layers:
             layer.pane_form = form
-        shares[form] = kept(ours, 2, 400) / eager
+        shares[form] = kept(ours) / eager
     assert 0.15 < shares["plain"] < shares["gram"] <= 0.25, shares
     with torch.autocast("cpu", torch.bfloat16):  # activations have half the size, and no 16-bit weights are kept
-        assert kept(ours, 2, 400) <= 0.52 * eager * shares["plain"]
+        assert kept(ours) <= 0.52 * eager * shares["plain"]
 
 
 # ---- the packs that modules own ----
@@ -258,10 +258,10 @@ def test_atens_rule(lists, sizes, launches):
     assert multi_tensor(lists, sizes) == launches
 
 
-def hollow_training(form: str, jasper10x5: bool = True) -> tuple[Jasper, EMA]:
-    """Returns a model and its moving average, with gradients, on the meta device."""
+def hollow_training(name: str) -> tuple[Jasper, EMA]:
+    """Returns the model called `name` and its moving average, with gradients, on the meta device."""
     with torch.device("meta"):
-        ours = Jasper(models.config("jasper10x5" if jasper10x5 else "small"), backend="triton", panes=form).train()
+        ours = Jasper(models.config(name), backend="triton", panes="gram").train()
     for p in ours.parameters():
         p.grad = torch.empty_like(p)
     return ours, EMA(ours)
@@ -271,13 +271,8 @@ def hollow_training(form: str, jasper10x5: bool = True) -> tuple[Jasper, EMA]:
 def test_the_optimiser_and_the_average_are_two_launches(launches, face, monkeypatch):
     """The update of Jasper 10x5 and its average are two kernels and a few small copies. PyTorch's foreach ops, on the
     reference face, make hundreds of launches."""
-    ours, ema = hollow_training("gram")
-
-    class Functions:
-        jf_novograd_squares = staticmethod(lambda stream, grid, args: launches.append("squares"))
-        jf_novograd_update = staticmethod(lambda stream, grid, args: launches.append("update"))
-
-    monkeypatch.setattr(cuda_launch, "functions", Functions)
+    ours, ema = hollow_training("jasper10x5")
+    monkeypatch.setattr(cuda_launch, "functions", lambda: novograd_functions(launches))
     monkeypatch.setattr(NovoGrad, "_face", lambda self, device, params: face)
     optimizer = NovoGrad(ours.parameters(), lr=0.01, weight_decay=1e-3, ema=ema)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -290,9 +285,9 @@ def test_the_optimiser_and_the_average_are_two_launches(launches, face, monkeypa
     assert total > 400 if face == "reference" else (launches == ["squares", "update"] and total <= 6), seen.count
 
 
-def test_the_step_moves_32_bytes_a_parameter(launches, monkeypatch):
+def test_the_step_moves_32_bytes_a_parameter(launches):
     """The table that the Triton and CUDA kernels read shows how many bytes a step moves."""
-    ours, ema = hollow_training("gram", jasper10x5=False)
+    ours, ema = hollow_training("small")
     optimizer = NovoGrad(ours.parameters(), ema=ema, backend="triton")
     step.update(ours, optimizer, torch.amp.GradScaler("cpu", enabled=False))
     rows = optimizer._held[torch.device("meta")]["rows"]
