@@ -52,11 +52,13 @@ def printed(run, capsys, *argv) -> str:
     return capsys.readouterr().out
 
 
-def hear(vocabulary: Vocabulary, text: str, sharp: float = 4.0, seed: int = 0, times: int = 1) -> torch.Tensor:
+def hear(
+    vocabulary: Vocabulary, text: str, sharp: float = 4.0, seed: int = 0, times: int = 1, noise: float = 1.0
+) -> torch.Tensor:
     """Returns noisy log-probs (T, V). In their best path each symbol of ``text`` fills ``times`` frames, and a blank
     follows."""
     ids = [i for c in vocabulary.encode(text) for i in ([c] * times + [vocabulary.blank])]
-    log_probs = torch.randn(len(ids), vocabulary.n_classes, generator=torch.Generator().manual_seed(seed))
+    log_probs = noise * torch.randn(len(ids), vocabulary.n_classes, generator=torch.Generator().manual_seed(seed))
     log_probs[torch.arange(len(ids)), torch.tensor(ids)] += sharp
     return log_probs.log_softmax(-1)
 

@@ -51,8 +51,8 @@ def write_checkpoint(path, config=None):
     return str(path)
 
 
-@pytest.fixture
-def model(tmp_path):
+@pytest.fixture(name="model")
+def tiny_checkpoint(tmp_path):
     return write_checkpoint(tmp_path / "model.pt")
 
 
@@ -239,8 +239,8 @@ def test_info(capsys):
 def test_module_runs_and_imports_little():
     code = "import sys; from jasper_fast.cli.command import parser; parser(); print('torch' in sys.modules)"
     for argv, start in ((("-c", code), "False"), (("-m", "jasper_fast", "--version"), "jasper_fast ")):
-        command = [sys.executable, *argv]
-        assert subprocess.check_output(command, text=True, cwd=Path(__file__).parents[1]).startswith(start)
+        printed = subprocess.check_output([sys.executable, *argv], text=True, cwd=Path(__file__).parents[1])
+        assert printed.startswith(start)
 
 
 def test_a_model_that_makes_nan_of_one_file_keeps_the_others(model, files, tmp_path, capsys, monkeypatch):

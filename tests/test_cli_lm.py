@@ -8,9 +8,8 @@ import re
 from types import SimpleNamespace
 
 import pytest
-import torch
 from kneser_ney import KneserNey
-from language_models import assert_refused, needs_kenlm, needs_native, printed
+from language_models import assert_refused, hear, needs_kenlm, needs_native, printed
 
 from jasper_fast.cli import command
 from jasper_fast.lm import tuned
@@ -69,10 +68,8 @@ def saved(tmp_path):
     rng = random.Random(0)
     folder = Saved.begin(tmp_path / "saved", SimpleNamespace(vocabulary=V, frame_seconds=0.02))
     for i, sentence in enumerate(SENTENCES):
-        ids = [x for c in V.encode(sentence) for x in (c, V.blank)]
-        log_probs = 0.5 * torch.randn(len(ids), V.n_classes)
-        log_probs[torch.arange(len(ids)), torch.tensor(ids)] += 6.0
-        for t in rng.sample(range(0, len(ids), 2), 4):
+        log_probs = hear(V, sentence, 6.0, seed=i, noise=0.5)
+        for t in rng.sample(range(0, len(log_probs), 2), 4):
             log_probs[t, rng.randrange(1, 27)] += 7.0
         folder.keep(i, log_probs.log_softmax(-1))
     folder.finish([f"{i}.wav" for i in range(len(SENTENCES))], SENTENCES)

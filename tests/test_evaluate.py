@@ -5,8 +5,8 @@ from pathlib import Path
 
 import corpora
 import pytest
-import test_cli
 import worlds
+from test_cli import tiny_checkpoint  # noqa: F401
 
 from jasper_fast.cli import command, common
 from jasper_fast.data.manifest import Skipped, SkipReport
@@ -30,11 +30,6 @@ def corpus(tmp_path: Path) -> list[str]:
         options += ["--manifest", str(corpora.write_lines(tmp_path / f"{name}.jsonl", lines))]
     (tmp_path / "two1.flac").write_bytes(b"no audio")
     return options
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> str:
-    return test_cli.write_checkpoint(tmp_path / "model.pt")
 
 
 @pytest.mark.slow

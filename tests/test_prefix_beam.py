@@ -57,7 +57,6 @@ def draw(rng: random.Random, case: int):
 @pytest.mark.slow
 def test_the_cpu_face_equals_the_definition_on_500_cases(models):
     rng = random.Random(0)
-    torch.manual_seed(0)
     for case in range(500):
         log_probs, lengths, labels, beam = draw(rng, case)
         lm = models[labels, rng.choice((1, 2, 4))].ngram if case % 3 else None
@@ -71,7 +70,6 @@ def test_the_triton_face_equals_the_definition(models):
     """Scores may differ by the rounding of exp and log."""
     face = make_face("triton")
     rng = random.Random(5)
-    torch.manual_seed(5)
     for case in range(9):
         log_probs, lengths, labels, beam = draw(rng, case)
         lm = models[labels, rng.choice((1, 2, 4))].ngram if case % 3 else None
@@ -110,7 +108,6 @@ def collapse(path: tuple[int, ...], blank: int) -> tuple[int, ...]:
 
 
 def test_a_wide_beam_sums_all_paths():
-    torch.manual_seed(1)
     vocabulary = Vocabulary("ab")
     for frames in range(5):
         log_probs = torch.randn(1, frames, 3).log_softmax(-1)
@@ -123,7 +120,6 @@ def test_a_wide_beam_sums_all_paths():
 
 
 def test_a_score_is_what_the_docstring_says(models):
-    torch.manual_seed(2)
     lm, vocabulary = models[4, 4], Vocabulary(" ab'")
     log_probs, lengths = torch.randn(1, 6, 5).log_softmax(-1), torch.tensor([6])
     (found,) = beam_search(log_probs, lengths, vocabulary, beam=64, lm=lm, alpha=1.7, beta=0.3, n_best=10)
@@ -140,7 +136,6 @@ def test_a_score_is_what_the_docstring_says(models):
 def test_searches_find_more_probable_texts_than_greedy():
     """A wide beam never finds a less probable text than greedy decoding. Beam 1 finds a more probable text more
     than twice as often as a less probable one."""
-    torch.manual_seed(3)
     vocabulary, lengths = Vocabulary(" abc"), torch.full((40,), 5)
     log_probs = torch.randn(40, 5, 5).log_softmax(-1)
     greedy = greedy_decode(log_probs, lengths, vocabulary)
@@ -155,7 +150,6 @@ def test_searches_find_more_probable_texts_than_greedy():
 
 
 def test_where_one_path_has_it_all_the_search_is_greedy():
-    torch.manual_seed(4)
     log_probs = (torch.randn(8, 40, 29) * 60).log_softmax(-1)
     lengths = torch.randint(0, 41, (8,))
     for beam in (1, 16):
@@ -165,7 +159,6 @@ def test_where_one_path_has_it_all_the_search_is_greedy():
 
 @needs_native
 def test_threads_dtypes_and_strides_change_nothing():
-    torch.manual_seed(5)
     log_probs, lengths = torch.randn(5, 60, 29).log_softmax(-1).half(), torch.tensor([60, 7, 0, 33, 60])
     want = beam_search(log_probs.float(), lengths, Vocabulary(), beam=32, n_best=3)
     turned = log_probs.transpose(1, 2).contiguous().transpose(1, 2)
@@ -181,7 +174,6 @@ def test_threads_dtypes_and_strides_change_nothing():
 @pytest.mark.slow
 def test_prefixes_that_no_longer_matter_are_cleared_away():
     """The C++ face deletes old prefixes once there are 16,384; this search makes about 20,000."""
-    torch.manual_seed(6)
     log_probs, lengths = torch.randn(1, 340, 9).log_softmax(-1), torch.tensor([340])
     found = [beam_search(log_probs, lengths, Vocabulary("abcdefgh"), beam=64, n_best=64, backend=b) for b in FACES]
     assert found[0] == found[1]
@@ -219,7 +211,6 @@ def test_an_utterance_that_nothing_fits_has_an_empty_text(backend):
 
 
 def test_alignment_is_the_best_path():
-    torch.manual_seed(7)
     for frames, symbols in itertools.product((3, 4, 5), ((), (0,), (0, 0), (1, 0), (0, 1, 1))):
         fitting = [p for p in itertools.product(range(3), repeat=frames) if collapse(p, 2) == symbols]
         for log_probs in torch.randn(5, frames, 3).log_softmax(-1).numpy():

@@ -51,9 +51,8 @@ def run_chain(folder: Path, sets: dict[str, dict], config: dict, **training) -> 
     run("check", out / f"{train_set}.jsonl", "--config", folder / "c.yaml", "--clean", clean, "-q")
     paths = {"config": folder / "c.yaml", "train": clean, "val": None}
     run_train(train_arguments(paths, folder / "run", **training))
-    newest = max((folder / "run").glob("step_*.pt"))
-    files = ["--out", folder / "wer.json", "--html", folder / "wer.html"]
-    run("evaluate", "--checkpoint", newest, "--manifest", out / f"{test_set}.jsonl", *files)
+    files = ["--manifest", out / f"{test_set}.jsonl", "--out", folder / "wer.json", "--html", folder / "wer.html"]
+    run("evaluate", "--checkpoint", max((folder / "run").glob("step_*.pt")), *files)
     return json.loads((folder / "wer.json").read_text())
 
 

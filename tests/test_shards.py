@@ -103,9 +103,8 @@ URL = "memory://bucket/shards"
 def store(tmp_path: Path, corpus: Path, monkeypatch):
     """Copies the shards to an object store (fsspec's in memory). Yields its files, and as `asked` a list that gets, for
     each later request, the number of its byte ranges."""
-    fsspec = pytest.importorskip("fsspec")
+    files = pytest.importorskip("fsspec").filesystem("memory")
     pack(tmp_path, "shards", "--url", f"{URL}/")
-    files = fsspec.filesystem("memory")
     files.store.clear()
     for path in (tmp_path / "shards").iterdir():
         files.pipe_file(f"/bucket/shards/{path.name}", path.read_bytes())
@@ -292,10 +291,8 @@ def test_a_plan_by_shards_has_each_item_once_and_few_shards_at_a_time(world: int
 
 
 def test_a_run_over_shards_goes_on_from_any_step(packed: Path) -> None:
-    utterances = read_manifest(packed)
-
     def batches(start: int) -> list:
-        data = SpeechDataset(utterances, Vocabulary(), AudioSettings(perturb=Perturb(speed=SPEED)))
+        data = SpeechDataset(read_manifest(packed), Vocabulary(), AudioSettings(perturb=Perturb(speed=SPEED)))
         sampler = BatchSampler(data.durations, 3, shards=data.shards, open_shards=2)
         return list(load_batches(data, sampler, epoch=1, start_step=start))
 

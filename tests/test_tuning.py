@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import interpreted, raising
+from engines import block, config
 from standins import (  # noqa: F401
     GPU,
     TILES,
@@ -23,7 +24,7 @@ from standins import (  # noqa: F401
     wrap,
 )
 
-from jasper_fast import InferenceEngine, Jasper, JasperConfig
+from jasper_fast import InferenceEngine, Jasper
 from jasper_fast.cli.command import main
 from jasper_fast.dispatch import backends, children, choose, tuned
 from jasper_fast.kernels import tables
@@ -280,27 +281,20 @@ def test_norms_are_tuned_both_ways(tuning):
 # ---- models ----
 
 
-def small() -> JasperConfig:
-    block = {"kernel_size": [5], "stride": [1], "dilation": [1], "dropout": 0.0, "residual_dense": False}
-    first = block | {"filters": 16, "repeat": 1, "residual": False, "stride": [2]}
-    second = block | {"filters": 24, "repeat": 3, "residual": True}
-    return JasperConfig.from_dict({
-        "encoder": {"in_feats": 8, "activation": "relu", "use_conv_masks": True, "blocks": [first, second]},
-        "decoder": {"in_feats": 24, "n_classes": 7},
-    })  # fmt: skip
+SMALL = config([block(16, k=5, s=2), block(24, 3, 5, residual=True)])
 
 
 @pytest.mark.parametrize("tune", [True, False])
 def test_a_model_is_tuned_at_its_first_forward_all_at_once(tuning, monkeypatch, capsys, tune):
     monkeypatch.setattr(backends, "require", lambda backend: backend)
-    model, asked = Jasper(small(), tune=tune), []
+    model, asked = Jasper(SMALL, tune=tune), []
     monkeypatch.setattr(Jasper, "_forward", lambda self, *_: asked.append(tuned.enabled()))
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         features = torch.empty(4, 8, 100, device=GPU, dtype=torch.float16)
     model(features)
     model.eval()(features)
     assert asked == [tune] * 2
-    wanted = [cells(small(), 4, 100, torch.float16, mode) for mode in ("training", "evaluation")]
+    wanted = [cells(SMALL, 4, 100, torch.float16, mode) for mode in ("training", "evaluation")]
     assert tuning.sessions == ([len(of) for of in wanted] if tune else [])
     if tune:
         assert "tuning Jasper for NVIDIA Imaginary 9000, once" in capsys.readouterr().err
@@ -312,10 +306,9 @@ def test_a_model_is_tuned_at_its_first_forward_all_at_once(tuning, monkeypatch, 
 @pytest.mark.parametrize("tune", [True, False])
 def test_an_engine_takes_the_faster_face_for_each_batch(tuning, tune):
     """An engine uses the faster face for each batch size, and tunes all its convs at the first call of a size."""
-    engine = InferenceEngine(Jasper(small(), tune=tune).eval(), graphs=False)
+    engine = InferenceEngine(Jasper(SMALL, tune=tune).eval(), graphs=False)
     ours, library = engine._run, SimpleNamespace()
     engine._runs, engine._device, engine._dtype = {"triton": ours, "aten": library}, GPU, torch.float16
-    tuning.seconds[FAST] = 1e-3
     assert engine._chosen(1, 100) is ours
     tuning.seconds |= {FAST: 1e-2, SLOW: 1e-2}
     assert engine._chosen(64, 1000) is (library if tune else ours)
@@ -324,7 +317,7 @@ def test_an_engine_takes_the_faster_face_for_each_batch(tuning, tune):
 
 
 def test_the_cells_of_a_model_are_what_its_step_calls():
-    found = cells(small(), 4, 100, torch.float16, "training")
+    found = cells(SMALL, 4, 100, torch.float16, "training")
     first, opening, inner = (8, 16, 5, 2, 1), (16, 24, 5, 1, 1), (24, 24, 5, 1, 1)
     assert {(cell.op.split(".")[1], tuple(cell[2:7])) for cell in found if cell.op.startswith("conv1d")} == {
         ("forward_stats", first), ("wgrad", first), ("forward_stats", opening), ("dgrad", opening), ("wgrad", opening),
@@ -334,9 +327,9 @@ def test_the_cells_of_a_model_are_what_its_step_calls():
     assert {cell.rows_log2 for cell in found} == {tables.bucket(4 * 50)}
     of_convs = [cell for cell in found if cell.op.startswith("conv1d")]
     assert of_convs[0][2:7] == inner and of_convs[-1][2:7] == first, "the most work first"
-    fused = cells(small(), 1, 100, torch.float16, "inference")
-    assert {tuple(cell[2:7]) for cell in fused} == {conv.shape for conv in convs(small())}
-    assert cells(small(), 1, 100, torch.float64, "training") == []
+    fused = cells(SMALL, 1, 100, torch.float16, "inference")
+    assert {tuple(cell[2:7]) for cell in fused} == {conv.shape for conv in convs(SMALL)}
+    assert cells(SMALL, 1, 100, torch.float64, "training") == []
 
 
 # ---- the command ----
@@ -346,7 +339,7 @@ def command_line(tmp_path, *more: str) -> list[str]:
     import yaml
 
     path = tmp_path / "model.yaml"
-    path.write_text(yaml.safe_dump(small().to_dict()))
+    path.write_text(yaml.safe_dump(SMALL.to_dict()))
     return ["tune", "--device", "cuda:0", "--model", str(path), *more]
 
 
@@ -354,7 +347,7 @@ def test_the_command_tunes_a_model_ahead_and_goes_on(tuning, tmp_path, capsys, m
     monkeypatch.setattr(tuned.time, "monotonic", lambda: tuning.now)
     argv = command_line(tmp_path, "--batches", "4:1", "1:0.5")
     wanted = {cell for n, t in ((4, 100), (1, 50)) for mode in ("training", "inference")
-              for cell in cells(small(), n, t, torch.float16, mode)}  # fmt: skip
+              for cell in cells(SMALL, n, t, torch.float16, mode)}  # fmt: skip
     assert main([*argv, "--budget", "20"]) == 4
     said = capsys.readouterr().out
     done = len(kept())
