@@ -1,5 +1,7 @@
-"""EagerJasper and each face except CUDA against results of NVIDIA's Jasper: evaluation, first gradients, batch norms'
-buffers, and, except for Triton, four NovoGrad steps."""
+"""Models against results of NVIDIA's Jasper: evaluation, first gradients, batch norms' buffers, four NovoGrad steps.
+
+The models are EagerJasper, Jasper on each face except CUDA, and the look-alike of NVIDIA's model, plain and fused.
+"""
 
 import json
 
@@ -8,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, interpreted, make_face
 from engines import valid
+from lookalikes import nvidia
 
-from jasper_fast import InferenceEngine, Jasper, JasperConfig, NovoGrad
+from jasper_fast import InferenceEngine, Jasper, JasperConfig, NovoGrad, fuse
 from jasper_fast.nn.eager import EagerJasper
 
 
@@ -28,8 +31,15 @@ def _named(tensors, prefix):
 
 
 def _build(which, config, tensors):
-    model = EagerJasper(config) if which == "eager" else Jasper(config, backend=which)
+    if which.startswith("nvidia"):  # the look-alike
+        made = config.to_dict()["jasper"]["encoder"]
+        encoder = {key: made[key] for key in ("in_feats", "blocks", "use_conv_masks")}
+        model = nvidia.Jasper(encoder, {"in_feats": 64, "n_classes": 29})
+    else:
+        model = EagerJasper(config) if which == "eager" else Jasper(config, backend=which)
     model.load_state_dict(_named(tensors, "state."))
+    if which == "nvidia, fused":
+        fuse(model, strict=True)
     return model
 
 
@@ -50,7 +60,9 @@ def _relative(got, want):
     return ((got - want).abs().max() / want.abs().max()).item()
 
 
-@pytest.fixture(params=["eager", "reference", "cpu", "triton"])
+@pytest.fixture(
+    params=["eager", "reference", "cpu", pytest.param("triton", marks=pytest.mark.slow), "nvidia", "nvidia, fused"]
+)
 def which(request):
     if request.param == "triton":
         interpreted()
@@ -59,12 +71,11 @@ def which(request):
     return request.param
 
 
-@pytest.mark.slow
 def test_evaluation(golden, which):
     config, tensors = golden
     model = _build(which, config, tensors).eval()
     features, lengths = tensors["features"][1:, :, :121], tensors["feature_lengths"][1:]  # not the longest utterance
-    for forward in [model] if which == "eager" else [model, InferenceEngine(model)]:
+    for forward in [model, InferenceEngine(model)] if isinstance(model, Jasper) else [model]:
         with torch.no_grad():
             log_probs, out_lengths = forward(features, lengths)
         assert torch.equal(out_lengths, tensors["eval.lengths"][1:])
@@ -72,7 +83,6 @@ def test_evaluation(golden, which):
         assert valid(log_probs - want, out_lengths).abs().max() <= 1e-4
 
 
-@pytest.mark.slow
 def test_first_training_step(golden, which):
     config, tensors = golden
     model = _build(which, config, tensors).train()
@@ -94,8 +104,8 @@ def test_first_training_step(golden, which):
         assert _relative(parameter.grad, want[name]) <= 1e-3, name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("which", ["eager", "reference", "cpu"], indirect=True)  # Triton's first step is tested above
+# the first step of the others is tested above
+@pytest.mark.parametrize("which", ["eager", "reference", "cpu"], indirect=True)
 def test_four_novograd_steps(golden, which):
     config, tensors = golden
     model = _build(which, config, tensors).train()
