@@ -72,7 +72,8 @@ OPTIONS = {
         option("--global-batch", type=int, metavar="N",
                help="utterances per step, over all processes; sets --grad-accumulation"),
         option("--no-bucketing", action="store_true", help="do not group utterances of similar length"),
-        option("--num-workers", type=int, default=0, help="processes that read audio; 0: the training process (0)"),
+        option("--num-workers", type=int, default=0,
+               help="processes that read audio; with 0 the training process reads it (0)"),
     ],
     "optimisation": training_options.optimisation(),
     "machine": [

@@ -81,7 +81,7 @@ COMMON = (  # options of every subcommand in COMMANDS
         help="rivals to measure: default, all, or names separated by commas (see bench/rivals)",
     ),
     option("--threads", type=options.count, help="CPU threads for all contenders (default: PyTorch's)"),
-    option("--seconds", type=options.seconds, help="seconds to spend on each case"),
+    option("--seconds", type=options.seconds, help="time limit of each case; precise ratios end it earlier"),
     option(
         "--resume",
         action="store_true",

@@ -166,8 +166,8 @@ def sub_block_bytes(conv: Conv, itemsize: int, mode: str, *, statistics: bool = 
 def panes_bytes(panes: Sequence[Conv], itemsize: int, mode: str) -> int:
     """Returns the bytes that the panes of a block move in training.
 
-    Every direction moves each input and weight once, and the sum of the panes or its gradient once. Outputs of single
-    panes and passes for statistics do not count (see NORM_PASSES).
+    Forward and each of the two gradients move each input and weight once, and the sum of the panes or its gradient
+    once. Outputs of single panes and passes for statistics do not count (see NORM_PASSES).
     """
     return DIRECTIONS[mode] * itemsize * (sum(_moved(pane) for pane in panes) + panes[0].output)
 

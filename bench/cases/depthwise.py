@@ -18,7 +18,8 @@ from jasper_fast.bench.harness.run import Run
 from jasper_fast.dispatch import backends, choose
 from jasper_fast.kernels.operands import Geometry, Lengths
 
-# Shapes (N, C, K, T). GOAL, which is one utterance of 2 s, is the shape with a goal.
+# Shapes (N, C, K, T). The report compares our speed-up at GOAL with a fixed goal (bench/report/goals.py). GOAL is one
+# utterance of 2 s, which has 100 frames after the network's stride of 2.
 GOAL = (1, 512, 63, 100)
 CPU_SHAPES = (GOAL, (4, 256, 33, 400), (4, 512, 75, 400))
 GPU_SHAPES = ((32, 512, 63, 832), (32, 256, 33, 832), (32, 512, 75, 832), GOAL)

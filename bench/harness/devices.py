@@ -18,7 +18,7 @@ def lost(device: torch.device) -> str:
 
 
 def tidy(device: torch.device) -> None:
-    """Frees unused memory: reference cycles, compiled functions, memory pools of CUDA graphs, the allocator's cache."""
+    """Frees reference cycles and, on a GPU, also compiled functions, memory pools of CUDA graphs and cached blocks."""
     if device.type == "cuda":
         if dynamo := sys.modules.get("torch._dynamo"):
             dynamo.reset()

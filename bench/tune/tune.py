@@ -2,8 +2,9 @@
 
 `python -m bench tune` measures, and `python -m bench tune --install RESULT` puts the result into the committed table of
 its GPU. The same tuner (`jasper_fast.tuning`) runs at first use and in `jasper-fast tune`. In this subcommand it times
-every distinct conv of Jasper 10x5 and every width of its bn_relu_dropout, at several batches. The shapes with the most
-work come first, so that an interrupted run has the most valuable rows.
+every distinct conv of Jasper 10x5 and every width of its bn_relu_dropout, at several batches. The most valuable batches
+come first (`BATCHES` in bench/cases/cells.py), and in a batch the shapes with the most work, in case the run is
+interrupted.
 
 All kernels are compiled in advance, in parallel. Each contender is first compared with fp64. A contender that is wrong,
 spills registers or does not compile gets a row that says so, and is never chosen. On a GPU the timed call is a CUDA

@@ -175,10 +175,11 @@ __device__ __forceinline__ uint4 gather(const Operand& x, int64_t at, int channe
   return cell;
 }
 
-// Copies a panel of chunk `part` into shared memory at `to`, by `count` threads, of which this is number `thread`. Row
-// r of parity q becomes frame first + r*step + q of utterance n, or zeros if that is outside [0, limit). With ASYNC,
-// cells are copied by copy_async, which the caller commits. Gathered cells, and all cells without ASYNC, are stored
-// when this returns. `parities` of the `step` parities are copied, or all if it is 0.
+// Copies 64 channels of utterance n, chunk `part` of x, into a panel in shared memory at `to`. `count` threads share the
+// work, and the caller is number `thread` of them. Frame first + r*step + q goes to row r of parity q. Frames outside
+// [0, limit) and channels that x does not have become zeros. Only the first `parities` parities are copied, or all
+// `step` of them if `parities` is 0. With ASYNC, cells of 16 bytes are copied by copy_async, and the caller must commit
+// the copies. All other cells are stored before this returns.
 template <class T, bool ASYNC>
 __device__ __forceinline__ void load_panel(const Operand& x, uint32_t to, int n, int part, int first, int step, int rows,
                                            int limit, int thread, int count, int parities = 0) {

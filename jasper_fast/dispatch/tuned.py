@@ -243,7 +243,7 @@ def _has_choice(op: str, device: torch.device) -> bool:
 
 def catch_up(device: torch.device) -> None:
     """Tunes the waiting cells, if this is a good moment."""
-    if not _waiting:  # the cheapest test comes first, because every call of an op passes here
+    if not _waiting:  # the cheapest test comes first, because this runs at each choice of "auto"
         return
     device = indexed(device)
     if _waiting.get(device) and enabled() and good_moment(device):

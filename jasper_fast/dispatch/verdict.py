@@ -37,8 +37,8 @@ class Verdict:
 
 
 class PlainPyTorchFailed(RuntimeError):
-    """Plain PyTorch, with which a kernel is compared, failed. If the kernel caused that, the next synchronisation with
-    the device raises the kernel's error."""
+    """Plain PyTorch, with which a kernel is compared, failed. This does not count against the kernel. If the kernel
+    caused it, the next synchronisation with the device raises the kernel's error, and that counts."""
 
 
 # (text of an error, what to do about it), for errors that are the machine's fault

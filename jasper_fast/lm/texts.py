@@ -9,7 +9,7 @@ from typing import IO
 from jasper_fast.lm.arpa import SPACE, SPECIAL, LanguageModelError, open_plain
 
 _LONGEST = 64 << 20  # bytes that a line may have
-_CHUNK = 1 << 20  # ids; a chunk ends with the line that exceeds this number
+_CHUNK = 1 << 20  # ids; a chunk ends with the line that takes it over this number
 
 
 def pieces(line: str, characters: bool, lower_case: bool) -> list[str]:

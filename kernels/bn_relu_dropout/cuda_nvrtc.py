@@ -133,7 +133,7 @@ def _args(
         if name in _CHANNELS:
             _channels(name, x, y)
         elif x.shape != y.shape or x.dtype != y.dtype or x.device != y.device or not x.transpose(1, 2).is_contiguous():
-            raise ValueError(f"{name} must be {tuple(y.shape)} {y.dtype} in NTC memory: call layout.ntc({name})")
+            raise ValueError(f"{name} must be {tuple(y.shape)} {y.dtype} on {y.device} in NTC memory (layout.ntc)")
         setattr(a, name, x.data_ptr())
     if (p > 0) != (seed is not None):
         raise ValueError("seed must be given if and only if p > 0")

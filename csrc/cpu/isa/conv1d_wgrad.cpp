@@ -46,7 +46,7 @@ struct WeightGrad {
   const int64_t columns = std::min<int64_t>(kColumns, args.dy.channels - block * kColumns);
   // one sum for each tap of all filters into which the fast algorithm splits the conv (level 0: the conv's own taps)
   const int64_t slots = conv1d_packed_taps(args.taps, args.fir_level);
-  const int64_t unit = args.dilation * power(2, kMaxFirLevel);  // rows of one step of the fast algorithm
+  const int64_t unit = args.dilation * power(2, kMaxFirLevel);  // at least the rows of one step of the fast algorithm
   const int64_t segment = std::max(kGradRows / unit, int64_t{1}) * unit;
   float *sums = nullptr, *spare = nullptr, *dy_rows = nullptr, *x_rows = nullptr;
 
