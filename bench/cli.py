@@ -112,7 +112,7 @@ class Command:
 
 
 def measure_all(run: Run, _: argparse.Namespace) -> None:
-    """Measures the cases of `all`, and then times as many of them again as the time allows."""
+    """Measures the cases of `all`: those that are timed, then these again while there is time, then memory."""
     run.brief, run.revisits, run.deadline = True, True, run.started + ALL_SECONDS
     run.effort = dataclasses.replace(run.effort.at_most(3.0), min_rounds=4)
     kernels.main(run)

@@ -34,7 +34,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def make(shape: tuple, dtype: torch.dtype, device: torch.device | None = None) -> tuple:
-    """Returns x and dy in NTC memory with NaN in their padding, the weight, the geometry and the lengths."""
+    """Returns x and dy (in NTC memory, with NaN in their padding), the weight, the geometry and the lengths."""
     c, k, t, stride, dilation, lengths = shape
     geometry = Geometry(stride, k // 2 * dilation, dilation)
     n, t_out = 2 if lengths is None else len(lengths), geometry.frames(t, k)

@@ -1,6 +1,6 @@
-"""Imports go one way: train, tests -> the rooms of jasper_fast, as LAYERS says -> jasper_fast.kernels.
+"""Imports go one way: train.py and the tests import rooms, and a room imports only the rooms that LAYERS lists for it.
 
-Imports inside functions count as well. A room is a folder of the package, and a key of LAYERS.
+A room is a folder of the package, and a key of LAYERS. Imports inside functions count as well.
 """
 
 import ast

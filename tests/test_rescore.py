@@ -62,7 +62,7 @@ def test_texts_are_remembered():
 
 def test_a_decoder_gives_the_text_and_the_times_of_the_rescored_best():
     v = Vocabulary([" ", "a", "b"])
-    # "a b" is a little likelier than "b b", and both are far likelier than all others.
+    # "a b" is a little likelier than "b b", and both are several times likelier than any other.
     frames = [[0.01, 0.5, 0.4, 0.09], [0.97, 0.01, 0.01, 0.01], [0.01, 0.01, 0.01, 0.97], [0.01, 0.01, 0.97, 0.01]]
     log_probs = torch.tensor([frames, frames]).log()
     lengths = torch.tensor([4, 0])

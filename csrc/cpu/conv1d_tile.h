@@ -45,8 +45,8 @@ constexpr int64_t kLine = 16;             // floats in a cache line
 constexpr int64_t kLongChunk = 64;        // units of a chunk with many taps: the window of all taps fits L1
 constexpr int64_t kShortChunk = 256;      // units of a chunk with few taps: enough that the epilogue costs little
 constexpr int64_t kFewTaps = 4;
-constexpr int kLongStride = 80;           // floats between window rows: 5 cache lines; kShortStride: 17 cache lines
-constexpr int kShortStride = 272;
+constexpr int kLongStride = 80;           // floats between window rows: 5 cache lines
+constexpr int kShortStride = 272;         // the same with short chunks: 17 cache lines
 constexpr int64_t kChain = 128;           // units added in registers before the sum goes to memory; no tap is split
 static_assert(kLongStride / kLine % 2 == 1 && kShortStride / kLine % 2 == 1);
 

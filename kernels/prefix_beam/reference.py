@@ -65,7 +65,7 @@ def _child(words: Words, node: int, symbol: int) -> int:
 def _word(words: Words, state: tuple[int, int], alpha: float) -> tuple[float, int]:
     """Returns what the word that ends in `state` adds to the score, and the n-gram's state after it."""
     context, node = state
-    if node == 0:  # no word ends, because the space follows a space or is the first symbol
+    if node == 0:  # no word ends: no letter since the last space or the start of the text
         return 0.0, context
     word = int(words.word[node]) if node < len(words.word) else -1
     log10, context = _arc(words.lm, context, int(words.classes[word]))

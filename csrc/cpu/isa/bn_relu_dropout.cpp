@@ -269,7 +269,8 @@ void apply_chunk(const BnArgs& a, int64_t row, int64_t end) {
   const T *y = static_cast<const T*>(a.y), *dz = static_cast<const T*>(a.dz);
   T *dy = static_cast<T*>(a.out), *dres = static_cast<T*>(a.dres);
   const bool batch_statistics = a.mean_g != nullptr;
-  // dy = gain*g + slope*(y - mean) + offset; slope and offset come from the batch statistics.
+  // dy = gain*g + slope*(y - mean) + offset; slope and offset are the gradients through the batch
+  // statistics.
   const auto rows_of = [&](const Block& b, const KeepBits& keep, auto has_gradient) __attribute__((always_inline)) {
     constexpr bool kGradient = decltype(has_gradient)::value;
     for_columns(b.begin, b.end, [&](int64_t c, int n, auto full) {

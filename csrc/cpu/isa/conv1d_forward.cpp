@@ -1,14 +1,19 @@
 // 1D convolution over (N, T, C) memory as an implicit GEMM, compiled once per instruction set.
 //
 //   y[t, co] = sum_k sum_c x[t*s + k*d - p, c] * w[co, c, k]
-// The reduction is cut into chunks of channels. For each chunk a window of x is copied once into a buffer: the rows of
-// the group and their halo, with zeros where x has no row. The row stride of the buffer is an odd number of cache
-// lines, because a power of two would put all rows into the same few sets of L1. All taps read the same window,
-// shifted, and all column blocks reuse it. Weights are packed [column block][chunk][tap][unit][kColumns]. The panel of
-// one block and chunk fits L2 and is prefetched while the panel before it is in use.
+//
+// A task computes a group of output rows, for a range of column blocks. A unit is one input channel, or two with bf16
+// weights.
+//
+// The reduction is cut into chunks of channels. For each chunk a window of x is copied once into a buffer: the input
+// rows that the group reads, with zeros where x has no row. The row stride of the buffer is an odd number of cache
+// lines, because a power of two would put all rows into the same few sets of L1. In the direct algorithm all taps read
+// the same window, shifted, and all column blocks reuse it. Weights are packed
+// [column block][chunk][tap][unit][kColumns]. The panel of one block and chunk fits L2 and is prefetched while the panel
+// before it is in use.
 //
 // Every output element is a sum of short sums, of at most 256 units each, which keeps the rounding error of fp32 small.
-// The order does not depend on the tiling or the number of threads. With bf16 weights a unit is two channels, x is
+// The order does not depend on the tiling or the number of threads. With bf16 weights x is
 // rounded to bf16 as it is copied, and sums are fp32.
 
 #include "../conv1d_fir.h"
