@@ -1,6 +1,7 @@
 """Helpers for the tests of bench: a run and cases that take almost no time, rows for the goals, child processes."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from jasper_fast.bench.harness.seeds import seeded
 from jasper_fast.bench.report import goals
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ROOT = Path(__file__).parents[1]
 LIMITS = {"matmul_flops_per_s": {"float32": 1e12}, "copy_bytes_per_s": 1e12, "launch_s": {"host": 1e-6}}
 FAST = Effort(seconds=0.05, min_rounds=3, max_rounds=4)
@@ -32,6 +34,11 @@ def again(run: Run) -> Run:
     header = {k: run.results.data[k] for k in ("command", "machine")}
     results = result_file.Results(run.results.path, header, resume=True)
     return dataclasses.replace(run, results=results, started=time.monotonic())
+
+
+def written(run: Run) -> dict:
+    """Returns what the result file of `run` holds."""
+    return json.loads(run.results.path.read_text())
 
 
 def softplus_case(contenders: dict, op: str = "softplus", **more) -> Case:

@@ -47,6 +47,7 @@ MISTAKES = [
     *([command, "--seconds", value] for command in RUNS for value in ("-1", "0", "nan", "soon")),
     *(["kernels", "--threads", value] for value in ("0", "-2", "two")),
     ["kernels", "--rivals", "eager,nonsense"],
+    ["train", "--device", "cpu", "--rivals", "openvino"],  # a rival of inference only
     *([command, "--dtype", "fp8"] for command in (*RUNS, "compile")),
     ["compile", "--arch", "90,hopper"],
     *([command, "--budget", "-5"] for command in ("gpu", "tune")),

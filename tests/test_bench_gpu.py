@@ -3,7 +3,6 @@ the self-check refused."""
 
 import contextlib
 import dataclasses
-import json
 import os
 import signal
 import sys
@@ -14,18 +13,10 @@ from unittest.mock import Mock, call
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_runs import CPU, CUDA, again, make_run, measured, python, softplus_case
+from bench_runs import CPU, CUDA, again, make_run, measured, python, softplus_case, written
 from conftest import raising
 
-from jasper_fast.bench.cases import (
-    bn_relu_dropout,
-    latency,
-    memory,
-    panes,
-    sub_block_inference,
-    sub_blocks,
-    train,
-)
+from jasper_fast.bench.cases import bn_relu_dropout, latency, memory, panes, sub_block_inference, sub_blocks, train
 from jasper_fast.bench.cases.layers import Layer
 from jasper_fast.bench.commands import memory as memory_command
 from jasper_fast.bench.gpu import agenda, gpu
@@ -43,10 +34,6 @@ def planned(monkeypatch, share: float = 1.0, **parts) -> None:
         "plan",
         lambda run: [agenda.Part(title, share * gpu.BUDGET, measure) for title, measure in parts.items()],
     )
-
-
-def written(run: Run) -> dict:
-    return json.loads(run.results.path.read_text())
 
 
 # ------------------------------------------------------------------ one failing case, and several in a row

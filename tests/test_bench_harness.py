@@ -2,13 +2,12 @@
 
 import dataclasses
 import itertools
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_runs import CPU, again, make_run, softplus_case
+from bench_runs import CPU, again, make_run, softplus_case, written
 from conftest import raising
 from standins import spied
 
@@ -129,14 +128,13 @@ def test_run_cut_off_keeps_its_rows_and_resumes(run):
 
     with pytest.raises(KeyboardInterrupt):
         run.cases("test", cases(raising(KeyboardInterrupt())))  # while the second case is prepared
-    on_disk = json.loads(run.results.path.read_text())
+    on_disk = written(run)
     assert {r["key"]["op"] for r in on_disk["rows"]} == {"softplus0"} and not on_disk["finished"]
 
     run, built = again(run), []
     rows = run.cases("test", cases(lambda: built.append(1) or Runner(lambda: None, lambda: {})))
     assert {r["key"]["op"] for r in rows} == {"softplus1", "softplus2"} and built == [1]
-    ops = {r["key"]["op"] for r in json.loads(run.results.path.read_text())["rows"]}
-    assert ops == {"softplus0", "softplus1", "softplus2"}
+    assert {r["key"]["op"] for r in written(run)["rows"]} == {"softplus0", "softplus1", "softplus2"}
     run.results.data["arguments"] = {"backend": "reference", "dtype": "None"}
     run.results.write()
     header = {k: on_disk[k] for k in ("command", "machine")}

@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from bench_runs import CPU, make_run
+from bench_runs import CPU, DTYPES, make_run
 
 from jasper_fast import InferenceEngine
 from jasper_fast.bench.cases import counts, latency, models
@@ -21,7 +21,6 @@ from jasper_fast.bench.rivals.eager_layouts import Model
 from jasper_fast.speech.text import Vocabulary
 
 LETTERS = Vocabulary()
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def norms(state: dict) -> list[str]:

@@ -1,10 +1,11 @@
-"""Training steps: in every precision, gradients that are a few per cent wrong are found, and right gradients pass."""
+"""Training steps: in every precision, gradients that are a few per cent wrong are found, and right gradients pass. The
+bytes that a step keeps and allocates are counted."""
 
 import functools
 
 import pytest
 import torch
-from bench_runs import CPU, CUDA, make_run
+from bench_runs import CPU, CUDA, DTYPES, make_run
 from standins import spied
 
 from jasper_fast.bench.cases import models, train
@@ -16,7 +17,6 @@ from jasper_fast.bench.rivals.eager_layouts import ChannelsLast2d
 from jasper_fast.kernels.layout import mask
 
 N, T = 4, 96
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LAYER = "encoder.layers.2.conv.4.weight"
 
 
@@ -82,7 +82,7 @@ def one_element(gradient):
     return wrong
 
 
-ALL = ("fp32", "fp16", "bf16")
+ALL = tuple(DTYPES)
 FAULTS = {  # (change, name of the changed gradient or "" for all, dtypes in which the fault is found)
     "weight gradient x 1.0001": (scaled(1.0001), LAYER, ("fp32",)),
     "weight gradient x 1.01": (scaled(1.01), LAYER, ("fp32", "fp16")),
@@ -96,11 +96,12 @@ FAULTS = {  # (change, name of the changed gradient or "" for all, dtypes in whi
     "one element": (one_element, LAYER, ALL),
     "no weight gradient": (scaled(0.0), LAYER, ALL),
 }
-EACH = [(fault, dtype) for fault, (*_, dtypes) in FAULTS.items() for dtype in dtypes]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fault", "dtype"), EACH)
+@pytest.mark.parametrize(
+    ("fault", "dtype"), [(fault, dtype) for fault, (*_, dtypes) in FAULTS.items() for dtype in dtypes]
+)
 def test_a_faulty_gradient_is_refused(fault, dtype):
     right = found("jasper_fast", DTYPES[dtype])
     change, name, _ = FAULTS[fault]
@@ -171,43 +172,6 @@ def test_answers_in_fp16_are_scaled_as_far_as_nothing_overflows(monkeypatch):
     assert not train.answer(module, module, batch, state, torch.float16)[bias].isfinite().all()
 
 
-@torch.library.custom_op("bench_test::with_a_temporary", mutates_args=())
-def with_a_temporary(x: torch.Tensor) -> torch.Tensor:
-    return x + torch.ones(1_000_000).sum()
-
-
-@pytest.mark.slow
-def test_peak_sees_what_lives_and_ends_inside_a_custom_op():
-    x = torch.randn(1000)
-    assert 4_000_000 < allocations.peak(lambda: with_a_temporary(x), "cpu") < 4_020_000
-    births = allocations.kept(lambda: with_a_temporary(x), CPU)[1]
-    assert births.peak < 10_000, "a dispatch mode does not see it"
-
-
-def test_peak_leaves_out_gradients_and_nothing_else():
-    w, x = torch.nn.Parameter(torch.randn(1000, 1000)), torch.randn(4, 1000)
-    w.sum().backward()  # so that `peak` does not count what PyTorch allocates at its first backward
-    w.grad = None
-    without = allocations.peak(lambda: (x @ w).sum().backward(), "cpu", [w])
-    w.grad = None
-    assert without < 100_000 and allocations.peak(lambda: (x @ w).sum().backward(), "cpu") > 4_000_000
-
-
-def test_most_alive_follows_addresses_that_are_used_again():
-    events = [(1, 10), (2, 5), (1, -10), (1, 7), (9, -100), (2, -5), (3, 4)]
-    assert allocations.most_alive(events) == 15
-    assert allocations.most_alive(events, but={1}) == 15  # the first tensor at address 1 was no gradient, so it counts
-    assert allocations.most_alive([(1, 7), (3, 4), (3, -4), (4, 2)], but={1}) == 4
-
-
-@pytest.mark.slow
-def test_memory_rows_of_both_contenders_have_the_allocator_s_peak(tmp_path):
-    rows = memory.main(make_run(tmp_path, backend="cpu"), (("small", 2, 32),))
-    assert [r["status"] for r in rows] == ["ok", "ok"], [r.get("why") for r in rows]
-    for row in rows:
-        assert row["memory"]["peak_bytes"] > row["memory"]["kept_bytes"] > 0
-
-
 @pytest.mark.slow
 def test_eager_without_masks_meets_unpadded_batches_only(tmp_path):
     run = make_run(tmp_path, rivals="eager,eager_no_masks,eager_2d_channels_last")
@@ -246,3 +210,69 @@ def test_a_loss_that_eager_hits_by_chance_is_no_measure(dtype, off):
     for factor, refused in ((1.0, False), (5.0, True)):
         got = {"loss": torch.tensor(500.0 * (1 + factor * off))}
         assert bool(correct.complaints(got, low, exact, train.tolerance(dtype))) == refused
+
+
+# ------------------------------------------------------------------ memory
+
+
+class Keeper(torch.autograd.Function):
+    """Saves one tensor for backward, stores one as an attribute and frees one."""
+
+    stash: list = []
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x * 2)
+        Keeper.stash.append(torch.zeros(100))
+        return (x + torch.ones_like(x)).sum()
+
+
+def test_kept_bytes_are_counted_however_held():
+    x = torch.randn(1000, requires_grad=True)
+    nbytes, births, _ = allocations.kept(lambda: Keeper.apply(x), CPU)
+    assert nbytes == 4 * (1000 + 100 + 1)  # the saved tensor, the attribute and the loss
+    assert births.peak >= 4 * 3000
+    Keeper.stash.clear()
+
+
+def test_kept_bytes_of_a_plain_graph():
+    layer, x = torch.nn.Linear(8, 16, bias=False), torch.randn(4, 8)
+    nbytes, _, _ = allocations.kept(lambda: layer(x).relu().exp().sum(), CPU)
+    assert nbytes == 4 * (2 * 4 * 16 + 1)  # the outputs of relu and exp, and the loss; x and the weight existed before
+
+
+@torch.library.custom_op("bench_test::with_a_temporary", mutates_args=())
+def with_a_temporary(x: torch.Tensor) -> torch.Tensor:
+    return x + torch.ones(1_000_000).sum()
+
+
+@pytest.mark.slow
+def test_peak_sees_what_lives_and_ends_inside_a_custom_op():
+    x = torch.randn(1000)
+    assert 4_000_000 < allocations.peak(lambda: with_a_temporary(x), "cpu") < 4_020_000
+    births = allocations.kept(lambda: with_a_temporary(x), CPU)[1]
+    assert births.peak < 10_000, "a dispatch mode does not see it"
+
+
+def test_peak_leaves_out_gradients_and_nothing_else():
+    w, x = torch.nn.Parameter(torch.randn(1000, 1000)), torch.randn(4, 1000)
+    w.sum().backward()  # so that `peak` does not count what PyTorch allocates at its first backward
+    w.grad = None
+    without = allocations.peak(lambda: (x @ w).sum().backward(), "cpu", [w])
+    w.grad = None
+    assert without < 100_000 and allocations.peak(lambda: (x @ w).sum().backward(), "cpu") > 4_000_000
+
+
+def test_most_alive_follows_addresses_that_are_used_again():
+    events = [(1, 10), (2, 5), (1, -10), (1, 7), (9, -100), (2, -5), (3, 4)]
+    assert allocations.most_alive(events) == 15
+    assert allocations.most_alive(events, but={1}) == 15  # the first tensor at address 1 was no gradient, so it counts
+    assert allocations.most_alive([(1, 7), (3, 4), (3, -4), (4, 2)], but={1}) == 4
+
+
+@pytest.mark.slow
+def test_memory_rows_of_both_contenders_have_the_allocator_s_peak(tmp_path):
+    rows = memory.main(make_run(tmp_path, backend="cpu"), (("small", 2, 32),))
+    assert [r["status"] for r in rows] == ["ok", "ok"], [r.get("why") for r in rows]
+    for row in rows:
+        assert row["memory"]["peak_bytes"] > row["memory"]["kept_bytes"] > 0

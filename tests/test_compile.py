@@ -6,10 +6,10 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from bench_runs import ROOT
 
 from jasper_fast.bench import cli
 from jasper_fast.bench.compile import cuda
@@ -20,7 +20,6 @@ gate = pytest.importorskip("jasper_fast.bench.compile.gate")
 launches = pytest.importorskip("jasper_fast.bench.compile.launches")
 aot = pytest.importorskip("jasper_fast.kernels.aot")
 
-ROOT = Path(__file__).resolve().parents[1]
 TABLE = gate.TABLE
 GOOD = {
     "registers": 128, "spilled": 0, "shared": 98304, "dots": 2, "dot_rows": 128, "wgmma": 8, "mma_sync": 0,

@@ -98,8 +98,12 @@ def swizzles(call: Callable, where: dict) -> list[str]:
         for base in sorted({0, row % 8}):
             b = Placed(probe.PANELS + 128 * row, 16, 1024, 0, swizzle=True, base=base)
             clocks, by_address, by_start = one(call, image, b, where, anchors=(0, b.start))
-            rule = "the address's bits" if by_address else "the row after the start" if by_start else "neither"
-            rule = "both" if by_address and by_start else rule
+            rule = {
+                (True, True): "both",
+                (True, False): "the address's bits",
+                (False, True): "the row after the start",
+                (False, False): "neither",
+            }[by_address, by_start]
             lines.append(f"row {row:2}, base offset {base}: {clocks} clocks, cells change places by {rule}")
     return lines
 

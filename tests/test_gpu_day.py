@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from bench_runs import ROOT
-from standins import wrap
+from standins import verdicts_of_its_own, wrap  # noqa: F401
 
 from jasper_fast.bench import cli
 from jasper_fast.bench.gpu import day
@@ -96,7 +96,6 @@ def test_a_dry_run_shows_the_steps_and_their_limits(capsys, tmp_path):
 
 @pytest.mark.slow
 def test_the_first_call_runs_on_the_stand_in(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("JASPER_FAST_CACHE", str(tmp_path / "cache"))
     chosen = ("preflight", "tests of the ops")
     wrap(monkeypatch, day, "plan", lambda plan, *how: [step for step in plan(*how) if step.name in chosen])
     code = day.main(["1", "--device", "cpu", "--out", str(tmp_path / "out")])

@@ -5,8 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench_runs import CPU, make_run
-from bench_runs import CUDA as GPU
+from bench_runs import CPU, CUDA, make_run
 from standins import verdicts_of_its_own  # noqa: F401
 
 from jasper_fast.bench.gpu import first, preflight
@@ -40,7 +39,7 @@ WANTED = ["a C compiler", "Python's headers", *(f"disk for {what}" for what in (
 
 
 def test_a_machine_that_has_everything_misses_nothing(machine):
-    found = list(preflight.findings(GPU))
+    found = list(preflight.findings(CUDA))
     assert [one.what for one in found] == WANTED and all(one.there for one in found)
     assert [one.what for one in preflight.findings(CPU)] == WANTED[:5]
 
@@ -54,7 +53,7 @@ def test_what_is_missing_is_told_with_the_remedy(machine, tmp_path, capsys, what
     if "headers" in changes:
         (tmp_path / "Python.h").unlink()
     vars(machine).update(changes)
-    run = make_run(tmp_path, device=GPU)
+    run = make_run(tmp_path, device=CUDA)
     preflight.main(run)
     (line,) = [line for line in "".join(capsys.readouterr()).splitlines() if f"MISSING: {what}:" in line]
     assert remedy in line
@@ -63,7 +62,7 @@ def test_what_is_missing_is_told_with_the_remedy(machine, tmp_path, capsys, what
 
 def test_without_a_gpu_it_says_so(machine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert [one.what for one in preflight.findings(GPU) if not one.there] == ["a GPU"]
+    assert [one.what for one in preflight.findings(CUDA) if not one.there] == ["a GPU"]
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from bench_runs import CPU, CUDA, make_run
+from bench_runs import CPU, CUDA, make_run, written
 from conftest import interpreted, make_face, raising
 from standins import wrap
 
@@ -41,7 +41,7 @@ def test_both_contenders_have_tables_of_all_layers(mode, run, tmp_path):
         assert set(names(found["records"], "layer")) >= ENCODER
         assert ranges_in(tmp_path / found["trace"]) >= ENCODER
         assert names(found["records"], "op")
-    assert json.loads(run.results.path.read_text())["profiles"] == [ours, eager]
+    assert written(run)["profiles"] == [ours, eager]
     if mode == "inference":
         blocks = models.config("small").encoder.blocks
         wanted = {f"encoder.layers.{i}": block.repeat for i, block in enumerate(blocks)} | {profile.HEAD: 1}

@@ -83,7 +83,7 @@ def test_ampere_is_young_enough(turing, monkeypatch):
 @pytest.mark.parametrize(("capability", "faces"), [((7, 5), {"cuda", "aten"}), ((8, 6), {"triton", "cuda", "aten"})])
 def test_the_plan_has_the_faces_that_the_gpus_age_allows(turing, monkeypatch, tmp_path, capability, faces):
     monkeypatch.setenv("JASPER_FAST_TABLES", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Imaginary 9000")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU_NAME)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     plan = checks.plan(GPU)
     assert {check.face for check in plan} == faces

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from standins import GPU_NAME, imaginary_gpus_table  # noqa: F401
+from standins import GPU, GPU_NAME, imaginary_gpus_table  # noqa: F401
 
 from jasper_fast.bench.cli import main
 from jasper_fast.bench.compile import launches
 from jasper_fast.bench.tune import table as tune_table
 from jasper_fast.kernels import tables
 
-GPU = torch.device("cuda", 0)
 SHAPE = {"c_in": 16, "c_out": 24, "taps": 3, "stride": 1, "dilation": 1}
 
 
