@@ -30,19 +30,20 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def lengths_of(frames: int) -> torch.Tensor:
-    return torch.tensor([frames, frames // 2, 13])
+def drawn(frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns features of `frames` frames, and lengths. They depend on `frames` alone."""
+    torch.manual_seed(frames)
+    return torch.randn(3, 8, frames), torch.tensor([frames, frames // 2, 13])
 
 
 def step(model: Jasper, run, frames: int, low: torch.dtype | None) -> dict[str, torch.Tensor]:
     """Runs one training step of `model` with dropout. `run` is the model or its compiled form; `low` is autocast's
     dtype (None: no autocast). Returns loss, gradients and running statistics."""
-    torch.manual_seed(frames)
     model.zero_grad()
-    features, lengths = torch.randn(3, 8, frames), lengths_of(frames)
+    given = drawn(frames)
     torch.manual_seed(8)
     with torch.autocast("cpu", low or torch.bfloat16, enabled=low is not None):
-        log_probs, out = run(features, lengths)
+        log_probs, out = run(*given)
     loss = valid(log_probs, out).square().mean()
     loss.backward()
     found = {"loss": loss.detach()} | {f"grad {k}": p.grad.clone() for k, p in model.named_parameters()}
@@ -91,9 +92,8 @@ def test_compiled_inference_equals_uncompiled(backend):
     run = torch.compile(ours.eval(), backend=counter, fullgraph=True)
     with torch.no_grad():
         for frames in (61, 75, 90):
-            torch.manual_seed(frames)
-            features, lengths = torch.randn(3, 8, frames), lengths_of(frames)
-            (want, want_out), (got, out) = ours(features, lengths), run(features, lengths)
+            given = drawn(frames)
+            (want, want_out), (got, out) = ours(*given), run(*given)
             assert torch.equal(out, want_out)
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     assert counter.frame_count == 2

@@ -1,5 +1,6 @@
 """Every batch norm of a Jasper, panes' included, obeys its own settings, as nn.BatchNorm1d defines them."""
 
+import engines
 import pytest
 import torch
 from engines import valid
@@ -43,15 +44,11 @@ def all_at_once(bn: nn.BatchNorm1d, i: int) -> None:
 def pair(form: str, change=lambda bn, i: None) -> tuple[EagerJasper, Jasper]:
     """Returns an eager and a fused model in fp64 with the same weights and the same `change` to their batch norms."""
     torch.manual_seed(3)
-    eager = EagerJasper(config("dense")).double()
+    eager, fused = (model.double().train() for model in engines.pair(config("dense"), "reference", panes=form))
     for bn in norms(eager).values():
         nn.init.uniform_(bn.weight, 0.5, 1.5)
-        bn.running_mean.normal_()
-        bn.running_var.uniform_(0.5, 2)
-    fused = Jasper(eager.config, backend="reference", panes=form).double()
     fused.load_state_dict(eager.state_dict())
     for model in (eager, fused):
-        model.train()
         for i, bn in enumerate(norms(model).values()):
             change(bn, i)
     return eager, fused
