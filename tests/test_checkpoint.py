@@ -61,6 +61,16 @@ def same(got: dict, want: dict) -> bool:
     return types[0] == types[1] and all(map(torch.equal, *bits))
 
 
+class Bomb:
+    """Makes the folder `path` when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
 def run_state(step, **more):
     return {"format": checkpoint.FORMAT, "step": step, "state_dict": {"w": torch.full((3,), float(step))}} | more
 
@@ -134,11 +144,7 @@ def test_foreign_files_are_named(tmp_path, name, write, message):
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "exploded"),)
-
-    torch.save({"state_dict": Bomb()}, tmp_path / "bomb.pt")
+    torch.save({"state_dict": Bomb(tmp_path / "exploded")}, tmp_path / "bomb.pt")
     with pytest.raises(CheckpointError, match=r"bomb\.pt holds Python objects \(.*mkdir\)"):
         load(tmp_path / "bomb.pt")
     assert not (tmp_path / "exploded").exists()

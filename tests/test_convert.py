@@ -116,8 +116,7 @@ def test_files_of_others_become_every_format(tmp_path, model, kind):
     for to in TARGETS:
         report, found = convert(source, tmp_path / to, to, config=alone)
         back = read_weights(tmp_path / to).state_dict
-        assert {k: v for k, v in back.items() if k in want}.keys() == want.keys()
-        assert all(back[k].dtype == want[k].dtype and torch.equal(back[k], want[k]) for k in want)
+        assert same({k: v for k, v in back.items() if k in want}, want)
         assert (len(back) > len(want)) == (kind == "v1")  # the batch counters, which a v1 file lacks
         assert len([name for name in report.made if "num_batches" in name]) == len(back) - len(want)
         assert found.encoder.use_conv_masks == (kind != "nemo without masks")
@@ -134,21 +133,21 @@ def test_what_is_written_is_what_the_others_load(tmp_path, model, own):
     valid = torch.tensor([16, 10])[:, None] > torch.arange(16)
 
     convert(clean, tmp_path / "a.pt", "nvidia")
-    theirs = nvidia.Jasper({"in_feats": 6, "blocks": blocks, "use_conv_masks": True}, head)
-    theirs.load_state_dict(torch.load(tmp_path / "a.pt", weights_only=True)["state_dict"], strict=True)
-    with torch.no_grad():
-        torch.testing.assert_close(theirs.eval()(features, lengths)[0][valid], want[valid], rtol=1e-4, atol=1e-3)
+    nvidias = nvidia.Jasper({"in_feats": 6, "blocks": blocks, "use_conv_masks": True}, head)
+    nvidias.load_state_dict(torch.load(tmp_path / "a.pt", weights_only=True)["state_dict"], strict=True)
 
     convert(clean, tmp_path / "a.nemo", "nemo")
     document, state = nemo_files.read(tmp_path / "a.nemo")
     front = {name: state.pop(f"preprocessor.featurizer.{name}") for name in ("window", "fb")}
     assert front["window"].shape == (320,) and front["fb"].shape == (1, 6, 513)
-    theirs = nemo.EncDecCTCModel(6, [b | {"kernel_size": b["kernel"]} for b in document["encoder"]["jasper"]], 9)
-    theirs.load_state_dict(state, strict=True)
-    with torch.no_grad():
-        torch.testing.assert_close(theirs.eval()(features, lengths)[0][valid], want[valid], rtol=1e-4, atol=1e-3)
+    nemos = nemo.EncDecCTCModel(6, [b | {"kernel_size": b["kernel"]} for b in document["encoder"]["jasper"]], 9)
+    nemos.load_state_dict(state, strict=True)
     assert document["decoder"]["vocabulary"] == document["labels"] == LABELS
     assert document["preprocessor"]["preemph"] == 0.9 and document["preprocessor"]["log_zero_guard_value"] == 2**-24
+
+    for theirs in (nvidias, nemos):
+        with torch.no_grad():
+            torch.testing.assert_close(theirs.eval()(features, lengths)[0][valid], want[valid], rtol=1e-4, atol=1e-3)
 
 
 def test_quartznets(tmp_path):
@@ -260,7 +259,7 @@ def test_a_writer_that_errs_leaves_the_old_file(tmp_path, own, monkeypatch, to):
 
 def test_names_that_nemo_would_not_know_are_noticed(tmp_path, own, monkeypatch):
     monkeypatch.setattr(nemo_file, "names", lambda entries, masked: {name: name[::-1] for name in entries})
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="has other entries than were written"):
         convert(own, tmp_path / "a.nemo", "nemo")
     assert os.listdir(tmp_path) == ["own.pt"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from nemo_files import saved, tarred, untarred
-from test_checkpoint import BLOCKS, LABELS, config, own_document
+from test_checkpoint import BLOCKS, LABELS, Bomb, config, own_document
 from test_convert import TARGETS, full_config, model, own  # noqa: F401 (fixtures)
 
 from jasper_fast.cli import command
@@ -49,14 +49,6 @@ def test_the_command(tmp_path, own, capsys):
     before = out.read_bytes()
     assert run(capsys, out, out, "--to", "jasper_fast", "--config", settings, "--force")[0] == 0
     assert out.read_bytes() != before and read_weights(out).kind == "jasper_fast"
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def headed(content: bytes, change) -> bytes:
@@ -161,7 +153,9 @@ def files(tmp_path_factory, model) -> tuple[dict[str, bytes], Path]:
     for to in TARGETS:
         convert(folder / "in.pt", folder / to, to)
         found[to] = (folder / to).read_bytes()
-    return hostile(found, folder / "trap"), folder / "trap"
+    contents = hostile(found, folder / "trap")
+    assert contents.keys() == set(HOSTILE)
+    return contents, folder / "trap"
 
 
 @pytest.mark.parametrize("kind", HOSTILE)

@@ -42,7 +42,7 @@ def evaluate(model: nn.Module, x: torch.Tensor | None = None) -> torch.Tensor:
 @pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize(("which", "kind"), MODELS)
 def test_an_engine_gives_what_the_model_gives(which, kind, masks, runs):
-    """Its outputs have the model's weights, also after a change of a weight."""
+    """The engine gives the model's outputs, also after a weight has changed."""
     exact, single = build(which, kind, masks).double().eval(), build(which, kind, masks).eval()
     doubles, fused = copy.deepcopy(exact), copy.deepcopy(single)
     for model in (doubles, fused):
