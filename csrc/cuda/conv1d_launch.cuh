@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kWgrad90Threads, 1) wgrad_90(const __grid_cons
 
 struct Launch {
   int loop, grid, shared;
-  int cooperative;  // all CTAs are on the device at once
+  int cooperative;  // whether all CTAs must be on the device at once
   int early;        // may begin while the previous launch in the stream still runs; its kernel must wait for that
   void* stream;
 };

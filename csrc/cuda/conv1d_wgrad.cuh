@@ -14,7 +14,7 @@
 
 namespace jf::conv {
 
-constexpr int kWgradThreads = 128, kFrames = 64;  // frames of a step
+constexpr int kWgradThreads = 128, kFrames = 64;  // threads of a CTA; frames of a step
 constexpr int kDyRows = kFrames | 1, kDyBytes = kCells * kDyRows * 16;
 
 struct WgradArgs {

@@ -32,7 +32,7 @@ OPTIONS = {
         option("--min-duration", type=float, metavar="S",
                help="shortest good utterance in seconds (the configuration's, or 0.1)"),
         option("--strict", action="store_true",
-               help="also count clipped utterances and symbols outside the alphabet as faults"),
+               help="utterances that clip or have unknown symbols are bad, too; without it they get a warning"),
         option("--jobs", type=common.positive(int), default=0, metavar="N", help="threads (one per core)"),
         option("--worst", type=int, default=5, metavar="N", help="bad utterances of each kind to print (5)"),
         option("-q", "--quiet", action="store_true", help="show no progress bar"),

@@ -161,7 +161,7 @@ class JasperConfig:
 
     @property
     def filterbank(self) -> dict[str, Any]:
-        """The settings of the features (`filterbank_features`) in evaluation; empty if there are none."""
+        """`filterbank_features` of `input_val`, or of `input_train` if that is empty: the features in evaluation."""
         return (self.input_val or self.input_train).get("filterbank_features") or {}
 
     @classmethod

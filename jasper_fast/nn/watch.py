@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from jasper_fast.nn.recognise import HOOKS, Unfit
 
-# The attributes on which the result of a Jasper's module depends in evaluation, in this project and in others.
+# In evaluation, the result of a module of a Jasper (this project's or another's) depends on its tensors and on these
+# attributes.
 SETTINGS = (
     *("forward", "training", "eps", "track_running_stats", "kernel_size", "stride", "padding", "dilation", "groups"),
     *("padding_mode", "masked", "use_mask", "heads", "pad_layer", "dense_residual", "residual_mode", "separable", "se"),

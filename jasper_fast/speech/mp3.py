@@ -1,5 +1,5 @@
-"""Counts the frames of MP3 files that do not state their length in a header. For such a file libsndfile only estimates
-the length from the bit rate of the first frame."""
+"""Gives MP3 files that do not state their length a Xing header with their number of frames. Without it, libsndfile only
+estimates the length from the bit rate of the first frame."""
 
 import mmap
 

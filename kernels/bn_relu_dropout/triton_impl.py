@@ -25,7 +25,7 @@ from jasper_fast.kernels.triton_dropout import keep
 TILE_BYTES = 8192  # bytes of a pointwise tile: 64 per thread and input, so each thread has four 16-byte loads in flight
 LANES = 2048  # elements of a reducing tile: 16 per thread; each element has two fp32 accumulators
 MIN_ROWS = 128  # minimum rows of a reducing program; partial results then add only a few percent to the bytes moved
-MAX_PARTIALS = 256  # most partial results per channel; a program of the merge kernel loads all of them together
+MAX_PARTIALS = 256  # maximum partial results per channel; a program of the merge kernel loads all of them together
 MERGE_C = 16  # channels per program of the merge kernel
 NUM_WARPS = 4
 APPLY_LANES, APPLY_WARPS = 2048, 8  # for backward_apply, which holds three tiles; other sizes spill on some GPUs

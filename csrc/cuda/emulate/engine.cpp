@@ -320,7 +320,8 @@ void clean_up(bool failed) {
   for (auto& fiber : pool) {
     SanitizerFiber& its = fiber->sanitizer;
     if (!failed || !its.thread) continue;
-    void* me = __tsan_get_current_fiber();  // the fiber was stopped somewhere by the error and will never continue
+    // After an error no fiber of the pool continues. If one was stopped while an Unseen was alive, that is ended here.
+    void* me = __tsan_get_current_fiber();
     __tsan_switch_to_fiber(its.thread, __tsan_switch_to_fiber_no_sync);
     for (; its.unseen; --its.unseen) Unseen::end();
     release(&end_clock);
