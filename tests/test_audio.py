@@ -8,7 +8,7 @@ import socket
 import numpy as np
 import pytest
 import soundfile
-from conftest import assert_raises
+from conftest import assert_raises, raising
 
 from jasper_fast.speech import audio, mp3
 from jasper_fast.speech.audio import AudioError, ShortAudio
@@ -106,11 +106,8 @@ def test_a_socket_and_a_locked_folder_are_named(tmp_path, monkeypatch):
         one.bind("s.wav")
         with pytest.raises(AudioError, match=r"s\.wav: is neither a regular file nor a pipe"):
             audio.load("s.wav")
-
-    def locked(path):
-        raise PermissionError(13, "Permission denied", path)
-
-    monkeypatch.setattr(os, "stat", locked)  # in place of a real folder, because root may read any folder
+    # in place of a real folder, because root may read any folder
+    monkeypatch.setattr(os, "stat", raising(PermissionError(13, "Permission denied", "a.wav")))
     with pytest.raises(AudioError, match=r"a\.wav: cannot be read as audio: Permission denied"):
         audio.load("a.wav")
 
@@ -203,12 +200,14 @@ def test_a_header_written_before_the_length_was_known_promises_nothing(tmp_path,
 
 def test_bad_offset(tmp_path):
     path = write(tmp_path / "a.wav", tone())
-    cases = [
-        (lambda: audio.load(path, offset=1.0), r"past the end \(1.000 s\)"),
-        (lambda: audio.load(path, offset=-1), "negative"),
-        (lambda: audio.load(path, duration=float("nan")), "negative"),
-    ]
-    assert_raises(cases, AudioError)
+    assert_raises(
+        [
+            (lambda: audio.load(path, offset=1.0), r"past the end \(1.000 s\)"),
+            (lambda: audio.load(path, offset=-1), "negative"),
+            (lambda: audio.load(path, duration=float("nan")), "negative"),
+        ],
+        AudioError,
+    )
 
 
 @pytest.mark.parametrize("speed", [0.85, 0.9, 1.0, 1.1, 1.0737])

@@ -1,5 +1,7 @@
 """LogMelFeatures against the features of NVIDIA's Jasper and of NeMo; SpecAugment and SpecCutout."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import GOLDEN
@@ -95,9 +97,7 @@ def test_dither():
     module.eval()
     assert torch.equal(module(audio, lengths)[0], module(audio, lengths)[0])
     assert module(audio, lengths)[0].abs().max() > 0.1  # dither adds noise
-    before = audio.clone()
-    module.train()(audio, lengths)
-    assert torch.equal(audio, before)
+    assert not audio.any()  # the module left its argument alone
 
 
 def test_fp32_under_autocast_and_half():
@@ -114,10 +114,6 @@ def test_from_config():
     config |= {"window": "hann", "frame_splicing": 1, "spec_augment": {"freq_masks": 2}}
     module = LogMelFeatures.from_config(config, dither=1.0)
     assert (module.n_mels, module.pad_to_multiple, module.hop_length, module.dither) == (40, 8, 80, 1.0)
-    with pytest.raises(ValueError, match="n_filters is unknown"):
-        LogMelFeatures.from_config({"n_filters": 64})
-    with pytest.raises(ValueError, match="frame_splicing=3"):
-        LogMelFeatures.from_config({"frame_splicing": 3})
 
 
 FIXED = {"fixed_mean": [-0.1 * i for i in range(64)], "fixed_std": [1.0 + 0.1 * i for i in range(64)]}
@@ -126,24 +122,25 @@ FIXED = {"fixed_mean": [-0.1 * i for i in range(64)], "fixed_std": [1.0 + 0.1 * 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"window": "round"}, "window"),
-        ({"normalize": "x"}, "normalize"),
-        ({"dither": -1}, "dither"),
-        ({"f_max": 9000.0}, "9000"),
-        ({"convention": "kaldi"}, "kaldi"),
-        ({"log_guard_type": "max"}, "log_guard_type"),
-        ({"normalize": FIXED, "n_mels": 80}, "fixed_mean"),
-        ({"normalize": {"mean": 1.0}}, "fixed_mean"),
+        (partial(LogMelFeatures, window="round"), "window"),
+        (partial(LogMelFeatures, normalize="x"), "normalize"),
+        (partial(LogMelFeatures, dither=-1), "dither"),
+        (partial(LogMelFeatures, f_max=9000.0), "9000"),
+        (partial(LogMelFeatures, convention="kaldi"), "kaldi"),
+        (partial(LogMelFeatures, log_guard_type="max"), "log_guard_type"),
+        (partial(LogMelFeatures, normalize=FIXED, n_mels=80), "fixed_mean"),
+        (partial(LogMelFeatures, normalize={"mean": 1.0}), "fixed_mean"),
+        (partial(LogMelFeatures.from_config, {"n_filters": 64}), "n_filters is unknown"),
+        (partial(LogMelFeatures.from_config, {"frame_splicing": 3}), "frame_splicing=3"),
+        (partial(LogMelFeatures(), noise(160), torch.tensor([160])), r"\(N, samples\)"),
+        (partial(SpecAugment, min_time=5, max_time=4), "min 5 and max 4"),
+        (partial(augment.from_config, {"spec_augment": {"freq_mask": 2}}), "spec_augment.*freq_mask"),
+        (partial(augment.from_config, {"speaker_warp": {"max_wrap": 2}}), "speaker_warp.*max_wrap"),
     ],
 )
 def test_bad_arguments(wrong, message):
     with pytest.raises(ValueError, match=message):
-        LogMelFeatures(**wrong)
-
-
-def test_bad_shapes():
-    with pytest.raises(ValueError, match=r"\(N, samples\)"):
-        LogMelFeatures()(noise(160), torch.tensor([160]))
+        wrong()
 
 
 def ones(n=200, t=100):
@@ -195,11 +192,6 @@ def test_augment_from_config():
     flat = augment.from_config({"cutout_augment": {"masks": 5, "max_freq": 50}, "speaker_warp": {"max_warp": 1.1}})
     assert flat.cutout.masks == 5 and flat.speaker_warp.max_warp == 1.1
     assert (flat(ones(), torch.full((200,), 100)) == 0).any()
-    for name, wrong in (("spec_augment", "freq_mask"), ("speaker_warp", "max_wrap")):
-        with pytest.raises(ValueError, match=f"{name}.*{wrong}"):
-            augment.from_config({name: {wrong: 2}})
-    with pytest.raises(ValueError, match="min 5 and max 4"):
-        SpecAugment(min_time=5, max_time=4)
 
 
 # --- NeMo's convention -------------------------------------------------------------------------------------------

@@ -3,9 +3,8 @@
 `python tests/test_interface.py` records it again after an intended change.
 """
 
-import contextlib
+import argparse
 import inspect
-import io
 import json
 import re
 import sys
@@ -17,14 +16,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = Path(__file__).with_name("interface.json")
-BENCH = (
-    "kernels", "train", "optimizer", "latency", "memory", "decode", "all", "launches", "gpu", "profile", "tune",
-    "compile", "report", "data",
-)  # fmt: skip
-PACKAGE = (
-    "transcribe", "evaluate", "export", "convert", "info", "selfcheck", "check", "tune", "prepare librispeech",
-    "prepare manifest", "prepare shards", "lm train", "lm train-neural", "lm perplexity", "lm info", "lm tune",
-)  # fmt: skip
 
 
 def schemas() -> list[str]:
@@ -53,12 +44,14 @@ def state_dict() -> list[str]:
     return [f"{name} {tuple(t.shape)}" for name, t in model.state_dict().items()]
 
 
-def options(main, argv: list[str]) -> list[str]:
-    """Returns the options that a command's --help lists."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-        main([*argv, "--help"])
-    return sorted(set(re.findall(r"^ +(?:-\w, )?(--[a-z0-9-]+)", said.getvalue(), re.MULTILINE)))
+def options(name: str, parser: argparse.ArgumentParser) -> dict[str, list[str]]:
+    """Returns the options that --help lists, for a command and for each of its subcommands."""
+    found = {name: sorted(set(re.findall(r"^ +(?:-\w, )?(--[a-z0-9-]+)", parser.format_help(), re.MULTILINE)))}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for subcommand, its_parser in action.choices.items():
+                found |= options(f"{name} {subcommand}", its_parser)
+    return found
 
 
 def commands() -> dict[str, list[str]]:
@@ -66,10 +59,12 @@ def commands() -> dict[str, list[str]]:
     import train
     from jasper_fast.bench import cli as bench
     from jasper_fast.cli import command
+    from jasper_fast.options import add
 
-    found = {f"bench {name}": options(bench.main, [name]) for name in BENCH}
-    found |= {f"jasper-fast {name}": options(command.main, name.split()) for name in PACKAGE}
-    return found | {"train.py": options(train.arguments, [])}
+    training = argparse.ArgumentParser()
+    add(training, train.OPTIONS)
+    parsers = {"bench": bench.parser(), "jasper-fast": command.parser(), "train.py": training}
+    return {name: of for top, parser in parsers.items() for name, of in options(top, parser).items()}
 
 
 def result() -> dict[str, list[str]]:
@@ -80,8 +75,7 @@ def result() -> dict[str, list[str]]:
     from jasper_fast.bench.harness import machine
 
     with tempfile.TemporaryDirectory() as folder:
-        run = make_run(Path(folder))
-        run.cases("test", [softplus_case({"eager": torch.nn.functional.softplus})])
+        make_run(Path(folder)).cases("test", [softplus_case({"eager": torch.nn.functional.softplus})])
         rows = json.loads((Path(folder) / "run.json").read_text())["rows"]
     items = [item for row in rows for item in row.items()]
     nested = {f"{key}.{inner}" for key, value in items if isinstance(value, dict) for inner in value}
