@@ -67,6 +67,18 @@ def test_the_cpu_face_equals_the_definition(arpa, symbols):
         assert all(map(torch.equal, reference.search(*given), cpu_impl.search(*given))), case
 
 
+@needs_native
+def test_states_whose_rows_take_much_memory_are_computed_again(arpa):
+    """The C++ face keeps a row of numbers, one for each symbol, for each state of the language model. It deletes all
+    rows when they take 64 MiB. With 60,000 symbols that is after about 50 states. Only five of these symbols are
+    possible, so the others change nothing."""
+    log_probs, impossible = torch.randn(1, 40, 6).log_softmax(-1), torch.full((1, 40, 60_000), -math.inf)
+    many = Vocabulary([*V.labels, *map(chr, range(0xF0000, 0xF0000 + 60_000))])
+    wide = torch.cat([log_probs[..., :5], impossible, log_probs[..., 5:]], -1)
+    found = beam_search(wide, torch.tensor([40]), many, lm=SpeltLM(arpa, many), alpha=1.0, beam=64, n_best=64)
+    assert found[0] == best(log_probs, lm=SpeltLM(arpa, V), alpha=1.0, beam=64, n_best=64)
+
+
 @pytest.mark.parametrize("alpha, beta, unknown", [(0.0, 0.0, -1.0), (2.0, -0.2, -3.0), (1.0, 0.5, -math.inf)])
 def test_a_score_is_what_the_docstring_says(arpa, alpha, beta, unknown):
     kenlm = pytest.importorskip("kenlm", reason="ufal-kenlm is not installed")
