@@ -238,11 +238,12 @@ def test_one_row_raises_what_pytorch_raises(form):
 # ---- the plain form on its faces ----
 
 # (N, T, lengths, channels of the xs, C). Some numbers of channels are below and some above the number of lanes of a
-# vector. The second and the third case have more rows than a chunk.
+# vector. The second and the third case have more rows than a chunk. The first utterance of the third case has more rows
+# than one task of a matrix product takes.
 FACE_CASES = [
     (1, 5, None, (3,), 1),
     (3, 29, (29, 0, 17), (33, 64), 40),
-    (2, 150, (150, 131), (16, 300), 70),
+    (2, 300, (300, 131), (16, 300), 70),
     (1, 1, (1,), (7, 5, 2), 17),
 ]
 

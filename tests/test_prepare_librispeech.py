@@ -115,6 +115,8 @@ def test_a_part_that_is_whole_or_too_long_is_settled(tmp_path: Path, archives, m
     part.write_bytes(archives[name] + more)
     with corpora.Server(archives) as server:
         assert main(arguments(tmp_path, server.url, {name: archives[name]})) == 0
+    from_the_end = f"bytes={len(archives[name] + more)}-"
+    assert [wanted for _, wanted in server.asked] == [from_the_end, *([None] if more else [])]
 
 
 @pytest.mark.parametrize("kind", corpora.hostile_members())
