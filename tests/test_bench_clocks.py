@@ -144,6 +144,15 @@ def test_compilers_are_recorded(monkeypatch):
     assert {"nvcc": "13.0.88", "c++": "g++ 14.2"}.items() <= machine.compilers.__wrapped__().items()
 
 
+@pytest.mark.parametrize("checkout", ["0123456789", None])
+def test_a_copy_without_git_is_told_its_commit(checkout, monkeypatch):
+    monkeypatch.setattr(machine, "_git", lambda *args: checkout)
+    monkeypatch.delenv("JASPER_FAST_COMMIT", raising=False)
+    assert machine.commit() == checkout
+    monkeypatch.setenv("JASPER_FAST_COMMIT", "fedcba9876")
+    assert machine.commit() == (checkout or "fedcba9876")
+
+
 # ------------------------------------------------------------------ intervals of few samples
 
 
@@ -197,12 +206,3 @@ def test_a_cupy_that_is_absent_or_broken_says_so(monkeypatch):
     assert not times and why.startswith("absent: pip install cupy-cuda")
     cupy(monkeypatch, raising(RuntimeError("CUDA driver version is insufficient")))
     assert limits.cupy_launch(CPU) == ({}, "failed: RuntimeError: CUDA driver version is insufficient")
-
-
-@pytest.mark.parametrize("checkout", ["0123456789", None])
-def test_a_copy_without_git_is_told_its_commit(checkout, monkeypatch):
-    monkeypatch.setattr(machine, "_git", lambda *args: checkout)
-    monkeypatch.delenv("JASPER_FAST_COMMIT", raising=False)
-    assert machine.commit() == checkout
-    monkeypatch.setenv("JASPER_FAST_COMMIT", "fedcba9876")
-    assert machine.commit() == (checkout or "fedcba9876")

@@ -129,32 +129,29 @@ def test_all_contenders_of_bn_relu_dropout_are_right(residual, dtype, tmp_path):
     assert len(rows) == 9 and all(r["status"] == "ok" for r in rows), [r.get("why") for r in rows]
 
 
+ALL_MODES = (*common.MODES, "inference")
 LAYERS = [Layer(16, 24, 11), Layer(8, 8, 5, dilation=2), Layer(16, 29, 1, head=True), Layer(16, 24, 11, stride=2)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("op", "backend"), [("conv1d", "cpu"), ("sub_block", "reference"), ("sub_block", "cpu")])
-def test_all_contenders_of_convs_are_right(op, backend, tmp_path):
-    make_face(backend)
-    run = make_run(tmp_path, backend=backend)
-    modes = (*common.MODES, "inference") if op == "sub_block" else common.MODES
-    rows = [row for layer in LAYERS for row in run.cases("test", by_layer.layer_cases(run, op, 2, 40, layer, modes))]
-    assert len(rows) == len(LAYERS) * len(modes) * 3
-    assert all(r["status"] == "ok" for r in rows), [(r["id"], r.get("why")) for r in rows if r["status"] != "ok"]
-    assert len({r["id"] for r in rows}) == len(rows)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["both", "inference"])
-@pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.bfloat16), ("triton", torch.float16)])
-def test_sub_blocks_under_amp_are_right(mode, backend, dtype, tmp_path):
+@pytest.mark.parametrize(
+    ("op", "backend", "dtype", "modes"),
+    [
+        ("conv1d", "cpu", torch.float32, common.MODES),
+        ("sub_block", "reference", torch.float32, ALL_MODES),
+        ("sub_block", "cpu", torch.float32, ALL_MODES),
+        ("sub_block", "reference", torch.bfloat16, ("both", "inference")),
+        ("sub_block", "triton", torch.float16, ("both", "inference")),
+    ],
+)
+def test_all_contenders_of_convs_are_right(op, backend, dtype, modes, tmp_path):
     interpreted() if backend == "triton" else make_face(backend)
     run = make_run(tmp_path, backend=backend, dtype=dtype)
-    layers = LAYERS[1:] if backend == "triton" else LAYERS
-    rows = [r for a in layers for r in run.cases("test", by_layer.layer_cases(run, "sub_block", 2, 24, a, (mode,)))]
-    assert len(rows) == 3 * len(layers) and all(r["status"] == "ok" for r in rows), [
-        (r["id"], r.get("why")) for r in rows
-    ]
+    shapes = LAYERS[1:] if backend == "triton" else LAYERS
+    rows = [row for layer in shapes for row in run.cases("test", by_layer.layer_cases(run, op, 2, 40, layer, modes))]
+    assert len(rows) == len(shapes) * len(modes) * 3
+    assert all(r["status"] == "ok" for r in rows), [(r["id"], r.get("why")) for r in rows if r["status"] != "ok"]
+    assert len({r["id"] for r in rows}) == len(rows)
 
 
 @pytest.mark.slow
@@ -162,9 +159,8 @@ def test_a_wrong_sub_block_is_refused_in_every_mode(run, monkeypatch):
     ours, *others = sub_blocks.OPS["sub_block"]
     monkeypatch.setitem(sub_blocks.OPS, "sub_block", (lambda *a: ours(*a) * 1.01, *others))
     wrap(monkeypatch, sub_block_inference, "fused", lambda right, *of: lambda *a: right(*of)(*a) * 1.01)
-    modes = (*common.MODES, "inference")
-    rows = run.cases("test", by_layer.layer_cases(run, "sub_block", 2, 40, LAYERS[0], modes))
-    assert {r["key"]["mode"]: r["status"] for r in rows if r["ours"]} == dict.fromkeys(modes, "wrong")
+    rows = run.cases("test", by_layer.layer_cases(run, "sub_block", 2, 40, LAYERS[0], ALL_MODES))
+    assert {r["key"]["mode"]: r["status"] for r in rows if r["ours"]} == dict.fromkeys(ALL_MODES, "wrong")
     assert all(r["status"] == "ok" and "ratio" not in r for r in rows if not r["ours"])
 
 

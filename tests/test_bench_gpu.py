@@ -36,7 +36,7 @@ def planned(monkeypatch, share: float = 1.0, **parts) -> None:
     )
 
 
-# ------------------------------------------------------------------ one failing case, and several in a row
+# ------------------------------------------------------------------ a case that cannot be prepared
 
 
 @pytest.mark.slow

@@ -49,16 +49,16 @@ def full(name: str = "NVIDIA Imaginary 9000") -> dict:
     above = {
         "limit": {"bound": "compute", "floor_s": 1.0, "share": 1.25}, "flops_per_s": 1e15, "flops": 1e12, "bytes": 1e9,
     }  # fmt: skip
-    counted = {"ops": 321, "kernels": 54, "host_launches": 3}
-    kept = {"kept_bytes": 10 * 2**20, "peak_bytes": 30 * 2**20}
     rows = [
         *(row("kernels", c, conv, **above) for c in ("jasper_fast", "eager", "cudnn")),
         *(row("train", c, step, items_per_s=1234.5) for c in ("jasper_fast", "eager", "compile")),
         row("train", "jasper_fast", step | {"processes": 8}, items_per_s=3141.5, scaling=SCALING),
         *(row("latency", c, utterance, items_per_s=777.0, host_s=123e-6)
           for c in ("jasper_fast", "eager", "cuda_graph")),
-        *(row("launches", c, tiny, launches=counted) for c in ("jasper_fast", "eager")),
-        *(row("memory", c, step, memory=kept) for c in ("jasper_fast", "eager")),
+        *(row("launches", c, tiny, launches={"ops": 321, "kernels": 54, "host_launches": 3})
+          for c in ("jasper_fast", "eager")),
+        *(row("memory", c, step, memory={"kept_bytes": 10 * 2**20, "peak_bytes": 30 * 2**20})
+          for c in ("jasper_fast", "eager")),
         row("latency", "tensorrt", utterance, status="absent", why="torch_tensorrt is <not> installed"),
     ]  # fmt: skip
     profiled = {"model": "small", "mode": "train", "batch": [8, 400]}

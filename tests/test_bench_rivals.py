@@ -150,8 +150,8 @@ def test_a_frozen_sub_block_never_runs_in_eager(graphs_run):
 
 
 class Capture:
-    """A stand-in for torch.cuda during a capture. `log` has the events, and for calls whether garbage collection is
-    off."""
+    """A stand-in for torch.cuda during a capture. `log` lists the events; the entry of a call says whether garbage
+    collection is off."""
 
     def __init__(self, monkeypatch) -> None:
         self.log: list[str] = []

@@ -1,5 +1,5 @@
-"""Tensors of a test are made on the device of its face. Fake tensors, which have no memory, stand in for
-those of a GPU."""
+"""Tensors that a test makes without naming a device lie on the device of its face, so one test serves machines with and
+without a GPU. Fake tensors, which have no memory, stand in for those of a GPU."""
 
 import conftest
 import pytest
@@ -10,8 +10,6 @@ from jasper_fast import ops
 
 
 def test_a_settled_test_lies_where_its_face_runs(monkeypatch):
-    """Tensors that a test makes without naming a device lie on the device of its face. So one test serves machines
-    with and without a GPU."""
     monkeypatch.setattr(conftest, "make_face", lambda name: conftest.Face(name, torch.device("cuda")))
     with FakeTensorMode():
         assert conftest.settle("triton") == "triton"
