@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from bench_runs import CUDA, goal_rows, make_run
+from bench_runs import CUDA, RATIO, goal_rows, make_run, row
 
 from jasper_fast.bench.cases import bn_relu_dropout, by_layer, common
 from jasper_fast.bench.cases.layers import layers
-from jasper_fast.bench.harness import ratios
 from jasper_fast.bench.report import goals
 
 
@@ -16,15 +15,7 @@ def test_goals_are_judged_from_the_rows():
     assert goals.judge([], "cpu") == goals.judge([], "cuda") == []
 
 
-def gpu_row(goal: goals.Goal, contender: str, **more) -> dict:
-    return {
-        "id": f"a case / {contender}", "bench": goal.bench, "key": {"shape": "any"} | goal.key, "contender": contender,
-        "ours": contender == "jasper_fast", "status": "ok", "time_s": ratios.summary([0.001], 1),
-    } | more  # fmt: skip
-
-
-RATIO = {"median": 1.5, "low": 1.4, "high": 1.6}
-OURS, EAGER, CUDNN = ("jasper_fast", {}), ("eager", {"ratio": RATIO}), ("cudnn", {"ratio": RATIO | {"median": 0.9}})
+OURS, EAGER, CUDNN = ("jasper_fast", {}), ("eager", {}), ("cudnn", {"ratio": RATIO | {"median": 0.9}})
 
 
 @pytest.mark.parametrize(
@@ -41,7 +32,8 @@ def test_gpu_goals_hold_shares_of_the_limit_and_the_best_rival(name, rows, measu
     known = goals.gpu_goals()
     assert len({g.name for g in known}) == 11 and sum(isinstance(g, goals.ShareOfLimit) for g in known) == 7
     goal = next(g for g in known if g.name.startswith(name))
-    (found,) = goals.judge([gpu_row(goal, contender, **more) for contender, more in rows], "cuda")
+    key = {"shape": "any"} | goal.key
+    (found,) = goals.judge([row(goal.bench, contender, key, **more) for contender, more in rows], "cuda")
     assert (found["measured"], found["met"]) == (measured, met) and found["row"].endswith(f" / {about}")
 
 

@@ -8,13 +8,12 @@ import shutil
 from html import unescape
 
 import pytest
+from bench_runs import RATIO, SAMPLES, row
 
 from jasper_fast.bench.harness import paths, ratios
 from jasper_fast.bench.report import html_page, published, readme_table, svg, terminal, words
 from jasper_fast.bench.report.agreement import agreement
 
-SAMPLES = [0.010 + 0.0001 * i for i in range(100)]
-RATIO = {"median": 1.5, "low": 1.4, "high": 1.6, "confidence": 0.95, "pairs": 100}
 LIMITS = {
     "matmul_flops_per_s": {"float16": 8e14, "float32": 4e14, "float32 in IEEE": 5e13, "float32 in TF32": 4e14},
     "float32_mode": "TF32",
@@ -27,17 +26,6 @@ SCALING = {
     "processes": 8, "efficiency": 0.9375, "silent_s": 0.0146, "exposed_s": 3.3e-4, "pairs": 100,
     "exposed_low_s": 3e-4, "exposed_high_s": 4e-4,
 }  # fmt: skip
-
-
-def row(bench: str, contender: str, key: dict, **more) -> dict:
-    made = {
-        "id": f"{bench} {key} / {contender}", "bench": bench, "key": key, "contender": contender, "status": "ok",
-        "ours": contender == "jasper_fast", "dtype": key.get("dtype", "float16"), "flops": 0, "bytes": 0,
-    }  # fmt: skip
-    if bench != "memory" and more.get("status", "ok") == "ok":
-        made["time_s"] = ratios.summary(SAMPLES, 1)
-        made |= {} if made["ours"] else {"ratio": RATIO}
-    return made | more
 
 
 def full(name: str = "NVIDIA Imaginary 9000") -> dict:

@@ -6,7 +6,7 @@ import gc
 import engines
 import pytest
 import torch
-from bench_runs import CPU, CUDA, make_run
+from bench_runs import CPU, CUDA, make_run, row
 
 from jasper_fast.bench.cases import bn_relu_dropout, by_layer, models, sub_block_inference
 from jasper_fast.bench.cases.layers import Layer
@@ -66,15 +66,10 @@ def test_the_cuda_face_has_a_row_of_its_own_on_a_gpu(tmp_path):
 
 
 def test_the_cuda_face_is_no_rival_to_be_slower_than():
-    def row(contender: str, ratio: float) -> dict:
-        return {
-            "bench": "kernels", "key": {"op": "conv1d"}, "contender": contender, "id": contender, "status": "ok",
-            "ours": False, "ratio": {"median": ratio},
-        }  # fmt: skip
-
-    goal = goals.NeverSlower("never slower", "kernels", {"op": "conv1d"}, 1.0)
-    (verdict,) = goal.judge([row("eager", 2.0), row(choice.CUDA_FACE, 0.5)])
-    assert verdict["row"] == "eager" and verdict["met"]
+    conv = {"op": "conv1d"}
+    rows = [row("kernels", "eager", conv), row("kernels", choice.CUDA_FACE, conv, ratio={"median": 0.5})]
+    (verdict,) = goals.NeverSlower("never slower", "kernels", conv, 1.0).judge(rows)
+    assert verdict["row"] == rows[0]["id"] and verdict["met"]
 
 
 # ------------------------------------------------------------------ compilers and graphs, on stand-ins
