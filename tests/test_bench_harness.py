@@ -9,13 +9,11 @@ import torch
 import torch.nn.functional as F
 from bench_runs import CPU, again, make_run, softplus_case, written
 from conftest import raising
-from standins import spied
 
 from jasper_fast.bench.cases import bn_relu_dropout, by_layer, common
-from jasper_fast.bench.harness import checking, clocks, devices, ratios, result_file, timing
+from jasper_fast.bench.harness import checking, devices, ratios, result_file, timing
 from jasper_fast.bench.harness.case import Contender, Effort, Runner
 from jasper_fast.bench.harness.measurement import Measurement
-from jasper_fast.bench.harness.seeds import seeded
 from jasper_fast.bench.report import words
 
 
@@ -144,27 +142,6 @@ def test_run_cut_off_keeps_its_rows_and_resumes(run):
     ):
         assert not result_file.unfinished(run.results.path, other)
         assert not result_file.Results(run.results.path, other, resume=True).data["rows"]
-
-
-def test_the_flush_of_the_cache_only_reads(monkeypatch):
-    events = SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 1.0)
-    for name, stub in {
-        "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=20 << 20),
-        "Event": lambda enable_timing: events,
-        "_sleep": lambda cycles: None,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, stub)
-    monkeypatch.setattr(clocks, "cycles_per_second", lambda device: 1e9)
-    ticker = clocks.CudaClock(CPU)
-    assert ticker.flush.nbytes == 40 << 20
-    bits = ticker.flush.view(torch.int32)
-    bits.random_(generator=seeded(0, CPU))
-    before, version, seen = bits.clone(), bits._version, []
-    reads = spied(monkeypatch, torch, "sum", lambda flush, *_, out: flush is ticker.flush)
-    ticker.sample(lambda: seen.append(len(reads)), 3)
-    assert reads == [True] * 3 and seen[-3:] == [1, 2, 3]
-    assert torch.equal(bits, before)
-    assert bits._version == version, "the same values were written again"
 
 
 def test_deadline_stops_the_run(tmp_path):

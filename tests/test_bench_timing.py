@@ -1,4 +1,5 @@
-"""Timing on a simulated GPU: by events, by the wall clock, on the host, and sleeps while the clock rate rises."""
+"""Timing on a simulated GPU: by events, by the wall clock, on the host, the flush of the cache, and sleeps while the
+clock rate rises."""
 
 import dataclasses
 import time
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_runs import CPU, CUDA, FAST, softplus_case
-from standins import wrap
+from standins import spied, wrap
 
 from jasper_fast.bench.harness import checking, clocks, timing
 from jasper_fast.bench.harness.case import Contender
@@ -58,7 +59,7 @@ def device(monkeypatch) -> Gpu:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", made.sleep)
     monkeypatch.setattr(torch.cuda, "synchronize", made.wait)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=1024))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=20 << 20))
     monkeypatch.setattr(clocks, "cycles_per_second", lambda _: made.rate)
     monkeypatch.setattr(clocks, "time", SimpleNamespace(perf_counter=lambda: made.now, monotonic=time.monotonic))
     wrap(monkeypatch, torch, "empty", lambda empty, *shape, device=None, **more: empty(*shape, **more))
@@ -82,6 +83,18 @@ def test_events_time_the_device_and_not_python(device):
     assert [ticker.sample(run, 1) for _ in range(3)] == pytest.approx([30e-6] * 3)
     assert ticker.host(run) == pytest.approx(300e-6)
     assert max(device.slept) < 1.1e-3
+
+
+def test_the_flush_of_the_cache_only_reads(device, monkeypatch):
+    ticker = clocks.CudaClock(CUDA)
+    assert ticker.flush.nbytes == 40 << 20
+    bits = ticker.flush.view(torch.int32).random_()
+    before, version, seen = bits.clone(), bits._version, []
+    reads = spied(monkeypatch, torch, "sum", lambda flush, *_, out: flush is ticker.flush)
+    ticker.sample(lambda: seen.append(len(reads)), 3)
+    assert reads == [True] * 3 and seen[-3:] == [1, 2, 3]
+    assert torch.equal(bits, before)
+    assert bits._version == version, "the same values were written again"
 
 
 def test_a_long_host_time_is_part_of_the_answer(device):
