@@ -104,47 +104,30 @@ def test_state_dict_continues_bit_for_bit(betas, tmp_path):
 
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["float", "tensor"])
 @pytest.mark.parametrize("betas", [(0.95, 0.0), (0.9, 0.9)])
-def test_found_inf_leaves_everything_untouched(betas, lr):
-    """A skipped step, even the first, changes no parameter and has no effect on later steps."""
-    params = tensors(torch.float32)
-    twins = copy.deepcopy(params)
-    ours, plain = (NovoGrad(ps, lr=lr, betas=betas, weight_decay=0.1) for ps in (params, twins))
-    for found in (1.0, 0.0, 1.0, 0.0):
-        before = [p.detach().clone() for p in params]
-        for p, q in zip(params, twins, strict=True):
-            p.grad = torch.full_like(p, float("nan")) if found else torch.randn_like(p)
-            q.grad = p.grad
-        ours.found_inf, ours.grad_scale = torch.tensor(found), None
-        ours.step()
-        if found:
-            assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
-        else:
-            plain.step()
-    for p, q in zip(params, twins, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(ours.state[p]["exp_avg_sq"], plain.state[q]["exp_avg_sq"])
-
-
-def test_works_with_grad_scaler():
-    """Shows that a GradScaler does not change the update, with or without a call of `unscale_`, and that an overflow
-    halves its scale."""
-    start, results = torch.randn(3, 4), []
+def test_a_grad_scaler_skips_overflows_and_changes_no_other_step(betas, lr):
+    """Shows that steps with a GradScaler, with or without a call of `unscale_`, give the results of steps without one.
+    A step with an overflow, even the first, halves the scale and changes nothing else."""
+    start, results = tensors(torch.float32), []
+    grads = [[torch.randn(s) for s in SHAPES] for _ in range(4)]
     for how in ("plain", "scaled", "unscaled"):
-        p = nn.Parameter(start.clone())
-        optimizer = NovoGrad([p], lr=0.1, weight_decay=0.1)
+        params = copy.deepcopy(start)
+        optimizer = NovoGrad(params, lr=lr, betas=betas, weight_decay=0.1)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=how != "plain")
-        for step in range(3):
-            optimizer.zero_grad()
-            if step == 1 and how == "plain":  # the others skip this step because of an overflow
+        for step, overflow in enumerate((True, False, True, False)):
+            if overflow and how == "plain":  # the others skip this step
                 continue
-            scaler.scale((p * torch.arange(12.0).view(3, 4)).sum() * (torch.inf if step == 1 else 1.0)).backward()
+            optimizer.zero_grad()
+            before = copy.deepcopy(params)
+            loss = sum((p * g).sum() for p, g in zip(params, grads[step], strict=True))
+            scaler.scale(loss * (torch.inf if overflow else 1.0)).backward()
             if how == "unscaled":
                 scaler.unscale_(optimizer)
             scaler.step(optimizer)
             scaler.update()
-        results.append(p.detach())
-        assert how == "plain" or scaler.get_scale() == 512.0
-    torch.testing.assert_close(results[1:], results[:1] * 2)
+            assert all(map(torch.equal, params, before)) == overflow
+        assert how == "plain" or scaler.get_scale() == 256.0
+        results.append([*params, *(optimizer.state[p]["exp_avg_sq"] for p in params)])
+    torch.testing.assert_close(results[1:], results[:1] * 2, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(
