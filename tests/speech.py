@@ -93,6 +93,18 @@ def run_train(arguments: list[str]) -> None:
         stop.restore()
 
 
+@pytest.fixture(name="train_here")
+def training_in_this_process(capsys):
+    """Returns a function that runs train.py in this process, with the arguments that `train_arguments` makes, and
+    returns its standard error."""
+
+    def run(*arguments, **more) -> str:
+        run_train(train_arguments(*arguments, **more))
+        return capsys.readouterr().err
+
+    return run
+
+
 def records(folder: Path, *kinds: str) -> list[dict]:
     """Returns the records of the log in `folder` whose kind is one of `kinds`."""
     from jasper_fast.training.runs import read_log

@@ -67,8 +67,7 @@ def before_the_rename(train, rank: int) -> None:
 
 def finish(arguments: list[str], folder: Path, expected: int, *patch) -> str:
     """Runs train.py in a process of its own, and returns its standard error."""
-    [member] = worlds.world(1, arguments, folder / "said", *patch, status=expected)
-    return member.said
+    return worlds.world(1, arguments, folder / "said", *patch, status=expected)[0].said
 
 
 def curves(folder: Path) -> dict[str, list]:

@@ -1,11 +1,12 @@
 """A run resumed with other batches, data or settings continues its epoch, or ends with one line about the reason."""
 
+import functools
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
-from speech import CONFIG, corpus_of_beeps, records, run_train, train_arguments  # noqa: F401
+from speech import CONFIG, corpus_of_beeps, records, training_in_this_process  # noqa: F401
 
 from jasper_fast.data.batches import BatchSampler
 from jasper_fast.nn import checkpoint
@@ -112,14 +113,9 @@ def test_other_data_begin_the_epoch_anew():
 
 
 @pytest.fixture
-def run(capsys):
-    """Returns a function that runs train.py in this process and returns its standard error."""
-
-    def of(*arguments, **more):
-        run_train(train_arguments(*arguments, val_manifests=None, **more))
-        return capsys.readouterr().err
-
-    return of
+def run(train_here):
+    """Returns a function that runs train.py without validation and returns its standard error."""
+    return functools.partial(train_here, val_manifests=None)
 
 
 @pytest.mark.slow

@@ -1,16 +1,16 @@
 """The size of a step: accumulation to a global batch, the memory of the largest batches; restarts by torchrun."""
 
-import os
-import subprocess
-import sys
+import copy
 from pathlib import Path
 
+import corpora
 import numpy as np
 import pytest
 import test_sync
 import torch
+import worlds
 import yaml
-from speech import beep, records, train_arguments, write_corpus
+from speech import CONFIG, beep, records, train_arguments, write_corpus
 from speech import run_train as run
 
 from jasper_fast.data.batch import Batch
@@ -23,8 +23,6 @@ from jasper_fast.training.optim import NovoGrad
 from jasper_fast.training.runs import RunError
 from jasper_fast.training.split import Split
 from jasper_fast.training.step import BufferGuard, Frontend, train_step
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -106,25 +104,25 @@ def test_a_restart_by_torchrun_resumes(paths, tmp_path, monkeypatch) -> None:
 # ------------------------------------------------------------------ two processes give the results of one process
 
 
-def without_dropout(config: dict) -> dict:
+def without_randomness() -> dict:
+    """Returns CONFIG without dropout and augmentation."""
+    config = copy.deepcopy(CONFIG | {"input_train": CONFIG["input_val"]})
     for block in config["jasper"]["encoder"]["blocks"]:
         block["dropout"] = 0.0
     return config
 
 
-def learnt(folder: str, share: slice, world: int) -> dict[str, torch.Tensor]:
-    """Returns the parameters after 20 steps on the slice `share` of each batch, without dropout and dither."""
-    config = JasperConfig.from_dict(without_dropout(yaml.safe_load((Path(folder) / "tiny.yaml").read_text())))
+def learnt(share: slice, world: int) -> dict[str, torch.Tensor]:
+    """Returns the parameters after 6 steps on the slice `share` of each batch, without dropout and dither."""
     torch.manual_seed(3)
-    core = Jasper(config, backend="reference").train()
-    model = core
+    model = core = Jasper(JasperConfig.from_dict(without_randomness()), backend="reference").train()
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(core)
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(core)  # after wrapping, because DDP refuses it on a CPU
     frontend = Frontend(LogMelFeatures(n_mels=32, dither=0.0))
     optimizer = NovoGrad(core.parameters(), lr=0.005, betas=(0.95, 0.0))
     guard, rng = BufferGuard(core), np.random.default_rng(0)
-    for _ in range(20):
+    for _ in range(6):  # after more steps, a rounding error may have switched a ReLU
         audio = torch.from_numpy(np.stack([beep("abcd", rng) for _ in range(4)]))
         targets = torch.tensor([[0, 1, 2, 3]] * 4)
         lengths, target_lengths = torch.tensor([audio.shape[1]] * 4), torch.tensor([4] * 4)
@@ -135,17 +133,16 @@ def learnt(folder: str, share: slice, world: int) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in core.named_parameters()}
 
 
-def of_rank(rank: int, folder: str) -> dict[str, torch.Tensor]:
-    return learnt(folder, slice(2 * rank, 2 * rank + 2), 2)
+def of_rank(rank: int) -> dict[str, torch.Tensor]:
+    return learnt(slice(2 * rank, 2 * rank + 2), 2)
 
 
 @pytest.mark.slow
-def test_two_processes_with_synchronised_batch_norm_reach_the_parameters_of_one(paths, tmp_path) -> None:
-    one = learnt(str(tmp_path), slice(0, 4), 1)
-    both = test_sync.spawn(tmp_path, {"learnt": (of_rank, str(tmp_path))})["learnt"]
-    for name, wanted in one.items():
+def test_two_processes_with_synchronised_batch_norm_reach_the_parameters_of_one(tmp_path) -> None:
+    both = test_sync.spawn(tmp_path, {"learnt": (of_rank,)})["learnt"]
+    for name, wanted in learnt(slice(0, 4), 1).items():
         assert torch.equal(both[0][name], both[1][name])
-        # With separate statistics in each process, the largest relative distance would be 0.26.
+        # With separate statistics in each process, the largest relative distance would be 0.39.
         assert (both[0][name] - wanted).norm() <= 1e-4 * wanted.norm() + 1e-6, name
 
 
@@ -166,16 +163,9 @@ def test_a_killed_process_is_restarted_and_the_losses_are_those_of_an_undisturbe
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     losses = {}
-    for name, program in (("undisturbed", ROOT / "train.py"), ("killed", script)):
+    for name, program in (("undisturbed", corpora.ROOT / "train.py"), ("killed", script)):
         arguments = train_arguments(paths, tmp_path / name, steps=6, save_every=2, batch_size=2, val_manifests=None)
-        launch = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
-        # Without TORCH_DISABLE_SHARE_RDZV_TCP_STORE torchrun gives restarted processes old addresses (pytorch#135712).
-        environment = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "torch.distributed.run", *launch, str(program), *arguments]
-        done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
+        worlds.torchrun(program, arguments, "--max-restarts", "1")
         losses[name] = [(r["step"], r["loss"]) for r in records(tmp_path / name, "train")]
     assert losses["killed"] == losses["undisturbed"] and len(losses["killed"]) == 6
 
@@ -195,9 +185,7 @@ AUGMENTATIONS = {
 @pytest.mark.slow
 def test_twenty_utterances_are_learnt_by_heart_without_augmentation(tmp_path) -> None:
     paths = write_corpus(tmp_path, train=20)
-    config = yaml.safe_load(paths["config"].read_text())
-    config["input_train"] = config["input_val"]
-    paths["config"].write_text(yaml.safe_dump(without_dropout(config)))
+    paths["config"].write_text(yaml.safe_dump(without_randomness()))
     options = {"steps": 60, "batch_size": 20, "val_manifests": paths["train"], "val_every": 20, "lr": 0.02}
     run(train_arguments(paths, tmp_path / "out", **options))
     rates = [r["wer"] for r in records(tmp_path / "out", "val_live")]
@@ -206,9 +194,7 @@ def test_twenty_utterances_are_learnt_by_heart_without_augmentation(tmp_path) ->
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_losses_are_finite_with_each_augmentation(paths, tmp_path, name: str) -> None:
-    config = yaml.safe_load(paths["config"].read_text())
-    config["input_train"].pop("spec_augment")
-    config["input_train"]["audio_dataset"].pop("speed_perturbation")
+    config = CONFIG | {"input_train": copy.deepcopy(CONFIG["input_val"])}  # without other augmentations
     place = config["input_train"]["audio_dataset"] if name.endswith("perturbation") else config["input_train"]
     place[name] = AUGMENTATIONS[name]
     paths["config"].write_text(yaml.safe_dump(config))

@@ -1,13 +1,12 @@
 """SyncBatchNorm over two gloo processes with different batches equals one process with the whole batch."""
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import worlds
 from conftest import interpreted, make_face
 from engines import valid
 from test_model import config, pair
@@ -26,16 +25,15 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="PyTorch wa
 def spawn(folder: Path, tasks: dict) -> dict:
     """Runs each task (function, *arguments) on both ranks as function(rank, *arguments). Returns {task: [results of
     the ranks]}."""
-    mp.spawn(_rank, (str(folder), tasks), nprocs=len(SPLIT))
+    worlds.processes(len(SPLIT), folder, _rank, folder, tasks)
     ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(len(SPLIT))]
     return {name: [found[name] for found in ranks] for name in tasks}
 
 
-def _rank(rank: int, folder: str, tasks: dict) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(SPLIT))
+def _rank(rank: int, folder: Path, tasks: dict) -> None:
+    dist.init_process_group("gloo")
     try:
-        torch.save({name: task(rank, *args) for name, (task, *args) in tasks.items()}, f"{folder}/{rank}.pt")
+        torch.save({name: task(rank, *args) for name, (task, *args) in tasks.items()}, folder / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -50,13 +48,9 @@ def whole_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(n, 8, t), torch.tensor([61, 40, 13, 50, 0]), torch.randn(n, 31, 7)
 
 
-def step(model: nn.Module, features, lengths, up, run: Callable | None = None) -> dict[str, torch.Tensor]:
-    """Runs one training step; returns the log-probabilities of valid rows, all gradients and the running statistics.
-
-    If `run` is given, it is called in place of `model`, as its compiled form.
-    """
-    model.train()
-    log_probs, out = (model if run is None else run)(features, lengths)
+def step(model: nn.Module, features, lengths, up) -> dict[str, torch.Tensor]:
+    """Runs one training step; returns the log-probabilities of valid rows, all gradients and the running statistics."""
+    log_probs, out = model.train()(features, lengths)
     valid(log_probs * up, out).sum().backward()
     found = {"log_probs": valid(log_probs.detach(), out)} | {f"grad {k}": p.grad for k, p in model.named_parameters()}
     return found | {f"buffer {k}": v for k, v in model.named_buffers()}
@@ -120,9 +114,10 @@ def compiled_step(rank: int, backend: str, form: str, state: dict) -> tuple[int,
     counter, steps = CompileCounterWithBackend("aot_eager"), []
     for compiled in (True, False):
         model = synced(backend, form, state, dropout=0.2)
+        if compiled:
+            model.compile(backend=counter)
         torch.manual_seed(rank)
-        run = torch.compile(model, backend=counter) if compiled else None
-        steps.append(step(model, *share(rank, *whole_batch()), run))
+        steps.append(step(model, *share(rank, *whole_batch())))
     return counter.frame_count, dict(counters["graph_break"]), steps
 
 

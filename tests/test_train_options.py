@@ -10,6 +10,7 @@ import sys
 from itertools import count, repeat
 from pathlib import Path
 
+import corpora
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,8 +25,6 @@ from jasper_fast.nn import checkpoint, loading
 from jasper_fast.training.runs import RunError
 from jasper_fast.training.state import TrainingState
 from jasper_fast.training.validate import Validation
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +197,7 @@ def test_without_a_compiler_it_is_one_line(paths, tmp_path):
     environment |= {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     arguments = train_arguments(paths, tmp_path / "run", steps=1, compile=True)
     done = subprocess.run(
-        [sys.executable, "train.py", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "train.py", *arguments], cwd=corpora.ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "error" in line]

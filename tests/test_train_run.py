@@ -1,20 +1,15 @@
 """Whole runs of train.py on a corpus of beeps."""
 
-import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import corpora
 import pytest
 import torch
 import worlds
-from speech import CONFIG, corpus_of_beeps, one_thread, records, train_arguments  # noqa: F401
-from speech import run_train as run
+from speech import CONFIG, corpus_of_beeps, one_thread, records, train_arguments, training_in_this_process  # noqa: F401
 from standins import spied
-from test_train import ROOT
 
 from jasper_fast import ops, train
 from jasper_fast.data import batches
@@ -22,12 +17,6 @@ from jasper_fast.nn import checkpoint, loading
 from jasper_fast.nn.config import ConfigError
 from jasper_fast.training.runs import RunError
 from jasper_fast.training.state import TrainingState
-
-
-@pytest.fixture
-def run_train(capsys):
-    """Returns a function that runs train.py in this process and returns its standard error."""
-    return lambda arguments: run(arguments) or capsys.readouterr().err
 
 
 def changed(config: Path, old: str, new: str) -> Path:
@@ -41,10 +30,10 @@ NOTHING = dict.fromkeys(("config", "train", "val"), Path("none.yaml"))
 
 
 @pytest.mark.parametrize("asked", [True, None])
-def test_cudnn_chooses_by_the_clock_where_it_is_asked_to(asked, run_train, tmp_path, monkeypatch):
+def test_cudnn_chooses_by_the_clock_where_it_is_asked_to(asked, train_here, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", not asked)
     with pytest.raises(ConfigError, match=r"none\.yaml"):
-        run_train(train_arguments(NOTHING, tmp_path, cudnn_benchmark=asked))
+        train_here(NOTHING, tmp_path, cudnn_benchmark=asked)
     assert torch.backends.cudnn.benchmark == bool(asked)
 
 
@@ -65,10 +54,8 @@ def test_options_that_do_not_go_together(options, said, tmp_path, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_training_from_manifest_to_checkpoint(run_train, paths, tmp_path):
-    said = run_train(
-        train_arguments(paths, tmp_path, epochs=6, ema=0.5, batch_size=None, batch_seconds=4, milestones=2)
-    )
+def test_training_from_manifest_to_checkpoint(train_here, paths, tmp_path):
+    said = train_here(paths, tmp_path, epochs=6, ema=0.5, batch_size=None, batch_seconds=4, milestones=2)
     assert "training: 16 utterances" in said and "done: step" in said
     (first, *_, last), judged = records(tmp_path, "train"), records(tmp_path, "val_ema")
     assert last["loss"] < first["loss"]
@@ -81,28 +68,25 @@ def test_training_from_manifest_to_checkpoint(run_train, paths, tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
     assert loading.load_model(tmp_path / "best.pt", ema=True).config.labels == tuple(CONFIG["labels"])
     with pytest.raises(RunError, match="add --resume or choose another"):
-        run_train(train_arguments(paths, tmp_path, epochs=6))
-    assert "done: step" in run_train([*train_arguments(paths, tmp_path, epochs=6, ema=0.5), "--resume"])
+        train_here(paths, tmp_path, epochs=6)
+    assert "done: step" in train_here(paths, tmp_path, epochs=6, ema=0.5, resume=True)
 
 
-def test_files_that_cannot_be_read_are_reported_and_left_out(run_train, paths, tmp_path):
-    lines = [json.loads(line) for line in paths["train"].read_text().splitlines()]
+def test_files_that_cannot_be_read_are_reported_and_left_out(train_here, paths, tmp_path):
+    lines = corpora.read_lines(paths["train"])
     lines[3]["audio_filepath"], lines[5]["duration"], lines[6]["text"] = "gone.wav", 100.0, "?!"
     strict = changed(paths["config"], "sample_rate: 16000", "sample_rate: 16000\n    max_duration: 16.7")
-    manifest = paths["train"].with_name("flawed.jsonl")
-    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    said = run_train(
-        train_arguments({**paths, "train": manifest, "config": strict}, tmp_path, steps=4, val_manifests=None)
-    )
+    manifest = corpora.write_lines(paths["train"].with_name("flawed.jsonl"), lines)
+    said = train_here({**paths, "train": manifest, "config": strict}, tmp_path, steps=4, val_manifests=None)
     assert "training: 14 utterances" in said and "1 empty_text" in said and "1 too_long" in said
     assert "1 unreadable" in said and "gone.wav: no such file" in said
     assert "done: step 4" in said
 
 
-def test_a_nan_loss_is_named_and_training_goes_on(run_train, paths, tmp_path, monkeypatch):
+def test_a_nan_loss_is_named_and_training_goes_on(train_here, paths, tmp_path, monkeypatch):
     monkeypatch.setattr(batches, "collate", batches.collate)  # restores the function that `nan_in` replaces
     worlds.nan_in(None, 0, "train7.wav")
-    said = run_train(train_arguments(paths, tmp_path, epochs=2, val_manifests=None))
+    said = train_here(paths, tmp_path, epochs=2, val_manifests=None)
     assert "step skipped: " in said and "train7.wav: its features are not finite" in said
     skipped = records(tmp_path, "skipped")
     assert len(skipped) == 2 and all("train7.wav" in name for r in skipped for name in r["names"])
@@ -111,39 +95,37 @@ def test_a_nan_loss_is_named_and_training_goes_on(run_train, paths, tmp_path, mo
     assert all(torch.isfinite(t).all() for t in state["state_dict"].values())
 
 
-def test_fine_tuning_with_other_labels(run_train, paths, tmp_path):
-    run_train(train_arguments(paths, tmp_path / "a", steps=1, val_manifests=None))
+def test_fine_tuning_with_other_labels(train_here, paths, tmp_path):
+    train_here(paths, tmp_path / "a", steps=1, val_manifests=None)
     other = changed(paths["config"], "- d\n", "- d\n- e\n")
     source = next((tmp_path / "a").glob("step_*.pt"))
     with pytest.warns(UserWarning, match="the decoder is initialised anew"):
-        run_train(
-            train_arguments({**paths, "config": other}, tmp_path / "b", steps=1, val_manifests=None, init_from=source)
-        )
+        train_here({**paths, "config": other}, tmp_path / "b", steps=1, val_manifests=None, init_from=source)
     assert len(checkpoint.load(next((tmp_path / "b").glob("step_*.pt")))["labels"]) == 5
 
 
-def test_a_frozen_encoder_is_that_of_the_file(run_train, paths, tmp_path):
-    run_train(train_arguments(paths, tmp_path / "a", steps=1, val_manifests=None))
+def test_a_frozen_encoder_is_that_of_the_file(train_here, paths, tmp_path):
+    train_here(paths, tmp_path / "a", steps=1, val_manifests=None)
     source = next((tmp_path / "a").glob("step_*.pt"))
     how = {"val_manifests": None, "init_from": source, "freeze_encoder": True, "init_decoder": "keep"}
-    run_train(train_arguments(paths, tmp_path / "b", steps=2, **how))
+    train_here(paths, tmp_path / "b", steps=2, **how)
     before, after = (checkpoint.load(p)["state_dict"] for p in (source, max((tmp_path / "b").glob("step_*.pt"))))
     for name in before:
         assert torch.equal(before[name], after[name]) == name.startswith("encoder."), name
 
 
-def test_the_form_of_the_panes_reaches_the_model_and_is_recorded(run_train, paths, tmp_path, monkeypatch):
+def test_the_form_of_the_panes_reaches_the_model_and_is_recorded(train_here, paths, tmp_path, monkeypatch):
     calls = spied(monkeypatch, ops, "gram")
-    run_train(train_arguments(paths, tmp_path, steps=1, val_manifests=None, panes="gram"))
+    train_here(paths, tmp_path, steps=1, val_manifests=None, panes="gram")
     assert calls and records(tmp_path, "start")[0]["arguments"]["panes"] == "gram"
     calls.clear()
-    said = run_train(train_arguments(paths, tmp_path, steps=2, val_manifests=None, panes="plain", resume=True))
+    said = train_here(paths, tmp_path, steps=2, val_manifests=None, panes="plain", resume=True)
     assert "note: --panes was gram, now it is plain" in said and "done: step 2" in said and not calls
     assert checkpoint.load(tmp_path / "step_00000002.pt")["arguments"]["panes"] == "plain"
 
 
-def test_cuda_graphs_without_a_gpu_are_plain_steps(run_train, paths, tmp_path):
-    said = run_train(train_arguments(paths, tmp_path, steps=2, val_manifests=None, cuda_graphs=True))
+def test_cuda_graphs_without_a_gpu_are_plain_steps(train_here, paths, tmp_path):
+    said = train_here(paths, tmp_path, steps=2, val_manifests=None, cuda_graphs=True)
     assert "no CUDA graphs: CUDA graphs need a GPU, but the model is on cpu" in said and "done: step 2" in said
 
 
@@ -151,11 +133,7 @@ def test_cuda_graphs_without_a_gpu_are_plain_steps(run_train, paths, tmp_path):
 def test_two_processes_train_the_same_weights_and_resume(paths, tmp_path):
     """Shows that two processes of torchrun write one log, and that a resumed run has the same losses."""
     settings = {"grad_accumulation": 2, "batch_size": 2, "ema": 0.9, "val_every": 4, "steps": 4, "save_every": 2}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    arguments = train_arguments(paths, tmp_path / "whole", **settings)
-    how = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True}
-    done = subprocess.run([*launch, *arguments], **how)
-    assert done.returncode == 0, done.stderr
+    worlds.torchrun(corpora.ROOT / "train.py", train_arguments(paths, tmp_path / "whole", **settings))
     (tmp_path / "part").mkdir()
     shutil.copy(tmp_path / "whole" / "step_00000002.pt", tmp_path / "part")
     worlds.world(2, train_arguments(paths, tmp_path / "part", **settings, resume=True), tmp_path / "w")
@@ -166,8 +144,8 @@ def test_two_processes_train_the_same_weights_and_resume(paths, tmp_path):
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_mixed_precision(run_train, paths, tmp_path, amp):
-    run_train(train_arguments(paths, tmp_path, steps=12, val_manifests=None, amp=amp))
+def test_mixed_precision(train_here, paths, tmp_path, amp):
+    train_here(paths, tmp_path, steps=12, val_manifests=None, amp=amp)
     last = records(tmp_path, "train")[-1]
     assert last["loss"] > 0 and last["bad_losses"] == 0
     scaler = checkpoint.load(tmp_path / "step_00000012.pt")["scaler"]
@@ -186,16 +164,16 @@ def test_mixed_precision(run_train, paths, tmp_path, amp):
         (("sample_rate: 16000", "sample_rate: 16000\n    max_duration: 0.2"), "training data: none of the"),
     ],
 )
-def test_settings_that_cannot_be_used_are_named(run_train, paths, tmp_path, change, message):
+def test_settings_that_cannot_be_used_are_named(train_here, paths, tmp_path, change, message):
     with pytest.raises(RunError, match=message):
-        run_train(train_arguments({**paths, "config": changed(paths["config"], *change)}, tmp_path))
+        train_here({**paths, "config": changed(paths["config"], *change)}, tmp_path)
 
 
-def test_the_schedule_can_follow_the_clock(run_train, paths, tmp_path, monkeypatch):
+def test_the_schedule_can_follow_the_clock(train_here, paths, tmp_path, monkeypatch):
     """Halfway through --max-minutes, the learning rate is that of the schedule's middle."""
     monkeypatch.setattr(TrainingState, "minutes", property(lambda state: 0.5 + state.step / 100))
     schedule = {"lr_policy": "polynomial", "lr_power": 1, "warmup_steps": 0, "lr": 0.1, "steps": 20}
-    run_train(train_arguments(paths, tmp_path, max_minutes=1, lr_by_clock=True, val_manifests=None, **schedule))
+    train_here(paths, tmp_path, max_minutes=1, lr_by_clock=True, val_manifests=None, **schedule)
     rates = [r["lr"] for r in records(tmp_path, "train")]
     assert rates[0] == pytest.approx(0.05) and rates == sorted(rates, reverse=True) and len(rates) == 20
 

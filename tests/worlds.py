@@ -3,19 +3,22 @@ imported torch already, so a group of three takes only a second."""
 
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.distributed import TCPStore
+import corpora
+import torch
 
-HANG = 120  # seconds, far more than these runs take
+HANG = 300  # seconds, far more than these runs take
 _PRELOAD = [
     "torch", "torch.nn.parallel", "torch.distributed", "torch.utils.tensorboard", "torch.utils.data",
     "jasper_fast.train", "jasper_fast.inference.evaluation", "jasper_fast.inference.recognizer",
@@ -25,10 +28,9 @@ _PRELOAD = [
 
 @dataclass
 class Member:
-    """What one process did: its exit status, its standard error (`said`), its standard output (`printed`), and the
-    (epoch, name) of the utterances of each training step."""
+    """What one process did: its standard error (`said`), its standard output (`printed`), and the (epoch, name) of the
+    utterances of each training step."""
 
-    status: int
     said: str
     printed: str
     steps: list[list[tuple[int, str]]]
@@ -39,42 +41,49 @@ def world(
 ) -> list[Member]:
     """Runs train.py with `arguments` in `size` processes. Each first calls `prepare(train, rank, *args)`, if given.
     Raises AssertionError if a process does not end with the exit status `status`."""
-    members = processes(size, folder, _train, arguments, folder, prepare, args)
-    assert [m.status for m in members] == [status] * size, [m.said for m in members]
-    return members
+    return processes(size, folder, _train, arguments, folder, prepare, args, status=status)
 
 
 def command(size: int, arguments: list[str], folder: Path) -> list[Member]:
     """Runs `jasper-fast` with `arguments` in `size` processes. Raises AssertionError if a process fails."""
-    members = processes(size, folder, _command, list(map(str, arguments)))
-    assert [m.status for m in members] == [0] * size, [m.said for m in members]
-    return members
+    return processes(size, folder, _command, list(map(str, arguments)))
 
 
-def processes(size: int, folder: Path, run: Callable, *args) -> list[Member]:
+def torchrun(program: Path, arguments: list[str], *options: str) -> None:
+    """Runs `program` with `arguments` in two processes that torchrun starts with `options`. Raises AssertionError if
+    it fails."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+    # Without TORCH_DISABLE_SHARE_RDZV_TCP_STORE torchrun gives restarted processes old addresses (pytorch#135712).
+    more = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONPATH": str(corpora.ROOT)}
+    argv, env = [*launch, str(program), *arguments], os.environ | more
+    done = subprocess.run(argv, cwd=corpora.ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def processes(size: int, folder: Path, run: Callable, *args, status: int = 0) -> list[Member]:
     """Calls `run(rank, *args)`, which returns the exit status, in `size` processes.
 
-    Their standard error and output go to files in `folder`. Raises AssertionError if a process does not end.
+    Their standard error and output go to files in `folder`. Raises AssertionError if a process does not end, or ends
+    with another exit status than `status`.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # like that of torchrun
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun does
     folder.mkdir(parents=True, exist_ok=True)
-    members = [
-        context.Process(target=_member, args=(rank, size, store.port, folder, run, args)) for rank in range(size)
-    ]
-    for process in members:
+    begun = [context.Process(target=_member, args=(rank, size, store.port, folder, run, args)) for rank in range(size)]
+    for process in begun:
         process.start()
     deadline = time.monotonic() + HANG
-    for process in members:
+    for process in begun:
         process.join(max(0.0, deadline - time.monotonic()))
-    hung = [rank for rank, process in enumerate(members) if process.is_alive()]
+    hung = [rank for rank, process in enumerate(begun) if process.is_alive()]
     for rank in hung:
-        members[rank].kill()
+        begun[rank].kill()
     said, printed = ([(folder / f"{rank}.{kind}").read_text() for rank in range(size)] for kind in ("err", "out"))
     assert not hung, f"ranks {hung} did not end: {said}"
     steps = [json.loads(path.read_text()) if (path := folder / f"{r}.json").exists() else [] for r in range(size)]
-    return [Member(p.exitcode, *told) for p, *told in zip(members, said, printed, steps, strict=True)]
+    assert [process.exitcode for process in begun] == [status] * size, said
+    return list(map(Member, said, printed, steps))
 
 
 def _member(rank: int, size: int, port: int, folder: Path, run: Callable, args: tuple) -> None:
@@ -87,8 +96,6 @@ def _member(rank: int, size: int, port: int, folder: Path, run: Callable, args: 
                 "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": 0,
             }  # fmt: skip
             os.environ |= {k: str(v) for k, v in places.items()}
-        import torch
-
         torch.set_num_threads(1)
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed):
             status = run(rank, *args)
@@ -139,12 +146,10 @@ def signal_in(train, rank: int, on_rank: int, where: str) -> None:
     from jasper_fast.training import split, validate
 
     module, name, call = (split, "load_batches", 5) if where == "load" else (validate, "heard", 1)
-    real, calls = getattr(module, name), 0
+    real, calls = getattr(module, name), itertools.count(1)
 
     def struck():
-        nonlocal calls
-        calls += 1
-        if calls == call and rank == on_rank:
+        if next(calls) == call and rank == on_rank:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def loading(*args, **how):
