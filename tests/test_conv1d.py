@@ -33,10 +33,6 @@ class Case:
     def geometry(self) -> Geometry:
         return Geometry(self.stride, self.k // 2 * self.dilation, self.dilation)
 
-    def __str__(self) -> str:
-        lengths = "" if self.lengths is None else "-l" + "_".join(map(str, self.lengths))
-        return f"{self.c_in}to{self.c_out}-k{self.k}-t{self.t}-s{self.stride}-d{self.dilation}{lengths}"
-
 
 CASES = [
     Case(1, 1, 1, 1),
@@ -189,26 +185,23 @@ def test_pack_into_a_buffer_of_the_callers() -> None:
 
 @needs_native
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("error", "change", "message"),
     [
-        ({"lengths": Lengths(torch.tensor([50]))}, "in_lengths"),
-        ({"lengths": Lengths(torch.tensor([51, 3]))}, r"in_lengths\[0\] = 51"),
-        ({"bias": torch.zeros(3)}, "bias"),
-        ({"out": torch.empty(2, 50, 31)}, r"y must be \(2, T_out, 33\)"),
-        ({"out": torch.empty(2, 49, 33)}, "50 frames"),
+        (RuntimeError, {"lengths": Lengths(torch.tensor([50]))}, "in_lengths"),
+        (RuntimeError, {"lengths": Lengths(torch.tensor([51, 3]))}, r"in_lengths\[0\] = 51"),
+        (RuntimeError, {"bias": torch.zeros(3)}, "bias"),
+        (RuntimeError, {"out": torch.empty(2, 50, 31)}, r"y must be \(2, T_out, 33\)"),
+        (RuntimeError, {"out": torch.empty(2, 49, 33)}, "50 frames"),
+        (RuntimeError, {"x": torch.zeros(2, 24, 50).transpose(1, 2)}, "unit channel stride"),
+        (RuntimeError, {"x": torch.zeros(2, 50, 24).double()}, "float32"),
+        (ValueError, {"lengths": Lengths(masked=False)}, "does not compute"),
+        (ValueError, {"lengths": Lengths(torch.tensor([50, 3]), made=torch.empty(2).long())}, "does not compute"),
     ],
 )
-def test_wrong_arguments_are_named(change: dict, message: str) -> None:
-    x, packed = torch.randn(2, 50, 24), cpu.pack(torch.randn(33, 24, 11))
-    with pytest.raises(RuntimeError, match=message):
-        cpu.fused(x, packed, PADDED, **change)
-    with pytest.raises(RuntimeError, match="unit channel stride"):
-        cpu.fused(torch.randn(2, 24, 50).transpose(1, 2), packed, PADDED)
-    with pytest.raises(RuntimeError, match="float32"):
-        cpu.fused(x.double(), packed, PADDED)
-    for lengths in (Lengths(masked=False), Lengths(torch.tensor([50, 3]), made=torch.empty(2, dtype=torch.int64))):
-        with pytest.raises(ValueError, match="does not compute"):
-            cpu.fused(x, packed, PADDED, lengths=lengths)
+def test_wrong_arguments_are_named(error: type[Exception], change: dict, message: str) -> None:
+    given = {"x": torch.zeros(2, 50, 24), "packed": cpu.pack(torch.randn(33, 24, 11)), "geometry": PADDED} | change
+    with pytest.raises(error, match=message):
+        cpu.fused(**given)
 
 
 class Formats(TorchDispatchMode):

@@ -25,54 +25,49 @@ def cpu():
     return cpu_impl
 
 
-# (C_in, C_out, K, T, stride, dilation, lengths): odd C, more channels than a chunk (128, or 512 if K is at most 4),
-# more rows than a tile
-SHAPES = [
-    (1, 1, 1, 1, 1, 1, (1, 0)),
-    (29, 33, 1, 37, 1, 1, (37, 5, 0)),
-    (513, 40, 1, 150, 1, 1, (150, 149)),
-    (64, 256, 11, 200, 2, 1, (200, 91, 1)),
-    (129, 64, 11, 300, 1, 1, (300, 257, 128)),
-    (33, 70, 25, 5, 1, 1, (5, 3, 0)),
-    (65, 33, 29, 61, 1, 2, (61, 60)),
-    (1030, 31, 3, 20, 1, 1, (20, 7)),
+# odd C, more channels than a chunk (128, or 512 if K is at most 4), more rows than a tile
+BF16_CASES = [
+    Case(1, 1, 1, 1, lengths=(1, 0)),
+    Case(29, 33, 1, 37, lengths=(37, 5, 0)),
+    Case(513, 40, 1, 150, lengths=(150, 149)),
+    Case(64, 256, 11, 200, stride=2, lengths=(200, 91, 1)),
+    Case(129, 64, 11, 300, lengths=(300, 257, 128)),
+    Case(33, 70, 25, 5, lengths=(5, 3, 0)),
+    Case(65, 33, 29, 61, dilation=2, lengths=(61, 60)),
+    Case(1030, 31, 3, 20, lengths=(20, 7)),
 ]
 
 
 @pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_exact_products_of_rounded_operands(shape, relu, cpu) -> None:
+@pytest.mark.parametrize("case", BF16_CASES, ids=str)
+def test_exact_products_of_rounded_operands(case, relu, cpu) -> None:
     """Shows that outputs are as close to fp64 as PyTorch's in fp32, which are computed from the same bf16 operands."""
-    c_in, c_out, k, t, stride, dilation, lengths = shape
-    lengths = torch.tensor(lengths)
-    x, weight = torch.randn(len(lengths), t, c_in), torch.randn(c_out, c_in, k) / (c_in * k) ** 0.5
-    how = Geometry(stride, k // 2 * dilation, dilation)
-    options = {"lengths": Lengths(lengths), "relu": relu, "bias": torch.randn(c_out)}
+    x, weight, _, lengths = make(case)
+    x, packed = x.transpose(1, 2), cpu.pack(weight, dtype=BF16)
+    options = {"lengths": Lengths(lengths), "relu": relu, "bias": torch.randn(case.c_out)}
     low, ref = (
-        reference.fused(x.to(BF16).to(d), weight.to(BF16).to(d), how, **options) for d in (torch.float32, torch.float64)
+        reference.fused(x.to(BF16).to(d), weight.to(BF16).to(d), case.geometry, **options)
+        for d in (torch.float32, torch.float64)
     )
-    x[torch.arange(t) >= lengths[:, None]] = float("nan")
-    packed = cpu.pack(weight, dtype=BF16)
-    got = cpu.fused(x, packed, how, out=torch.full(ref.shape, float("nan")), **options)
+    got = cpu.fused(x, packed, case.geometry, out=torch.full(ref.shape, float("nan")), **options)
     assert_close("y", got, low, ref)
-    assert torch.equal(cpu.fused(x.to(BF16), packed, how, **options), got)
+    assert torch.equal(cpu.fused(x.to(BF16), packed, case.geometry, **options), got)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_result_in_bf16_is_the_fp32_one_rounded(shape, cpu) -> None:
+@pytest.mark.parametrize("case", BF16_CASES, ids=str)
+def test_a_result_in_bf16_is_the_fp32_one_rounded(case, cpu) -> None:
     """Shows this for one thread and for three, and that nothing outside of the slice `out` is written."""
-    c_in, c_out, k, t, stride, dilation, lengths = shape
-    x, packed = torch.randn(len(lengths), t, c_in).to(BF16), cpu.pack(torch.randn(c_out, c_in, k), dtype=BF16)
-    how, options = Geometry(stride, k // 2 * dilation, dilation), {"lengths": Lengths(torch.tensor(lengths))}
-    want = cpu.fused(x, packed, how, **options).to(BF16)
+    x, weight, _, lengths = make(case)
+    given = x.to(BF16).transpose(1, 2), cpu.pack(weight, dtype=BF16), case.geometry
+    want = cpu.fused(*given, lengths=Lengths(lengths)).to(BF16)
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        around = torch.full((*want.shape[:2], c_out + 9), float("nan"), dtype=BF16)
-        cpu.fused(x, packed, how, out=around[:, :, 4:-5], **options)
+        around = torch.full((*want.shape[:2], case.c_out + 9), float("nan"), dtype=BF16)
+        cpu.fused(*given, out=around[:, :, 4:-5], lengths=Lengths(lengths))
         assert torch.equal(around[:, :, 4:-5], want)
         assert around[:, :, :4].isnan().all() and around[:, :, -5:].isnan().all()
     with pytest.raises(RuntimeError, match="y must be a float32 tensor"):
-        cpu.fused(x, packed, how, out=want, bias=torch.zeros(c_out), **options)
+        cpu.fused(*given, out=want, bias=torch.zeros(case.c_out), lengths=Lengths(lengths))
 
 
 def test_panes_and_history_slices(cpu) -> None:

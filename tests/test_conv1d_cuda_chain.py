@@ -50,10 +50,7 @@ def check_early(library: ctypes.CDLL, layer: conv_cases.Layer, c2: int, shared: 
     rows, bias = poisoned(x, lengths).transpose(1, 2), torch.randn(c_out)
     t_out = geometry.frames(x.shape[2], k)
     packed, space = cuda_impl.pack_once(weight, dtype), cuda_impl.Workspace("cpu") if shared else None
-    panes, more = None, ()
-    if c2:
-        panes = torch.randn(n, t_out, c2).to(dtype), cuda_impl.pack_once(torch.randn(c_out, c2, 1), dtype)
-        more = panes[:1]
+    panes = (torch.randn(n, t_out, c2).to(dtype), cuda_impl.pack_once(torch.randn(c_out, c2, 1), dtype)) if c2 else None
     if shared:
         space.reserve(1 << 20, 64)
     made, out = torch.empty_like(lengths), torch.zeros(n, t_out, c_out, dtype=dtype)
@@ -68,7 +65,7 @@ def check_early(library: ctypes.CDLL, layer: conv_cases.Layer, c2: int, shared: 
     want = run(Chain())
     try:
         scratch = (space.part, space.arrived) if shared else ()
-        depends(library, rows, lengths, made, out, *scratch, *more)
+        depends(library, rows, lengths, made, out, *scratch, *(panes or ())[:1])
         got = run(Chain(True, (packed.data, packed.data)))
     finally:
         depends(library)

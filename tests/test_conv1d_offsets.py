@@ -5,6 +5,7 @@ The tests use tensors on the meta device, which have sizes and strides but no me
 
 import pytest
 import torch
+from conftest import assert_raises
 
 pytest.importorskip("triton")
 
@@ -14,6 +15,7 @@ from jasper_fast.kernels.layout import empty_ntc
 from jasper_fast.kernels.operands import Geometry
 
 HALF = torch.float16
+TOO_LONG = "exceeds 32-bit offsets: cut it into shorter ones"
 FRAMES = 1 << 22  # with 512 channels an utterance has 2^31 elements
 PACK = triton_impl.Packed(torch.empty(1, 16, 16, dtype=HALF, device="meta"), 16, 16, 1)
 
@@ -34,18 +36,14 @@ def weight(c_out: int, c_in: int, taps: int = 1) -> torch.Tensor:
     return torch.empty(c_out, c_in, taps, dtype=HALF, device="meta")
 
 
-def refused():
-    return pytest.raises(ValueError, match="exceeds 32-bit offsets: cut it into shorter ones")
-
-
 def test_an_output_wider_than_its_input_is_refused_where_it_alone_is_too_long(launched):
     packed = torch.empty(triton_impl.packed_shape(weight(528, 16)), dtype=HALF, device="meta")
-    with refused():
-        triton_impl.forward(made(1, 16, FRAMES), weight(528, 16), Geometry(), packed=packed)
-    with refused():
-        triton_impl.wgrad(made(1, 16, FRAMES), made(1, 528, FRAMES), 1, Geometry())
-    with refused():
-        triton_impl.dgrad(made(1, 528, FRAMES), weight(528, 16), FRAMES, Geometry(), packed=packed)
+    narrow, wide, how = made(1, 16, FRAMES), made(1, 528, FRAMES), Geometry()
+    assert_raises([
+        (lambda: triton_impl.forward(narrow, weight(528, 16), how, packed=packed), TOO_LONG),
+        (lambda: triton_impl.wgrad(narrow, wide, 1, how), TOO_LONG),
+        (lambda: triton_impl.dgrad(wide, weight(528, 16), FRAMES, how, packed=packed), TOO_LONG),
+    ])  # fmt: skip
     assert not launched
 
 
@@ -65,7 +63,7 @@ def test_a_slice_of_a_wide_history_buffer_is_judged_by_its_strides(launched, pla
         cut = {name: x[:, :frames] for name, x in (given | {place: history}).items()}
         triton_impl.fused(cut["x"], PACK, Geometry(), panes=(cut["x2"], PACK), out=cut["out"])
 
-    with refused():
+    with pytest.raises(ValueError, match=TOO_LONG):
         call(frames)
     assert not launched
     call(frames - 1)  # with one frame less, all offsets fit into 32 bits

@@ -190,14 +190,18 @@ def pytorchs_flops(call: Callable[[], torch.Tensor]) -> dict[str, int]:
     return found | {"both": sum(found.values())}
 
 
+def conv_flops(layer) -> dict[str, int]:
+    x = torch.empty(N, layer.C_in, T, device="meta", requires_grad=not layer.first)
+    weight = torch.empty(layer.C_out, layer.C_in, layer.K, device="meta", requires_grad=True)
+    geometry = layer.stride, layer.padding, layer.dilation
+    return pytorchs_flops(lambda: torch.nn.functional.conv1d(x, weight, None, *geometry))
+
+
 @pytest.mark.parametrize("op", ["conv1d", "sub_block"])
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda a: f"{a.C_in}-{a.C_out}-{a.K}-{a.stride}")
 def test_flops_of_conv_cases_are_pytorchs(op, layer, tmp_path):
     """The FLOPs of a case are those of its conv. Those of the norm, less than half a per cent, are not counted."""
-    x = torch.empty(N, layer.C_in, T, device="meta", requires_grad=not layer.first)
-    weight = torch.empty(layer.C_out, layer.C_in, layer.K, device="meta", requires_grad=True)
-    geometry, run = (layer.stride, layer.padding, layer.dilation), make_run(tmp_path)
-    expected = pytorchs_flops(lambda: torch.nn.functional.conv1d(x, weight, None, *geometry))
+    run, expected = make_run(tmp_path), conv_flops(layer)
     assert {mode: sub_blocks.case(run, op, N, T, layer, mode).flops for mode in expected} == expected
 
 
@@ -210,11 +214,7 @@ def test_counts_of_sub_blocks_in_inference(layer, launches, tmp_path):
     runner.run()
     assert [name for name, _ in launches] == ["conv1d_fused"]
     assert case.nbytes == 4 * (moved(launches) + layer.C_out)
-    x = torch.empty(N, layer.C_in, T, device="meta")
-    weight = torch.empty(layer.C_out, layer.C_in, layer.K, device="meta")
-    with FlopCounterMode(display=False) as flops:
-        y = torch.nn.functional.conv1d(x, weight, None, layer.stride, layer.padding, layer.dilation)
-    assert case.flops == flops.get_total_flops() + y.numel()
+    assert case.flops == conv_flops(layer)["forward"] + N * layer.C_out * layer.frames(T)
 
 
 # ------------------------------------------------------------------ panes

@@ -211,10 +211,11 @@ def norm_library() -> ctypes.CDLL:
     return library
 
 
-NORM_SHAPES = [(2, 64, 37, torch.float16), (2, 29, 19, torch.float32), (3, 200, 21, torch.bfloat16)]
-
-
-@pytest.mark.parametrize(("n", "c", "t", "dtype"), NORM_SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("n", "c", "t", "dtype"),
+    [(2, 64, 37, torch.float16), (2, 29, 19, torch.float32), (3, 200, 21, torch.bfloat16)],
+    ids=str,
+)
 @pytest.mark.parametrize("full", [False, True])
 def test_norms_through_the_driver(monkeypatch, norm_library, cache, n, c, t, dtype, full) -> None:
     """The results must have the same bits as those of the emulated face, whose launches are planned in C++."""

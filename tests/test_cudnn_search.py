@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_runs import CPU, FAST, make_run, softplus_case
+from bench_runs import CPU, CUDA, FAST, make_run, softplus_case
 from standins import spied
 
 from jasper_fast.bench.cases import train
@@ -13,8 +13,6 @@ from jasper_fast.bench.commands import launches, memory
 from jasper_fast.bench.gpu import agenda
 from jasper_fast.bench.harness import checking, cudnn_search, timing
 from jasper_fast.bench.harness.measurement import Measurement
-
-CUDA = torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import Face
 from cuda_mutants import NOVOGRAD
-from standins import verdict, verdicts_of_its_own  # noqa: F401
+from standins import GPU, verdict, verdicts_of_its_own  # noqa: F401
 from test_novograd import SHAPES, assert_near, compare, copies, emulated, make, run, settings, wide
 from torch import Tensor
 
@@ -22,7 +22,6 @@ from jasper_fast.kernels.novograd.operands import Tensors, Watched
 from jasper_fast.selfcheck import checks
 
 CUDA = Face("cuda", torch.device("cpu"))
-GPU = torch.device("cuda", 0)
 SOURCE = cuda_host.CSRC / "cuda/emulate/novograd.cpp"
 SEEDS = (0, 3)  # each seed runs the threads in another order; with 0 they run one after the other
 GUARD = 3.0e33
