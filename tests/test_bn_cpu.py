@@ -1,8 +1,10 @@
 """Tests parts of bn_relu_dropout that only the CPU face has: threads, chunks of rows, conversions, its own Philox."""
 
+from functools import partial
+
 import pytest
 import torch
-from conftest import make_face
+from conftest import assert_raises, make_face
 from test_bn_relu_dropout import Case, assert_same, assert_statistics, check, dtypes, make, rectified, residuals, run
 from torch import Tensor
 
@@ -105,26 +107,28 @@ def test_shapes_dtypes_and_memory_are_checked():
         cpu_impl.forward(y, Norm(mean, one, one, one), residual, Mask(lengths, seed, p))
 
     forward()
-    for message, wrong in {
-        "y must have NTC memory": {"y": torch.randn(2, 8, 5)},
-        "y must be fp32, fp16 or bf16": {"y": y.double()},
-        r"y must have shape \(N, C, T\)": {"y": y[0]},
-        r"mean must have shape \(8,\), has \(7,\)": {"mean": torch.ones(7)},
-        "mean must be fp32": {"mean": one.double()},
-        "residual must have the dtype of y": {"residual": y.half()},
-        "residual must have the shape of y": {"residual": y[:, :, :4]},
-        "residual must have NTC memory": {"residual": torch.randn(2, 8, 5)},
-        "lengths must be a contiguous int64 tensor": {"lengths": torch.tensor([1, 2], dtype=torch.int32)},
-        "seed is needed where p > 0": {"p": 0.1},
-        "seed must be an int64 tensor": {"p": 0.1, "seed": torch.ones(1)},
-        "p must be at least 0": {"p": -0.1},
-    }.items():
-        with pytest.raises(RuntimeError, match=message):
-            forward(**wrong)
-    with pytest.raises(RuntimeError, match="no rows"):
-        cpu_impl.stats(torch.empty(0, 8, 5))
-    with pytest.raises(RuntimeError, match="z is needed where there is a residual"):
-        cpu_impl.backward_apply(y, y, None, Norm(one, one, one, one), None, Mask(), True)
+    assert_raises(
+        [
+            (partial(forward, y=torch.randn(2, 8, 5)), "y must have NTC memory"),
+            (partial(forward, y=y.double()), "y must be fp32, fp16 or bf16"),
+            (partial(forward, y=y[0]), r"y must have shape \(N, C, T\)"),
+            (partial(forward, mean=torch.ones(7)), r"mean must have shape \(8,\), has \(7,\)"),
+            (partial(forward, mean=one.double()), "mean must be fp32"),
+            (partial(forward, residual=y.half()), "residual must have the dtype of y"),
+            (partial(forward, residual=y[:, :, :4]), "residual must have the shape of y"),
+            (partial(forward, residual=torch.randn(2, 8, 5)), "residual must have NTC memory"),
+            (partial(forward, lengths=torch.tensor([1, 2]).int()), "lengths must be a contiguous int64 tensor"),
+            (partial(forward, p=0.1), "seed is needed where p > 0"),
+            (partial(forward, p=0.1, seed=torch.ones(1)), "seed must be an int64 tensor"),
+            (partial(forward, p=-0.1), "p must be at least 0"),
+            (partial(cpu_impl.stats, torch.empty(0, 8, 5)), "no rows"),
+            (
+                partial(cpu_impl.backward_apply, y, y, None, Norm(one, one, one, one), None, Mask(), True),
+                "z is needed where there is a residual",
+            ),
+        ],
+        RuntimeError,
+    )
 
 
 def test_lengths_beyond_the_batch_mean_all_frames_and_negative_ones_none():

@@ -7,9 +7,9 @@ needs a process of its own.
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from jasper_fast.kernels import native
 
@@ -33,10 +33,9 @@ sys.exit(pytest.main(arguments))
 
 def run(level: str, *arguments: str) -> subprocess.CompletedProcess:
     """Runs pytest with these arguments in a process with instruction set `level`."""
-    root = Path(__file__).resolve().parents[1]
-    env = os.environ | {"JASPER_FAST_ISA": level, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"JASPER_FAST_ISA": level, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", CHILD, level, "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
-    return subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -12,7 +12,6 @@ from jasper_fast.dispatch import backends
 from jasper_fast.kernels.layout import ntc
 
 LENGTHS = torch.tensor([40, 23])
-NONE = torch.zeros(0, dtype=torch.int64)
 
 
 def jasper(backend: str = "auto", panes: str = "plain") -> Jasper:
@@ -23,7 +22,7 @@ def jasper(backend: str = "auto", panes: str = "plain") -> Jasper:
 @pytest.mark.parametrize("panes", ["plain", "gram"])
 def test_no_utterances_give_no_results(backend, panes):
     model = jasper(backend, panes)
-    features, lengths = LogMelFeatures(n_mels=8).eval()(torch.zeros(0, 16000), NONE)
+    features, lengths = LogMelFeatures(n_mels=8).eval()(torch.zeros(0, 16000), LENGTHS[:0])
     assert features.shape[:2] == (0, 8) and lengths.shape == (0,)
     shape = InferenceEngine(model)(features, lengths)[0].shape
     log_probs, lengths = model(features, lengths)
@@ -51,9 +50,8 @@ def test_double_precision_takes_the_reference():
     double.train()(features.double(), LENGTHS)[0].sum().backward()
     assert all(p.grad.dtype == torch.float64 for p in double.parameters())
     if backends.is_available("cpu"):
-        named = jasper("cpu").double()
         with pytest.raises(RuntimeError, match='for fp64 use backend="reference"'):
-            named(features.double(), LENGTHS)
+            jasper("cpu").double()(features.double(), LENGTHS)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda engine: pickle.loads(pickle.dumps(engine))])
@@ -66,5 +64,6 @@ def test_an_engine_can_be_copied(copied):
     assert torch.equal(made(features, LENGTHS)[0], want)
     assert (made._wanted, made._graphs, made._bucket) == (torch.bfloat16, False, 32)
     torch.nn.init.zeros_(model.decoder.layers[0].weight)
-    made.refresh(), engine.refresh()
+    made.refresh()
+    engine.refresh()
     assert torch.equal(made(features, LENGTHS)[0], want) and not torch.equal(engine(features, LENGTHS)[0], want)

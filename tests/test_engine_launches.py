@@ -1,10 +1,8 @@
 """An engine call on the triton face launches one kernel per sub-block and one for the decoder, and calls no ATen op."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import make_face
+from conftest import ROOT, make_face
 from engines import Replays, batch, config, pair
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,7 +10,6 @@ from jasper_fast import InferenceEngine, Jasper, JasperConfig
 from jasper_fast.inference import engine as engine_module
 from jasper_fast.kernels import launch
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 VIEWS = {"alias", "as_strided", "detach", "expand", "select", "slice", "squeeze", "transpose", "unsqueeze", "view"}
 ALLOCATION = {"empty", "empty_strided", "new_empty"}
 
@@ -38,24 +35,22 @@ def device():
 
 @pytest.fixture(autouse=True)
 def launched(device, monkeypatch):
-    """Records launches as (kernel, arguments by name) instead of running them."""
-    seen: list[tuple[str, dict]] = []
-    unread(monkeypatch, dense=device.type == "cuda")
-    with launch.recorded(lambda one: seen.append((one.name, one.arguments))):
-        yield seen
+    """Records launches as (kernel, arguments by name) instead of running them.
 
-
-def unread(monkeypatch, dense: bool) -> None:
-    """Replaces `pack` by a function that copies no weights, because recorded launches do not read them. With `dense`
-    the packs are contiguous, as tensor descriptors need them."""
+    `pack` copies no weights, because recorded launches do not read them. On a GPU the packs are contiguous, because
+    tensor descriptors need them so.
+    """
     from jasper_fast.kernels.conv1d import triton_impl
 
     def pack(weight, dtype=None):
-        data = torch.empty((), dtype=dtype or weight.dtype, device=weight.device)
-        data = data.expand(triton_impl.packed_shape(weight))
-        return triton_impl.Packed(data.contiguous() if dense else data, *weight.shape)
+        one = torch.empty((), dtype=dtype or weight.dtype, device=weight.device)
+        data = one.expand(triton_impl.packed_shape(weight))
+        return triton_impl.Packed(data.contiguous() if device.type == "cuda" else data, *weight.shape)
 
     monkeypatch.setattr(triton_impl, "pack", pack)
+    seen: list[tuple[str, dict]] = []
+    with launch.recorded(lambda one: seen.append((one.name, one.arguments))):
+        yield seen
 
 
 def hollow(cfg: JasperConfig, device: torch.device) -> Jasper:
@@ -68,7 +63,7 @@ def hollow(cfg: JasperConfig, device: torch.device) -> Jasper:
 
 
 def jasper10x5(masks: bool) -> JasperConfig:
-    found = JasperConfig.from_yaml(CONFIGS / "jasper10x5dr.yaml").to_dict()
+    found = JasperConfig.from_yaml(ROOT / "configs" / "jasper10x5dr.yaml").to_dict()
     found["jasper"]["encoder"]["use_conv_masks"] = masks
     return JasperConfig.from_dict(found)
 
@@ -140,8 +135,7 @@ def test_what_aten_still_does_is_what_the_docstring_says(device, launched):
         (config("jasper", classes=129), 8, ["_log_softmax"]),
         (config("dense first"), 4, ["clamp", "copy_"]),
     ]:
-        engine = InferenceEngine(hollow(cfg, device), graphs=False)
-        _, _, launches, ops = call(engine, launched, features, lengths)
+        _, _, launches, ops = call(InferenceEngine(hollow(cfg, device), graphs=False), launched, features, lengths)
         assert (len(launches), ops) == (n, wanted)
 
 

@@ -3,6 +3,7 @@
 import random
 
 import torch
+from engines import valid
 from torch import nn
 
 from jasper_fast import InferenceEngine, Jasper, JasperConfig
@@ -54,10 +55,8 @@ def draw_settings(model: nn.Module, rng: random.Random) -> None:
 
 
 def copy_settings(source: nn.Module, target: nn.Module) -> None:
-    own = dict(target.named_modules())
-    for name, bn in source.named_modules():
-        if isinstance(bn, nn.BatchNorm1d):
-            own[name].eps, own[name].momentum, own[name].frozen = bn.eps, bn.momentum, bn.frozen
+    for bn, own in zip(norms(source), norms(target), strict=True):
+        own.eps, own.momentum, own.frozen = bn.eps, bn.momentum, bn.frozen
 
 
 def frames(config: JasperConfig, t: int) -> int:
@@ -69,21 +68,16 @@ def frames(config: JasperConfig, t: int) -> int:
     return min(counts)
 
 
-def rows_of(log_probs: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    return torch.arange(log_probs.shape[1]) < lengths[:, None]
-
-
 def step(model: nn.Module, features, lengths, seed: int) -> dict[str, torch.Tensor]:
     """Runs one training step; returns its outputs, gradients and running statistics."""
     model.train()
     for bn in norms(model):
         bn.train(not bn.frozen)
     log_probs, out = model(features, lengths)
-    rows = rows_of(log_probs, out)
     weights = torch.randn(log_probs.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    (log_probs * weights.to(log_probs.dtype))[rows].sum().backward()
+    valid(log_probs * weights.to(log_probs.dtype), out).sum().backward()
     return {
-        "log_probs": log_probs.detach()[rows],
+        "log_probs": valid(log_probs.detach(), out),
         "lengths": out,
         **{f"grad {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
         **{n: b.clone() for n, b in model.named_buffers()},
@@ -93,7 +87,7 @@ def step(model: nn.Module, features, lengths, seed: int) -> dict[str, torch.Tens
 def evaluate(call, features, lengths) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         log_probs, out = call(features, lengths)
-    return {"log_probs": log_probs[rows_of(log_probs, out)], "lengths": out}
+    return {"log_probs": valid(log_probs, out), "lengths": out}
 
 
 def compare(what: str, got: dict, lows: list[dict], ref: dict, floor: int = 64) -> None:

@@ -27,17 +27,14 @@ KALDI = {
 }
 
 
-def _table(rng: random.Random) -> bytes:
-    rows = [
-        [cell if rng.random() < 0.9 else rng.choice(["", '"', "x,y", "\0", "é", "a\nb"]) for cell in r] for r in TABLE
-    ]
-    rows = [row[: rng.choice([3, 3, 3, 2, 1])] for row in rows]
-    return "\n".join(rng.choice([",", ",", "\t"]).join(row) for row in rows).encode()
+def _row(cells: list[str], rng: random.Random) -> str:
+    cells = [cell if rng.random() < 0.9 else rng.choice(["", '"', "x,y", "\0", "é", "a\nb"]) for cell in cells]
+    return rng.choice([",", ",", "\t"]).join(cells[: rng.choice([3, 3, 3, 2, 1])])
 
 
 def _content(kind: str, rng: random.Random) -> bytes:
     if kind == "table":
-        content = _table(rng)
+        content = "\n".join(_row(cells, rng) for cells in TABLE).encode()
     elif kind == "lhotse":
         content = "\n".join(json.dumps(mutate(CUT, rng)) for _ in range(2)).encode()
     elif rng.random() < 0.5:
@@ -73,4 +70,4 @@ def case(seed: int) -> None:
         output = printed.getvalue()
         assert status in (0, 1, 2) and output.strip(), f"status {status}, output {output!r}"
         assert status != 2 or source.name in output, f"the message does not name the file: {output}"
-        assert status == 2 or kind == "check" or status == 1 or (folder / "clean").is_file()
+        assert status or kind == "check" or (folder / "clean").is_file()

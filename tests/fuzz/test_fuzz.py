@@ -8,10 +8,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import run
 
-CASES = {"models": 24, "manifests": 300, "audio": 200, "checkpoints": 150, "corpora": 60}
 
-
-@pytest.mark.parametrize(("kind", "cases"), CASES.items())
+@pytest.mark.parametrize(("kind", "cases"), run.KINDS.items())
 def test_random_cases(kind: str, cases: int) -> None:
     failed = run.failures(kind, cases, seed=0)
     assert not failed, "\n".join(failed)
