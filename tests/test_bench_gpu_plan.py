@@ -15,7 +15,7 @@ import pytest
 import torch
 from bench_runs import FAST, ROOT, again, make_run, measured, python, written
 from conftest import raising
-from standins import wrap
+from standins import verdicts_of_its_own, wrap  # noqa: F401
 
 from jasper_fast.bench.cases import bn_relu_dropout, common, memory
 from jasper_fast.bench.cases.layers import layers
@@ -98,7 +98,7 @@ def test_the_plan_has_every_question_once_and_the_most_valuable_first(tmp_path):
     assert sum(part.seconds for part in plan[:13]) <= gpu.BUDGET, "one run has time for all these parts"
 
 
-def test_the_self_check_s_verdict_is_in_the_result(run, tmp_path, monkeypatch):
+def test_the_self_check_s_verdict_is_in_the_result(run, monkeypatch):
     row = {
         "op": "conv1d", "face": "triton", "function": "forward", "variant": "", "configuration": "t128", "id": "1",
         "shape": "(1, 2, 3)", "dtype": "float16", "detail": "error 2.0", "status": "wrong",
@@ -108,14 +108,13 @@ def test_the_self_check_s_verdict_is_in_the_result(run, tmp_path, monkeypatch):
         report.planned, report.found = [row], {row["id"]: row}
 
     monkeypatch.setattr(probe, "supervise", supervise)
-    monkeypatch.setenv("JASPER_FAST_CACHE", str(tmp_path / "cache"))
     self_check.selfcheck(run, quick=True)
     saved = written(run)["selfcheck"]
     assert saved["verdicts"][0]["quick"] and saved["verdicts"][0]["status"] == "bad"
     assert "error 2.0" in saved["failures"][0]
 
 
-def test_the_full_self_check_keeps_the_verdicts_that_it_reached(run, tmp_path, monkeypatch):
+def test_the_full_self_check_keeps_the_verdicts_that_it_reached(run, monkeypatch):
     plan = [
         SimpleNamespace(op=op, face=face, dtype=dtype)
         for dtype in ("bfloat16", "float32")
@@ -136,7 +135,6 @@ def test_the_full_self_check_keeps_the_verdicts_that_it_reached(run, tmp_path, m
 
     monkeypatch.setattr(probe, "supervise", supervise)
     monkeypatch.setattr(checks, "plan", lambda device: plan)
-    monkeypatch.setenv("JASPER_FAST_CACHE", str(tmp_path / "cache"))
     quick = {"op": "conv1d", "face": "triton", "dtype": "float32", "status": "good", "quick": True}
     run.results.data["selfcheck"] = {"seconds": 1.0, "verdicts": [quick], "failures": []}
     with pytest.raises(OutOfTime):
@@ -292,8 +290,7 @@ def test_a_part_that_was_cut_off_goes_on_when_the_others_are_done(run, monkeypat
 
 
 @pytest.mark.slow
-def test_gpu_run_killed_in_the_middle_leaves_its_rows(tmp_path, monkeypatch):
-    monkeypatch.setenv("JASPER_FAST_CACHE", str(tmp_path / "cache"))
+def test_gpu_run_killed_in_the_middle_leaves_its_rows(tmp_path):
     command = [sys.executable, "-m", "bench", "gpu", "--device", "cpu", "--quick", "--backend", "reference"]
     process = subprocess.Popen([*command, "--out", str(tmp_path)], cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
