@@ -48,6 +48,15 @@ def write_lines(path: Path, entries: Iterable[dict]) -> Path:
     return path
 
 
+def write_spoken(path: Path, entries: list[dict], seed: int = 0) -> Path:
+    """Writes a manifest, and the audio file of each entry: a tone. `seed` chooses the pitch of the first."""
+    for i, entry in enumerate(entries, seed):
+        file = path.parent / entry["audio_filepath"]
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(tone(i, entry["duration"], file.suffix[1:].upper()))
+    return write_lines(path, entries)
+
+
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 

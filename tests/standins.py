@@ -4,6 +4,7 @@ A test file uses a fixture by importing it from here. An imported autouse fixtur
 """
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -25,6 +26,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 GPU_NAME = "NVIDIA Imaginary 9000"
 NORM = "bn_relu_dropout"
 BF16, FP16, FP32 = "bfloat16", "float16", "float32"
+SHAPE = (256, 256, 11, 1, 1)  # of a conv in a table: its channels, taps, stride and dilation
 CONV = Conv(2, 21, 24, 20, 5)  # small inputs for a check
 
 
@@ -117,6 +119,16 @@ CONTENDERS = {  # seconds of each contender, by name
     "triton direct": 1e-3,
     "reference library": 1.5e-3,
 }
+
+
+def conv_rows(times: dict[str, tuple[float, float]], *dtypes: str) -> list[tables.Row]:
+    """Returns the rows of a table for convs of this SHAPE, of which {op: (seconds of triton, seconds of aten)}."""
+    faces = ("triton", "direct", TILES[0]), ("aten", "library", None)
+    return [
+        tables.Row(op, dtype, *SHAPE, 12, *face, spent)
+        for (op, spans), dtype in itertools.product(times.items(), dtypes)
+        for face, spent in zip(faces, spans, strict=True)
+    ]
 
 
 @dataclasses.dataclass

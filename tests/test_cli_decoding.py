@@ -23,11 +23,8 @@ def folder(tmp_path_factory):
     """Returns a folder with a model of random weights, three sounds, their manifest and three language models."""
     folder = tmp_path_factory.mktemp("decoding")
     write_checkpoint(folder / "model.pt")
-    lines = []
-    for i, seconds in enumerate((1.0, 2.1, 0.6)):
-        (folder / f"{i}.wav").write_bytes(corpora.tone(i, seconds, "WAV"))
-        lines.append({"audio_filepath": f"{i}.wav", "duration": seconds, "text": "a cat"})
-    corpora.write_lines(folder / "m.jsonl", lines)
+    spoken = [{"audio_filepath": f"{i}.wav", "duration": s, "text": "a cat"} for i, s in enumerate((1.0, 2.1, 0.6))]
+    corpora.write_spoken(folder / "m.jsonl", spoken)
     random_arpa(folder / "symbols.arpa", tokens(Vocabulary()), 3, random.Random(0))
     random_arpa(folder / "words.arpa", ["a", "cat", "sat", "i", "o"], 2, random.Random(0))
     random_neural(folder / "neural.pt", [*map(str, Vocabulary().labels)], characters=True)

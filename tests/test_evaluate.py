@@ -22,12 +22,11 @@ def corpus(tmp_path: Path) -> list[str]:
     manifests."""
     options = []
     for name, count in (("one", 5), ("two", 4)):
-        lines = []
-        for i in range(count):
-            file, text = f"{name}{i}.flac", f"the words of {'abcde'[i]}"
-            (tmp_path / file).write_bytes(corpora.tone(7 * i + count, 0.4 + 0.9 * i))
-            lines.append({"audio_filepath": file, "duration": 0.4 + 0.9 * i, "text": text, "speaker": f"s{i % 2}"})
-        options += ["--manifest", str(corpora.write_lines(tmp_path / f"{name}.jsonl", lines))]
+        spoken = [
+            {"audio_filepath": f"{name}{i}.flac", "duration": 0.4 + 0.9 * i, "text": f"the words of {'abcde'[i]}",
+             "speaker": f"s{i % 2}"} for i in range(count)
+        ]  # fmt: skip
+        options += ["--manifest", str(corpora.write_spoken(tmp_path / f"{name}.jsonl", spoken, seed=count))]
     (tmp_path / "two1.flac").write_bytes(b"no audio")
     return options
 

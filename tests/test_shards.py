@@ -30,14 +30,13 @@ from jasper_fast.speech.text import Vocabulary
 def corpus(tmp_path: Path) -> Path:
     """Writes a manifest of files in several folders, and returns its path. Some files have the same name. The last line
     is a part of the last file."""
-    lines = []
-    for i in range(12):
-        name, seconds = f"s{i % 3}/a.{i // 6}.{i // 3}.flac", 0.4 + 0.05 * i
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(corpora.tone(i, seconds))
-        lines.append({"audio_filepath": name, "duration": seconds, "text": f"text {'i' * i}", "speaker": f"s{i % 3}"})
-    lines.append({"audio_filepath": name, "offset": 0.1, "duration": 0.3, "text": "a part"})
-    return corpora.write_lines(tmp_path / "m.jsonl", lines)
+    spoken = [
+        {"audio_filepath": f"s{i % 3}/a.{i // 6}.{i // 3}.flac", "duration": 0.4 + 0.05 * i, "text": f"text {'i' * i}",
+         "speaker": f"s{i % 3}"} for i in range(12)
+    ]  # fmt: skip
+    path = corpora.write_spoken(tmp_path / "m.jsonl", spoken)
+    part = {"audio_filepath": spoken[-1]["audio_filepath"], "offset": 0.1, "duration": 0.3, "text": "a part"}
+    return corpora.write_lines(path, [*spoken, part])
 
 
 def pack(folder: Path, out: str = "shards", *more: str) -> Path:

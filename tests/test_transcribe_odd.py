@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from test_cli import write_checkpoint
+from test_cli import tiny_checkpoint  # noqa: F401
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("model")]
 ROOT = Path(__file__).parents[1]
 KILLED = """
 import os, signal, sys
@@ -93,11 +94,9 @@ def transcribe(folder, *argv, kill=None, check=True, **environment):
     return done
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("form", [[], ["--json"]], ids=["text", "json"])
 def test_forty_odd_files_of_two_hundred_and_kills_at_random(tmp_path, form):
     rng, chance = np.random.default_rng(1), random.Random(1)
-    write_checkpoint(tmp_path / "model.pt")
     good = [good_file(i, rng) for i in range(160)]
     for name, data in good:
         (tmp_path / name).write_bytes(data)
@@ -142,9 +141,7 @@ def test_forty_odd_files_of_two_hundred_and_kills_at_random(tmp_path, form):
     assert (tmp_path / "parts").stat().st_mtime_ns == before
 
 
-@pytest.mark.slow
 def test_names_pass_through_an_ascii_output(tmp_path):
-    write_checkpoint(tmp_path / "model.pt")
     names = [b"\xff.wav", "\u0451.wav".encode(), b"two\nlines.wav"]
     for name in names:
         (tmp_path / os.fsdecode(name)).write_bytes(wav(np.full(8000, 0.1)))
@@ -152,9 +149,7 @@ def test_names_pass_through_an_ascii_output(tmp_path):
     assert [x.partition(b"\t")[0] for x in printed.split(b"\n")[:-1]] == [*names[:2], b"two\\nlines.wav"]
 
 
-@pytest.mark.slow
 def test_resume_refuses_what_it_did_not_write(tmp_path):
-    write_checkpoint(tmp_path / "model.pt")
     (tmp_path / "out").write_text("notes of mine\n")
     done = transcribe(tmp_path, "a.wav", "--out", "out", "--resume", check=False)
     assert done.returncode == 2 and b"line 1 is not a name, a tab and a text; the file was not changed" in done.stderr

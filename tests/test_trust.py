@@ -15,6 +15,8 @@ from standins import (  # noqa: F401
     FP32,
     GPU,
     NORM,
+    SHAPE,
+    conv_rows,
     imaginary_gpus_table,
     pretend_a_gpu,
     verdict,
@@ -32,7 +34,6 @@ from jasper_fast.nn.block import JasperBlock
 from jasper_fast.nn.config import JasperConfig
 from jasper_fast.ops.bn_relu_dropout_op import norm_face as norm_face_of
 
-SHAPE = (256, 256, 11, 1, 1)
 WHY_MISSING = backends.why_missing
 IN_TRITON = (GPU, NORM, "triton", BF16)  # the check of the norm in Triton
 IN_CUDA = (GPU, NORM, "cuda", BF16)
@@ -58,22 +59,6 @@ def gpu(monkeypatch):
     pretend_a_gpu(monkeypatch, traits=None)
     monkeypatch.setattr(verdicts, "_check_now", check)
     return SimpleNamespace(found=found, checked=checked)
-
-
-@pytest.fixture
-def conv_table(put_table):
-    """Returns a function that writes a table of convs: {op: (seconds of triton, seconds of aten)}."""
-
-    def put(times: dict[str, tuple[float, float]], dtypes: tuple[str, ...] = (BF16,)) -> None:
-        tile = {"t": 64, "n": 64, "k": 32, "num_warps": 4, "num_stages": 3, "splits": 1}
-        kinds = ("triton", "direct", tile), ("aten", "library", None)
-        put_table([
-            tables.Row(op, dtype, *SHAPE, 12, *kind, spent)
-            for (op, spans), dtype in itertools.product(times.items(), dtypes)
-            for kind, spent in zip(kinds, spans, strict=True)
-        ])  # fmt: skip
-
-    return put
 
 
 CONVS = ("conv1d", "conv1d.fused")
@@ -139,8 +124,8 @@ def test_a_bad_verdict_gives_plain_pytorch_and_one_loud_line(gpu, status, word):
     assert "dgrad (2, 64->48, 37) wrong: 7 %" in text and "jasper-fast selfcheck" in text
 
 
-def test_what_is_used_in_a_dtype_was_checked_in_it(gpu, conv_table):
-    conv_table(OURS_FASTER, (BF16, FP16, FP32))
+def test_what_is_used_in_a_dtype_was_checked_in_it(gpu, put_table):
+    put_table(conv_rows(OURS_FASTER, BF16, FP16, FP32))
     gpu.found |= {(op, "triton", FP16): verdict(op, BAD) for op in (NORM, *CONVS)}
     faces = lambda dtype: (norm_face(256, dtype=dtype), conv_face(dtype), fused_face(dtype))  # noqa: E731
     assert faces(torch.bfloat16) == faces(torch.float32) == ("triton",) * 3
@@ -158,11 +143,11 @@ def test_who_names_no_dtype_asks_for_all(gpu):
     assert {dtype for *_, dtype in gpu.checked} == {BF16, FP16, FP32}
 
 
-def test_the_warning_says_what_follows(gpu, norm_table, conv_table):
+def test_the_warning_says_what_follows(gpu, norm_table, put_table):
     gpu.found |= {op: verdict(op, BAD) for op in (NORM, *CONVS, "panes")}
     with pytest.warns(RuntimeWarning) as said:
         assert norm_face(256) == "reference"
-        conv_table(OURS_FASTER)
+        put_table(conv_rows(OURS_FASTER, BF16))
         assert (conv_face(), fused_face()) == ("aten", "aten")
         assert choose.pane_form("auto", GPU, torch.bfloat16) == "plain"
     follows = ("tries its Triton kernel next", "uses plain PyTorch for it instead", "uses PyTorch's own conv",
@@ -202,8 +187,8 @@ def test_without_a_table_arithmetic_chooses(gpu):
     assert of(torch.float16) == ["triton"] * 3 and of(torch.float32) == ["triton", "aten", "aten"]
 
 
-def test_convs_take_the_face_that_the_table_says(gpu, conv_table):
-    conv_table({"conv1d.forward": (1.0, 2.0), "conv1d.wgrad": (5.0, 1.0)})
+def test_convs_take_the_face_that_the_table_says(gpu, put_table):
+    put_table(conv_rows({"conv1d.forward": (1.0, 2.0), "conv1d.wgrad": (5.0, 1.0)}, BF16))
     assert conv_face() == "triton"
     assert conv_face(rows_log2=None) == "triton", "as under torch.compile"
     assert conv_face(calls=choose.conv_calls(dw=True)) == "aten"
@@ -212,8 +197,8 @@ def test_convs_take_the_face_that_the_table_says(gpu, conv_table):
     assert gpu.checked[0] == (GPU, "conv1d", "triton", BF16)
 
 
-def test_a_faster_face_that_is_wrong_is_not_taken(gpu, conv_table):
-    conv_table(OURS_FASTER)
+def test_a_faster_face_that_is_wrong_is_not_taken(gpu, put_table):
+    put_table(conv_rows(OURS_FASTER, BF16))
     gpu.found["conv1d"] = verdict("conv1d", BAD)
     with pytest.warns(RuntimeWarning, match=r"conv1d \(triton, bfloat16\) is WRONG") as said:
         assert conv_face() == conv_face(rows_log2=13) == "aten"

@@ -14,9 +14,12 @@ import torch
 from conftest import interpreted, raising
 from engines import block, config
 from standins import (  # noqa: F401
+    FP16,
     GPU,
+    SHAPE,
     TILES,
     Died,
+    conv_rows,
     forked,
     imaginary_gpus_table,
     tuning_on_an_imaginary_gpu,
@@ -32,8 +35,6 @@ from jasper_fast.kernels.tables import Cell
 from jasper_fast.nn.cells import cells, convs
 from jasper_fast.tuning import work
 
-FP16 = "float16"
-SHAPE = (256, 256, 11, 1, 1)
 CELLS = [Cell(f"conv1d.{op}", FP16, *SHAPE, 12) for op in ("forward", "forward_stats", "dgrad_bn", "wgrad")]
 FAST, SLOW, LIBRARY = "triton 128x64x32 warps 4 stages 3", "triton 64x64x32 warps 4 stages 3", "aten library"
 
@@ -190,17 +191,11 @@ def test_a_cache_that_cannot_be_read_is_said_and_tuned_again(tuning, capsys):
 # ---- dispatch: empty cache, a neighbour's table, a full table, and when nothing is tuned ----
 
 
-def table(put_table, *times: tuple[str, float, float], **header) -> None:
-    kinds = ("triton", "direct", TILES[0]), ("aten", "library", None)
-    rows = [tables.Row(op, FP16, *SHAPE, 12, *kind, spent) for op, *spans in times for kind, spent in zip(kinds, spans)]
-    put_table(rows, **header)
-
-
 H100, H200 = {"multiprocessors": "132", "bandwidth": "3350 GB/s"}, {"multiprocessors": "132", "bandwidth": "4800 GB/s"}
 
 
 @pytest.mark.parametrize("how", ["environment", "a body"])
-def test_turned_off_the_tables_and_rules_choose(tuning, put_table, monkeypatch, how):
+def test_turned_off_the_tables_and_rules_choose(tuning, monkeypatch, how):
     if how == "environment":
         monkeypatch.setenv("JASPER_FAST_TUNE", "0")
     with tuned.off() if how == "a body" else contextlib.nullcontext():
@@ -216,7 +211,7 @@ def test_turned_off_the_tables_and_rules_choose(tuning, put_table, monkeypatch, 
 ])  # fmt: skip
 def test_a_neighbours_table_serves_where_nothing_of_this_gpu_is_there(tuning, put_table, monkeypatch, header, wanted):
     monkeypatch.setenv("JASPER_FAST_TUNE", "0")
-    table(put_table, ("conv1d.forward", 2.0, 1.0), gpu="NVIDIA Neighbour", **header)
+    put_table(conv_rows({"conv1d.forward": (2.0, 1.0)}, FP16), gpu="NVIDIA Neighbour", **header)
     assert conv_face() == wanted, "the estimates would choose Triton"
     monkeypatch.setenv("JASPER_FAST_TUNE", "1")
     choose.forget()
@@ -225,13 +220,15 @@ def test_a_neighbours_table_serves_where_nothing_of_this_gpu_is_there(tuning, pu
 
 def test_the_nearest_neighbour_is_taken(tuning, put_table, monkeypatch):
     monkeypatch.setenv("JASPER_FAST_TUNE", "0")
-    table(put_table, ("conv1d.forward", 1.0, 2.0), gpu="NVIDIA Far", multiprocessors="126", bandwidth="3350 GB/s")
-    table(put_table, ("conv1d.forward", 2.0, 1.0), gpu="NVIDIA Near", **H100)
+    put_table(
+        conv_rows({"conv1d.forward": (1.0, 2.0)}, FP16), gpu="NVIDIA Far", multiprocessors="126", bandwidth="3350 GB/s"
+    )
+    put_table(conv_rows({"conv1d.forward": (2.0, 1.0)}, FP16), gpu="NVIDIA Near", **H100)
     assert conv_face() == "aten"
 
 
 def test_a_committed_table_needs_no_tuning_and_a_users_lies_over_it(tuning, put_table):
-    table(put_table, ("conv1d.forward", 2.0, 1.0), ("conv1d.wgrad", 2.0, 1.0))
+    put_table(conv_rows({"conv1d.forward": (2.0, 1.0), "conv1d.wgrad": (2.0, 1.0)}, FP16))
     assert conv_face() == conv_face(ops=("conv1d.wgrad",)) == "aten" and tuning.sessions == []
     tune(tuning, CELLS[:1])
     choose.forget()
