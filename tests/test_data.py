@@ -24,8 +24,7 @@ LETTERS = "abcdefghijkl"
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Returns twelve utterances of 0.5 to 1.6 s by two speakers. The signal of each is constant, and each has another
-    level."""
+    """Returns twelve utterances of 0.5 to 1.6 s by two speakers. Each has a constant signal, at a level of its own."""
     utterances = []
     for i, letter in enumerate(LETTERS):
         path = tmp_path / f"u{i}.{'flac' if i % 2 else 'wav'}"
@@ -65,8 +64,7 @@ def test_reads_json_lines(tmp_path):
 
 def test_reads_the_array_of_nvidias_jasper(tmp_path):
     files = [{"fname": f"x-{s}.wav", "duration": 3.0 / s, "speed": s} for s in (0.9, 1.0, 1.1)]
-    path = tmp_path / "m.json"
-    path.write_text(json.dumps([{"transcript": "so", "files": files, "original_duration": 3.0}], indent=1))
+    path = lines(tmp_path, json.dumps([{"transcript": "so", "files": files, "original_duration": 3.0}], indent=1))
     (u,) = read_manifest(path)
     assert u == Utterance(str(tmp_path / "x-1.0.wav"), 3.0, "so")
     (u,) = read_manifest(path, offline_speeds=True)
@@ -172,10 +170,9 @@ def test_offsets(corpus):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_files_are_skipped_reported_and_replaced(corpus, tmp_path, workers):
-    bad = tmp_path / "bad.wav"
-    bad.write_text("nonsense")
+    (tmp_path / "bad.wav").write_text("nonsense")
     soundfile.write(tmp_path / "nan.wav", np.full(8000, np.nan), 16000, subtype="FLOAT")
-    all_of_them = [*corpus, Utterance(str(bad), 0.7, "a"), Utterance(str(tmp_path / "nan.wav"), 0.5, "b")]
+    all_of_them = [*corpus, *(Utterance(str(tmp_path / name), 0.5, "a") for name in ("bad.wav", "nan.wav"))]
     dataset = a_set(all_of_them)
     assert sum(map(len, load(dataset, workers))) == 14  # other utterances replace the unreadable ones
     assert dataset.skipped.counts == {"unreadable": 2}
@@ -310,8 +307,7 @@ def test_join(corpus):
         clips = [LETTERS.index(word.strip()) for word in item.text.split("word ")[1:]]
         assert 2 <= len(clips) <= 4 and index in clips
         assert {c % 2 for c in clips} == {index % 2}  # all clips are of one speaker
-        levels = [int(k) for k, _ in itertools.groupby(np.round(item.audio * 16)) if k]
-        assert levels == [c + 1 for c in clips]
+        assert [level for level, _ in itertools.groupby(np.round(item.audio * 16)) if level] == [c + 1 for c in clips]
         assert item.audio[:1600].max() == 0 and item.audio[-1600:].max() == 0
         assert len(item.audio) == pytest.approx(16000 * dataset.durations(epoch)[index], abs=5)
         assert V.decode(item.target) == item.text and len(item.name.split(" + ")) == len(clips)
@@ -348,8 +344,8 @@ def test_preloaded_is_the_same(corpus, tmp_path, workers):
         preloaded.reader.preload(everything, max_gib=1e-5)
 
 
-def durations(n=101, seed=0):
-    return np.random.default_rng(seed).uniform(1, 16, n).tolist()
+def durations(n=101):
+    return np.random.default_rng(0).uniform(1, 16, n).tolist()
 
 
 @pytest.mark.parametrize("bucketing", [True, False])
@@ -394,21 +390,17 @@ def test_in_evaluation_each_utterance_belongs_to_one_rank():
     assert sorted(items) == list(range(101))
 
 
-def librispeech_durations(count: int) -> np.ndarray:
-    """Returns random durations distributed like those of LibriSpeech: mean 12.3 s, most near 15.3 s."""
-    rng = np.random.default_rng(0)
-    long, short = rng.triangular(10, 15.3, 16.7, count), rng.triangular(1.3, 8, 10.5, count)
-    return np.where(rng.random(count) < 0.78, long, short)
-
-
 @pytest.mark.parametrize("shards", [None, 12], ids=["files", "shards"])
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("sizes", [{"batch_size": 64}, {"max_seconds": 64 * 16.7}, {"max_seconds": 240.0}])
 def test_each_utterance_comes_once_with_little_padding(world: int, sizes: dict, shards: int | None) -> None:
-    d = librispeech_durations(20_001)
+    """The durations are distributed like those of LibriSpeech: mean 12.3 s, most near 15.3 s."""
+    rng, count = np.random.default_rng(0), 20_001
+    long, short = rng.triangular(10, 15.3, 16.7, count), rng.triangular(1.3, 8, 10.5, count)
+    d = np.where(rng.random(count) < 0.78, long, short)
     assert d.mean() == pytest.approx(12.3, abs=0.1)
-    shares, items = shares_of(d, world, epoch=1, shards=shards and np.arange(len(d)) * shards // len(d), **sizes)
-    assert len({len(s) for s in shares}) == 1 and sorted(items) == list(range(len(d)))
+    shares, items = shares_of(d, world, epoch=1, shards=shards and np.arange(count) * shards // count, **sizes)
+    assert len({len(s) for s in shares}) == 1 and sorted(items) == list(range(count))
     padded = sum(len(b) * d[b].max() for s in shares for b in s)
     assert 1 - d.sum() / padded < 0.05
 

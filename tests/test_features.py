@@ -156,8 +156,7 @@ def test_spec_augment_masks_within_the_length():
     assert frames.any(0)[:58].all() and bands.any(0)[:62].all()  # masks reach nearly every frame and band
     assert bands.sum(1).float().mean().sub(10).abs() < 5 * 6 / 200**0.5  # widths are uniform over 0..20, with mean 10
     for mask in (bands, frames):  # one span per utterance, so at most one step from unmasked to masked
-        padded = torch.nn.functional.pad(mask.int(), (1, 0))
-        assert (padded.diff(dim=1) == 1).sum(1).max() == 1
+        assert (torch.nn.functional.pad(mask.int(), (1, 0)).diff(dim=1) == 1).sum(1).max() == 1
 
 
 def test_spec_augment_ratio_and_short_utterances():
