@@ -23,7 +23,7 @@ from jasper_fast.speech.text import Vocabulary
 
 class Watched(SpeechDataset):
     """Sets an item's ``start`` to the id of the process that reads the item. The item ``deadly`` kills this process.
-    With ``unblocks``, reading an item unblocks SIGTERM."""
+    If ``unblocks`` is true, each reading unblocks SIGTERM."""
 
     deadly = -1
     unblocks = False
@@ -111,23 +111,11 @@ def test_an_error_of_the_program_is_no_death(data, monkeypatch) -> None:
             next(load_batches(data, BatchSampler(data.durations, 2), workers=workers))
 
 
-def test_sigterm_ends_them_from_their_parent_only(data, begun) -> None:
+@pytest.mark.parametrize("unblocks", [False, True])
+def test_sigterm_ends_them_from_their_parent_only(data, begun, unblocks: bool) -> None:
     """torchrun and SLURM send SIGTERM to all processes of a run. Workers ignore it, because the training process ends
-    them when it has saved its state."""
-    loader = load_batches(data, BatchSampler(data.durations, 1), workers=1, endless=True)
-    take(loader, 1)
-    [process] = begun()
-    subprocess.run(["kill", "-TERM", str(process.pid)], check=True)
-    take(loader, 20)
-    assert process.is_alive()
-    process.terminate()
-    process.join(20)
-    assert process.exitcode == 0
-    loader.close()
-
-
-def test_a_worker_survives_sigterm_after_it_was_unblocked(data, begun) -> None:
-    data.unblocks = True
+    them when it has saved its state. If other code unblocks SIGTERM, it has no effect."""
+    data.unblocks = unblocks
     loader = load_batches(data, BatchSampler(data.durations, 1), workers=1, endless=True)
     take(loader, 1)
     [process] = begun()
@@ -135,6 +123,10 @@ def test_a_worker_survives_sigterm_after_it_was_unblocked(data, begun) -> None:
         subprocess.run(["kill", "-TERM", str(process.pid)], check=True)
         take(loader, 1)
     assert process.is_alive()
+    if not unblocks:
+        process.terminate()
+        process.join(20)
+        assert process.exitcode == 0
     loader.close()
 
 

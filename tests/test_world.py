@@ -1,6 +1,7 @@
 """Training in several processes: a fault or signal in one process makes all of them skip the step or end."""
 
 import inspect
+from unittest import mock
 
 import corpora
 import pytest
@@ -124,13 +125,9 @@ def test_what_keeps_one_process_from_starting_ends_all(ran, name):
 @pytest.mark.parametrize("name", ["broadcast_buffers", "forward_sync_buffers"])
 def test_buffers_are_left_alone_by_either_name(name, monkeypatch):
     """DDP's broadcast of buffers is off, both by the option's old name and by its name in torch 2.13."""
-    given = {}
-
-    class Parallel:
-        def __init__(self, module, device_ids=None, **how):
-            given.update(how)
-
-    Parallel.__signature__ = inspect.Signature([inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)])
-    monkeypatch.setattr(train, "DistributedDataParallel", Parallel)
-    train.distributed(torch.nn.Linear(1, 1), Ranks(0, 2, torch.device("cpu")))
-    assert given == {name: False, "gradient_as_bucket_view": True}
+    known = inspect.Signature([inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)])
+    parallel = mock.Mock(__signature__=known)
+    monkeypatch.setattr(train, "DistributedDataParallel", parallel)
+    core = torch.nn.Linear(1, 1)
+    train.distributed(core, Ranks(0, 2, torch.device("cpu")))
+    parallel.assert_called_once_with(core, device_ids=None, gradient_as_bucket_view=True, **{name: False})

@@ -1,5 +1,5 @@
-"""Small groups of gloo processes that run train.py or a command. The processes are forked from a server that has
-imported torch already, so a group of three takes only a second."""
+"""Small groups of gloo processes that run train.py, a command or a function. The processes are forked from a server
+that has imported torch already, so a group of three takes only a second."""
 
 import argparse
 import contextlib
