@@ -64,7 +64,7 @@ def digest(folder: Path) -> str:
 
 
 def build(
-    sources: Sequence[Path | str],
+    sources: Sequence[Path],
     defines: Sequence[str] = (),
     sanitize: str | None = None,
     program: bool = False,
@@ -79,7 +79,6 @@ def build(
     """
     compiler, include, sanitizers = toolchain()
     sanitize = sanitize or os.environ.get("JASPER_FAST_SANITIZE") or None
-    sources = [Path(source) for source in sources]
     native = ["-march=native"] if platform.machine().lower() in ("x86_64", "amd64") else []
     checks = [*sanitizers[sanitize].split(), "-g1", "-fno-omit-frame-pointer"] if sanitize else []
     # ThreadSanitizer must see only the accesses that the emulation reports to it (csrc/cuda/emulate/sanitizers.h).

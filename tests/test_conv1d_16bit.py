@@ -5,7 +5,7 @@ import torch
 from close import assert_close
 from conftest import assert_raises
 from engines import batch, config, pair, valid
-from standins import verdicts_of_its_own  # noqa: F401 (a fixture)
+from standins import CPU, verdicts_of_its_own  # noqa: F401 (a fixture)
 from test_conv1d import CASES, PADDED, Case, make, pytorch
 
 from jasper_fast import InferenceEngine
@@ -25,7 +25,7 @@ def cpu():
     return cpu_impl
 
 
-# odd C, more channels than a chunk (128, or 512 if K is at most 4), more rows than a tile
+# Some have an odd C_in, more channels than a chunk (128, or 512 if K is at most 4), or more rows than a tile.
 BF16_CASES = [
     Case(1, 1, 1, 1, lengths=(1, 0)),
     Case(29, 33, 1, 37, lengths=(37, 5, 0)),
@@ -178,11 +178,10 @@ def test_aten_gets_the_dtypes_that_it_has_instructions_for(name, monkeypatch) ->
     dtypes = {"bf16": BF16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
     for unit, there in zip(("amx_tile", "amx_fp16"), has, strict=True):
         monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda there=there: there)
-    device = torch.device("cpu")
     for dtype, faces in wanted.items():
-        how = "auto", device, dtypes[dtype]
+        how = "auto", CPU, dtypes[dtype]
         assert (choose.fused_faces(*how)[0], choose.conv_face(*how)) == faces, dtype
-        assert choose.fused_faces("reference", device, dtypes[dtype]) == ("aten",)
+        assert choose.fused_faces("reference", CPU, dtypes[dtype]) == ("aten",)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

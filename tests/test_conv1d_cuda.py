@@ -8,13 +8,13 @@ import cuda_host
 import pytest
 import torch
 from close import assert_close
+from standins import CPU
 from torch import Tensor
 
 from jasper_fast.kernels.conv1d import aten_impl, cuda_impl, cuda_launch, cuda_tiles, reference
 from jasper_fast.kernels.layout import mask, ntc
 from jasper_fast.kernels.operands import Lengths, Mask, Norm
 
-CPU = torch.device("cpu")
 SHARED = {75: 65536, 80: 166912, 90: 232448}
 LOOPS = [(75, torch.float16), (80, torch.float16), (80, torch.bfloat16), (90, torch.float16), (90, torch.bfloat16)]
 

@@ -10,7 +10,8 @@ import conv_cases
 import cuda_host
 import pytest
 import torch
-from test_conv1d_cuda import CPU, Face, face, functions, poisoned  # noqa: F401 (fixtures)
+from standins import CPU
+from test_conv1d_cuda import Face, face, functions, poisoned  # noqa: F401 (fixtures)
 from torch import Tensor
 
 from jasper_fast.kernels.conv1d import cuda_impl
@@ -35,7 +36,10 @@ def emulation() -> ctypes.CDLL:
 
 
 def depends(library: ctypes.CDLL, *tensors: Tensor) -> None:
-    """Adds the memory of `tensors` to what an early launch must not touch before its wait. No tensors: clears it."""
+    """Adds the memory of `tensors` to what an early launch must not touch before its wait.
+
+    Without tensors it clears that list.
+    """
     for x in tensors:
         storage = x.untyped_storage()
         library.jf_emulation_depends(ctypes.c_void_p(storage.data_ptr()), ctypes.c_int64(storage.nbytes()))

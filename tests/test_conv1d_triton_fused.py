@@ -14,11 +14,15 @@ from jasper_fast.kernels.operands import Geometry, Lengths
 triton_impl = pytest.importorskip("jasper_fast.kernels.conv1d.triton_impl")
 
 
+@pytest.fixture
+def device() -> torch.device:
+    return make_face("triton").device
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize(("layer", "width"), [("k13", 72), ("one frame", 20), ("odd channels", 37)])
-def test_fused_with_panes_over_a_history_buffer(layer, width, dtype):
+def test_fused_with_panes_over_a_history_buffer(layer, width, dtype, device):
     """Panes and output are slices of one buffer. Its other channels, and the panes' padding, hold NaN."""
-    device = make_face("triton").device
     x, weight, shape, lengths = make(LAYERS[layer], dtype, device)
     n, c_out, t = x.shape[0], weight.shape[0], x.shape[2]
     history = torch.full((n, t, width + c_out + 8), torch.nan, device=device, dtype=dtype)
@@ -48,10 +52,9 @@ def test_fused_with_panes_over_a_history_buffer(layer, width, dtype):
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "weights by descriptors"])
-def test_the_first_conv_reads_features_as_they_are(dtype, masked, descriptors, monkeypatch):
+def test_the_first_conv_reads_features_as_they_are(dtype, masked, descriptors, device, monkeypatch):
     """Shows that the kernel takes fp32 (N, C, T) features, masks them itself and computes the output lengths."""
     monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", descriptors)
-    device = make_face("triton").device
     _, weight, *_ = make(LAYERS["prologue"], dtype, device)
     features, lengths = torch.randn(3, 64, 45, device=device), torch.tensor([45, 20, 0], device=device)
     if masked:
@@ -75,8 +78,7 @@ def test_the_first_conv_reads_features_as_they_are(dtype, masked, descriptors, m
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_the_last_conv_ends_in_log_softmax(dtype):
-    device = make_face("triton").device
+def test_the_last_conv_ends_in_log_softmax(dtype, device):
     x, weight, *_ = make(LAYERS["decoder"], dtype, device)
     bias, lengths = torch.randn(29, device=device), torch.tensor([19, 4], device=device)
     rows, made = x.transpose(1, 2), torch.empty_like(lengths)
@@ -93,9 +95,8 @@ def test_the_last_conv_ends_in_log_softmax(dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("splits", "dtype"), [(2, torch.float32), (3, torch.float16), (7, torch.float32)], ids=str)
-def test_a_shared_reduction_gives_the_same_and_repeats(splits, dtype, monkeypatch):
+def test_a_shared_reduction_gives_the_same_and_repeats(splits, dtype, device, monkeypatch):
     """Shows that several programs give one tile's result with the same bits in each run, and reset their counters."""
-    device = make_face("triton").device
     x, weight, shape, lengths = make(LAYERS["k13"], dtype, device)
     n, _, t = x.shape
     panes = torch.randn(n, t, 40, device=device).to(dtype)

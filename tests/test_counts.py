@@ -1,5 +1,7 @@
-"""The FLOPs that bench counts equal those of PyTorch's counter, and its bytes the sizes of the tensors that kernels
-get. For all convs and norms of Jasper 10x5, Triton's launches are recorded and not run."""
+"""FLOPs and bytes that bench counts: the FLOPs of PyTorch's counter, and the sizes of the tensors that kernels get.
+
+For all convs and norms of Jasper 10x5, Triton's launches are recorded and not run.
+"""
 
 import dataclasses
 from collections import Counter

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from close import assert_close
 from conftest import check_op, make_face, settle
+from standins import CPU
 from torch import Tensor
 
 from jasper_fast import ops
@@ -67,7 +68,7 @@ def ours(impl, x, dy, weight, geometry: Geometry, masks: Lengths) -> dict[str, T
 
 def face_of(name: str):
     if name == "aten":
-        return backends.face("depthwise", "aten"), torch.device("cpu")
+        return backends.face("depthwise", "aten"), CPU
     face = make_face(name)
     return face.load("depthwise"), face.device
 
@@ -236,9 +237,8 @@ def test_wrong_arguments_of_the_op_are_named(x, w, how: dict, message: str) -> N
 
 
 def test_which_face_runs() -> None:
-    cpu = torch.device("cpu")
-    assert choose.depthwise_face("auto", cpu, torch.float32) == ("cpu" if native.cpu_available() else "aten")
-    assert choose.depthwise_face("auto", cpu, torch.float64) == "aten"
-    assert choose.depthwise_face("reference", cpu, torch.float32) == "reference"
+    assert choose.depthwise_face("auto", CPU, torch.float32) == ("cpu" if native.cpu_available() else "aten")
+    assert choose.depthwise_face("auto", CPU, torch.float64) == "aten"
+    assert choose.depthwise_face("reference", CPU, torch.float32) == "reference"
     with pytest.raises(backends.BackendMissing):
-        choose.depthwise_face("cuda", cpu, torch.float32)
+        choose.depthwise_face("cuda", CPU, torch.float32)

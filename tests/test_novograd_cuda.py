@@ -23,7 +23,6 @@ from jasper_fast.selfcheck import checks
 
 CUDA = Face("cuda", torch.device("cpu"))
 SOURCE = cuda_host.CSRC / "cuda/emulate/novograd.cpp"
-SEEDS = (0, 3)  # each seed runs the threads in another order; with 0 they run one after the other
 GUARD = 3.0e33
 LISTS = ("grads", "params", "exp_avgs", "averages")
 # Shifts (in elements) of the four LISTS: each tuple misaligns exactly one of them.
@@ -73,7 +72,7 @@ def steps(shifts: tuple[int, ...]) -> list[Tensor]:
     return [*found, *(x for name in (*LISTS, "exp_avg_sqs") for x in getattr(tensors, name)), *watched.averages]
 
 
-def check(library: Path, seeds: tuple[int, ...] = SEEDS) -> None:
+def check(library: Path, seeds: tuple[int, ...] = mutant_rig.SEEDS) -> None:
     """Runs `steps` with several alignments and orders of the threads. Raises AssertionError if a result is wrong or if
     results differ in a bit."""
     loaded = ctypes.CDLL(str(library))
@@ -215,5 +214,5 @@ def test_a_mutant_is_found(name: str, tmp_path: Path) -> None:
 def test_thread_sanitizer_finds_the_race_of_a_mutant_and_no_other(mutant: str | None, tmp_path: Path) -> None:
     folder = mutant_rig.mutated(NOVOGRAD[mutant], tmp_path) if mutant else cuda_host.CSRC
     library = cuda_host.build([folder / "cuda/emulate/novograd.cpp"], ["-Wno-error"], "thread", folder=folder)
-    reports = mutant_rig.races(f"from test_novograd_cuda import *; check({str(library)!r}, SEEDS[1:])")
+    reports = mutant_rig.races(f"from test_novograd_cuda import *; check({str(library)!r}, mutant_rig.SEEDS[1:])")
     assert ("data race" in reports) == (mutant is not None)
