@@ -13,8 +13,8 @@ from jasper_fast.nn.eager import EagerJasper
 LENGTHS = torch.tensor([40, 23])
 
 
-def norms(model: nn.Module) -> dict[str, nn.BatchNorm1d]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm1d)}
+def norms(model: nn.Module) -> list[nn.BatchNorm1d]:
+    return [m for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
 
 
 def own_eps(bn: nn.BatchNorm1d, i: int) -> None:
@@ -45,11 +45,11 @@ def pair(form: str, change=lambda bn, i: None) -> tuple[EagerJasper, Jasper]:
     """Returns an eager and a fused model in fp64 with the same weights and the same `change` to their batch norms."""
     torch.manual_seed(3)
     eager, fused = (model.double().train() for model in engines.pair(config("dense"), "reference", panes=form))
-    for bn in norms(eager).values():
+    for bn in norms(eager):
         nn.init.uniform_(bn.weight, 0.5, 1.5)
     fused.load_state_dict(eager.state_dict())
     for model in (eager, fused):
-        for i, bn in enumerate(norms(model).values()):
+        for i, bn in enumerate(norms(model)):
             change(bn, i)
     return eager, fused
 
