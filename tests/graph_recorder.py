@@ -106,11 +106,10 @@ class TapeRecorder:
 
     def capture(self, step: Callable[[], Any], alone: bool) -> tuple[Any, Callable[[], None]]:
         tape = Tape(self._patch, self._state)
-        result = tape.capture(step)
         self.tapes.append(tape)
 
         def replay() -> None:
             self.replays += 1
             tape.replay(self._held())
 
-        return result, replay
+        return tape.capture(step), replay

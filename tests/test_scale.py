@@ -170,6 +170,8 @@ def test_a_killed_process_is_restarted_and_the_losses_are_those_of_an_undisturbe
     assert losses["killed"] == losses["undisturbed"] and len(losses["killed"]) == 6
 
 
+# ------------------------------------------------------------------ learning without and with each augmentation
+
 AUGMENTATIONS = {
     "speed_perturbation": {"min_rate": 0.85, "max_rate": 1.15},
     "gain_perturbation": {"p": 1.0},

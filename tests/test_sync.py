@@ -81,9 +81,8 @@ def eager() -> nn.Module:
 @pytest.fixture(scope="module")
 def two_models(eager, tmp_path_factory) -> dict:
     """The training steps of both ranks, for each of MODELS that can run here."""
-    state = copy.deepcopy(eager.state_dict())
     here = [(backend, form) for backend, form in MODELS if backends.is_available(backend)]
-    return spawn(tmp_path_factory.mktemp("models"), {of: (model_step, *of, state) for of in here})
+    return spawn(tmp_path_factory.mktemp("models"), {of: (model_step, *of, eager.state_dict()) for of in here})
 
 
 @pytest.mark.slow

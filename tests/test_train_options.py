@@ -126,15 +126,21 @@ def test_in_place_of_the_end_after_bad_steps(paths, tmp_path, monkeypatch, retur
     assert all(torch.isfinite(t).all() for t in after["state_dict"].values())
 
 
-def test_without_a_best_or_without_an_end_the_run_ends(paths, tmp_path, monkeypatch, returns):
+@pytest.mark.parametrize(
+    ("bad", "val_every", "best"),
+    [
+        (range(100), 10, []),  # no validation, so no best.pt
+        (range(2, 100), 1, [1, 1, 1]),  # all later steps are bad, so the run gives up after three returns
+    ],
+)
+def test_without_best_weights_or_a_good_step_after_them_the_run_ends(
+    bad, val_every, best, paths, tmp_path, monkeypatch, returns
+):
     monkeypatch.setattr(train, "validate_state", judged(repeat(0.5)))
-    monkeypatch.setattr("jasper_fast.data.batches.collate", spoiled(range(100)))
-    with pytest.raises(RunError, match="2 steps in a row were skipped"):  # no validation, so no best.pt
-        run(train_arguments(paths, tmp_path / "a", steps=20, max_bad_steps=2, val_every=10, reload_best=True))
-    monkeypatch.setattr("jasper_fast.data.batches.collate", spoiled(range(2, 100)))
-    with pytest.raises(RunError, match="2 steps in a row were skipped"):  # all later steps are bad
-        run(train_arguments(paths, tmp_path / "b", steps=20, max_bad_steps=2, val_every=1, reload_best=True))
-    assert [best for _, best in returns] == [1, 1, 1]
+    monkeypatch.setattr("jasper_fast.data.batches.collate", spoiled(bad))
+    with pytest.raises(RunError, match="2 steps in a row were skipped"):
+        run(train_arguments(paths, tmp_path, steps=20, max_bad_steps=2, val_every=val_every, reload_best=True))
+    assert [step for _, step in returns] == best
 
 
 def one_rank_goes_wrong(train, rank: int, folder: str) -> None:

@@ -98,8 +98,7 @@ def _member(rank: int, size: int, port: int, folder: Path, run: Callable, args: 
             os.environ |= {k: str(v) for k, v in places.items()}
         torch.set_num_threads(1)
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed):
-            status = run(rank, *args)
-    sys.exit(status)
+            sys.exit(run(rank, *args))
 
 
 def _command(rank: int, arguments: list[str]) -> int:
