@@ -56,16 +56,19 @@ def tiny_checkpoint(tmp_path):
     return write_checkpoint(tmp_path / "model.pt")
 
 
+def sweep(seconds, rate, rng):
+    """Returns the samples of a tone whose frequency rises, with a little noise."""
+    t = np.arange(int(rate * seconds)) / rate
+    return 0.3 * np.sin(2 * np.pi * (200 + 900 * t * rng.random()) * t) + 0.01 * rng.standard_normal(len(t))
+
+
 @pytest.fixture
 def files(tmp_path):
     rng = np.random.default_rng(0)
     paths = []
     for i, (rate, seconds) in enumerate([(16000, 1.0), (8000, 2.3), (44100, 0.7)]):
-        path = tmp_path / f"a{i}.{'flac' if i else 'wav'}"
-        t = np.arange(int(rate * seconds)) / rate
-        sweep = 0.3 * np.sin(2 * np.pi * (200 + 900 * t * rng.random()) * t) + 0.01 * rng.standard_normal(len(t))
-        soundfile.write(path, sweep, rate)
-        paths.append(str(path))
+        paths.append(str(tmp_path / f"a{i}.{'flac' if i else 'wav'}"))
+        soundfile.write(paths[-1], sweep(seconds, rate, rng), rate)
     return paths
 
 
@@ -134,7 +137,7 @@ def test_transcribe_json_list_and_out(model, files, tmp_path, capsys):
         assert all(0 <= w["start"] < w["end"] <= r["duration"] + 0.02 and 0 < w["confidence"] <= 1 for w in r["words"])
 
 
-def test_times_count_trimmed_silence(model, tmp_path):
+def test_times_count_trimmed_silence(tmp_path):
     config = tiny(input_val={"audio_dataset": {"trim_silence": True}})
     trimming = recognizer.load(write_checkpoint(tmp_path / "trim.pt", config), device="cpu", backend="reference")
     t = np.arange(16000) / 16000

@@ -10,15 +10,14 @@ from jasper_fast.speech.decoding import greedy_decode, greedy_transcripts
 from jasper_fast.speech.text import Vocabulary
 
 V = Vocabulary(" ab")
-BLANK = "_"
 
 
 def paths(*rows, p=0.9):
-    """Returns log-probs (N, T, V) and lengths. The best path of utterance n is the string ``rows[n]``."""
+    """Returns log-probs (N, T, V) and lengths. The best path of utterance n is ``rows[n]``, where "_" is the blank."""
     probs = torch.full((len(rows), max(map(len, rows)), V.n_classes), (1 - p) / (V.n_classes - 1))
     for n, row in enumerate(rows):
         for t, c in enumerate(row):
-            probs[n, t, V.blank if c == BLANK else V.labels.index(c)] = p
+            probs[n, t, V.blank if c == "_" else V.labels.index(c)] = p
     return probs.log(), torch.tensor([len(row) for row in rows])
 
 

@@ -83,7 +83,6 @@ def test_png_holds_the_levels_with_low_bands_at_the_bottom():
 
 
 SPEED = {"shape": "4 utterances, 2.0 s", "eager_utterances_per_second": 80.0, "fused_utterances_per_second": 120.0}
-COUNTS = ("train_utterances", "train_voices", "train_minutes", "test_utterances", "test_voices")
 RESULT = {
     "wer_unseen": 0.0132,
     "train": SPEED | {"ratio": 1.5},
@@ -93,7 +92,9 @@ RESULT = {
         "loss": [{"minutes": i / 30, "step": i, "loss": 60.0 / (1 + i)} for i in range(20)],
         "wer": [{"minutes": i / 6, "step": i, "wer": 1 / (1 + i)} for i in range(5)],
     },
-    "corpus": dict.fromkeys(COUNTS, 10),
+    "corpus": dict.fromkeys(
+        ("train_utterances", "train_voices", "train_minutes", "test_utterances", "test_voices"), 10
+    ),
     "model": {"name": "demo.yaml", "parameters": 1234567},
     "machine": {"name": "A <CPU> & more", "device": "cpu", "threads": 2},
     "versions": {"torch": "2.13.0"},

@@ -17,8 +17,6 @@ from jasper_fast.cli import common
 from jasper_fast.inference import recognizer
 from jasper_fast.kernels import precision
 
-GPU = torch.device("cuda", 0)
-
 
 @pytest.fixture(autouse=True)
 def put_back():
@@ -37,7 +35,7 @@ def test_it_governs_convs_and_matrix_products(name):
     with precision.fp32(name):
         assert now() == (name, name)
         assert triton.takes_tf32() == (name == "tf32")
-        assert limits.float32_mode(GPU) == {"tf32": "TF32", "ieee": "IEEE"}[name]
+        assert limits.float32_mode(torch.device("cuda", 0)) == {"tf32": "TF32", "ieee": "IEEE"}[name]
         precision.set_fp32(None)
         assert now() == (name, name)
     assert now() == before

@@ -19,8 +19,6 @@ from jasper_fast.lm.symbols import SymbolLM, tokens
 from jasper_fast.speech.decoding import NotFinite, greedy_decode
 from jasper_fast.speech.text import Vocabulary
 
-FACES = ("cpu", "reference")
-
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
@@ -35,9 +33,9 @@ def models(tmp_path_factory):
     return made
 
 
-def draw(rng: random.Random, case: int):
-    """Draws log-probs, lengths, a number of labels and a beam. Depending on ``case``, log-probs are flat or sharp, and
-    have ties, repeated frames or impossible classes."""
+def draw(rng: random.Random, case: int, models):
+    """Draws log-probs, lengths, a beam, a number of results, and an n-gram or None. Depending on ``case``, log-probs
+    are flat or sharp, and have ties, repeated frames or impossible classes."""
     labels, kind = rng.choice((1, 2, 4, 7)), case % 5
     count, frames = rng.choice((1, 2, 3)), rng.choice((0, 1, 1, 2, 5, 9, 12))
     scores = torch.randn(count, frames, labels + 1) * (0.2, 2.0, 8.0, 3.0, 2.0)[kind]
@@ -50,7 +48,9 @@ def draw(rng: random.Random, case: int):
         log_probs = log_probs.masked_fill(torch.rand_like(log_probs) < 0.3, -math.inf)
         log_probs[..., 0] = log_probs[..., 0].clamp(min=-3.0)
     lengths = torch.tensor([rng.choice((0, 1, frames, frames, rng.randint(0, frames))) for _ in range(count)])
-    return log_probs, lengths.clamp(max=frames), labels, rng.choice((1, 2, 3, 8, 17, 64))
+    beam = rng.choice((1, 2, 3, 8, 17, 64))
+    lm = models[labels, rng.choice((1, 2, 4))].ngram if case % 3 else None
+    return log_probs, lengths.clamp(max=frames), beam, min(beam, 4), lm
 
 
 @needs_native
@@ -58,11 +58,10 @@ def draw(rng: random.Random, case: int):
 def test_the_cpu_face_equals_the_definition_on_500_cases(models):
     rng = random.Random(0)
     for case in range(500):
-        log_probs, lengths, labels, beam = draw(rng, case)
-        lm = models[labels, rng.choice((1, 2, 4))].ngram if case % 3 else None
+        *given, lm = draw(rng, case, models)
         weights = (rng.choice((0.3, 1.0, 2.3)), rng.choice((-0.5, 0.0, 0.7))) if lm else (0.0, rng.choice((0.0, 0.4)))
-        given = log_probs, lengths, beam, min(beam, 4), lm, *weights
-        assert all(map(torch.equal, reference.search(*given), cpu_impl.search(*given))), (case, beam)
+        want, got = (face.search(*given, lm, *weights) for face in (reference, cpu_impl))
+        assert all(map(torch.equal, want, got)), case
 
 
 @pytest.mark.slow
@@ -71,11 +70,10 @@ def test_the_triton_face_equals_the_definition(models):
     face = make_face("triton")
     rng = random.Random(5)
     for case in range(9):
-        log_probs, lengths, labels, beam = draw(rng, case)
-        lm = models[labels, rng.choice((1, 2, 4))].ngram if case % 3 else None
-        settings = beam, min(beam, 4), lm, *((0.8, 0.3) if lm else (0.0, -0.2))
-        want = reference.search(log_probs, lengths, *settings)
-        got = [found.cpu() for found in face.load("prefix_beam").search(log_probs.to(face.device), lengths, *settings)]
+        log_probs, *settings = draw(rng, case, models)
+        settings += (0.8, 0.3) if settings[-1] else (0.0, -0.2)
+        want = reference.search(log_probs, *settings)
+        got = [found.cpu() for found in face.load("prefix_beam").search(log_probs.to(face.device), *settings)]
         assert torch.equal(want[0], got[0]) and torch.equal(want[1], got[1]), (case, want, got)
         torch.testing.assert_close(got[2], want[2], rtol=0, atol=1e-9)
 
@@ -176,7 +174,8 @@ def test_prefixes_that_no_longer_matter_are_cleared_away():
     """The C++ face removes old prefixes once there are more than 16,384; this search makes about 19,000. Some of the
     prefixes that remain leave the beam and come back later."""
     log_probs, lengths = torch.randn(1, 60, 9).log_softmax(-1), torch.tensor([60])
-    found = [beam_search(log_probs, lengths, Vocabulary("abcdefgh"), beam=512, n_best=512, backend=b) for b in FACES]
+    found = [beam_search(log_probs, lengths, Vocabulary("abcdefgh"), beam=512, n_best=512, backend=face)
+             for face in ("cpu", "reference")]  # fmt: skip
     assert found[0] == found[1]
 
 

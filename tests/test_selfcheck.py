@@ -40,20 +40,19 @@ def assert_is(status: str, check: Check) -> dict:
     return row
 
 
-NORMS = [("stats", "batch"), *itertools.product(("forward", "backward"), checks.NORM_VARIANTS)]
-
-
-@pytest.mark.parametrize(("function", "variant"), NORMS)
+@pytest.mark.parametrize(("function", "variant"), [
+    ("stats", "batch"), *itertools.product(("forward", "backward"), checks.NORM_VARIANTS),
+])  # fmt: skip
 def test_a_right_norm_passes(face, function, variant):
     assert_is("ok", norm_check(face, function, variant))
 
 
-FUSED = (*checks.FUSED_VARIANTS, "plain unclean", "panes unclean", checks.WAVE)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "variant"), [
-    *itertools.product(("float32", "bfloat16"), FUSED), ("float16", "panes splits"), ("float16", "log-softmax"),
+    *itertools.product(
+        ("float32", "bfloat16"), (*checks.FUSED_VARIANTS, "plain unclean", "panes unclean", checks.WAVE)
+    ),
+    ("float16", "panes splits"), ("float16", "log-softmax"),
 ])  # fmt: skip
 def test_a_right_fused_conv_passes_in_every_form_and_dtype(dtype, variant):
     assert_is("ok", Check("conv1d.fused", "triton", "fused", "default", CONV, dtype, variant))
@@ -225,10 +224,9 @@ def test_a_wrong_kernel_in_16_bits_is_caught(op, function, shape, variant, dtype
     assert_is("wrong", check)
 
 
-WRONG = [scale, drop_a_row, one_element, in_half_precision, not_a_number, stale, drifting]
-
-
-@pytest.mark.parametrize("fault", WRONG, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("fault", [
+    scale, drop_a_row, one_element, in_half_precision, not_a_number, stale, drifting,
+], ids=lambda fault: fault.__name__)  # fmt: skip
 @pytest.mark.parametrize("check", [
     *(conv_check("cpu", function) for function in ("forward", "dgrad", "wgrad")), norm_check("cpu", "forward"),
 ], ids=lambda check: f"{check.op}-{check.function}")  # fmt: skip
@@ -286,12 +284,9 @@ def test_a_kernel_that_raises_is_caught_and_quoted(monkeypatch):
     assert assert_is("failed", conv_check("cpu"))["detail"] == "RuntimeError: PassManager::run failed"
 
 
-GCC = ["/usr/bin/gcc", "main.c", "-shared", "-o", "main.so"]
-
-
 @pytest.mark.parametrize(("error", "told"), [
     (RuntimeError("Failed to find C compiler. Please specify via CC environment variable"), "set CC to one"),
-    (subprocess.CalledProcessError(1, GCC), "Python's headers (python3-dev)"),
+    (subprocess.CalledProcessError(1, ["/usr/bin/gcc", "main.c", "-shared"]), "Python's headers (python3-dev)"),
     (RuntimeError("Cannot find ptxas"), "TRITON_PTXAS_PATH"),
     (FileNotFoundError(2, "No such file or directory", "/opt/ptxas"), "allowed to read and run"),
     (PermissionError(13, "Permission denied", "/root/.triton"), "allowed to read and run"),

@@ -9,15 +9,14 @@ import signal
 import stat
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from test_cli import tiny_checkpoint  # noqa: F401
+from conftest import ROOT
+from test_cli import sweep, tiny_checkpoint  # noqa: F401
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("model")]
-ROOT = Path(__file__).parents[1]
 KILLED = """
 import os, signal, sys
 from jasper_fast.cli import command
@@ -41,9 +40,7 @@ def wav(samples, rate=16000, format="WAV", subtype=None):
 
 
 def good_file(i, rng):
-    t = np.arange(int(16000 * rng.uniform(0.3, 1.2))) / 16000
-    sweep = 0.3 * np.sin(2 * np.pi * (200 + 900 * t * rng.random()) * t) + 0.01 * rng.standard_normal(len(t))
-    data = wav(sweep, subtype="GSM610" if i % 20 == 3 else None)
+    data = wav(sweep(rng.uniform(0.3, 1.2), 16000, rng), subtype="GSM610" if i % 20 == 3 else None)
     name = {5: b"\xff%d.wav", 6: "\u0451\u2028%d.wav".encode(), 7: b"line\\n%d.wav"}.get(i % 20, b"good%d.wav") % i
     return os.fsdecode(name), data[: len(data) // 2] if i % 20 == 9 else data
 

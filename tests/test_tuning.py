@@ -111,7 +111,7 @@ def test_what_is_killed_from_outside_blames_nobody(tuning, monkeypatch):
 # ---- kills, processes, budgets ----
 
 
-def test_a_kill_at_twenty_random_points_loses_nothing(tuning, monkeypatch, own_cache):
+def test_a_kill_at_twenty_random_points_loses_nothing(tuning, monkeypatch):
     """SIGKILL between two cells, inside a cell or while the file is written loses no finished cell."""
     seen = []
     tuning.happen = seen.append
@@ -138,7 +138,7 @@ def test_a_kill_at_twenty_random_points_loses_nothing(tuning, monkeypatch, own_c
         assert kept() == whole and set(tuning.measured) == set(CELLS) - set(before), "no saved cell is measured again"
 
 
-def test_one_of_two_processes_tunes_and_the_other_reads(tuning, own_cache, monkeypatch):
+def test_one_of_two_processes_tunes_and_the_other_reads(tuning, own_cache):
     """If two processes need the same convs, one tunes each conv while the other waits, and the other reads its rows."""
     log = own_cache.parent / "log"
 

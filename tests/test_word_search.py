@@ -94,7 +94,7 @@ def test_a_model_in_capitals_writes_small_letters(tmp_path):
     assert search(posteriors("a cat sat").numpy())[0].text == "a cat sat"
 
 
-def test_a_decoder_gives_transcripts_with_times(arpa, tmp_path):
+def test_a_decoder_gives_transcripts_with_times(arpa):
     texts = ["the cat sat", "a mat", ""]
     rows = [posteriors(t, 6.0) if t else torch.zeros(0, 29) for t in texts]
     log_probs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
