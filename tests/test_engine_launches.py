@@ -35,22 +35,24 @@ def device():
 
 @pytest.fixture(autouse=True)
 def launched(device, monkeypatch):
-    """Records launches as (kernel, arguments by name) instead of running them.
+    """Records launches as (kernel, arguments by name) instead of running them."""
+    seen: list[tuple[str, dict]] = []
+    unread(monkeypatch, dense=device.type == "cuda")
+    with launch.recorded(lambda one: seen.append((one.name, one.arguments))):
+        yield seen
 
-    `pack` copies no weights, because recorded launches do not read them. On a GPU the packs are contiguous, because
-    tensor descriptors need them so.
-    """
+
+def unread(monkeypatch, dense: bool) -> None:
+    """Replaces `pack` by a function that copies no weights, because recorded launches do not read them. With `dense`
+    the packs are contiguous, as tensor descriptors need them."""
     from jasper_fast.kernels.conv1d import triton_impl
 
     def pack(weight, dtype=None):
         one = torch.empty((), dtype=dtype or weight.dtype, device=weight.device)
         data = one.expand(triton_impl.packed_shape(weight))
-        return triton_impl.Packed(data.contiguous() if device.type == "cuda" else data, *weight.shape)
+        return triton_impl.Packed(data.contiguous() if dense else data, *weight.shape)
 
     monkeypatch.setattr(triton_impl, "pack", pack)
-    seen: list[tuple[str, dict]] = []
-    with launch.recorded(lambda one: seen.append((one.name, one.arguments))):
-        yield seen
 
 
 def hollow(cfg: JasperConfig, device: torch.device) -> Jasper:
