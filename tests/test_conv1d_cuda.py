@@ -47,13 +47,13 @@ def poisoned(x: Tensor, lengths: Tensor | None) -> Tensor:
 
 def check_forward(layer: conv_cases.Layer, dtype: torch.dtype) -> None:
     x, weight, geometry, lengths = conv_cases.make(layer, dtype, CPU)
-    y, mean, m2 = cuda_impl.forward_stats(poisoned(x, lengths), weight, geometry, lengths)
+    got = cuda_impl.forward_stats(poisoned(x, lengths), weight, geometry, lengths)
     ref = reference.forward_stats(x.double(), weight.double(), geometry, lengths)
     low = aten_impl.forward(x, weight, geometry)
-    assert_close("y", y, low, ref[0])
-    for kind, got, of in zip(("mean", "m2"), (mean, m2), ref[1:], strict=True):
-        assert_close(kind, got, reference.bn.stats(low.float())[kind == "m2"], of)
-    assert torch.equal(y, cuda_impl.forward(poisoned(x, lengths), weight, geometry, lengths))
+    lows = low, *reference.bn.stats(low.float())
+    for kind, *three in zip(("y", "mean", "m2"), got, lows, ref, strict=True):
+        assert_close(kind, *three)
+    assert torch.equal(got[0], cuda_impl.forward(poisoned(x, lengths), weight, geometry, lengths))
 
 
 def check_gradient_of_x(layer: conv_cases.Layer, dtype: torch.dtype) -> None:

@@ -85,7 +85,6 @@ def assert_right(name: str, shape: tuple, dtype: torch.dtype) -> None:
     low, ref = (pytorch(*args, of) for of in (dtype, torch.float64))
     first = ours(impl, *args)
     for part, got in first.items():
-        assert got.shape == ref[part].shape
         assert part == "dw" or got.transpose(1, 2).is_contiguous()
         assert_close(f"{part} {dtype}", got, low[part], ref[part], 4.0)  # PyTorch's sums may by chance be better
     x, dy, _, geometry, masks = args
