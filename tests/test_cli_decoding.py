@@ -107,6 +107,8 @@ def test_transcribe_writes_hypotheses(folder, capsys):
 def test_errors_are_one_line(folder, tmp_path, capsys):
     (tmp_path / "empty.arpa").write_text("")
     (tmp_path / "bad.yaml").write_text("alpha: 1\n")
+    (tmp_path / "second.yaml").write_text(f"rescore: {folder / 'neural.pt'}\n")
+    second = ("--lm", tmp_path / "second.yaml")
     (tmp_path / "kind.yaml").write_text("lm: x\nbeam: yes\n")
     assert_refused(functools.partial(run, folder, "transcribe"), capsys, "transcribe", (
         (("--lm", "gone.arpa"), "gone.arpa: no such language model"),
@@ -114,18 +116,21 @@ def test_errors_are_one_line(folder, tmp_path, capsys):
         (("--lm", tmp_path / "bad.yaml"), "has neither `lm` nor `rescore`"),
         (("--lm", tmp_path / "kind.yaml"), "beam: True has the wrong type"),
         (("--lexicon", "words.txt"), "--lexicon needs a language model"),
-        (("--alpha", "1"), "--alpha need a language model"),
+        (("--alpha", "1"), "--alpha needs a language model"),
         (("--beam", "3000000"), "beam 3000000"),
         (("--beam", "8", "--beta", "nan"), "beta nan"),
         (("--lm", folder / "symbols.arpa", "--alpha", "-1"), "alpha -1"),
         (("--n-best", "2"), "give --json too"),
         (("--rescore-weight", "1"), "--rescore-weight needs a language model; name one with --rescore"),
-        (("--beam", "8", "--rescore-weight", "1"), "--rescore-weight needs a neural language model"),
+        (("--beam", "8", "--rescore-weight", "1"), "--rescore-weight needs a language model; name one with --rescore"),
+        ((*second, "--lexicon", "x"), "--lexicon needs a language model; name one with --lm"),
+        ((*second, "--alpha", "1"), "--alpha needs a language model; name one with --lm"),
+        ((*second, "--unknown-score", "1"), "--unknown-score needs a language model; name one with --lm"),
         (("--lm", folder / "neural.pt"), "neural.pt: a neural language model only rescores"),
         (("--rescore", "gone"), "gone: no such language model"),
         (("--rescore", folder / "symbols.arpa"), "symbols.arpa is not a complete PyTorch checkpoint"),
         (("--rescore", folder / "model.pt"), "model.pt: holds no neural language model"),
-        (("--rescore", folder / "neural.pt", "--rescore-weight", "nan"), "--rescore-weight nan is not finite"),
+        (("--rescore", folder / "neural.pt", "--rescore-weight", "nan"), "weight nan must be finite"),
     ))  # fmt: skip
 
 
@@ -153,7 +158,7 @@ def test_hot_words_and_an_open_vocabulary(folder, tmp_path, capsys):
         return {w for r in evaluate(folder, tmp_path, *argv)["utterances_list"] for w in r["pred_text"].split()}
 
     words = ("--lm", folder / "words.arpa", "--beam", 16)
-    (tmp_path / "hot.txt").write_text("sat 30\n\nio\n")
+    (tmp_path / "hot.txt").write_text("sat 30\n\nio\n", encoding="utf-8-sig")
     assert recognised(*words, "--open-vocabulary", "--unknown-score", 20) - {"a", "cat", "sat", "i", "o"}
     hot = recognised(*words, "--hot-words", tmp_path / "hot.txt", "--hot-word", "I:-3")
     assert "sat" in hot and hot <= {"a", "cat", "sat", "i", "o", "io"}
@@ -165,6 +170,6 @@ def test_hot_words_and_an_open_vocabulary(folder, tmp_path, capsys):
         (("--hot-word", "sat:much"), "the boost 'much' is not a number"),
         (("--hot-words", tmp_path / "bad.txt"), "bad.txt, line 1: needs a word"),
         (("--hot-words", tmp_path / "gone.txt"), "cannot be read"),
-        (("--open-vocabulary",), "need a language model of words"),
+        (("--open-vocabulary",), "--open-vocabulary needs a language model"),
         (("--lm", folder / "symbols.arpa", "--open-vocabulary"), "is a model of symbols, which is always open"),
     ))  # fmt: skip

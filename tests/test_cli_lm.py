@@ -39,6 +39,8 @@ def test_train_info_and_perplexity(text, tmp_path, capsys):
     found = json.loads(show("info", lm, "--json"))
     assert (found["order"], found["of"], found["vocabulary"], found["open"]) == (3, "words", 9, True)
     assert "1-grams 12\n" in show("info", lm)
+    (tmp_path / "capitals.arpa").write_text(lm.read_text().replace("<unk>", "<UNK>"))
+    assert json.loads(show("info", tmp_path / "capitals.arpa", "--json"))["open"]
     (tmp_path / "dev").write_text("the cat ran\n\nA zebra sat\n")
     measured = json.loads(show("perplexity", lm, tmp_path / "dev", "--json", "--lower-case"))
     want, log10 = KneserNey([s.split() for s in SENTENCES], 3), []
@@ -113,11 +115,14 @@ def test_tune_finds_the_weight_of_a_second_pass(text, saved, tmp_path, capsys):
 @needs_kenlm
 def test_errors_are_one_line(text, saved, tmp_path, capsys):
     assert run("lm", "train", text, "--order", 1, "--out", tmp_path / "unigrams.arpa") == 0
+    empty = tmp_path / "empty"
+    Saved.begin(empty, SimpleNamespace(vocabulary=V, frame_seconds=0.02)).finish([], [])
     capsys.readouterr()
     assert_refused(functools.partial(run, "lm"), capsys, "lm", (
         (("train", tmp_path / "gone", "--order", 2, "--out", tmp_path / "x"), "gone: no such text"),
         (("train", text, "--order", 9, "--out", tmp_path / "x"), "--order 9"),
         (("train", text, "--order", 2, "--out", tmp_path / "no" / "x"), "does not exist"),
+        (("train", text, "--order", 2, "--out", tmp_path), "is a folder; choose another name"),
         (("info", tmp_path / "gone"), "gone: no such language model"),
         (("info", text), "this is no ARPA file"),
         (("perplexity", tmp_path / "gone", text), "gone: no such language model"),
@@ -126,6 +131,10 @@ def test_errors_are_one_line(text, saved, tmp_path, capsys):
         (("tune", "--log-probs", tmp_path, "--lm", text, "--out", tmp_path / "x.yaml"), "not an index of log-probs"),
         (("tune", "--log-probs", saved, "--out", tmp_path / "x.yaml"), "no language model to tune; name one with --lm"),
         (("tune", "--log-probs", saved, "--lm", text, "--out", tmp_path / "x.yaml"), "this is no ARPA file"),
+        (("tune", "--log-probs", empty, "--lm", text, "--out", tmp_path / "x.yaml"), "no utterances"),
+        (("tune", "--log-probs", saved, "--lm", tmp_path, "--out", tmp_path / "x.yaml"), "neural language model only"),
+        (("tune", "--log-probs", saved, "--lm", text, "--out", tmp_path / "x.yaml", "--report", tmp_path / "no" / "x"),
+         "does not exist"),
         (("tune", "--log-probs", saved, "--lm", text, "--out", tmp_path / "x"), "must end in .yaml"),
         (("tune", "--log-probs", saved, "--lm", text, "--out", tmp_path / "x.yaml", "--alpha", "-1"), "alpha -1"),
     ))  # fmt: skip

@@ -91,7 +91,7 @@ def test_memory_that_is_too_small_for_the_text_changes_nothing(tmp_path):
 
 def test_characters_and_gzip_and_several_files(tmp_path):
     (tmp_path / "a.gz").write_bytes(gzip.compress(b"A  cab\n\nBad\n"))
-    (tmp_path / "b").write_text("\tdad\n")
+    (tmp_path / "b").write_text("\tdad\n", encoding="utf-8-sig")
     made = train([tmp_path / "a.gz", tmp_path / "b"], tmp_path / "lm.arpa", 3, characters=True, lower_case=True)
     want, found = KneserNey([["a", "<space>", *"cab"], [*"bad"], [*"dad"]], 3), listed(tmp_path / "lm.arpa")
     assert {g for g in found if len(g) > 1} == set().union(*want.kept[2:])
@@ -109,6 +109,7 @@ def test_characters_and_gzip_and_several_files(tmp_path):
         (b"a b\nc\xff\n", {}, "line 2: not UTF-8"),
         (b"a\0b\n", {}, "line 1: holds a null byte"),
         (b"\x1f\x8bnothing", {}, "cannot be read as text"),
+        (b"\x1f\x8b\x08" + bytes(7) + b"\xff" * 20, {}, "cannot be read as text"),
         (b"a\n", {"order": 7}, "--order 7"),
         (b"a\n", {"order": 0}, "--order 0"),
         (b"a\n", {"prune": [1]}, "--prune 1:"),

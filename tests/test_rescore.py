@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import assert_raises
 
 from jasper_fast.lm.decoders import decoder
 from jasper_fast.lm.rescore import Rescoring, remembering, rescore
@@ -51,6 +52,13 @@ def test_scores_add_up_and_the_best_come_first():
 def test_what_is_no_scorer_is_named(scorer, settings, message):
     with pytest.raises(ValueError, match=message):
         rescore(LISTS, scorer, **settings)
+
+
+def test_a_decoder_that_cannot_rescore_is_refused():
+    assert_raises((
+        (lambda: Rescoring(None, len, Vocabulary(), weight=math.inf), "weight inf"),
+        (lambda: Rescoring(None, len, Vocabulary(), n_best=0), "n_best 0"),
+    ))  # fmt: skip
 
 
 def test_texts_are_remembered():

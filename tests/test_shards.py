@@ -76,6 +76,9 @@ def test_shards_hold_what_the_files_hold(tmp_path: Path, corpus: Path, packed: P
         np.testing.assert_array_equal(audio.load(u.source()), audio.load(mine.path, 16000, mine.offset, mine.seconds))
         assert u.speaker == mine.speaker and u.duration == pytest.approx(mine.duration, abs=1e-4)
     assert corpora.tree(pack(tmp_path, "again", "--jobs", "2").parent) == corpora.tree(tmp_path / "shards")
+    for size, shards in (("inf", 1), ("1e-9", 13)):
+        pack(tmp_path, size, "--shard-mb", size)
+        assert len([*(tmp_path / size).glob("*.tar")]) == shards
 
 
 def test_other_tools_find_their_names(tmp_path: Path, packed: Path) -> None:

@@ -135,7 +135,7 @@ def test_what_cannot_be_searched_is_one_line(arpa, symbols, tmp_path):
     heard = heard_as("bad")
     assert_raises((
         (lambda: SpeltLM(closed, V), "has no <unk>"),
-        (lambda: SpeltLM(binary, V, tmp_path / "lexicon.txt"), "need the ARPA file"),
+        (lambda: SpeltLM(binary, V, tmp_path / "lexicon.txt"), "needs the ARPA file"),
         (lambda: SpeltLM(arpa, V, unknown=math.nan), "unknown nan"),
         (lambda: load_lm(symbols.path, V, unknown=-1.0), "is a model of symbols, which is always open"),
         (lambda: SpeltLM(closed, V, unknown=-math.inf).words(1.0, 0.0, {"ddd": 1.0}), "'ddd' is not in"),

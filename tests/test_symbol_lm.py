@@ -2,6 +2,7 @@
 
 import gzip
 import random
+import zlib
 
 import pytest
 from conftest import assert_raises
@@ -44,6 +45,12 @@ def test_gzip_is_read(tmp_path):
     packed.write_bytes(packed.read_bytes()[:200])
     with pytest.raises(LanguageModelError, match=r"lm\.arpa\.gz: cannot be read"):
         SymbolLM(packed, V)
+    whole = GOOD.encode() + b"\n" * (1 << 20)  # long, so that the header is read before the damage
+    for text, message in ((b"", "cannot be read as a language model"), (whole, "cannot be read to its end")):
+        pack = zlib.compressobj(wbits=31)  # gzip
+        packed.write_bytes(pack.compress(text) + pack.flush(zlib.Z_SYNC_FLUSH) + b"\xff" * 20)
+        with pytest.raises(LanguageModelError, match=rf"lm\.arpa\.gz: {message} \(Error -3"):
+            SymbolLM(packed, V)
 
 
 def test_which_vocabulary_a_model_fits(tmp_path):
@@ -66,6 +73,8 @@ GOOD = (
         ("hello\n" * 2000, "no .data."),
         ("\\data\\\n", "line 1: the ARPA file ends here"),
         ("\\data\\\nngram 1=a\n\n", "line 2: expected .ngram 1=COUNT., got 'ngram 1=a'"),
+        ("\\data\\\nngram 1=\u00b2\n\n", "line 2: expected .ngram 1=COUNT."),
+        (f"\\data\\\nngram 1={'9' * 5000}\n\n", "line 2: expected .ngram 1=COUNT."),
         ("\\data\\\n\n", "names no n-grams"),
         ("\\data\\\nngram 1=99999999999\n\n\\1-grams:\n", "the file is too short for them"),
         (GOOD, "the ARPA file ends here"),

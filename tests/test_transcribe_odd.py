@@ -151,5 +151,8 @@ def test_resume_refuses_what_it_did_not_write(tmp_path):
     done = transcribe(tmp_path, "a.wav", "--out", "out", "--resume", check=False)
     assert done.returncode == 2 and b"line 1 is not a name, a tab and a text; the file was not changed" in done.stderr
     assert (tmp_path / "out").read_text() == "notes of mine\n"
+    (tmp_path / "out").write_text('{"audio_filepath": []}\n')
+    done = transcribe(tmp_path, "a.wav", "--json", "--out", "out", "--resume", check=False)
+    assert done.returncode == 2 and b"line 1 is not a record of --json" in done.stderr
     done = transcribe(tmp_path, "a.wav", "--resume", check=False)
     assert done.returncode == 2 and b"give --out too" in done.stderr

@@ -1,5 +1,6 @@
 """Tests the beam search with a word n-gram by flashlight: scores, lexicons, transcripts, and errors."""
 
+import multiprocessing
 import os
 import random
 from types import SimpleNamespace
@@ -180,9 +181,11 @@ class Killer:
 
 
 def test_a_model_that_takes_its_process_down_is_one_line(arpa):
+    before = {*multiprocessing.active_children()}
     with pytest.raises(LanguageModelError, match=r"deadly\.bin: the process that searches with this model was ended"):
         Pool(Killer(), 1)
     with pytest.raises(LanguageModelError, match="KenLM cannot read it"):
         lm = word_lm(arpa, V)
         arpa.write_bytes(MAGIC)
         Pool(lm, 1, beam=8, alpha=1.0, beta=0.0)
+    assert {*multiprocessing.active_children()} <= before

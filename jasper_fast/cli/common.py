@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from jasper_fast.extras import need
+from jasper_fast.kernels import files
 from jasper_fast.options import add, option
 
 if TYPE_CHECKING:
@@ -187,7 +187,6 @@ DECODING = {  # the options of `decoder`
 def decoder(arguments: argparse.Namespace, vocabulary: Any) -> Any:
     """Returns the beam search that the options of DECODING ask for, or None for greedy decoding."""
     from jasper_fast.lm import decoders, spelt, tuned
-    from jasper_fast.lm.neural.files import is_neural
 
     asked = {name: getattr(arguments, name) for name in ("beam", "alpha", "beta", "n_best")}
     asked |= {"hot_words": _hot_words(arguments) or None}
@@ -195,13 +194,6 @@ def decoder(arguments: argparse.Namespace, vocabulary: Any) -> Any:
     unknown = arguments.unknown_score
     if arguments.open_vocabulary and unknown is None:
         unknown = spelt.UNKNOWN
-    if file is None and unknown is not None:
-        raise UsageError("--open-vocabulary and --unknown-score need a language model of words; name one with --lm")
-    if file is None and model is None and all(value is None for value in asked.values()):
-        for name, value, needed in (("--lexicon", lexicon, "--lm"), ("--rescore-weight", weight, "--rescore")):
-            if value is not None:
-                raise UsageError(f"{name} needs a language model; name one with {needed}")
-        return None
     if file is not None and tuned.is_settings(file):
         settings = tuned.read(file)
         file, lexicon = settings.get("lm"), lexicon or settings.get("lexicon")
@@ -209,35 +201,31 @@ def decoder(arguments: argparse.Namespace, vocabulary: Any) -> Any:
         if model is None and weight != 0:
             model = settings.get("rescore")
             weight = settings.get("rescore_weight") if weight is None else weight
-    elif file is None and (lexicon is not None or asked["alpha"] is not None):
-        raise UsageError("--lexicon and --alpha need a language model; name one with --lm")
-    if model is None and weight:
-        raise UsageError("--rescore-weight needs a neural language model; name one with --rescore")
-    if file is not None and is_neural(file):
-        raise UsageError(f"--lm {file}: a neural language model only rescores; name it with --rescore")
+    for name, value, given, needed in (
+        ("--lexicon", arguments.lexicon, file, "--lm"),
+        ("--alpha", arguments.alpha, file, "--lm"),
+        ("--open-vocabulary", arguments.open_vocabulary or None, file, "--lm"),
+        ("--unknown-score", arguments.unknown_score, file, "--lm"),
+        ("--rescore-weight", weight or None, model, "--rescore"),
+    ):
+        if value is not None and given is None:
+            raise UsageError(f"{name} needs a language model; name one with {needed}")
+    if arguments.lm is None and model is None and all(value is None for value in asked.values()):
+        return None
     lm = decoders.load_lm(file, vocabulary, lexicon, unknown) if file is not None else None
     if left_out := getattr(lm, "left_out", ()):
         print(f"{len(left_out)} words of {lexicon or file} cannot be spelt with the labels, such as {left_out[0]!r}; "
               "they are left out", file=sys.stderr)  # fmt: skip
     given = {name: value for name, value in asked.items() if value is not None}
+    given["processes"] = arguments.decode_processes
     if model is None:
-        return decoders.decoder(vocabulary, lm, processes=arguments.decode_processes, **given)
-    return _rescoring(arguments, vocabulary, lm, given, model, 1.0 if weight is None else weight)
-
-
-def _rescoring(
-    arguments: argparse.Namespace, vocabulary: Any, lm: Any, given: dict[str, Any], model: str, weight: float
-) -> Any:
-    """Returns a beam search with the settings ``given``, followed by rescoring with a neural model."""
-    from jasper_fast.lm import decoders
+        return decoders.decoder(vocabulary, lm, **given)
     from jasper_fast.lm.neural import scoring
     from jasper_fast.lm.rescore import LISTED, Rescoring
 
-    if not math.isfinite(weight):
-        raise UsageError(f"--rescore-weight {weight} is not finite")
     scorer, kept = scoring.load(model, device_of(arguments.device)), given.get("n_best", 1)
-    given = given | {"n_best": max(kept, LISTED), "processes": arguments.decode_processes}
-    return Rescoring(decoders.decoder(vocabulary, lm, **given), scorer, vocabulary, weight, kept)
+    first = decoders.decoder(vocabulary, lm, **given | {"n_best": max(kept, LISTED)})
+    return Rescoring(first, scorer, vocabulary, 1.0 if weight is None else weight, kept)
 
 
 def _hot_words(arguments: argparse.Namespace) -> dict[str, float]:
@@ -249,7 +237,7 @@ def _hot_words(arguments: argparse.Namespace) -> dict[str, float]:
         found[word if colon else text] = _boost(f"--hot-word {text}", boost) if colon else BOOST
     if arguments.hot_words:
         try:
-            lines = Path(arguments.hot_words).read_text(encoding="utf-8").splitlines()
+            lines = Path(arguments.hot_words).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--hot-words {arguments.hot_words}: cannot be read ({error})") from None
         for number, line in enumerate(lines, 1):
@@ -391,16 +379,18 @@ def speed(result: Recognition) -> str:
 
 def write(path: str, text: str) -> None:
     """Writes text to a file, which is replaced atomically. To a device or a pipe the text is written directly."""
-    target = Path(path)
+    target, content = Path(path), text.encode("utf-8", "backslashreplace")  # bytes that are not UTF-8 become \udcXX
     if target.exists() and not target.is_file():
-        target.write_text(text, encoding="utf-8", errors="backslashreplace")
-        return
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # bytes that are not UTF-8 become \udcXX
-    os.replace(temporary, target)
+        target.write_bytes(content)
+    else:
+        files.write(target, content)
 
 
-def check_writable(*paths: str | None) -> None:
-    for path in filter(None, paths):
-        if not Path(path).resolve().parent.is_dir():
-            raise UsageError(f"{path}: the folder {Path(path).resolve().parent} does not exist")
+def check_writable(*paths: str | None, folder: bool = False) -> None:
+    """Raises UsageError for an output that cannot be made: its place has no folder, or it is a folder itself. With
+    ``folder`` the outputs are folders, and may exist."""
+    for path in map(Path, filter(None, paths)):
+        if path.exists() and path.is_dir() != folder:
+            raise UsageError(f"{path}: {'is no folder' if folder else 'is a folder'}; choose another name")
+        if not path.resolve().parent.is_dir():
+            raise UsageError(f"{path}: the folder {path.resolve().parent} does not exist")

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 
+from jasper_fast.cli import common
 from jasper_fast.options import option
 
 END = """\
@@ -38,6 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     from jasper_fast.nn.checkpoint import replacing
     from jasper_fast.nn.config import JasperConfig
 
+    common.check_writable(arguments.out, arguments.config_out, arguments.report)
     convert.refuse_existing(arguments.force, *filter(None, (arguments.out, arguments.config_out, arguments.report)))
     config = JasperConfig.from_yaml(arguments.config) if arguments.config else None
     report, config = convert.convert(

@@ -56,7 +56,7 @@ def numbers(text: str) -> list[float]:
 _TUNE = {
     "": [
         option("--log-probs", required=True, metavar="DIR", help="the folder that `evaluate --save-log-probs` wrote"),
-        option("--lm", metavar="FILE", help="a language model that `transcribe --lm` reads"),
+        option("--lm", metavar="FILE", help="an n-gram that `transcribe --lm` reads"),
         option("--lexicon", metavar="FILE", help="the words that can be recognised, one per line"),
         option("--beam", type=common.positive(int), default=128, metavar="N", help="width of the search (128)"),
         option("--alpha", type=numbers, metavar="A,B,..", help="values of --alpha to try (0,0.5,1,1.5,2,2.5,3)"),
@@ -104,7 +104,8 @@ def train(arguments: argparse.Namespace) -> None:
 def train_neural(arguments: argparse.Namespace) -> None:
     from jasper_fast.lm.neural.training import train
 
-    common.check_writable(arguments.out)
+    common.check_writable(arguments.out, folder=True)
+    common.device_of(arguments.device)  # raises if it names no device
     train(arguments)
 
 
@@ -157,7 +158,7 @@ def tune(arguments: argparse.Namespace) -> None:
     from jasper_fast.lm import tune as tuning
     from jasper_fast.lm.saved import Saved
 
-    common.check_writable(arguments.out)
+    common.check_writable(arguments.out, arguments.report)
     if not tuned.is_settings(arguments.out):
         raise common.UsageError(f"--out {arguments.out}: the name must end in .yaml, or --lm cannot read the file")
     if arguments.lm is None and arguments.rescore is None:

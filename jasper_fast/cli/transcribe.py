@@ -185,11 +185,10 @@ def _finished(out: Path, as_json: bool) -> Counter[str]:
     names: Counter[str] = Counter()
     for number, line in enumerate(whole.decode("utf-8", "surrogateescape").split("\n")[:-1], 1):
         try:
-            name = json.loads(line)["audio_filepath"] if as_json else line[: line.rindex("\t")]
+            names[json.loads(line)["audio_filepath"] if as_json else line[: line.rindex("\t")]] += 1
         except (ValueError, TypeError, KeyError):
             kind = "a record of --json" if as_json else "a name, a tab and a text"
             raise common.UsageError(f"--out {out}, line {number} is not {kind}; the file was not changed") from None
-        names[name] += 1
     if len(whole) < len(content):
         os.truncate(out, len(whole))
     return names

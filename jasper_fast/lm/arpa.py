@@ -4,6 +4,8 @@ import gzip
 import itertools
 import math
 import os
+import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -44,7 +46,7 @@ class Arpa:
                 self.counts = self._header(file)
         except FileNotFoundError:
             raise LanguageModelError(f"{path}: no such language model") from None
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise LanguageModelError(f"{path}: cannot be read as a language model ({error})") from None
         if not begins_with(path, _GZIP) and sum(self.counts) * 4 > self.path.stat().st_size:
             raise LanguageModelError(
@@ -81,10 +83,9 @@ class Arpa:
             raise LanguageModelError(f"{self.path}: no \\data\\ in its first lines: this is no ARPA file")
         counts: list[int] = []
         while line := self._next(file):
-            name, _, value = line.partition("=")
-            if name.split() != ["ngram", str(len(counts) + 1)] or not value.strip().isdigit():
+            if not (found := re.fullmatch(rf"ngram\s+{len(counts) + 1}\s*=\s*([0-9]{{1,18}})", line)):
                 raise self._fail(f"expected `ngram {len(counts) + 1}=COUNT`, got {line[:60]!r}")
-            counts.append(int(value))
+            counts.append(int(found[1]))
         if not 0 < len(counts) <= _MOST_ORDERS or counts[0] == 0:
             raise self._fail("the header names no n-grams")
         return counts
@@ -99,7 +100,7 @@ class Arpa:
                     yield from self._section(file, n, count)
                 if self._skip_blank(file) != "\\end\\":
                     raise self._fail(f"more {self.order}-grams than the {self.counts[-1]} that the header promises")
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise LanguageModelError(f"{self.path}: cannot be read to its end ({error})") from None
 
     def _skip_blank(self, file: IO[bytes]) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from jasper_fast.lm.align import best_path
 from jasper_fast.lm.arpa import Arpa, LanguageModelError
+from jasper_fast.lm.neural.files import is_neural
 from jasper_fast.lm.pool import Pool
 from jasper_fast.lm.search import NOTHING, beam_search, check, check_weights
 from jasper_fast.lm.spelt import SpeltLM, hot_words_alone
@@ -42,6 +43,8 @@ def load_lm(
     ``unknown`` is added to the score for each of them. Raises LanguageModelError for a file that cannot be read or does
     not fit.
     """
+    if is_neural(path):
+        raise LanguageModelError(f"{path}: a neural language model only rescores; name it with --rescore")
     if lexicon is None and not is_binary(path) and not foreign(Arpa(path), vocabulary):
         if unknown is not None:
             raise LanguageModelError(f"{path}: is a model of symbols, which is always open; remove --open-vocabulary")

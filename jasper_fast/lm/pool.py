@@ -27,7 +27,11 @@ class Pool:
     def __init__(self, lm: WordLM, processes: int, **settings: Any) -> None:
         self._path = lm.path
         self._executor = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start, (lm, settings))
-        self._result(self._executor.submit(_check))
+        try:
+            self._result(self._executor.submit(_check))
+        except BaseException:
+            self.close()
+            raise
 
     def submit(self, log_probs: Sequence[np.ndarray], weights: tuple[float, float]) -> Callable[[], list[Answer]]:
         """Starts a search in each (T, V) array, with ``weights`` (alpha, beta). Returns a function that waits for the

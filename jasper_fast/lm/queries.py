@@ -81,7 +81,7 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
     arpa, special, least = Arpa(path), set(), 0.0
     for log10, words, _ in arpa:
         if len(words) == 1:
-            special |= {*words} & {*SPECIAL, SPACE}
+            special |= {words[0].lower()} & {*SPECIAL, SPACE}
         if words != ("<s>",):
             least = min(least, log10)
     return found | {

@@ -72,6 +72,8 @@ class Rescoring:
         weight: float = 1.0,
         n_best: int = 1,
     ) -> None:
+        if not math.isfinite(weight) or n_best < 1:
+            raise ValueError(f"weight {weight} must be finite and n_best {n_best} at least 1")
         self.first, self.scorer, self.vocabulary, self.weight, self.n_best = first, scorer, vocabulary, weight, n_best
 
     def begin(self, log_probs: Tensor, lengths: Tensor, frame_seconds: float) -> Callable[[], list[Transcript]]:

@@ -49,7 +49,8 @@ class Saved:
 
     @classmethod
     def open(cls, folder: str | os.PathLike) -> Self:
-        """Opens a filled folder. Raises ValueError, naming the file, if the index is missing or broken."""
+        """Opens a filled folder. Raises ValueError, naming the file, if the index is missing, broken or without
+        utterances."""
         path = Path(folder) / _INDEX
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
@@ -57,6 +58,8 @@ class Saved:
                 raise ValueError(f"format {index['format']!r}")
             saved = cls(Path(folder), Vocabulary(index["labels"]), float(index["frame_seconds"]))
             saved.utterances = [{k: str(u[k]) for k in ("file", "audio_filepath", "text")} for u in index["utterances"]]
+            if not saved.utterances:
+                raise ValueError("no utterances")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}: not an index of log-probs ({type(error).__name__}: {error}); "

@@ -42,12 +42,12 @@ class SpeltLM:
         self.path, self.vocabulary, self.unknown = known.path, vocabulary, unknown
         self.entries, self.left_out = known.entries, known.left_out
         if is_binary(self.path):
-            raise LanguageModelError(f"{self.path}: hot words and an open vocabulary need the ARPA file of this binary")
+            raise LanguageModelError(f"{self.path}: a search without flashlight needs the ARPA file of this binary")
         arpa = Arpa(self.path)
         if sum(arpa.counts) > _MOST:
             raise LanguageModelError(
-                f"{self.path}: has {sum(arpa.counts)} n-grams, but hot words and an open vocabulary take at most "
-                f"{_MOST}: train a smaller model with `jasper-fast lm train --prune`"
+                f"{self.path}: has {sum(arpa.counts)} n-grams, but a search without flashlight takes at most {_MOST}: "
+                f"train a smaller model with `jasper-fast lm train --prune`"
             )
         listed = arpa.words()
         self._classes = {word: i for i, word in enumerate(listed)}

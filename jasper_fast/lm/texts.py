@@ -1,6 +1,7 @@
 """Text files for language models: UTF-8, gzipped or not, with one sentence per line."""
 
 import os
+import zlib
 from array import array
 from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
@@ -44,14 +45,14 @@ class TextFile:
                     if len(line) == _LONGEST:
                         raise LanguageModelError(f"{self.path}, line {number}: longer than {_LONGEST >> 20} MiB; put "
                                                  "one sentence on each line")  # fmt: skip
-                    text = line.decode()
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                     if "\0" in text:
                         raise LanguageModelError(f"{self.path}, line {number}: holds a null byte; this is no text")
                     if found := pieces(text, self.characters, self.lower_case):
                         yield found
         except UnicodeDecodeError:
             raise LanguageModelError(f"{self.path}, line {number}: not UTF-8; convert the text to UTF-8") from None
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise LanguageModelError(f"{self.path}: cannot be read as text ({error})") from None
 
 

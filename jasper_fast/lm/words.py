@@ -91,7 +91,7 @@ def word_lm(path: str | os.PathLike, vocabulary: Vocabulary, lexicon: str | os.P
 
 def _lexicon(path: str | os.PathLike) -> list[tuple[str, list[str] | None]]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise LanguageModelError(f"{path}: cannot be read as a lexicon ({error})") from None
     found = [line.split() for line in lines if line.strip()]

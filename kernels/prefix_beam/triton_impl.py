@@ -19,6 +19,7 @@ The n-gram is a table here, with 12 bytes for each state and class: what the cla
 follows.
 """
 
+import functools
 import math
 
 import torch
@@ -33,7 +34,6 @@ from jasper_fast.kernels.prefix_beam.words import Words
 BEAM = 128  # places for prefixes; a narrower beam leaves some of them idle, and 256 spill registers in Triton 3.6
 MOST_CLASSES = 32  # a set of symbols is stored in the bits of an int32
 MOST_TABLE = 4 << 30  # bytes of the n-gram's table
-_kept: list = []  # the newest result of `table`, after the arguments that it was made from
 STAY = tl.constexpr(63)  # stored instead of a symbol if the prefix did not change
 NEVER = tl.constexpr(-math.inf)
 PART = tl.constexpr(16)  # each iteration compares every prefix of the beam with this many others
@@ -224,6 +224,7 @@ def why_not(classes: int, beam: int, lm: Ngram | None, words: Words | None) -> s
     return None
 
 
+@functools.lru_cache(1)
 def table(
     lm: Ngram | None, classes: int, alpha: float, beta: float, device: torch.device
 ) -> tuple[Tensor, Tensor, int]:
@@ -272,14 +273,11 @@ def search(
     if why := why_not(classes, beam, lm, words):
         raise ValueError(f"prefix_beam (triton): {why}")
     log_probs, device = log_probs.float().contiguous(), log_probs.device
-    key = None if lm is None else lm.arc_log10, classes, alpha, beta, device
-    if lm is None or not _kept or _kept[0][0] is not lm.arc_log10 or _kept[0][1:] != key[1:]:
-        _kept[:] = [key, table(lm, classes, alpha, beta, device)]
-    gain, after, start = _kept[1]
+    gain, after, start = table(lm, classes, alpha, beta, device)
     block_v = triton.next_power_of_2(classes)
     symbols = torch.zeros(count, n_best, frames, dtype=torch.int32, device=device)
-    counts = torch.empty(count, n_best, dtype=torch.int32, device=device)
-    scores = torch.empty(count, n_best, 2, dtype=torch.float64, device=device)
+    counts = torch.full((count, n_best), -1, dtype=torch.int32, device=device)
+    scores = torch.full((count, n_best, 2), -math.inf, dtype=torch.float64, device=device)
     back = torch.empty(count, frames, BEAM, dtype=torch.int32, device=device)
     scratch = torch.empty(count, 6, BEAM, dtype=torch.int64, device=device)
     launch.run(

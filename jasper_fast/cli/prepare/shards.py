@@ -8,6 +8,7 @@ from another place, such as s3://..., name it with --url (read by fsspec).
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -36,6 +37,6 @@ def run(arguments: argparse.Namespace) -> None:
     utterances = [u for path in arguments.manifest for u in read_manifest(path, arguments.data_dir)]
     out = Path(arguments.out)
     with writing.alone_in(out), common.bars(arguments.quiet) as progress:
-        size = int(arguments.shard_mb * 2**20)
+        size = math.ceil(min(arguments.shard_mb * 2**20, sys.maxsize))
         path, count = packing.pack(utterances, out, size, arguments.seed, arguments.url, arguments.jobs, progress)
     print(f"{path}: {len(utterances)} utterances in {count} shards", file=sys.stderr)

@@ -57,7 +57,8 @@ def write(texts: Iterable[TextFile], tokens: Tokens, folder: Path, progress: Pro
             count += len(chunk)
             file.write(chunk)
         file.flush()
-        return np.memmap(file, np.int32, "r"), f"{count} tokens, crc32 {checksum:08x}"
+        written = np.memmap(file, np.int32, "r") if count else np.zeros(0, np.int32)
+        return written, f"{count} tokens, crc32 {checksum:08x}"
 
 
 class Held(nn.Module):

@@ -39,7 +39,7 @@ from jasper_fast.training.step import AMP_DTYPES, BufferGuard, StepResult, batch
 ADVICE = ("Lower the learning rate, lengthen the warm-up, give --clip-norm, or use bf16 or fp32", "")
 STEP = "perplexity {perplexity:.2f}, lr {lr:.2e}, grad norm {grad_norm:.3g}, {tokens_per_s:.0f} tokens/s"
 # Options that must be the same in a resumed run.
-_FIXED = ("batch_size", "segment", "seed", "optimizer", "characters", "lower_case", "join_lines")
+_FIXED = ("batch_size", "segment", "vocabulary", "seed", "optimizer", "characters", "lower_case", "join_lines")
 
 
 @dataclass
@@ -266,7 +266,7 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[LMState],
 def train(args: argparse.Namespace) -> None:
     """Runs the command; on SIGINT or SIGTERM it saves and ends. Raises LanguageModelError, CheckpointError,
     MissingExtra or ValueError, each with a one-line message."""
-    if fault := options.wrong(args, ("batch_size", "segment", "vocabulary")):
+    if fault := options.wrong(args, ("batch_size", "segment", "vocabulary", "threads")):
         raise ValueError(fault)
     stop = StopRequest()
     try:
