@@ -46,8 +46,6 @@ def test_the_command(tmp_path, own, capsys):
         assert not missing.exists()
         (tmp_path / "kept").rename(missing)
     assert run(capsys, *argv, "--force")[0] == 0
-    status, _, errors = run(capsys, own, tmp_path / "c.pt", "--to", "nvidia", "--report", tmp_path / "no" / "c.json")
-    assert status == 2 and "does not exist" in errors and not (tmp_path / "c.pt").exists()
     before = out.read_bytes()
     assert run(capsys, out, out, "--to", "jasper_fast", "--config", settings, "--force")[0] == 0
     assert out.read_bytes() != before and read_weights(out).kind == "jasper_fast"

@@ -1,6 +1,7 @@
 """Compares n-grams of symbols from ARPA files with KenLM, and tests the errors for broken files."""
 
 import gzip
+import importlib.util
 import random
 import zlib
 
@@ -10,6 +11,7 @@ from language_models import random_arpa
 
 from jasper_fast.kernels.prefix_beam import reference
 from jasper_fast.lm.arpa import Arpa, LanguageModelError
+from jasper_fast.lm.queries import load
 from jasper_fast.lm.symbols import SymbolLM, automaton, foreign, tokens
 from jasper_fast.speech.text import Vocabulary
 
@@ -51,6 +53,14 @@ def test_gzip_is_read(tmp_path):
         packed.write_bytes(pack.compress(text) + pack.flush(zlib.Z_SYNC_FLUSH) + b"\xff" * 20)
         with pytest.raises(LanguageModelError, match=rf"lm\.arpa\.gz: {message} \(Error -3"):
             SymbolLM(packed, V)
+
+
+def test_only_ascii_spaces_separate_words(tmp_path):
+    path, word = tmp_path / "lm.arpa", "1\u00a0000\u00a0"
+    path.write_text(GOOD.replace("\ta\t", f"\t{word}\t").replace("<s> a", f"<s> {word}") + "\\end\\\n")
+    assert [*Arpa(path)][-1] == (-0.5, ("<s>", word), 0.0)
+    if importlib.util.find_spec("kenlm"):
+        assert load(path).score(word, eos=False) == pytest.approx(-0.5)
 
 
 def test_which_vocabulary_a_model_fits(tmp_path):

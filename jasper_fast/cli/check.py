@@ -65,8 +65,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.html:
         common.write(arguments.html, check.html(arguments.manifest, results, rules))
     if arguments.out:
-        record = check.record(arguments.manifest, results, rules.strict)
-        common.write(arguments.out, json.dumps(record, indent=1) + "\n")
+        common.write(
+            arguments.out, json.dumps(check.record(arguments.manifest, results, rules.strict), indent=1) + "\n"
+        )
     return int(good < entries or not entries)
 
 
@@ -75,7 +76,6 @@ def _rules(arguments: argparse.Namespace) -> dict[str, Any]:
     from jasper_fast.data.settings import AudioSettings
     from jasper_fast.speech.text import Vocabulary
 
-    given = {name: getattr(arguments, name) for name in ("min_duration", "max_duration")}
     known: dict[str, Any] = {"strict": arguments.strict}
     if arguments.config:
         from jasper_fast.nn.config import JasperConfig
@@ -88,4 +88,5 @@ def _rules(arguments: argparse.Namespace) -> dict[str, Any]:
             "vocabulary": Vocabulary(config.labels),
             "frame_samples": round(hop * settings.sample_rate) * config.encoder.stride,
         }
-    return known | {name: value for name, value in given.items() if value is not None}
+    bounds = ("min_duration", "max_duration")
+    return known | {name: given for name in bounds if (given := getattr(arguments, name)) is not None}

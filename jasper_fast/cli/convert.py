@@ -36,18 +36,15 @@ OPTIONS = {
 
 def run(arguments: argparse.Namespace) -> None:
     from jasper_fast.inference import convert
-    from jasper_fast.nn.checkpoint import replacing
     from jasper_fast.nn.config import JasperConfig
 
-    common.check_writable(arguments.out, arguments.config_out, arguments.report)
     convert.refuse_existing(arguments.force, *filter(None, (arguments.out, arguments.config_out, arguments.report)))
     config = JasperConfig.from_yaml(arguments.config) if arguments.config else None
     report, config = convert.convert(
         arguments.source, arguments.out, arguments.to, config=config, ema=arguments.ema, force=arguments.force
     )
-    texts = (arguments.config_out, convert.yaml_of(config)), (arguments.report, json.dumps(dataclasses.asdict(report)))
-    for path, text in texts:
-        if path:
-            with replacing(path) as file:
-                file.write(text.encode())
+    if arguments.config_out:
+        common.write(arguments.config_out, convert.yaml_of(config))
+    if arguments.report:
+        common.write(arguments.report, json.dumps(dataclasses.asdict(report)))
     print(report)

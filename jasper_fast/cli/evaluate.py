@@ -112,11 +112,10 @@ def _run(arguments: argparse.Namespace, share: Ranks) -> int:
         rows[place] = row | common.hypotheses(transcript)
     rows, result = _together(share, rows, result)
     status = int(arguments.strict and len(rows) < total) if rows else 1
-    if not share.first:
-        return status
-    if not rows:
+    if share.first and not rows:
         print("no utterance could be read", file=sys.stderr)
-        return 1
+    if not (share.first and rows):
+        return status
     figures = _figures(arguments, recognizer, result, rows) | evaluation.by_parts(rows)
     figures |= {"utterances_per_s": len(rows) / max(result.wall_seconds, 1e-9), "processes": share.world}
     if arguments.html:

@@ -187,8 +187,10 @@ def _finished(out: Path, as_json: bool) -> Counter[str]:
         try:
             names[json.loads(line)["audio_filepath"] if as_json else line[: line.rindex("\t")]] += 1
         except (ValueError, TypeError, KeyError):
-            kind = "a record of --json" if as_json else "a name, a tab and a text"
-            raise common.UsageError(f"--out {out}, line {number} is not {kind}; the file was not changed") from None
+            raise common.UsageError(
+                f"--out {out}, line {number} is not {'a record of --json' if as_json else 'a name, a tab and a text'}; "
+                "the file was not changed"
+            ) from None
     if len(whole) < len(content):
         os.truncate(out, len(whole))
     return names

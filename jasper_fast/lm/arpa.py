@@ -68,7 +68,7 @@ class Arpa:
         if len(line) >= 1 << 20:
             raise self._fail("a line of a megabyte: this is no ARPA file")
         try:
-            return line.decode("utf-8").strip()
+            return line.strip().decode("utf-8")
         except UnicodeDecodeError:
             raise self._fail("not UTF-8: this is no ARPA file") from None
 
@@ -112,7 +112,9 @@ class Arpa:
         if (title := self._skip_blank(file)) != f"\\{n}-grams:":
             raise self._fail(f"expected \\{n}-grams:, got {title[:60]!r}; the header's counts may be wrong")
         for _ in range(count):
-            fields = self._skip_blank(file).split()
+            line = self._skip_blank(file)
+            # only ASCII spaces separate fields, as in KenLM: a word may contain a no-break space
+            fields = line.split() if line.isascii() else [*map(bytes.decode, line.encode().split())]
             try:
                 log10 = float(fields[0])
                 back_off = float(fields[n + 1]) if len(fields) == n + 2 else 0.0

@@ -50,9 +50,10 @@ class _Trainer:
         self._library = native.cpu_functions()
         self._library.jf_ngram_new.restype = ctypes.c_void_p
         self._library.jf_ngram_error.restype = ctypes.c_char_p
-        thresholds = (ctypes.c_int64 * order)(*prune)
-        made = self._library.jf_ngram_new(order, os.fsencode(folder), ctypes.c_int64(memory), thresholds)
-        self._handle = ctypes.c_void_p(made)
+        counts = (ctypes.c_int64 * order)(*prune)
+        self._handle = ctypes.c_void_p(
+            self._library.jf_ngram_new(order, os.fsencode(folder), ctypes.c_int64(memory), counts)
+        )
 
     def call(self, name: str, *arguments: object) -> None:
         if getattr(self._library, f"jf_ngram_{name}")(self._handle, *arguments):

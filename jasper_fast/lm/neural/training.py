@@ -229,9 +229,9 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[LMRun, Any]:
     about = {"format": checkpoint.FORMAT, "language_model": vars(config), "names": tokens.names,
              "versions": versions, "arguments": settings, "data": text.fingerprint}  # fmt: skip
     log.write(state.step, "start", device=ranks.place, arguments=settings, versions=versions)
-    size = sum(p.numel() for p in model.parameters())
     kind = "characters" if tokens.characters else "words"
-    console.print(f"{text.fingerprint}; {len(tokens) - 2} {kind}; {size:,} parameters on {ranks.place}; "
+    console.print(f"{text.fingerprint}; {len(tokens) - 2} {kind}; "
+                  f"{sum(p.numel() for p in model.parameters()):,} parameters on {ranks.place}; "
                   f"{schedule.steps_per_epoch} steps per epoch, {schedule.total_steps} in all")  # fmt: skip
     run = LMRun(args, ranks, console, state, schedule, folder, about, stop, log, state.step, state.step,
                 text=text, val=scorer.rows(val) if val else [], scorer=scorer)  # fmt: skip
