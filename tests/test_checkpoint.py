@@ -143,6 +143,15 @@ def test_foreign_files_are_named(tmp_path, name, write, message):
         read_weights(tmp_path / name)
 
 
+def test_a_lack_of_memory_is_not_called_damage(tmp_path, monkeypatch):
+    """Otherwise a resumed run would take an older checkpoint."""
+    folder = Folder(tmp_path)
+    folder.save(run_state(1))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: torch.empty(2**50))
+    with pytest.raises(MemoryError, match=r"step_00000001\.pt does not fit into memory"):
+        folder.latest()
+
+
 def test_a_file_that_would_run_code_is_refused(tmp_path):
     torch.save({"state_dict": Bomb(tmp_path / "exploded")}, tmp_path / "bomb.pt")
     with pytest.raises(CheckpointError, match=r"bomb\.pt holds Python objects \(.*mkdir\)"):

@@ -128,6 +128,7 @@ def test_nemo_features_that_cannot_be_made_are_named(tmp_path, front):
 
 
 CITRINET = [{"filters": 8, "repeat": 1, "kernel": [5], "separable": True, "se": True}]
+FUTURE = [{"filters": 8, "repeat": 1, "kernel": [5], "future_context": 0}]
 
 
 @pytest.mark.parametrize(
@@ -135,9 +136,12 @@ CITRINET = [{"filters": 8, "repeat": 1, "kernel": [5], "separable": True, "se": 
     [
         ({"more": {"tokenizer": {"dir": "x", "type": "bpe"}}}, 1, r"m\.nemo: .*tokenizer"),
         ({"encoder": {"jasper": CITRINET}}, 1, r"block 0 .*se=True, so it is neither a Jasper nor a QuartzNet"),
+        ({"encoder": {"residual_mode": "max"}}, 1, r"block 0 .*residual_mode=max, so it is neither"),
+        ({"encoder": {"jasper": FUTURE}}, 1, r"block 0 .*future_context=0, so it is neither"),
+        ({"more": {"labels": "${labels}"}}, 1, r"its model_config\.yaml does not describe a Jasper \(at maximum rec"),
         ({"compression": "gz"}, 2, r"m\.nemo is not a complete NeMo archive"),
     ],
-    ids=["pieces of words", "Citrinet", "cut short"],
+    ids=["pieces of words", "Citrinet", "maximum of panes", "asymmetric padding", "a circle", "cut short"],
 )
 def test_nemo_archives_that_are_no_jasper(tmp_path, how, share, message):
     path = tmp_path / "m.nemo"
@@ -176,6 +180,23 @@ def test_warm_start_with_other_labels(tmp_path, labels):
             assert not (head.weight[i] == old.weight).any()
         else:
             assert torch.equal(head.weight[i], old.weight[known]) and head.bias[i] == old.bias[known]
+
+
+@pytest.mark.parametrize("labels", [LABELS, list(" abcdefh")], ids=["the same labels", "other labels"])
+def test_warm_start_of_a_decoder_with_another_width(tmp_path, labels):
+    save(tmp_path / "a.pt", own_document(trained_model()))
+    document = config(labels).to_dict()
+    document["jasper"]["encoder"]["blocks"][-1]["filters"] = document["jasper"]["decoder"]["in_feats"] = 16
+    with pytest.warns(
+        UserWarning, match=r"the decoder is initialised anew \(\(8, 12, 1\) instead of|anew \(\(9, 12, 1"
+    ):
+        load_model(tmp_path / "a.pt", config=JasperConfig.from_dict(document), strict=False, backend="reference")
+
+
+def test_a_warm_start_refuses_a_configuration_that_is_not_a_jaspers(tmp_path):
+    save(tmp_path / "a.pt", own_document(trained_model(), config={"input_train": [1]}))
+    with pytest.raises(CheckpointError, match=r"a\.pt: its configuration is not a Jasper's"):
+        load_model(tmp_path / "a.pt", config=config(), strict=False, backend="reference")
 
 
 def test_labels_of_a_warm_start_that_start_from_others(tmp_path):

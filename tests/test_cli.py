@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import raising
 from engines import block
 from language_models import assert_refused
 from standins import spied, wrap
@@ -246,12 +247,20 @@ def test_module_runs_and_imports_little():
         assert printed.startswith(start)
 
 
-def test_a_model_that_makes_nan_of_one_file_keeps_the_others(model, files, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("fail", "said"),
+    [
+        (raising(NotFinite("log_probs hold NaN")), "skipped (not_finite): {}: the output of the model is NaN"),
+        (lambda: torch.empty(2**50), "skipped (out_of_memory): {}: out of memory: "),
+    ],
+    ids=["NaN", "memory"],
+)
+def test_a_file_on_which_the_model_fails_is_skipped(model, files, tmp_path, capsys, monkeypatch, fail, said):
     soundfile.write(tmp_path / "odd.wav", np.full(16000, 0.9), 16000)
 
     def broken(right, self, audio, *more):
         if bool((audio > 0.8).any()):
-            raise NotFinite("log_probs hold NaN")
+            fail()
         return right(self, audio, *more)
 
     assert run("transcribe", *files, "--checkpoint", model) == 0
@@ -260,7 +269,7 @@ def test_a_model_that_makes_nan_of_one_file_keeps_the_others(model, files, tmp_p
     assert run("transcribe", files[0], tmp_path / "odd.wav", *files[1:], "--checkpoint", model) == 0
     printed = capsys.readouterr()
     assert printed.out == wanted
-    assert f"skipped (not_finite): {tmp_path / 'odd.wav'}: the output of the model is NaN" in printed.err
+    assert said.format(tmp_path / "odd.wav") in printed.err
 
 
 def test_evaluate_warns_and_counts_lost_symbols(files, tmp_path, capsys):

@@ -53,10 +53,20 @@ def test_jasper_10x5_has_the_reference_size():
         (lambda c: c["encoder"]["blocks"][0].update(dropout=1.0), "dropout"),
         (lambda c: c["encoder"]["blocks"][0].update(kernel_size=[3, 5]), "kernel_size"),
         (lambda c: c["encoder"]["blocks"][0].update(stride=[2]), "stride 1"),
+        (lambda c: c["encoder"]["blocks"][0].update(kernel_size=None), "kernel_size"),
+        (lambda c: c["encoder"]["blocks"][0].update(filters=16.0), r"encoder.blocks\[0\].filters must be of type int"),
+        (lambda c: c["encoder"]["blocks"][0].update(residual="no"), "residual must be of type bool, not 'no'"),
+        (lambda c: c["encoder"].update(use_conv_masks="false"), "use_conv_masks must be of type bool, not 'false'"),
+        (lambda c: c["encoder"].update(in_feats="8"), "encoder.in_feats must be of type int, not '8'"),
+        (lambda c: c["encoder"].update(in_feats=0), "in_feats must be at least 1"),
         (lambda c: c["encoder"].update(activation="tanh"), "tanh"),
+        (lambda c: c["encoder"].update(blocks=None), "encoder.blocks must be a list, not NoneType"),
         (lambda c: c["encoder"].update(blocks=[]), "blocks is empty"),
         (lambda c: c["decoder"].update(in_feats=7), "decoder.in_feats is 7"),
         (lambda c: c["decoder"].pop("n_classes"), "n_classes is missing"),
+        (lambda c: c["decoder"].update(n_classes=0), "n_classes must be at least 1"),
+        (lambda c: c.update(labels=[" ", "a", 1, False]), "labels must be a list of texts"),
+        (lambda c: c.update(input_val={"filterbank_features": [1]}), "input_val.filterbank_features must be a mapping"),
         (lambda c: c.pop("decoder"), "'decoder' is missing"),
     ],
 )
@@ -75,10 +85,17 @@ def test_the_given_dictionary_is_left_alone():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "no such"), ("jasper: [unclosed", "not valid YAML"), ("just a sentence", ".* must be a mapping")],
+    [
+        (None, "no such"),
+        (b"jasper: [unclosed", "not valid YAML"),
+        (b"PK\3\4 \x80", "not valid YAML"),
+        (b"[" * 5000, "not valid YAML"),
+        (b"just a sentence", ".* must be a mapping"),
+    ],
+    ids=["missing", "unclosed", "a checkpoint", "too deep", "a sentence"],
 )
 def test_files_are_named_in_errors(tmp_path, text, message):
     if text:
-        (tmp_path / "a.yaml").write_text(text)
+        (tmp_path / "a.yaml").write_bytes(text)
     with pytest.raises(ConfigError, match=rf"a\.yaml: {message}"):
         JasperConfig.from_yaml(tmp_path / "a.yaml")

@@ -89,6 +89,7 @@ def hostile(forms: dict[str, bytes], trap: Path) -> dict[str, bytes]:
     laughs = b"a0: &a0 [x]\n"
     for i in range(30):
         laughs += b"a%d: &a%d [%s]\n" % (i + 1, i + 1, b",".join([b"*a%d" % i] * 9))
+    references = b"a0: [x]\n" + b"".join(b"a%d: ['${a%d}', '${a%d}']\n" % (i + 1, i, i) for i in range(60))
     whole = torch.load(io.BytesIO(forms["jasper_fast"]), weights_only=True)
     deep: list = ["x"]
     own: dict = {}
@@ -106,6 +107,7 @@ def hostile(forms: dict[str, bytes], trap: Path) -> dict[str, bytes]:
         "tar with a yaml payload": tarred(archive | {config: yaml_bomb}),
         "tar with an endless yaml": tarred(archive | {config: endless}),
         "tar with a yaml of lists of lists": tarred(archive | {config: laughs}),
+        "tar with a yaml of references to references": tarred(archive | {config: references}),
         "tar with a path outside": tarred(archive | {"../model_weights.ckpt": archive[weights]}),
         "tar with an absolute path": tarred(archive | {"/tmp/model_config.yaml": archive[config]}),
         "tar of something else": tarred({"a.txt": b"x"}),
@@ -139,8 +141,8 @@ HOSTILE = (
     "safetensors with a shape that lies", "safetensors with offsets beyond the file",
     "safetensors with tensors that overlap", "safetensors with a configuration that lies", "wrong types",
     "labels of a wrong type", "configuration with a tensor", "counters for weights",
-    "tar with a yaml of lists of lists", "configuration of lists of lists",
-    "settings that contain themselves",
+    "tar with a yaml of lists of lists", "tar with a yaml of references to references",
+    "configuration of lists of lists", "settings that contain themselves",
 )  # fmt: skip
 
 

@@ -34,6 +34,11 @@ def untracked(bn: nn.BatchNorm1d, i: int) -> None:
         bn.track_running_stats, bn.running_mean, bn.running_var, bn.num_batches_tracked = False, None, None, None
 
 
+def counted_or_untracked(bn: nn.BatchNorm1d, i: int) -> None:
+    bn.momentum = None
+    untracked(bn, i)
+
+
 def all_at_once(bn: nn.BatchNorm1d, i: int) -> None:
     own_eps(bn, i)
     own_momentum(bn, i // 2)
@@ -68,8 +73,11 @@ def features_of(model: EagerJasper) -> torch.Tensor:
     return torch.randn(2, model.config.encoder.in_feats, 40, dtype=torch.float64)
 
 
+CHANGES = (own_eps, own_momentum, frozen, untracked, counted_or_untracked, all_at_once)
+
+
 @pytest.mark.parametrize("form", ["gram", "plain"])
-@pytest.mark.parametrize("change", [own_eps, own_momentum, frozen, untracked, all_at_once], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_a_norm_does_what_its_settings_say(form, change):
     eager, fused = pair(form, change)
     for _ in range(2):

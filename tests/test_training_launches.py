@@ -153,6 +153,15 @@ def test_packs_are_in_no_state_dict_and_no_copy(launches, copied):
     assert {p.data_ptr() for p in packs(twin).values()}.isdisjoint(p.data_ptr() for p in packs(ours).values())
 
 
+def test_packs_made_in_inference_mode_serve_training():
+    ours = Jasper(config("dense"), backend="reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode():
+            ours.eval()(*batch())
+        assert packs(ours)
+        ours.train()(*batch())[0].sum().backward()
+
+
 @pytest.mark.parametrize("form", ["gram", "plain"])
 def test_plain_convs_cast_and_turn_a_weight_once_a_step(form, monkeypatch):
     """Each weight is cast once per step, into a buffer of its module. The results are nearly those without buffers."""

@@ -300,6 +300,15 @@ def test_a_model_is_tuned_at_its_first_forward_all_at_once(tuning, monkeypatch, 
         assert len(tuning.sessions) == 2
 
 
+def test_a_model_is_tuned_on_each_gpu_that_it_runs_on(monkeypatch):
+    asked = []
+    monkeypatch.setattr(tuned, "want", lambda device, *_: asked.append(device))
+    model, gpus = Jasper(SMALL), [torch.device("cuda", 0), torch.device("cuda", 1)]
+    for gpu in (*gpus, *gpus):
+        model._measured(gpu, 4, 100, torch.float16)
+    assert asked == gpus
+
+
 @pytest.mark.parametrize("tune", [True, False])
 def test_an_engine_takes_the_faster_face_for_each_batch(tuning, tune):
     """An engine uses the faster face for each batch size, and tunes all its convs at the first call of a size."""

@@ -173,7 +173,7 @@ def in_onnx_runtime(path: str | Path) -> Run:
 
 def export_onnx(model: Jasper, labels: Sequence[str], folder: str | Path) -> float:
     """Writes `model` as a folder for onnx-asr, if ONNX Runtime's results agree with the engine's. Returns their largest
-    difference.
+    difference. `model` is moved to the CPU, in fp32 and in evaluation mode.
 
     `model.onnx` takes `audio_signal` (N, C, T) fp32 and `length` (N,) int64, and returns `logprobs` (N, T', V) and
     `encoded_lengths`. `vocab.txt` and `config.json` are in onnx-asr's format, and `features.json` has the settings of

@@ -16,6 +16,7 @@ from jasper_fast.data.batch import Batch
 from jasper_fast.data.dataset import SpeechDataset
 from jasper_fast.data.settings import AudioSettings
 from jasper_fast.inference import InferenceEngine
+from jasper_fast.nn.checkpoint import no_memory
 from jasper_fast.nn.config import JasperConfig
 from jasper_fast.nn.loading import load_model
 from jasper_fast.nn.model import Jasper
@@ -202,19 +203,27 @@ class Recognizer:
 
         try:
             return self.begin(batch.audio, batch.audio_lengths, keep and partial(_keep_each, keep, places))
-        except (NotFinite, torch.OutOfMemoryError, MemoryError):
-            pass
+        except (NotFinite, RuntimeError, MemoryError) as error:
+            _why(error)
         begun: list[Heard] = []
         for name, place, audio, length in zip(batch.names, places, batch.audio, batch.audio_lengths, strict=True):
             try:
                 keep_it = keep and partial(_keep_each, keep, [place])
                 begun.append(self.begin(audio[None, :length], length[None], keep_it))
-            except (NotFinite, torch.OutOfMemoryError, MemoryError) as error:
-                reason = "not_finite" if isinstance(error, NotFinite) else "out_of_memory"
-                cause = "the output of the model is NaN" if isinstance(error, NotFinite) else f"out of memory: {error}"
+            except (NotFinite, RuntimeError, MemoryError) as error:
+                reason, cause = _why(error)
                 skipped.add([manifest.Skipped(name, reason, f"{name}: {cause}")])
                 begun.append(lambda: [None])
         return lambda: [transcript for heard in begun for transcript in heard()]
+
+
+def _why(error: Exception) -> tuple[str, str]:
+    """Returns (reason, cause) of a failure for which an utterance is skipped. Raises any other error again."""
+    if isinstance(error, NotFinite):
+        return "not_finite", "the output of the model is NaN"
+    if no_memory(error):
+        return "out_of_memory", f"out of memory: {error}"
+    raise error
 
 
 def _keep_each(keep: Keep, places: list[int], log_probs: Tensor, lengths: Tensor) -> None:

@@ -56,12 +56,12 @@ class Stepwise:
         # On a CPU the engine has already checked the lengths.
         bound.lengths.copy_(lengths.clamp(0, t) if lengths.is_cuda else lengths)
         self.shapes.play(bound, self._dependences)
-        log_probs, out_lengths = bound.results
+        log_probs, out_lengths = bound.results[0][:, : plan.out_frames(t)], bound.results[1]
         if bound.replay is None and plan.head is not None:
             bound.results = None
             return log_probs, out_lengths
         # The next call overwrites the results of a graph, and an encoder's output, which lies in a buffer.
-        return log_probs[:, : plan.out_frames(t)].clone(), out_lengths.clone()
+        return log_probs.clone(), out_lengths.clone()
 
     def _dependences(self) -> tuple[object, ...]:
         precise = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision

@@ -205,14 +205,15 @@ def _batch_sum(xs, grams, weights, bns, lengths: Tensor | None, backend: str) ->
         how = {"lengths": lengths, "eps": eps, "backend": backend, "group": sync.group_of(bns[0])}
         out, mean, var = ops.panes_plain(xs, weights, gammas, betas, **how)
     with torch.no_grad():
-        for stats, running in ((mean, "running_mean"), (var, "running_var")):
-            kept = [(getattr(bn, running), stat) for bn, stat in zip(bns, stats, strict=True)]
-            kept = [(buffer, stat.to(buffer.dtype)) for buffer, stat in kept if buffer is not None]
-            if kept and bns[0].momentum is not None:
-                torch._foreach_lerp_(*map(list, zip(*kept, strict=True)), bns[0].momentum)
-            elif kept:
-                for bn, (buffer, stat) in zip(bns, kept, strict=True):
-                    buffer.lerp_(stat, momentum_of(bn).to(stat.dtype))
+        buffers = [bn.running_mean for bn in bns] + [bn.running_var for bn in bns]
+        stats = zip((*bns, *bns), buffers, (*mean, *var), strict=True)
+        tracked = [(bn, buffer, stat.to(buffer.dtype)) for bn, buffer, stat in stats if buffer is not None]
+        if tracked and bns[0].momentum is not None:
+            _, buffers, values = map(list, zip(*tracked, strict=True))
+            torch._foreach_lerp_(buffers, values, bns[0].momentum)
+        else:
+            for bn, buffer, stat in tracked:
+                buffer.lerp_(stat, momentum_of(bn).to(stat.dtype))
     return out
 
 

@@ -23,6 +23,12 @@ def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).partition("\n")[0]
 
 
+def no_memory(error: Exception) -> bool:
+    """Returns whether `error` says that the memory of the CPU or of a GPU does not suffice. On a CPU PyTorch raises a
+    plain RuntimeError for that."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A context that yields a temporary file to write, which replaces `path` at the end.
@@ -74,8 +80,8 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str
     """Returns the dictionary in a PyTorch checkpoint file.
 
     The file may have only tensors and plain values, and nothing in it is executed. Checks the checksum of every record,
-    so a damaged file is noticed before it is used. Raises CheckpointError naming the file and the fix. Equivalent to
-    `torch.load(path, map_location, weights_only=True)`.
+    so a damaged file is noticed before it is used. Raises CheckpointError naming the file and the fix, and MemoryError
+    if the memory does not suffice. Equivalent to `torch.load(path, map_location, weights_only=True)`.
     """
     path = Path(path)
     if not path.is_file():
@@ -93,9 +99,11 @@ def read(file: BinaryIO, name: str, map_location: str | torch.device = "cpu") ->
                     raise CheckpointError(f"{name} is damaged (record {bad}); take an earlier checkpoint")
         file.seek(0)
         state = torch.load(file, map_location=map_location, weights_only=True)
-    except (CheckpointError, MemoryError):
+    except CheckpointError:
         raise
     except Exception as error:  # on arbitrary bytes the unpickler can raise anything
+        if no_memory(error):
+            raise MemoryError(f"{name} does not fit into memory ({first_line(error)})") from error
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
                 f"{name} holds Python objects ({found[1]}) and is not loaded, because loading them could run any "

@@ -41,10 +41,10 @@ class BlockConfig:
     def __post_init__(self) -> None:
         for name in ("kernel_size", "stride", "dilation"):
             value = getattr(self, name)
-            value = (value,) if isinstance(value, int) else tuple(value)
-            if len(value) != 1 or not isinstance(value[0], int) or value[0] < 1:
-                raise ConfigError(f"{name} must be a list of one positive integer such as [11], not {list(value)}")
-            object.__setattr__(self, name, value)
+            (one,) = value if isinstance(value, (list, tuple)) and len(value) == 1 else (value,)
+            if type(one) is not int or one < 1:
+                raise ConfigError(f"{name} must be a list of one positive integer such as [11], not {value!r}")
+            object.__setattr__(self, name, (one,))
         few = f"filters and repeat must be at least 1, not {self.filters} and {self.repeat}"
         panes = "a residual block needs stride 1, because its panes are 1x1 convolutions at stride 1"
         refuse(
@@ -110,6 +110,7 @@ class EncoderConfig:
             ),
             (self.init not in INITS, f"init {self.init!r} is not one of {', '.join(INITS)}"),
             (not self.blocks, "blocks is empty: a Jasper needs at least one block"),
+            (self.in_feats < 1, f"in_feats must be at least 1, not {self.in_feats}"),
         )
 
     @property
@@ -127,11 +128,16 @@ class DecoderConfig:
     init: str = "xavier_uniform"
 
     def __post_init__(self) -> None:
-        refuse(ConfigError, (self.init not in INITS, f"init {self.init!r} is not one of {', '.join(INITS)}"))
+        refuse(
+            ConfigError,
+            (self.init not in INITS, f"init {self.init!r} is not one of {', '.join(INITS)}"),
+            (self.n_classes < 1, f"n_classes must be at least 1, not {self.n_classes}"),
+        )
 
 
 INITS = ("xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal")
 _TOP_KEYS = {"name", "labels", "input_val", "input_train", "jasper"}
+_TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}  # annotation: types of its values
 
 
 @dataclass(frozen=True)
@@ -174,19 +180,24 @@ class JasperConfig:
         top = {k: config.pop(k) for k in list(config) if k in _TOP_KEYS}
         model = dict(_mapping(top.pop("jasper", config), "jasper"))
         if (extra := set(config) - {"encoder", "decoder"}) and "encoder" not in config:
-            raise ConfigError(f"unknown key {sorted(extra)[0]!r}; known keys: {', '.join(sorted(_TOP_KEYS))}")
+            raise ConfigError(f"unknown key {min(extra, key=str)!r}; known keys: {', '.join(sorted(_TOP_KEYS))}")
         for key in ("encoder", "decoder"):
             if key not in model:
                 raise ConfigError(f"the key {key!r} is missing")
         if extra := set(model) - {"encoder", "decoder"}:
-            raise ConfigError(f"unknown key {sorted(extra)[0]!r}; known keys: decoder, encoder")
-
-        encoder = dict(_mapping(model["encoder"], "encoder"))
+            raise ConfigError(f"unknown key {min(extra, key=str)!r}; known keys: decoder, encoder")
+        labels, encoder = top.get("labels"), dict(_mapping(model["encoder"], "encoder"))
+        blocks = encoder.pop("blocks", ())
+        quotes = "labels must be a list of texts; in YAML, numbers, yes, no and null need quotes"
+        refuse(
+            ConfigError,
+            (labels is not None and not is_texts(labels), quotes),
+            (not isinstance(blocks, (list, tuple)), f"encoder.blocks must be a list, not {type(blocks).__name__}"),
+        )
         blocks = tuple(
             _build(BlockConfig, _mapping(b, f"encoder.blocks[{i}]"), f"encoder.blocks[{i}]")
-            for i, b in enumerate(encoder.pop("blocks", ()))
+            for i, b in enumerate(blocks)
         )
-        labels = tuple(top["labels"]) if top.get("labels") is not None else None
         decoder = dict(_mapping(model["decoder"], "decoder"))
         if "n_classes" not in decoder:
             if labels is None:
@@ -196,9 +207,9 @@ class JasperConfig:
             encoder=_build(EncoderConfig, encoder | {"blocks": blocks}, "encoder"),
             decoder=_build(DecoderConfig, decoder, "decoder"),
             name=top.get("name", "Jasper"),
-            labels=labels,
-            input_train=_mapping(top.get("input_train") or {}, "input_train"),
-            input_val=_mapping(top.get("input_val") or {}, "input_val"),
+            labels=None if labels is None else tuple(labels),
+            input_train=_settings(top, "input_train"),
+            input_val=_settings(top, "input_val"),
         )
 
     @classmethod
@@ -213,9 +224,9 @@ class JasperConfig:
             return cls.from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such configuration file") from None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"{path}: not valid YAML: {error}") from error
-        except (ConfigError, TypeError) as error:
+        except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
@@ -233,6 +244,19 @@ class JasperConfig:
         }
 
 
+def is_texts(labels: Any) -> bool:
+    """Returns whether `labels` is a list or tuple of texts."""
+    return isinstance(labels, (list, tuple)) and all(isinstance(label, str) for label in labels)
+
+
+def _settings(top: dict[str, Any], part: str) -> dict[str, Any]:
+    """Returns the input settings under `part`, which are mappings by name."""
+    found = _mapping(top.get(part) or {}, part)
+    for name, settings in found.items():
+        _mapping(settings or {}, f"{part}.{name}")
+    return found
+
+
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{where} must be a mapping, not {type(value).__name__}")
@@ -241,9 +265,11 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
 
 def _build(cls, values: dict[str, Any], where: str):
     known = {f.name: f for f in dataclasses.fields(cls)}
-    for key in values:
+    for key, value in values.items():
         if key not in known:
             raise ConfigError(f"unknown key {where}.{key}; known keys: {', '.join(known)}")
+        if type(value) not in _TYPES.get(known[key].type, (type(value),)):
+            raise ConfigError(f"{where}.{key} must be of type {known[key].type}, not {value!r}")
     for name, f in known.items():
         if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ConfigError(f"the key {where}.{name} is missing")
@@ -251,5 +277,3 @@ def _build(cls, values: dict[str, Any], where: str):
         return cls(**values)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    except TypeError as error:
-        raise ConfigError(f"{where}: a value has the wrong type ({error})") from None

@@ -1,6 +1,8 @@
 """Reads the weights in checkpoints of this project, of NVIDIA's Jasper and of NeMo, under one set of names."""
 
+import functools
 import io
+import operator
 import re
 import tarfile
 import zlib
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from jasper_fast.nn import tensor_file
 from jasper_fast.nn.checkpoint import FORMAT, CheckpointError, first_line, load, read, refuse_endless
-from jasper_fast.nn.config import JasperConfig
+from jasper_fast.nn.config import JasperConfig, is_texts
 
 
 @dataclass
@@ -69,7 +71,7 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
     found.left_out += [str(k) for k, v in state.items() if entries is not state and k not in _READ and v is not None]
     if kind == "jasper_fast":
         found.config, found.labels = state.get("config"), state.get("labels")
-        if not (found.labels is None or _is_texts(found.labels)):
+        if not (found.labels is None or is_texts(found.labels)):
             raise CheckpointError(f"{path}: its labels are not a list of texts")
     else:
         refuse_endless(state.get("hyper_parameters"), f"{path}: hyper_parameters")
@@ -82,10 +84,6 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
 
 
 _READ = ("format", "config", "labels", "state_dict", "ema_state_dict", "hyper_parameters")
-
-
-def _is_texts(labels: Any) -> bool:
-    return isinstance(labels, (list, tuple)) and all(isinstance(label, str) for label in labels)
 
 
 def _is_state_dict(entries: Any) -> bool:
@@ -107,7 +105,7 @@ def _lightning_labels(settings: Any) -> list[str] | None:
         return None
     decoder = settings.get("decoder")
     found = (decoder.get("vocabulary") if isinstance(decoder, dict) else None) or settings.get("labels")
-    if _is_texts(found):
+    if is_texts(found):
         return list(found)
     return next(filter(None, (_lightning_labels(settings.get(key)) for key in ("cfg", "config", "model"))), None)
 
@@ -205,14 +203,14 @@ def _read_nemo(path: Path) -> Weights:
         if not _is_state_dict(entries):
             raise CheckpointError("model_weights.ckpt holds no state dict")
         config = _nemo_config(document)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its model_config.yaml does not describe a Jasper (at {error})") from error
     except (tarfile.TarError, EOFError, OSError, RuntimeError, zlib.error, yaml.YAMLError) as error:
         if isinstance(error, CheckpointError):
             raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from None
         raise CheckpointError(
             f"{path} is not a complete NeMo archive ({first_line(error)}); copy or download it again"
         ) from error
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path}: its model_config.yaml does not describe a Jasper (at {error})") from error
     found = _named_ours(path, "NeMo", entries, _NEMO, _NEMO_DROP)
     found.config, found.labels = config, config["labels"]
     return found
@@ -221,18 +219,19 @@ def _read_nemo(path: Path) -> Weights:
 def _nemo_config(document: dict[str, Any]) -> dict[str, Any]:
     """Returns NeMo's configuration in the form of `JasperConfig.to_dict`. Raises CheckpointError for a tokenizer, and
     for blocks that no Jasper has."""
-    document = _resolved(document, document)
+    document = _resolved(document)
+    refuse_endless(document, "model_config.yaml")
     if document.get("tokenizer"):
         raise CheckpointError("the NeMo model has a tokenizer: its symbols are word pieces, but a Jasper's are letters")
     encoder, decoder = document["encoder"], document["decoder"]
     labels = list(decoder.get("vocabulary") or document.get("labels") or ()) or None
     blocks = []
     for i, block in enumerate(encoder["jasper"]):
-        foreign = [k for k in ("se", "stride_last") if block.get(k)]
-        foreign += [k for k, usual in (("groups", 1), ("heads", -1), ("norm", "batch")) if block.get(k, usual) != usual]
+        said = encoder | block  # a block without a residual_mode has that of the encoder
+        foreign = [k for k, usual in _NEMO_USUAL.items() if said.get(k, usual[0]) not in usual]
         if foreign:
             raise CheckpointError(
-                f"block {i} of the NeMo model has {foreign[0]}={block[foreign[0]]}, so it is neither a Jasper nor a "
+                f"block {i} of the NeMo model has {foreign[0]}={said[foreign[0]]}, so it is neither a Jasper nor a "
                 f"QuartzNet (a Citrinet cannot be loaded)"
             )
         kernel, stride, dilation = (_one(block.get(k, 1)) for k in ("kernel", "stride", "dilation"))
@@ -266,6 +265,12 @@ def _nemo_config(document: dict[str, Any]) -> dict[str, Any]:
         },
     }
 
+
+# Settings of NeMo's blocks, and the values that they have in a Jasper, the default first.
+_NEMO_USUAL = {
+    "se": (False, None), "stride_last": (False, None), "groups": (1,), "heads": (-1,), "future_context": (-1,),
+    "residual_mode": ("add", "stride_add"), "normalization_mode": ("batch",),
+}  # fmt: skip
 
 # Keys of NeMo's AudioToMelSpectrogramPreprocessor. NEMO_FEATURES: NeMo's key -> (key here, default). _NEMO_ONLY: keys
 # that are supported only with this value. _NEMO_IDLE: keys that do not change the features in evaluation.
@@ -313,15 +318,19 @@ def _one(value: Any) -> int:
     return int(value[0] if isinstance(value, (list, tuple)) else value)
 
 
-def _resolved(value: Any, root: dict[str, Any]) -> Any:
-    """Returns `value` with every `${a.b}` replaced by the value at that path in `root`. `model.` may begin the path."""
-    if isinstance(value, dict):
-        return {k: _resolved(v, root) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_resolved(v, root) for v in value]
-    if isinstance(value, str) and (match := re.fullmatch(r"\$\{([\w.]+)\}", value)):
-        found: Any = root
-        for part in match[1].removeprefix("model.").split("."):
-            found = found[part]
-        return _resolved(found, root)
-    return value
+def _resolved(document: dict[str, Any]) -> dict[str, Any]:
+    """Returns `document` with every `${a.b}` replaced by the value at that path. `model.` may begin the path."""
+
+    @functools.cache  # values that refer to each other many times would take any time and memory
+    def at(path: str) -> Any:
+        return resolved(functools.reduce(operator.getitem, path.removeprefix("model.").split("."), document))
+
+    def resolved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: resolved(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return list(map(resolved, value))
+        match = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
+        return at(match[1]) if match else value
+
+    return resolved(document)

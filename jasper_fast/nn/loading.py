@@ -5,7 +5,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,12 +50,14 @@ def load_weights(
         if labels is not None and weights.labels is not None and list(labels) != list(weights.labels):
             raise CheckpointError(f"{weights.path} was trained with other labels; pass strict=False for a warm start")
     else:
-        rows, reason = _decoder_rows(weights, labels, decoder, [wrong.get(name) for name in head], like or {})
+        misfit = next((wrong[name] for name in head if name in wrong), None)
+        rows, reason = _decoder_rows(weights, labels, decoder, {name: own[name] for name in head}, misfit, like or {})
         if rows is not None:
             wrong |= dict.fromkeys(head, "new")
         reasons += [reason] if reason else []
         if weights.config and hasattr(model, "config"):
-            theirs, ours = _convention(weights.config), _convention(vars(model.config))
+            configs = config_of(weights), model.config
+            theirs, ours = (config.filterbank.get("convention", "reference") for config in configs)
             if theirs != ours:
                 reasons.append(
                     f"its features follow the convention {theirs!r}, but the model's configuration says {ours!r} "
@@ -113,20 +115,20 @@ def refuse_misfits(weights: Weights, wrong: dict[str, str], extra: list[str]) ->
         )
 
 
-def _convention(config: dict[str, Any]) -> str:
-    settings = config.get("input_train") or config.get("input_val") or {}
-    return (settings.get("filterbank_features") or {}).get("convention", "reference")
-
-
 def _decoder_rows(
-    weights: Weights, labels: Sequence[str] | None, decoder: str, wrong: list[str | None], like: Mapping[str, str]
+    weights: Weights,
+    labels: Sequence[str] | None,
+    decoder: str,
+    head: dict[str, Tensor],
+    misfit: str | None,
+    like: Mapping[str, str],
 ) -> tuple[list[tuple[int, int]] | None, str | None]:
     """Returns (rows, message): what a warm start does with the decoder.
 
     rows: pairs of a row of the model and the row of the file that is copied to it. None copies all rows, and [] none.
-    message: a warning for the user, or None. `wrong`: the faults of the decoder's entries.
+    message: a warning for the user, or None. `head`: the model's decoder. `misfit`: why the file's decoder does not fit
+    it, or None.
     """
-    misfit = next(filter(None, wrong), None)
     if decoder == "keep":
         if misfit:
             raise CheckpointError(f"{weights.path}: its decoder cannot be kept ({misfit})")
@@ -143,10 +145,11 @@ def _decoder_rows(
         return None, "the file does not name its labels; its decoder is assumed to be for space, a to z, '"
     if list(labels) == list(old) and not misfit and not like:
         return None, None
-    bias = weights.state_dict.get("decoder.layers.0.bias")
+    shapes = {name: entry.shape for name, entry in weights.state_dict.items()}
+    same_width = all(shapes.get(name) == (len(old) + 1, *entry.shape[1:]) for name, entry in head.items())
     sources = {label: like.get(label, label) for label in labels}
     shared = [(i, old[sources[label]]) for i, label in enumerate(labels) if sources[label] in old]
-    if bias is None or len(bias) != len(old) + 1 or not shared:
+    if not same_width or not shared:
         return [], f"the decoder is initialised anew ({misfit or 'other labels'})"
     rows = f"its rows for the blank and for {len(shared)} of the {len(labels)} labels are copied"
     return [*shared, (len(labels), len(old))], f"the decoder is initialised anew for other labels, except that {rows}"

@@ -43,7 +43,7 @@ class Jasper(nn.Module):
     def __init__(self, config: JasperConfig, backend: str = "auto", panes: str = "auto", tune: bool = True):
         super().__init__()
         self.config, self.backend, self.tune = config, backends.require(backend), tune
-        self._met: set[tuple[str, torch.dtype, int]] = set()  # kinds of calls whose faces have been measured
+        self._met: set[tuple[torch.device, str, torch.dtype, int]] = set()  # kinds of calls that were measured
         architecture.add_layers(
             self, config, (JasperBlock(*shape, backend, panes) for shape in architecture.block_shapes(config))
         )
@@ -76,7 +76,7 @@ class Jasper(nn.Module):
         measures them all; measuring each op when it first runs would start one process per op."""
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
         mode = "training" if self.training and torch.is_grad_enabled() else "evaluation"
-        kind = mode, dtype, tables.bucket(n * t)
+        kind = device, mode, dtype, tables.bucket(n * t)
         if kind in self._met:
             tuned.catch_up(device)
             return

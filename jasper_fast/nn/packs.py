@@ -32,7 +32,8 @@ class Packs:
             return None
         held, shape = self._held.get(index), impl.packed_shape(weight)
         if held is None or held.shape != shape or held.dtype != dtype or held.device != weight.device:
-            held = self._held[index] = torch.empty(shape, dtype=dtype, device=weight.device)
+            with torch.inference_mode(False):  # otherwise calls outside inference mode could not write to the buffer
+                held = self._held[index] = torch.empty(shape, dtype=dtype, device=weight.device)
         impl.pack(weight, dtype, out=held)
         return held
 
