@@ -74,8 +74,9 @@ def test_lists_are_rescored(folder, tmp_path):
         assert after["pred_text"] == texts[order[0]]
         moved += order[0] != 0
     assert moved, "the second pass changes no text"
-    weights = {"lm": "symbols.arpa", "beam": 20, "alpha": 0.7, "rescore": "neural.pt", "rescore_weight": 0.5}
-    (folder / "both.yaml").write_text(json.dumps(weights))
+    (folder / "both.yaml").write_text(
+        '{"lm": "symbols.arpa", "beam": 20, "alpha": 0.7, "rescore": "neural.pt", "rescore_weight": 0.5}'
+    )
     by_file = evaluate(folder, tmp_path, "--lm", folder / "both.yaml", "--n-best", 3)
     assert by_file["utterances_list"] == again["utterances_list"]
     unscored = evaluate(folder, tmp_path, "--lm", folder / "both.yaml", "--rescore-weight", 0, "--n-best", 20)

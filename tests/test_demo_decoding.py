@@ -1,9 +1,9 @@
 """The demo's comparisons of decoders and of rescoring: joined words, the interval of a gain, and the printed lines."""
 
-import json
 import random
 import re
 
+import corpora
 import numpy as np
 import pytest
 import soundfile
@@ -18,19 +18,17 @@ from jasper_fast.speech.text import Vocabulary
 
 
 def test_strings_are_of_one_speaker(tmp_path):
-    lines = []
-    for i in range(8):
-        soundfile.write(tmp_path / f"{i}.wav", np.full(1600, 0.1 * (i + 1), np.float32), 16000)
-        text = f"word{'abcdefgh'[i]}"
-        lines.append({"audio_filepath": f"{i}.wav", "duration": 0.1, "text": text, "speaker": str(i % 2)})
-    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    made = read_manifest(decoding.strings(tmp_path / "m.jsonl", tmp_path / "out", 6, (3, 7), 0))
+    manifest = corpora.write_spoken(tmp_path / "m.jsonl", [
+        {"audio_filepath": f"{i}.wav", "duration": 0.1, "text": f"word{'abcdefgh'[i]}", "speaker": str(i % 2)}
+        for i in range(8)
+    ])  # fmt: skip
+    made = read_manifest(decoding.strings(manifest, tmp_path / "out", 6, (3, 7), 0))
     assert len(made) == 6
     for i, utterance in enumerate(made):
         words = utterance.text.split()
         assert 3 <= len(words) <= 7 and {"abcdefgh".index(w[-1]) % 2 for w in words} == {i % 2}
         assert soundfile.info(utterance.path).duration == pytest.approx(utterance.duration, abs=1e-3)
-    once = read_manifest(decoding.strings(tmp_path / "m.jsonl", tmp_path / "once", None, (2, 3), 0))
+    once = read_manifest(decoding.strings(manifest, tmp_path / "once", None, (2, 3), 0))
     parts = [u.text.split() for u in once]
     assert sorted(w for part in parts for w in part) == [f"word{c}" for c in "abcdefgh"]
     assert all(len({"abcdefgh".index(w[-1]) % 2 for w in part}) == 1 and len(part) <= 3 for part in parts)

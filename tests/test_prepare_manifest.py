@@ -164,10 +164,10 @@ def test_check_finds_every_fault_and_writes_what_is_clean(tmp_path: Path, capsys
 
 
 def test_check_goes_by_a_configuration(tmp_path: Path) -> None:
-    write(tmp_path, "a.flac")
-    (tmp_path / "m.jsonl").write_text('{"audio_filepath": "a.flac", "text": "five words of eleven", "duration": 0.5}\n')
-    assert main(["check", str(tmp_path / "m.jsonl")]) == 0
-    digits = ["check", str(tmp_path / "m.jsonl"), "--config", str(corpora.ROOT / "configs" / "digits.yaml")]
+    entry = {"audio_filepath": "a.flac", "text": "five words of eleven", "duration": 0.5}
+    check = ["check", str(corpora.write_spoken(tmp_path / "m.jsonl", [entry]))]
+    assert main(check) == 0
+    digits = [*check, "--config", str(corpora.ROOT / "configs" / "digits.yaml")]
     assert main([*digits, "--out", str(tmp_path / "o.json")]) == 1
     assert "out_of_alphabet" in json.loads((tmp_path / "o.json").read_text())["faults"]
 
