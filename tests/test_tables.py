@@ -202,7 +202,7 @@ def test_a_faulty_file_is_an_error(put_table, text, told):
 def test_writing_a_faulty_table_leaves_the_old_one(put_table):
     path = put_table([row()])
     before = path.read_text()
-    with pytest.raises(tables.TableError):
+    with pytest.raises(tables.TableError, match="spills 4 bytes"):
         tables.write(path, HEADER, [row(spilled=4)])
     assert path.read_text() == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]

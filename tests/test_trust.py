@@ -264,7 +264,7 @@ def test_norms_are_looked_up_once(gpu, norm_table, monkeypatch):
     monkeypatch.setattr(tables, "fastest", lambda *_, **__: pytest.fail("looked up again"))
     assert norm_face(256) == "cuda"
     choose.forget()
-    with pytest.raises(pytest.fail.Exception):
+    with pytest.raises(pytest.fail.Exception, match="looked up again"):
         norm_face(256)
 
 
