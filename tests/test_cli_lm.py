@@ -85,8 +85,8 @@ def test_tune_finds_weights_that_help(kind, text, saved, tmp_path, capsys):
     lm, out = tmp_path / "lm.arpa", tmp_path / "best.yaml"
     options = ["--characters", "--order", 5] if kind == "characters" else ["--order", 3]
     assert run("lm", "train", text, "--out", lm, *options) == 0
-    weights = ("--alpha", "0,1,2", "--beta", "0,0.5", "--beam", 32, "--processes", 1)
-    tune = ("lm", "tune", "--log-probs", saved, "--lm", lm, "--out", out, "--report", tmp_path / "tune.html", *weights)
+    tune = ("lm", "tune", "--log-probs", saved, "--lm", lm, "--out", out, "--report", tmp_path / "tune.html",
+            "--alpha", "0,1,2", "--beta", "0,0.5", "--beam", 32, "--processes", 1)  # fmt: skip
     greedy, best = (float(x) for x in re.findall(r"([\d.]+) %", printed(run, capsys, *tune)))
     found = tuned.read(out)
     assert best < greedy / 2 and found["lm"] == str(lm) and found["beam"] == 32
@@ -98,12 +98,12 @@ def test_tune_finds_weights_that_help(kind, text, saved, tmp_path, capsys):
 
 
 def test_tune_finds_the_weight_of_a_second_pass(text, saved, tmp_path, capsys):
-    small = ("--layers", 1, "--width", 16, "--heads", 2, "--memory", 16, "--segment", 16, "--batch-size", 4)
-    options = ("--characters", "--out", tmp_path / "neural", "--steps", 80, "--lr", 0.02, "--device", "cpu", "-q")
-    assert run("lm", "train-neural", text, *small, *options) == 0
-    weights = ("--rescore", tmp_path / "neural", "--rescore-weight", "0,0.5,1", "--beta", "0,0.5", "--beam", 64)
-    report = ("--out", tmp_path / "best.yaml", "--report", tmp_path / "tune.html", "--device", "cpu")
-    told = printed(run, capsys, "lm", "tune", "--log-probs", saved, *weights, *report)
+    training = ("--characters", "--layers", 1, "--width", 16, "--heads", 2, "--memory", 16, "--segment", 16,
+                "--batch-size", 4, "--steps", 80, "--lr", 0.02, "--device", "cpu", "-q")  # fmt: skip
+    assert run("lm", "train-neural", text, "--out", tmp_path / "neural", *training) == 0
+    tuning = ("--rescore", tmp_path / "neural", "--rescore-weight", "0,0.5,1", "--beta", "0,0.5", "--beam", 64,
+              "--out", tmp_path / "best.yaml", "--report", tmp_path / "tune.html", "--device", "cpu")  # fmt: skip
+    told = printed(run, capsys, "lm", "tune", "--log-probs", saved, *tuning)
     found = tuned.read(tmp_path / "best.yaml")
     greedy, best = (float(x) for x in re.findall(r"([\d.]+) %", told))
     assert best < greedy and found["rescore_weight"] > 0 and f"rescoring weight {found['rescore_weight']:g}" in told

@@ -67,8 +67,9 @@ def test_answers_are_the_librarys_own(arpa):
     for i, word in enumerate(WORDS):
         trie.insert([*V.encode(word), space], i, model.score(model.start(False), i)[1])
     trie.smear(flashlight.SmearingMode.MAX)
-    settings = 64, 29, 50.0, 2.0, -0.2, -np.inf, 0.0, True, flashlight.CriterionType.CTC
-    options = flashlight.LexiconDecoderOptions(*settings)
+    options = flashlight.LexiconDecoderOptions(
+        64, 29, 50.0, 2.0, -0.2, -np.inf, 0.0, True, flashlight.CriterionType.CTC
+    )
     search = flashlight.LexiconDecoder(options, trie, model, space, V.blank, len(WORDS), [], False)
     framed = np.vstack([log_probs, np.where(np.arange(29) == space, 0, -1e30)]).astype(np.float32)
     want = {}
