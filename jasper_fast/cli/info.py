@@ -104,7 +104,6 @@ def collect() -> dict[str, Any]:
         packages[name] = {"version": version, "for": purpose, "optional": bool(extra) or name == "triton"}
         if version is None:
             packages[name]["get"] = f"pip install '{f'jasper-fast[{extra}]' if extra else name}'"
-    checked = [(d, verdict) for d in devices or [torch.device("cpu")] for verdict in verdicts.read(d).values()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the report lists missing packages anyway
         auto = {device: choose.resolve("auto", device) for device in (["cpu", "cuda"] if gpus else ["cpu"])}
@@ -122,7 +121,11 @@ def collect() -> dict[str, Any]:
         },
         "cuda": {"torch_built_for": torch.version.cuda, "available": torch.cuda.is_available(), "gpus": gpus},
         "auto": auto,
-        "verdicts": [{"device": str(d), **vars(verdict)} for d, verdict in checked],
+        "verdicts": [
+            {"device": str(d), **vars(verdict)}
+            for d in devices or [torch.device("cpu")]
+            for verdict in verdicts.read(d).values()
+        ],
         "tuned": [
             {"device": str(d), "file": str(tuned.path(d)), "shapes": len({row.cell for row in tuned.read(d)})}
             for d in devices

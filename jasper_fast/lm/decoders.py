@@ -1,7 +1,7 @@
 """Beam search for a recogniser. The search of one batch runs while the model computes the next batch.
 
-``begin`` of a decoder starts a search and returns a function that waits for the transcripts. ``weights`` are the alpha
-and beta of the next search.
+``begin`` of a decoder starts a search and returns a function that waits for the transcripts. Until then the caller must
+not change the log-probs and lengths. ``weights`` are the alpha and beta of the next search.
 """
 
 import math
@@ -78,8 +78,7 @@ class SymbolDecoder:
     def begin(self, log_probs: Tensor, lengths: Tensor, frame_seconds: float) -> Callable[[], list[Transcript]]:
         check(log_probs, lengths, self._vocabulary)
         stream = torch.cuda.current_stream(log_probs.device) if log_probs.is_cuda else None
-        copied = log_probs.detach().float().clone()  # because the engine reuses its memory
-        return self._thread.submit(self._find, copied, lengths, frame_seconds, *self.weights, stream).result
+        return self._thread.submit(self._find, log_probs.detach(), lengths, frame_seconds, *self.weights, stream).result
 
     def _find(
         self,

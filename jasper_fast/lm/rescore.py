@@ -61,7 +61,8 @@ class Rescoring:
     """A decoder for a recogniser: it rescores the N-best lists of the decoder ``first`` with ``scorer``.
 
     Transcripts have the text, times and confidences of the best hypothesis, and the ``n_best`` best hypotheses with
-    scores ``score + weight * log p(text)``. Raises ValueError as ``rescore`` does.
+    scores ``score + weight * log p(text)``. Raises ValueError if the weight is not finite or ``n_best`` is below 1, and
+    later as ``rescore`` does.
     """
 
     def __init__(
