@@ -39,6 +39,7 @@ from jasper_fast.options import Option, add, option
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ALL_SECONDS = 570.0
+MEMORY_SECONDS = 60.0  # of ALL_SECONDS, the part that counting the memory may need at the end
 DEFAULT_BATCH = (8, 400)  # (N, T)
 OURS = "jasper_fast"  # the contender's name
 MODELS = "small, medium, jasper10x5, quartznet_small, quartznet15x5 or a YAML file"  # for help texts
@@ -112,15 +113,22 @@ class Command:
 
 
 def measure_all(run: Run, _: argparse.Namespace) -> None:
-    """Measures the cases of `all`: those that are timed, then these again while there is time, then memory."""
+    """Measures the cases of `all`: those that are timed, then these again while there is time, then memory.
+
+    Kernels, training and inference each get those of the rivals in `--rivals` that they have.
+    """
     run.brief, run.revisits, run.deadline = True, True, run.started + ALL_SECONDS
     run.effort = dataclasses.replace(run.effort.at_most(3.0), min_rounds=4)
+    training, inference = (
+        dataclasses.replace(run, rivals=choice.only(kind, run.rivals, choice.OF_KERNELS))
+        for kind in ("training", "inference")
+    )
     kernels.main(run)
-    train.main(run)
-    latency.main(run, "jasper10x5")
-    train.main(run, (("quartznet_small", 8, 400),), train.MODES[0])
-    latency.main(run, "quartznet15x5", grid=((1, 2.0),))
-    run.revisit()
+    train.main(training)
+    latency.main(inference, "jasper10x5")
+    train.main(training, (("quartznet_small", 8, 400),), train.MODES[0])
+    latency.main(inference, "quartznet15x5", grid=((1, 2.0),))
+    dataclasses.replace(run, deadline=run.deadline - MEMORY_SECONDS).revisit()  # it has the same lists of kept cases
     memory.main(run)
     memory.main(run, (("quartznet15x5", 2, 400),))
 
@@ -315,8 +323,10 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
-    if max(getattr(args, "world", None) or (1,)) > 1 and not scaling.grouped():
-        return scaling.launch(arguments, max(args.world))
+    if args.command == "train" and (scaling.grouped() or max(args.world or (1,)) > 1):
+        scaling.check_options(args)
+        if not scaling.grouped():
+            return scaling.launch(arguments, max(args.world))
     begun: list[Run] = []
 
     def begin(args: argparse.Namespace) -> Run:
@@ -347,8 +357,7 @@ def _command(args: argparse.Namespace, begin: Callable[[argparse.Namespace], Run
     if args.command == "train" and scaling.grouped():
         with scaling.joined(args) as team:
             if team.rank:
-                precision.set_fp32(args.fp32_precision)
-                scaling.main(team, args.model or (), *device_and_dtype(args), args.backend, None)
+                scaling.main(team, args.model or (), *prepared(args), args.backend, None)
                 return 0
             return _measure(
                 begin(args),
@@ -408,29 +417,32 @@ def _kept(results: result_file.Results) -> str:
     return f"interrupted: {rows}; the same command with --resume continues"
 
 
-def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """Returns what `--device` and `--dtype` name. The defaults are the GPU with fp16, and without a GPU the CPU with
-    fp32."""
+def prepared(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """Sets PyTorch as the options say, in each process that measures; returns what `--device` and `--dtype` name.
+
+    The defaults are the GPU with fp16, and without a GPU the CPU with fp32.
+    """
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.backend != "auto" and (reason := backends.why_missing(args.backend, device)):
+        raise SystemExit(f"--backend {args.backend}: {reason}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    precision.set_fp32(getattr(args, "fp32_precision", None))  # `tune` has no such option
+    cudnn_search.on(device)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # events and streams are created on the current device
     return device, DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "fp16")]
 
 
 def start(args: argparse.Namespace, arguments: Sequence[str]) -> Run:
-    """Sets the device and precision, opens the result file, measures the machine's ceilings; returns the run."""
-    device, dtype = device_and_dtype(args)
-    if args.backend != "auto" and (reason := backends.why_missing(args.backend, device)):
-        raise SystemExit(f"--backend {args.backend}: {reason}")
+    """Prepares PyTorch, opens the result file, measures the machine's ceilings; returns the run."""
+    device, dtype = prepared(args)
     options.writable(args.out)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    precision.set_fp32(getattr(args, "fp32_precision", None))  # `tune` has no such option
     effort = QUICK if args.quick else Effort()
     if args.seconds:
         effort = dataclasses.replace(effort, seconds=args.seconds)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # events and streams are created on the current device
     header = result_file.header(device, vars(args), effort)
-    header |= {"command": args.command, "cudnn_benchmark": cudnn_search.on(device)}
+    header |= {"command": args.command, "cudnn_benchmark": torch.backends.cudnn.benchmark}
     path = _resumable(args, header) if args.resume else None
     if path is None:
         name, commit = tables.slug(header["machine"]["name"]), header["machine"]["commit"] or "nogit"

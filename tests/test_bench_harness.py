@@ -139,6 +139,7 @@ def test_run_cut_off_keeps_its_rows_and_resumes(run):
     for other in (
         header | {"machine": header["machine"] | {"commit": "another"}},
         header | {"arguments": {"backend": "cpu", "dtype": "None"}},
+        header | {"arguments": {"backend": "reference", "dtype": "None", "fp32_precision": "ieee"}},
     ):
         assert not result_file.unfinished(run.results.path, other)
         assert not result_file.Results(run.results.path, other, resume=True).data["rows"]

@@ -8,9 +8,11 @@ import pytest
 import torch
 from bench_runs import CPU, CUDA, make_run, row
 
-from jasper_fast.bench.cases import bn_relu_dropout, by_layer, models, sub_block_inference
+from jasper_fast.bench import cli
+from jasper_fast.bench.cases import bn_relu_dropout, by_layer, depthwise, latency, models, sub_block_inference, train
 from jasper_fast.bench.cases.layers import Layer
 from jasper_fast.bench.harness.errors import Absent
+from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.report import goals
 from jasper_fast.bench.rivals import choice, compiler, cuda_graphs
 from jasper_fast.bench.rivals.eager_layouts import ChannelsLast2d, eager_no_masks
@@ -47,6 +49,33 @@ def test_unknown_rival_is_named():
     assert choice.only("inference", "eager,cuda_graph") == "eager,cuda_graph"
     with pytest.raises(ValueError, match="no rival 'nobody'"):
         choice.only("training", "eager,nobody")
+
+
+def test_a_rival_that_is_named_is_measured_and_no_other(tmp_path):
+    run = make_run(tmp_path, rivals="compile")
+    assert list(train.rivals_of(run)) == ["eager", "compile"]
+    assert latency.case(latency.Models(run, "small"), "small", 1, 2.0).names == ["jasper_fast", "eager", "compile"]
+    for rivals, names in (("eager", ["eager"]), ("default", ["eager", "eager_2d_channels_last"])):
+        run = make_run(tmp_path, rivals=rivals)
+        for case in (
+            bn_relu_dropout.case(run, (1, 8, 9), "both", False, False),
+            depthwise.case(run, depthwise.GOAL, "both"),
+        ):
+            assert case.names == ["jasper_fast", *names]
+
+
+def test_a_run_of_everything_gives_each_kind_its_own_rivals(tmp_path, monkeypatch):
+    seen = {}
+    for command in (cli.kernels, cli.train, cli.latency, cli.memory):
+        monkeypatch.setattr(command, "main", lambda run, *_, name=command.__name__, **more: seen.update({name: run}))
+    monkeypatch.setattr(Run, "revisit", lambda run: seen.update(again=run))
+    run = make_run(tmp_path, rivals="cudnn,onnxruntime,compile")
+    cli.measure_all(run, None)
+    rivals = {name.rpartition(".")[2]: found.rivals for name, found in seen.items()}
+    assert rivals["kernels"] == run.rivals
+    assert (rivals["train"], rivals["latency"]) == ("compile", "onnxruntime,compile")
+    assert all(found.kept is run.kept and found.at_end is run.at_end for found in seen.values())
+    assert seen["again"].deadline == run.deadline - cli.MEMORY_SECONDS, "the second timing leaves time for `memory`"
 
 
 def test_the_cuda_face_has_a_row_of_its_own_on_a_gpu(tmp_path):

@@ -1,8 +1,10 @@
 """`python -m bench train` with several processes."""
 
 import argparse
+import contextlib
 import json
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -12,12 +14,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
 from bench_runs import LIMITS
+from conftest import raising
 from speech import CONFIG
 
 from jasper_fast.bench import cli
 from jasper_fast.bench.cases import scaling as cases
 from jasper_fast.bench.commands import scaling
-from jasper_fast.bench.harness import limits, result_file
+from jasper_fast.bench.harness import cudnn_search, limits, result_file
 
 N, T = 2, 64
 
@@ -93,3 +96,24 @@ def test_processes_are_begun_unless_torchrun_did(monkeypatch) -> None:
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="torchrun started 2 processes"):
         cli.main(arguments)
+
+
+@pytest.mark.parametrize("option", [["--mode", "forward+backward"], ["--rivals", "compile"]])
+def test_an_option_that_several_processes_would_ignore_is_a_mistake(option, monkeypatch) -> None:
+    monkeypatch.setattr(scaling, "launch", raising(AssertionError("launched")))
+    with pytest.raises(SystemExit, match=rf"{option[0]} {re.escape(option[1])}: several processes"):
+        cli.main(["train", "--world", "2", *option])
+
+
+def test_every_process_makes_cudnn_search(monkeypatch) -> None:
+    """Shows that a process other than the first prepares PyTorch as the first does. If only the first one made cuDNN
+    time its algorithms, the others would be slower, and the time of a step is that of the slowest process."""
+    seen = []
+    monkeypatch.setattr(scaling, "grouped", lambda: True)
+    monkeypatch.setattr(scaling, "joined", lambda args: contextlib.nullcontext(scaling.Team(1, (1, 2))))
+    monkeypatch.setattr(scaling, "main", lambda *_: seen.append(torch.backends.cudnn.benchmark))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        assert cli.main(["train"]) == 0
+    cudnn_search.on(torch.device("cpu"))
+    assert seen == [True]

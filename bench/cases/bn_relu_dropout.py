@@ -134,13 +134,15 @@ def case(run: Run, shape: tuple[int, int, int], mode: str, residual: bool, compi
         compiler.needs_compiler()
         return torch.compile(common.eager_chain, dynamic=False)
 
-    contenders = [
-        contender("jasper_fast", lambda: functools.partial(fused, run.backend)),
-        contender("eager", lambda: common.eager_chain, "nct"),
-        contender("eager_2d_channels_last", lambda: common.eager_chain_2d),
-    ]
-    cuda = lambda: functools.partial(fused, choice.cuda_backend(run, convs=False))  # noqa: E731
-    contenders += [contender(name, cuda) for name in choice.cuda_face(run)]
+    rivals = {
+        "eager": contender("eager", lambda: common.eager_chain, "nct"),
+        "eager_2d_channels_last": contender("eager_2d_channels_last", lambda: common.eager_chain_2d),
+        choice.CUDA_FACE: contender(
+            choice.CUDA_FACE, lambda: functools.partial(fused, choice.cuda_backend(run, convs=False))
+        ),
+    }
+    contenders = [contender("jasper_fast", lambda: functools.partial(fused, run.backend))]
+    contenders += [rivals[name] for name in choice.for_sub_blocks(run) if name in rivals]
     if compiled:
         contenders.append(contender("compile", compile_chain, "nct"))
     if run.rivals == "all" and run.backend != "reference":

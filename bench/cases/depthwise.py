@@ -15,6 +15,7 @@ from jasper_fast import ops
 from jasper_fast.bench.cases import common, counts
 from jasper_fast.bench.harness.case import Case, Contender, Runner
 from jasper_fast.bench.harness.run import Run
+from jasper_fast.bench.rivals import choice
 from jasper_fast.dispatch import backends, choose
 from jasper_fast.kernels.operands import Geometry, Lengths
 
@@ -116,15 +117,17 @@ def case(run: Run, shape: tuple[int, int, int, int], mode: str) -> Case:
             return packed(inputs(), run.backend)
         return runner(functools.partial(fused, run.backend), inputs(), "ntc", mode, False)
 
+    rivals = {"eager": (eager, "nct"), "eager_2d_channels_last": (eager_2d, "ntc")}
+
+    def rival(name: str) -> Contender:
+        chain, memory = rivals[name]
+        return Contender(name, lambda: runner(chain, inputs(), memory, mode, True))
+
     passes = counts.DIRECTIONS.get(mode, 1)  # inference is one forward pass
     return Case(
         "kernels",
         {"op": "depthwise", "shape": f"({N}, {C}, {T})", "taps": f"K = {K}", "dtype": run.dtype_name, "mode": mode},
-        [
-            Contender("jasper_fast", ours),
-            Contender("eager", lambda: runner(eager, inputs(), "nct", mode, True)),
-            Contender("eager_2d_channels_last", lambda: runner(eager_2d, inputs(), "ntc", mode, True)),
-        ],
+        [Contender("jasper_fast", ours), *(rival(name) for name in choice.for_sub_blocks(run) if name in rivals)],
         refill=lambda seed: inputs().refill(seed),
         reference=lambda: answer(inputs(), torch.float64),
         low=lambda: answer(inputs(), run.dtype),

@@ -173,7 +173,7 @@ def case(shared: Models, model: str, N: int, seconds: float) -> Case:
 
         return Contender(name, build)
 
-    chosen = choice.choose("inference", run.device, "default" if run.rivals == "compile" else run.rivals)
+    chosen = choice.choose("inference", run.device, run.rivals)
     if not (run.rivals != "default" or (N, seconds) == (1, 2.0) or run.device.type == "cuda"):
         chosen = {"eager": chosen["eager"]}
     return Case(

@@ -267,7 +267,7 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
 
 def rivals_of(run: Run) -> dict[str, Callable[[nn.Module], Model]]:
     """Returns the builders of the rivals that `--rivals` names."""
-    return choice.choose("training", run.device, "default" if run.rivals == "compile" else run.rivals)
+    return choice.choose("training", run.device, run.rivals)
 
 
 def of_batch(chosen: dict, full: bool) -> dict:

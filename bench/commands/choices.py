@@ -44,7 +44,7 @@ def models_batch(default: tuple[int, int]):
 
 def rivals(text: str) -> str:
     """Returns the text if it is "default", "all", or names of known rivals separated by commas."""
-    known = sorted({*choice.SUB_BLOCK, choice.CUDA_FACE, *(name for kind in choice.KINDS.values() for name in kind)})
+    known = sorted({*choice.OF_KERNELS, *(name for kind in choice.KINDS.values() for name in kind)})
     if text not in ("default", "all") and (unknown := [name for name in text.split(",") if name not in known]):
         raise argparse.ArgumentTypeError(f"no rival {unknown[0]!r}; use default, all, or some of {','.join(known)}")
     return text

@@ -27,7 +27,7 @@ def check_rivals(run: Run) -> None:
     if run.rivals in ("default", "all"):
         return
     models = [name for kind in choice.KINDS.values() for name in kind] if run.brief else []
-    known = dict.fromkeys((*choice.SUB_BLOCK, choice.CUDA_FACE, "compile", *models))
+    known = dict.fromkeys((*choice.OF_KERNELS, *models))
     if unknown := [n for n in run.rivals.split(",") if n not in known]:
         raise choice.UnknownRival(f"no rival {unknown[0]!r} for kernels; known: {', '.join(known)}")
 

@@ -64,6 +64,13 @@ def sizes(text: str) -> tuple[int, ...]:
     return tuple(sorted(found | {1}))
 
 
+def check_options(args: argparse.Namespace) -> None:
+    """Raises SystemExit for an option of `train` that the measurement with several processes would ignore."""
+    for option, given, measured in (("--mode", args.mode or "step", "step"), ("--rivals", args.rivals, "default")):
+        if given != measured:
+            raise SystemExit(f"{option} {given}: several processes measure only the full step of jasper_fast and eager")
+
+
 def launch(arguments: Sequence[str], world: int) -> int:
     """Runs the same command in `world` processes on this machine; returns its exit status."""
     return subprocess.call(
@@ -79,8 +86,6 @@ def joined(args: argparse.Namespace) -> Iterator[Team]:
     if torch.cuda.is_available() and (args.device or "cuda") == "cuda":
         args.device = f"cuda:{local}"
         torch.cuda.set_device(local)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     wanted = args.world or (*(2**i for i in range(world) if 2**i < world), world)
     if max(wanted) > world:
         raise SystemExit(f"--world {max(wanted)}: torchrun started {world} processes")
@@ -122,7 +127,7 @@ def main(
                 if team.rank < world:
                     made = _measured(contender, at, team.rank, groups.get(world), seconds)
                     if run:
-                        alone = alone or N / statistics.median(made.get("shared", [float("inf")]))
+                        alone = alone or N / statistics.median(made["shared"])
                         run.results.add([_finish(row, made, world, alone)])
                 dist.barrier()
                 devices.tidy(device)

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 import torch
 
 
-def on(device: torch.device) -> bool:
-    """Makes cuDNN time its algorithms from now on; returns whether it does, for the result file."""
+def on(device: torch.device) -> None:
+    """Makes cuDNN time its algorithms from now on, if the device is a GPU."""
     torch.backends.cudnn.benchmark = device.type == "cuda"
-    return torch.backends.cudnn.benchmark
 
 
 @contextlib.contextmanager

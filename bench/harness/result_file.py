@@ -106,7 +106,8 @@ def read(path: Path) -> dict:
     return found
 
 
-ALIKE = ("device", "dtype", "backend", "quick", "threads")  # runs with different values of these cannot share rows
+# Runs with different values of these arguments cannot share rows.
+ALIKE = ("device", "dtype", "fp32_precision", "backend", "quick", "threads")
 
 
 def unfinished(path: Path, header: dict) -> bool:

@@ -1,6 +1,6 @@
 """The list of rivals, and the choice of those that a run measures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -54,14 +54,14 @@ def choose(kind: str, device: torch.device, wanted: str) -> dict[str, Callable[[
     return {n: known[n] for n in names}
 
 
-def only(kind: str, wanted: str) -> str:
+def only(kind: str, wanted: str, others: Iterable[str] = ()) -> str:
     """Returns the names in `wanted` that are rivals of `kind`, or "eager" if none is.
 
-    So one option can name rivals of both kinds. Raises UnknownRival for a name that no kind has.
+    So one option can name rivals of both kinds, and the names `others`. Raises UnknownRival for any other name.
     """
     if wanted in ("default", "all"):
         return wanted
-    names, known = wanted.split(","), {name for rivals in KINDS.values() for name in rivals}
+    names, known = wanted.split(","), {name for rivals in (*KINDS.values(), others) for name in rivals}
     if unknown := [n for n in names if n not in known]:
         raise UnknownRival(f"no rival {unknown[0]!r}; known: {', '.join(sorted(known))}")
     return ",".join(n for n in names if n in KINDS[kind]) or "eager"
@@ -69,26 +69,21 @@ def only(kind: str, wanted: str) -> str:
 
 CUDA_FACE = "jasper_fast_cuda"  # our ops with backend="cuda", whatever the backend of the run is
 SUB_BLOCK = ("eager", "eager_2d_channels_last", "compile_max_autotune", "cudnn")
+OF_KERNELS = (*SUB_BLOCK, CUDA_FACE, "compile")
 
 
 def for_sub_blocks(run: Run) -> tuple[str, ...]:
-    """Returns the rivals of a conv or sub-block: those that `--rivals` names, and those of `cuda_face`.
+    """Returns the rivals of an op that `--rivals` names. An op leaves out those that it does not have.
 
-    The default is all on a GPU, and only the eager ones on a CPU or with `--quick`.
+    The default is all on a GPU, and only the eager ones on a CPU or with `--quick`. Our CUDA kernels get rows of their
+    own if `--rivals` names CUDA_FACE, and by default on a GPU, unless they are the run's backend.
     """
     everything = run.device.type == "cuda" and not run.quick
     known = {"all": SUB_BLOCK, "default": SUB_BLOCK if everything else SUB_BLOCK[:2]}
     named = ("eager", *(name for name in SUB_BLOCK[1:] if name in run.rivals.split(",")))
-    return (*known.get(run.rivals, named), *cuda_face(run))
-
-
-def cuda_face(run: Run) -> tuple[str, ...]:
-    """Returns (CUDA_FACE,) if our CUDA kernels get rows of their own, and otherwise ().
-
-    They get rows if `--rivals` names CUDA_FACE, and by default on a GPU, unless they are the run's backend.
-    """
-    by_default = run.rivals in ("default", "all") and run.device.type == "cuda" and run.backend != "cuda"
-    return (CUDA_FACE,) if by_default or CUDA_FACE in run.rivals.split(",") else ()
+    by_default = run.rivals in known and run.device.type == "cuda" and run.backend != "cuda"
+    face = (CUDA_FACE,) if by_default or CUDA_FACE in run.rivals.split(",") else ()
+    return (*known.get(run.rivals, named), *face)
 
 
 def cuda_backend(run: Run, *, convs: bool) -> str:
