@@ -14,6 +14,7 @@ from jasper_fast.bench.cases.layers import Layer
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.dispatch import backends
 
+pytest_plugins = ["ratios_summary"]  # not a conftest.py, so that pytest can collect this folder together with tests
 RUN = Run(torch.device("cpu"), torch.float32, "auto", quick=False, results=None, rivals="eager")
 LAYER = Layer(128, 128, 11)
 CASES = {
