@@ -383,7 +383,7 @@ def _measure(run: Run, args: argparse.Namespace, work: Callable[[Run, argparse.N
     data["finished"] = not (run.out_of_time() or result_file.parts_left(data))
     run.results.write()
     terminal.show(data["rows"], data["goals"])
-    terminal.console.print(f"wrote {_relative(run.results.path)}")
+    say(f"wrote {_relative(run.results.path)}", terminal.console)
     if args.command in ("all", "gpu"):
         try:
             html_page.main([run.results.path], None, False)
@@ -449,7 +449,8 @@ def start(args: argparse.Namespace, arguments: Sequence[str]) -> Run:
         path = args.out / f"{args.command}_{name}_{datetime.datetime.now():%Y%m%d-%H%M%S}_{commit}.json"
     load, cores = header["machine"]["load_average"], header["machine"]["cpu"]["cores"]
     if load and load[0] > 0.5 * cores:
-        console.print(f"[yellow]load average {load[0]:.1f} on {cores} cores: other processes disturb the timing[/]")
+        warning = f"load average {load[0]:.1f} on {cores} cores: other processes disturb the timing"
+        console.print(warning, style="yellow")
     results = result_file.Results(path, header, args.resume)
     run = Run(device, dtype, args.backend, args.quick, results, effort, rivals=args.rivals, arguments=tuple(arguments))
     results.data["clocks"] = {"start": machine.clocks(device)}

@@ -344,11 +344,27 @@ def test_a_source_says_the_load_and_not_where_the_file_was_put(tmp_path):
     assert source.endswith("; r.json")
 
 
-def test_the_newest_result_is_no_trace(tmp_path):
-    for name in ("kernels_a.json", "trace_small_train_eager_1.json"):
+def test_the_newest_result_is_no_trace_and_has_rows(tmp_path):
+    for name in ("kernels_a.json", "trace_small_train_eager_1.json", "data_a.json"):
         (tmp_path / name).write_text(json.dumps({}))
     assert html_page.newest(tmp_path) == [tmp_path / "kernels_a.json"]
     assert html_page.newest(tmp_path / "none") == []
+
+
+def test_no_number_is_told_with_an_exponent():
+    assert [words.duration(s) for s in (0.9997, 0.99949, 1.0, 1234.5)] == ["1,000 ms", "999 ms", "1 s", "1,234 s"]
+    assert words.per_second(1.2e15, "FLOP") == "1,200 TFLOP/s" and words.per_second(4.56e11, "B") == "456 GB/s"
+    [*_, told] = svg.roofline([("a", 100.0, 5e14, True)], 9e14, 4e12, svg.WIDE)["dots"][0]
+    assert told == "a: 500 TFLOP/s"
+    slow = row("latency", "eager", {"N": 16}, time_s=ratios.summary([12.3456] * 20, 1))
+    [[entry]] = html_page.percentiles_of([slow]).values()
+    assert entry[3:] == ("P50 12346 ms, P90 12346 ms, P95 12346 ms", "12346 ms")
+
+
+def test_brackets_in_the_name_of_a_file_are_told(capsys):
+    terminal.show([row("train", "eager", {"model": "nets[/v2]/[b]/net.yaml"}, status="absent", why="[why]")], [])
+    out = capsys.readouterr().out
+    assert out.count("nets[/v2]/[b]/net.yaml") == 2 and "[why]" in out
 
 
 # ------------------------------------------------------------------ too few samples

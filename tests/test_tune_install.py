@@ -16,16 +16,16 @@ from jasper_fast.kernels import tables
 SHAPE = {"c_in": 16, "c_out": 24, "taps": 3, "stride": 1, "dilation": 1}
 
 
-def result(path: Path, *, gpu: str | None = GPU_NAME, driver: str = "580.1", **changes) -> Path:
+def result(path: Path, *, gpu: str | None = GPU_NAME, driver: str = "580.1", command: str = "tune", **changes) -> Path:
     """Writes a result file as a run on a GPU leaves it, with one row in its table."""
     tile = {"t": 64, "n": 32, "k": 16, "num_warps": 4, "num_stages": 3, "splits": 1}
     row = tables.Row(op="conv1d.forward", dtype="bfloat16", **SHAPE, rows_log2=12, face="triton", algorithm="direct",
                      tile=tile, time_s=1e-3, registers=90, shared=1024, spilled=0)  # fmt: skip
-    data = {"command": "tune", "machine": {
+    data = {"schema": 1, "command": command, "machine": {
         "name": gpu or "a CPU", "gpu": gpu and {"name": gpu, "capability": "sm_90", "driver": driver},
         "packages": {"torch": "2.13.0", "triton": "3.7.1"}, "commit": "abc", "dirty": False, "command": "x",
         "date": "2026",
-    }}  # fmt: skip
+    }, "rows": [], "limits": {}, "finished": True}  # fmt: skip
     data["table"] = {"header": tune_table.table_header(data), "rows": [row.plain() | changes]}
     path.write_text(json.dumps(data))
     return path
@@ -78,10 +78,11 @@ def test_results_of_the_same_versions_add_up_and_others_are_replaced(tmp_path):
     [
         (lambda path: result(path, gpu=None), "install the result of a GPU"),
         (lambda path: result(path, spilled=8), "row 1: the kernel spills 8 bytes"),
-        (lambda path: path, "cannot be read"),
-        (lambda path: path.write_text('{"command": "kernels"}') and path, "not a result of `python -m bench tune`"),
+        (lambda path: path, "No such file"),
+        (lambda path: path.write_text("[]") and path, "not a result of python -m bench (it has no object)"),
+        (lambda path: result(path, command="kernels"), "not a result of `python -m bench tune`"),
     ],
-    ids=["stand-in", "faulty row", "no file", "another command"],
+    ids=["stand-in", "faulty row", "no file", "no object", "another command"],
 )
 def test_what_is_no_result_of_a_gpu_is_refused(tmp_path, own_tables, make, told, capsys):
     assert main(["tune", "--install", str(make(tmp_path / "r.json"))]) == 1

@@ -6,6 +6,8 @@ the second step creates and that are still alive after it.
 
 import gc
 
+from rich.text import Text
+
 from jasper_fast.bench.cases import memory
 from jasper_fast.bench.harness import checking, cudnn_search
 from jasper_fast.bench.harness.console import console
@@ -46,7 +48,7 @@ def main(run: Run, grid: tuple = ()) -> list[Row]:
         if run.out_of_time() or run.results.has(case.id, case.names):
             continue
         gc.collect()
-        with console.status(f"memory: counting the bytes of {case.label()}"), cudnn_search.off():
+        with console.status(Text(f"memory: counting the bytes of {case.label()}")), cudnn_search.off():
             rows = measure(run, model, N, T)
         run.results.add(rows)
         found += rows

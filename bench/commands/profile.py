@@ -231,13 +231,13 @@ def main(run: Run, model: str = "small", mode: str = "train", N: int = 8, T: int
                 status, why = "failed", str(error)
         about = {"contender": name, "model": model, "mode": mode, "batch": [N, T], "status": status}
         if status != "ok":
-            terminal.console.print(f"{status}: {name}: {why}", style=terminal.STYLES[status], markup=False)
+            terminal.console.print(f"{status}: {name}: {why}", style=terminal.STYLES[status])
             found.append(about | {"why": why, "records": []})
             continue
         show(f"{name}, {model} {mode} ({N}, {models.config(model).encoder.in_feats}, {T})", records)
         usual = statistics.median(bare[1:])
         times = f"{words.duration(usual)} without the profiler, {words.duration(watched[-1])} with it"
-        terminal.console.print(f"{name}: {times}; trace: {target.name}", markup=False)
+        terminal.console.print(f"{name}: {times}; trace: {target.name}")
         found.append(about | {"trace": target.name, "records": records, "step_s": usual, "profiled_s": watched[-1]})
     run.results.data["profiles"] = found
     run.results.write()

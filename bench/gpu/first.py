@@ -44,7 +44,7 @@ def tests(run: Run, *, files: tuple[str, ...] = TESTS, chosen: str = "triton or 
         raise OutOfTime from None
     last = (done.stdout.strip().splitlines() or ["pytest printed nothing"])[-1]
     run.results.data["tests"] = {"status": done.returncode, "told": last}
-    console.print(f"gpu: tests: {last}", markup=False)
+    console.print(f"gpu: tests: {last}")
     if done.returncode:
         failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
         raise TestsFailed("; ".join([*failed[:3], last]))

@@ -50,7 +50,7 @@ def main(run: Run, budget: float = BUDGET) -> None:
         parts[part.title] = how
         if how.startswith("failed"):
             faults[part.title] = faults.get(part.title, 0) + 1
-        console.print(f"gpu: {part.title}: {how}, {end - time.monotonic():.0f} s left", markup=False)
+        console.print(f"gpu: {part.title}: {how}, {end - time.monotonic():.0f} s left")
         run.results.write()
         if gone:
             go_on_elsewhere(run, end)
@@ -116,7 +116,7 @@ def go_on_elsewhere(run: Run, end: float) -> None:
 
     After an illegal memory access a process can no longer use the GPU. All results are on disk.
     """
-    console.print("gpu: the device no longer works in this process; continuing in a new one", markup=False)
+    console.print("gpu: the device no longer works in this process; continuing in a new one")
     path = os.pathsep.join(map(str, filter(None, [paths.CHECKOUT, os.environ.get("PYTHONPATH")])))
     env = os.environ | {UNTIL: str(time.time() + end - time.monotonic()), "PYTHONPATH": path}
     sys.stdout.flush()

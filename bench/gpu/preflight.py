@@ -116,6 +116,6 @@ def main(run: Run) -> None:
     """
     found = list(findings(run.device))
     for one in found:
-        console.print(f"preflight: {one.line()}", markup=False, soft_wrap=True, style=None if one.there else "red")
+        console.print(f"preflight: {one.line()}", soft_wrap=True, style=None if one.there else "red")
     run.results.data["preflight"] = [one._asdict() for one in found]
     run.results.write()

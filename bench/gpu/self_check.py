@@ -34,7 +34,7 @@ def keep_verdicts(run: Run, rows: Sequence[dict], quick: bool, seconds: float) -
     kept["verdicts"] = list(latest.values())
     kept["failures"] += [line for line in bad if line not in kept["failures"]]
     for line in bad[:5]:
-        console.print(f"self-check: {line}", style="red", markup=False)
+        console.print(f"self-check: {line}", style="red")
     run.results.write()
 
 

@@ -2,9 +2,9 @@
 
 from rich.console import Console
 
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False)  # without markup, because a path may contain brackets
 
 
-def say(text: str) -> None:
-    """Prints a line without wrapping it and without markup, because it may contain a path."""
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
+def say(text: str, to: Console = console) -> None:
+    """Prints a line without wrapping it, because it may contain a path."""
+    to.print(text, soft_wrap=True, highlight=False)

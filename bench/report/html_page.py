@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jasper_fast.bench.harness import result_file
+from jasper_fast.bench.harness.console import say
 from jasper_fast.bench.harness.paths import OUT
 from jasper_fast.bench.report import published, readme_table, svg, words
 from jasper_fast.bench.report.agreement import agreement
@@ -29,19 +30,18 @@ def main(paths: Sequence[Path], html: Path | None, readme: bool) -> int:
     results = [load(path) for path in chosen]
     if len(results) == 2:
         agreed = agreement(*results)
-        console.print(str(agreed))
-        for row in agreed.apart:
-            console.print(f"  no overlap: {row}", markup=False)
+        for line in (str(agreed), *(f"  no overlap: {row}" for row in agreed.apart)):
+            say(line, console)
     target = html or chosen[0].with_suffix(".html")
     target.write_text(page(results))
-    console.print(f"wrote {target}")
+    say(f"wrote {target}", console)
     return 0
 
 
 def newest(folder: Path) -> list[Path]:
-    """Returns a list with the newest result file, which is empty if there is none. Traces of the profiler are
-    skipped."""
-    results = (path for path in folder.glob("*.json") if not path.name.startswith("trace_"))
+    """Returns a list with the newest result file, which is empty if there is none. Skips traces of the profiler and
+    results of `data`, which have no rows."""
+    results = (path for path in folder.glob("*.json") if not path.name.startswith(("trace_", "data_")))
     return sorted(results, key=lambda p: p.stat().st_mtime)[-1:]
 
 
@@ -169,9 +169,10 @@ def percentiles_of(rows: Iterable[dict]) -> dict[str, list[tuple]]:
     for r in (row for row in rows if row["bench"] == "latency" and row["status"] == "ok"):
         seconds = {p.upper(): words.quantile(r, p) for p in ("p50", "p90", "p95", "p99")}
         ms = {name: 1e3 * v for name, v in seconds.items() if v is not None}
-        values, numbers = list(ms.values()), ", ".join(f"{name} {v:.4g} ms" for name, v in ms.items())
-        ends = " to ".join(dict.fromkeys(f"{v:.4g}" for v in (values[0], values[-1])))
-        groups.setdefault(label(r), []).append((r["contender"], r["ours"], values, numbers, f"{ends} ms"))
+        shown = [f"{v:.4g}" if v < 1000 else f"{v:.0f}" for v in ms.values()]
+        numbers = ", ".join(f"{name} {text} ms" for name, text in zip(ms, shown, strict=True))
+        ends = " to ".join(dict.fromkeys((shown[0], shown[-1])))
+        groups.setdefault(label(r), []).append((r["contender"], r["ours"], list(ms.values()), numbers, f"{ends} ms"))
     return groups
 
 

@@ -5,6 +5,8 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jasper_fast.bench.report import words
+
 
 @dataclass(frozen=True)
 class Form:
@@ -61,7 +63,7 @@ def roofline(points: Sequence[Point], flops_per_s: float, bytes_per_s: float, fo
         "across": [(at(10**d, 1)[0], f"{10.0**d:g}") for d in range(x0, x1 + 1)],
         "up": [(at(1, 10**d)[1], _short(10**d)) for d in range(y0, y1 + 1)],
         "slope": (*at(10**x0, 10**x0 * bytes_per_s), *at(ridge, flops_per_s), right),
-        "dots": [("ours" if ours else "theirs", *at(x, y), f"{label}: {y / 1e9:.3g} GFLOP/s")
+        "dots": [("ours" if ours else "theirs", *at(x, y), f"{label}: {words.per_second(y, 'FLOP')}")
                  for label, x, y, ours in points],
     }  # fmt: skip
 

@@ -4,12 +4,13 @@ from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from jasper_fast.bench.report import words
 
-console = Console()
+console = Console(markup=False)  # without markup, because a path may contain brackets
 if not console.is_terminal:  # for a file or a pipe, rich would wrap columns to its default width of 80
-    console = Console(width=200)
+    console.width = 200
 STYLES = {"wrong": "bold red", "failed": "red", "refused": "red", "absent": "dim"}
 
 
@@ -29,11 +30,15 @@ def without_number(rows: Iterable[dict]) -> None:
     """Prints the reason for each row without a number."""
     for row in (r for r in rows if r["status"] != "ok"):
         style = STYLES[row["status"]]
-        console.print(f"{row['status']}: {row['contender']}, {_case(row)}: {row['why']}", style=style, markup=False)
+        console.print(f"{row['status']}: {row['contender']}, {_case(row)}: {row['why']}", style=style)
 
 
 def table(
-    title: str, headings: Sequence[str], left: int, lines: Iterable[Sequence[str]] = (), caption: str | None = None
+    title: str,
+    headings: Sequence[str],
+    left: int,
+    lines: Iterable[Sequence[str | Text]] = (),
+    caption: str | None = None,
 ) -> Table:
     """Returns a table with these lines. The first `left` columns are aligned left, and the others right (numbers)."""
     made = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
@@ -67,7 +72,7 @@ def _goals(goals: list[dict], rows: list[dict]) -> Table:
             g["name"],
             f"{'at most' if g['at_most'] else 'at least'} {g['goal']:g}",
             words.measured(g, rows),
-            "[green]met[/]" if g["met"] else "[red]not met[/]",
+            Text("met", "green") if g["met"] else Text("not met", "red"),
         )
         for g in goals
     )

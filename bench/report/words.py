@@ -10,8 +10,8 @@ def duration(seconds: float) -> str:
     """Returns seconds as text, in a unit that suits their size."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}" if seconds < 1000 * scale else f"{seconds / scale:.0f} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
+            return f"{plain(seconds / scale)} {unit}"
+    return f"{plain(seconds / 1e-9)} ns"
 
 
 def rate(row: dict) -> str:
@@ -25,7 +25,7 @@ def rate(row: dict) -> str:
 def per_second(value: float, of: str) -> str:
     """Returns a rate as text, in a unit that suits its size. `of` is the unit of what is counted, such as "FLOP"."""
     unit, scale = ("T", 1e12) if value >= 1e12 else ("G", 1e9)
-    return f"{value / scale:.3g} {unit}{of}/s"
+    return f"{plain(value / scale)} {unit}{of}/s"
 
 
 def plain(value: float) -> str:
@@ -34,7 +34,7 @@ def plain(value: float) -> str:
 
 
 DASH = "–"
-FEW = f"{DASH} too few samples for this percentile: P90 needs 10, P95 needs 20, P99 needs 100."
+FEW = f"{DASH} too few samples for this percentile: P20 and P80 need 5, P90 needs 10, P95 needs 20, P99 needs 100."
 SLOWED = "‡ while this was timed, the clock was more than 5 % below the highest of the run."
 HURRIED = "† timed in fewer rounds than usual, because one round takes much of the time for a case."
 MARKED = {"throttled": SLOWED, "hurried": HURRIED}  # by field of a row: the note; its first character marks the row

@@ -1,9 +1,9 @@
 """The table of fastest choices in a result of `python -m bench tune`: makes, installs and summarises it."""
 
-import json
 from pathlib import Path
 
 from jasper_fast.bench.cases.cells import work
+from jasper_fast.bench.harness import result_file
 from jasper_fast.bench.harness.console import say
 from jasper_fast.bench.harness.ratios import summary as summary_of
 from jasper_fast.bench.harness.run import Run
@@ -113,10 +113,10 @@ def install(path: Path) -> int:
 def _table_of(path: Path) -> tables.Table:
     """Returns the table of a result. Raises TableError if the file has no table that was measured on a GPU."""
     try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise tables.TableError(f"{path}: cannot be read: {error}") from None
-    if data.get("command") != "tune" or not data.get("table"):
+        data = result_file.read(path)
+    except ValueError as error:
+        raise tables.TableError(str(error)) from None
+    if data["command"] != "tune" or not data.get("table"):
         raise tables.TableError(f"{path}: not a result of `python -m bench tune`; run that first")
     if data["machine"]["gpu"] is None:
         raise tables.TableError(
@@ -153,6 +153,6 @@ def summary(run: Run, done: int, of: int) -> None:
         )
     terminal.console.print(shown)
     terminal.without_number(rows)
-    terminal.console.print(f"wrote {run.results.path}")
+    say(f"wrote {run.results.path}", terminal.console)
     if run.device.type == "cuda":
-        terminal.console.print(f"to use it on this GPU: python -m bench tune --install {run.results.path}")
+        say(f"to use it on this GPU: python -m bench tune --install {run.results.path}", terminal.console)
