@@ -1,7 +1,7 @@
 """`python -m bench decode` runs every contender, and a contender with a wrong answer gets no number."""
 
 import pytest
-from bench_runs import make_run
+from bench_runs import make_run, python
 from standins import wrap
 
 from jasper_fast.bench.cases import decode, latency
@@ -25,6 +25,17 @@ def test_searches_answer(kind, lm, short, tmp_path):
     assert ours["contender"] == "jasper_fast" and ours["status"] == "ok", ours.get("why")
     assert ours["items_per_s"] > 0
     assert flashlight["status"] in ("ok", "absent"), flashlight.get("why")
+
+
+@pytest.mark.slow
+def test_the_language_models_are_deleted_when_the_process_ends(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    python(
+        "from jasper_fast.bench.cases import decode\n"
+        "decode.text = lambda: [['ab', 'cad'], ['bad', 'ab']] * 20\n"
+        "assert decode.language_model('symbols').path"
+    )
+    assert not list(tmp_path.glob("jasper-fast-bench-*"))
 
 
 def test_a_wrong_answer_has_no_number(short, tmp_path, monkeypatch):

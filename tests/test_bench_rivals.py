@@ -101,6 +101,13 @@ def test_the_cuda_face_is_no_rival_to_be_slower_than():
     assert verdict["row"] == rows[0]["id"] and verdict["met"]
 
 
+@pytest.mark.parametrize("rival", ["cuda_graph", "tensorrt"])
+def test_a_rival_that_needs_a_gpu_is_absent_in_a_run_on_the_cpu_of_a_machine_with_one(rival, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(Absent, match="needs an NVIDIA GPU"):
+        choice.INFERENCE[rival](EagerJasper(engines.config(models._blocks(8, (), 1, 8), feats=8)))
+
+
 # ------------------------------------------------------------------ compilers and graphs, on stand-ins
 
 
@@ -230,7 +237,7 @@ def test_a_graph_s_answers_are_of_the_call_s_own_inputs(monkeypatch):
         made.append(Graph(call))
         return made[-1], made[-1].out
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda_graphs, "needs_gpu", lambda *_: None)
     monkeypatch.setattr(capture, "captured", captured)
     config = models.config("small")
     model = models.eager(config, models.weights(config, CPU, 64)).eval().requires_grad_(False)

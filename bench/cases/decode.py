@@ -1,8 +1,10 @@
 """Cases of `python -m bench decode`: beam searches over given log-probabilities, and after the acoustic model."""
 
+import atexit
 import functools
 import math
 import random
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +53,7 @@ def text() -> list[list[str]]:
 def language_model(kind: str) -> SymbolLM | WordLM:
     """Returns an n-gram model of the text, of characters or of words."""
     folder = Path(tempfile.mkdtemp(prefix="jasper-fast-bench-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     (folder / "text").write_text("".join(" ".join(line) + "\n" for line in text()))
     of_words = kind == "words"
     train([folder / "text"], folder / "lm.arpa", 3 if of_words else 6, characters=not of_words)
@@ -59,6 +62,7 @@ def language_model(kind: str) -> SymbolLM | WordLM:
 
 @functools.cache
 def closed() -> SpeltLM:
+    """Returns the model of words for our search. As with a lexicon, no other word is possible."""
     return SpeltLM(language_model("words"), V, unknown=-math.inf)
 
 

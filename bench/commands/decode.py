@@ -25,8 +25,6 @@ def main(run: Run, model: str) -> list[dict]:
     if cores > 1:
         found += run.cases("decode", [decode.search_case("unsure", BEAM, lm, 2 * cores, cores) for lm in decode.LMS])
     shared = latency.Models(run, model)
-    try:
-        found += run.cases("decode", [decode.whole_case(shared, run, model, 7.0, BEAM, lm) for lm in decode.LMS])
-    finally:
-        run.close(shared.close)
+    found += run.cases("decode", [decode.whole_case(shared, run, model, 7.0, BEAM, lm) for lm in decode.LMS])
+    run.close(shared.close)
     return found

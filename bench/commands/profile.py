@@ -215,30 +215,31 @@ def main(run: Run, model: str = "small", mode: str = "train", N: int = 8, T: int
     """
     stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
     case, of = {"train": training, "inference": inference}[mode](run, model, N, T)
-    found, watched, clock = [], [], clocks.WallClock(run.device)
+    clock, watched, profiles = clocks.WallClock(run.device), [], {}
     with run.begun(case) as m:
         checking.prepare(m)
-    for name in case.names:
-        status, why = m.failed.get(name) or ("ok", "")
-        target = run.results.path.with_name(f"trace_{tables.slug(Path(model).stem)}_{mode}_{name}_{stamp}.json")
-        if status == "ok":
-            step, named = of(name, m.runners[name])
-            bare = [clock.sample(step, 1) for _ in range(4)]
-            try:
+        for name in list(m.runners):
+            with m.caught(name):
+                step, named = of(name, m.runners[name])
+                bare = [clock.sample(step, 1) for _ in range(4)]
+                target = run.results.path.with_name(f"trace_{tables.slug(Path(model).stem)}_{mode}_{name}_{stamp}.json")
                 with named:
                     records = profile(lambda step=step: watched.append(clock.sample(step, 1)), run.device, target)
-            except NoKernels as error:
-                status, why = "failed", str(error)
+                times = {"step_s": statistics.median(bare[1:]), "profiled_s": watched[-1]}
+                profiles[name] = {"trace": target.name, "records": records} | times
+    found = []
+    for name in case.names:
+        status, why = m.failed.get(name, ("ok", ""))
         about = {"contender": name, "model": model, "mode": mode, "batch": [N, T], "status": status}
-        if status != "ok":
+        if name in m.failed:
             terminal.console.print(f"{status}: {name}: {why}", style=terminal.STYLES[status])
             found.append(about | {"why": why, "records": []})
             continue
-        show(f"{name}, {model} {mode} ({N}, {models.config(model).encoder.in_feats}, {T})", records)
-        usual = statistics.median(bare[1:])
-        times = f"{words.duration(usual)} without the profiler, {words.duration(watched[-1])} with it"
-        terminal.console.print(f"{name}: {times}; trace: {target.name}")
-        found.append(about | {"trace": target.name, "records": records, "step_s": usual, "profiled_s": watched[-1]})
+        made = profiles[name]
+        show(f"{name}, {model} {mode} ({N}, {models.config(model).encoder.in_feats}, {T})", made["records"])
+        times = f"{words.duration(made['step_s'])} without the profiler, {words.duration(made['profiled_s'])} with it"
+        terminal.console.print(f"{name}: {times}; trace: {made['trace']}")
+        found.append(about | made)
     run.results.data["profiles"] = found
     run.results.write()
     return found

@@ -8,10 +8,15 @@ from jasper_fast.bench.rivals.eager_layouts import Model
 from jasper_fast.kernels import capture
 
 
+def needs_gpu(model: nn.Module, what: str) -> None:
+    """Raises Absent if the model is not on a GPU, which the rival `what` needs."""
+    if next(model.parameters()).device.type != "cuda":
+        raise Absent(f"{what} needs an NVIDIA GPU")
+
+
 def cuda_graph(model: nn.Module) -> Model:
-    """Returns the eager model with a CUDA graph per shape, for inference. Raises Absent without a GPU."""
-    if not torch.cuda.is_available():
-        raise Absent("CUDA graphs need an NVIDIA GPU")
+    """Returns the eager model with a CUDA graph per shape, for inference. Raises Absent if it is not on a GPU."""
+    needs_gpu(model, "a CUDA graph")
     graphs: dict[tuple, tuple] = {}
 
     def call(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from jasper_fast.bench.harness.errors import Absent
+from jasper_fast.bench.rivals.cuda_graphs import needs_gpu
 from jasper_fast.bench.rivals.eager_layouts import Model
 from jasper_fast.inference import export
 from jasper_fast.nn.architecture import out_lengths as frames_out
@@ -133,8 +134,7 @@ def _compiled(network: object, precision: str) -> Model:
 
 def tensorrt(model: nn.Module) -> Model:
     """Returns the model in TensorRT, by torch_tensorrt's backend for torch.compile."""
-    if not torch.cuda.is_available():
-        raise Absent("TensorRT needs an NVIDIA GPU")
+    needs_gpu(model, "TensorRT")
     _need("torch_tensorrt", "pip install torch-tensorrt")
     import torch_tensorrt  # noqa: F401  the import registers the backend
 
