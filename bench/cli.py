@@ -42,14 +42,11 @@ ALL_SECONDS = 570.0
 MEMORY_SECONDS = 60.0  # of ALL_SECONDS, the part that counting the memory may need at the end
 DEFAULT_BATCH = (8, 400)  # (N, T)
 OURS = "jasper_fast"  # the contender's name
-MODELS = "small, medium, jasper10x5, quartznet_small, quartznet15x5 or a YAML file"  # for help texts
+MODELS = f"{', '.join(choices.MODELS)} or a YAML file"  # for help texts
 NOTHING = "interrupted: nothing was measured yet"
 
 # ------------------------------------------------------------------ options
 
-OUT = option(
-    "--out", type=Path, default=paths.OUT, metavar="DIR", help="folder for the JSON file (default: build/bench)"
-)
 COMMON = (  # options of every subcommand in COMMANDS
     option(
         "--device",
@@ -73,7 +70,7 @@ COMMON = (  # options of every subcommand in COMMANDS
         choices=("auto", "reference", "cpu", "triton", "cuda"),
         help="the implementation of jasper_fast's ops to time (default: auto, which chooses by shape)",
     ),
-    OUT,
+    options.OUT,
     option("--quick", action="store_true", help="measure only the most important cases, with fewer repetitions"),
     option(
         "--rivals",
@@ -239,7 +236,7 @@ COMMANDS = {
     ),
 }
 DATA = (
-    option("--manifest", type=Path, help="manifest of the utterances to read (default: generated audio)"),
+    option("--manifest", help="manifest of the utterances to read, a path or a URL (default: generated audio)"),
     option("--seconds", type=options.seconds, default=10.0, help="seconds to spend on each stage (default: 10)"),
     option("--workers", type=options.count, help="number of worker processes to measure with (default: one per core)"),
     option(
@@ -254,7 +251,7 @@ DATA = (
         default=16.7,
         help="seconds of audio per utterance of --rate (default: 16.7)",
     ),
-    OUT,
+    options.OUT,
 )
 REPORT = (
     option(
@@ -292,15 +289,17 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog=paths.COMMAND, description=__doc__)
     sub = top.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
     for name, command in COMMANDS.items():
-        options = (*COMMON, *command.options)
-        add(sub.add_parser(name, help=command.help, description=command.help), {"": options})
-    for name, (about, more, options) in OTHERS.items():
-        add(sub.add_parser(name, help=about, description=about + more), {"": options})
-    about = (
-        "time the implementations of each op and their tile sizes on this GPU, and write the table for --backend auto"
+        add(sub.add_parser(name, help=command.help, description=command.help), {"": (*COMMON, *command.options)})
+    for name, (about, more, their_options) in OTHERS.items():
+        add(sub.add_parser(name, help=about, description=about + more), {"": their_options})
+    tuning = sub.add_parser(
+        "tune",
+        help="time the implementations of each op and their tile sizes on this GPU, and write the table for --backend "
+        "auto",
+        description=tune.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    raw = argparse.RawDescriptionHelpFormatter
-    tune.add_arguments(sub.add_parser("tune", help=about, description=tune.__doc__, formatter_class=raw))
+    tune.add_arguments(tuning)
     return top
 
 

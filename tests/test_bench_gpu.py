@@ -16,7 +16,16 @@ import torch.nn.functional as F
 from bench_runs import CPU, CUDA, again, make_run, measured, python, softplus_case, written
 from conftest import raising
 
-from jasper_fast.bench.cases import bn_relu_dropout, latency, memory, panes, sub_block_inference, sub_blocks, train
+from jasper_fast.bench.cases import (
+    bn_relu_dropout,
+    decode,
+    latency,
+    memory,
+    panes,
+    sub_block_inference,
+    sub_blocks,
+    train,
+)
 from jasper_fast.bench.cases.layers import Layer
 from jasper_fast.bench.commands import memory as memory_command
 from jasper_fast.bench.gpu import agenda, gpu
@@ -256,7 +265,7 @@ def test_what_the_self_check_found_bad_is_not_timed(run, monkeypatch, capsys):
 
 def test_each_case_knows_the_ops_that_ours_is_made_of(run):
     layer, first = Layer(8, 8, 3), Layer(8, 8, 3, stride=2)
-    shared = latency.Models(run, "small")
+    shared, quartznet = latency.Models(run, "small"), latency.Models(run, "quartznet_small")
     training, steps = {"bn_relu_dropout", "conv1d"}, set(train.TRAINS)
     for case, ops in (
         (bn_relu_dropout.case(run, (2, 8, 40), "both", False, False), {"bn_relu_dropout"}),
@@ -269,6 +278,7 @@ def test_each_case_knows_the_ops_that_ours_is_made_of(run):
         (memory.case(run, "small", 2, 64)[0], steps),
         (latency.case(shared, "small", 1, 2.0), {"conv1d.fused"}),
         (latency.sound_case(shared, "small", 1, 2.0), {"conv1d.fused"}),
+        (decode.whole_case(quartznet, run, "quartznet_small", 2.0, 8, "none"), {"conv1d.fused", "depthwise"}),
     ):
         assert set(case.needs) == ops <= set(OPS), case.id
 

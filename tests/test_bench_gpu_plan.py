@@ -17,7 +17,7 @@ from bench_runs import FAST, ROOT, again, make_run, measured, python, written
 from conftest import raising
 from standins import verdicts_of_its_own, wrap  # noqa: F401
 
-from jasper_fast.bench.cases import bn_relu_dropout, common, memory
+from jasper_fast.bench.cases import bn_relu_dropout, common
 from jasper_fast.bench.cases.layers import layers
 from jasper_fast.bench.commands import memory as memory_command
 from jasper_fast.bench.gpu import agenda, ahead, first, gpu, self_check, warm
@@ -28,6 +28,12 @@ from jasper_fast.dispatch import probe
 from jasper_fast.selfcheck import checks
 
 # ------------------------------------------------------------------ the whole plan
+
+
+def test_tests_that_cannot_run_are_told(run):
+    """pytest writes what is wrong with its arguments to stderr."""
+    with pytest.raises(first.TestsFailed, match=r"file or directory not found: .*no_such_test\.py"):
+        first.tests(run, files=("no_such_test.py",))
 
 
 @pytest.fixture
@@ -51,7 +57,7 @@ def test_every_part_of_the_plan_for_a_gpu_makes_its_cases_and_has_time_for_them(
     monkeypatch.setattr(self_check, "selfcheck", lambda run, **which: None)
     monkeypatch.setattr(checks, "plan", lambda device: [])
     monkeypatch.setattr(ahead, "compilers", lambda run, titles: contextlib.nullcontext(asked.extend(titles)))
-    monkeypatch.setattr(memory_command, "measure", lambda run, *size: run.cases("memory", [memory.case(run, *size)[0]]))
+    monkeypatch.setattr(memory_command, "measure", lambda run, case, *_: run.cases("memory", [case]))
     for name in ("tests", "tune"):
         monkeypatch.setattr(first, name, lambda run: None)
     run = dataclasses.replace(collector, effort=Effort().at_most(gpu.CASE))

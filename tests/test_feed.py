@@ -39,12 +39,13 @@ def test_the_wait_is_what_the_loader_takes_and_not_what_the_step_takes(tmp_path:
     assert wait.take() == 0
 
 
-def test_bench_data_measures_every_stage(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_bench_data_measures_every_stage_of_a_manifest_with_a_url(tmp_path: Path, monkeypatch, capsys) -> None:
+    pytest.importorskip("fsspec")
     monkeypatch.setattr(command, "BATCH_SECONDS", 1.0)
     made = corpora.written(tmp_path, 6)
     lines = ({"audio_filepath": u.path, "duration": u.duration, "text": "x"} for u in made)
     path = corpora.write_lines(tmp_path / "m.jsonl", lines)
-    options = ["data", "--manifest", str(path), "--seconds", "0.01", "--workers", "1"]
+    options = ["data", "--manifest", f"file://{path}", "--seconds", "0.01", "--workers", "1"]
     assert cli.main([*options, "--rate", "480", "--length", "16.7", "--out", str(tmp_path)]) == 0
     [path] = tmp_path.glob("data_*.json")
     told = json.loads(path.read_text())["data"]

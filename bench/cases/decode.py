@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jasper_fast.bench.cases import latency
+from jasper_fast.bench.cases import latency, models
 from jasper_fast.bench.harness import correct
 from jasper_fast.bench.harness.case import Answer, Case, Contender, Rule, Runner
 from jasper_fast.bench.harness.errors import Absent
@@ -213,5 +213,5 @@ def whole_case(shared: latency.Models, run: Run, model: str, seconds: float, bea
         items=1,
         wall=True,
         seeds=(1,),
-        needs=latency.INFERS,
+        needs=models.needs(shared.cfg, latency.INFERS),
     )  # fmt: skip

@@ -48,6 +48,7 @@ class Models:
 
     def __init__(self, run: Run, model: str) -> None:
         self.run, self.cfg = run, models.config(model)
+        self.judged_in = models.exact(self.cfg, run.device)  # the precision of `judge`
         self.contenders: dict[str, Model] = {}
         self.failures: dict[str, Exception] = {}
         self._held: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
@@ -66,12 +67,6 @@ class Models:
     def judge(self) -> nn.Module:
         """The eager model with which contenders are compared."""
         return models.eager(self.cfg, self.state, self.judged_in).eval().requires_grad_(False)
-
-    @property
-    def judged_in(self) -> torch.dtype:
-        """The precision of `judge`: fp64, but fp32 for a large network on a CPU."""
-        small = counts.parameters(self.cfg) < 50e6 or self.run.device.type == "cuda"
-        return torch.float64 if small else torch.float32
 
     def answer(self, x: Tensor, lengths: Tensor) -> dict[str, Tensor]:
         """Returns the answer of `judge` to these features."""

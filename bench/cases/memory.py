@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from jasper_fast.bench.cases import counts, models
-from jasper_fast.bench.cases.train import LARGE, TRAINS, Batch, answer, judged_size, precision, tolerance
+from jasper_fast.bench.cases.train import TRAINS, Batch, answer, eager_answer, judged_size, precision, tolerance
 from jasper_fast.bench.harness import allocations
 from jasper_fast.bench.harness.case import Case, Contender, Runner
 from jasper_fast.bench.harness.run import Run
@@ -58,8 +58,7 @@ def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Modul
     not change the counts.
     """
     cfg = models.config(model)
-    small = counts.parameters(cfg) < LARGE
-    roomy = small or run.device.type == "cuda"  # if not, a tiny batch is checked, and without `low`
+    roomy = models.exact(cfg, run.device) is torch.float64  # if not, a tiny batch is checked, and without `low`
     state = functools.cache(lambda: models.weights(cfg, run.device))
     batch = functools.cache(lambda: Batch(cfg, N, T, run.device))
     judged_at = judged_size(run.device, cfg, N, T) if roomy else (2, 64)
@@ -74,8 +73,7 @@ def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Modul
         return build
 
     def plain(dtype: torch.dtype, autocast_dtype: torch.dtype) -> dict[str, Tensor]:
-        module = models.eager(cfg, state(), dtype)
-        found = answer(module, module, judged(), state(), autocast_dtype)
+        found = eager_answer(judged(), state(), dtype, autocast_dtype)
         return found if roomy else {name: t.float() for name, t in found.items()}  # half the memory of fp64
 
     made = Case(
@@ -94,7 +92,7 @@ def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Modul
         reference=lambda: plain(torch.float64, torch.float64),
         low=(lambda: plain(torch.float32, run.dtype)) if roomy else None,
         tolerance=tolerance(precision(run.device, run.dtype), cfg),
-        seeds=(1, 2) if small else (1,),
+        seeds=(1, 2) if counts.parameters(cfg) < models.LARGE else (1,),
         needs=models.needs(cfg, TRAINS),
     )
     return made, modules, batch

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jasper_fast import Jasper, JasperConfig
+from jasper_fast.bench.cases import counts
 from jasper_fast.bench.harness.seeds import seeded, stable_seed
 from jasper_fast.kernels.layout import mask
 from jasper_fast.nn.eager import EagerJasper
@@ -62,6 +63,15 @@ def config(name: str) -> JasperConfig:
 def needs(cfg: JasperConfig, ops: tuple[str, ...]) -> tuple[str, ...]:
     """Returns `ops`, and the depthwise op if the network has separable blocks, by their names in the self-check."""
     return (*ops, "depthwise") if any(block.separable for block in cfg.encoder.blocks) else ops
+
+
+LARGE = 50e6  # number of parameters from which on an fp64 answer takes long
+
+
+def exact(cfg: JasperConfig, device: torch.device) -> torch.dtype:
+    """Returns the precision of the answers with which contenders are compared: fp64, but fp32 for a large network on a
+    CPU."""
+    return torch.float64 if counts.parameters(cfg) < LARGE or device.type == "cuda" else torch.float32
 
 
 _made: dict[tuple, dict[str, Tensor]] = {}

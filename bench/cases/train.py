@@ -20,7 +20,6 @@ from jasper_fast.bench.rivals import choice
 from jasper_fast.bench.rivals.eager_layouts import ChannelsLast2d, Model
 
 FULL = ", all lengths full"  # added to the name of a mode whose utterances have no padding
-LARGE = 50e6  # number of parameters from which on an fp64 answer takes long
 TRAINS = ("bn_relu_dropout", "conv1d", "panes")  # the ops of a training step, by their names in the self-check
 # If rounding moves the input of a single ReLU across zero, some gradients change by a per cent, in eager PyTorch as in
 # any kernel. So with its usual weights the gradients of a network have loose bounds. On the inputs of CLEAR_SEED the
@@ -185,6 +184,14 @@ def answer(
     return found
 
 
+def eager_answer(
+    batch: Batch, state: Mapping[str, Tensor], dtype: torch.dtype, autocast_dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Returns the answer of the eager model with weights in `dtype`, computed under autocast to `autocast_dtype`."""
+    module = models.eager(batch.cfg, state, dtype)
+    return answer(module, module, batch, state, autocast_dtype)
+
+
 @torch.no_grad()
 def restore(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copies `state` into a module, whose names and shapes a rival may have changed."""
@@ -203,7 +210,7 @@ def judged_size(device: torch.device, cfg, N: int, T: int) -> tuple[int, int]:
     For a large network on a GPU it is a smaller batch than the timed one, because the fp64 step would take tens of
     seconds and tens of GiB. `python -m bench kernels` compares each op of such a network at full size.
     """
-    return (min(N, 2), T) if device.type == "cuda" and counts.parameters(cfg) >= LARGE else (N, T)
+    return (min(N, 2), T) if device.type == "cuda" and counts.parameters(cfg) >= models.LARGE else (N, T)
 
 
 def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
@@ -214,7 +221,7 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
     batch = functools.cache(lambda: Batch(cfg, N, T, run.device, not full))
     judged_at = judged_size(run.device, cfg, N, T)
     judged = batch if judged_at == (N, T) else functools.cache(lambda: Batch(cfg, *judged_at, run.device, not full))
-    exact = torch.float64 if counts.parameters(cfg) < LARGE or run.device.type == "cuda" else torch.float32
+    exact = models.exact(cfg, run.device)
 
     def runner_of(module: nn.Module, call: Model, graphs: bool = False) -> Runner:
         timed = runner(module, call, batch(), state(), run.dtype, mode.removesuffix(FULL), graphs)
@@ -238,10 +245,6 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
 
         return make
 
-    def plain(dtype: torch.dtype, autocast_dtype: torch.dtype) -> dict[str, Tensor]:
-        module = models.eager(cfg, state(), dtype)
-        return answer(module, module, judged(), state(), autocast_dtype)
-
     def refill(seed: int) -> None:
         for held in {id(b): b for b in (batch(), judged())}.values():
             held.refill(seed)
@@ -254,8 +257,8 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
         {"model": model, "batch": f"({N}, {cfg.encoder.in_feats}, {T})", "dtype": run.dtype_name, "mode": mode},
         [*mine, *(Contender(n, rival(b)) for n, b in of_batch(rivals_of(run), full).items())],
         refill=refill,
-        reference=lambda: plain(exact, exact),
-        low=(lambda: plain(torch.float32, run.dtype)) if exact is torch.float64 else None,
+        reference=lambda: eager_answer(judged(), state(), exact, exact),
+        low=(lambda: eager_answer(judged(), state(), torch.float32, run.dtype)) if exact is torch.float64 else None,
         tolerance=tolerance(precision(run.device, run.dtype), cfg),
         flops=counts.training_flops(cfg, N, T),
         nbytes=counts.training_bytes(cfg, N, T, run.dtype.itemsize),

@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def corpus(manifest: Path | None, count: int = 32) -> Iterator[list[Utterance]]:
+def corpus(manifest: str | None, count: int = 32) -> Iterator[list[Utterance]]:
     """Yields the utterances of a manifest, or of `count` generated FLAC files, which are deleted at the end."""
     if manifest is not None:
         try:

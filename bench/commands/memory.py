@@ -5,11 +5,15 @@ the second step creates and that are still alive after it.
 """
 
 import gc
+from collections.abc import Callable
 
 from rich.text import Text
+from torch import nn
 
 from jasper_fast.bench.cases import memory
+from jasper_fast.bench.cases.train import Batch
 from jasper_fast.bench.harness import checking, cudnn_search
+from jasper_fast.bench.harness.case import Case
 from jasper_fast.bench.harness.console import console
 from jasper_fast.bench.harness.measurement import Row
 from jasper_fast.bench.harness.run import Run
@@ -19,9 +23,8 @@ CPU_GRID = (("jasper10x5", 2, 400), ("small", 8, 400), ("medium", 4, 400))
 GPU_GRID = (("jasper10x5", 32, 1680), ("jasper10x5", 2, 400))
 
 
-def measure(run: Run, model: str, N: int, T: int) -> list[Row]:
-    """Returns the rows of one model and batch: bytes kept for backward and peak bytes, ours and eager's."""
-    case, modules, batch = memory.case(run, model, N, T)
+def measure(run: Run, case: Case, modules: dict[str, nn.Module], batch: Callable[[], Batch]) -> list[Row]:
+    """Returns the rows of what `memory.case` returned: bytes kept for backward and peak bytes, ours and eager's."""
     found = {}
     with run.begun(case) as m:
         m.build()
@@ -44,12 +47,12 @@ def main(run: Run, grid: tuple = ()) -> list[Row]:
     found = []
     usual = GPU_GRID if run.device.type == "cuda" else CPU_GRID
     for model, N, T in grid or usual[: 1 if run.quick else None]:
-        case = memory.case(run, model, N, T)[0]
+        case, modules, batch = memory.case(run, model, N, T)
         if run.out_of_time() or run.results.has(case.id, case.names):
             continue
         gc.collect()
         with console.status(Text(f"memory: counting the bytes of {case.label()}")), cudnn_search.off():
-            rows = measure(run, model, N, T)
+            rows = measure(run, case, modules, batch)
         run.results.add(rows)
         found += rows
     return found

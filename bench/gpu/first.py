@@ -37,8 +37,8 @@ def tests(run: Run, *, files: tuple[str, ...] = TESTS, chosen: str = "triton or 
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", chosen,
              *(str(folder / name) for name in files)],
-            cwd=folder.parent, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-            timeout=seconds_left(run),
+            cwd=folder.parent, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, timeout=seconds_left(run),
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise OutOfTime from None

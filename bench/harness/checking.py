@@ -41,7 +41,6 @@ def check(m: Measurement, seeds: Sequence[int]) -> None:
     case = m.case
     for seed in seeds:
         got: dict[str, Answer] = {}
-        low = ref = None
         with answerable(m):
             case.refill(seed)
         for name in list(m.runners):

@@ -1,4 +1,4 @@
-"""Types of the command-line options, for argparse."""
+"""Types of the command-line options, for argparse, and the option `--out`."""
 
 import argparse
 import math
@@ -10,8 +10,12 @@ from pathlib import Path
 
 import torch
 
-from jasper_fast.bench.harness import result_file
+from jasper_fast.bench.harness import paths, result_file
+from jasper_fast.options import option
 
+OUT = option(
+    "--out", type=Path, default=paths.OUT, metavar="DIR", help="folder for the JSON file (default: build/bench)"
+)
 BATCH = "a number of utterances and one of feature frames, both at least 1, such as 8,400"
 
 

@@ -68,22 +68,17 @@ class Run:
                 def show(what: str, share: float, i: int = i, case: Case = case) -> None:
                     progress.update(task, description=f"{title}: {what} {case.label()}", completed=2 * i + share)
 
-                made = self._case(case, show)
+                with self.begun(case) as m:
+                    show("check and warm up", 0.0)
+                    checking.prepare(m)
+                    made = timing.measure(m, self.effort, lambda share, show=show: show("time", 1.0 + share))
+                if self.revisits:
+                    self.kept.append(m)
+                else:
+                    m.runners.clear()
                 self.results.add(made)
                 done += made
         return done
-
-    def _case(self, case: Case, show: Callable[[str, float], None]) -> list[Row]:
-        """Measures one case; returns its rows."""
-        with self.begun(case) as m:
-            show("check and warm up", 0.0)
-            checking.prepare(m)
-            made = timing.measure(m, self.effort, lambda share: show("time", 1.0 + share))
-        if self.revisits:
-            self.kept.append(m)
-        else:
-            m.runners.clear()
-        return made
 
     @contextlib.contextmanager
     def begun(self, case: Case) -> Iterator[Measurement]:

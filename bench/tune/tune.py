@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from jasper_fast.bench.cases.cells import OPS, plan
-from jasper_fast.bench.harness import options, paths
+from jasper_fast.bench.harness import options
 from jasper_fast.bench.harness.console import console, say
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.tune.table import case_id, install, put_table, rows_of, shape_of, summary
@@ -47,9 +47,7 @@ OPTIONS = (
         metavar="SECONDS",
         help=f"stop after SECONDS with exit status {OUT_OF_TIME}; --resume continues (default: 540)",
     ),
-    option(
-        "--out", type=Path, default=paths.OUT, metavar="DIR", help="folder for the JSON file (default: build/bench)"
-    ),
+    options.OUT,
     option("--resume", action="store_true", help="continue the last interrupted run on this machine and commit"),
     option(
         "--install",
