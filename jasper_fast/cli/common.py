@@ -278,13 +278,12 @@ def load(arguments: argparse.Namespace) -> Recognizer:
         raise UsageError(f"--workers {arguments.workers} is negative")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    device = device_of(arguments.device)
     dtype = None if arguments.dtype is None else getattr(torch, DTYPES[arguments.dtype])
     made = recognizer.load(
         arguments.checkpoint,
         arguments.config,
         arguments.ema,
-        device,
+        device_of(arguments.device),
         arguments.backend,
         dtype,
         arguments.fp32_precision,
@@ -302,9 +301,10 @@ def recognize(
 ) -> Iterator[Recognition]:
     """Yields the results after each batch, like ``Recognizer.stream``. Prints on the standard error which utterances
     were skipped or incomplete and, on a terminal, the progress."""
-    options = arguments.batch_size, arguments.max_seconds, arguments.workers, window, keep
     total, told, warned = len(utterances), 0, 0
-    for result in recognizer.stream(utterances, *options):
+    for result in recognizer.stream(
+        utterances, arguments.batch_size, arguments.max_seconds, arguments.workers, window, keep
+    ):
         for item in result.skipped.items[told:]:
             print(f"skipped ({item.reason}): {item.detail}", file=sys.stderr)
         for item in result.skipped.warned[warned:]:

@@ -94,7 +94,7 @@ def _run(arguments: argparse.Namespace, share: Ranks) -> int:
         if transcript is None:
             continue
         words, characters = word_errors(reference, transcript.text), character_errors(reference, transcript.text)
-        row = {
+        rows[place] = {
             "audio_filepath": utterance.path,
             "offset": utterance.offset,
             "duration": round(seconds, 3),
@@ -108,8 +108,8 @@ def _run(arguments: argparse.Namespace, share: Ranks) -> int:
             "words": words.length,
             "character_errors": characters.total,
             "characters": characters.length,
+            **common.hypotheses(transcript),
         }
-        rows[place] = row | common.hypotheses(transcript)
     rows, result = _together(share, rows, result)
     status = int(arguments.strict and len(rows) < total) if rows else 1
     if share.first and not rows:

@@ -197,7 +197,7 @@ def _finished(out: Path, as_json: bool) -> Counter[str]:
 
 
 def _record(file: str, transcript: Any, seconds: float) -> str:
-    record = {
+    return json.dumps({
         "audio_filepath": file,
         "duration": round(seconds, 3),
         "pred_text": transcript.text.strip(),
@@ -207,5 +207,4 @@ def _record(file: str, transcript: Any, seconds: float) -> str:
             for w in transcript.words
         ],
         **common.hypotheses(transcript),
-    }
-    return json.dumps(record, ensure_ascii=False)
+    }, ensure_ascii=False)  # fmt: skip

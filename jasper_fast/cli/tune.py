@@ -67,8 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise common.UsageError(f"there is nothing to choose from: {reason}")
     wanted = cells_of(arguments, getattr(torch, common.DTYPES[arguments.dtype]))
     todo = [cell for cell in wanted if not tables.covered(device, cell)]
-    gpu = verdicts.key(device)["device"]
-    print(f"{len(wanted)} shapes on {gpu}, {len(todo)} of them to measure; results go to {tuned.path(device)}")
+    print(f"{len(wanted)} shapes on {verdicts.key(device)['device']}, {len(todo)} of them to measure; results go to "
+          f"{tuned.path(device)}")  # fmt: skip
     started = time.monotonic()
     with verdicts.locked(tuned.PATIENCE, tuned.LOCK):
         session = _tune(device, todo, arguments.budget)

@@ -41,14 +41,13 @@ def run(arguments: argparse.Namespace) -> None:
     for speed in arguments.speeds:
         if not 0.25 <= speed <= 4:
             raise common.UsageError(f"--speeds {speed:g}: a speed must be between 0.25 and 4")
-    checksums = librispeech.read_checksums(Path(arguments.checksums)) if arguments.checksums else None
     corpus = librispeech.Corpus(
         Path(arguments.out),
         tuple(dict.fromkeys(arguments.sets or librispeech.SETS)),
         arguments.source,
         arguments.speeds,
         arguments.wav,
-        checksums,
+        librispeech.read_checksums(Path(arguments.checksums)) if arguments.checksums else None,
         arguments.keep_archives,
     )
     with common.bars(arguments.quiet) as progress:
