@@ -36,6 +36,7 @@ def test_scores_add_up_and_the_best_come_first():
     assert asked == [["a", "b"], ["c"]], "each text once, in batches"
     assert found[0][0].log_prob == -2.0
     assert rescore(LISTS, scorer, weight=0.0) == LISTS
+    assert [h.text for h in rescore(LISTS, scorer, weight=-0.5)[0]] == ["a", "b", "c"], "the impossible text is last"
     assert rescore([[hypothesis("a", -1.0), hypothesis("d", -1.0)]], lambda t: [0.0] * len(t))[0][0].text == "a"
 
 

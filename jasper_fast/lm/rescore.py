@@ -22,8 +22,9 @@ def rescore(
     """Adds ``weight * log p(text)`` to each score and sorts each N-best list, the best first. Ties keep their order.
 
     ``scorer`` gets at most ``batch_size`` texts per call, and each distinct text only once. It returns their natural
-    log-probabilities; -inf marks an impossible text. Raises ValueError if the weight is not finite, if ``batch_size``
-    is below 1, or if the scorer returns NaN, +inf, or another number of values than texts.
+    log-probabilities; -inf marks an impossible text, which comes last unless the weight is 0. Raises ValueError if the
+    weight is not finite, if ``batch_size`` is below 1, or if the scorer returns NaN, +inf, or another number of values
+    than texts.
     """
     if not math.isfinite(weight) or batch_size < 1:
         raise ValueError(f"weight {weight} must be finite and batch_size {batch_size} positive")
@@ -34,15 +35,13 @@ def rescore(
         values += map(float, scorer(batch))
         if len(values) != first + len(batch):
             raise ValueError(f"the scorer returned {len(values) - first} values for {len(batch)} texts")
-    log_p = dict(zip(texts, values, strict=True))
-    for text, value in log_p.items():
+    gain: dict[str, float] = {}  # what is added to the score of each text
+    for text, value in zip(texts, values, strict=True):
         if not value < math.inf:
             raise ValueError(f"the scorer returned {value} for {text!r}, which is no log-probability")
-
-    def scored(hypothesis: Hypothesis) -> Hypothesis:
-        return replace(hypothesis, score=hypothesis.score + (weight * log_p[hypothesis.text] if weight else 0.0))
-
-    return [sorted(map(scored, hypotheses), key=lambda h: -h.score) for hypotheses in n_best]
+        gain[text] = weight * value if value > -math.inf else -math.inf if weight else 0.0
+    scored = ([replace(h, score=h.score + gain[h.text]) for h in hypotheses] for hypotheses in n_best)
+    return [sorted(hypotheses, key=lambda h: -h.score) for hypotheses in scored]
 
 
 def remembering(scorer: Scorer) -> Scorer:
