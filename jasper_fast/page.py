@@ -4,6 +4,7 @@ Each template extends page.html.j2, which has the style, tables and histograms.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,5 @@ def histogram(values: Sequence[float], bins: int = 24) -> list[tuple[float, floa
     raw = max((high - low) / bins, 1e-9 * max(abs(low), abs(high), 1e-3))
     unit = 10.0 ** math.floor(math.log10(raw))
     width = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw * 0.999)
-    first = math.floor(low / width)
-    counts = [0] * (math.floor(high / width) - first + 1)
-    for value in finite:
-        counts[math.floor(value / width) - first] += 1
-    return [((first + i) * width, (first + i + 1) * width, count) for i, count in enumerate(counts)]
+    counts = Counter(math.floor(value / width) for value in finite)
+    return [(i * width, (i + 1) * width, counts[i]) for i in range(min(counts), max(counts) + 1)]

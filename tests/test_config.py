@@ -67,7 +67,8 @@ def test_jasper_10x5_has_the_reference_size():
         (lambda c: c["decoder"].update(n_classes=0), "n_classes must be at least 1"),
         (lambda c: c.update(labels=[" ", "a", 1, False]), "labels must be a list of texts"),
         (lambda c: c.update(input_val={"filterbank_features": [1]}), "input_val.filterbank_features must be a mapping"),
-        (lambda c: c.pop("decoder"), "'decoder' is missing"),
+        (lambda c: c.update(jasper=small()), "unknown key encoder; known keys: name, labels"),
+        (lambda c: c.pop("decoder"), "key decoder is missing"),
     ],
 )
 def test_errors_name_the_key(change, message):

@@ -196,7 +196,6 @@ def _nvidia(
 def _nemo(
     file: BinaryIO, entries: dict[str, Tensor], average: dict[str, Tensor] | None, config: JasperConfig, report: Report
 ) -> dict[str, str]:
-    labels = labels_of(config)
     if config.labels is None:
         report.warnings.append("the source does not name its labels; the published ones are used: space, a to z, '")
     given = {"n_filt": config.encoder.in_feats} | config.filterbank
@@ -211,7 +210,7 @@ def _nemo(
         report.warnings.append(f"the model was trained on NVIDIA's features; NeMo's differ: {RULES}")
     theirs = nemo_file.names(entries, config.encoder.use_conv_masks)
     made = {"preprocessor.featurizer.window": features.window, "preprocessor.featurizer.fb": features.mel[None]}
-    document = nemo_file.document(config, labels, settings)
+    document = nemo_file.document(config, labels_of(config), settings)
     nemo_file.write(file, document, made | {theirs[name]: tensor for name, tensor in entries.items()})
     report.made += made
     kept = {f"filterbank_features.{ours}": settings[ours] for ours, _ in NEMO_FEATURES.values()}

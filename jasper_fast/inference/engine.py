@@ -72,11 +72,13 @@ class InferenceEngine:
         graph_limit: int = 32,
         fp32_precision: str | None = None,
     ):
-        floating = dtype is None or dtype.is_floating_point
         few = f"bucket and graph_limit must be at least 1, not {bucket} and {graph_limit}"
         refuse(
             ValueError,
-            (not floating, f"dtype must be a floating-point dtype such as torch.float16, not {dtype}"),
+            (
+                dtype and not dtype.is_floating_point,
+                f"dtype must be a floating-point dtype such as torch.float16, not {dtype}",
+            ),
             (graphs not in ("auto", True, False), f"graphs must be 'auto', True or False, not {graphs!r}"),
             (bucket < 1 or graph_limit < 1, few),
         )
@@ -126,8 +128,7 @@ class InferenceEngine:
             return self._run
         with contextlib.nullcontext() if self._model.tune else tuned.off():
             rows_log2 = tables.bucket(n * max(1, self._run.plan.out_frames(t)))
-            chosen = choose.fused_face(self._device, self._dtype, self._convs, rows_log2, tuple(self._runs))
-            return self._runs[chosen]
+            return self._runs[choose.fused_face(self._device, self._dtype, self._convs, rows_log2, tuple(self._runs))]
 
     @property
     def _run(self) -> Launches | Stepwise:

@@ -85,9 +85,10 @@ def html(figures: dict[str, Any], rows: Sequence[Row], count: int) -> str:
     shown = [
         row | {"aligned": alignment(row["text"], row["pred_text"]), "sound": sound(row)} for row in worst(rows, count)
     ]
-    rates = [100 * r["word_errors"] / max(r["words"], 1) for r in rows]
     histograms = {
-        "word error rate of an utterance, %": page.histogram(rates),
+        "word error rate of an utterance, %": page.histogram(
+            [100 * r["word_errors"] / max(r["words"], 1) for r in rows]
+        ),
         "seconds of an utterance": page.histogram([r["duration"] for r in rows]),
         "confidence": page.histogram([r["confidence"] for r in rows]),
     }

@@ -165,8 +165,8 @@ def in_onnx_runtime(path: str | Path) -> Run:
     session = need("onnxruntime", "export").InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        given = dict(zip(INPUTS, (features.numpy(), lengths.numpy()), strict=True))
-        return tuple(map(torch.from_numpy, session.run(list(OUTPUTS), given)))
+        found = session.run(list(OUTPUTS), dict(zip(INPUTS, (features.numpy(), lengths.numpy()), strict=True)))
+        return tuple(map(torch.from_numpy, found))
 
     return run
 
@@ -208,9 +208,11 @@ def _beside(model: Jasper, labels: Sequence[str]) -> dict[str, str]:
     """Returns the texts of vocab.txt, config.json and features.json, by file name."""
     encoder = model.config.encoder
     symbols = ["▁" if label == " " else label for label in labels] + ["<blk>"]
-    about = {"features_size": encoder.in_feats, "subsampling_factor": encoder.stride}
+    about = {
+        "model_type": "nemo-conformer-ctc", "features_size": encoder.in_feats, "subsampling_factor": encoder.stride,
+    }  # fmt: skip
     return {
         "vocab.txt": "".join(f"{symbol} {i}\n" for i, symbol in enumerate(symbols)),
-        "config.json": json.dumps({"model_type": "nemo-conformer-ctc"} | about, indent=1),
+        "config.json": json.dumps(about, indent=1),
         "features.json": json.dumps(model.config.filterbank, indent=1),
     }

@@ -61,7 +61,6 @@ class Launches:
     def run(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         plan = self.plan
         n, _, t = features.shape
-        t_out = plan.out_frames(t)
         bound = self._bound(n, -(-t // self._span) * self._span)
         before = self._scratch()
         if bound.source is None:
@@ -72,7 +71,7 @@ class Launches:
         bound.first(x, lengths=Lengths(lengths, None, self.lengths.held["lengths0"][:n], plan.masks))
         if bound.between:
             self.shapes.play(bound, self._dependences)
-        last = bound.last[:, :t_out]
+        last = bound.last[:, : plan.out_frames(t)]
         found = (last.clone(), bound.lengths.clone()) if plan.head is None else self._head(last, bound.lengths)
         self._turns.drop(old for old, new in zip(before, self._scratch(), strict=True) if old is not new)
         return found

@@ -208,8 +208,9 @@ class Recognizer:
         begun: list[Heard] = []
         for name, place, audio, length in zip(batch.names, places, batch.audio, batch.audio_lengths, strict=True):
             try:
-                keep_it = keep and partial(_keep_each, keep, [place])
-                begun.append(self.begin(audio[None, :length], length[None], keep_it))
+                begun.append(
+                    self.begin(audio[None, :length], length[None], keep and partial(_keep_each, keep, [place]))
+                )
             except (NotFinite, RuntimeError, MemoryError) as error:
                 reason, cause = _why(error)
                 skipped.add([manifest.Skipped(name, reason, f"{name}: {cause}")])

@@ -68,11 +68,11 @@ class Stepwise:
         return tuple(self._dtype == torch.float32 and of == "tf32" for of in precise)
 
     def _bound(self, n: int, t: int) -> Steps:
-        def bind() -> Steps:
-            return Steps(self.buffers.view(self.plan.source, n, t), self.lengths.held["lengths"][:n], self._steps)
-
-        sizes = lambda: {self.buffers: self.plan.sizes(n, t), self.lengths: {"lengths": n}}  # noqa: E731
-        return self.shapes.bound((n, t), sizes, bind)
+        return self.shapes.bound(
+            (n, t),
+            lambda: {self.buffers: self.plan.sizes(n, t), self.lengths: {"lengths": n}},
+            lambda: Steps(self.buffers.view(self.plan.source, n, t), self.lengths.held["lengths"][:n], self._steps),
+        )
 
     def _steps(self, bound: Steps) -> tuple[Tensor, Tensor]:
         """Runs every step on the input in the buffers. Returns the results, which without a decoder lie in a buffer."""

@@ -130,8 +130,8 @@ class Pass:
     def _conv(self, i: int, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Returns the output of conv `i` for `x`, with the statistics of that output if batch norm needs them."""
         sub, stats = self.sub_blocks[i], of_the_batch(self.sub_blocks[i].bn)
-        how = self._how(i) | {"stride": sub.in_time.stride[0], "stats": stats}
-        how |= {"lengths": self.steps[i], "backend": self.backend}
+        where = {"stride": sub.in_time.stride[0], "lengths": self.steps[i]}
+        how = self._how(i) | where | {"stats": stats, "backend": self.backend}
         if sub.taps is not None:
             out = ops.separable_conv(x, sub.taps.weight, sub.conv.weight, out_lengths=self.steps[i + 1], **how)
         else:

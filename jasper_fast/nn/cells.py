@@ -81,6 +81,6 @@ def _ops(conv: Conv, mode: str) -> tuple[str, ...]:
         return ()
     if mode == "evaluation":
         return ("conv1d.forward",)
-    dx = () if conv.place == "first" or conv.shape[3] > 1 else ("conv1d.dgrad_bn",)
-    dx = ("conv1d.dgrad",) if dx and conv.place == "opening" else dx
-    return ("conv1d.forward_stats", *dx, "conv1d.wgrad")
+    if conv.place == "first" or conv.shape[3] > 1:
+        return ("conv1d.forward_stats", "conv1d.wgrad")
+    return ("conv1d.forward_stats", "conv1d.dgrad" if conv.place == "opening" else "conv1d.dgrad_bn", "conv1d.wgrad")

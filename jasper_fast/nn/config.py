@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ class DecoderConfig:
 
 
 INITS = ("xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal")
-_TOP_KEYS = {"name", "labels", "input_val", "input_train", "jasper"}
+_TOP_KEYS = ("name", "labels", "input_val", "input_train", "jasper")
 _TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}  # annotation: types of its values
 
 
@@ -176,36 +177,28 @@ class JasperConfig:
 
         Raises ConfigError naming an unknown, missing or impossible key. `config` is not changed.
         """
-        config = dict(_mapping(config, "the configuration"))
-        top = {k: config.pop(k) for k in list(config) if k in _TOP_KEYS}
-        model = dict(_mapping(top.pop("jasper", config), "jasper"))
-        if (extra := set(config) - {"encoder", "decoder"}) and "encoder" not in config:
-            raise ConfigError(f"unknown key {min(extra, key=str)!r}; known keys: {', '.join(sorted(_TOP_KEYS))}")
-        for key in ("encoder", "decoder"):
-            if key not in model:
-                raise ConfigError(f"the key {key!r} is missing")
-        if extra := set(model) - {"encoder", "decoder"}:
-            raise ConfigError(f"unknown key {min(extra, key=str)!r}; known keys: decoder, encoder")
-        labels, encoder = top.get("labels"), dict(_mapping(model["encoder"], "encoder"))
-        blocks = encoder.pop("blocks", ())
+        top = _mapping(config, "the configuration")
+        if not top.keys() & {"encoder", "decoder"} or "jasper" in top:
+            _check_keys(top, _TOP_KEYS, ("jasper",))
+        model = _mapping(top.get("jasper", {k: v for k, v in top.items() if k not in _TOP_KEYS}), "jasper")
+        _check_keys(model, ("encoder", "decoder"), ("encoder", "decoder"))
+        encoder, decoder = (_mapping(model[part], part) for part in ("encoder", "decoder"))
+        labels, blocks = top.get("labels"), encoder.get("blocks", ())
         quotes = "labels must be a list of texts; in YAML, numbers, yes, no and null need quotes"
+        uncounted = "decoder.n_classes is missing, and cannot be counted without labels"
         refuse(
             ConfigError,
             (labels is not None and not is_texts(labels), quotes),
             (not isinstance(blocks, (list, tuple)), f"encoder.blocks must be a list, not {type(blocks).__name__}"),
+            (labels is None and "n_classes" not in decoder, uncounted),
         )
         blocks = tuple(
             _build(BlockConfig, _mapping(b, f"encoder.blocks[{i}]"), f"encoder.blocks[{i}]")
             for i, b in enumerate(blocks)
         )
-        decoder = dict(_mapping(model["decoder"], "decoder"))
-        if "n_classes" not in decoder:
-            if labels is None:
-                raise ConfigError("decoder.n_classes is missing, and cannot be counted without labels")
-            decoder["n_classes"] = len(labels) + 1
         return cls(
             encoder=_build(EncoderConfig, encoder | {"blocks": blocks}, "encoder"),
-            decoder=_build(DecoderConfig, decoder, "decoder"),
+            decoder=_build(DecoderConfig, {"n_classes": len(labels or ()) + 1} | decoder, "decoder"),
             name=top.get("name", "Jasper"),
             labels=None if labels is None else tuple(labels),
             input_train=_settings(top, "input_train"),
@@ -231,17 +224,14 @@ class JasperConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a dictionary of plain types, from which `from_dict` makes an equal configuration."""
-        model = {"encoder": dataclasses.asdict(self.encoder), "decoder": dataclasses.asdict(self.decoder)}
-        model["encoder"]["blocks"] = [
-            {k: list(v) if isinstance(v, tuple) else v for k, v in b.items()} for b in model["encoder"]["blocks"]
-        ]
-        return {
-            "name": self.name,
-            "labels": None if self.labels is None else list(self.labels),
-            "input_train": self.input_train,
-            "input_val": self.input_val,
-            "jasper": model,
-        }
+        found = as_dict(self)
+        return found | {"jasper": {part: found.pop(part) for part in ("encoder", "decoder")}}
+
+
+def as_dict(config: JasperConfig | BlockConfig) -> dict[str, Any]:
+    """Returns the fields of `config`, with lists for tuples."""
+    listed = lambda fields: {k: list(v) if isinstance(v, tuple) else v for k, v in fields}  # noqa: E731
+    return dataclasses.asdict(config, dict_factory=listed)
 
 
 def is_texts(labels: Any) -> bool:
@@ -263,16 +253,23 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
+def _check_keys(given: dict[str, Any], known: Collection[str], needed: Collection[str], where: str = "") -> None:
+    """Raises ConfigError for a key that is not `known`, and for a `needed` one that is missing."""
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"unknown key {where}{key}; known keys: {', '.join(known)}")
+    for key in needed:
+        if key not in given:
+            raise ConfigError(f"the key {where}{key} is missing")
+
+
 def _build(cls, values: dict[str, Any], where: str):
     known = {f.name: f for f in dataclasses.fields(cls)}
+    needed = [name for name, f in known.items() if f.default is dataclasses.MISSING]
+    _check_keys(values, known, needed, f"{where}.")
     for key, value in values.items():
-        if key not in known:
-            raise ConfigError(f"unknown key {where}.{key}; known keys: {', '.join(known)}")
         if type(value) not in _TYPES.get(known[key].type, (type(value),)):
             raise ConfigError(f"{where}.{key} must be of type {known[key].type}, not {value!r}")
-    for name, f in known.items():
-        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"the key {where}.{name} is missing")
     try:
         return cls(**values)
     except ConfigError as error:

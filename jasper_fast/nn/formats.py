@@ -6,7 +6,7 @@ import operator
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
@@ -114,12 +114,10 @@ _HALVES = {"JasperEncoder": r"^encoder\.\d+\.", "JasperDecoderForCTC": r"^decode
 _NEMO_HALVES = ((r"^encoder\.(\d+)\.", r"encoder.encoder.\1."), (r"^decoder_layers\.", "decoder.decoder_layers."))
 
 
-def _nemo_half(names: Iterable[str]) -> str | None:
+def _nemo_half(names: Sequence[str]) -> str | None:
     """Returns which of the two modules of NeMo 0.x has entries with these names; None for a whole model."""
-    for module, pattern in _HALVES.items():
-        if names and all(re.match(pattern, name) for name in names):
-            return module
-    return None
+    halves = (half for half, pattern in _HALVES.items() if names and all(re.match(pattern, name) for name in names))
+    return next(halves, None)
 
 
 def _other_half(path: Path, half: str) -> dict[str, Tensor]:
@@ -176,8 +174,7 @@ def _named_ours(
         if ours in names:
             raise CheckpointError(f"{path}: its entries {names[ours]} and {name} both mean {ours}")
         names[ours] = name
-    state = {ours: entries[name] for ours, name in names.items()}
-    return Weights(path, kind, state, names=names, left_out=dropped)
+    return Weights(path, kind, {k: entries[name] for k, name in names.items()}, names=names, left_out=dropped)
 
 
 def _read_nemo(path: Path) -> Weights:

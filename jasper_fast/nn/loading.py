@@ -76,8 +76,7 @@ def load_weights(
     if reasons:
         warnings.warn(f"warm start from {weights.path}: {'; '.join(reasons)}", stacklevel=2)
     if any(tensor.is_meta for tensor in own.values()):
-        entries = {name: tensor.to(own[name].dtype).contiguous() for name, tensor in fitting.items()}
-        model.load_state_dict(entries, assign=True)
+        model.load_state_dict({name: t.to(own[name].dtype).contiguous() for name, t in fitting.items()}, assign=True)
         return
     with torch.no_grad():
         for name, tensor in fitting.items():

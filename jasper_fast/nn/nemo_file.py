@@ -1,6 +1,5 @@
 """Weights as a `.nemo` archive: a tar with NeMo's configuration, and with the weights under NeMo's names."""
 
-import dataclasses
 import io
 import re
 import tarfile
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from jasper_fast.nn.checkpoint import CheckpointError
-from jasper_fast.nn.config import JasperConfig
+from jasper_fast.nn.config import JasperConfig, as_dict
 from jasper_fast.nn.formats import NEMO_FEATURES, NEMO_TARGET
 
 _MODULES = "nemo.collections.asr.modules"
@@ -45,7 +44,7 @@ def document(config: JasperConfig, labels: Sequence[str], features: dict[str, An
     for i, block in enumerate(config.encoder.blocks):
         if block.k % 2 == 0:
             raise CheckpointError(f"block {i} has the even kernel {block.k}, which NeMo pads differently")
-        theirs = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(block).items()}
+        theirs = as_dict(block)
         blocks.append({"kernel": theirs.pop("kernel_size")} | theirs)
     front = {theirs: features[ours] for theirs, (ours, _) in NEMO_FEATURES.items()}
     encoder, decoder = config.encoder, config.decoder

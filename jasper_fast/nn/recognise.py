@@ -101,11 +101,10 @@ def parts(block: nn.Module) -> Parts:
             raise Unfit("it has a residual conv that is not 1x1 at stride 1 (residual_mode stride_add)")
         panes.append((conv, pane[1]))
         masks.append(_masks(pane[0]))
-    strided = any(sub.in_time.stride != (1,) for sub in subs)
     refuse(
         Unfit,
         (len(set(masks)) > 1, "only some of its convs have masks"),
-        (panes and strided, "it has a residual and a stride above 1"),
+        (panes and any(sub.in_time.stride != (1,) for sub in subs), "it has a residual and a stride above 1"),
     )
     own = getattr(block, "cfg", None) if type(block).__name__ == "EagerBlock" else None
     dense = own.dense if own else len(panes) > 0 and getattr(block, "dense_residual", False)

@@ -8,6 +8,7 @@ share, each block output is prepared once. In the Gram form its one Gram matrix 
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +63,7 @@ class Shared:
         if not found.dense or found not in self._order:
             return [found]
         after = self._order[self._order.index(found) :]
-        end = next((i for i, of in enumerate(after) if not of.dense or len(of.panes) <= pane), len(after))
-        return after[:end]
+        return list(takewhile(lambda of: of.dense and len(of.panes) > pane, after))
 
 
 _shared: ContextVar[Shared | None] = ContextVar("jasper_fast_shared", default=None)

@@ -48,5 +48,5 @@ def read(path: str | Path) -> dict[str, Any]:
 
 def write(file: BinaryIO, entries: dict[str, Tensor], config: dict[str, Any], labels: list[str] | None) -> None:
     """Writes the file. The tensors in `entries` must be contiguous and share no memory."""
-    about = {"format": FORMAT, "config": config, "labels": labels}
-    file.write(need("safetensors.torch", "safetensors").save(entries, {KEY: json.dumps(about)}))
+    about = json.dumps({"format": FORMAT, "config": config, "labels": labels})
+    file.write(need("safetensors.torch", "safetensors").save(entries, {KEY: about}))
