@@ -88,17 +88,20 @@ def test_a_wrong_contender_has_no_profile(run, tmp_path, monkeypatch):
     assert eager["status"] == "ok" and not list(tmp_path.glob("trace_*jasper_fast*"))
 
 
+@pytest.mark.parametrize("model", ["small", "quartznet_small"])
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
-def test_an_engine_is_as_it_was_after_its_ranges(backend, monkeypatch):
+def test_an_engine_is_as_it_was_after_its_ranges(backend, model, monkeypatch):
     interpreted() if backend == "triton" else make_face(backend)
     if backend == "triton":
         monkeypatch.setattr(launch, "run", lambda *args, **meta: None)
-    config = models.config("small")
+    config = models.config(model)
     engine = InferenceEngine(models.fused(config, models.weights(config, CPU), backend).eval(), graphs=False)
     inputs, plan = models.features(config, 1, T, CPU, 0), engine._run.plan
     before = engine(*inputs)[0]
     with profile.engine_ranges(engine, CPU), torch.profiler.profile() as trace:
-        inside = engine(*inputs)[0]
+        inside, ranged = engine(*inputs)[0], engine._run.plan
+    assert ranged.reads_source == plan.reads_source, "the engine launches the convs as before"
+    assert all(isinstance(new.conv, type(old.conv)) for new, old in zip(ranged.steps, plan.steps, strict=True))
     seen = {e.key.removeprefix(profile.LAYER): e.count for e in trace.key_averages() if e.key.startswith(profile.LAYER)}
     assert sum(seen.values()) == len(plan.steps) + 1 and set(seen) == ENCODER | {profile.HEAD}
     with torch.profiler.profile() as trace:

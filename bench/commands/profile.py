@@ -4,12 +4,13 @@
 open. The outputs are checked first, as everywhere in bench.
 
 A profiled step launches the same kernels as a usual step and has no backward hooks. On the host it opens one profiler
-range per layer (in the engine, one per sub-block). The time of an autograd node is counted for the layer whose forward
+range per layer (in the engine, one per conv). The time of an autograd node is counted for the layer whose forward
 created the node, which PyTorch's sequence numbers show. The time of the step is printed with and without the profiler.
 In a CUDA graph the profiler does not see layers, so the engine is profiled without graphs.
 """
 
 import contextlib
+import copy
 import dataclasses
 import datetime
 import statistics
@@ -28,6 +29,7 @@ from jasper_fast.bench.harness.devices import synchronize
 from jasper_fast.bench.harness.kineto import recorded
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.report import terminal, words
+from jasper_fast.inference.plan import FoldedConv
 from jasper_fast.kernels import tables
 
 LAYER = "layer "
@@ -67,21 +69,31 @@ def ranges(module: nn.Module, device: torch.device) -> Iterator[None]:
             del layer.forward  # removes our wrapper, so that the method of the class is used again
 
 
+def conv_in_range(name: str, conv: FoldedConv, device: torch.device) -> FoldedConv:
+    """Returns a copy of an engine's conv whose every call is in a range, see `in_range`. Its class is a subclass of the
+    conv's class, by which the engine decides how to launch it."""
+    made, kind = copy.copy(conv), type(conv)
+    made.__class__ = type(kind.__name__, (kind,), {"__call__": in_range(name, kind.__call__, device)})
+    return made
+
+
 @contextlib.contextmanager
 def engine_ranges(engine: InferenceEngine, device: torch.device) -> Iterator[None]:
-    """A context in which every sub-block of an engine is in a profiler range with the name of its layer.
+    """A context in which every step of an engine (a sub-block, or one of the two convs of a separable sub-block) is in
+    a profiler range with the name of its layer.
 
     The engine does not call the layers' forward methods, so `ranges` would have no effect.
     """
     runner = engine._run
     plan, bound = runner.plan, runner.shapes.held
-    layers = [i for i, layer in enumerate(engine._model.encoder.layers) for _ in range(layer.b.repeat)]
+    blocks = [layer.b for layer in engine._model.encoder.layers]
+    layers = [i for i, b in enumerate(blocks) for _ in range(b.repeat * (2 if b.separable else 1))]
     steps = [
-        dataclasses.replace(step, conv=in_range(f"encoder.layers.{i}", step.conv, device))
+        dataclasses.replace(step, conv=conv_in_range(f"encoder.layers.{i}", step.conv, device))
         for i, step in zip(layers, plan.steps, strict=True)
     ]
     bound.clear()  # the engine prepares calls once per shape; delete the calls prepared without ranges
-    runner.plan = dataclasses.replace(plan, steps=tuple(steps), head=in_range(HEAD, plan.head, device))
+    runner.plan = dataclasses.replace(plan, steps=tuple(steps), head=conv_in_range(HEAD, plan.head, device))
     try:
         yield
     finally:
