@@ -86,6 +86,29 @@ def test_round_trip_leaves_nothing_beside(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_that_write_one_file_do_not_mix(tmp_path):
+    """The file is whole while the other process still writes."""
+    code = """
+import sys
+from jasper_fast.nn.checkpoint import replacing
+with replacing(sys.argv[1]) as file:
+    file.write(b"theirs")
+    file.flush()
+    print(flush=True)
+    input()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "a.pt")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as other:
+        other.stdout.readline()
+        with checkpoint.replacing(tmp_path / "a.pt") as file:
+            file.write(b"ours")
+        assert (tmp_path / "a.pt").read_bytes() == b"ours"
+        other.communicate(b"\n")
+    assert other.returncode == 0 and (tmp_path / "a.pt").read_bytes() == b"theirs"
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     """The system's limit on file sizes makes the second write fail."""
     program = f"""

@@ -1,6 +1,7 @@
 """Graphs of the engine: buckets, growth, eviction, refresh, streams. Without a GPU a stand-in replays the launches."""
 
 import contextlib
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from unittest import mock
@@ -331,3 +332,10 @@ def test_an_engine_that_goes_waits_for_the_stream_that_ran_last(device):
     stream = engine._turns._stream = mock.Mock()
     del engine
     stream.synchronize.assert_called_once_with()
+
+
+def test_a_refresh_lets_go_of_what_the_engine_had():
+    engine = InferenceEngine(pair(config("one conv"), "reference")[1])
+    old = weakref.ref(engine._turns)
+    engine.refresh()
+    assert old() is None

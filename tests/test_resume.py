@@ -101,9 +101,9 @@ def test_three_kills_change_nothing(paths, untouched, tmp_path):
     assert [p.name for p in tmp_path.glob("step_*")] == ["step_00000003.pt"]
     assert read_log(tmp_path / "log.jsonl")[-1]["step"] == 4
     assert "step_00000003.pt: epoch 2, step 3" in finish(again, tmp_path, -signal.SIGKILL, in_a_write)
-    assert [p.name for p in tmp_path.glob(".step_*")] == [".step_00000006.pt.tmp"]
+    assert [p.name.split(".", 2)[2] for p in tmp_path.glob(".*.tmp")] == ["step_00000006.pt.tmp"]
     assert "step_00000003.pt: epoch 2, step 3" in finish(again, tmp_path, -signal.SIGKILL, before_the_rename)
-    assert [p.name for p in tmp_path.glob(".step_*")] == [".step_00000009.pt.tmp"]
+    assert [p.name.split(".", 2)[2] for p in tmp_path.glob(".*.tmp")] == ["step_00000009.pt.tmp"]
     (tmp_path / "step_00000007.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
     errors = finish(again, tmp_path, 0)
     assert "step_00000007.pt is not a complete PyTorch checkpoint" in errors

@@ -95,6 +95,7 @@ class InferenceEngine:
             if self._turns is not None:
                 with self._turns.turn():
                     self._turns.finish()  # the old weights and graphs must not be freed while in use
+                self._waits.detach()
             weight = weight_of(self._model)
             turns, dtype = Turns(weight.device), self._wanted or weight.dtype
             faces = choose.fused_faces(self._model.backend, weight.device, dtype)
@@ -167,5 +168,5 @@ class EncoderEngine(InferenceEngine):
 
     @torch.no_grad()
     def __call__(self, features: Tensor, lengths: Tensor) -> Tensor:
-        out, _ = self._compute(features, lengths.clamp(0, features.shape[2]))
+        out, _ = self._compute(features, lengths.to(torch.int64).clamp(0, features.shape[2]))
         return out.transpose(1, 2)

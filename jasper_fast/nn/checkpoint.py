@@ -33,12 +33,12 @@ def no_memory(error: Exception) -> bool:
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A context that yields a temporary file to write, which replaces `path` at the end.
 
-    The temporary file lies next to `path`. It is flushed to the disk (fsync) before it is renamed, so even after a
-    crash `path` has either its old content or the whole new one. Raises CheckpointError if the file cannot be written
-    (disk full). If an error occurs before the renaming, the old file is unchanged.
+    The temporary file lies next to `path`, and each process has its own. It is flushed to the disk (fsync) before it is
+    renamed, so even after a crash `path` has either its old content or the whole new one. Raises CheckpointError if the
+    file cannot be written (disk full). If an error occurs before the renaming, the old file is unchanged.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{os.getpid()}.{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
