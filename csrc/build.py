@@ -16,6 +16,7 @@ import fcntl
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -58,8 +59,9 @@ def gpu_archs() -> list[str]:
     if command is None:
         return []
     done = subprocess.run([command, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True)
-    found = sorted({line.strip().replace(".", "") for line in done.stdout.splitlines() if line.strip()}, key=int)
-    return [arch + "a" if arch == "90" else arch for arch in found] if done.returncode == 0 else []
+    words = done.stdout.split() if done.returncode == 0 else []  # a broken driver is told on stdout
+    found = sorted({int(word.replace(".", "")) for word in words if re.fullmatch(r"\d+\.\d", word)})
+    return [f"{arch}a" if arch == 90 else str(arch) for arch in found]
 
 
 def cuda_archs(nvcc: str) -> list[str]:

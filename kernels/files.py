@@ -1,6 +1,7 @@
 """Names the cache folder, and writes files that other processes may read at the same time."""
 
 import os
+import threading
 from pathlib import Path
 
 
@@ -18,6 +19,9 @@ def write(path: Path, content: str | bytes) -> None:
     Readers see the whole old or the whole new file, even if the writing process is killed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(part, path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -291,6 +291,13 @@ def test_gain_and_shift(corpus):
         ),
         ({"join": {"min_clips": 3, "max_clips": 2}}, "join: need 1 <= min_clips <= max_clips"),
         ({"join": {"max_gap": -1}}, "min_gap <= max_gap"),
+        ({"join": {"noise_db": -60}}, "join: noise_db must be two levels"),
+        ({"join": {"noise_db": [-40, -60]}}, r"the lower one first, got \[-40, -60\]"),
+        ({"join": {"items": 0}}, "join: items must be positive"),
+        ({"speed_perturbation": {"p": 1.5}}, r"speed_perturbation: the probability p must lie in \[0, 1\], got 1.5"),
+        ({"speed_perturbation": {"min_rate": "1e-1"}}, r"speed_perturbation\.min_rate must be a number.*'1e-1'"),
+        ({"max_duration": None}, r"audio_dataset\.max_duration must be a number.*None"),
+        ({"gain_perturbation": True}, "gain_perturbation must have settings by name, got True"),
         ({"trim_silense": True}, r"audio_dataset\.trim_silense is unknown; known keys: max_duration"),
     ],
 )
@@ -340,6 +347,7 @@ def test_preloaded_is_the_same(corpus, tmp_path, workers):
     for a, b in zip(plain, load(preloaded, workers), strict=True):
         assert torch.equal(a.audio, b.audio) and a.texts == b.texts
     assert preloaded.skipped.counts == {"unreadable": 1}
+    preloaded.reader.preload([Utterance("none.wav", 1e9, "x", alternatives=("none.wav",))])  # is never kept in memory
     with pytest.raises(ValueError, match="GiB of audio exceed"):
         preloaded.reader.preload(everything, max_gib=1e-5)
 
@@ -423,6 +431,7 @@ def test_plan_in_order():
         ({}, "give batch_size"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"max_seconds": -1.0}, "max_seconds=-1"),
+        ({"batch_size": 1, "window": 0, "open_shards": 0}, "window=0, open_shards=0 must be positive"),
         ({"batch_size": 1, "rank": 2, "world_size": 2}, r"rank 2 is not in 0\.\.1"),
     ],
 )

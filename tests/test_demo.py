@@ -188,6 +188,14 @@ def test_the_comparison_is_the_benchs(bench, tmp_path):
     assert given["--model"] == f"{learn.CONFIG}:8,208" and given["--device"] == "cpu" and given["--quick"]
 
 
+def test_a_benchmark_that_ends_early_ends_the_comparison(bench, tmp_path, monkeypatch):
+    """Ctrl-C is status 130 of the benchmark. The results of an earlier run must not be taken for those of this one."""
+    compare.compare(learn.CONFIG, tmp_path, (8, 208), torch.device("cpu"), 3.0)
+    monkeypatch.setattr(sys.modules["jasper_fast.bench.cli"], "main", lambda argv: 130)
+    with pytest.raises(SystemExit, match="130"):
+        compare.compare(learn.CONFIG, tmp_path, (8, 208), torch.device("cpu"), 3.0)
+
+
 def test_a_short_run_leaves_the_page_the_numbers_and_a_model(bench, tmp_path, synthesiser, capsys):
     out = tmp_path / "demo"
     command = ["--out", str(out), "--steps", "3", "--train-utterances", "16", "--test-utterances", "6"]

@@ -52,6 +52,8 @@ def test_the_interval_of_a_gain():
     middle, low, high = decoding.gain(before, after)
     assert middle == pytest.approx(100 / 3) and low < middle < high and high - low < 25
     assert decoding.gain(before, before) == (0.0, 0.0, 0.0)
+    assert decoding.fewer(before, before) == "0.0 % [0.0, 0.0] fewer errors"
+    assert decoding.fewer(0 * before, before) == "-"
 
 
 def spoken(folder, noise: float, sharp: float) -> tuple[Saved, list[str]]:

@@ -1,5 +1,7 @@
 """The depthwise conv on every face: against F.conv1d and autograd in fp64, by the tolerance rule of all tests."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -144,17 +146,20 @@ def test_a_nan_in_a_valid_frame_reaches_its_taps_alone(name: str) -> None:
     assert bad[0, 3, 25:36].all() and bad.sum() == 11
 
 
-def test_triton_makes_the_output_lengths() -> None:
+@pytest.mark.parametrize("name", ["triton", "aten"])
+def test_the_output_lengths_are_made_and_may_mask_nothing(name: str) -> None:
     """In the engine, the first launch computes the output lengths. Here one length is larger than T, and is clamped."""
-    impl, device = face_of("triton")
+    same = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)  # padding of x is NaN
+    impl, device = face_of(name)
     x, _, weight, geometry, masks = make(TRITON["stride 2"][0], torch.float32, device)
     given = torch.tensor([99, 11], device=device)
     for masked in (True, False):
         made, out = torch.empty_like(given), torch.empty(2, 21, 20, device=device)
         impl.into(out, x.transpose(1, 2), impl.pack_once(weight, x.dtype), geometry, Lengths(given, None, made, masked))
         assert made.tolist() == masks.after.tolist()
-        if masked:
-            assert torch.equal(out.transpose(1, 2), impl.forward(x, weight, geometry, masks))
+        same(out.transpose(1, 2), impl.forward(x, weight, geometry, masks if masked else Lengths()))
+    impl.into(out, x.transpose(1, 2), impl.pack_once(weight, x.dtype), geometry, masks._replace(masked=False))
+    same(out.transpose(1, 2), impl.forward(x, weight, geometry))
 
 
 def test_any_number_of_threads_and_any_batch_give_the_same_bits() -> None:
@@ -177,12 +182,13 @@ def test_any_number_of_threads_and_any_batch_give_the_same_bits() -> None:
         ({"lengths": Lengths(torch.tensor([51, 3]))}, r"in_lengths\[0\] = 51"),
         ({"lengths": Lengths(None, torch.tensor([50, -1]))}, r"out_lengths\[1\] = -1"),
         ({"x": torch.randn(2, 24, 50)}, "unit channel stride"),
+        ({"lengths": Lengths(torch.tensor([50, 3]), masked=False)}, "always masks"),
     ],
 )
 def test_wrong_arguments_of_the_cpu_face_are_named(change: dict, message: str) -> None:
     cpu, _ = face_of("cpu")
     args = {"x": ntc(torch.randn(2, 24, 50)), "weight": torch.randn(24, 1, 5), "geometry": Geometry(1, 2)} | change
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises((RuntimeError, ValueError), match=message):
         cpu.forward(**args)
 
 

@@ -124,7 +124,11 @@ FIXED = {"fixed_mean": [-0.1 * i for i in range(64)], "fixed_std": [1.0 + 0.1 * 
     [
         (partial(LogMelFeatures, window="round"), "window"),
         (partial(LogMelFeatures, normalize="x"), "normalize"),
+        (partial(LogMelFeatures, normalize={"fixed_mean": 0.0, "fixed_std": 1.0}), "fixed_mean"),
         (partial(LogMelFeatures, dither=-1), "dither"),
+        (partial(LogMelFeatures, n_mels=0), "n_mels=0"),
+        (partial(LogMelFeatures, window_size=0.0), "a window of 0 samples"),
+        (partial(LogMelFeatures, window_stride=0.0), r"window_stride=0\.0"),
         (partial(LogMelFeatures, f_max=9000.0), "9000"),
         (partial(LogMelFeatures, convention="kaldi"), "kaldi"),
         (partial(LogMelFeatures, log_guard_type="max"), "log_guard_type"),

@@ -74,6 +74,9 @@ def test_tables_with_a_header(tmp_path: Path, capsys) -> None:
     (tmp_path / "train.csv.gz").write_bytes(gzip.compress(b'wav_filename,transcript\na.flac,"one, two"\n'))
     found = manifest_of(tmp_path / "train.csv.gz", tmp_path / "b.jsonl", "--audio-dir", str(tmp_path / "clips"))
     assert [(e["audio_filepath"], e["text"]) for e in found] == [("clips/a.flac", "one, two")]
+    (tmp_path / "gaps.csv").write_text("\npath,text\n\nclips/a.flac,one\n\n,two\n")
+    assert len(manifest_of(tmp_path / "gaps.csv", tmp_path / "c.jsonl")) == 1
+    assert "gaps.csv, line 6: no audio" in capsys.readouterr().err
 
 
 def test_the_array_of_nvidias_jasper_and_cuts(tmp_path: Path, capsys) -> None:
@@ -182,6 +185,11 @@ def test_a_clean_manifest_elsewhere_finds_its_audio(tmp_path: Path) -> None:
     assert main(["check", str(tmp_path / "in" / "m.json"), "--clean", str(tmp_path / "other" / "c.jsonl")]) == 0
     [utterance] = read_manifest(tmp_path / "other" / "c.jsonl", offline_speeds=True)
     assert Path(utterance.path).is_file() and len(utterance.alternatives) == 2
+    (tmp_path / "in" / "a.txt").write_text("two")
+    line = {"audio_filepath": "a.flac", "text": None, "text_filepath": "a.txt"}
+    corpora.write_lines(tmp_path / "in" / "n.jsonl", [line])
+    assert main(["check", str(tmp_path / "in" / "n.jsonl"), "--clean", str(tmp_path / "in" / "c.jsonl")]) == 0
+    assert read_manifest(tmp_path / "in" / "c.jsonl")[0].text == "two"
 
 
 def test_histograms_hold_every_value() -> None:

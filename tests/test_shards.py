@@ -20,6 +20,8 @@ from jasper_fast.data.batches import BatchSampler, load_batches
 from jasper_fast.data.dataset import SpeechDataset
 from jasper_fast.data.manifest import ManifestError, Utterance, read_manifest
 from jasper_fast.data.perturb import SPEED, Perturb
+from jasper_fast.data.prepare import packing
+from jasper_fast.data.reading import AudioReader
 from jasper_fast.data.settings import AudioSettings
 from jasper_fast.speech import audio
 from jasper_fast.speech.audio import AudioError
@@ -131,13 +133,39 @@ def test_an_object_store_gives_what_the_files_give(tmp_path: Path, store) -> Non
 
 def test_what_an_object_store_does_not_give_is_named(store, capsys) -> None:
     utterances = read_manifest(f"{URL}/tarred_audio_manifest.json")
-    store.files.rm_file("/bucket/shards/audio_0.tar")
+    assert utterances[0].packed.tar != utterances[-1].packed.tar
+    bucket, broken = "/bucket/shards", Path(utterances[-1].packed.tar).name
+    store.files.pipe_file(f"{bucket}/{broken}", store.files.cat_file(f"{bucket}/{broken}")[:600])
+    with pytest.raises(AudioError, match=rf"{broken}/.* the shard ends"):
+        reader = AudioReader(16000)
+        reader.fetch(utterances[-1:])
+        reader.read(utterances[-1])
+    store.files.rm_file(f"{bucket}/audio_0.tar")
     data, count = read_all(utterances)
-    assert count == len(utterances) and "the shard cannot be read" in data.skipped.items[0].detail
+    assert count == len(utterances) and any("the shard cannot be read" in s.detail for s in data.skipped.items)
     for url in (f"{URL}/absent.json", "nothing://at/all.json", "http://127.0.0.1:9/m.json"):
         assert main(["check", url]) == 2
         error = capsys.readouterr().err
         assert f"{url}: cannot read the manifest" in error and error.count("\n") == 1
+
+
+def test_a_server_that_sends_whole_files_is_named(store, monkeypatch) -> None:
+    monkeypatch.setattr(store.files, "cat_file", lambda path, **_: store.files.store[path].getvalue())
+    with pytest.raises(AudioError, match=r"audio_\d\.tar cannot send a part of a file"):
+        read_manifest(f"{URL}/tarred_audio_manifest.json")[0].source()
+
+
+def test_single_files_in_a_store_are_read_and_packed(tmp_path: Path, store) -> None:
+    for name, seconds in (("one", 0.5), ("fast", 0.4)):
+        soundfile.write(tmp_path / f"{name}.flac", np.zeros(int(16000 * seconds)), 16000)
+        store.files.put_file(str(tmp_path / f"{name}.flac"), f"/bucket/{name}.flac")
+    files = [{"fname": "one.flac", "speed": 1.0}, {"fname": "fast.flac", "speed": 1.25}]
+    store.files.pipe_file("/bucket/m.json", json.dumps([{"files": files, "transcript": "one"}]).encode())
+    [utterance] = read_manifest("memory://bucket/m.json", offline_speeds=True)
+    lengths = [len(AudioReader(16000).read(utterance, variant)[0]) for variant in (0.0, 0.9)]
+    assert lengths == [8000, 6400] and utterance.duration == 0.5
+    manifest, _ = packing.pack([utterance], tmp_path / "packed", 1 << 20, 0, None, 1, lambda *_: None)
+    assert read_manifest(manifest)[0].source().data == (tmp_path / "one.flac").read_bytes()
 
 
 def test_shards_of_nemo_in_a_store_by_their_pattern(tmp_path: Path, store) -> None:
@@ -275,6 +303,10 @@ def test_files_that_cannot_be_packed_are_named(tmp_path: Path, corpus: Path, cap
     bad.write_bytes(b"no audio")
     assert main(["prepare", "shards", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "s"), "-q"]) == 2
     assert bad.name in capsys.readouterr().err and not (tmp_path / "s" / "tarred_audio_manifest.json").exists()
+    bad.unlink()
+    bad.mkdir()
+    assert main(["prepare", "shards", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "s"), "-q"]) == 2
+    assert f"{bad.name}: is a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -123,6 +123,8 @@ def test_what_normalisation_drops_is_told(text, labels, left, lost):
         ("1st 2nd 3rd 5th 12th 20th 101st 1000th", "first second third fifth twelfth twentieth one hundred and first "
          "one thousandth"),
         ("9" * 40, " ".join(["nine"] * 40)),
+        ("9" * 5000, " ".join(["nine"] * 5000)),  # Python refuses to read so many digits as an int
+        (f"${'1' * 5000}.01", f"{'one ' * 5000}dollars one cent"),
         (f"{'9' * 40}th", " ".join(["nine"] * 40)),
         ("$1 $2.01 $.50 $1.2.3", "one dollar two dollars one cent fifty cents one point two.three dollars"),
     ],

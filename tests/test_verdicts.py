@@ -6,6 +6,7 @@ import os
 import stat
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,19 @@ def test_the_folder_is_the_users_and_can_be_chosen(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert files.cache() == tmp_path / ".cache" / "jasper_fast"
+
+
+def test_threads_may_write_the_same_file(tmp_path: Path) -> None:
+    def write(number: int) -> None:
+        files.write(tmp_path / "file", str(number) * 100_000)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, [*range(10)] * 20))
+    text = (tmp_path / "file").read_text()
+    assert len(text) == 100_000 and len({*text}) == 1
+    with pytest.raises(IsADirectoryError):
+        files.write(tmp_path, "x")
+    assert os.listdir(tmp_path) == ["file"] and not [*tmp_path.parent.glob("*.part")]
 
 
 def test_verdicts_come_back_as_they_were_kept():

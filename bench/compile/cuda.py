@@ -22,6 +22,7 @@ from pathlib import Path
 from jasper_fast.bench.compile import cuda_shapes
 from jasper_fast.bench.compile.table import Table
 from jasper_fast.bench.harness import paths
+from jasper_fast.kernels import files
 
 ARCHS = ("75", "80", "86", "89", "90a", "100", "120")
 QUICK = ("75", "80", "90a")  # one architecture for each variant of the kernels' inner loop
@@ -153,14 +154,14 @@ def main(args: argparse.Namespace) -> int:
     known = subprocess.check_output([nvcc, "--list-gpu-arch"], text=True).split()
     archs = [a for a in (QUICK if args.quick else ARCHS) if f"compute_{a.rstrip('a')}" in known]
     started, digest = time.monotonic(), hashlib.sha256(version.encode())
-    for path in (*sorted(SOURCES[0].parent.glob("*.cuh")), *SOURCES):
+    for path in (*sorted(SOURCES[0].parent.glob("*.cuh")), *SOURCES, Path(__file__)):
         digest.update(path.read_bytes())
     folder = paths.BUILD / "compile" / f"nvcc-{digest.hexdigest()[:16]}"
 
     def rows_of(arch: str) -> list[dict]:
         kept = folder / f"sm_{arch}.json"
         if args.no_cache or not kept.exists():
-            kept.write_text(json.dumps([row for s in SOURCES for row in compile_for(nvcc, arch, s, folder)]))
+            files.write(kept, json.dumps([row for s in SOURCES for row in compile_for(nvcc, arch, s, folder)]))
         return json.loads(kept.read_text())
 
     with concurrent.futures.ThreadPoolExecutor(args.processes) as pool:

@@ -280,7 +280,8 @@ OPTIONS = (
     option(
         "--cuda",
         action="store_true",
-        help="compile the convs and NovoGrad in CUDA C++ with nvcc, for sm_75 to sm_120, instead of the Triton kernels",
+        help="compile the convs and NovoGrad in CUDA C++ with nvcc, for sm_75 to sm_120, instead of the Triton "
+        "kernels; --arch, --dtype and --kernel then have no effect",
     ),
     option("--shapes", action="store_true", help="with --cuda: also print the calculated cost of each conv of Jasper"),
     option(

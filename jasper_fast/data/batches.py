@@ -1,5 +1,6 @@
 """Batches: which utterances form one, and how they are loaded and padded."""
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -79,8 +80,9 @@ class BatchSampler:
     ) -> None:
         if batch_size is None and max_seconds is None:
             raise ValueError("give batch_size, max_seconds or both")
-        if (batch_size is not None and batch_size < 1) or (max_seconds is not None and not max_seconds > 0):
-            raise ValueError(f"batch_size={batch_size} and max_seconds={max_seconds} must be positive")
+        sizes = {"batch_size": batch_size, "max_seconds": max_seconds, "window": window, "open_shards": open_shards}
+        if wrong := [f"{name}={size}" for name, size in sizes.items() if size is not None and not size > 0]:
+            raise ValueError(f"{', '.join(wrong)} must be positive")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in 0..{world_size - 1}")
         self._durations = durations
@@ -118,7 +120,7 @@ class BatchSampler:
         rng = np.random.default_rng((self.seed, epoch))
         left_out = self._left_out[1] if self._left_out[0] == epoch else ()
         jitter = 1 + 0.1 * rng.random(len(seconds)) if self.shuffle else 1.0
-        if self.bucketing and self.window and not self.shuffle:
+        if self.bucketing and self.window is not None and not self.shuffle:
             order = np.lexsort((seconds, np.arange(len(seconds)) // self.window))
         elif self.bucketing:
             order = np.argsort(seconds * jitter, kind="stable")
@@ -186,19 +188,18 @@ def load_batches(
     after three deaths the batch is yielded empty. No random numbers are drawn from torch's global generator.
     """
     place = epoch, start_step
-    while place is not None:
+    while True:
         ahead: deque[tuple[tuple[int, int], list[int]]] = deque()
         source = processes.begin(dataset, _keys(sampler, *place, endless, ahead), collate, workers, pin_memory)
-        try:
+        with contextlib.suppress(processes.WorkerDied):
             while (batch := next(source, None)) is not None:
                 yield _recorded(dataset, batch, ahead.popleft()[0])
-            place = None
-        except processes.WorkerDied:
-            del source  # ends the other processes
-            # The next batch is missing. It is read in a process of its own, and new processes read all later batches.
-            place, items = ahead.popleft()
-            yield _recorded(dataset, _alone(dataset, items, place[0], pin_memory), place)
-            place = place[0], place[1] + 1
+            return
+        # The next batch is missing. The other processes have ended with the error, which held their iterator. A process
+        # of its own reads the batch, and new processes read all later batches.
+        place, items = ahead.popleft()
+        yield _recorded(dataset, _alone(dataset, items, place[0], pin_memory), place)
+        place = place[0], place[1] + 1
 
 
 def _keys(
@@ -226,7 +227,7 @@ def _alone(dataset: SpeechDataset, items: list[int], epoch: int, pin_memory: boo
         try:
             return next(processes.begin(dataset, [[(epoch, i) for i in items]], collate, 1, pin_memory))
         except processes.WorkerDied as error:
-            why = error
+            why = str(error)  # the error itself would keep the iterator and its processes
     batch = collate([])
     for name in (dataset.utterances[i % len(dataset.utterances)].name for i in items):
         batch.skipped.append(Skipped(name, "worker_died", f"{name}: its batch could not be read: {why}"))

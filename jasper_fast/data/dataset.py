@@ -125,7 +125,7 @@ class SpeechDataset(Dataset):
         settings = AudioSettings.from_config(audio_dataset)
         paths = [manifests] if isinstance(manifests, (str, os.PathLike)) else manifests
         utterances = [u for path in paths for u in read_manifest(path, data_dir, settings.offline_speeds)]
-        return cls(utterances[: settings.max_utterances or None], vocabulary, settings, **others)
+        return cls(utterances[: max(settings.max_utterances, 0) or None], vocabulary, settings, **others)
 
     def _unfit(self, utterance: Utterance, target: list[int]) -> Skipped | None:
         """Returns why the manifest entry of an utterance forbids its use for training, or None if it does not."""

@@ -48,6 +48,12 @@ class Join:
             raise ValueError(f"need 1 <= min_clips <= max_clips, got {self.min_clips}, {self.max_clips}")
         if not 0 <= self.min_gap <= self.max_gap:
             raise ValueError(f"need 0 <= min_gap <= max_gap, got {self.min_gap}, {self.max_gap}")
+        if self.noise_db is not None and not (
+            isinstance(self.noise_db, Sequence) and len(self.noise_db) == 2 and self.noise_db[0] <= self.noise_db[1]
+        ):
+            raise ValueError(f"noise_db must be two levels, the lower one first, got {self.noise_db!r}")
+        if self.items is not None and self.items < 1:
+            raise ValueError(f"items must be positive, got {self.items}")
 
     def draw(
         self, own: int, pool: Sequence[int], durations: Sequence[float], longest: float, rng: np.random.Generator

@@ -58,7 +58,8 @@ class Chance:
     the value that leaves the samples unchanged.
 
     The distribution is uniform, or log-uniform with ``log``. With ``discrete`` the number is low, nothing or high.
-    Raises ValueError for an empty range, and for factors (``nothing`` is 1) that are not positive.
+    Raises ValueError for an empty range, for factors (``nothing`` is 1) that are not positive, and for a ``p`` that is
+    no probability.
     """
 
     low: float
@@ -72,6 +73,8 @@ class Chance:
         if not self.low <= self.high or (self.nothing == 1 and self.low <= 0):
             least = "0 < min <= max" if self.nothing == 1 else "min <= max"
             raise ValueError(f"need {least}, got min {self.low} and max {self.high}")
+        if not 0 <= self.p <= 1:
+            raise ValueError(f"the probability p must lie in [0, 1], got {self.p}")
 
     def draw(self, rng: np.random.Generator) -> float:
         applied, uniform = rng.random() < self.p, rng.random()

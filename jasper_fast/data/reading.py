@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 
@@ -37,15 +38,14 @@ class AudioReader:
         """
         if utterance in self._memory:
             return self._memory[utterance]
-        path, seconds = utterance.path, utterance.seconds
         if utterance.alternatives and variant is not None:
             path = utterance.alternatives[int(variant * len(utterance.alternatives))]
-            seconds = 0.0  # read the whole file, because the utterance has no duration for an alternative
+            # Without a duration the whole file is read: the utterance's duration is not that of an alternative.
+            utterance = replace(utterance, path=path, duration=0.0)
+        path, seconds = utterance.path, utterance.seconds
         try:
-            if (fetched := self._fetched.get(utterance.packed)) is not None:
-                source = Memory(path, fetched)
-            else:
-                source = utterance.source() if path == utterance.path else path
+            fetched = self._fetched.get(utterance.packed)
+            source = utterance.source() if fetched is None else Memory(path, fetched)
             samples = audio.load(source, self.sample_rate, utterance.offset, seconds)
             held = len(samples) / self.sample_rate
             if seconds > held * 1.01 + _ROUNDING:
@@ -69,7 +69,8 @@ class AudioReader:
         read is reported when it is used. Utterances with alternatives are not preloaded. Raises ValueError if more
         than ``max_gib`` would be needed.
         """
-        gib = sum(u.seconds for u in utterances) * self.sample_rate * 4 / 2**30
+        plain = [u for u in utterances if not u.alternatives]
+        gib = sum(u.seconds for u in plain) * self.sample_rate * 4 / 2**30
         if gib > max_gib:
             raise ValueError(f"{gib:.1f} GiB of audio exceed the {max_gib} GiB allowed; do not preload this corpus")
 
@@ -79,6 +80,5 @@ class AudioReader:
             except AudioError:
                 return None
 
-        plain = [u for u in utterances if not u.alternatives]
         with ThreadPoolExecutor() as pool:
             self._memory = {u: found for u, found in zip(plain, pool.map(read, plain), strict=True) if found}

@@ -62,8 +62,13 @@ def _built(default: Any, given: dict[str, Any] | None, keys: dict[str, str], whe
     """Returns the dataclass ``default`` with the fields that ``given`` sets, or None if ``given`` is None."""
     if given is None:
         return None
+    if not isinstance(given, dict):
+        raise ValueError(f"{where} must have settings by name, got {given!r}")
     if unknown := given.keys() - keys.keys():
         raise ValueError(f"{where}.{min(unknown)} is unknown; known keys: {', '.join(sorted(keys))}")
+    for key, value in given.items():
+        if isinstance(getattr(default, keys[key]), int | float) and not isinstance(value, int | float):
+            raise ValueError(f"{where}.{key} must be a number, true or false, got {value!r}")
     try:
         return replace(default, **{keys[key]: value for key, value in given.items()})
     except ValueError as error:

@@ -36,6 +36,8 @@ class Packed(NamedTuple):
             raise AudioError(name, f"the shard cannot be read: {getattr(error, 'strerror', None) or error}") from error
         if len(data) < self.size:
             raise AudioError(name, f"the shard ends {self.size - len(data)} bytes before the utterance does")
+        if len(data) > self.size:
+            raise AudioError(name, f"the server of {self.tar} cannot send a part of a file, which shards need")
         return Memory(name, data)
 
 
@@ -55,7 +57,7 @@ def fetch(packed: Iterable[Packed]) -> dict[Packed, bytes]:
     for files, mine, paths in groups.values():
         ends = [p.start + p.size for p in mine]
         data = files.cat_ranges(paths, [p.start for p in mine], ends, on_error="return")
-        found |= {p: d for p, d in zip(mine, data, strict=True) if isinstance(d, bytes)}
+        found |= {p: d for p, d in zip(mine, data, strict=True) if isinstance(d, bytes) and len(d) == p.size}
     return found
 
 

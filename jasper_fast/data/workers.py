@@ -41,7 +41,13 @@ def begin(
         worker_init_fn=_outlive_signals,
     )
     before = signal.getsignal(signal.SIGCHLD)
-    source = iter(loader)
+    # Libraries such as OpenBLAS start threads in a new process before `_outlive_signals` runs there. A thread that does
+    # not block SIGTERM would take it away from `wait`.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        source = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if workers and threading.current_thread() is threading.main_thread():
         # PyTorch's handler for the death of a worker would raise at any point of this process, even within a step.
         signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)

@@ -39,7 +39,9 @@ def _measure(
     """Runs `jasper-fast bench COMMAND` and returns the rows of its result, by the keys "fused" and "eager"."""
     out = folder / command
     common = ["--device", str(device), "--dtype", "fp32", "--quick", "--seconds", str(seconds), "--out", str(out)]
-    need("jasper_fast.bench.cli", "bench").main([command, "--model", model, *common, "--rivals", "eager", *more])
+    bench = need("jasper_fast.bench.cli", "bench")
+    if status := bench.main([command, "--model", model, *common, "--rivals", "eager", *more]):
+        raise SystemExit(status)  # the benchmark has told why; `out` may have results of an earlier run
     newest = max(out.glob("*.json"), key=lambda path: path.stat().st_mtime)
     return {"fused" if row["ours"] else "eager": row for row in json.loads(newest.read_text())["rows"]}
 

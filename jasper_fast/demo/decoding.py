@@ -118,6 +118,11 @@ def gain(before: np.ndarray, after: np.ndarray) -> tuple[float, float, float]:
     return 100 * (1 - after[:, 0].sum() / before[:, 0].sum()), *(100 * np.percentile(ratios, (2.5, 97.5)))
 
 
+def fewer(before: np.ndarray, after: np.ndarray) -> str:
+    """Returns `gain` in words, or "-" if there was no error before."""
+    return "{:.1f} % [{:.1f}, {:.1f}] fewer errors".format(*gain(before, after)) if before[:, 0].any() else "-"
+
+
 def rate(counted: np.ndarray) -> float:
     """Returns the word error rate, in per cent. `counted` is a result of `errors`."""
     return 100 * counted[:, 0].sum() / counted[:, 1].sum()
@@ -143,9 +148,8 @@ def compare(saved: Saved, texts: Path, out: Path, beam: int) -> list[str]:
     for name, lm in (("no language model", None), ("6-gram of characters", symbols), ("3-gram of words", words)):
         trial = best([*trials(chosen_on, lm, None, GRID if lm else [(0.0, 0.0)], beam)])
         found = errors(judged_on, [texts[0].text for texts in decoded(judged_on, lm, trial, beam)])
-        better, low, high = gain(base, found)
-        lines.append(f"beam {beam}, {name}: WER {rate(found):.2f} %, {better:.1f} % [{low:.1f}, {high:.1f}] fewer "
-                     f"errors, alpha {trial.alpha:g}, beta {trial.beta:g}")  # fmt: skip
+        weights = f"alpha {trial.alpha:g}, beta {trial.beta:g}"
+        lines.append(f"beam {beam}, {name}: WER {rate(found):.2f} %, {fewer(base, found)}, {weights}")
     return lines
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.progress import track
 
-from jasper_fast.demo.decoding import GRID, decoded, errors, gain, part, rate
+from jasper_fast.demo.decoding import GRID, decoded, errors, fewer, part, rate
 from jasper_fast.lm.neural import options, scoring, training
 from jasper_fast.lm.rescore import LISTED, Scorer, rescore
 from jasper_fast.lm.saved import Saved
@@ -49,8 +49,7 @@ def compare(saved: Saved, scorer: Scorer, passes: Sequence[tuple[str, Path | Non
             counts.append(errors(judged_on, [hypotheses[0].text for hypotheses in texts]))
             weights = f"alpha {trial.alpha:g}, beta {trial.beta:g}, weight {trial.rescore:g}"
             shown.append(f"{rate(counts[-1]):.2f} % ({weights})")
-        fewer = "{:.1f} % [{:.1f}, {:.1f}] fewer errors".format(*gain(*counts)) if counts[0][:, 0].any() else "-"
-        lines.append(f"beam {beam}, {name}: WER {shown[0]}, rescored {shown[1]}, {fewer}")
+        lines.append(f"beam {beam}, {name}: WER {shown[0]}, rescored {shown[1]}, {fewer(*counts)}")
     return lines
 
 

@@ -4,6 +4,7 @@ Shapes: N utterances, S samples, T frames, F mel bands.
 """
 
 import math
+from collections.abc import Sized
 from typing import Any, Self
 
 import torch
@@ -135,7 +136,7 @@ class LogMelFeatures(nn.Module):
         self.sample_rate, self.n_mels, self.pad_to_multiple = sample_rate, n_mels, pad_to_multiple
         self.dither, self.preemphasis, self.normalize, self.log = dither, preemphasis, normalize, log
         self.win_length, self.hop_length = int(sample_rate * window_size), int(sample_rate * window_stride)
-        self.n_fft = n_fft or 2 ** math.ceil(math.log2(self.win_length))
+        self.n_fft = n_fft or 1 << max(self.win_length - 1, 0).bit_length()
         self.batch_invariant, self.convention = batch_invariant, convention
         self.log_guard = LOG_GUARDS.get(convention) if log_guard is None else log_guard
         self.log_guard_type, self.mag_power = log_guard_type, mag_power
@@ -144,7 +145,7 @@ class LogMelFeatures(nn.Module):
         fixed = (
             isinstance(normalize, dict)
             and normalize.keys() == {"fixed_mean", "fixed_std"}
-            and all(len(values) == n_mels for values in normalize.values())
+            and all(isinstance(values, Sized) and len(values) == n_mels for values in normalize.values())
         )
         for fits, wrong in (
             (window in _WINDOWS, f"window={window!r} is unknown; choose one of {', '.join(_WINDOWS)}"),
@@ -156,7 +157,12 @@ class LogMelFeatures(nn.Module):
                 f"and fixed_std, {n_mels} numbers each",
             ),
             (dither >= 0, f"dither={dither} must not be negative"),
-            (0 < self.win_length <= self.n_fft, f"a window of {self.win_length} samples does not fit {n_fft=}"),
+            (n_mels > 0, f"{n_mels=} must be positive"),
+            (self.hop_length > 0, f"{window_stride=} is shorter than a sample"),
+            (
+                0 < self.win_length <= self.n_fft,
+                f"a window of {self.win_length} samples does not fit n_fft={self.n_fft}",
+            ),
             (not pad_to_max_duration or math.isfinite(max_duration), "pad_to_max_duration needs max_duration"),
         ):
             if not fits:

@@ -24,7 +24,7 @@ def _ordinal(match: re.Match[str]) -> str:
 def _number(match: re.Match[str]) -> str:
     """Writes years as two pairs of digits, long numbers and numbers with a leading zero digit by digit, and others as
     cardinals."""
-    n = int(match[0])
+    n = int(match[0][: _LONGEST + 1])
     if len(match[0]) > _LONGEST or match[0][0] == "0" or (n > 10**9 and n % 10**4):
         return _words(match[0], group=1)
     if not 1000 < n < 3000 or n == 2000 or 2000 < n < 2010:
@@ -37,8 +37,8 @@ def _dollars(match: re.Match[str]) -> str:
     parts = amount.split(".")
     if len(parts) > 2:
         return f"{amount} dollars"
-    dollars, cents = (int(p or 0) for p in (*parts, "0")[:2])
-    amounts = [f"{n} {unit}{'' if n == 1 else 's'}" for n, unit in ((dollars, "dollar"), (cents, "cent")) if n]
+    dollars, cents = (p.lstrip("0") for p in (*parts, "0")[:2])
+    amounts = [f"{n} {unit}{'' if n == '1' else 's'}" for n, unit in ((dollars, "dollar"), (cents, "cent")) if n]
     return " ".join(amounts) or "zero dollars"
 
 

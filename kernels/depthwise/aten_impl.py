@@ -35,8 +35,8 @@ def into(out: Tensor, x: Tensor, packed: Tensor, geometry: Geometry, lengths: Le
     if lengths.made is not None:
         frames = geometry.frames(lengths.before.clamp(0, x.shape[1]), packed.shape[2])
         lengths.made.copy_(frames.clamp_(min=0))
-        lengths = Lengths(lengths.before, lengths.made) if lengths.masked else FULL
-    out.copy_(forward(x.transpose(1, 2), packed, geometry, lengths).transpose(1, 2))
+        lengths = lengths._replace(after=lengths.made)
+    out.copy_(forward(x.transpose(1, 2), packed, geometry, lengths if lengths.masked else FULL).transpose(1, 2))
 
 
 def dgrad(

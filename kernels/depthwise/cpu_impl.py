@@ -43,11 +43,11 @@ def forward(
 def into(out: Tensor, x: Tensor, packed: Tensor, geometry: Geometry, lengths: Lengths = FULL) -> None:
     """Writes `forward` of `x` (N, T, C) and a pack into `out` (N, T', C).
 
-    Both need unit channel stride; their other strides are free. Raises ValueError for `lengths.made`, which this
-    face does not support.
+    Both need unit channel stride; their other strides are free. Raises ValueError for `lengths.made` and for
+    `masked=False`, which only GPU faces support.
     """
-    if lengths.made is not None:
-        raise ValueError("the cpu face does not compute output lengths: give it lengths.after")
+    if lengths.made is not None or not lengths.masked:
+        raise ValueError("the cpu face always masks and does not compute output lengths: give it lengths.after")
     stride, padding, dilation = geometry
     native.cpu().depthwise_sum(
         x, packed, packed.shape[1], stride, dilation, padding, 1, lengths.before, lengths.after, out

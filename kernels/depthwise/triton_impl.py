@@ -80,7 +80,8 @@ def _sum(y: Tensor, x: Tensor, w: Tensor, geometry: Geometry, lengths: Lengths, 
         x, w, y, *lengths[:3], t, t_out, groups, x_row, x_item, y_row, y_item, w.shape[0], geometry.padding,
         geometry.dilation, t_blocks,
         STRIDE=geometry.stride, UP=up, FLIPPED=flipped, HAS_IN_LENGTHS=lengths.before is not None,
-        HAS_OUT_LENGTHS=lengths.after is not None, HAS_LENGTHS_OUT=lengths.made is not None, HAS_MASK=masked, VEC=vec,
+        HAS_OUT_LENGTHS=masked and lengths.after is not None, HAS_LENGTHS_OUT=lengths.made is not None,
+        HAS_MASK=masked, VEC=vec,
         BLOCK_T=block_t, BLOCK_C=block_c, num_warps=2 if few else 4,
     )  # fmt: skip
 

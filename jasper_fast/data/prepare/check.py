@@ -172,7 +172,8 @@ def clean_entries(
     for found in results:
         if found.utterance is None or not found.good(strict):
             continue
-        entry = {key: value for key, value in found.entry.items() if key != "text_filepath"}
+        texts = {key for key in ("text", "transcript") if found.entry.get(key) is not None}
+        entry = {k: v for k, v in found.entry.items() if k in texts or k not in ("text", "transcript", "text_filepath")}
         if "files" in entry:
             entry["files"] = [file | {"fname": place(file["fname"])} for file in entry["files"]]
             entry["original_duration"] = round(found.seconds, 6)
@@ -182,7 +183,7 @@ def clean_entries(
             entry["duration"] = round(found.seconds, 6)
         elif "audio_filepath" in entry:
             entry |= {"audio_filepath": place(entry["audio_filepath"]), "duration": round(found.seconds, 6)}
-        yield entry if {"text", "transcript"} & entry.keys() else entry | {"text": found.utterance.text}
+        yield entry if texts else entry | {"text": found.utterance.text}
 
 
 def figures(results: Sequence[Found], strict: bool) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import soundfile
 
+from jasper_fast.data import places
 from jasper_fast.data.manifest import Utterance, entry
 from jasper_fast.data.prepare.copies import in_parallel
 from jasper_fast.data.prepare.writing import PrepareError, Progress, whole, write_manifest
@@ -58,8 +59,10 @@ def pack(
 def _size(utterance: Utterance) -> int:
     if utterance.packed is not None:
         return utterance.packed.size
+    if utterance.offset or places.is_url(utterance.path):  # an estimate
+        return int(20_000 * utterance.seconds)
     try:
-        return Path(utterance.path).stat().st_size if not utterance.offset else int(20_000 * utterance.seconds)
+        return Path(utterance.path).stat().st_size
     except (OSError, ValueError) as error:
         raise PrepareError(
             f"{utterance.path}: cannot be read: {error}; `jasper-fast check` lists such files"
@@ -80,9 +83,9 @@ def _content(utterance: Utterance) -> tuple[bytes, str, float]:
     """Returns the file to be packed for an utterance: its bytes, its suffix, and its length in seconds."""
     source = utterance.source()
     if not utterance.offset:
-        data = source.data if isinstance(source, audio.Memory) else Path(source).read_bytes()
-        whole_seconds = audio.duration(audio.Memory(utterance.path, data))
+        whole_seconds = audio.duration(source)
         if not utterance.seconds or utterance.seconds >= whole_seconds - 0.05:
+            data = source.data if isinstance(source, audio.Memory) else Path(source).read_bytes()
             return data, Path(utterance.path).suffix.lower() or ".wav", whole_seconds
     samples = audio.load(source, 16000, utterance.offset, utterance.seconds)
     file = io.BytesIO()

@@ -194,11 +194,18 @@ def _csv(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Entry
     """Reads a table with a header. Audio is in ``audio_dir``; without it, in the folder of the table, or in the folder
     ``clips`` there (Common Voice)."""
     tabs = source.name.lower().removesuffix(".gz").endswith(".tsv")
-    lines = (f"{line}\n" for _, line in _lines(source))
+    number = 0
+
+    def lines() -> Iterator[str]:  # `rows.line_num` would not count blank lines
+        nonlocal number
+        for at, line in _lines(source):
+            number = at
+            yield f"{line}\n"
+
     csv.field_size_limit(_LONGEST_FIELD)
     # In Common Voice's TSV a quotation mark is part of the sentence.
     quoting = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
-    rows = csv.DictReader(lines, **quoting)
+    rows = csv.DictReader(lines(), **quoting)
     try:
         header = [(name or "").strip() for name in rows.fieldnames or []]
         rows.fieldnames = header
@@ -213,13 +220,13 @@ def _csv(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Entry
         for row in rows:
             name, said = row[sound], row[text]
             if not name or said is None:
-                report(f"{source}, line {rows.line_num}: {'no audio' if not name else 'no text'}")
+                report(f"{source}, line {number}: {'no audio' if not name else 'no text'}")
                 continue
             path = _beside(name, source, audio_dir)
             if (seconds := _seconds(path, report)) is not None:
                 yield entry(path, seconds, said.strip(), speaker=speaker and row[speaker])
     except csv.Error as error:
-        raise PrepareError(f"{source}, line {rows.line_num}: not a valid table: {error}") from error
+        raise PrepareError(f"{source}, line {number}: not a valid table: {error}") from error
 
 
 def _beside(name: str, source: Path, audio_dir: Path | None) -> Path:

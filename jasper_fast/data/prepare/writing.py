@@ -68,13 +68,12 @@ def alone_in(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise PrepareError(
-            f"{folder}: another run is preparing data here; wait for it, or choose another folder"
-        ) from None
-    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PrepareError(
+                f"{folder}: another run is preparing data here; wait for it, or choose another folder"
+            ) from None
         yield
     finally:
         os.close(descriptor)
