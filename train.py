@@ -111,6 +111,8 @@ def arguments(argv: list[str] | None = None, prog: str | None = None) -> argpars
     if args.batch_size is None and args.batch_seconds is None:
         args.batch_size = 16
     faults = (
+        (not args.init_from and (args.init_ema or args.init_map or args.init_decoder != "auto"),
+         "--init-ema, --init-map and --init-decoder need --init-from"),
         (args.deterministic and args.cudnn_benchmark,
          "--cudnn-benchmark chooses algorithms by time, which --deterministic forbids: drop one of them"),
         (args.compile and args.cuda_graphs,
@@ -163,7 +165,7 @@ def distributed(core: nn.Module, ranks: Ranks) -> nn.Module:
     """
     if ranks.world == 1:
         return core
-    places = [ranks.device.index] if ranks.device.type == "cuda" else None
+    places = [ranks.device.index] if ranks.on_gpu else None
     known = inspect.signature(DistributedDataParallel).parameters
     # No broadcast of buffers in every forward: `Ranks.same_buffers` does it before validation and checkpoints. The
     # option has another name since torch 2.13.
@@ -176,7 +178,7 @@ def resume(
 ) -> Any:
     """Loads the newest checkpoint of `folder` into `state`. Returns the saved state of the random generators, or None
     for a new run or another number of processes."""
-    if folder.steps() and not args.resume:
+    if folder.candidates() and not args.resume:
         raise RunError(
             f"{folder.path} holds checkpoints of an earlier run: add --resume or choose another --output-dir"
         )
@@ -188,7 +190,7 @@ def resume(
     kind, instead = saved["arguments"]["optimizer"], f"or start anew: --init-from {path} --output-dir elsewhere"
     if kind != args.optimizer:
         raise RunError(f"{path} was trained with --optimizer {kind}: use that one, {instead}")
-    if list(saved["labels"]) != list(train.dataset.vocabulary.labels):
+    if list(saved.get("labels", ())) != list(train.dataset.vocabulary.labels):
         raise RunError(
             f"{path} was trained with other labels than those of {args.config}: use its own configuration, {instead}"
         )
@@ -293,12 +295,20 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[nn.Module, Run
         seed_everything(args.seed + ranks.rank)  # so that noise and dropout differ between processes
         folder = Folder(args.output_dir, args.keep, args.milestones)
         generators = resume(args, folder, state, train, ranks, console)
-        log = RunLog(folder.path, state.step, enabled=ranks.first)
         called = compiled(state.model, ranks.device) if args.compile else state.model
-    if train.changed and not args.steps:  # with other batches an epoch has another number of steps
-        left = train.steps(state.epoch, args.grad_accumulation) - state.position
-        left += (args.epochs - state.epoch - 1) * schedule.steps_per_epoch
-        schedule = dataclasses.replace(schedule, total_steps=max(1, state.step + left))
+    if len(set(ranks.gather(state.step))) > 1:
+        raise RunError(f"the processes found different checkpoints: all machines must share the folder {folder.path}")
+    if train.changed:  # with other batches an epoch has another number of steps
+        ends = state.step - state.position + train.steps(state.epoch, args.grad_accumulation)
+        state.extra = ends - (state.epoch + 1) * schedule.steps_per_epoch
+    if not args.steps:
+        schedule = dataclasses.replace(schedule, total_steps=max(1, schedule.total_steps + state.extra))
+    with ranks.together():
+        if ranks.on_gpu and state.step < schedule.total_steps:
+            # if memory is too small, fail now and not in the middle of an epoch
+            largest = largest_batches(train.sampler, train.dataset.durations(0))
+            console.print(scan_memory(called, train.frontend, largest, ranks.device, AMP_DTYPES[args.amp]))
+        log = RunLog(folder.path, state.step, enabled=ranks.first)
     versions = {"jasper_fast": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}
     about = {
         "format": checkpoint.FORMAT, "config": config.to_dict(), "labels": train.dataset.vocabulary.labels,
@@ -317,12 +327,9 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
     """Trains a model. A signal in `stop` ends the run early. `watch` is called after each step."""
     model, run, generators = prepare(args, stop)
     state, train, ranks, console = run.state, run.train, run.ranks, run.console
-    total, accumulation, on_gpu = run.schedule.total_steps, args.grad_accumulation, ranks.device.type == "cuda"
+    total, accumulation = run.schedule.total_steps, args.grad_accumulation
     with contextlib.closing(run.log), training_bar(console, state.step, total) as progress, run.saved():
         model.train(), train.frontend.train()
-        if on_gpu and state.step < total:  # if memory is too small, fail now and not in the middle of an epoch
-            largest = largest_batches(train.sampler, train.dataset.durations(0))
-            console.print(scan_memory(model, train.frontend, largest, ranks.device, AMP_DTYPES[args.amp]))
         guard, stopped = BufferGuard(state.model), False
         how = {"device": ranks.device, "amp_dtype": AMP_DTYPES[args.amp], "clip_norm": args.clip_norm, "ema": state.ema}
         parts, graphed = (state.optimizer, state.scaler, guard), None
@@ -357,9 +364,11 @@ def command(argv: list[str] | None = None) -> int:
     try:
         main(args, stop)
         return 0
-    except (RunError, CheckpointError, ConfigError, ManifestError, BackendMissing, MissingExtra) as error:
+    except (RunError, CheckpointError, ConfigError, ManifestError, BackendMissing, MissingExtra, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not checkpoint.no_memory(error):
+            raise
         print(f"error: {error}", file=sys.stderr)
         print(
             "Lower --batch-size or --batch-seconds, and raise --grad-accumulation by the same factor", file=sys.stderr

@@ -201,6 +201,20 @@ def test_the_last_few_the_best_and_the_milestones_are_kept(tmp_path):
     assert folder.latest()[1]["step"] == 6
 
 
+def test_a_later_checkpoint_that_cannot_be_read_displaces_no_other(tmp_path):
+    (tmp_path / "step_00000009.pt").write_bytes(b"")
+    (tmp_path / "step_00000001 (copy).pt").write_bytes(b"")
+    folder = Folder(tmp_path, keep=1)
+    for step in (7, 8):
+        folder.save(run_state(step))
+    assert [p.name for p in folder.steps()] == ["step_00000008.pt", "step_00000009.pt"]
+
+
+def test_leftovers_that_another_rank_removes_are_no_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: [path / ".step_00000001.pt.tmp"])
+    Folder(tmp_path).clean()
+
+
 def test_a_broken_newest_is_reported_and_the_one_before_taken(tmp_path):
     folder = Folder(tmp_path, keep=3)
     assert folder.latest() is None

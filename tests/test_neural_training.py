@@ -196,7 +196,7 @@ def test_errors_are_one_line(text, trained, tmp_path, capsys, monkeypatch):
         (("train-neural", text, *out, "--threads", -1), "--threads must be at least 1"),
         (("train-neural", text, *out, "--device", "gpu"), "--device 'gpu' is not a device"),
         (("train-neural", text, "--out", text, *SMALL), "train: is no folder; choose another name"),
-        (("train-neural", text, *out, "--lr", -1), "learning rate: -1"),
+        (("train-neural", text, *out, "--lr", -1), "--lr must be at least 0, not -1"),
         (("train-neural", text, *out, "--lr-by-clock"), "--lr-by-clock needs --max-minutes"),
         (go_on, "holds checkpoints of an earlier run"),
         ((*go_on, "--resume", "--seed", 3), "--seed was 42: use that value again"),

@@ -136,7 +136,16 @@ def test_a_run_goes_on_with_fewer_steps_an_epoch(change, paths, run, tmp_path):
 def test_epochs_are_counted_whatever_their_steps(paths, run, tmp_path):
     run(paths, tmp_path, batch_size=2, steps=7)  # stops before the eighth and last step of the first epoch
     # one step ends that epoch, and two epochs of two steps follow
+    run(paths, tmp_path, batch_size=8, steps=10, resume=True)
     assert "done: step 12" in run(paths, tmp_path, batch_size=8, epochs=3, resume=True)
+
+
+@pytest.mark.slow
+def test_an_earlier_run_that_left_only_its_best_is_not_mixed_with_a_new_one(paths, run, tmp_path):
+    run(paths, tmp_path, steps=1)
+    (tmp_path / "step_00000001.pt").rename(tmp_path / "best.pt")
+    with pytest.raises(RunError, match="holds checkpoints of an earlier run"):
+        run(paths, tmp_path, steps=2)
 
 
 @pytest.mark.slow

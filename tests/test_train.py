@@ -272,6 +272,9 @@ def test_a_second_signal_stops_at_once():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_an_error():
-    with pytest.raises(RunError, match="--device cpu"):
-        Ranks.start("cuda")
+@pytest.mark.parametrize(
+    ("device", "said"), [("cuda", "--device cpu"), ("cuda:1", "--device cpu"), ("gpu", "'gpu' is")]
+)
+def test_a_device_that_is_not_there_is_an_error(device, said):
+    with pytest.raises(RunError, match=said):
+        Ranks.start(device)

@@ -95,6 +95,13 @@ def test_after_validations_without_a_better_one(paths, tmp_path, monkeypatch, re
     assert checkpoint.load(tmp_path / "best.pt")["best_wer"] == 0.4
 
 
+def test_a_rate_that_is_not_a_number_is_not_the_best(paths, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "validate_state", judged([math.nan, 0.6, math.nan, 0.5]))
+    run(train_arguments(paths, tmp_path, steps=4, val_every=1))
+    best = checkpoint.load(tmp_path / "best.pt")
+    assert (best["step"], best["best_wer"]) == (4, 0.5)
+
+
 def test_the_same_best_is_gone_back_to_three_times(paths, tmp_path, monkeypatch, returns):
     monkeypatch.setattr(train, "validate_state", judged([0.5, *repeat(0.6, 7)]))
     run(train_arguments(paths, tmp_path, steps=8, val_every=1, reload_best=1))

@@ -3,6 +3,7 @@
 import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import corpora
 import pytest
@@ -15,7 +16,7 @@ from jasper_fast import ops, train
 from jasper_fast.data import batches
 from jasper_fast.nn import checkpoint, loading
 from jasper_fast.nn.config import ConfigError
-from jasper_fast.training.runs import RunError
+from jasper_fast.training.runs import Ranks, RunError
 from jasper_fast.training.state import TrainingState
 
 
@@ -43,14 +44,22 @@ def test_cudnn_chooses_by_the_clock_where_it_is_asked_to(asked, train_here, tmp_
         ({"cudnn_benchmark": True, "deterministic": True}, "drop one of them"),
         ({"compile": True, "cuda_graphs": True}, "--compile and --cuda-graphs cannot be combined"),
         ({"val_manifests": None, "reload_best": True}, "--reload-best needs --val-manifests"),
-        ({"reload_best": -1}, "--reload-best must not be negative"),
+        ({"reload_best": -1}, "--reload-best must be at least 0, not -1"),
+        ({"lr": "nan"}, "--lr must be at least 0, not nan"),
+        ({"clip_norm": -1}, "--clip-norm must be at least 0"),
+        ({"max_bad_steps": 0}, "--max-bad-steps must be at least 1"),
+        ({"max_minutes": 0}, "--max-minutes must be above 0"),
+        ({"ema": 1}, "--ema must be at least 0 and below 1"),
+        ({"lr_gamma": 0}, "--lr-gamma must be above 0"),
+        ({"betas": "0.9 1"}, "--betas must be at least 0 and below 1"),
+        ({"init_ema": True}, "--init-ema, --init-map and --init-decoder need --init-from"),
         ({"lr_by_clock": True}, "--lr-by-clock needs --max-minutes"),
         ({"grad_accumulation": 0}, "--grad-accumulation must be at least 1"),
     ],
 )
 def test_options_that_do_not_go_together(options, said, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        train.arguments(train_arguments(NOTHING, tmp_path, **options))
+        train.arguments(" ".join(train_arguments(NOTHING, tmp_path, **options)).split())
     assert said in capsys.readouterr().err
 
 
@@ -183,3 +192,28 @@ def test_the_schedule_can_follow_the_clock(train_here, paths, tmp_path, monkeypa
 def test_command_line_errors_are_one_line(paths, tmp_path, capsys):
     assert train.command(train_arguments({**paths, "train": tmp_path / "none.jsonl"}, tmp_path)) == 1
     assert re.fullmatch(r"error: .*none\.jsonl: cannot read the manifest.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError("last.pt does not fit into memory"), r"error: last.pt does not fit into memory\n"),
+        (
+            RuntimeError("DefaultCPUAllocator: no memory"),
+            r"error: DefaultCPUAllocator: no memory\nLower --batch-size .*",
+        ),
+        (torch.OutOfMemoryError("no memory"), r"error: no memory\nLower --batch-size .*"),
+    ],
+)
+def test_a_lack_of_memory_is_no_traceback(error, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "main", mock.Mock(side_effect=error))
+    assert train.command(train_arguments(NOTHING, tmp_path)) == 1
+    assert re.fullmatch(said, capsys.readouterr().err, re.DOTALL)
+
+
+def test_a_run_whose_batches_do_not_fit_leaves_no_checkpoint(train_here, paths, tmp_path, monkeypatch):
+    monkeypatch.setattr(Ranks, "on_gpu", True)
+    monkeypatch.setattr(train, "scan_memory", mock.Mock(side_effect=RunError("does not fit")))
+    with pytest.raises(RunError, match="does not fit"):
+        train_here(paths, tmp_path / "run", steps=2)
+    assert not (tmp_path / "run").exists()

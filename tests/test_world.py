@@ -1,6 +1,8 @@
 """Training in several processes: a fault or signal in one process makes all of them skip the step or end."""
 
 import inspect
+import re
+import sys
 from unittest import mock
 
 import corpora
@@ -120,6 +122,31 @@ def test_what_keeps_one_process_from_starting_ends_all(ran, name):
     members = ran(2, worlds.other_manifest, name, status=1)
     assert "error: another process failed: see its message" in members[0].said
     assert "gone.jsonl" in members[1].said and "Traceback" not in members[0].said + members[1].said
+
+
+def other_clock(train, rank: int) -> None:
+    """Lets the clock of rank 1 be ahead, and prints the learning rates."""
+    state, loop = train.TrainingState, train.Loop
+    state.minutes, inner = property(lambda state: 0.2 + 0.3 * rank), loop.set_learning_rate
+    loop.set_learning_rate = lambda run: print(f"rate {(lr := inner(run))}", file=sys.stderr) or lr
+
+
+def test_the_learning_rates_of_all_ranks_follow_the_same_clock(ran):
+    how = {"lr_policy": "polynomial", "lr_by_clock": True, "max_minutes": 1, "warmup_steps": 0}
+    rates = [re.findall(r"^rate (.*)", m.said, re.MULTILINE) for m in ran(2, other_clock, steps=4, lr=0.01, **how)]
+    assert rates[0] == rates[1] and [float(r) for r in rates[0]] == pytest.approx([0.0025] * 3 + [0.000625])
+
+
+def no_checkpoints(train, rank: int) -> None:
+    """Hides the checkpoints from rank 1, as on a machine that does not share the folder."""
+    if rank == 1:
+        train.Folder.candidates = lambda folder: []
+
+
+def test_processes_that_find_different_checkpoints_do_not_start(ran):
+    ran(2, steps=1)
+    for member in ran(2, no_checkpoints, steps=2, resume=True, status=1):
+        assert "error: the processes found different checkpoints" in member.said
 
 
 @pytest.mark.parametrize("name", ["broadcast_buffers", "forward_sync_buffers"])

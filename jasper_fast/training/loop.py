@@ -76,7 +76,7 @@ class Loop(ABC):
         save = state.step % args.save_every == 0 if args.save_every else over
         if over:
             state.next_epoch()
-        if self.ranks.device.type != "cuda" or log or validation or save or over:
+        if not self.ranks.on_gpu or log or validation or save or over:
             self.tell_skipped()
         if log:
             progress(state.step, self.tell_step(result, lr, epoch, epochs))
@@ -91,8 +91,10 @@ class Loop(ABC):
     def set_learning_rate(self) -> float:
         """Sets the optimiser's learning rate for the next step, and returns it."""
         args, total = self.args, self.schedule.total_steps
-        elapsed = self.state.minutes / args.max_minutes if args.lr_by_clock else 0.0
-        lr = self.schedule(max(self.state.step, int(elapsed * total)))
+        step = self.state.step
+        if args.lr_by_clock:  # the clocks of the ranks differ, but their learning rates must not
+            step = max(step, *self.ranks.highest(int(self.state.minutes / args.max_minutes * total)))
+        lr = self.schedule(step)
         for group in self.state.optimizer.param_groups:
             group["lr"] = lr
         return lr
@@ -153,7 +155,7 @@ class Loop(ABC):
         """
         before = getattr(self.state, self.best)
         self.judged = self.state.step
-        setattr(self.state, self.best, min(figure, before))
+        setattr(self.state, self.best, min(before, figure))  # `before`, if the figure is NaN
         self.state.meter.restart()
         self.state.stale = 0 if figure < before else self.state.stale + 1
         if figure < before:

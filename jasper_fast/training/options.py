@@ -24,7 +24,10 @@ OUTPUT = [
     option("--save-every", type=int, metavar="STEPS", help="save a checkpoint every STEPS steps (once per epoch)"),
     option("--keep", type=int, default=2, metavar="N", help="number of latest checkpoints to keep (2)"),
 ]
-COUNTS = ("epochs", "steps", "log_every", "val_every", "save_every", "keep")  # each must be at least 1 or not set
+# the lowest value of each option, if it is given
+LEAST = dict.fromkeys(("epochs", "steps", "log_every", "val_every", "save_every", "keep", "max_bad_steps"), 1)
+LEAST |= dict.fromkeys(("lr", "min_lr", "lr_power", "weight_decay", "clip_norm", "reload_best", "seed"), 0)
+LEAST |= dict.fromkeys(("warmup_epochs", "warmup_steps", "hold_epochs", "hold_steps", "num_workers"), 0)
 
 
 def length(epochs: int = 100) -> list[Option]:
@@ -89,13 +92,18 @@ def wrong(args: argparse.Namespace, counts: Sequence[str] = (), faults: Iterable
     """
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # restarted by `torchrun --max-restarts`
         args.resume = True
-    low = [name for name in (*COUNTS, *counts) if (value := getattr(args, name)) is not None and value < 1]
+    least = LEAST | dict.fromkeys(counts, 1)
+    given = [(name, value) for name, value in vars(args).items() if name in least and value is not None]
     found = (
-        *((True, f"--{name.replace('_', '-')} must be at least 1") for name in low),
-        ((args.reload_best or 0) < 0, "--reload-best must not be negative"),
-        (args.lr_by_clock and not args.max_minutes, "--lr-by-clock needs --max-minutes"),
+        *((not value >= least[name], f"--{name.replace('_', '-')} must be at least {least[name]}, not {value}")
+          for name, value in given),
+        (args.max_minutes is not None and not args.max_minutes > 0, "--max-minutes must be above 0"),
+        (not 0 <= args.ema < 1, "--ema must be at least 0 and below 1"),
+        (not all(0 <= beta < 1 for beta in args.betas or ()), "--betas must be at least 0 and below 1"),
+        (not 0 < args.lr_gamma <= 1, "--lr-gamma must be above 0 and at most 1"),
+        (args.lr_by_clock and args.max_minutes is None, "--lr-by-clock needs --max-minutes"),
         *faults,
-    )
+    )  # fmt: skip
     return next((message for is_there, message in found if is_there), None)
 
 

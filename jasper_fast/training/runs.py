@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -42,19 +43,23 @@ class Ranks:
     def start(cls, device: str = "auto") -> Ranks:
         """Joins the process group if torchrun started this process: nccl on GPUs, gloo on CPUs.
 
-        `device`: "auto", "cpu", "cuda" or a GPU such as "cuda:1". Raises RunError if a GPU is requested and there is
-        none.
+        `device`: "auto", "cpu", "cuda" or a GPU such as "cuda:1". Raises RunError for any other text and for a GPU that
+        does not exist.
         """
         rank, world, local = launched()
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise RunError("--device cuda: PyTorch sees no GPU; check nvidia-smi, or use --device cpu")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+            raise RunError(f"--device {device!r} is not a device to train on: use auto, cpu, cuda or cuda:1")
         place = torch.device(f"cuda:{local}" if device == "cuda" else device)
         if place.type == "cuda":
+            if not torch.cuda.is_available():
+                raise RunError(f"--device {device}: PyTorch sees no GPU; check nvidia-smi, or use --device cpu")
+            if place.index >= (count := torch.cuda.device_count()):
+                raise RunError(f"PyTorch sees {count} GPUs, so there is no {place}: use another, or fewer processes")
             torch.cuda.set_device(place)
         if "RANK" in os.environ:
-            # `vote` reduces tensors on the CPU with gloo, so that no process waits for its GPU.
+            # `highest` reduces tensors on the CPU with gloo, so that no process waits for its GPU.
             dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
         return cls(rank, world, place)
 
@@ -64,19 +69,27 @@ class Ranks:
         return self.rank == 0
 
     @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
     def place(self) -> str:
         """The device in words: the GPU's name, or the number of CPU threads."""
-        if self.device.type == "cuda":
+        if self.on_gpu:
             return torch.cuda.get_device_name(self.device)
         return f"{torch.get_num_threads()} CPU threads"
 
     def vote(self, *flags: bool) -> tuple[bool, ...]:
         """Returns for each flag whether it is true on any rank. All ranks must call this. Does not wait for a GPU."""
+        return tuple(map(bool, self.highest(*flags)))
+
+    def highest(self, *numbers: int) -> tuple[int, ...]:
+        """Returns for each number the highest of all ranks. All ranks must call this. Does not wait for a GPU."""
         if self.world == 1:
-            return tuple(map(bool, flags))
-        votes = torch.tensor(flags, dtype=torch.int32)
+            return numbers
+        votes = torch.tensor(numbers, dtype=torch.int64)
         dist.all_reduce(votes, dist.ReduceOp.MAX)
-        return tuple(map(bool, votes.tolist()))
+        return tuple(votes.tolist())
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -206,20 +219,27 @@ class Folder:
     def save(self, state: dict[str, Any], name: str | None = None) -> None:
         """Writes `state` as `name`.pt, or without a name as step_NUMBER.pt.
 
-        Deletes all step_NUMBER.pt except the last `keep`. Raises CheckpointError if the file cannot be written.
+        Of all step_NUMBER.pt up to the step of `state`, deletes all but the last `keep`. Those of later steps stay:
+        they could not be read when the run was resumed. Raises CheckpointError if the file cannot be written.
         """
         save(self.path / f"{name or 'step_{:08d}'.format(state['step'])}.pt", state)
-        for old in self.steps()[: -self.keep]:
+        for old in self.steps(state["step"])[: -self.keep]:
             old.unlink()
 
-    def steps(self) -> list[Path]:
-        """Returns the checkpoints that are named by their step, oldest first."""
-        return sorted(self.path.glob("step_*.pt"), key=lambda p: int(p.stem.removeprefix("step_")))
+    def steps(self, last: float = math.inf) -> list[Path]:
+        """Returns the checkpoints that are named by their step, up to step `last`, oldest first."""
+        found = {int(p.stem[5:]): p for p in self.path.glob("step_*.pt") if p.stem[5:].isdecimal()}
+        return [found[step] for step in sorted(found) if step <= last]
+
+    def candidates(self) -> list[Path]:
+        """Returns the checkpoints in the order in which `latest` tries them."""
+        milestones = sorted(self.path.glob("milestone_*.pt"), reverse=True)
+        return [*reversed(self.steps()), *milestones, *self.path.glob("best.pt")]
 
     def clean(self) -> None:
         """Removes the incomplete files of a process that was killed while it wrote them."""
         for leftover in self.path.glob(".*.pt.tmp"):
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)  # another rank may have removed it
 
     def latest(self, warn: Callable[[str], None] = warnings.warn) -> tuple[Path, dict[str, Any]] | None:
         """Returns the path and contents of the newest checkpoint that can be read, or None if there is no checkpoint.
@@ -227,8 +247,7 @@ class Folder:
         For each file that cannot be read it calls `warn` with the reason. Raises CheckpointError if there are
         checkpoints, but none can be read.
         """
-        milestones = sorted(self.path.glob("milestone_*.pt"), reverse=True)
-        candidates = [*reversed(self.steps()), *milestones, *self.path.glob("best.pt")]
+        candidates = self.candidates()
         for path in candidates:
             try:
                 state = load(path)

@@ -34,8 +34,10 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ValueError(f"lr policy {self.policy!r} is not one of {', '.join(POLICIES)}")
-        if self.lr < 0 or self.min_lr < 0:
-            raise ValueError(f"lr and min_lr must not be negative, got {self.lr} and {self.min_lr}")
+        if not min(self.lr, self.min_lr, self.power) >= 0:
+            raise ValueError(
+                f"lr, min_lr and power must not be negative, got {self.lr}, {self.min_lr} and {self.power}"
+            )
         if min(self.warmup_steps, self.hold_steps) < 0 or min(self.steps_per_epoch, self.total_steps) < 1:
             raise ValueError(
                 "warmup_steps and hold_steps must be at least 0, steps_per_epoch and total_steps at least 1"

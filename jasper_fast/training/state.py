@@ -114,13 +114,14 @@ class TrainingState:
     taken: list[int] = field(default_factory=list)  # items that this epoch used before that change
     step: int = 0  # steps done in all epochs
     stale: int = 0  # validations since the best one, or since the last return to the best weights
+    extra: int = 0  # steps beyond those of as many epochs as now, because earlier epochs had batches of other sizes
     unjudged: bool = False  # whether a signal interrupted the validation of this step
     best_wer: float = math.inf
     earlier: float = 0.0  # minutes spent in earlier parts of the run, before it was resumed
     clock: float = field(default_factory=time.monotonic)
 
     _PARTS = ("meter",)
-    _PLACES = ("epoch", "position", "taken", "step", "stale", "unjudged", "best_wer")
+    _PLACES = ("epoch", "position", "taken", "step", "stale", "extra", "unjudged", "best_wer")
 
     def next_epoch(self) -> None:
         self.epoch, self.position, self.taken = self.epoch + 1, 0, []
