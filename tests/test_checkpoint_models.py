@@ -204,9 +204,9 @@ def test_labels_of_a_warm_start_that_start_from_others(tmp_path):
     save(tmp_path / "a.pt", own_document(model))
     weights, warm = read_weights(tmp_path / "a.pt"), Jasper(config(labels), backend="reference")
 
-    def start(*pairs):
+    def start(*pairs, decoder="auto"):
         like = dict(map(loading.label_pair, pairs))
-        load_weights(warm, weights, labels=labels, strict=False, like=like)
+        load_weights(warm, weights, labels=labels, strict=False, decoder=decoder, like=like)
 
     with pytest.warns(UserWarning, match="for 5 of the 5 labels are copied"):
         start(f"ä={LABELS[1]}", f"=={LABELS[5]}")
@@ -217,6 +217,8 @@ def test_labels_of_a_warm_start_that_start_from_others(tmp_path):
         (lambda: start("a=é"), "no label 'é'"),
         (lambda: start("é=a"), "'é'.*not one of the model's"),
         (lambda: start("é"), "a new label and an old one"),
+        (lambda: start("ä=a", decoder="keep"), "need the decoder 'auto', not 'keep'"),
+        (lambda: start("ä=a", decoder="new"), "need the decoder 'auto', not 'new'"),
     ], CheckpointError)  # fmt: skip
 
 

@@ -36,8 +36,9 @@ def load_weights(
     the blank and for the labels that both alphabets have. If the file does not name its labels, the decoder is copied
     only if the model has the published alphabet; otherwise it is initialised anew. Without `labels` it is copied if its
     shape fits. In a warm start `decoder="keep"` always copies the decoder, and "new" never does. `like` maps labels of
-    the model to labels of the file: the rows of the former start as copies of the rows of the latter. With `like`, a
-    file that does not name its labels is assumed to have the published alphabet.
+    the model to labels of the file: the rows of the former start as copies of the rows of the latter. With `like`,
+    `decoder` must be "auto", and a file that does not name its labels is assumed to have the published alphabet.
+    With `strict`, `decoder` and `like` have no effect.
 
     Raises CheckpointError naming the entries that do not fit, and also if no entry of the encoder fits.
     """
@@ -128,6 +129,8 @@ def _decoder_rows(
     message: a warning for the user, or None. `head`: the model's decoder. `misfit`: why the file's decoder does not fit
     it, or None.
     """
+    if like and decoder != "auto":
+        raise CheckpointError(f"rows of labels that start from others need the decoder 'auto', not {decoder!r}")
     if decoder == "keep":
         if misfit:
             raise CheckpointError(f"{weights.path}: its decoder cannot be kept ({misfit})")
