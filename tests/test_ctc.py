@@ -131,6 +131,9 @@ def test_wrong_arguments_are_named():
         (lambda: ops.ctc_loss(log_probs.half(), lengths, targets, counts), "fp32 or fp64"),
         (lambda: ops.ctc_loss(log_probs, lengths[:2], targets, counts), "must have N = 7"),
         (lambda: ops.ctc_loss(log_probs, lengths, targets.flatten(), counts), "must have N = 7"),
+        (lambda: ops.ctc_loss(log_probs, lengths[:, None], targets, counts), "must have N = 7"),
+        (lambda: ops.ctc_loss(log_probs, lengths, targets, counts[0]), "must have N = 7"),
+        (lambda: ops.ctc_loss(log_probs.sum(), lengths, targets, counts), r"must be \(N, T, V\)"),
         (lambda: ops.ctc_loss(log_probs, lengths.int(), targets, counts), "int64"),
         (lambda: ops.ctc_loss(log_probs, lengths, targets, counts, blank=6), "one of the 6 symbols"),
     ))  # fmt: skip

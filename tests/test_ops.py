@@ -11,6 +11,7 @@ from conftest import assert_raises, check_op, settle
 from jasper_fast import ops
 from jasper_fast.dispatch.backends import BackendMissing
 from jasper_fast.kernels import philox
+from jasper_fast.kernels.layout import mask
 
 
 @pytest.fixture(params=["reference", "cpu", "triton"])
@@ -270,6 +271,27 @@ def test_any_strides(backend, layout):
     torch.testing.assert_close(dy, leaf.grad, atol=1e-5, rtol=1e-5)
 
 
+def test_lengths_and_vectors_may_be_strided(backend):
+    def spread(x: torch.Tensor) -> torch.Tensor:
+        """Returns the values of `x` (N,) in every second element of a longer tensor, with others in between."""
+        return torch.stack([x, x + 4], 1)[:, 0]
+
+    x, gamma, beta, mean, var = inputs()
+    lengths = torch.tensor([5, 2])
+    x = mask(x, lengths)
+    taps, weight = torch.randn(13, 1, 3), torch.randn(4, 13, 1)
+    for call in (
+        lambda n, *vectors: ops.bn_relu_dropout(x, *vectors, lengths=n, training=False, backend=backend),
+        lambda n, *vectors: ops.sub_block(x, *vectors, weight, lengths=n, training=False, backend=backend),
+        lambda n, *_: ops.conv1d(x, weight, lengths=n, backend=backend),
+        lambda n, *_: ops.depthwise(x, taps, lengths=n, out_lengths=n, padding=1, backend=backend),
+        lambda n, *_: ops.separable_conv(x, taps, weight, lengths=n, out_lengths=n, padding=1, backend=backend),
+        lambda n, *_: ops.panes_plain([x], [weight], [weight[:, 0, 0]], [weight[:, 1, 0]], lengths=n, backend=backend),
+    ):
+        given = lengths, gamma, beta, mean, var
+        assert_equal(call(*given), call(*map(spread, given)))
+
+
 def test_a_seed_repeats_its_mask_and_none_draws_from_the_generator(backend):
     y, gamma, beta, mean, var = inputs(c=64)
     run = lambda seed=None: ops.bn_relu_dropout(y, gamma, beta, mean, var, p=0.5, seed=seed, backend=backend)  # noqa: E731
@@ -287,10 +309,14 @@ def test_errors():
     call = functools.partial(ops.bn_relu_dropout, y, gamma, beta)
     assert_raises((
         (lambda: ops.bn_relu_dropout(y[:1, :, :1], gamma, beta, mean, var), "more than 1 value per channel"),
+        (lambda: ops.bn_relu_dropout(y[:0], gamma, beta, mean, var), "more than 1 value per channel"),
         (lambda: ops.bn_relu_dropout(y, gamma[:5], beta, mean, var), r"gamma must be \(13,\)"),
         (lambda: call(mean, var, residual=y[:, :, :3]), "residual"),
         (lambda: call(mean, var, lengths=torch.tensor([1])), "lengths"),
         (lambda: call(mean, var, p=1.0), "p must lie"),
+        (lambda: call(mean, var, p=0.5, seed=torch.tensor([3], dtype=torch.int32)), "one int64"),
+        (lambda: call(mean, var, p=0.5, seed=torch.tensor([3, 4])), "one int64"),
+        (lambda: call(mean, var, stats=(mean[:1], var[:1])), r"each of stats must be \(13,\)"),
         (lambda: call(mean, var, halo=-1), "halo, the number of frames"),
         (lambda: call(None, None, training=False), "running_mean and running_var"),
     ))  # fmt: skip
@@ -321,6 +347,9 @@ def test_a_conv_names_what_does_not_fit(backend):
     assert_raises((
         (lambda: ops.conv1d(x, weight, backend=backend), r"do not fit: \(2, 16, 9\), \(8, 32, 3\)"),
         (lambda: ops.sub_block(x, one, one, None, None, weight, backend=backend), "do not fit"),
+        (lambda: ops.conv1d(x, weight[:, :16], dilation=8, backend=backend), "x has 9 frames, too few"),
+        (lambda: ops.sub_block(x, one, one, None, None, weight[:, :16], dilation=8, backend=backend), "y has 9 frames"),
+        (lambda: ops.conv1d(x, weight[:, :16], stride=0, backend=backend), "at least 1"),
     ))  # fmt: skip
     for lengths in (torch.tensor([9]), torch.tensor([9.0, 9.0]), torch.tensor([9, 9], dtype=torch.int32)):
         with pytest.raises(ValueError, match=r"lengths must be \(2,\) int64"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from close import assert_close
-from conftest import check_op, settle
+from conftest import assert_raises, check_op, settle
 from standins import spied
 from test_model import batch, config
 
@@ -233,6 +233,15 @@ def test_the_gram_form_writes_each_activation_once():
 def test_one_row_raises_what_pytorch_raises(form):
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         form(*pane_inputs(m=(1, 1)))
+
+
+def test_panes_that_do_not_fit_are_named(form):
+    """Without the check, the plain form returns numbers for block outputs of unequal length."""
+    xs, weights, gammas, betas = pane_inputs()
+    assert_raises((
+        (lambda: form([xs[0], xs[1][:, :, :5]], weights, gammas, betas), "of a pane must have the shapes"),
+        (lambda: form(xs, weights, [gammas[0], gammas[1][:1]], betas), "of a pane must have the shapes"),
+    ))  # fmt: skip
 
 
 # ---- the plain form on its faces ----

@@ -157,9 +157,9 @@ def bn_relu_dropout(
     frames. With `group` and `training` the statistics are over the rows of all ranks of the group, as in
     nn.SyncBatchNorm; N*T may differ between ranks. The gradients of gamma and beta are those of this rank.
 
-    Raises ValueError for shapes that do not fit, p outside [0, 1) and a negative halo. As PyTorch does, also raises it
-    if a batch has only one row (N*T = 1) and its statistics are wanted, unless there is a group. Raises BackendMissing
-    for a named backend that cannot run here.
+    Raises ValueError for shapes that do not fit, a seed that is not one int64, p outside [0, 1) and a negative halo.
+    Also raises it if the statistics of a batch with fewer than two rows (N*T < 2) are wanted, unless there is a group;
+    PyTorch accepts a batch without rows. Raises BackendMissing for a named backend that cannot run here.
 
     Semantics: what follows the conv in a sub-block of NVIDIA's `jasper/model.py`. Equivalent to
 
@@ -167,7 +167,7 @@ def bn_relu_dropout(
         z = F.dropout(F.relu(z + residual), p, training)
         z = z.masked_fill(torch.arange(T) >= lengths[:, None, None], 0)
     """
-    check(y, gamma, beta, running_mean, running_var, residual, lengths, p, halo)
+    lengths = check(y, gamma, beta, running_mean, running_var, stats, residual, lengths, p, halo)
     norm = normaliser(y, gamma, beta, running_mean, running_var, stats, training, frozen, momentum, eps, backend, group)
     p, seed = dropout_seed(p if training else 0.0, seed, y.device)
     residual = None if residual is None else residual.to(y.dtype)
@@ -223,16 +223,19 @@ def normaliser(
         raise ValueError("running_mean and running_var are needed unless the statistics of the batch are used")
     else:
         mean, var = running_mean.detach(), running_var.detach()
-    mean, var, gamma, beta = (v.to(wide_dtype(y)) for v in (mean, var, gamma, beta))
+    mean, var, gamma, beta = (v.to(wide_dtype(y)).contiguous() for v in (mean, var, gamma, beta))
     return Normaliser(Norm(mean, (var + eps).rsqrt(), gamma, beta), batch_stats, rows, name)
 
 
 def dropout_seed(p: float, seed: Tensor | int | None, device: torch.device) -> tuple[float, Tensor | None]:
-    """Returns (p, seed), the seed as a tensor (1,). Draws a seed if none is given. If p is 0, the seed is None."""
+    """Returns (p, seed), the seed as an int64 tensor with one element. Draws a seed if none is given. If p is 0, the
+    seed is None."""
     if p == 0.0:
         return p, None
     if not isinstance(seed, Tensor):
         seed = draw_seeds(1, device) if seed is None else torch.tensor([seed], dtype=torch.int64, device=device)
+    elif seed.dtype != torch.int64 or seed.numel() != 1:
+        raise ValueError(f"seed must be one int64, got {tuple(seed.shape)} {seed.dtype}")
     return p, seed
 
 
@@ -247,29 +250,34 @@ def _update(running: list[Tensor | None], values: list[Tensor], momentum: float 
         torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), momentum)
 
 
-def check(y, gamma, beta, running_mean, running_var, residual, lengths, p, halo) -> None:
+def check(y, gamma, beta, running_mean, running_var, stats, residual, lengths, p, halo) -> Tensor | None:
+    """Raises ValueError for arguments of `bn_relu_dropout` that do not fit. Returns `lengths`, contiguous."""
     if y.dim() != 3:
         raise ValueError(f"y must be (N, C, T), got {tuple(y.shape)}")
     n, c, _ = y.shape
-    for name, v in (("gamma", gamma), ("beta", beta), ("running_mean", running_mean), ("running_var", running_var)):
+    vectors = {"gamma": gamma, "beta": beta, "running_mean": running_mean, "running_var": running_var}
+    for name, v in (*vectors.items(), *(("each of stats", of) for of in stats or ())):
         if v is not None and v.shape != (c,):
             raise ValueError(f"{name} must be ({c},) for y {tuple(y.shape)}, got {tuple(v.shape)}")
     if residual is not None and residual.shape != y.shape:
         raise ValueError(f"residual must be {tuple(y.shape)} like y, got {tuple(residual.shape)}")
-    check_lengths(lengths, n)
     if not 0.0 <= p < 1.0:
         raise ValueError(f"p must lie in [0, 1), got {p}")
     if halo is not None and halo < 0:
         raise ValueError(f"halo, the number of frames beyond the length that y fills, must be at least 0, got {halo}")
+    return check_lengths(lengths, n)
 
 
 def check_rows(x: Tensor, synced: bool | str) -> None:
-    """Raises ValueError if `x` (N, C, T) has only one row, unless `synced`: then other ranks have rows."""
-    if not synced and x.shape[0] * x.shape[2] == 1:
+    """Raises ValueError if `x` (N, C, T) has fewer than two rows, unless `synced`: then other ranks have rows."""
+    if not synced and x.shape[0] * x.shape[2] < 2:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
 
 
-def check_lengths(lengths: Tensor | None, n: int) -> None:
-    """Raises ValueError unless `lengths` is an int64 tensor of shape (n,), which is what the faces read."""
-    if lengths is not None and (lengths.shape != (n,) or lengths.dtype != torch.int64):
+def check_lengths(lengths: Tensor | None, n: int) -> Tensor | None:
+    """Returns `lengths` in contiguous memory, as the faces read them. Raises ValueError unless they are int64 (n,)."""
+    if lengths is None:
+        return None
+    if lengths.shape != (n,) or lengths.dtype != torch.int64:
         raise ValueError(f"lengths must be ({n},) int64, got {tuple(lengths.shape)} {lengths.dtype}")
+    return lengths.contiguous()

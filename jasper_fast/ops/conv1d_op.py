@@ -124,9 +124,9 @@ def conv1d(
     and with `stats` to `bn_stats` of the result. NVIDIA's `MaskedConv1d` (jasper/model.py) also zeroes the padding of
     `x`; here bn_relu_dropout has done that.
     """
-    check_channels("x", x, weight)
-    check_lengths(lengths, x.shape[0])
     x, geometry = autocast(x), Geometry(stride, padding, dilation)
+    check_conv("x", x, weight, geometry)
+    lengths = check_lengths(lengths, x.shape[0])
     face, packed = conv_face(x, weight, geometry, backend, packed, stats=stats)
     bn_face = "reference"  # not used without statistics
     if stats:
@@ -137,12 +137,25 @@ def conv1d(
     return (y, (mean, m2)) if stats else y
 
 
-def check_channels(name: str, x: Tensor, weight: Tensor) -> None:
-    """Raises ValueError unless `weight` is (C_out, C_in, K) and `x` is (N, C_in, T)."""
+def check_conv(name: str, x: Tensor, weight: Tensor, geometry: Geometry) -> None:
+    """Raises ValueError unless `weight` is (C_out, C_in, K), `x` is (N, C_in, T) and the geometry is possible."""
     if x.dim() != 3 or weight.dim() != 3 or x.shape[1] != weight.shape[1]:
         raise ValueError(
             f"{name} (N, C, T) and weight (C_out, C, K) do not fit: {tuple(x.shape)}, {tuple(weight.shape)}"
         )
+    check_geometry(name, x.shape[2], weight.shape[2], geometry)
+
+
+def check_geometry(name: str, frames: int, taps: int, geometry: Geometry) -> None:
+    """Raises ValueError if no conv has these taps and this geometry, or if `name` has too few frames for it."""
+    stride, padding, dilation = geometry
+    if min(taps, stride, dilation) < 1 or padding < 0:
+        raise ValueError(
+            f"taps, stride and dilation must be at least 1 and padding at least 0, got {taps}, {stride}, {dilation}, "
+            f"{padding}"
+        )
+    if geometry.frames(frames, taps) < 0:
+        raise ValueError(f"{name} has {frames} frames, too few for {taps} taps without more padding")
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -72,16 +72,18 @@ def ctc_loss(
     Raises ValueError for shapes and dtypes that do not fit. Equivalent to `F.ctc_loss(log_probs.transpose(0, 1),
     targets, lengths, target_lengths, blank, "none", zero_infinity)`.
     """
-    n, blank = log_probs.shape[0], log_probs.shape[-1] - 1 if blank is None else blank
     if log_probs.dim() != 3 or log_probs.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"log_probs must be (N, T, V), fp32 or fp64, got {tuple(log_probs.shape)} {log_probs.dtype}")
-    if targets.dim() != 2 or any(len(x) != n for x in (targets, lengths, target_lengths)):
+    n, _, v = log_probs.shape
+    blank = v - 1 if blank is None else blank
+    sizes = targets.shape[:1], lengths.shape, target_lengths.shape
+    if targets.dim() != 2 or any(size != (n,) for size in sizes):
         found = ", ".join(str(tuple(x.shape)) for x in (targets, lengths, target_lengths))
         raise ValueError(f"targets (N, U), lengths and target_lengths (N,) must have N = {n} as log_probs, got {found}")
     if any(x.dtype != torch.int64 or x.device != log_probs.device for x in (targets, lengths, target_lengths)):
         raise ValueError(f"targets, lengths and target_lengths must be int64 on {log_probs.device}, as log_probs is")
-    if not 0 <= blank < log_probs.shape[2]:
-        raise ValueError(f"blank must be one of the {log_probs.shape[2]} symbols, got {blank}")
+    if not 0 <= blank < v:
+        raise ValueError(f"blank must be one of the {v} symbols, got {blank}")
     face = choose.ctc_face(backend, log_probs.device) if log_probs.dtype == torch.float32 else "reference"
     if face == "triton" and log_probs.stride(2) != 1:
         log_probs = log_probs.contiguous()

@@ -7,7 +7,7 @@ from jasper_fast.dispatch import backends, choose
 from jasper_fast.kernels.layout import empty_ntc, ntc
 from jasper_fast.kernels.operands import Geometry, Lengths
 from jasper_fast.ops.bn_relu_dropout_op import check_lengths
-from jasper_fast.ops.conv1d_op import autocast
+from jasper_fast.ops.conv1d_op import autocast, check_geometry
 from jasper_fast.ops.registration import lib, op, register_autograd
 
 
@@ -86,25 +86,18 @@ def depthwise(
     stride, padding, dilation, groups=C)`, followed by `masked_fill` at t >= out_lengths. In NeMo this is a
     depthwise `MaskedConv1d`, followed by the mask of the pointwise `MaskedConv1d` after it.
     """
-    check_depthwise("x", x, weight, Geometry(stride, padding, dilation), lengths, out_lengths)
+    lengths, out_lengths = check_depthwise("x", x, weight, Geometry(stride, padding, dilation), lengths, out_lengths)
     x = autocast(x)
     face = choose.depthwise_face(backend, x.device, x.dtype)
     return torch.ops.jasper_fast.depthwise(x, weight, lengths, out_lengths, stride, padding, dilation, face)
 
 
-def check_depthwise(name: str, x: Tensor, weight: Tensor, geometry: Geometry, *lengths: Tensor | None) -> None:
+def check_depthwise(name: str, x: Tensor, weight: Tensor, geometry: Geometry, *lengths: Tensor | None) -> tuple:
     """Raises ValueError unless `weight` is (C, 1, K), `x` is (N, C, T), `lengths` are (N,) and the geometry is
-    possible."""
+    possible. Returns `lengths`, contiguous."""
     if x.dim() != 3 or weight.dim() != 3 or weight.shape[1] != 1 or x.shape[1] != weight.shape[0]:
         raise ValueError(
             f"{name} (N, C, T) and a depthwise weight (C, 1, K) do not fit: {tuple(x.shape)}, {tuple(weight.shape)}"
         )
-    stride, padding, dilation = geometry
-    if stride < 1 or padding < 0 or dilation < 1:
-        raise ValueError(
-            f"stride and dilation must be at least 1 and padding at least 0, got {stride}, {dilation}, {padding}"
-        )
-    if geometry.frames(x.shape[2], weight.shape[2]) < 0:
-        raise ValueError(f"{name} has {x.shape[2]} frames, too few for {weight.shape[2]} taps without more padding")
-    for of in lengths:
-        check_lengths(of, x.shape[0])
+    check_geometry(name, x.shape[2], weight.shape[2], geometry)
+    return tuple(check_lengths(of, x.shape[0]) for of in lengths)

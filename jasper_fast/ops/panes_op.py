@@ -230,11 +230,11 @@ def panes(
     `xs`: P block outputs (N, C_k, T) of one dtype, zero in the padding. `grams[k]`: `gram(xs[k])`, or one from
     `pane_stats` with the statistics for `weights[k]`. `weights[k]` (C_out, C_k, 1); `gammas[k]`, `betas[k]` (C_out,).
     The statistics are over all N*T rows, or with grams of a group over the rows of all its ranks. The means and
-    variances are meant for updating the running statistics. Raises ValueError for N*T = 1 as PyTorch does. Equivalent
-    to `sum(F.batch_norm(F.conv1d(x, w), None, None, gamma, beta, training=True, eps=eps) for ...)`.
+    variances are meant for updating the running statistics. Raises ValueError for shapes that do not fit and for
+    N*T < 2. Equivalent to `sum(F.batch_norm(F.conv1d(x, w), None, None, gamma, beta, training=True, eps=eps) for ...)`.
     """
     wide, rows = wide_dtype(xs[0]), grams[0].rows
-    check_rows(xs[0], rows is not None)
+    check_panes(xs, weights, gammas, betas, rows is not None)
     means, how = [g.mean for g in grams], (eps, rows is not None)
     norms = [g.to(wide) for g in gammas], [b.to(wide) for b in betas]
     if all(g.stats for g in grams):
@@ -245,6 +245,18 @@ def panes(
         covs = [g.cov for g in grams]
         out, mean, var = torch.ops.jasper_fast.panes(list(xs), means, covs, list(weights), *norms, *how)
     return out, mean, unbiased(var, xs[0], rows)
+
+
+def check_panes(
+    xs: list[Tensor], weights: list[Tensor], gammas: list[Tensor], betas: list[Tensor], synced: bool
+) -> None:
+    """Raises ValueError if the tensors of a pane do not fit those of the first pane, and as `check_rows` does."""
+    check_rows(xs[0], synced)
+    (n, _, t), c_out = xs[0].shape, weights[0].shape[0]
+    for x, weight, gamma, beta in zip(xs, weights, gammas, betas, strict=True):
+        found, c = [tuple(of.shape) for of in (x, weight, gamma, beta)], x.shape[1]
+        if found != (wanted := [(n, c, t), (c_out, c, 1), (c_out,), (c_out,)]):
+            raise ValueError(f"x, weight, gamma and beta of a pane must have the shapes {wanted}, got {found}")
 
 
 def unbiased(var: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:

@@ -14,8 +14,8 @@ from jasper_fast.dispatch import backends, choose
 from jasper_fast.kernels.layout import empty_ntc, ntc, wide_dtype
 from jasper_fast.kernels.layout import rows as _rows
 from jasper_fast.ops import sync
-from jasper_fast.ops.bn_relu_dropout_op import check_lengths, check_rows, norm_face
-from jasper_fast.ops.panes_op import unbiased
+from jasper_fast.ops.bn_relu_dropout_op import check_lengths, norm_face
+from jasper_fast.ops.panes_op import check_panes, unbiased
 from jasper_fast.ops.registration import lib, op, register_autograd
 
 KEPT = 7  # how many pane outputs a block saves on a CPU, at most: those of the last panes, with the widest inputs
@@ -151,8 +151,8 @@ def panes_plain(
     errors and the equivalent PyTorch are those of `panes`.
     """
     wide, name = wide_dtype(xs[0]), sync.name(group)
-    check_rows(xs[0], name)
-    check_lengths(lengths, xs[0].shape[0])
+    check_panes(xs, weights, gammas, betas, bool(name))
+    lengths = check_lengths(lengths, xs[0].shape[0])
     face = norm_face(xs[0], backend, weights[0].shape[0], xs[0].shape[2])
     keep = KEPT if face == "cpu" and torch.is_grad_enabled() else 0
     out, mean, var, rows, _ = torch.ops.jasper_fast.panes_plain(

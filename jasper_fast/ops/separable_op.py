@@ -131,7 +131,7 @@ def separable_conv(
     shapes that do not fit. Equivalent to `F.conv1d(depthwise(x, ...), weight)`.
     """
     x, geometry = autocast(x), Geometry(stride, padding, dilation)
-    _check("x", x, depthwise, weight, geometry, lengths, out_lengths)
+    lengths, out_lengths = _check("x", x, depthwise, weight, geometry, lengths, out_lengths)
     faces, packed = _faces(x, depthwise, weight, geometry, backend, stats, packed)
     out, mean, m2 = torch.ops.jasper_fast.separable(
         x, None, None, None, None, lengths, None, None, depthwise, weight, packed, out_lengths, 0.0, False, None,
@@ -173,9 +173,9 @@ def separable_sub_block(
     The other arguments and the errors are those of `bn_relu_dropout` and `separable_conv`. Of all activations, only `y`
     is kept for backward. Equivalent to `separable_conv(bn_relu_dropout(y, ...), depthwise, weight, ...)`.
     """
-    check(y, gamma, beta, running_mean, running_var, None, lengths, p, halo)
+    check(y, gamma, beta, running_mean, running_var, stats, None, lengths, p, halo)
     geometry = Geometry(stride, padding, dilation)
-    _check("y", y, depthwise, weight, geometry, lengths, out_lengths)
+    lengths, out_lengths = _check("y", y, depthwise, weight, geometry, lengths, out_lengths)
     norm = normaliser(y, gamma, beta, running_mean, running_var, stats, training, frozen, momentum, eps, backend, group)
     p, seed = dropout_seed(p if training else 0.0, seed, y.device)
     faces, packed = _faces(y, depthwise, weight, geometry, backend, next_stats, packed)
@@ -186,10 +186,11 @@ def separable_sub_block(
     return (out, (mean, m2)) if next_stats else out
 
 
-def _check(name, x, depthwise, weight, geometry: Geometry, lengths, out_lengths) -> None:
-    depthwise_op.check_depthwise(name, x, depthwise, geometry, lengths, out_lengths)
+def _check(name, x, depthwise, weight, geometry: Geometry, *lengths) -> tuple[Tensor | None, ...]:
+    checked = depthwise_op.check_depthwise(name, x, depthwise, geometry, *lengths)
     if weight.dim() != 3 or weight.shape[1:] != (x.shape[1], 1):
         raise ValueError(f"weight must be (C_out, {x.shape[1]}, 1), got {tuple(weight.shape)}")
+    return checked
 
 
 def _faces(
