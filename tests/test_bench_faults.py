@@ -12,7 +12,7 @@ from bench_runs import CPU, make_run, softplus_case
 from conftest import interpreted, make_face, raising
 from standins import wrap
 
-from jasper_fast.bench.cases import bn_relu_dropout, by_layer, common, panes, sub_block_inference, sub_blocks
+from jasper_fast.bench.cases import bn_relu_dropout, by_layer, common, depthwise, panes, sub_block_inference, sub_blocks
 from jasper_fast.bench.cases.layers import Layer, layers
 from jasper_fast.bench.harness import correct, limits
 from jasper_fast.bench.harness.case import Contender
@@ -152,6 +152,18 @@ def test_all_contenders_of_convs_are_right(op, backend, dtype, modes, tmp_path):
     assert len(rows) == len(shapes) * len(modes) * 3
     assert all(r["status"] == "ok" for r in rows), [(r["id"], r.get("why")) for r in rows if r["status"] != "ok"]
     assert len({r["id"] for r in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["reference", "cpu", pytest.param("triton", marks=pytest.mark.slow)])
+def test_all_contenders_of_depthwise_convs_are_right(backend, dtype, tmp_path, monkeypatch):
+    interpreted() if backend == "triton" else make_face(backend)
+    run = make_run(tmp_path, backend=backend, dtype=dtype)
+    rows = run.cases("test", [depthwise.case(run, (2, 16, 7, 20), mode) for mode in depthwise.MODES])
+    assert len(rows) == 3 * 4 and all(r["status"] == "ok" for r in rows), [r.get("why") for r in rows]
+    wrap(monkeypatch, depthwise, "fused", lambda right, *of: right(*of) * (1.01 if dtype == torch.float32 else 2))
+    rows = run.cases("test", [depthwise.case(run, (2, 16, 7, 21), mode) for mode in depthwise.MODES])
+    assert all(r["status"] == ("wrong" if r["ours"] else "ok") for r in rows), [r.get("why") for r in rows]
 
 
 @pytest.mark.slow

@@ -144,16 +144,14 @@ def test_a_step_that_fails_stops_the_profiler():
 def test_a_gpu_s_profile_without_kernels_is_a_failure(tmp_path, monkeypatch):
     """Without CUPTI the profiler records no kernel."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    with pytest.raises(profile.NoKernels, match="CUPTI"):
+    with pytest.raises(RuntimeError, match="CUPTI"):
         profile.profile(lambda: torch.ones(3) + 1, CUDA, tmp_path / "trace.json")
 
 
-@pytest.mark.parametrize("error", [profile.NoKernels("no CUPTI"), MemoryError("full")], ids=lambda e: type(e).__name__)
-def test_a_profile_that_fails_is_told_in_its_record(error, run, monkeypatch):
-    monkeypatch.setattr(profile, "profile", raising(error))
+def test_a_profile_that_fails_is_told_in_its_record(run, monkeypatch):
+    monkeypatch.setattr(profile, "profile", raising(RuntimeError("no CUPTI")))
     found = profile.main(run, "small", "inference", 1, T)
-    why = f"{type(error).__name__}: {error}"
-    assert [(f["status"], f["why"], f["records"]) for f in found] == [("failed", why, [])] * 2
+    assert [(f["status"], f["why"], f["records"]) for f in found] == [("failed", "RuntimeError: no CUPTI", [])] * 2
 
 
 def test_launches_that_cannot_be_counted_are_not_told_as_none(monkeypatch, capsys):

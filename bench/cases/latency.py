@@ -5,6 +5,7 @@ import gc
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +45,13 @@ TOLERANCES = {
 
 
 class Models:
-    """The weights of a network and the contenders that use them. All batch sizes share a contender."""
+    """The weights of a network and the contenders that use them. All batch sizes share a contender.
 
-    def __init__(self, run: Run, model: str) -> None:
-        self.run, self.cfg = run, models.config(model)
+    `graphs` says whether the engine captures CUDA graphs, see `InferenceEngine`.
+    """
+
+    def __init__(self, run: Run, model: str, graphs: bool | Literal["auto"] = "auto") -> None:
+        self.run, self.cfg, self.graphs = run, models.config(model), graphs
         self.judged_in = models.exact(self.cfg, run.device)  # the precision of `judge`
         self.contenders: dict[str, Model] = {}
         self.failures: dict[str, Exception] = {}
@@ -102,7 +106,8 @@ class Models:
 
     def engine(self, _: nn.Module) -> Model:
         """Returns jasper_fast's inference engine with the same weights."""
-        return InferenceEngine(models.fused(self.cfg, self.state, self.run.backend).eval(), dtype=self.run.dtype)
+        fused = models.fused(self.cfg, self.state, self.run.backend)
+        return InferenceEngine(fused.eval(), dtype=self.run.dtype, graphs=self.graphs)
 
     def close(self) -> None:
         """Frees all weights now, without waiting for the garbage collector."""

@@ -68,11 +68,10 @@ def main(args: argparse.Namespace) -> int:
         f"{'met' if shared >= GOAL else 'missed'}"
     )
     header = result_file.header(torch.device("cpu"), vars(args)) | {"command": "data"}
-    rates_and_goal = {
+    result = {"schema": result_file.SCHEMA, **header, "rows": [], "data": {
         "stages": found, "workers": workers, "workers_cpu": shared, "workers_clock": through, "wanted": wanted,
         "goal": GOAL, "cores": cores, "utterances": len(utterances),
-    }  # fmt: skip
-    result = {"schema": result_file.SCHEMA, **header, "rows": [], "data": rates_and_goal}
+    }}  # fmt: skip
     path = args.out / f"data_{tables.slug(header['machine']['name'])}_{datetime.datetime.now():%Y%m%d-%H%M%S}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     say(f"wrote {path}")

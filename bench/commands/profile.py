@@ -104,15 +104,11 @@ def engine_ranges(engine: InferenceEngine, device: torch.device) -> Iterator[Non
 # ------------------------------------------------------------------ profiling
 
 
-class NoKernels(RuntimeError):
-    """The profiler recorded no kernel on the GPU."""
-
-
 def profile(step: Callable[[], object], device: torch.device, target: Path) -> list[dict]:
     """Runs `step` under the profiler and writes the trace. Returns one record per op, per layer, and per backward of a
     layer, longest time first.
 
-    Raises NoKernels if the profiler records no kernel on the GPU.
+    Raises RuntimeError if the profiler records no kernel on the GPU.
     """
     on_gpu, kinds = device.type == "cuda", torch.profiler.ProfilerActivity
     for _ in range(2):
@@ -124,7 +120,7 @@ def profile(step: Callable[[], object], device: torch.device, target: Path) -> l
     target.parent.mkdir(parents=True, exist_ok=True)
     trace.export_chrome_trace(str(target))
     if on_gpu and not any(event.device_type == DeviceType.CUDA for event in trace.events()):
-        raise NoKernels(
+        raise RuntimeError(
             f"the profiler recorded no kernel on {device}: CUPTI is missing or may not be used here "
             "(pip install nvidia-cuda-cupti; in a container the driver must allow profiling)"
         )
@@ -186,18 +182,9 @@ def show(title: str, records: list[dict]) -> None:
 Profiled = tuple[Callable[[], object], contextlib.AbstractContextManager]  # a step, and a context that names its layers
 
 
-class WithoutGraphs(latency.Models):
-    """The models of `python -m bench latency`, but with the engine's CUDA graphs switched off."""
-
-    def engine(self, _: nn.Module) -> InferenceEngine:
-        """Returns jasper_fast's inference engine without CUDA graphs."""
-        fused = models.fused(self.cfg, self.state, self.run.backend)
-        return InferenceEngine(fused.eval(), dtype=self.run.dtype, graphs=False)
-
-
 def inference(run: Run, model: str, N: int, T: int) -> tuple[Case, Callable[[str, Runner], Profiled]]:
     """Returns the case to check, and a function that returns the `Profiled` inference call of a contender."""
-    shared = WithoutGraphs(dataclasses.replace(run, rivals="eager"), model)
+    shared = latency.Models(dataclasses.replace(run, rivals="eager"), model, graphs=False)
     at = f"{T} frames"  # a key of FRAMES that cannot be confused with a length in seconds
     models.FRAMES[at] = T
     case = latency.case(shared, model, N, at)

@@ -38,7 +38,9 @@ def matmul_rates(device: torch.device, quick: bool = False) -> dict[str, float]:
     """
     if device.type == "cpu":
         # A CPU may emulate bf16 a hundred times slower than fp32. The rate of the emulation would be no useful ceiling.
-        dtypes = ("float32", "bfloat16") if _fast_bf16() else ("float32",)
+        fast = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # functions that not every PyTorch has
+        has_fast = any(getattr(torch.cpu, name, lambda: False)() for name in fast)
+        dtypes = ("float32", "bfloat16") if has_fast else ("float32",)
         return {dtype: _matmul_rate(device, dtype, 1536 if quick else 2048) for dtype in dtypes}
     both = {}
     for mode in ("IEEE", "TF32"):
@@ -123,8 +125,3 @@ def _best(device: torch.device, call: Callable[[], object], seconds: float = 0.6
     while len(times) < 5 or time.perf_counter() < end:
         times.append(ticker.sample(call, 1))
     return min(times)
-
-
-def _fast_bf16() -> bool:
-    has = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(has and has()) or bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())

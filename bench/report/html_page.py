@@ -105,14 +105,9 @@ def plain(lines: Iterable[Sequence[str]]) -> Lines:
 
 
 def row_lines(rows: Sequence[dict], shown: Sequence[words.Column]) -> Lines:
-    """Returns one line per row. The case is shown only where it changes. A row without a number has the reason."""
-    lines, last = [], None
-    for row in rows:
-        case = label(row)
-        cells = [cell(row) for _, cell in shown] if row["status"] == "ok" else [f"{row['status']}: {row['why']}"]
-        lines.append((side(row), ["" if case == last else case, row["contender"], *cells]))
-        last = case
-    return lines
+    """Returns one line per row, as `words.lines` does. A row without a number has the reason."""
+    lines = words.lines(rows, shown, label, lambda row: f"{row['status']}: {row['why']}")
+    return [(side(row), cells) for row, cells in lines]
 
 
 def by_bench(rows: Iterable[dict]) -> dict[str, list[dict]]:

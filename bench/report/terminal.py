@@ -56,13 +56,8 @@ def _case(row: dict) -> str:
 def _rows(bench: str, rows: list[dict], columns: Sequence[words.Column]) -> Table:
     headings = ("case", "contender", *(heading for heading, _ in columns))
     made = table(bench, headings, 2, caption="\n".join(words.notes(rows)) or None)
-    last = None
-    for row in rows:
-        case = _case(row)
-        first, last = ("" if case == last else case), case
-        ok, style = row["status"] == "ok", STYLES.get(row["status"], "bold" if row["ours"] else None)
-        cells = [cell(row) for _, cell in columns] if ok else [row["status"]]
-        made.add_row(first, row["contender"], *cells, style=style)
+    for row, cells in words.lines(rows, columns, _case, lambda row: row["status"]):
+        made.add_row(*cells, style=STYLES.get(row["status"], "bold" if row["ours"] else None))
     return made
 
 

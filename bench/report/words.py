@@ -1,6 +1,6 @@
 """Turns results into text for the terminal and the page: units, marks, notes, and the columns of tables."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from jasper_fast.bench.harness import ratios
 from jasper_fast.bench.report import published
@@ -86,6 +86,22 @@ FOOTNOTE = (
 
 
 Column = tuple[str, Callable[[dict], str]]  # heading, and a function that returns the text of a row's cell
+
+
+def lines(
+    rows: Iterable[dict], shown: Sequence[Column], label: Callable[[dict], str], missing: Callable[[dict], str]
+) -> Iterator[tuple[dict, list[str]]]:
+    """Yields each row with the cells of its line in a table: case, contender, and the columns `shown`.
+
+    The case is shown only where it changes; `label` returns its text. A row without a number has the text that
+    `missing` returns instead of the columns.
+    """
+    last = None
+    for row in rows:
+        case = label(row)
+        cells = [cell(row) for _, cell in shown] if row["status"] == "ok" else [missing(row)]
+        yield row, ["" if case == last else case, row["contender"], *cells]
+        last = case
 
 
 def waited(rows: Iterable[dict]) -> bool:
