@@ -93,6 +93,7 @@ def test_reads_the_duration_from_the_file_and_the_text_from_another(tmp_path):
         ([{"duration": 1, "text": "x"}], "line 1: 'audio_filepath' is missing"),
         ([{"audio_filepath": "a", "duration": "long", "text": "x"}], "line 1: .*'long'"),
         ([{"audio_filepath": "a", "duration": 1, "text": 5}], "line 1: the text must be a string, got 5"),
+        ([{"audio_filepath": 5, "duration": 1, "text": "x"}], "line 1: a path must be a string, got 5"),
         (["7"], "line 1: expected an object"),
         (["[{}]"], "entry 0: 'text' is missing"),
         (["[", "{]"], "line 2: not valid JSON"),

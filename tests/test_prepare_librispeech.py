@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import time
@@ -18,7 +19,7 @@ from corpora import prepare_arguments as arguments
 
 from jasper_fast.cli.command import main
 from jasper_fast.data.manifest import read_manifest
-from jasper_fast.data.prepare import fetch, librispeech, unpack, writing
+from jasper_fast.data.prepare import copies, fetch, librispeech, unpack, writing
 
 
 @pytest.fixture(autouse=True)
@@ -156,6 +157,21 @@ def test_a_full_disk_is_a_one_line_error_and_the_run_goes_on_later(tmp_path: Pat
                 assert main(given) == 2
             assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
         assert main(given) == 0
+
+
+def test_a_copy_for_which_there_is_no_room_is_named_not_its_original(tmp_path: Path) -> None:
+    original, (soft, hard) = tmp_path / "x" / "a.flac", resource.getrlimit(resource.RLIMIT_FSIZE)
+    original.parent.mkdir()
+    soundfile.write(original, np.zeros(16000), 16000)
+    copy = copies.Copy(1.0, ".wav")
+    target = copy.path(original, original.parent)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(writing.PrepareError, match=rf"{target}: File too large"):
+            copies.make(original, copy, target, tmp_path / "work")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert copies.make(original, copy, target, tmp_path / "work") == 1.0
 
 
 def test_missing_pieces_are_named(tmp_path: Path, capsys) -> None:

@@ -20,7 +20,10 @@ def is_url(place: str) -> bool:
 
 
 def joined(root: str, name: str) -> str:
-    """Returns ``name`` below ``root``, or ``name`` itself if it is a URL or an absolute path."""
+    """Returns ``name`` below ``root``, or ``name`` itself if it is a URL or an absolute path. Raises TypeError if it is
+    not a string."""
+    if not isinstance(name, str):
+        raise TypeError(f"a path must be a string, got {name!r}")
     if is_url(name) or os.path.isabs(name):
         return name
     return f"{root.rstrip('/')}/{name}" if is_url(root) else str(Path(root) / name)

@@ -20,19 +20,14 @@ def _uniform_int(low: int, high: Tensor | int, shape: tuple[int, ...], device: t
     return low + (torch.rand(shape, device=device) * (high - low + 1)).long()
 
 
-def _spans(count: Tensor | int, masks: int, low: int, high: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
+def _spans(count: Tensor | int, masks: int, low: int, high: Tensor | int, cells: int, like: Tensor) -> Tensor:
     """Draws ``masks`` spans of low..high cells for each utterance. A span that fits lies within cells 0..count-1.
-    Returns the first cells and the ends (exclusive) of the spans, each (N, masks)."""
+    Returns (N, masks, cells) bool: whether the cell lies in the span."""
     shape = (like.shape[0], masks)
     width = _uniform_int(low, high, shape, like.device)
     first = _uniform_int(0, (count - width).clamp(min=1) - 1, shape, like.device)
-    return first, first + width
-
-
-def _inside(first: Tensor, end: Tensor, cells: int) -> Tensor:
-    """Returns (N, masks, cells) bool: whether the cell lies in the span."""
-    at = torch.arange(cells, device=first.device)
-    return (at >= first[..., None]) & (at < end[..., None])
+    at = torch.arange(cells, device=like.device)
+    return (at >= first[..., None]) & (at < (first + width)[..., None])
 
 
 def _check_range(what: str, low: int, high: int) -> None:
@@ -75,14 +70,14 @@ class SpecAugment(nn.Module):
         _, bands, frames = features.shape
         features = features.clone()  # masked_fill would change the memory order
         if self.freq_masks:
-            first, end = _spans(bands, self.freq_masks, self.min_freq, self.max_freq, features)
-            features.masked_fill_(_inside(first, end, bands).any(1)[:, :, None], 0)
+            masked = _spans(bands, self.freq_masks, self.min_freq, self.max_freq, bands, features)
+            features.masked_fill_(masked.any(1)[:, :, None], 0)
         if self.time_masks:
             longest: Tensor | int = self.max_time
             if self.max_time_ratio < 1:
                 longest = (lengths * self.max_time_ratio).long().clamp(self.min_time, self.max_time)[:, None]
-            first, end = _spans(lengths[:, None], self.time_masks, self.min_time, longest, features)
-            features.masked_fill_(_inside(first, end, frames).any(1)[:, None, :], 0)
+            masked = _spans(lengths[:, None], self.time_masks, self.min_time, longest, frames, features)
+            features.masked_fill_(masked.any(1)[:, None, :], 0)
         return features
 
 
@@ -105,8 +100,8 @@ class SpecCutout(nn.Module):
         if not self.training or not self.masks:
             return features
         _, bands, frames = features.shape
-        in_freq = _inside(*_spans(bands, self.masks, *self.freq, features), bands)
-        in_time = _inside(*_spans(lengths[:, None], self.masks, *self.time, features), frames)
+        in_freq = _spans(bands, self.masks, *self.freq, bands, features)
+        in_time = _spans(lengths[:, None], self.masks, *self.time, frames, features)
         return features.clone().masked_fill_((in_freq[:, :, :, None] & in_time[:, :, None, :]).any(1), 0)
 
 

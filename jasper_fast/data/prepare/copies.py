@@ -1,5 +1,6 @@
 """Makes copies of audio files at other speeds or in another format. Does not make a copy again if it exists."""
 
+import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,8 +48,10 @@ def make(file: Path, copy: Copy, target: Path, work: Path) -> float:
         if not copy.plain and not target.exists():
             rate = soundfile.info(str(file)).samplerate
             samples = audio.change_speed(audio.load(file, rate), copy.speed)
+            content = io.BytesIO()  # libsndfile does not say why it cannot write to a disk
+            soundfile.write(content, samples, rate, subtype="PCM_16", format=copy.suffix[1:].upper())
             with whole(target, work) as temporary:
-                soundfile.write(str(temporary), samples, rate, subtype="PCM_16", format=copy.suffix[1:].upper())
+                temporary.write_bytes(content.getbuffer())
         return audio.duration(target)
     except (AudioError, soundfile.LibsndfileError) as error:
         raise PrepareError(f"{file}: {error}") from error
