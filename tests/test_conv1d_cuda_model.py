@@ -24,7 +24,7 @@ def convs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
     """
     Face(monkeypatch, cuda_launch.Functions(emulation())).on(request.param, 4)
 
-    def chosen(backend, device, dtype, strided_dx, calls, shape, rows_log2) -> str:
+    def chosen(backend, device, dtype, strided_dx, calls, shape, rows_log2, off) -> str:
         return "cuda" if dtype == HALF and not strided_dx else "aten"
 
     monkeypatch.setattr(choose, "_conv_face", chosen)

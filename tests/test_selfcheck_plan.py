@@ -9,6 +9,7 @@ from standins import CONV, CPU, GPU, GPU_NAME, imaginary_gpus_table, verdicts_of
 
 from jasper_fast.dispatch import backends, verdict
 from jasper_fast.kernels import tables
+from jasper_fast.kernels.conv1d import cuda_launch, cuda_tiles
 from jasper_fast.selfcheck import cases, checks
 
 
@@ -56,6 +57,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("JASPER_FAST_TABLES", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU_NAME)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(cuda_launch, "gpu", lambda device: cuda_tiles.Gpu(90, 132, 232448))
     monkeypatch.setattr(backends, "why_missing", lambda face, device: "a CPU's" if face == "cpu" else None)
 
 

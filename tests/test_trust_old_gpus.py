@@ -75,9 +75,23 @@ def test_triton_asked_for_by_name_before_ampere_is_an_error_that_says_why(turing
     assert not backends.is_available("triton", GPU) and choose.resolve("cuda", GPU) == "cuda"
 
 
+def test_the_loss_has_no_kernel_before_ampere_and_a_name_must_be_possible(turing):
+    assert [choose.ctc_face(name, GPU) for name in ("auto", "cuda", "reference")] == ["reference"] * 3
+    for name in ("cpu", "triton"):
+        with pytest.raises(backends.BackendMissing, match=f"backend '{name}': "):
+            choose.ctc_face(name, GPU)
+
+
 def test_ampere_is_young_enough(turing, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     assert choose.resolve("triton", GPU) == choose.resolve("auto", GPU, NORM, torch.bfloat16) == "triton"
+    assert [choose.ctc_face(name, GPU) for name in ("auto", "triton", "reference")] == ["triton", "triton", "reference"]
+    with pytest.raises(backends.BackendMissing, match=r"backend 'cpu': .* needs CPU tensors, not cuda"):
+        choose.ctc_face("cpu", GPU)
+
+
+def test_convs_are_not_checked_in_bf16_before_ampere(turing):
+    assert {check.op for check in checks.plan(GPU, faces=("cuda",), dtypes=(BF16,))} == {NORM}
 
 
 @pytest.mark.parametrize(("capability", "faces"), [((7, 5), {"cuda", "aten"}), ((8, 6), {"triton", "cuda", "aten"})])

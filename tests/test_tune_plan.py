@@ -1,5 +1,9 @@
 """What `python -m bench tune` tunes: every conv and norm of the network, their order, contenders and time."""
 
+import contextlib
+import multiprocessing
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import interpreted
@@ -161,3 +165,26 @@ def test_what_is_compiled_ahead_is_what_is_launched(cell):
         call()
     launched, compiled = kinds(seen), kinds(compiling.launches(compiling.Job(cell, proposal, 90)))
     assert launched <= compiled, f"{len(launched - compiled)} of {len(launched)} kernels are not compiled ahead"
+
+
+def test_compiling_ahead_ends_when_its_time_is_spent(monkeypatch):
+    """A kernel is ready every 50 ms, so there is time for four of the twenty."""
+    now = 0.0
+
+    def ready(timeout: float) -> tuple[str, compiling.Facts]:
+        nonlocal now
+        if timeout < 0.05:
+            raise multiprocessing.TimeoutError
+        now += 0.05
+        return str(now), {"registers": 1}
+
+    pool = SimpleNamespace(imap_unordered=lambda *_: SimpleNamespace(next=ready))
+    context = SimpleNamespace(Pool=lambda workers: contextlib.nullcontext(pool))
+    monkeypatch.setattr(compiling.multiprocessing, "get_context", lambda kind: context)
+    digests = [SimpleNamespace(digest=lambda arch, i=i: str(i)) for i in range(20)]
+    monkeypatch.setattr(compiling, "launches", lambda job: digests)
+    monkeypatch.setattr("jasper_fast.kernels.aot.source", lambda one, arch: one)
+    done = []
+    job = compiling.Job(Cell("conv1d.forward", "float16", 128, 128, 5, 1, 1, 7), Proposal("triton"), 90)
+    assert compiling.ahead([job], lambda *numbers: done.append(numbers), lambda: 0.21 - now) == {}
+    assert done == [(i, 20) for i in range(1, 5)]

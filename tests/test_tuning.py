@@ -92,6 +92,34 @@ def test_a_contender_that_does_not_run_is_refused(tuning, monkeypatch):
     assert kept()[CELLS[0]]["triton"] == 2e-3
 
 
+@pytest.mark.parametrize("step", ["prepare", "seconds_of"])
+def test_a_contender_that_ends_its_process_later_is_the_one_to_blame(tuning, monkeypatch, step):
+    """The fault is that of FAST, the second of three contenders, also if it comes at its capture or fifth call."""
+    calls = {"prepare": 1, "seconds_of": 5}[step]
+
+    def fatal(right, call, *how):
+        nonlocal calls
+        calls -= call == FAST
+        return right(call, *how) if call != FAST or calls else raising(Died(77))()
+
+    wrap(monkeypatch, tuning, step, fatal)
+    assert set(tune(tuning, CELLS[:1]).done) == set(CELLS[:1]) and tuning.sessions == [1, 1]
+    assert list(tuned._faults(GPU).values()) == [[FAST]]
+
+
+def test_a_contender_that_cannot_be_captured_is_refused(tuning, monkeypatch):
+    monkeypatch.setattr(tuning, "prepare", lambda call: raising(RuntimeError("no capture"))() if call == FAST else call)
+    assert tune(tuning, CELLS[:1]).done[CELLS[0]]["refused"] == {FAST: "RuntimeError: no capture"}
+    assert kept() == {CELLS[0]: {"triton": 2e-3, "aten": 1.5e-3}}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "7"])
+def test_damaged_notes_of_faults_are_forgotten(tuning, text):
+    tuned.path(GPU).parent.mkdir(parents=True)
+    tuned.path(GPU).with_suffix(".faults").write_text(text)
+    assert set(tune(tuning, CELLS[:1]).done) == set(CELLS[:1])
+
+
 @pytest.mark.parametrize("code", [77, -signal.SIGSEGV])
 def test_a_contender_that_ends_its_process_is_remembered_and_the_others_go_on(tuning, monkeypatch, code):
     fail(tuning, monkeypatch, Died(code))
@@ -201,6 +229,8 @@ def test_turned_off_the_tables_and_rules_choose(tuning, monkeypatch, how):
     with tuned.off() if how == "a body" else contextlib.nullcontext():
         assert (conv_face(15), conv_face(15, torch.float32)) == ("triton", "aten"), "by estimates"
     assert tuning.sessions == [] and len(tuned._waiting.get(GPU, ())) == 0
+    assert conv_face(15) == "triton"
+    assert tuning.sessions == ([] if how == "environment" else [1]), "after the block, tuning is on again"
 
 
 @pytest.mark.parametrize(("header", "wanted"), [

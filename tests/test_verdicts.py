@@ -1,6 +1,8 @@
 """Verdicts: how they are saved, when a check is made, and what the command line prints about them."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import stat
@@ -10,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_face
+from conftest import ROOT, make_face, raising
 from standins import BF16, CPU, FP16, FP32, GPU, NORM, forked, spied, verdict, verdicts_of_its_own  # noqa: F401
 
 from jasper_fast.cli import command
@@ -183,7 +185,10 @@ def test_a_verdict_is_of_one_dtype():
 def test_the_checks_and_the_panes_are_among_the_sources(monkeypatch):
     seen = spied(monkeypatch, Path, "read_bytes", lambda path: path)
     verdicts.sources.__wrapped__()
-    wanted = "jasper_fast/selfcheck/cases.py", "jasper_fast/ops/panes_op.py", "kernels/panes/gram.py"
+    wanted = (
+        "jasper_fast/selfcheck/cases.py", "jasper_fast/ops/panes_op.py", "kernels/panes/gram.py",
+        "csrc/cuda/conv1d.cuh",  # NVRTC compiles it
+    )  # fmt: skip
     assert {ROOT / path for path in wanted} <= set(seen)
 
 
@@ -196,6 +201,13 @@ def test_processes_that_start_together_check_once(tmp_path):
 
     forked(*[lambda: of_conv(check)] * 3)
     assert (tmp_path / "checked").read_text() == "once" and of_conv() == verdict(quick=True)
+
+
+def test_where_a_file_system_has_no_locks_nobody_waits(own_cache, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", raising(OSError(errno.ENOLCK, "No locks available")))
+    monkeypatch.setattr(verdicts.time, "sleep", raising(AssertionError("this waits")))
+    with verdicts.locked() as mine:
+        assert mine
 
 
 # ---- the check itself ----

@@ -76,12 +76,11 @@ def ctc_face(backend: str, device: torch.device) -> str:
     """Returns the face of the CTC loss in fp32 on `device`: "triton" or "reference". No other face has a CTC loss.
 
     On a GPU it is "triton" if Triton can run and its verdict is good, except for backend="reference". A verdict is not
-    needed for backend="triton".
+    needed for backend="triton". Raises BackendMissing as `resolve` does.
     """
-    gpu = torch.device(device).type == "cuda"
-    if gpu and backend != "reference" and backends.why_missing("triton", device) is None:
-        return "triton" if backend == "triton" else resolve("auto", device, CTC, torch.float32)
-    return "triton" if resolve(backend, device) == "triton" else "reference"
+    if resolve(backend, device) not in CONVS or backends.why_missing("triton", device) is not None:
+        return "reference"
+    return "triton" if backend == "triton" else resolve("auto", device, CTC, torch.float32)
 
 
 @torch.compiler.assume_constant_result
@@ -95,11 +94,12 @@ def norm_face(
     this shape, it may be measured now (see `tuned`). In all other cases `resolve` chooses the face.
     """
     _catch_up(backend, device)
-    return _norm_face(backend, device, dtype, channels, rows_log2)
+    return _norm_face(backend, device, dtype, channels, rows_log2, tuned.is_off())
 
 
+# A choice that was made while tuning was off is not used where tuning is on. So each cache distinguishes them by `off`.
 @functools.cache
-def _norm_face(backend, device, dtype, channels, rows_log2) -> str:
+def _norm_face(backend, device, dtype, channels, rows_log2, off) -> str:
     device = torch.device(device)
     if backend == "auto" and device.type == "cuda":
         rows = None if rows_log2 is None else 1 << rows_log2
@@ -156,11 +156,11 @@ def conv_face(
     Triton cannot run, "auto" takes the CUDA face without comparing times; otherwise it takes "aten" if `shape` is None.
     """
     _catch_up(backend, device)
-    return _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2)
+    return _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2, tuned.is_off())
 
 
 @functools.cache
-def _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2) -> str:
+def _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2, off) -> str:
     device = torch.device(device)
     face = resolve(backend, device)
     if strided_dx:
@@ -220,11 +220,11 @@ def fused_face(
     """Returns which of `faces` runs all `convs` of a network fastest on a GPU at 2**rows_log2 rows N*T' (T': frames
     after the strided conv). The times are measured (now, at the first use: see `tuned`) or estimated by `rules`."""
     tuned.catch_up(device)
-    return _fused_face(device, dtype, convs, rows_log2, faces)
+    return _fused_face(device, dtype, convs, rows_log2, faces, tuned.is_off())
 
 
 @functools.cache
-def _fused_face(device, dtype, convs, rows_log2, faces) -> str:
+def _fused_face(device, dtype, convs, rows_log2, faces, off) -> str:
     _want(device, dtype, [("conv1d.fused", shape) for shape, _ in convs], rows_log2, "Jasper's inference")
     return _faster([("conv1d.fused", *conv) for conv in convs], device, dtype, rows_log2, faces)
 

@@ -96,8 +96,8 @@ def _header(device: torch.device) -> dict[str, str]:
 def _faults(device: torch.device) -> dict[str, list[str]]:
     """Reads which contenders of each cell have crashed or hung their process."""
     try:
-        return json.loads(path(device).with_suffix(".faults").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # no file, or a damaged one: all contenders are tried again
+        return dict(json.loads(path(device).with_suffix(".faults").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # no file, or a damaged one: all contenders are tried again
         return {}
 
 
@@ -190,7 +190,12 @@ _local = threading.local()
 
 def enabled() -> bool:
     """Returns whether first-use tuning is on in this thread."""
-    return os.environ.get(SWITCH, "1") != "0" and not getattr(_local, "off", 0)
+    return os.environ.get(SWITCH, "1") != "0" and not is_off()
+
+
+def is_off() -> bool:
+    """Returns whether this thread runs inside `off()`."""
+    return getattr(_local, "off", 0) > 0
 
 
 @contextlib.contextmanager

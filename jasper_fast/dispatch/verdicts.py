@@ -25,7 +25,7 @@ import torch
 from jasper_fast import __version__
 from jasper_fast.dispatch import probe
 from jasper_fast.dispatch.verdict import BAD, GOOD, UNCHECKED, Verdict
-from jasper_fast.kernels import files, native, tables
+from jasper_fast.kernels import files, native, nvrtc, tables
 
 SCHEMA = 2
 LOCK_SECONDS = 300.0
@@ -62,14 +62,15 @@ def driver() -> str:
 
 @functools.cache
 def sources() -> str:
-    """Returns a hash of what is checked (kernels, native libraries, ops) and of the checks.
+    """Returns a hash of what is checked (kernels, native libraries, NVRTC's sources, ops) and of the checks.
 
     Tables are not part of it, because every tile in a table was checked when it was measured.
     """
     package, kernels = Path(__file__).parents[1], Path(tables.__file__).parent
     python = *package.glob("selfcheck/*.py"), *package.glob("ops/*.py"), *kernels.rglob("*.py")
     digest = hashlib.sha256()
-    for path in sorted({p.resolve() for p in (*python, *native._library_dir().glob("*.so"))}):
+    compiled = *native._library_dir().glob("*.so"), *nvrtc.sources().glob("*.cuh")
+    for path in sorted({p.resolve() for p in (*python, *compiled)}):
         digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]
 
@@ -147,8 +148,9 @@ def keep(device: torch.device, verdicts: Iterable[Verdict]) -> None:
 def locked(patience: float = LOCK_SECONDS, name: str = "lock") -> Iterator[bool]:
     """Locks out the other processes that share the cache, so that only one rank of a training run checks or tunes.
 
-    Each `name` is a lock of its own. Yields True with the lock. If the lock is not free within `patience` seconds,
-    yields False, and the block runs without it.
+    Each `name` is a lock of its own. Yields True with the lock, or if there can be none because the cache has no folder
+    or its file system has no locks. If the lock is not free within `patience` seconds, yields False, and the block runs
+    without it.
     """
     import fcntl  # is missing on Windows, where Triton is missing too
 
@@ -164,8 +166,10 @@ def locked(patience: float = LOCK_SECONDS, name: str = "lock") -> Iterator[bool]
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 mine = True
-            except OSError:
+            except BlockingIOError:
                 time.sleep(0.2)
+            except OSError:  # this file system has no locks, so there is nothing to wait for
+                mine = True
         yield mine
 
 

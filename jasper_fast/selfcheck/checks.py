@@ -11,6 +11,7 @@ import torch
 from jasper_fast.dispatch import backends, tuned
 from jasper_fast.dispatch.verdict import FACES, OPS
 from jasper_fast.kernels import tables
+from jasper_fast.kernels.conv1d import cuda_launch
 from jasper_fast.kernels.operands import Geometry
 
 CONV = ("forward", "forward_stats", "dgrad", "dgrad_bn", "wgrad")
@@ -154,20 +155,22 @@ def plan(
         large = device.type == "cuda" or face == "cpu"  # Triton's interpreter takes minutes for a model's real shape
         for dtype in _dtypes(face, device, quick, dtypes):
             for op in _PLANS:
-                if op in ops and _has(face, op, dtype):
+                if op in ops and _has(face, op, dtype, device):
                     found += _PLANS[op](op, face, dtype, quick, large, device)
     return found
 
 
-def _has(face: str, op: str, dtype: str) -> bool:
-    """Returns whether `face` has kernels of `op` in `dtype`."""
+def _has(face: str, op: str, dtype: str, device: torch.device) -> bool:
+    """Returns whether `face` has kernels of `op` in `dtype` for `device`."""
     if face == "aten":
         return op == "panes"
     if op in ("novograd", "ctc"):
         return dtype == "float32" and (op == "novograd" or face == "triton")
     if op == "panes":
         return face == "cpu" and dtype == "float32"
-    return face != "cuda" or op == "bn_relu_dropout" or (op != "depthwise" and dtype != "float32")
+    if face != "cuda" or op == "bn_relu_dropout":
+        return True
+    return op != "depthwise" and cuda_launch.takes(device, DTYPES[dtype])
 
 
 def _dtypes(face: str, device: torch.device, quick: bool, wanted: tuple[str, ...]) -> tuple[str, ...]:

@@ -118,7 +118,7 @@ def ahead(
         results = pool.imap_unordered(build, [(digest, *what) for digest, what in kinds.items()])
         with contextlib.suppress(multiprocessing.TimeoutError):  # no time left, or a compiler crashed its worker
             while len(built) < len(kinds):
-                digest, found = results.next(timeout=max(0.1, min(left(), SILENCE)))
+                digest, found = results.next(timeout=max(0.0, min(left(), SILENCE)))
                 built[digest] = found
                 progress(len(built), len(kinds))
     whole = {key: [built[d] for d in of] for key, of in digests.items() if all(built.get(d) for d in of)}

@@ -74,19 +74,19 @@ def fastest_first(
 
     Contenders take turns for ROUNDS rounds, or at least three rounds if the timing takes longer than `seconds`. A
     contender whose time in the first round is over SLOW times the shortest one gets no second sample. `begin(name)` is
-    called before a contender's first call.
+    called before each sample, so that a crash or a hang is blamed on the right contender.
     """
-    first = {}
-    for name, run in runs.items():
+
+    def sample(name: str, times: int) -> float:
         begin(name)
-        first[name] = ticker.seconds(run, 1)
-    inner = {name: min(MOST, max(1, int(SAMPLE / max(spent, 1e-9)))) for name, spent in first.items()}
-    first = {name: ticker.seconds(run, inner[name]) / inner[name] for name, run in runs.items()}
-    near = [name for name, spent in first.items() if spent <= SLOW * min(first.values())]
-    samples: dict[str, list[float]] = {name: [first[name]] for name in runs}
+        return ticker.seconds(runs[name], times) / times
+
+    inner = {name: min(MOST, max(1, int(SAMPLE / max(sample(name, 1), 1e-9)))) for name in runs}
+    samples = {name: [sample(name, times)] for name, times in inner.items()}
+    near = [name for name, [spent] in samples.items() if spent <= SLOW * min(samples.values())[0]]
     for turn in range(ROUNDS - 1):
         for name in near if turn % 2 else near[::-1]:  # alternate the order, so that none always follows the same one
-            samples[name].append(ticker.seconds(runs[name], inner[name]) / inner[name])
+            samples[name].append(sample(name, inner[name]))
         if turn and sum(inner[name] * sum(of) for name, of in samples.items()) > seconds:
             break
     return dict(sorted(samples.items(), key=lambda item: statistics.median(item[1])))

@@ -92,7 +92,13 @@ class Tuner:
                     refused[name] = in_a_line(error)
             self._wait()
         # All contenders run before the first one is captured, so shared scratch memory has reached its final size.
-        runs = {name: self._ticker.prepare(call) for name, call in runs.items()}
+        for name, call in list(runs.items()):
+            self._tell("begin", [cell, name])
+            try:
+                runs[name] = self._ticker.prepare(call)
+            except Exception as error:
+                refused[name] = in_a_line(error)
+                del runs[name]
         samples = timing.fastest_first(
             runs, self._ticker, lambda name: self._tell("begin", [cell, name]), self._seconds
         )
