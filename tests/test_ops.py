@@ -12,6 +12,8 @@ from jasper_fast import ops
 from jasper_fast.dispatch.backends import BackendMissing
 from jasper_fast.kernels import philox
 from jasper_fast.kernels.layout import mask
+from jasper_fast.kernels.operands import Geometry
+from jasper_fast.ops import conv1d_op
 
 
 @pytest.fixture(params=["reference", "cpu", "triton"])
@@ -340,6 +342,14 @@ def test_conv1d_equals_pytorch(backend, stride, dilation):
         y.backward(torch.randn(y.shape))
         grads.append([y.detach(), ws.grad] + ([xs.grad] if need else []))
     torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
+
+
+def test_a_strided_conv_runs_in_aten_only_for_the_gradient_of_x(backend):
+    x, weight = torch.randn(2, 8, 9, requires_grad=True), torch.randn(4, 8, 3)
+    face = lambda: conv1d_op.conv_face(x, weight, Geometry(stride=2), backend, None)[0]  # noqa: E731
+    assert face() == "aten"
+    with torch.no_grad():
+        assert face() == ("aten" if backend == "reference" else backend)
 
 
 def test_a_conv_names_what_does_not_fit(backend):

@@ -115,10 +115,10 @@ def conv1d(
     face in the dtype of `x`, or a function. The function takes (weight, dtype, face) and returns the pack for that
     face, or None if the face packs weights itself.
 
-    The kernels of the cpu and triton backends take fp32, fp16 and bf16, those of the cuda backend fp16 and bf16 (fp16
-    only on sm_75). With a stride they run only if `x` needs no gradient. All other cases, and 16-bit dtypes on a CPU
-    with AMX, run ATen's conv2d on a channels-last view of the same memory. On a GPU "auto" does so too where cuDNN is
-    faster.
+    The kernels of the cpu and triton backends take fp32, fp16 and bf16, those of the cuda backend fp16 and bf16 (on
+    sm_75 only fp16). With a stride they run only if `x` needs no gradient. All other cases, and 16-bit dtypes for which
+    the CPU has AMX, run ATen's conv2d on a channels-last view of the same memory. On a GPU "auto" does so too where
+    cuDNN is faster.
 
     Raises ValueError for shapes that do not fit. Equivalent to `F.conv1d(x, weight, None, stride, padding, dilation)`,
     and with `stats` to `bn_stats` of the result. NVIDIA's `MaskedConv1d` (jasper/model.py) also zeroes the padding of
@@ -128,9 +128,8 @@ def conv1d(
     check_conv("x", x, weight, geometry)
     lengths = check_lengths(lengths, x.shape[0])
     face, packed = conv_face(x, weight, geometry, backend, packed, stats=stats)
-    bn_face = "reference"  # not used without statistics
-    if stats:
-        bn_face = norm_face(x, backend, weight.shape[0], geometry.frames(x.shape[2], weight.shape[2]))
+    frames = geometry.frames(x.shape[2], weight.shape[2])
+    bn_face = norm_face(x, backend, weight.shape[0], frames) if stats else "reference"  # not used without statistics
     y, mean, m2 = torch.ops.jasper_fast.conv1d(
         x, weight, lengths, packed, stride, padding, dilation, stats, bn_face, face
     )
@@ -184,7 +183,7 @@ def conv_face(
     dx, dw = grad and x.requires_grad, grad and weight.requires_grad
     face = choose.conv_face(
         backend, x.device, x.dtype,
-        strided_dx=geometry.stride != 1 and x.requires_grad,
+        strided_dx=dx and geometry.stride != 1,
         calls=choose.conv_calls(stats=stats, dx=dx, dw=dw, norm=norm),
         shape=(c_in, c_out, taps, geometry.stride, geometry.dilation),
         rows_log2=choose.rows_log2(x.shape[0] * -(-x.shape[2] // geometry.stride)),

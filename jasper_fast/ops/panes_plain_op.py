@@ -1,8 +1,8 @@
 """The sum of dense-residual panes (1x1 conv + batch norm) as PyTorch computes it: one GEMM and statistics per pane.
 
 This is the plain form; panes_op.py has the Gram form. A pane's output is freed once it is added, and backward computes
-it again. Only the block outputs are kept, which other layers keep anyway. On a CPU the outputs of the last KEPT panes,
-whose inputs are the newest block outputs, are saved, because recomputing them is slow on a CPU. With y = x W^T,
+it again. Only the block outputs are kept, which other layers keep anyway. The C++ face saves the outputs of the last
+KEPT panes, whose inputs are the newest block outputs, because computing them again is slow on a CPU. With y = x W^T,
 yhat = (y - mean)*rstd and g the gradient of the sum, which is the same for every pane:
     dgamma = sum g*yhat,   dbeta = sum g,   dy = gamma*rstd*(g - dbeta/M - yhat*dgamma/M),   dW = dy^T x,   dx = dy W
 """

@@ -71,7 +71,7 @@ def _(dout, y, mean, rstd, gamma, beta, lengths, seed, rows, weight, *_args):
 
 
 def _save(ctx, inputs, output):
-    # The pack is not saved, for the reason given in conv1d_op.
+    # The pack is not saved with save_for_backward: conv1d_op says why.
     tensors, ctx.packed, (*before, _, group, bn, conv) = inputs[:9], inputs[9], inputs[10:]
     ctx.save_for_backward(*tensors)
     ctx.rest = (*before, group, bn, conv)
