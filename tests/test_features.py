@@ -138,6 +138,8 @@ FIXED = {"fixed_mean": [-0.1 * i for i in range(64)], "fixed_std": [1.0 + 0.1 * 
         (partial(LogMelFeatures.from_config, {"frame_splicing": 3}), "frame_splicing=3"),
         (partial(LogMelFeatures(), noise(160), torch.tensor([160])), r"\(N, samples\)"),
         (partial(SpecAugment, min_time=5, max_time=4), "min 5 and max 4"),
+        (partial(SpecAugment, time_masks=-1), "got -1 masks"),
+        (partial(augment.from_config, {"cutout_augment": {"masks": "2"}}), "cutout_augment: .*str"),
         (partial(augment.from_config, {"spec_augment": {"freq_mask": 2}}), "spec_augment.*freq_mask"),
         (partial(augment.from_config, {"speaker_warp": {"max_wrap": 2}}), "speaker_warp.*max_wrap"),
     ],

@@ -80,11 +80,14 @@ def test_noise_has_the_level_and_colour_asked_for(slope):
     noisy = add_noise(speech, 20.0, slope, seed=3)
     noise = noisy - speech
     assert noisy.dtype == np.float32 and noisy.shape == speech.shape
-    assert 10 * np.log10(np.mean(speech**2) / np.mean(noise**2)) == pytest.approx(20.0, abs=0.3)
+    assert 10 * np.log10(np.mean(speech**2) / np.mean(noise**2)) == pytest.approx(20.0, abs=0.01)
     power = np.abs(np.fft.rfft(noise)) ** 2
     fall = 10 * np.log10(power[500:1000].mean() / power[5000:7500].mean())
     assert fall == pytest.approx(-slope * 9.0, abs=1.0)  # frequencies about a factor of 8 apart: 10*log10(8) = 9
     assert np.array_equal(noisy, add_noise(speech, 20.0, slope, seed=3))
+    for begin in (speech[5:6], speech[5:7]):
+        noise = add_noise(begin, 20.0, slope, seed=3) - begin
+        assert np.mean(noise**2) == pytest.approx(np.mean(begin**2) / 100, rel=1e-3)
     silence = np.zeros(100, np.float32)
     assert np.array_equal(add_noise(silence, 20.0, slope, seed=3), silence)
 

@@ -48,8 +48,8 @@ def add_noise(samples: np.ndarray, snr_db: float, slope: float, seed: int) -> np
     spectrum = np.fft.rfft(np.random.default_rng(seed).standard_normal(len(samples), np.float32))
     spectrum *= np.linspace(0.01, 1, len(spectrum)) ** (slope / 2)  # not from 0, because 0 ** -1 is infinite
     noise = np.fft.irfft(spectrum, len(samples))
-    wanted = np.sqrt(np.mean(np.square(samples, dtype=np.float64))) * 10 ** (-snr_db / 20)
-    return (samples + noise * (wanted / max(noise.std(), 1e-12))).astype(np.float32)
+    speech, power = (np.mean(np.square(x, dtype=np.float64)) for x in (samples, noise))
+    return (samples + noise * np.sqrt(speech / power * 10 ** (-snr_db / 10))).astype(np.float32)
 
 
 @dataclass(frozen=True)

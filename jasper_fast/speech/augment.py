@@ -30,9 +30,9 @@ def _spans(count: Tensor | int, masks: int, low: int, high: Tensor | int, cells:
     return (at >= first[..., None]) & (at < (first + width)[..., None])
 
 
-def _check_range(what: str, low: int, high: int) -> None:
-    if not 0 <= low <= high:
-        raise ValueError(f"{what}: need 0 <= min <= max, got min {low} and max {high}")
+def _check_range(what: str, masks: int, low: int, high: int) -> None:
+    if masks < 0 or not 0 <= low <= high:
+        raise ValueError(f"{what}: need masks >= 0 and 0 <= min <= max, got {masks} masks, min {low} and max {high}")
 
 
 class SpecAugment(nn.Module):
@@ -41,7 +41,7 @@ class SpecAugment(nn.Module):
 
     For corpora with very short utterances, ``max_time_ratio`` limits a span in time to this fraction of the utterance,
     or to min_time if that is more. With 1.0 there is no such limit, as in NVIDIA's Jasper. Raises ValueError for an
-    empty or negative range, and for a ratio outside (0, 1].
+    empty or negative range, a negative number of masks, and a ratio outside (0, 1].
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class SpecAugment(nn.Module):
         max_time_ratio: float = 1.0,
     ) -> None:
         super().__init__()
-        _check_range("SpecAugment frequency", min_freq, max_freq)
-        _check_range("SpecAugment time", min_time, max_time)
+        _check_range("SpecAugment frequency", freq_masks, min_freq, max_freq)
+        _check_range("SpecAugment time", time_masks, min_time, max_time)
         if not 0 < max_time_ratio <= 1:
             raise ValueError(f"SpecAugment: max_time_ratio must be in (0, 1], got {max_time_ratio}")
         self.freq_masks, self.min_freq, self.max_freq = freq_masks, min_freq, max_freq
@@ -84,15 +84,15 @@ class SpecAugment(nn.Module):
 class SpecCutout(nn.Module):
     """Zeroes ``masks`` rectangles of min_freq..max_freq mel bands by min_time..max_time frames.
 
-    Raises ValueError for an empty or negative range.
+    Raises ValueError for an empty or negative range, and for a negative number of masks.
     """
 
     def __init__(
         self, masks: int = 0, max_freq: int = 20, max_time: int = 5, min_freq: int = 20, min_time: int = 5
     ) -> None:
         super().__init__()
-        _check_range("SpecCutout frequency", min_freq, max_freq)
-        _check_range("SpecCutout time", min_time, max_time)
+        _check_range("SpecCutout frequency", masks, min_freq, max_freq)
+        _check_range("SpecCutout time", masks, min_time, max_time)
         self.masks, self.freq, self.time = masks, (min_freq, max_freq), (min_time, max_time)
 
     @torch.no_grad()
