@@ -9,7 +9,7 @@ from test_conv1d_cuda import Face
 from test_conv1d_cuda_chain import depends, emulation
 from test_golden import _build, _loss, golden  # noqa: F401 (a fixture)
 
-from jasper_fast import InferenceEngine
+from jasper_fast import InferenceEngine, ops
 from jasper_fast.dispatch import choose
 from jasper_fast.kernels.conv1d import cuda_launch
 
@@ -30,6 +30,12 @@ def convs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
     monkeypatch.setattr(choose, "_conv_face", chosen)
     monkeypatch.setattr(choose, "fused_faces", lambda backend, device, dtype: ("cuda",))
     return spied(monkeypatch, cuda_launch, "run", lambda name, *args, **how: (name, how.get("early", False)))
+
+
+def test_the_cuda_face_gets_no_pack_of_another_face(convs) -> None:
+    x, weight = torch.randn(1, 64, 20).half(), torch.randn(64, 64, 3).half()
+    packed = torch.zeros(3 * 64 * 64, dtype=HALF)
+    assert torch.equal(*(ops.conv1d(x, weight, padding=1, packed=pack) for pack in (packed, None))) and convs
 
 
 @pytest.mark.slow

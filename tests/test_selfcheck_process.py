@@ -242,6 +242,13 @@ def test_a_process_that_does_not_start_is_no_verdict_on_a_kernel():
         run("import sys; print('what a pity', file=sys.stderr); sys.exit(3)")
 
 
+def test_a_process_that_does_not_read_its_task_is_silent(monkeypatch):
+    monkeypatch.setattr(children, "START_SECONDS", 1.0)
+    argv = [sys.executable, "-c", "import time; time.sleep(20)"]
+    ended = children.talk(argv, ["more than a pipe holds"] * 10_000, lambda *_: False, 60.0)
+    assert ended.hung and not ended.told and ended.how == "was silent for 1 s"
+
+
 def test_a_device_that_is_lost_on_the_way_leaves_what_was_not_checked_open(tmp_path):
     """The kernel in which a process died is blamed, although the next process cannot start."""
     flag = f"Path({str(tmp_path / 'started')!r})"

@@ -6,6 +6,7 @@ output for each piece of work that it begins and each result.
 """
 
 import contextlib
+import functools
 import json
 import os
 import queue
@@ -58,16 +59,17 @@ def talk(argv: Sequence[str], wanted: object, hear: Callable[[str, Any], bool], 
     env = dict(os.environ)
     home = str(Path(__file__).resolve().parents[2])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [home, env.get("PYTHONPATH")]))
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+    # The task is a file, because writing a long task to a pipe would wait for a process that does not read it.
+    temporary = functools.partial(tempfile.TemporaryFile, "w+", encoding="utf-8", errors="replace")
+    with temporary() as task, temporary() as errors:
+        json.dump(wanted, task)
+        task.seek(0)
         process = subprocess.Popen(
-            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace", env=env,
+            argv, stdin=task, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace", env=env,
             start_new_session=True,
         )  # fmt: skip
         spoke, hung, ended, told = False, False, False, False
         try:
-            with contextlib.suppress(BrokenPipeError):  # the process has already died; its exit status is read below
-                process.stdin.write(json.dumps(wanted))
-                process.stdin.close()
             for kind, value in _lines(process.stdout, START_SECONDS, seconds):
                 spoke = True
                 if hear(kind, value):

@@ -97,7 +97,7 @@ def norm_face(
     return _norm_face(backend, device, dtype, channels, rows_log2, tuned.is_off())
 
 
-# A choice that was made while tuning was off is not used where tuning is on. So each cache distinguishes them by `off`.
+# `off` is only a part of the key of this cache: a choice made while tuning was off must not hold where tuning is on.
 @functools.cache
 def _norm_face(backend, device, dtype, channels, rows_log2, off) -> str:
     device = torch.device(device)

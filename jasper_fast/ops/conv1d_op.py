@@ -188,6 +188,11 @@ def conv_face(
         shape=(c_in, c_out, taps, geometry.stride, geometry.dilation),
         rows_log2=choose.rows_log2(x.shape[0] * -(-x.shape[2] // geometry.stride)),
     )  # fmt: skip
+    return face, pack_for(face, weight, x.dtype, packed)
+
+
+def pack_for(face: str, weight: Tensor, dtype: torch.dtype, packed: Tensor | Pack | None) -> Tensor | None:
+    """Returns the pack of `weight` for `face`, given `packed` of `conv1d`. None: the face packs the weight itself."""
     if callable(packed):
-        return face, packed(weight, x.dtype, face)
-    return face, None if face == "aten" else packed  # `packed` is None or a tensor packed by the Triton face
+        return packed(weight, dtype, face)
+    return packed if face == "triton" else None  # a tensor is a pack of the Triton face, which no other face can read

@@ -13,7 +13,7 @@ from jasper_fast.kernels.layout import empty_ntc, ntc
 from jasper_fast.kernels.operands import Geometry, Lengths, Mask, Norm
 from jasper_fast.ops import depthwise_op
 from jasper_fast.ops.bn_relu_dropout_op import check, dropout_seed, mean_sums, norm_face, normaliser
-from jasper_fast.ops.conv1d_op import Pack, autocast, conv_forward, fake_stats
+from jasper_fast.ops.conv1d_op import Pack, autocast, conv_forward, fake_stats, pack_for
 from jasper_fast.ops.registration import lib, op, register_autograd
 
 POINTWISE = Geometry()
@@ -203,7 +203,6 @@ def _faces(
         calls=choose.conv_calls(stats=stats, dx=grad, dw=grad),
         shape=(weight.shape[1], weight.shape[0], 1, 1, 1), rows_log2=choose.rows_log2(x.shape[0] * frames),
     )  # fmt: skip
-    pack = packed(weight, x.dtype, face) if callable(packed) else None if face == "aten" else packed
-    # This face computes the norm before the convs and the statistics after them.
-    bn_face = norm_face(x, backend, *x.shape[1:])
-    return (bn_face, choose.depthwise_face(backend, x.device, x.dtype), face), pack
+    bn_face = norm_face(x, backend, *x.shape[1:])  # for the norm before the convs and the statistics after them
+    faces = bn_face, choose.depthwise_face(backend, x.device, x.dtype), face
+    return faces, pack_for(face, weight, x.dtype, packed)
