@@ -16,6 +16,7 @@ WER (best.pt) and those of --milestones. On SIGINT and SIGTERM the run saves a c
 import argparse
 import contextlib
 import dataclasses
+import functools
 import inspect
 import math
 import sys
@@ -306,7 +307,8 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[nn.Module, Run
     with ranks.together():
         if ranks.on_gpu and state.step < schedule.total_steps:
             # if memory is too small, fail now and not in the middle of an epoch
-            largest = largest_batches(train.sampler, train.dataset.durations(0))
+            epoch = state.epoch + 1  # a resumed run leaves nothing out of the epoch after the present one
+            largest = largest_batches(train.sampler, train.dataset.durations(epoch), epoch)
             console.print(scan_memory(called, train.frontend, largest, ranks.device, AMP_DTYPES[args.amp]))
         log = RunLog(folder.path, state.step, enabled=ranks.first)
     versions = {"jasper_fast": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}
@@ -327,15 +329,17 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
     """Trains a model. A signal in `stop` ends the run early. `watch` is called after each step."""
     model, run, generators = prepare(args, stop)
     state, train, ranks, console = run.state, run.train, run.ranks, run.console
-    total, accumulation = run.schedule.total_steps, args.grad_accumulation
+    total = run.schedule.total_steps
     with contextlib.closing(run.log), training_bar(console, state.step, total) as progress, run.saved():
         model.train(), train.frontend.train()
         guard, stopped = BufferGuard(state.model), False
-        how = {"device": ranks.device, "amp_dtype": AMP_DTYPES[args.amp], "clip_norm": args.clip_norm, "ema": state.ema}
-        parts, graphed = (state.optimizer, state.scaler, guard), None
-        if args.cuda_graphs:
-            graphed = GraphedStep(model, train.frontend, *parts, **how, say=console.print)
-        steps = train.micro_batches(state, accumulation, ranks.device, stopped=lambda: bool(stop.signal))
+        how = {
+            "model": model, "frontend": train.frontend, "optimizer": state.optimizer, "scaler": state.scaler,
+            "guard": guard, "device": ranks.device, "amp_dtype": AMP_DTYPES[args.amp], "clip_norm": args.clip_norm,
+            "ema": state.ema,
+        }  # fmt: skip
+        step = GraphedStep(**how, say=console.print) if args.cuda_graphs else functools.partial(train_step, **how)
+        steps = train.micro_batches(state, args.grad_accumulation, ranks.device, stopped=lambda: bool(stop.signal))
         if generators:
             set_rng_state(generators)
         if state.unjudged:
@@ -347,12 +351,8 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
             if stopped or late:
                 break
             lr = run.set_learning_rate()
-            if unread:  # on any process: all of them skip the step
-                result = missed_step(ranks.device, batches)
-            elif graphed:
-                result = graphed(readable)
-            else:
-                result = train_step(model, train.frontend, readable, *parts, **how)
+            # if a process could read no file, all of them skip the step
+            result = missed_step(ranks.device, batches) if unread else step(batches=readable)
             run.count(result, lr, progress, watch)  # also logs, validates and saves checkpoints that are due
         run.finish(stopped)
 
@@ -369,10 +369,8 @@ def command(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if not checkpoint.no_memory(error):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        print(
-            "Lower --batch-size or --batch-seconds, and raise --grad-accumulation by the same factor", file=sys.stderr
-        )
+        advice = "Lower --batch-size or --batch-seconds, and raise --grad-accumulation by the same factor"
+        print(f"error: {error}\n{advice}", file=sys.stderr)
     finally:
         stop.restore()
         if torch.distributed.is_initialized():

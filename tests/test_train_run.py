@@ -217,3 +217,15 @@ def test_a_run_whose_batches_do_not_fit_leaves_no_checkpoint(train_here, paths, 
     with pytest.raises(RunError, match="does not fit"):
         train_here(paths, tmp_path / "run", steps=2)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_scans_whole_batches(train_here, paths, tmp_path, monkeypatch):
+    """Four utterances are left in the first epoch, but the next one has batches of eight."""
+    train_here(paths, tmp_path, steps=3, val_manifests=None)
+    scan = mock.Mock(side_effect=RunError("does not fit"))
+    monkeypatch.setattr(Ranks, "on_gpu", True)
+    monkeypatch.setattr(train, "scan_memory", scan)
+    with pytest.raises(RunError, match="does not fit"):
+        train_here(paths, tmp_path, steps=5, batch_size=8, resume=True)
+    shapes = scan.call_args.args[2]
+    assert shapes[0][0] == 8

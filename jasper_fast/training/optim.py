@@ -28,7 +28,9 @@ class EMA:
         if not 0 <= decay < 1:
             raise ValueError(f"the decay of the moving average must lie in [0, 1), got {decay}")
         self.decay, self.warmup, self.updates, self.model = decay, warmup, 0, model
-        self.average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        live = model.state_dict(keep_vars=True)
+        copies = {tensor: tensor.detach().clone() for tensor in live.values()}
+        self.average = {name: copies[tensor] for name, tensor in live.items()}
 
     @property
     def decay_now(self) -> float:
@@ -37,15 +39,19 @@ class EMA:
 
     def update(self, model: nn.Module) -> None:
         """Adds the model's current state to the average. Call it after each optimiser step."""
-        live = model.state_dict()
         self.updates += 1
-        self.take([([live[name] for name in self.average], list(self.average.values()))])
+        pairs = self._pairs(model)
+        self.take([(list(pairs), list(pairs.values()))])
 
-    def begin(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Begins an update that the optimiser completes. Returns (tensor of the model, its average) for each entry."""
+    def begin(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Begins an update that the optimiser completes. Returns (tensor, its average) for each tensor of the model."""
         self.updates += 1
-        live = self.model.state_dict(keep_vars=True)
-        return ((live[name], average) for name, average in self.average.items())
+        return self._pairs(self.model).items()
+
+    def _pairs(self, model: nn.Module) -> dict[Tensor, Tensor]:
+        """Returns the average of each tensor of `model`. Tied weights are one tensor and have one average."""
+        live = model.state_dict(keep_vars=True)
+        return {live[name]: mean for name, mean in self.average.items()}
 
     @torch.no_grad()
     def take(self, pairs: Iterable[tuple[list[Tensor], list[Tensor]]]) -> None:
@@ -68,11 +74,11 @@ class EMA:
 
     @torch.no_grad()
     def _exchange(self, model: nn.Module) -> None:
-        for name, tensor in model.state_dict().items():
+        for tensor, mean in self._pairs(model).items():
             # A copy in place increases autograd's version counter, by which packed weights are known to be out of date.
             live = tensor.clone()
-            tensor.copy_(self.average[name])
-            self.average[name].copy_(live)
+            tensor.copy_(mean)
+            mean.copy_(live)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the averaged state dict, under the model's own names."""

@@ -33,12 +33,12 @@ def accumulation_for(wanted: int, sampler: BatchSampler, utterances: int) -> tup
     )
 
 
-def largest_batches(sampler: BatchSampler, seconds: list[float]) -> list[tuple[int, float]]:
-    """Returns [(utterances, seconds of the longest utterance)] of the first epoch's largest batch, padding included.
+def largest_batches(sampler: BatchSampler, seconds: list[float], epoch: int = 0) -> list[tuple[int, float]]:
+    """Returns [(utterances, seconds of the longest utterance)] of the epoch's largest batch, padding included.
 
     If another batch has the longest utterance, that batch is the second element.
     """
-    shapes = [(len(batch), max(seconds[i] for i in batch)) for batch in sampler.batches(0)]
+    shapes = [(len(batch), max(seconds[i] for i in batch)) for batch in sampler.batches(epoch)]
     return sorted({max(shapes, key=lambda s: s[0] * s[1]), max(shapes, key=lambda s: s[1])}, key=lambda s: -s[0] * s[1])
 
 

@@ -84,8 +84,8 @@ class Meter:
     def figures(self) -> dict[str, float]:
         """Returns the figures of the interval and starts a new one. Call it after `read`.
 
-        `loss` is the mean over the utterances of good steps. `grad_norm` is the norm of the last good step. The numbers
-        of skipped steps are those of the whole run.
+        `loss` is the mean over this process's utterances of good steps. `grad_norm` is the norm of the last good step.
+        The numbers of skipped steps are those of the whole run.
         """
         seconds = time.perf_counter() - self._start
         loss = self._sum / self._good if self._good else math.nan
