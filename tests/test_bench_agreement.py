@@ -60,3 +60,8 @@ def test_the_report_of_two_results_says_it(tmp_path, capsys):
     assert moved["id"].split(" / ")[0][:20] in printed
     for text in (printed, (tmp_path / "page.html").read_text()):
         assert f"overlap in {total - 1} of {total} rows" in text
+    second["machine"]["name"] = "another machine"
+    other.write_text(json.dumps(second))
+    assert html_page.main([committed, other], tmp_path / "page.html", False) == 0
+    for text in (capsys.readouterr().out, (tmp_path / "page.html").read_text()):
+        assert "overlap" not in text

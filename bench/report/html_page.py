@@ -28,7 +28,7 @@ def main(paths: Sequence[Path], html: Path | None, readme: bool) -> int:
     if not chosen:
         raise SystemExit("there is no result to report; run python -m bench all first, or give JSON files as arguments")
     results = [load(path) for path in chosen]
-    if len(results) == 2:
+    if len(results) == 2 and results[0]["machine"]["name"] == results[1]["machine"]["name"]:
         agreed = agreement(*results)
         for line in (str(agreed), *(f"  no overlap: {row}" for row in agreed.apart)):
             say(line, console)
