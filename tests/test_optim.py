@@ -340,3 +340,14 @@ def test_an_update_skips_bad_steps_and_scales_alike(kind, fp16):
         assert bad or torch.allclose(norm, want)
         scales.append(scaler.get_scale())
     assert scales == ([256.0, 128.0, 128.0, 256.0] if fp16 else [1.0] * 4)
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize("kind", [functools.partial(torch.optim.AdamW, fused=True), torch.optim.SGD])
+def test_an_update_is_skipped_if_the_norm_of_finite_gradients_overflows(kind, fp16):
+    model = nn.Linear(3, 2)
+    before = model.weight.detach().clone()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=fp16)
+    scaler.scale(1e30 * model(torch.ones(4, 3)).sum()).backward()
+    assert update(model, kind(model.parameters(), lr=0.1), scaler, clip_norm=1.0) == torch.inf
+    assert torch.equal(model.weight, before) and scaler.get_scale() == (4.0 if fp16 else 1.0)

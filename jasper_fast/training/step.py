@@ -229,13 +229,15 @@ def update(
     norm = torch.nn.utils.get_total_norm(grads)
     if clip_norm:
         torch._foreach_mul_(grads, (clip_norm / (norm + 1e-6)).clamp(max=1.0))
-    if scaler.is_enabled():
+    found_inf = (~torch.isfinite(norm)).float()
+    if scaler.is_enabled():  # `unscale_` has looked at the elements, but the norm of finite elements can overflow
+        scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {norm.device: found_inf}
         scaler.step(optimizer)
         scaler.update()
     elif getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()
+        optimizer.grad_scale, optimizer.found_inf = None, found_inf
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf
-    elif torch.isfinite(norm):
+    elif not found_inf:
         optimizer.step()
     return norm
