@@ -37,7 +37,7 @@ SANITIZE = {
     "thread": "-fsanitize=thread -DJF_STD_THREADS -pthread",
 }
 CUDA_ARCHS = "75;80;86;89;90a;100;120"
-# One for each inner loop of the convs. sm_86 and sm_89 run the code of 80. Newer GPUs compile its PTX at loading.
+# One for each inner loop of the convs. sm_86 and sm_89 run the code of 80. Newer GPUs compile the PTX of 80 at loading.
 WITHOUT_GPU = "75;80;90a"
 
 
@@ -135,8 +135,8 @@ def ninja_file(torch: Path, cxx: str, nvcc: str | None, sanitize: str | None = N
 def compile_libraries(target: Path, sanitize: str | None = None) -> list[Path]:
     """Builds the libraries that this machine can build and puts them into `target`. Returns their paths.
 
-    Prints which library is left out, and why. sanitize: a key of SANITIZE, which builds only
-    the CPU library, with these sanitizers. None builds the usual libraries.
+    Prints which library is left out, and why. sanitize: a key of SANITIZE builds only the CPU library, with these
+    sanitizers; None builds the usual libraries.
     """
     work = target / "objects" if sanitize else WORK
     torch = torch_dir()

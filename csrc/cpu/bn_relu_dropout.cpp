@@ -1,4 +1,5 @@
-// The CPU operators of bn_relu_dropout: argument checks, threads, fixed-order merges. Kernels: isa/bn_relu_dropout.cpp.
+// The CPU operators of bn_relu_dropout: argument checks and threads. The kernels, and the merges of partial results in
+// a fixed order, are in isa/bn_relu_dropout.cpp.
 #include "bn_relu_dropout.h"
 #include "tasks.h"
 

@@ -30,7 +30,7 @@ struct ConvForward {
   const int64_t* in_lengths = nullptr;
   const int64_t* out_lengths = nullptr;
   float* y = nullptr;
-  uint16_t* rounded = nullptr;  // if not null, gets the result in bf16 instead of y; only with bf16 weights, no bias
+  uint16_t* rounded = nullptr;  // if not null, gets the result in bf16, and y gets none; needs bf16 weights and no bias
   int64_t y_stride_n = 0;
   int64_t y_stride_t = 0;
   int64_t n = 0, t_in = 0, t_out = 0, c_out = 0;

@@ -38,16 +38,16 @@ constexpr int kVector = 4, kRows = 6;  // 16 registers
 #endif
 typedef float VecUnaligned __attribute__((vector_size(kVector * 4), aligned(4), may_alias));
 
-constexpr int kTargets = 1 << kMaxFirLevel;  // output rows that share a product of the fast algorithm
+constexpr int kTargets = 1 << kMaxFirLevel;  // maximum number of output rows that share a product of the fast algorithm
 constexpr int kVectors = 2;
 constexpr int kColumns = kVector * kVectors;
 constexpr int64_t kLine = 16;             // floats in a cache line
-constexpr int64_t kLongChunk = 64;        // units of a chunk with many taps: the window of all taps fits L1
+constexpr int64_t kLongChunk = 64;        // units of a chunk with many taps: the rows that a tile reads fit L1
 constexpr int64_t kShortChunk = 256;      // units of a chunk with few taps: enough that the epilogue costs little
 constexpr int64_t kFewTaps = 4;
 constexpr int kLongStride = 80;           // floats between window rows: 5 cache lines
 constexpr int kShortStride = 272;         // the same with short chunks: 17 cache lines
-constexpr int64_t kChain = 128;           // units added in registers before the sum goes to memory; no tap is split
+constexpr int64_t kChain = 128;           // units (at least one tap) added in registers before the sum goes to memory
 static_assert(kLongStride / kLine % 2 == 1 && kShortStride / kLine % 2 == 1);
 
 inline Vec load(const float* p) { return (Vec) * reinterpret_cast<const VecUnaligned*>(p); }

@@ -5,7 +5,7 @@
 //             g occurs; for others, the number of different words that occur before g.
 //   D(a)      the discount of an adjusted count. With t_k the number of n-grams of an order that have a = k, and
 //             Y = t_1 / (t_1 + 2 t_2), it is D(k) = k - (k+1) Y t_{k+1}/t_k for k = 1, 2 and 3, and D(3) for a > 3.
-//             If these cannot be computed, D is 0.5, 1 and 1.5.
+//             If a D(k) is not in (0, k], D is 0.5, 1 and 1.5.
 //   gamma(h)  = (sum of D over the n-grams hw that are kept + sum of a over those that are not) / sum over w of a(hw)
 //   p(w|h)    = (a(hw) - D) / sum over x of a(hx) + gamma(h) p(w|h'), where h' is h without its first word; for 1-grams
 //             p(w|h') is 1/|V|

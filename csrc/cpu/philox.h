@@ -152,7 +152,7 @@ static_assert(kKeepBits == 32 || kKeepBits == 64);
 template <class Also>
 JF_INLINE void keep_bits(uint64_t first, int64_t count, uint64_t seed, uint32_t threshold, void* bits, Also also) {
   PhiloxKeys keys(seed);
-  asm volatile("" : "+m"(keys));  // keeps the keys in memory; the compiler would compute them again in every round
+  asm volatile("" : "+m"(keys));  // keeps the keys in memory; otherwise the compiler computes them again in every round
   char* out = static_cast<char*>(bits);
   for (int64_t i = 0; i < count;) {
     const uint64_t counter = kCounters * (first + (uint64_t)i);

@@ -15,7 +15,7 @@
 namespace jf {
 namespace {
 
-constexpr size_t kNodes = size_t(1) << 14;  // with more nodes than this, prefixes that are no longer needed are removed
+constexpr size_t kNodes = size_t(1) << 14;  // with fewer nodes, prefixes that are no longer needed are not removed
 
 // ---- prefixes, as a tree: the prefix of a node is one symbol longer than that of its parent ----
 struct Node {

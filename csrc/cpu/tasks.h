@@ -1,5 +1,5 @@
-// Threads for the files outside isa/. Threads take tasks from a counter, so a thread that loses its core delays only
-// one task.
+// Threads for the files outside isa/. In run_tasks, threads take tasks from a counter, so a thread that loses its core
+// delays only one task.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -32,7 +32,7 @@ void parallel(int64_t n, const F& body) {
 #endif
 }
 
-// Runs body(i) for i in [0, tasks). Any thread may run any task, so results must not depend on that.
+// Runs body(i) for i in [0, tasks). Results must not depend on which thread runs which task.
 template <class F>
 void run_tasks(int64_t tasks, const F& body) {
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), tasks);

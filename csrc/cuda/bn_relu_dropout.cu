@@ -33,7 +33,7 @@ int multiprocessors(int device) {
   return count;
 }
 
-// Makes the device of y current. Has its current stream and its number of multiprocessors.
+// Keeps the device of y current while it exists. Holds that device's current stream and number of multiprocessors.
 struct Device {
   explicit Device(const Tensor& y) : guard(y.get_device_index()), sms(multiprocessors(y.get_device_index())) {
     void* raw = nullptr;
@@ -133,7 +133,7 @@ Tensor workspace(jf::bn::Args<T>& a, const Tensor& y, int rows, int sms) {
   const int64_t parts = jf::bn::reduction_parts(a, rows, sms), size[] = {parts * 2 * a.c};
   Tensor partials = torch::stable::new_empty(y, {size, 1}, ScalarType::Float);
   a.partials = static_cast<float*>(partials.mutable_data_ptr());
-  return partials;  // torch frees it on the op's stream when the op returns, so after the kernels that use it
+  return partials;  // torch uses the memory again only for later work on this stream, so after the op's kernels
 }
 
 float* output(const Tensor& x, const char* name, const Tensor& y) { return const_cast<float*>(channels(x, name, y)); }

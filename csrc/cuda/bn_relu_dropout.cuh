@@ -3,9 +3,10 @@
 //   forward          z  = mask(dropout(relu((y - mean)*a + beta [+ residual]))),  a = gamma*rstd
 //   backward_reduce  dbeta = sum g,  dgamma = sum g*yhat;  g = dz/(1-p) where ReLU, dropout and mask let it pass
 //   backward_apply   dy = a*(g - mean_g - yhat*mean_gy),  dres = g
-// A thread owns V neighbouring channels (16 bytes) and goes down the rows, so it loads the parameters of its channels
-// once. A CTA is `tx` such columns wide and kThreads/tx rows high. In a reduction each CTA writes one partial result,
-// and a second kernel merges the partial results in a fixed order. No atomics are used, so runs are bit-identical.
+// A thread owns a column of V neighbouring channels (16 bytes, or one channel) and goes down the rows, so it loads the
+// parameters of its channels once. A CTA is `tx` columns wide and kThreads/tx rows high. In a reduction each CTA writes
+// one partial result, and a second kernel merges the partial results in a fixed order. No atomics are used, so runs are
+// bit-identical.
 //
 // Values moved per element (with residual): stats reads 1, forward reads 1 (2) and writes 1, reduce reads 2 (3), apply
 // reads 2 (3) and writes 1 (2). For padding, all but stats move fewer values.
@@ -31,7 +32,7 @@ struct Args {
   uint32_t threshold;
   float scale;
   int n, c, t;
-  // tx: width of a CTA in columns of V channels, a power of two. columns: number of CTAs that cover C.
+  // tx: width of a CTA in columns of V channels, a power of two. columns: number of CTAs side by side that cover C.
   int tx, columns;
   // Reductions: `parts` CTAs share all N*T rows, `part_rows` each.
   int parts, part_rows;
@@ -43,15 +44,15 @@ struct Args {
 
 inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
-// Chooses the shape and number of CTAs for V channels per thread. Reductions get about four CTAs per multiprocessor.
-// Elementwise passes get more. Each of their CTAs makes up to eight turns of its loop, so that loading the parameters
-// costs little.
+// Chooses the shape and number of CTAs for `v` channels per thread. Reductions get at most about four CTAs per
+// multiprocessor. Elementwise passes get 16 or more if there is enough work. Each of their CTAs makes up to eight turns
+// of its loop, so that loading the parameters costs little.
 template <class T>
 void plan(Args<T>& a, int v, int rows, int sms) {
   const int vectors = divide_up(a.c, v);
   int tx = 32;
   while (tx > 8 && vectors % tx != 0) tx /= 2;
-  if (vectors % tx != 0)  // no width divides the row, so take the smallest power of two that covers it, at most a warp
+  if (vectors % tx != 0)  // none of these divides the row: take the smallest power of two that covers it, at most 32
     for (tx = 1; tx < vectors && tx < 32;) tx *= 2;
   a.tx = tx;
   a.columns = divide_up(vectors, tx);
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) stats_kernel(Args<T> a) {
       for (int k = 0; k < kRows; ++k)
         if (row + k * height < end) y[k] = load<T, V>(a.y + (row + k * height) * a.c + c0), count += 1.f;
       // Two passes over the loaded rows compute their mean and M2, which are merged into the running values. This
-      // avoids E[x^2] - E[x]^2, which cancels.
+      // avoids E[x^2] - E[x]^2, in which digits cancel.
       const float inverse = 1.f / count;
 #pragma unroll
       for (int i = 0; i < V; ++i) {
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Args<T> a) {
     Pack<T, V> y[kRows] = {}, residual[kRows] = {};
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
-      if (t0 + k * height < length) {  // then also t < end, because only the last tile has an incomplete turn
+      if (t0 + k * height < length) {  // implies t < end: only an utterance's last tile has an incomplete turn
         y[k] = load<T, V>(a.y + base + k * step);
         if constexpr (kHasResidual) residual[k] = load<T, V>(a.residual + base + k * step);
       }
@@ -325,7 +326,7 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(Args<T> a) {
   const int begin = tile % a.tiles * a.tile_rows, end = begin + a.tile_rows < a.t ? begin + a.tile_rows : a.t;
   if (c0 >= a.c) return;
   const int length = valid_frames(a.lengths, n, a.t);
-  // In evaluation dy = a*g, which is zero in padding, and y is read only to decide where the gradient passes.
+  // In evaluation dy = scale*g, which is zero in padding, and y is read only to decide where the gradient passes.
   const bool training = a.mean_g != nullptr;
   // dy = scale*g - (flat + (y - mean)*slope)
   float mean[V] = {}, scale[V] = {}, beta[V] = {}, flat[V] = {}, slope[V] = {};
@@ -420,7 +421,7 @@ void with_gate(const Args<T>& a, F&& f) {
   });
 }
 
-// Returns the number of partial results of a reduction, which is the first size of the workspace (parts, 2, C).
+// Returns `parts`, the number of partial results of a reduction. The workspace for them is (parts, 2, C).
 template <class T>
 int reduction_parts(Args<T> a, int rows, int sms) {
   plan(a, vectorised(a) ? kWidth<T> : 1, rows, sms);

@@ -123,8 +123,8 @@ __device__ __forceinline__ void philox(uint64_t counter, uint64_t seed, uint32_t
   word[0] = c0, word[1] = c1, word[2] = c2, word[3] = c3;
 }
 
-// Returns which of the V elements from `element` on dropout keeps: bit i is for element + i. V is 1 or a multiple of 4
-// that divides `element`, so that one Philox call serves four elements.
+// Returns which of V elements dropout keeps: bit i is for element number `element` + i. V is 1, or a multiple of 4 that
+// divides `element`, so that one Philox call serves four elements.
 template <int V>
 __device__ __forceinline__ uint32_t keep_bits(uint64_t element, uint64_t seed, uint32_t threshold) {
   static_assert(V == 1 || V % 4 == 0);

@@ -10,7 +10,7 @@ using conv::Launch;
 
 constexpr const char* kUnknown = "the cuda face has no kernel for this tile and dtype on this GPU";
 
-// Calls `launch`, which returns whether there is such a kernel, and returns null or an error message.
+// Calls `launch`, which returns whether the kernel exists. Returns null or an error message.
 template <class F>
 const char* result(F&& launch) {
   bool known = true;

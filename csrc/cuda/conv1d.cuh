@@ -1,12 +1,12 @@
 // What the conv kernels share: their arguments, tiles, panels of activations in shared memory, and packed weights.
 //
-// A *panel* has 64 channels of the rows that a tile reads, in cells of 16 bytes: [parity][C/8][row][8 channels]. Row r
-// of parity q is frame `first + r*stride + q`, so that a tap is a shift in rows. Rows outside an utterance and channels
-// beyond C are zeros.
+// A *panel* has 64 channels of the rows that a tile reads, in cells of 8 channels (16 bytes): [parity][cell][row][8].
+// Row r of parity q is frame `first + r*stride + q`, so that a tap is a shift in rows. Rows outside an utterance and
+// channels beyond C are zeros.
 //
-// A *pack* has the weight as *images* of 64 x 64 channels, [C_in/8][C_out][8 of C_in], so that a kernel can reduce over
-// C_in or over C_out. Its order is (tap, block of C_in, block of C_out, image). Both numbers of blocks are even, and
-// missing channels are zeros.
+// A *pack* has the weight as *images* of 64 input x 64 output channels, each [8 cells of C_in][64 of C_out][8 of C_in].
+// A kernel can reduce an image over C_in or over C_out. The order of a pack is (tap, block of C_in, block of C_out,
+// image). Both numbers of blocks are even, and missing channels are zeros.
 #pragma once
 
 #include "ptx.cuh"
@@ -27,7 +27,7 @@ constexpr bool kChained = !TRANSPOSED && (MODE == kPlain || MODE == kLogSoftmax)
 // How activations are read: in cells of 16 bytes, in single elements of T, or in single fp32 elements.
 enum Source : int { kCell16 = 0, kElement = 1, kFloat = 2 };
 
-// Activations (N, T, C), and the pack of the weight with which they are multiplied.
+// Activations (N, T, C), and the pack of the weight with which they are multiplied (none in WgradArgs).
 struct Operand {
   const void *x, *pack;
   int64_t item, row, channel;  // strides of x, in elements
@@ -41,7 +41,7 @@ struct Ahead {
 };
 
 struct Args {
-  Operand main, panes;                       // panes: one tap at the output's frames; 0 channels if there are none
+  Operand main, panes;                       // panes: one tap at the output's frames; without panes, `channels` is 0
   const int64_t *in_lengths, *out_lengths;   // null: all frames are valid
   int64_t* lengths_out;                      // if not null, receives the output lengths that follow from in_lengths
   void* out;
@@ -54,7 +54,8 @@ struct Args {
   int64_t out_item, out_row;
   float scale;
   int batch, frames, frames_out, c_out, taps, stride, padding, dilation;
-  // masked: frames beyond in_lengths and lengths_out are zero. out_vector: 16-byte stores to out are possible.
+  // masked: input frames beyond in_lengths count as zeros, and output frames beyond lengths_out are set to zero.
+  // out_vector: 16-byte stores to out are possible.
   int relu, masked, out_vector;
   // panels_kept: number of buffers for panels. stages: number of buffers for weights, on sm_90a only.
   int t_blocks, o_blocks, splits, panels_kept, stages;
@@ -97,7 +98,7 @@ struct Tile {
   // told: whether lengths may be read yet. If not, the tile gets the steps that it would have without padding.
   __device__ __forceinline__ Tile(const Args& a, int block, int id, bool told = true) {
     split = id % a.splits, id /= a.splits;
-    o0 = id % a.o_blocks * kOut;  // blocks of channels vary before frames, so that neighbouring CTAs share frames in L2
+    o0 = id % a.o_blocks * kOut;  // blocks of channels vary faster than frames, so neighbouring CTAs share frames in L2
     index = id / a.o_blocks;
     n = index / a.t_blocks;
     t0 = index % a.t_blocks * block;

@@ -7,7 +7,7 @@
 //   kNorm        out = g; also the sums of g and g*yhat (see dgrad_bn in kernels/conv1d/reference.py)
 //
 // A thread owns 8 neighbouring channels (16 bytes) of every (threads/16)th frame. Each element of `out` is written
-// once. kNorm also reads each element of y and z once.
+// once. kNorm also reads each valid element of y and z once.
 #pragma once
 
 #include "conv1d.cuh"
@@ -107,7 +107,7 @@ class Epilogue {
     for (int i = 0; i < 8; ++i) {
       float mean = 0.f, m2 = 0.f;
 #pragma unroll
-      for (int j = 0; j < kRows; ++j) mean += j < n ? v[j][i] : 0.f;  // frames from n on are outside the tile
+      for (int j = 0; j < kRows; ++j) mean += j < n ? v[j][i] : 0.f;  // frames with j >= n are outside the tile
       mean /= n;
 #pragma unroll
       for (int j = 0; j < kRows; ++j) m2 += j < n ? (v[j][i] - mean) * (v[j][i] - mean) : 0.f;

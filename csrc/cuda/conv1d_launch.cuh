@@ -2,7 +2,7 @@
 // (kernels/conv1d/cuda_tiles.py), for this library, for NVRTC and for the emulation alike.
 //
 // `loop` is the inner loop: 75 is mma.sync m16n8k8, 80 is mma.sync m16n8k16 with cp.async, 90 is wgmma. A GPU of loop
-// 90 uses loop 80 for the gradient of the weight of a conv with a stride.
+// 90 uses loop 80 for the gradient of a weight if the conv has a stride or if no tile of loop 90 fits.
 #pragma once
 
 #include "conv1d_mma.cuh"
@@ -91,11 +91,13 @@ __global__ void __launch_bounds__(kWgrad90Threads, 1) wgrad_90(const __grid_cons
 struct Launch {
   int loop, grid, shared;
   int cooperative;  // whether all CTAs must be on the device at once
-  int early;        // may begin while the previous launch in the stream still runs; its kernel must wait for that
+  // early: whether the launch may begin while the previous one in the stream still runs. Its kernel then waits for the
+  // end of the previous launch.
+  int early;
   void* stream;
 };
 
-// Whether a launch by this thread found that the kernel's code was compiled for another architecture than it needs.
+// Whether this host thread tried to launch a kernel whose code was compiled for another loop than the launch names.
 inline bool& foreign() {
   static thread_local bool met = false;
   return met;
@@ -131,8 +133,9 @@ void run(const Launch& l, int threads, void (*kernel)(P...), const A&... args) {
 #endif
 }
 
-// Whether the instances of an inner loop are compiled. If JF_FEW is defined, it names a loop, and only the instances of
-// that loop with the smallest tiles are compiled. Tests of mutated sources use this, because they compile often.
+// Whether the instances of an inner loop are compiled. If JF_FEW is defined, it names a loop. Then only the kernels of
+// that loop are compiled (for 90 also wgrad_80), with the smallest tiles. Tests of mutated sources use this, because
+// they compile often.
 #ifdef JF_FEW
 constexpr bool kFew = true;
 constexpr bool has(int loop) { return loop == JF_FEW; }

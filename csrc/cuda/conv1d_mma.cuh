@@ -5,9 +5,10 @@
 //     out[t, o] = sum_chunk sum_k panel_chunk[t*stride + k*dilation, :] @ image[k, chunk, o]  [+ panes]
 //
 // A CTA of 4 warps owns BLOCK frames of one utterance by 128 output channels. A warp owns BLOCK/2 by 64. Frames are
-// the rows of the product (M), so the channels of a sum are contiguous. Each step multiplies 64 channels of one tap. A
-// panel is loaded once per chunk and read K times. Weights have STAGES buffers of 16 KB and are loaded STAGES - 1 steps
-// ahead. A step reads 16 KB of weights and 1/K of a panel from L2, for BLOCK*128*64 products.
+// the rows of the product (M) and output channels its columns (N), so a thread has pairs of neighbouring channels. Each
+// step multiplies 64 channels of one tap. A panel is loaded once per chunk and read K times. Weights have STAGES
+// buffers of 16 KB and are loaded STAGES - 1 steps ahead. A step reads 16 KB of weights and 1/K of a panel from L2, for
+// BLOCK*128*64 products.
 #pragma once
 
 #include "conv1d_epilogue.cuh"

@@ -27,8 +27,8 @@ struct WgmmaLayout {
         barriers(staging + kSlab * kPitchWgmma * 4), total(barriers + (kMaxStages + kMaxPanels) * 16) {}
 };
 
-// A ring of `count` buffers, each with one mbarrier for "full" and one for "empty". `slot` is the next buffer, `phase`
-// the parity of its use.
+// A ring of `count` buffers, each with one mbarrier for "full" and one for "empty". `slot` is the next buffer. `phase`
+// is the parity of the number of times that the ring has been gone round.
 struct Ring {
   uint32_t barriers;
   int count, slot = 0, phase = 0;
@@ -165,8 +165,9 @@ __device__ __forceinline__ void wgmma_conv(const Args& a) {
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
-  // No launch writes weights, so those of the first steps are copied while the previous launch may still run.
-  // Lengths must not be read yet, so the steps are those of a tile without padding. All else comes after the wait.
+  // The previous launch writes no weights, so those of the first steps are copied while it may still run. Lengths must
+  // not be read yet, so the steps are those of a tile without padding. All other accesses to global memory come after
+  // the wait.
   const int first = static_cast<int>(blockIdx.x);
   // early: the number of steps whose weights were copied early. wrong: `early` if the tile turned out to have other
   // steps, so that these copies are dropped; else 0.

@@ -24,14 +24,14 @@ struct WgradArgs {
   int batch, frames, frames_out, taps, stride, padding, dilation;
   int in_blocks, out_blocks, tap_groups, shares;
   int segments, share;  // segments of an utterance, segments of a share
-  int stages;           // buffers that copies fill in turn, on sm_90a only
+  int stages;           // number of buffers that copies fill in turn, in loop 90 only
 };
 
 inline __host__ __device__ int wgrad_rows(int taps, int dilation, int stride) {
   return panel_rows(kFrames, taps, dilation, stride);
 }
 
-// Walks over the segments of a share in which some tap has an input.
+// Walks over the segments of a share in which some tap of the CTA has an input.
 struct Segments {
   int next, stop, n = -1, low = 0, high = 0, limit = 0;
 
@@ -156,7 +156,7 @@ __device__ __forceinline__ void wgrad(const WgradArgs& a) {
 
 constexpr int kWgradMergeThreads = 128;
 
-// Writes dw (C_out, C_in, K), the sum of the shares' partial sums in their order. A thread has all taps of one pair of
+// Writes dw (C_out, C_in, K): adds the partial sums in the order of the shares. A thread has all taps of one pair of
 // channels.
 template <class W>
 __global__ void __launch_bounds__(kWgradMergeThreads)

@@ -23,7 +23,7 @@ const char* launch(void (*kernel)(Args), int grid, void* stream, const Args& a) 
 
 #define JF_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Returns the bytes of the struct of arguments. kernels/novograd/cuda_launch.py must have the same.
+// Returns the size in bytes of the struct of arguments. The struct in kernels/novograd/cuda_launch.py must have it too.
 JF_EXPORT int jf_novograd_size() { return sizeof(Args); }
 
 JF_EXPORT const char* jf_novograd_squares(void* stream, int grid, const Args* a) {

@@ -57,8 +57,8 @@ struct Run {
     count = left < a.size ? static_cast<int>(left) : a.size;
   }
 
-  // Returns the address of element `from` of the tensor. The conversion tells the compiler that it is in global memory,
-  // because generic loads are slower.
+  // Returns the address of element `from` of the tensor. The conversion tells the compiler that the address is in
+  // global memory, because generic loads are slower.
   __device__ __forceinline__ float* at(Column column, int64_t from) const {
     const int64_t address = reinterpret_cast<int64_t>(anchor) + 4 * (row[column] + from);
     return static_cast<float*>(__cvta_global_to_generic(static_cast<size_t>(address)));
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const Args a) {
   float* p = run.at(kParam, run.start);
   float* mean = run.at(kMean, run.start);
   const bool packed = aligned(p) && ((kind == kUpdate && !a.has_averages) || aligned(mean));
-  if (kind == kCopy) {  // as bits, because an fp32 move might change a NaN
+  if (kind == kCopy) {  // as bits: an fp32 move might change integers that look like a NaN
     for_each(run.count, packed, [&](int i, auto width) {
       uint32_t bits[width];
       unpack(bits, load<uint32_t, width>(reinterpret_cast<const uint32_t*>(p) + i));

@@ -1,5 +1,5 @@
 // Small kernels that try the instructions of ptx.cuh. On a GPU they show what an instruction does and how long it takes
-// (probe.cu, tests/test_cuda_probe.py). With JF_EMULATE they check the host function in the same way
+// (probe.cu, tests/test_cuda_probe.py). With JF_EMULATE they try the host functions in the same way
 // (tests/test_cuda_ptx.py).
 #pragma once
 
@@ -19,7 +19,7 @@ enum Op { kLdmatrix, kMma8, kMma16, kCopyAsync, kBarriers, kShuffle, kCounters, 
 
 constexpr int kProducts = 4;  // how often the same wgmma is issued: d = [in +] kProducts * a * b
 
-// The arguments of one launch. CTA i uses `image`[i], most probes through a copy in shared memory, and writes `out`[i].
+// The arguments of one launch. CTA i uses `image`[i], if the probe needs an image, and writes `out`[i].
 struct Case {
   const uint4* image;  // [grid][cells]
   const float* in;     // initial accumulators, or null: [grid][threads][registers]

@@ -182,7 +182,8 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
                : "memory");
 }
 
-// Before sm_90 the next three instructions do not exist. Launches never overlap there, so the wrappers do nothing.
+// The next three instructions exist from sm_90 on. Before sm_90 their wrappers do nothing: a prefetch only saves time,
+// and launches never overlap.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define JF_SM_90(...)
 #else

@@ -120,11 +120,11 @@ struct Sum {
   D lower_half, upper_half;
 };
 
-// Statistics of a chunk, per channel. For each block of kStatsRows rows, which stays in L1, it computes the mean of y -
-// shift and then the squared deviations from it, and merges both into those of the chunk (Chan's formula). The shift is
-// the mean of the chunk's first block. It keeps y - shift small if |mean| is much larger than the standard deviation.
-// The sum of y itself is taken in fp64, because the mean must be accurate to the last bit. sums: the sum of y (fp64),
-// then in fp32 the shift, the mean of y - shift, and M2.
+// Statistics of a chunk, per channel. For each block of kStatsRows rows, which stays in L1, this computes the mean of
+// y - shift, then the sum of squared deviations from that mean, and merges both into those of the chunk (Chan's
+// formula). The shift is the mean of the chunk's first block. Subtracting it keeps the numbers small if |mean| is much
+// larger than the standard deviation. The sum of y itself is taken in fp64, because the mean must be accurate to the
+// last bit. sums: the sum of y (fp64), then in fp32 the shift, the mean of y - shift, and M2.
 template <class T>
 void stats_chunk(const BnArgs& a, int64_t row, int64_t end, double* sums) {
   const T* y = static_cast<const T*>(a.y);
@@ -269,8 +269,7 @@ void apply_chunk(const BnArgs& a, int64_t row, int64_t end) {
   const T *y = static_cast<const T*>(a.y), *dz = static_cast<const T*>(a.dz);
   T *dy = static_cast<T*>(a.out), *dres = static_cast<T*>(a.dres);
   const bool batch_statistics = a.mean_g != nullptr;
-  // dy = gain*g + slope*(y - mean) + offset; slope and offset are the gradients through the batch
-  // statistics.
+  // dy = gain*g + slope*(y - mean) + offset; slope and offset are the gradients through the batch statistics.
   const auto rows_of = [&](const Block& b, const KeepBits& keep, auto has_gradient) __attribute__((always_inline)) {
     constexpr bool kGradient = decltype(has_gradient)::value;
     for_columns(b.begin, b.end, [&](int64_t c, int n, auto full) {

@@ -8,13 +8,12 @@
 // The reduction is cut into chunks of channels. For each chunk a window of x is copied once into a buffer: the input
 // rows that the group reads, with zeros where x has no row. The row stride of the buffer is an odd number of cache
 // lines, because a power of two would put all rows into the same few sets of L1. In the direct algorithm all taps read
-// the same window, shifted, and all column blocks reuse it. Weights are packed
-// [column block][chunk][tap][unit][kColumns]. The panel of one block and chunk fits L2 and is prefetched while the panel
-// before it is in use.
+// the same window, shifted, and all column blocks reuse it. conv1d_pack.cpp has the order of the packed weights. The
+// panel of one block and chunk fits L2 and is prefetched while the panel before it is in use.
 //
 // Every output element is a sum of short sums, of at most 256 units each, which keeps the rounding error of fp32 small.
-// The order does not depend on the tiling or the number of threads. With bf16 weights x is
-// rounded to bf16 as it is copied, and sums are fp32.
+// The order of summation does not depend on the tiling or the number of threads. With bf16 weights, x is rounded to
+// bf16 as it is copied, and sums are fp32.
 
 #include "../conv1d_fir.h"
 #include "../conv1d_rows.h"
@@ -80,7 +79,7 @@ struct Forward {
     return block < block_end ? chunk.packed + (block - block_begin) * chunk.block_stride : chunk.after;
   }
 
-  // One GEMM over all rows: `offsets` says where each tap's first row lies in the window.
+  // For each column block, one GEMM over all rows. `offsets` says where each tap's first row lies in the window.
   template <class OP>
   void direct(const Chunk& chunk, const float* window, const std::vector<int64_t>& offsets, int a_stride) const {
     const int64_t rows = group.end - group.begin, taps = offsets.size();
@@ -170,8 +169,9 @@ struct Forward {
     return item_of<T>(x, group.n, 0, args.in_lengths != nullptr ? args.in_lengths[group.n] : args.t_in);
   }
 
-  // The chunk of `depth` of the `units` units, from unit `at` on. first: the chunk overwrites y instead of adding to it.
-  // ends: nothing is added to y after the last of all `units`: they are those of the panes, or there are no panes.
+  // The chunk of `depth` of the `units` units, from unit `at` on. first: whether the chunk overwrites y instead of
+  // adding to it. ends: whether nothing is added to y after all `units` (they belong to the panes, or there are no
+  // panes).
   Chunk chunk_at(const float* packed, int64_t units, int64_t taps, int64_t at, int64_t depth, bool first,
                  bool ends) const {
     Chunk chunk;

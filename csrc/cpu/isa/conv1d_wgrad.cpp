@@ -3,10 +3,10 @@
 //   dw[co, c, k] = sum_n sum_t x[n, t*s + k*d - p, c] * dy[n, t, co]
 //
 // A task owns a column block of co and some channels of x, and goes through all items in order. It takes a segment of
-// rows at a time, and packs dy (and x, unless it is fp32 and there are few taps) into a small buffer that all taps
-// read. A row of dy whose shifted x does not exist is left out or multiplied by zeros. In bf16 a step multiplies two
-// rows of dy, t and t + 1, by row r = t*s + k*d - p of x and row r + s. Each row of x is therefore packed together with
-// the row s after it.
+// rows at a time, and packs dy into a small buffer that all taps read. It packs x too, except in the direct algorithm
+// in fp32 with few taps. A row of dy whose shifted x does not exist is left out or multiplied by zeros. In bf16 a step
+// multiplies two rows of dy, t and t + 1, by row r = t*s + k*d - p of x and row r + s. Each row of x is therefore
+// packed together with the row s after it.
 
 #include "../conv1d_fir.h"
 #include "../conv1d_rows.h"

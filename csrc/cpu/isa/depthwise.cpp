@@ -2,8 +2,8 @@
 //
 // A task first copies the rows that it reads into scratch, in fp32, with zeros for padding. Without the copy,
 // neighbouring rows of a wide activation would fall into the same few sets of the L1 cache, and 16-bit rows would be
-// converted once per tap. Then kDepthwiseRows outputs share each load of a tap's weights, so multiplications, not
-// loads, limit the loop. Taps at which all of these outputs read zeros are left out.
+// converted once per tap. Then kDepthwiseRows outputs share each load of a tap's weights, so there is about one load
+// per multiplication and not two. Taps at which all of these outputs read zeros are left out.
 #include "../depthwise.h"
 
 #include "../vec.h"

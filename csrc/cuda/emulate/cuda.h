@@ -47,10 +47,10 @@ int emulated_resident();
 void emulated_early(bool may);
 
 // Registers global memory that asynchronous copies may read. As long as none is registered, they may read any address.
-// Null forgets all.
+// If `from` is null, forgets all registered memory.
 void emulated_memory(const void* from, size_t bytes);
 
-// Counts `bytes` that are moved at once. Fails if the address is not a multiple of them.
+// Counts `bytes` that one access moves. Fails if the address is not a multiple of `bytes`.
 void emulated_access(const char* what, const void* at, size_t bytes);
 
 // Runs `body`. Returns null, or the message of its exception, which is valid until the next call.
@@ -85,7 +85,7 @@ extern "C" {
 // Sets `resident` (see above) and the seed of later launches. With a seed other than 0, warps and lanes run in a random
 // order drawn from it and are interrupted, so that other interleavings are tested.
 void jf_emulation(int resident, uint64_t seed);
-// Registers memory that the launch that precedes an early launch may write or read. Null forgets all.
+// Registers memory that the launch before an early launch may write or read. If `at` is null, forgets all of it.
 void jf_emulation_depends(void* at, int64_t bytes);
 // Returns how often the instruction of this name ran in the last launch. A warp-wide instruction counts once per warp.
 // For "load" and "store" (common.cuh), returns the bytes instead.

@@ -320,7 +320,7 @@ void clean_up(bool failed) {
   for (auto& fiber : pool) {
     SanitizerFiber& its = fiber->sanitizer;
     if (!failed || !its.thread) continue;
-    // After an error no fiber of the pool continues. If one was stopped while an Unseen was alive, that is ended here.
+    // After an error no fiber of the pool continues. An Unseen that was alive when its fiber stopped is ended here.
     void* me = __tsan_get_current_fiber();
     __tsan_switch_to_fiber(its.thread, __tsan_switch_to_fiber_no_sync);
     for (; its.unseen; --its.unseen) Unseen::end();

@@ -134,7 +134,8 @@ void check_clean(Cta& cta, uint32_t at, uint32_t bytes, const char* instruction)
 void check_global(const void* from, size_t bytes, const char* instruction);
 void start_memory(Cta& cta, uint32_t shared);
 void end_memory(Cta& cta);
-bool complete_bulk(uint64_t now, bool oldest);  // completes copies that are due; returns whether there were any
+// Completes the copies that are due, and the oldest copy if `oldest` is set. Returns whether it completed any.
+bool complete_bulk(uint64_t now, bool oldest);
 void forget_bulk();
 void thread_ends(Fiber& fiber);
 std::string describe(const Fiber& fiber);

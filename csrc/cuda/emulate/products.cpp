@@ -1,5 +1,5 @@
-// ldmatrix, mma.sync and wgmma, with the layouts of fragments and matrices from the PTX ISA. Sums are in fp32, in the
-// order of increasing k.
+// ldmatrix, mma.sync, shuffles and wgmma, with the layouts of fragments and matrices from the PTX ISA. Sums are in
+// fp32, in the order of increasing k.
 #include <algorithm>
 
 #include "engine.h"

@@ -1,4 +1,4 @@
-// Host functions with the names of the wrappers in ptx.cuh, written from the PTX ISA. They call those of twins.h.
+// Host functions with the names of the wrappers in ptx.cuh, written from the PTX ISA. They call functions of twins.h.
 #pragma once
 
 #include "cuda.h"
