@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(Args<T> a) {
 #pragma unroll
         for (int i = 0; i < V; ++i) {
           const float g = wide(dz[k][i]) * a.scale;
-          const bool passes = open >> i & 1;  // select instead of multiplying: where this is false, g may be a NaN
+          const bool passes = open >> i & 1;  // select, do not multiply: g may be a NaN where this is false
           sum_g[i] += passes ? g : 0.f;
           sum_gy[i] += passes ? g * (wide(y[k][i]) - mean[i]) : 0.f;
         }

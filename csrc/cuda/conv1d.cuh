@@ -20,8 +20,8 @@ constexpr int kOut = 128;                            // output channels of a til
 constexpr int kSlab = 32;                            // frames that the epilogue handles at a time
 
 enum Mode : int { kPlain = 0, kStats = 1, kNorm = 2, kLogSoftmax = 3 };
-// Whether the kernel serves inference. In inference a launch may begin before the previous one has ended, so the kernel
-// must wait for it.
+// Whether the kernel serves inference. In inference a launch may begin before the previous one has ended, so its kernel
+// must wait for the end of the previous one.
 template <int MODE, bool TRANSPOSED>
 constexpr bool kChained = !TRANSPOSED && (MODE == kPlain || MODE == kLogSoftmax);
 // How activations are read: in cells of 16 bytes, in single elements of T, or in single fp32 elements.

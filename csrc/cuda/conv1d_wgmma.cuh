@@ -28,7 +28,7 @@ struct WgmmaLayout {
 };
 
 // A ring of `count` buffers, each with one mbarrier for "full" and one for "empty". `slot` is the next buffer. `phase`
-// is the parity of the number of times that the ring has been gone round.
+// changes between 0 and 1 each time `slot` returns to 0.
 struct Ring {
   uint32_t barriers;
   int count, slot = 0, phase = 0;

@@ -23,7 +23,8 @@ const char* launch(void (*kernel)(Args), int grid, void* stream, const Args& a) 
 
 #define JF_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Returns the size in bytes of the struct of arguments. The struct in kernels/novograd/cuda_launch.py must have it too.
+// Returns the size in bytes of the struct of arguments. The struct in kernels/novograd/cuda_launch.py must have the
+// same size.
 JF_EXPORT int jf_novograd_size() { return sizeof(Args); }
 
 JF_EXPORT const char* jf_novograd_squares(void* stream, int grid, const Args* a) {

@@ -174,8 +174,8 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
 // wgmma of threads that synchronise with it afterwards.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Copies `bytes`, a multiple of 16, from global to shared memory, both aligned to 16 bytes. Its completion is counted
-// on `barrier`.
+// Copies `bytes`, a multiple of 16, from global to shared memory, both aligned to 16 bytes. `barrier` counts
+// the bytes when they have been copied.
 __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
