@@ -1,10 +1,14 @@
 """LogMelFeatures against the features of NVIDIA's Jasper and of NeMo; SpecAugment and SpecCutout."""
 
+import inspect
+import math
+import textwrap
 from functools import partial
 
 import pytest
 import torch
 from conftest import GOLDEN
+from torch.nn import functional as F
 
 from jasper_fast.speech import augment
 from jasper_fast.speech.augment import SpecAugment, SpecCutout
@@ -19,11 +23,21 @@ def noise(*shape, seed=0):
 
 def naive(audio, samples):
     """Computes the features of one utterance in fp64, with zeros after the audio."""
-    x = torch.nn.functional.pad(audio[:samples].double(), (0, 1600))
+    x = F.pad(audio[:samples].double(), (0, 1600))
     x = torch.cat([x[:1], x[1:] - 0.97 * x[:-1]])
     power = torch.stft(x, 512, 160, 320, WINDOW, return_complex=True).abs() ** 2
     y = torch.log(mel_filterbank().double() @ power + 1e-20)[:, : -(-samples // 160)]
     return (y - y.mean(1, keepdim=True)) / (y.std(1, keepdim=True) + 1e-5)
+
+
+@pytest.mark.parametrize("samples", [161, 255, 257, 12345, 16000, 16001])
+def test_the_lines_in_the_docstring_give_the_features(samples):
+    audio = noise(1, samples)
+    code = inspect.cleandoc(LogMelFeatures.__doc__).split("Equivalent, ")[1].split("::\n\n")[1]
+    names = {"x": audio[0], "torch": torch, "F": F, "math": math, "mel_filterbank": mel_filterbank}
+    exec(textwrap.dedent(code), names)
+    features, (frames,) = LogMelFeatures(dither=0)(audio, torch.tensor([samples]))
+    torch.testing.assert_close(features[0, :, :frames], names["y"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("batch_invariant", [True, False])

@@ -295,6 +295,63 @@ def test_a_block_of_separable_and_ordinary_convs_is_fused_but_no_engine_runs_its
     torch.testing.assert_close(call(fused, features()), call(plain, features()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("which", KINDS)
+def test_lengths_beyond_the_frames_and_below_zero(which):
+    """They mask all frames or none, as in the model itself, with an engine and without."""
+    lengths = torch.tensor([70, 40, -3])
+    plain, fused = twins(which)
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            (want, want_lengths), (got, got_lengths) = plain(features(), lengths), fused(features(), lengths)
+        assert torch.equal(got_lengths, want_lengths)
+        torch.testing.assert_close(got[:2, :20], want[:2, :20], rtol=1e-4, atol=1e-5)
+    plain, fused = build(which).train(), build(which).train()
+    fuse(fused)
+    fused(features(), lengths)
+    plain(features(), lengths)
+    torch.testing.assert_close(dict(fused.named_buffers()), dict(plain.named_buffers()), rtol=1e-4, atol=1e-5)
+
+
+def test_utterances_shorter_than_an_unpadded_conv():
+    blocks_ = []
+    for _ in range(2):
+        one = layers(build("nvidia", "none").eval())[3]
+        one.conv[0].padding = (0,)
+        blocks_.append(one)
+    fuse(blocks_[1])
+    (want, want_lengths), (got, got_lengths) = (b([torch.ones(3, 24, 61)], torch.tensor([61, 40, 2])) for b in blocks_)
+    assert torch.equal(got_lengths, want_lengths) and want_lengths[2] < 0
+    torch.testing.assert_close(got[0][0], want[0][0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("which", KINDS)
+def test_torch_export(which):
+    """NVIDIA's and NeMo's blocks share one ReLU, for which torch.export puts a subclass in its place."""
+    plain, fused = twins(which)
+    exported = torch.export.export(fused, (features(), LENGTHS)).module()
+    torch.testing.assert_close(call(exported, features()), call(plain, features()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("undo", [fuse, unfuse])
+def test_a_class_derived_from_the_fused_one(undo):
+    """fully_shard (FSDP2) replaces a block's class by a subclass of itself and of FSDPModule."""
+
+    class FSDPModule:
+        pass
+
+    model = build("nvidia").eval()
+    want = call(model, features())
+    fuse(model)
+    for m in layers(model):
+        m.__class__ = type("FSDPJasperBlock", (FSDPModule, type(m)), {"own": True})
+    with pytest.raises(RuntimeError, match=r"its class is FSDPJasperBlock.*fuse\(model\) again"):
+        call(model, features())
+    report = undo(model)
+    assert torch.equal(call(model, features()), want)
+    assert report is None or not report.fused
+    assert all(type(m).__mro__[1:3] == (FSDPModule, nvidia.JasperBlock) and m.own for m in layers(model))
+
+
 @pytest.mark.parametrize("kind", ["dense", "plain"])
 def test_outputs_that_the_residual_does_not_take_are_refused(kind):
     block = layers(build("nvidia", kind))[1]

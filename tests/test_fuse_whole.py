@@ -306,8 +306,9 @@ def saved(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("which", KINDS)
 def test_copies_are_fused_and_independent(which, copied, runs):
     """A copy has weights and an engine of its own. It gives the original's results, on its engine and block by
-    block."""
+    block. A report that is kept in the model is copied with it."""
     plain, model = twins(which)
+    model.report = fuse(model)
     want, by_blocks = evaluate(model), call(model, features())
     other = copied(model)
     assert type(layers(other)[0]) is type(layers(model)[0])
@@ -315,10 +316,12 @@ def test_copies_are_fused_and_independent(which, copied, runs):
         assert torch.equal(evaluate(other), want) and torch.equal(call(other, features()), by_blocks)
         with torch.no_grad():
             next(model.parameters()).zero_()
-    assert runs[0] is not runs[1]
+    assert runs[0] is not runs[1] and other.report == model.report
+    other.report.refresh()
+    assert torch.equal(evaluate(other), want) and runs[-1] is not runs[1]
     unfuse(other)
     torch.testing.assert_close(evaluate(other), want, **CLOSE)
-    assert len(runs) == 3 and [type(m) for m in other.modules()] == [type(m) for m in plain.modules()]
+    assert len(runs) == 4 and [type(m) for m in other.modules()] == [type(m) for m in plain.modules()]
 
 
 def test_inference_mode_and_after_it(runs):

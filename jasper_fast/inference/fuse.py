@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from jasper_fast.inference.engine import EncoderEngine
 from jasper_fast.nn.architecture import block_shapes, out_lengths
 from jasper_fast.nn.config import BlockConfig, ConfigError, EncoderConfig, refuse
-from jasper_fast.nn.fuse import ENCODER, STATE, Before, FusedBlock, Report, become, counts, survey
+from jasper_fast.nn.fuse import ENCODER, STATE, Before, FusedBlock, Report, become, counts, own_class, survey
 from jasper_fast.nn.packs import Packs
 from jasper_fast.nn.recognise import Parts, Unfit, captures, parts
 from jasper_fast.nn.shared import Shared, sharing
@@ -378,5 +378,5 @@ def unfuse(model: nn.Module) -> None:
     """Restores the original forward of every block and encoder in `model` that `fuse` changed."""
     for module in model.modules():
         if isinstance(module, Before):
-            module.__class__ = type(module).__bases__[1]
+            module.__class__ = own_class(type(module))
             del vars(module)[STATE]

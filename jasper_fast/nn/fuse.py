@@ -38,6 +38,13 @@ class Report:
     left: list[tuple[str, str]] = field(default_factory=list)
     _wholes: list[weakref.ref] = field(default_factory=list, repr=False, compare=False)  # `refresh` drops their engines
 
+    # A model may keep its report: the report of a copy or a pickle of the model is about the copy.
+    def __getstate__(self) -> dict[str, list]:
+        return vars(self) | {"_wholes": [whole for ref in self._wholes if (whole := ref()) is not None]}
+
+    def __setstate__(self, state: dict[str, list]) -> None:
+        vars(self).update(state, _wholes=[*map(weakref.ref, state["_wholes"])])
+
     def refresh(self) -> None:
         """Makes the encoders in `whole` fold their weights again at their next evaluation.
 
@@ -121,6 +128,15 @@ def _fused_class(kind: type[Before], own: type) -> type:
     return type(own.__name__, (kind, own), names)
 
 
+def own_class(kind: type) -> type:
+    """Returns `kind`, a fused class, without what `become` added. A class that was derived from a fused class, as by
+    `fully_shard`, is derived anew from the module's own class."""
+    if issubclass(kind.__bases__[0], Before):
+        return kind.__bases__[1]
+    names = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return type(kind.__name__, tuple(own_class(b) if issubclass(b, Before) else b for b in kind.__bases__), names)
+
+
 def _new(kind: type[Before], own: type) -> nn.Module:
     """Makes an instance of the fused class without calling `__init__`; copy and pickle fill it."""
     made = _fused_class(kind, own)
@@ -138,9 +154,8 @@ def _run(
     sources = [known.ready(x, steps[0], _clean) if known else _clean(x, steps[0]) for x in sources]
     read = sources if found.panes else []
     grams = [known and known.gram(found, pane, x, backend) for pane, x in enumerate(read)]  # None: plain panes
-    device = found.sub_blocks[0].conv.weight.device
-    on_device = [None if count is None else count.to(device, torch.int64) for count in steps]
-    out = Pass(found.sub_blocks, found.panes, on_device, None, backend, packs)(sources[-1], read, grams)
+    frames = _within(found, steps, sources[-1].shape[2])
+    out = Pass(found.sub_blocks, found.panes, frames, None, backend, packs)(sources[-1], read, grams)
     count_batch([sub.bn for sub in found.sub_blocks] + [bn for _, bn in found.panes])
     if steps[-1] is not None and not torch.compiler.is_compiling() and not out.is_inference():
         out._jasper_fast_zero = (steps[-1], out._version)  # so that the next block need not mask `out`
@@ -156,12 +171,27 @@ def counts(found: Parts, lengths: Tensor | None) -> tuple[list[Tensor | None], T
     return steps, lengths if found.keeps_lengths and not found.masked else steps[-1]
 
 
-def _frames(conv: nn.Conv1d, lengths: Tensor | None) -> Tensor | None:
+def _within(found: Parts, steps: list[Tensor | None], t: int) -> list[Tensor | None]:
+    """Returns `steps` on the device of the weights, clamped to the frames that exist. The input has `t` frames."""
+    if steps[0] is None:
+        return steps
+    device = found.sub_blocks[0].conv.weight.device
+    clamped = [steps[0].to(device, torch.int64).clamp(0, t)]
+    for sub, before, count in zip(found.sub_blocks, steps, steps[1:], strict=False):
+        if count is before:
+            clamped.append(clamped[-1])
+        else:
+            t = _frames(sub.in_time, t)
+            clamped.append(count.to(device, torch.int64).clamp(0, t))
+    return clamped
+
+
+def _frames(conv: nn.Conv1d, lengths: Tensor | int | None) -> Tensor | int | None:
     """Returns the frames of the conv's output; `lengths` itself if they do not change."""
     (k,), (s,), (d,), (p,) = conv.kernel_size, conv.stride, conv.dilation, conv.padding
     if lengths is None or (s == 1 and 2 * p == d * (k - 1)):
         return lengths
-    return torch.div(lengths + (2 * p - d * (k - 1) - 1), s, rounding_mode="floor") + 1
+    return (lengths + (2 * p - d * (k - 1) - 1)) // s + 1
 
 
 def _clean(x: Tensor, lengths: Tensor | None) -> Tensor:

@@ -163,11 +163,11 @@ def _sub_block(group: list[nn.Module]) -> tuple[nn.Module | float, ...]:
     )
     norm, *rest = rest
     _check_norm(norm)
-    activation, *after = [type(m) for m in rest] or [None]
+    names, computes = [type(m).__name__ for m in rest], [type(m).forward for m in rest]
     refuse(
         Unfit,
-        (activation is not nn.ReLU, f"the activation is {activation.__name__ if rest else 'missing'}, not ReLU"),
-        (after not in ([], [nn.Dropout]), f"after its activation comes {', '.join(m.__name__ for m in after)}"),
+        (computes[:1] != [nn.ReLU.forward], f"the activation is {names[0] if rest else 'missing'}, not ReLU"),
+        (computes[1:] not in ([], [nn.Dropout.forward]), f"after its activation comes {', '.join(names[1:])}"),
     )
     return *taps, conv, norm, sum(dropout.p for dropout in rest[1:] if dropout.training)
 

@@ -100,11 +100,13 @@ class LogMelFeatures(nn.Module):
     and without gradient, and does not synchronise with the device. Windows are in seconds, frequencies in Hz. Raises
     ValueError for a bad argument.
 
-    Equivalent, for one utterance without dither::
+    Equivalent, for one utterance ``x`` of more than 160 samples without dither::
 
+        frames = math.ceil(len(x) / 160)
+        x = F.pad(x, (0, max(frames * 160, 257) - len(x)))
         x = torch.cat([x[:1], x[1:] - 0.97 * x[:-1]])
         power = torch.stft(x, 512, 160, 320, torch.hann_window(320, periodic=False), return_complex=True).abs() ** 2
-        y = torch.log(mel_filterbank() @ power + 1e-20)[:, : math.ceil(len(x) / 160)]
+        y = torch.log(mel_filterbank() @ power + 1e-20)[:, :frames]
         y = (y - y.mean(1, keepdim=True)) / (y.std(1, keepdim=True) + 1e-5)
     """
 
