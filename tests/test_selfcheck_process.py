@@ -1,6 +1,7 @@
 """The self-check's child process: a kernel that makes it crash or hang is named. The command prints and saves the
 results."""
 
+import gc
 import json
 import os
 import signal
@@ -240,6 +241,12 @@ def test_what_kernels_print_is_no_part_of_the_protocol():
 def test_a_process_that_does_not_start_is_no_verdict_on_a_kernel():
     with pytest.raises(probe.CannotCheck, match="ended with status 3 outside any check: what a pity"):
         run("import sys; print('what a pity', file=sys.stderr); sys.exit(3)")
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_pipe_from_a_process_is_closed():
+    children.talk([sys.executable, "-c", ""], {}, lambda *_: False, 60.0)
+    gc.collect()
 
 
 def test_a_process_that_does_not_read_its_task_is_silent(monkeypatch):

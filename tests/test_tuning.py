@@ -30,7 +30,7 @@ from standins import (  # noqa: F401
 from jasper_fast import InferenceEngine, Jasper
 from jasper_fast.cli.command import main
 from jasper_fast.dispatch import backends, children, choose, tuned
-from jasper_fast.kernels import tables
+from jasper_fast.kernels import files, tables
 from jasper_fast.kernels.tables import Cell
 from jasper_fast.nn.cells import cells, convs
 from jasper_fast.tuning import work
@@ -127,6 +127,12 @@ def test_a_contender_that_ends_its_process_is_remembered_and_the_others_go_on(tu
     assert kept() == {cell: {"triton": 2e-3, "aten": 1.5e-3} for cell in CELLS[:2]}
     tune(tuning, CELLS[:1])
     assert tuning.sessions[3:] == [1], "the contender is not tried again, not even by a new process"
+
+
+def test_a_contender_that_ends_its_process_is_not_tried_again_where_no_note_of_it_can_be_saved(tuning, monkeypatch):
+    fail(tuning, monkeypatch, Died(77))
+    monkeypatch.setattr(files, "write", raising(OSError("read-only")))
+    assert set(tune(tuning, CELLS[:1]).done) == set(CELLS[:1]) and tuning.sessions == [1, 1]
 
 
 def test_what_is_killed_from_outside_blames_nobody(tuning, monkeypatch):

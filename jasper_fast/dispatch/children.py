@@ -94,8 +94,9 @@ def _lines(stream: IO[str], start: float, each: float) -> Iterator[tuple[str, An
     lines: queue.Queue[str | None] = queue.Queue()
 
     def pump() -> None:
-        for line in stream:
-            lines.put(line)
+        with stream:
+            for line in stream:
+                lines.put(line)
         lines.put(None)
 
     threading.Thread(target=pump, daemon=True).start()

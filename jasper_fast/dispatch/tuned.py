@@ -101,11 +101,9 @@ def _faults(device: torch.device) -> dict[str, list[str]]:
         return {}
 
 
-def _keep_fault(device: torch.device, cell: Cell, contender: str) -> None:
-    found = _faults(device)
-    found.setdefault(" ".join(map(str, cell)), []).append(contender)
+def _keep_faults(device: torch.device, faults: dict[str, list[str]]) -> None:
     with contextlib.suppress(OSError):  # keep() reports a folder that cannot be written
-        files.write(path(device).with_suffix(".faults"), json.dumps(found, indent=1))
+        files.write(path(device).with_suffix(".faults"), json.dumps(faults, indent=1))
 
 
 def rows(index: int) -> Sequence[Row]:
@@ -146,7 +144,7 @@ def tune(
     activity)` is called at each message of the child but the last. Raises CannotTune if a child ends outside any
     measurement, or by a signal from outside.
     """
-    session, end = Session(list(dict.fromkeys(cells))), clock() + budget
+    session, end, faults = Session(list(dict.fromkeys(cells))), clock() + budget, _faults(device)
     while True:
         todo = [cell for cell in session.cells if cell not in session.done]
         left = end - clock()
@@ -170,14 +168,16 @@ def tune(
                 on_cell(session, value)
             return kind == "end"
 
-        wanted = {"device": str(device), "cells": todo, "budget": left, "without": _faults(device), "seconds": seconds}
+        wanted = {"device": str(device), "cells": todo, "budget": left, "without": faults, "seconds": seconds}
         ended = children.talk(COMMAND, wanted, hear, min(CONTENDER, left + GRACE))
         if ended.told or clock() >= end:
             session.out_of_time = len(session.done) < len(session.cells)
             return session
         if current is None or ended.from_outside:
             raise CannotTune(f"the tuning process {ended.how}{ended.last}")
-        _keep_fault(device, *current)
+        cell, contender = current
+        faults.setdefault(" ".join(map(str, cell)), []).append(contender)
+        _keep_faults(device, faults)
 
 
 # ------------------------------------------------------------------------------------------------------- first use
