@@ -15,7 +15,6 @@ others wait and read its results.
 import contextlib
 import datetime
 import functools
-import hashlib
 import json
 import os
 import sys
@@ -50,9 +49,8 @@ class CannotTune(RuntimeError):
 
 def path(device: torch.device) -> Path:
     """Returns the path of the file with the rows that were tuned for `device`."""
-    key = verdicts.key(device)
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return files.cache() / "tuned" / f"{tables.slug(key['device'])}-{digest}.json"
+    gpu = tables.slug(verdicts.key(device)["device"])
+    return files.cache() / "tuned" / f"{gpu}-{verdicts.key_hash(device, 16)}.json"
 
 
 def read(device: torch.device) -> tuple[Row, ...]:

@@ -87,10 +87,14 @@ def _version(package: str) -> str:
         return "none"
 
 
+def key_hash(device: torch.device, digits: int) -> str:
+    """Returns a hash of `key(device)`, by which files in the cache are named."""
+    return hashlib.sha256(json.dumps(key(device), sort_keys=True).encode()).hexdigest()[:digits]
+
+
 def path(device: torch.device) -> Path:
     """Returns the path of the file with the verdicts for `device`."""
-    text = json.dumps(key(device), sort_keys=True)
-    return files.cache() / "verdicts" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+    return files.cache() / "verdicts" / f"{key_hash(device, 24)}.json"
 
 
 def read(device: torch.device) -> dict[tuple[str, str, str], Verdict]:

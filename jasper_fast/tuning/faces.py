@@ -43,7 +43,7 @@ class Proposal:
 
 
 def triton(cell: Cell, device: torch.device) -> list[Proposal]:
-    """The Triton face, with its default tile and the tiles that arithmetic ranks best. All fit the shared memory."""
+    """Proposes the Triton face with its default tile and with the tiles that arithmetic ranks best, if they fit."""
     if backends.why_missing("triton", device) is not None:
         return []
     from jasper_fast.kernels.conv1d import triton_tiles
@@ -58,19 +58,19 @@ def triton(cell: Cell, device: torch.device) -> list[Proposal]:
 
 
 def cuda(cell: Cell, device: torch.device) -> list[Proposal]:
-    """The CUDA face, which plans its own tiles."""
+    """Proposes the CUDA face, which plans its own tiles."""
     if backends.why_missing("cuda", device) is not None:
         return []
     return [Proposal("cuda")] if cuda_launch.takes(device, DTYPES[cell.dtype], cell[2:7]) else []
 
 
 def aten(cell: Cell, device: torch.device) -> list[Proposal]:
-    """PyTorch's conv in channels-last memory; on a GPU that is cuDNN."""
+    """Proposes PyTorch's conv in channels-last memory; on a GPU that is cuDNN."""
     return [Proposal("aten", "library")]
 
 
 def norm(cell: Cell, device: torch.device) -> list[Proposal]:
-    """The CUDA face, the Triton face and plain PyTorch. Each chooses its own tile."""
+    """Proposes the CUDA face, the Triton face and plain PyTorch. Each chooses its own tile."""
     ours = [Proposal(face) for face in ("cuda", "triton") if backends.why_missing(face, device) is None]
     return [*ours, Proposal("reference", "library")]
 
