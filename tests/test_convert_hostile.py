@@ -46,6 +46,12 @@ def test_the_command(tmp_path, own, capsys):
         assert not missing.exists()
         (tmp_path / "kept").rename(missing)
     assert run(capsys, *argv, "--force")[0] == 0
+    new, beside = tmp_path / "new.pt", tmp_path / "folder" / ".." / "new.pt"
+    for option in ("--config-out", "--report"):
+        status, _, errors = run(capsys, own, new, "--to", "nvidia", option, beside, "--force")
+        assert status == 2 and "each file to write needs its own name" in errors and not new.exists()
+    status, _, errors = run(capsys, own, tmp_path, "--to", "nvidia", "--force")
+    assert status == 2 and "is a folder; choose the name of a file" in errors
     before = out.read_bytes()
     assert run(capsys, out, out, "--to", "jasper_fast", "--config", settings, "--force")[0] == 0
     assert out.read_bytes() != before and read_weights(out).kind == "jasper_fast"

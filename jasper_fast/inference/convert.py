@@ -101,8 +101,13 @@ def convert(
 
 
 def refuse_existing(force: bool, *paths: str | Path) -> None:
-    """Raises ConvertError if one of the files exists and `force` is false."""
+    """Raises ConvertError if one of the files exists and `force` is false, if one is a folder, and if two are the same
+    file."""
+    if len({Path(path).resolve() for path in paths}) < len(paths):
+        raise ConvertError(f"each file to write needs its own name, got {', '.join(map(str, paths))}")
     for path in paths:
+        if Path(path).is_dir():
+            raise ConvertError(f"{path} is a folder; choose the name of a file")
         if Path(path).exists() and not force:
             raise ConvertError(f"{path} exists; choose another name, or add --force to replace it")
 

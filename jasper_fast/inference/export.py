@@ -105,7 +105,8 @@ def example(model: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def program(model: nn.Module) -> torch.export.ExportedProgram:
-    """Returns the plain graph of `model` from `torch.export`: only ATen's operations, for any N and T.
+    """Returns the plain graph of `model` from `torch.export`: only ATen's operations, for any N, and for any T of which
+    the model makes at least two frames. (The tracer takes a single frame for a constant.)
 
     Save it with `torch.export.save`. It can be loaded without this package.
     """
