@@ -312,6 +312,14 @@ def test_lengths_beyond_the_frames_and_below_zero(which):
     torch.testing.assert_close(dict(fused.named_buffers()), dict(plain.named_buffers()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("which", ["nvidia", "nemo"])
+def test_masks_without_lengths_are_refused(which):
+    model = build(which)
+    fuse(model)
+    with pytest.raises(ValueError, match="needs the lengths"):
+        model(features(), None)
+
+
 def test_utterances_shorter_than_an_unpadded_conv():
     blocks_ = []
     for _ in range(2):

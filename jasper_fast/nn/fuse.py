@@ -147,6 +147,8 @@ def _run(
     found: Parts, backend: str, packs: Packs, xs: list[Tensor], lengths: Tensor | None, known: Shared | None
 ) -> tuple[list[Tensor], Tensor | None]:
     """Returns the outputs and lengths that the original block returns for block outputs `xs` and `lengths` (N,)."""
+    if found.masked and lengths is None and not found.takes_last:  # an EagerBlock masks only if it is given lengths
+        raise ValueError("the convs of this block zero the padding of their inputs, so it needs the lengths")
     steps, passed = counts(found, lengths)
     sources = xs if found.dense else xs[-1:]
     if found.panes and (len(sources) != len(found.panes) or (len(xs) > len(sources) and not found.takes_last)):
