@@ -271,6 +271,21 @@ def test_a_committed_table_needs_no_tuning_and_a_users_lies_over_it(tuning, put_
     assert (conv_face(), conv_face(ops=("conv1d.wgrad",))) == ("triton", "aten")
 
 
+def test_of_two_threads_at_the_same_moment_one_tunes(tuning, monkeypatch):
+    with tuned.not_now():
+        assert conv_face() == "triton", "by estimates"
+    good = tuned.good_moment
+
+    def other_thread_comes_first(device):
+        monkeypatch.setattr(tuned, "good_moment", good)
+        tuned.catch_up(device)
+        return True
+
+    monkeypatch.setattr(tuned, "good_moment", other_thread_comes_first)
+    tuned.catch_up(GPU)
+    assert tuning.sessions == [1]
+
+
 def test_nothing_is_tuned_in_a_capture_and_all_at_the_next_good_moment(tuning, monkeypatch):
     capturing = [True]
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: capturing[0], raising=False)

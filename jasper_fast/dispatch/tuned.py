@@ -249,8 +249,9 @@ def catch_up(device: torch.device) -> None:
     if not _waiting:  # the cheapest test comes first, because this runs at each choice of "auto"
         return
     device = indexed(device)
-    if _waiting.get(device) and enabled() and good_moment(device):
-        _first_use(device, _waiting.pop(device))
+    # `pop` itself decides which of several threads tunes.
+    if device in _waiting and enabled() and good_moment(device) and (wanted := _waiting.pop(device, None)):
+        _first_use(device, wanted)
 
 
 def indexed(device: torch.device) -> torch.device:

@@ -106,9 +106,9 @@ def conv1d(
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
     """Convolves `x` (N, C_in, T) with `weight` (C_out, C_in, K). Returns y (N, C_out, T') in NTC memory.
 
-    `x` must be zero at t >= `lengths` (N,), as bn_relu_dropout leaves it. Kernels skip those frames, and the gradient
-    of `x` is undefined there. Under autocast `x` is cast to autocast's dtype. The weight is cast inside, and its
-    gradient has the dtype of the weight.
+    `x` must be zero at t >= `lengths` (N,), as bn_relu_dropout leaves it. Lengths must not exceed T. Kernels skip the
+    frames beyond them, and the gradient of `x` is undefined there. Under autocast `x` is cast to autocast's dtype. The
+    weight is cast inside, and its gradient has the dtype of the weight.
 
     With `stats` the result is (y, (mean, M2)), for `bn_relu_dropout` and `sub_block`. mean and M2 are (C_out,) in fp32
     (fp64 for fp64 input), over all N*T' rows, and have no gradient. `packed` is either `weight` packed by the Triton

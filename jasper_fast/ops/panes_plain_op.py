@@ -146,9 +146,9 @@ def panes_plain(
     """Returns the sum of a block's panes in training, pane by pane: the result of `panes`, without Gram matrices.
 
     The result is (sum (N, C_out, T), means, unbiased variances (P, C_out)). `backend` chooses the face of the
-    batch norm statistics. With `group` these are over the rows of all its ranks. `lengths` (N,): the xs are zero at t
-    >= lengths; kernels skip those frames, and the gradient of the xs is undefined there. The other arguments, the
-    errors and the equivalent PyTorch are those of `panes`.
+    batch norm statistics. With `group` these are over the rows of all its ranks. The xs must be zero at t >= `lengths`
+    (N,), which must not exceed T. Kernels skip the frames beyond them, and the gradient of the xs is undefined there.
+    The other arguments, the errors and the equivalent PyTorch are those of `panes`.
     """
     wide, name = wide_dtype(xs[0]), sync.name(group)
     check_panes(xs, weights, gammas, betas, bool(name))
