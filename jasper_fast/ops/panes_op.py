@@ -254,8 +254,10 @@ def check_panes(
     check_rows(xs[0], synced)
     (n, _, t), c_out = xs[0].shape, weights[0].shape[0]
     for x, weight, gamma, beta in zip(xs, weights, gammas, betas, strict=True):
-        found, c = [tuple(of.shape) for of in (x, weight, gamma, beta)], x.shape[1]
-        if found != (wanted := [(n, c, t), (c_out, c, 1), (c_out,), (c_out,)]):
+        found = x.shape, weight.shape, gamma.shape, beta.shape
+        c = found[0][1]
+        if found != (wanted := ((n, c, t), (c_out, c, 1), (c_out,), (c_out,))):
+            found = tuple(map(tuple, found))
             raise ValueError(f"x, weight, gamma and beta of a pane must have the shapes {wanted}, got {found}")
 
 
