@@ -75,6 +75,9 @@ const int64_t* lengths_of(const std::optional<Tensor>& lengths, const char* name
 void check_geometry(int64_t t_in, int64_t t_out, int64_t taps, int64_t stride, int64_t dilation, int64_t padding) {
   STD_TORCH_CHECK(taps >= 1 && stride >= 1 && dilation >= 1 && padding >= 0, "conv1d: K, stride and dilation must be ",
                   ">= 1 and padding >= 0, got ", taps, ", ", stride, ", ", dilation, ", ", padding);
+  STD_TORCH_CHECK(std::max({taps, stride, dilation, padding}) <= kMostReach && dilation * (taps - 1) <= kMostReach,
+                  "conv1d: K, stride, dilation, padding and dilation * (K - 1) must be below 2^31, got K = ", taps,
+                  ", stride = ", stride, ", dilation = ", dilation, ", padding = ", padding);
   const int64_t reach = t_in + 2 * padding - dilation * (taps - 1) - 1;
   const int64_t expected = reach >= 0 ? reach / stride + 1 : 0;
   STD_TORCH_CHECK(t_out == expected, "conv1d: the output must have ", expected, " frames, got ", t_out);
@@ -85,6 +88,9 @@ bool conv1d_has_bf16() { return JF_DISPATCH(conv1d_has_bf16)(); }
 // Size of the packed weights, in elements of their dtype.
 int64_t conv1d_packed_size(int64_t c_out, int64_t c_in, int64_t taps, bool transposed, int64_t fir_level, bool bf16) {
   STD_TORCH_CHECK(!bf16 || fir_level == 0, "conv1d: weights in bfloat16 are for fir_level 0, got ", fir_level);
+  STD_TORCH_CHECK(c_out >= 0 && c_in >= 0 && taps >= 1 && double(c_out) * c_in * taps < 1e15,
+                  "conv1d: C_out and C_in must be >= 0 and K >= 1, with less than 1e15 weights, got ", c_out, ", ",
+                  c_in, ", ", taps);
   const int64_t columns = JF_DISPATCH(conv1d_columns)();
   const int64_t outputs = transposed ? c_in : c_out, inputs = transposed ? c_out : c_in;
   const int64_t all_taps = conv1d_packed_taps(taps, checked_level(fir_level, taps, 1));
@@ -149,6 +155,8 @@ void conv1d_fwd(const Tensor& x, const Tensor& packed, int64_t c_out, int64_t ta
   const ConvRows out = rows_of(y, "y", args.bf16 && !bias.has_value());
   STD_TORCH_CHECK(y.size(0) == args.n && y.size(2) == c_out, "conv1d: y must be (", args.n, ", T_out, ", c_out,
                   "), got (", y.size(0), ", ", y.size(1), ", ", y.size(2), ")");
+  STD_TORCH_CHECK(!rows_overlap(args.n, out.stride_n, y.size(1), out.stride_t, c_out),
+                  "conv1d: rows of y share memory; pass a tensor that is not expanded");
   if (out.bf16) {
     args.rounded = static_cast<uint16_t*>(y.data_ptr());
   } else {
@@ -193,8 +201,10 @@ void conv1d_fwd(const Tensor& x, const Tensor& packed, int64_t c_out, int64_t ta
   const std::vector<ConvRowGroup> groups = row_groups(args);
   const int64_t blocks = div_up(c_out, JF_DISPATCH(conv1d_columns)());
   const int64_t n_groups = groups.size(), threads = torch::stable::get_num_threads();
-  int64_t blocks_per_task = blocks;
-  if (threads > 1) blocks_per_task = std::clamp<int64_t>(n_groups * blocks / (threads * kTasksPerThread), 1, blocks);
+  int64_t blocks_per_task = std::max<int64_t>(1, blocks);  // no channels, no blocks
+  if (threads > 1) {
+    blocks_per_task = std::clamp<int64_t>(n_groups * blocks / (threads * kTasksPerThread), 1, blocks_per_task);
+  }
   const int64_t ranges = div_up(blocks, blocks_per_task);
   const auto forward_task = JF_DISPATCH(conv1d_forward_task);
   // Neighbouring tasks share weights, so a large batch reads them from memory once.

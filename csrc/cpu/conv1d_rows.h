@@ -6,6 +6,7 @@
 
 #include <cstdlib>
 #include <memory>
+#include <stdexcept>
 #include <vector>
 
 #if defined(__clang__) || __GNUC__ >= 12
@@ -25,8 +26,9 @@ struct Scratch {  // working memory of a thread, which grows to the size that it
   std::vector<int64_t> tap_offsets;
   float* floats(int64_t n) {
     if (n > size) {
+      size = 0;
       memory.reset(static_cast<float*>(std::aligned_alloc(64, (n * sizeof(float) + 63) / 64 * 64)));
-      if (memory == nullptr) std::abort();  // an exception could not leave the parallel region
+      if (memory == nullptr) throw std::runtime_error("conv1d: not enough memory for this K, stride and dilation");
       size = n;
     }
     return memory.get();

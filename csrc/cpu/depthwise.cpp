@@ -50,9 +50,14 @@ DepthwiseRows rows_of(const Tensor& t, const char* name, const std::optional<Ten
           lengths_of(lengths, lengths_name, t.size(0), t.size(1))};
 }
 
-void check_geometry(int64_t taps, int64_t stride, int64_t dilation) {
+void check_geometry(int64_t taps, int64_t stride, int64_t dilation, int64_t padding, int64_t up) {
   STD_TORCH_CHECK(taps >= 1 && stride >= 1 && dilation >= 1, "depthwise: K, stride and dilation must be >= 1, got ",
                   taps, ", ", stride, ", ", dilation);
+  STD_TORCH_CHECK(std::max({taps, stride, dilation, padding, up}) <= kMostReach && padding >= -kMostReach &&
+                      dilation * (taps - 1) <= kMostReach,
+                  "depthwise: K, stride, dilation, up, dilation * (K - 1) and the size of padding must be below 2^31, ",
+                  "got K = ", taps, ", stride = ", stride, ", dilation = ", dilation, ", up = ", up, ", padding = ",
+                  padding);
 }
 
 void check_alike(const Tensor& x, const Tensor& y, const char* name) {
@@ -102,7 +107,9 @@ void depthwise_sum(const Tensor& x, const Tensor& packed, int64_t taps, int64_t 
   args.x = rows_of(x, "x", in_lengths, "in_lengths");
   args.y = rows_of(y, "y", out_lengths, "out_lengths");
   check_alike(x, y, "y");
-  check_geometry(taps, stride, dilation);
+  check_geometry(taps, stride, dilation, padding, up);
+  STD_TORCH_CHECK(!rows_overlap(x.size(0), args.y.stride_n, args.y.t, args.y.stride_t, x.size(2)),
+                  "depthwise: rows of y share memory; pass a tensor that is not expanded");
   STD_TORCH_CHECK(up >= 1 && (up == 1 || stride == 1), "depthwise: up must be 1, or >= 1 at stride 1, got ", up);
   args.n = x.size(0), args.c = x.size(2), args.taps = taps;
   args.stride = stride, args.dilation = dilation, args.padding = padding, args.up = up;
@@ -134,7 +141,7 @@ void depthwise_wgrad(const Tensor& x, const Tensor& dy, int64_t stride, int64_t 
                       dw.size(0) == x.size(2) && dw.size(1) == 1,
                   "depthwise: dw must be a contiguous float32 tensor (C, 1, K) on the CPU");
   const int64_t taps = dw.size(2);
-  check_geometry(taps, stride, dilation);
+  check_geometry(taps, stride, dilation, padding, 1);
   args.n = x.size(0), args.c = x.size(2), args.taps = taps;
   args.stride = stride, args.dilation = dilation, args.padding = padding;
   const int64_t blocks = div_up(args.c, kDepthwiseColumns), ranges = div_up(args.dy.t, kTaskRows);

@@ -64,11 +64,18 @@ struct Batch {
   int64_t length(int64_t item) const { return lengths == nullptr ? t : lengths[item]; }
 };
 
-Batch batch_of(const Tensors& xs, const Tensors& weights, const OptionalTensor& lengths, int64_t panes, int64_t rows) {
+Batch batch_of(const Tensors& xs, const Tensors& weights, const OptionalTensor& lengths, const PanesArgs& a) {
+  const int64_t panes = a.panes, rows = a.rows;
   STD_TORCH_CHECK(int64_t(xs.size()) == panes && int64_t(weights.size()) == panes, "panes (cpu): ", panes,
                   " panes want as many xs and weights, got ", xs.size(), " and ", weights.size());
   STD_TORCH_CHECK(xs[0].dim() == 3 && xs[0].size(0) * xs[0].size(1) == rows,
                   "panes (cpu): xs must be (N, T, C) with N*T = ", rows);
+  for (int64_t p = 0; p < panes; ++p) {
+    const Tensor &x = xs[p], &w = weights[p];
+    STD_TORCH_CHECK(x.dim() == 3 && x.size(2) > 0, "panes (cpu): xs[", p, "] must be (N, T, C) with C > 0");
+    STD_TORCH_CHECK(w.dim() == 3 && w.size(0) == a.c && w.size(1) == x.size(2) && w.size(2) == 1,
+                    "panes (cpu): weights[", p, "] must be (", a.c, ", ", x.size(2), ", 1)");
+  }
   const Batch batch{xs[0].size(0), xs[0].size(1), nullptr};
   if (!lengths.has_value()) return {1, rows, nullptr};
   STD_TORCH_CHECK(lengths->is_cpu() && lengths->scalar_type() == ScalarType::Long && lengths->dim() == 1 && lengths->size(0) == batch.n && lengths->is_contiguous(),
@@ -201,7 +208,7 @@ ConvPack pack_of(const float* weight, int64_t c_out, int64_t c_in, bool transpos
 // ---- the ops ----
 void panes_outputs(const Tensors& xs, const Tensors& weights, const OptionalTensor& lengths, const Tensor& y) {
   const PanesArgs a = args_of(y);
-  const Batch batch = batch_of(xs, weights, lengths, a.panes, a.rows);
+  const Batch batch = batch_of(xs, weights, lengths, a);
   const Scratch<float> packed(largest_pack(weights, a.bf16));
   for (int64_t p = 0; p < a.panes; ++p) {
     const int64_t c_in = xs[p].size(2);
@@ -256,7 +263,7 @@ void panes_gradients(const Tensor& g, const Tensor& mean_g, const Tensor& y, con
   const bool bf16 = all.bf16;
   all.g = rows_data("g", g, bf16, all.rows, all.c);
   all.mean_g = data_of("mean_g", mean_g, all.c);
-  const Batch batch = batch_of(xs, weights, lengths, all.panes, all.rows);
+  const Batch batch = batch_of(xs, weights, lengths, all);
   STD_TORCH_CHECK(dxs.size() == xs.size() && dweights.size() == xs.size(), "panes (cpu): ", all.panes,
                   " panes want as many dxs and dweights, got ", dxs.size(), " and ", dweights.size());
   const Scratch<float> dy(div_up(all.rows * all.c, bf16 ? 2 : 1)), packed(largest_pack(weights, bf16));

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
-#include <numeric>
 #include <vector>
 
 #include "prefix_rows.h"
@@ -15,6 +14,7 @@
 namespace jf {
 namespace {
 
+constexpr int64_t kMostBeam = int64_t(1) << 31;  // a beam never fills up to this: its entries are counted in 32 bits
 constexpr size_t kNodes = size_t(1) << 14;  // with fewer nodes, prefixes that are no longer needed are not removed
 
 // ---- prefixes, as a tree: the prefix of a node is one symbol longer than that of its parent ----
@@ -49,7 +49,6 @@ class Search {
         rows_(lm, words, classes, alpha, beta) {
     nodes_.push_back({-1, -1, -1, -1, 0});
     entries_.push_back({0.0, kNever, 0.0, 0.0, 0, rows_.start()});
-    by_probability_.resize(symbols_);
   }
 
   void frame(const float* row) {
@@ -122,7 +121,10 @@ class Search {
     }
     must_exceed_ = int64_t(stays_.size()) < beam_ ? kNever : worst;  // of equal scores, prefixes that stay win
     if (!fused_) {
-      std::iota(by_probability_.begin(), by_probability_.end(), 0);
+      by_probability_.clear();
+      for (int32_t c = 0; c < symbols_; ++c) {
+        if (row[c] == row[c]) by_probability_.push_back(c);  // NaN has no place in an order
+      }
       std::sort(by_probability_.begin(), by_probability_.end(), [&](int32_t a, int32_t b) { return row[a] > row[b]; });
     }
     for (size_t i = 0; i < entries_.size(); ++i) fused_ ? extend_with_lm(i, row) : extend_without(i, row);
@@ -236,8 +238,10 @@ void prefix_beam(const Tensor& log_probs, const Tensor& lengths, int64_t beam, c
                  int64_t start, double alpha, double beta, const std::vector<Tensor>& word_arrays, int64_t space,
                  const std::vector<Tensor>& word_lm, int64_t word_start, const Tensor& symbols, const Tensor& counts,
                  const Tensor& scores) {
-  STD_TORCH_CHECK(log_probs.dim() == 3 && log_probs.size(2) > 1 && counts.dim() == 2 && beam > 0,
+  STD_TORCH_CHECK(log_probs.dim() == 3 && log_probs.size(2) > 1 && beam > 0,
                   "prefix_beam (cpu): log_probs must be (N, T, V) with V > 1, and the beam positive");
+  STD_TORCH_CHECK(counts.dim() == 2, "prefix_beam (cpu): counts must be (N, n_best)");
+  beam = std::min(beam, kMostBeam);
   const int64_t n = log_probs.size(0), t = log_probs.size(1), v = log_probs.size(2), n_best = counts.size(1);
   const float* rows = data_of<float>("log_probs", log_probs, ScalarType::Float, n * t * v);
   const int64_t* frames = data_of<int64_t>("lengths", lengths, ScalarType::Long, n);

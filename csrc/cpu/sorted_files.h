@@ -52,6 +52,9 @@ class ItemFile {
       block_.resize(kBlock);
       block_.resize(std::fread(block_.data(), sizeof(Item), kBlock, file_));
       at_ = 0;
+      if (std::ferror(file_)) {
+        throw std::runtime_error(std::string("a temporary file cannot be read: ") + std::strerror(errno));
+      }
       if (block_.empty()) return false;
     }
     item = block_[at_++];
