@@ -245,11 +245,13 @@ def test_norms_refuse_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None
     ops = norms_nvrtc.Compiled(Nvrtc(), object())
     y, c = ntc(torch.randn(2, 8, 5)), torch.randn(8)
     forward = functools.partial(ops.bn_forward, y, c, c, c, c, None, None, None)
+    backward = functools.partial(ops.bn_backward_apply, y, y, None, c, c, c, c, None, None, None, None, 0.0, y)
     assert_raises([
         (lambda: forward(0.0, y.contiguous()), "NTC memory"),
         (lambda: forward(0.0, y.half()), "must be"),
         (lambda: forward(0.0, y[:1]), "must be"),
         (lambda: forward(0.5, y), "seed must be given"),
+        (lambda: backward(y), "z is needed where there is a residual"),
     ])  # fmt: skip
     assert_raises([(lambda: ops.bn_stats(y.double(), c, c), "use backend='reference'")], TypeError)
 

@@ -1,5 +1,5 @@
-// Threads for the files outside isa/, and checks of arguments that several of them make. In run_tasks, threads take tasks
-// from a counter, so a thread that loses its core delays only one task.
+// Threads for the files outside isa/, and checks that several of them make. In run_tasks, threads take tasks from a
+// counter, so a thread that loses its core delays only one task.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -45,8 +45,8 @@ void parallel(int64_t n, const F& body) {
 #endif
 }
 
-// Runs body(i) for i in [0, tasks). Results must not depend on which thread runs which task. After an exception, no more
-// tasks begin, and it is thrown again here: torch's parallel_for would lose its message.
+// Runs body(i) for i in [0, tasks). Results must not depend on which thread runs which task. After an exception, no
+// more tasks begin, and it is thrown again here: torch's parallel_for would lose its message.
 template <class F>
 void run_tasks(int64_t tasks, const F& body) {
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), tasks);

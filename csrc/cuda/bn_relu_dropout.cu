@@ -191,6 +191,8 @@ void bn_backward_apply(const Tensor& dz, const Tensor& y, const Optional& z, con
   STD_TORCH_CHECK(mean_g.has_value() == mean_gy.has_value(), "mean_g and mean_gy must be given both or neither");
   if (mean_g.has_value()) call.mean_g = channels(*mean_g, "mean_g", y), call.mean_gy = channels(*mean_gy, "mean_gy", y);
   call.out = const_cast<void*>(activation(dy, "dy", y));
+  STD_TORCH_CHECK(z.has_value() || !dres.has_value(),
+                  "z is needed where there is a residual: the sign of the sum cannot be computed from y");
   if (dres.has_value()) call.dres = const_cast<void*>(activation(*dres, "dres", y));
   const Device device(y);
   call.dispatch([&](auto a) {

@@ -73,6 +73,8 @@ class Compiled:
     ) -> None:  # fmt: skip
         if (mean_g is None) != (mean_gy is None):
             raise ValueError("give both mean_g and mean_gy, or neither")
+        if z is None and dres is not None:
+            raise ValueError("z is needed where there is a residual: the sign of the sum cannot be computed from y")
         channels = {"mean": mean, "rstd": rstd, "gamma": gamma, "beta": beta, "mean_g": mean_g, "mean_gy": mean_gy}
         a = _args(y, {"dz": dz, "z": z, "out": dy, "dres": dres, **channels}, lengths, seed, p)
         self._elementwise(y, a, "apply_kernel", _gate(z, seed), BACKWARD_ROWS)
