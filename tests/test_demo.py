@@ -131,7 +131,9 @@ def test_fewer_bytes_are_a_share_of_eagers_and_no_gain():
     assert rows[2][1:3] == ("50.0", "23.0")
 
 
-@pytest.mark.parametrize(("top", "expected"), [(100, [0, 25, 50, 75, 100]), (4.5, [0, 2, 4, 6]), (0.0, [0])])
+@pytest.mark.parametrize(
+    ("top", "expected"), [(100, [0, 25, 50, 75, 100]), (4.5, [0, 2, 4, 6]), (4.002, [0, 2, 4, 6]), (0.0, [0])]
+)
 def test_ticks_cover_the_values_with_round_steps(top, expected):
     assert report.ticks(top) == expected
 

@@ -105,8 +105,8 @@ URL = "memory://bucket/shards"
 
 @pytest.fixture
 def store(tmp_path: Path, corpus: Path, monkeypatch):
-    """Copies the shards to an object store (fsspec's in memory). Yields its files, and as `asked` a list that gets, for
-    each later request, the number of its byte ranges."""
+    """Copies the shards to an object store (fsspec's in memory). Yields its filesystem as `files`, and a list `asked`.
+    Each later request appends to it the number of byte ranges that it asks for."""
     files = pytest.importorskip("fsspec").filesystem("memory")
     pack(tmp_path, "shards", "--url", f"{URL}/")
     files.store.clear()

@@ -227,7 +227,8 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
         timed = runner(module, call, batch(), state(), run.dtype, mode.removesuffix(FULL), graphs)
 
         def outputs() -> dict[str, Tensor]:
-            # cuDNN must time its algorithms at the first call with the timed batch, but not with another batch.
+            # With the timed batch this may be the first call, in which cuDNN must time its algorithms. With another
+            # batch its heuristics choose, because timing takes long.
             with cudnn_search.off() if judged is not batch else contextlib.nullcontext():
                 return answer(module, call, judged(), state(), run.dtype)
 

@@ -47,7 +47,7 @@ constexpr int64_t kShortChunk = 256;      // units of a chunk with few taps: eno
 constexpr int64_t kFewTaps = 4;
 constexpr int kLongStride = 80;           // floats between window rows: 5 cache lines
 constexpr int kShortStride = 272;         // the same with short chunks: 17 cache lines
-constexpr int64_t kChain = 128;           // units (at least one tap) added in registers before the sum goes to memory
+constexpr int64_t kChain = 128;           // units added in registers before the sum goes to memory: at least one tap
 static_assert(kLongStride / kLine % 2 == 1 && kShortStride / kLine % 2 == 1);
 
 inline Vec load(const float* p) { return (Vec) * reinterpret_cast<const VecUnaligned*>(p); }

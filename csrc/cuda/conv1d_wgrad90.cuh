@@ -88,7 +88,7 @@ __device__ __forceinline__ void wgrad_wgmma(const WgradArgs& a) {
 #pragma unroll
     for (int k = 0; k < kFrames / 16; ++k) {
       const uint64_t left = ptx::wgmma_operand(dy + k * 256, 128, kDyRows * 16);
-      static_for<TAPS>([&](auto tap) {  // the conv has no taps from `taps` on, so their products are not stored
+      static_for<TAPS>([&](auto tap) {  // sums of taps that the conv lacks (from `taps` on) are not stored below
         const uint64_t right = ptx::wgmma_operand(x + k * 256 + tap * a.dilation * 16, 128, rows * 16);
         ptx::wgmma<T, kWgrad90In, true, true>(sums[tap], left, right, true);
       });

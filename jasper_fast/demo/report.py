@@ -54,7 +54,7 @@ def ticks(top: float) -> list[float]:
     """Returns round numbers in equal steps, from 0 to at least `top`."""
     raw = max(top, 1e-9) / 4  # at most four steps
     unit = 10.0 ** floor(log10(raw))
-    step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= raw * 0.999)
+    step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= raw * (1 - 1e-10))
     return [i * step for i in range(ceil(top / step - 1e-9) + 1)]
 
 

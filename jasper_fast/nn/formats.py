@@ -318,7 +318,7 @@ def _one(value: Any) -> int:
 def _resolved(document: dict[str, Any]) -> dict[str, Any]:
     """Returns `document` with every `${a.b}` replaced by the value at that path. `model.` may begin the path."""
 
-    @functools.cache  # values that refer to each other many times would take any time and memory
+    @functools.cache  # without it, a short document whose values refer to each other can take exponential time
     def at(path: str) -> Any:
         return resolved(functools.reduce(operator.getitem, path.removeprefix("model.").split("."), document))
 

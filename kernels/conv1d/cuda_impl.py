@@ -54,9 +54,11 @@ def packed_shape(weight: Tensor) -> tuple[int, int, int, int]:
 
 
 def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Packed:
-    """Packs `weight` (C_out, C_in, K), fp32, fp16 or bf16, for the functions here, in `dtype` (default: its own).
+    """Packs `weight` (C_out, C_in, K), fp32, fp16 or bf16, for the functions here, in `dtype`: fp16 or bf16.
 
-    out: a buffer of `packed_shape(weight)` and `dtype` to write into, which a module may keep from call to call.
+    The default dtype is that of `out`, or without `out` that of `weight`. out: a buffer of `packed_shape(weight)` to
+    write into, which a module may keep from call to call. Raises TypeError for other dtypes, so an fp32 weight needs
+    `dtype` or `out`.
     """
     w, out = pack_buffer(weight, packed_shape(weight), dtype, out)
     if w.dtype not in DTYPES or out.dtype not in SIXTEEN:
