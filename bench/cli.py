@@ -44,6 +44,13 @@ DEFAULT_BATCH = (8, 400)  # (N, T)
 OURS = "jasper_fast"  # the contender's name
 MODELS = f"{', '.join(choices.MODELS)} or a YAML file"  # for help texts
 NOTHING = "interrupted: nothing was measured yet"
+FIXED_RIVALS = {  # subcommands that measure the same rivals in every run: the values of --rivals that name these
+    "decode": ("default", "all"),
+    "gpu": ("default",),
+    "memory": ("default", "all", "eager"),
+    "optimizer": ("default", "all"),
+    "profile": ("default", "eager"),
+}
 
 # ------------------------------------------------------------------ options
 
@@ -76,7 +83,8 @@ COMMON = (  # options of every subcommand in COMMANDS
         "--rivals",
         type=choices.rivals,
         default="default",
-        help="rivals to measure: default, all, or names separated by commas (see bench/rivals)",
+        help="rivals to measure: default, all, or names separated by commas (see bench/rivals); "
+        f"{', '.join(FIXED_RIVALS)} have fixed rivals",
     ),
     option("--threads", type=options.count, help="CPU threads for all contenders (default: PyTorch's)"),
     option("--seconds", type=options.seconds, help="time limit of each case; precise ratios end it earlier"),
@@ -90,7 +98,7 @@ MODEL = option("--model", type=choices.model, default="jasper10x5", help=f"{MODE
 
 
 def models_option(batch: tuple[int, int]) -> Option:
-    """Returns the option `--model`, which may be repeated. If it names no batch, the model gets `batch`, (N, T)."""
+    """Returns the option `--model`, which may be repeated. A model without a batch of its own gets `batch`, (N, T)."""
     return option(
         "--model",
         type=choices.models_batch(batch),
@@ -125,14 +133,14 @@ def measure_all(run: Run, _: argparse.Namespace) -> None:
     latency.main(inference, "jasper10x5")
     train.main(training, (("quartznet_small", 8, 400),), train.MODES[0])
     latency.main(inference, "quartznet15x5", grid=((1, 2.0),))
-    dataclasses.replace(run, deadline=run.deadline - MEMORY_SECONDS).revisit()  # it has the same lists of kept cases
+    dataclasses.replace(run, deadline=run.deadline - MEMORY_SECONDS).revisit()  # the copy has run's lists of kept cases
     memory.main(run)
     memory.main(run, (("quartznet15x5", 2, 400),))
 
 
 COMMANDS = {
     "kernels": Command(
-        "time each op at the shape of each Jasper layer, and compare it with eager PyTorch",
+        "time each op at the shapes of Jasper's and QuartzNet's layers, and compare it with eager PyTorch",
         lambda run, args: kernels.main(run, args.op, args.mode),
         (
             option(
@@ -169,7 +177,7 @@ COMMANDS = {
         ),
     ),
     "optimizer": Command(
-        "time the optimiser's step with its check for NaN and the moving average of the weights",
+        "time the optimiser's step in fp32, with its check for NaN and the moving average of the weights",
         lambda run, args: optimizer.main(run, tuple(args.model or ())),
         (option("--model", type=choices.model, action="append", help=f"{MODELS} (default: jasper10x5)"),),
     ),
@@ -221,8 +229,9 @@ COMMANDS = {
         ),
     ),
     "gpu": Command(
-        "tests, self-check, a short tuning and all benchmarks on a GPU in at most nine minutes, the most valuable "
-        "numbers first; --resume continues. The full tuning is another command: python -m bench tune",
+        "tests, self-check, a short tuning, and benchmarks of kernels, training, latency, launches and memory on a "
+        "GPU, in at most nine minutes, the most valuable numbers first; --resume continues. The full tuning is another "
+        "command: python -m bench tune",
         lambda run, args: gpu.main(run, args.budget),
         (
             option(
@@ -317,8 +326,8 @@ def shell(arguments: list[str] | None = None) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Runs a subcommand and returns the exit status.
 
-    The exit status is 0 for success, 1 if a row of jasper_fast has no number or a part failed, 4 if the budget of
-    `tune` is used up, and 130 after Ctrl-C.
+    The exit status is 0 for success, 1 if a row of jasper_fast has no number, a part failed or `compile` found a fault,
+    2 if `compile --cuda` finds no nvcc, 4 if the budget of `tune` is used up, and 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
@@ -353,6 +362,10 @@ def _command(args: argparse.Namespace, begin: Callable[[argparse.Namespace], Run
         return tune.main(args, begin)
     if args.command == "kernels" and args.mode == "inference" and args.op not in ("all", "sub_block", "depthwise"):
         raise SystemExit(f"--op {args.op} has no --mode inference; only sub_block and depthwise have it")
+    if args.command in FIXED_RIVALS and args.rivals not in (allowed := FIXED_RIVALS[args.command]):
+        raise SystemExit(f"--rivals {args.rivals}: {args.command} has fixed rivals; use {' or '.join(allowed)}")
+    if args.command == "optimizer" and args.dtype not in (None, "fp32"):
+        raise SystemExit(f"--dtype {args.dtype}: the optimiser's step is always in fp32")
     if args.command == "train" and scaling.grouped():
         with scaling.joined(args) as team:
             if team.rank:
@@ -419,7 +432,7 @@ def _kept(results: result_file.Results) -> str:
 def prepared(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     """Sets PyTorch as the options say, in each process that measures; returns what `--device` and `--dtype` name.
 
-    The defaults are the GPU with fp16, and without a GPU the CPU with fp32.
+    The default device is the GPU, and the CPU if there is none. The default dtype is fp16 on a GPU and fp32 on a CPU.
     """
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.backend != "auto" and (reason := backends.why_missing(args.backend, device)):
@@ -461,7 +474,8 @@ def start(args: argparse.Namespace, arguments: Sequence[str]) -> Run:
 
 
 def _resumable(args: argparse.Namespace, header: dict) -> Path | None:
-    """Returns the path of the newest unfinished result of the same subcommand, machine and commit, or None."""
+    """Returns the path of the newest unfinished result of the same subcommand, machine, commit and ALIKE arguments, or
+    None."""
     results = sorted(args.out.glob(f"{args.command}_{tables.slug(header['machine']['name'])}_*.json"), reverse=True)
     return next((path for path in results if result_file.unfinished(path, header)), None)
 

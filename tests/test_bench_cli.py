@@ -48,6 +48,8 @@ MISTAKES = [
     *(["kernels", "--threads", value] for value in ("0", "-2", "two")),
     ["kernels", "--rivals", "eager,nonsense"],
     ["train", "--device", "cpu", "--rivals", "openvino"],  # a rival of inference only
+    *([command, "--rivals", "compile"] for command in cli.FIXED_RIVALS),
+    ["optimizer", "--device", "cpu", "--dtype", "bf16"],
     *([command, "--dtype", "fp8"] for command in (*RUNS, "compile")),
     ["compile", "--arch", "90,hopper"],
     *([command, "--budget", "-5"] for command in ("gpu", "tune")),
@@ -141,6 +143,14 @@ def test_what_is_right_is_read():
     assert models == [("small", 8, 400), ("configs/jasper10x5dr.yaml", 8, 1680)]
     assert read(["memory", "--model", "small"]).model == [("small", 2, 400)] and read(["profile"]).batch == (8, 400)
     assert read(["kernels", "--rivals", "eager,cudnn"]).rivals == "eager,cudnn"
+
+
+def test_fixed_rivals_may_be_named(at_once, tmp_path, monkeypatch):
+    for command, values in cli.FIXED_RIVALS.items():
+        monkeypatch.setattr(getattr(cli, command), "main", lambda *_: None)
+        for value in values:
+            more = ["--rivals", value, *(["--dtype", "fp32"] if command == "optimizer" else [])]
+            assert cli.main([command, *QUICK, "--out", str(tmp_path), *more]) == 0
 
 
 # ------------------------------------------------------------------ exit status

@@ -142,6 +142,17 @@ def test_a_large_model_is_judged_in_fp32_on_a_cpu_and_by_eager_s_error_in_a_lowe
     assert [row["status"] for row in rows.values()] == ["wrong", "ok", "ok"], [r.get("why") for r in rows.values()]
 
 
+def test_a_network_in_int8_is_judged_by_its_best_classes():
+    rule, lengths = latency.int8_rule(), torch.tensor([3, 2])
+    ref = {"log_probs": torch.eye(4).expand(2, 4, 4), "lengths": lengths}
+    judge = lambda got: rule.judge(ref | got, None, ref, rule.found)  # noqa: E731
+    assert judge({}) == judge({"log_probs": 2 * ref["log_probs"]}) == [] and rule.found["max_error"] == 1.0
+    (line,) = judge({"log_probs": ref["log_probs"].flip(1)})
+    assert "best class equal to eager's in 0.0 % of the frames" in line
+    assert judge({"log_probs": ref["log_probs"].clone().fill_(float("nan"))}) == ["log_probs: not all are finite"]
+    assert judge({"lengths": lengths - 1}) == ["lengths: they differ from eager's"]
+
+
 # ------------------------------------------------------------------ sound to text
 
 

@@ -1,5 +1,7 @@
 """Bench of the optimiser's step: both forms are right, a wrong step is found, and the copy moves the stated bytes."""
 
+import dataclasses
+
 import pytest
 import torch
 from bench_runs import CPU
@@ -25,6 +27,16 @@ def test_a_step_is_right_and_one_without_decay_is_not(case, name, monkeypatch):
         assert case.complaints(runner.outputs(), low, exact) == []
     monkeypatch.setattr(optimizer, "WEIGHT_DECAY", 0.0)
     assert any("moment" in line for line in case.complaints(runners(case)[name].outputs(), low, exact))
+
+
+def test_our_step_runs_on_the_run_s_backend(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        optimizer, "NovoGrad", lambda *a, right=optimizer.NovoGrad, **k: seen.append(k) or right(*a, **k)
+    )
+    for backend in ("reference", "auto"):
+        optimizer.case(dataclasses.replace(run, backend=backend), "small").contenders[0].build()
+    assert [given["backend"] for given in seen] == ["reference", "auto"]
 
 
 def test_the_copy_moves_half_of_the_bytes_twice(case):

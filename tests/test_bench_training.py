@@ -8,7 +8,7 @@ import torch
 from bench_runs import CPU, CUDA, DTYPES, make_run
 from standins import spied
 
-from jasper_fast.bench.cases import models, train
+from jasper_fast.bench.cases import full_step, models, train
 from jasper_fast.bench.commands import memory
 from jasper_fast.bench.commands import train as train_command
 from jasper_fast.bench.harness import allocations, correct, limits
@@ -188,6 +188,18 @@ def test_eager_without_masks_is_wrong_where_utterances_are_padded(tmp_path, monk
     run = make_run(tmp_path, rivals="eager,eager_no_masks")
     rows = {r["contender"]: r for r in run.cases("test", [train.case(run, "small", 2, 32, "forward+backward")])}
     assert rows["eager_no_masks"]["status"] == "wrong" and rows["eager"]["status"] == "ok"
+
+
+def test_the_full_step_of_our_model_has_an_optimiser_on_the_model_s_backend(monkeypatch):
+    seen = []
+    right = full_step.NovoGrad
+    monkeypatch.setattr(full_step, "NovoGrad", lambda *of, **how: seen.append(how["backend"]) or right(*of, **how))
+    config, state, _ = setting()
+    batch = train.Batch(config, 2, 32, CPU)
+    for backend in ("reference", "auto"):
+        module = models.fused(config, state, backend)
+        train.runner(module, module, batch, state, torch.float32, "step")
+    assert seen == ["reference", "auto"]
 
 
 def test_no_case_without_padding_unless_someone_meets_it(run):

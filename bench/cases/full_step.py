@@ -52,9 +52,9 @@ def full_step(
     """Returns a function that makes one step by `train_step`.
 
     `inputs` returns features, their lengths, transcripts and their lengths, with the lengths on the host. Our `Jasper`
-    is trained with `NovoGrad`, which also updates the moving average. Every other model is trained in PyTorch's usual
-    way: with NovoGrad by foreach operations and a separate pass for the average, and the host decides whether to skip
-    the step. `wrap` wraps the model for several processes.
+    is trained with `NovoGrad` on the model's backend, which also updates the moving average. Every other model is
+    trained in PyTorch's usual way: NovoGrad consists of foreach operations, the average has a separate pass, and the
+    host decides whether to skip the step. `wrap` wraps the model for several processes.
 
     With `graphs` the step is a CUDA graph from the second call on. If the step cannot be captured, `full_step` or the
     second call raises Absent.
@@ -62,16 +62,17 @@ def full_step(
     trained = Trained(module, call, cfg).train()
     learning = [p for p in module.parameters() if p.requires_grad]
     device, ema = learning[0].device, EMA(trained, DECAY)
-    kind = functools.partial(NovoGrad, ema=ema) if isinstance(module, Jasper) else ForeachNovoGrad
+    ours = isinstance(module, Jasper)
+    kind = functools.partial(NovoGrad, ema=ema, backend=module.backend) if ours else ForeachNovoGrad
     optimizer = kind(learning, lr=LR, weight_decay=WEIGHT_DECAY)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     called = wrap(trained)
-    parts = {"optimizer": optimizer, "scaler": scaler, "guard": BufferGuard(trained)}
-    how = {"device": device, "amp_dtype": None if dtype is torch.float32 else dtype, "ema": ema}
+    how = {"optimizer": optimizer, "scaler": scaler, "guard": BufferGuard(trained), "ema": ema}
+    how |= {"device": device, "amp_dtype": None if dtype is torch.float32 else dtype}
     frontend = lambda x, lengths: (x, lengths.to(device, non_blocking=True), lengths)  # noqa: E731
-    step = functools.partial(train_step, called, frontend, **parts, **how)
+    step = functools.partial(train_step, called, frontend, **how)
     if graphs:
-        step = GraphedStep(called, frontend, **parts, **how, say=_absent)
+        step = GraphedStep(called, frontend, **how, say=_absent)
 
     def run() -> None:
         features, lengths, targets, target_lengths = inputs()

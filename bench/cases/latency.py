@@ -45,7 +45,7 @@ TOLERANCES = {
 
 
 class Models:
-    """The weights of a network and the contenders that use them. All batch sizes share a contender.
+    """The weights of a network and the contenders that use them. Cases of all batch sizes use the same contenders.
 
     `graphs` says whether the engine captures CUDA graphs, see `InferenceEngine`.
     """
@@ -110,7 +110,7 @@ class Models:
         return InferenceEngine(fused.eval(), dtype=self.run.dtype, graphs=self.graphs)
 
     def close(self) -> None:
-        """Frees all weights now, without waiting for the garbage collector."""
+        """Frees all models and inputs now, without waiting for the garbage collector."""
         for held in (self.contenders, self.failures, self._held):
             held.clear()
         for made in ("state", "plain", "judge"):
@@ -149,8 +149,10 @@ def int8_rule() -> Rule:
         error = (got["log_probs"].double() - ref["log_probs"].double()).abs().max().item()
         found |= {"same_path": share, "max_error": error, "of": ref["log_probs"].abs().max().item()}
         wrong = [] if torch.equal(got["lengths"], ref["lengths"]) else ["lengths: they differ from eager's"]
-        if share < SAME_PATH or not math.isfinite(error):
-            wrong.append(f"log_probs: {100 * share:.1f} % of the frames equal eager's; the rule is: {words}")
+        if not math.isfinite(error):
+            return [*wrong, "log_probs: not all are finite"]
+        if share < SAME_PATH:
+            wrong.append(f"log_probs: best class equal to eager's in {100 * share:.1f} % of the frames; rule: {words}")
         return wrong
 
     return Rule("int8", words, judge)
@@ -262,7 +264,7 @@ def sound_case(shared: Models, model: str, N: int, seconds: float) -> Case:
 
 
 def best_path(log_probs: Tensor, length: int, labels: Sequence[str]) -> str:
-    """Returns the greedy text of log-probabilities (T, V), by the definition. The last class is the blank."""
+    """Returns the greedy text of log-probabilities (T, V), computed by its definition. The last class is the blank."""
     best = log_probs[:length].float().argmax(-1).tolist()
     return "".join(labels[k] for k, _ in itertools.groupby(best) if k < len(labels))
 

@@ -89,11 +89,12 @@ def named(inputs: Inputs, *lists: list[Tensor]) -> dict[str, Tensor]:
     return {f"{kind} {n}": x for kind, of in kinds for n, x in zip(inputs.compared, of, strict=True)}
 
 
-def stepping(inputs: Inputs, ours: bool) -> Runner:
-    """Returns the runner of our optimiser if `ours`, and otherwise of the foreach form and then `EMA.update`."""
+def stepping(inputs: Inputs, backend: str | None) -> Runner:
+    """Returns the runner of our optimiser with this backend. If it is None, the runner has the foreach form, followed
+    by `EMA.update`."""
     model, params = inputs.model, list(inputs.params.values())
-    if ours:
-        optimizer = NovoGrad(params, LR, (BETA1, 0.0), EPS, WEIGHT_DECAY, ema=inputs.ema)
+    if backend is not None:
+        optimizer = NovoGrad(params, LR, (BETA1, 0.0), EPS, WEIGHT_DECAY, ema=inputs.ema, backend=backend)
         for p in params:
             optimizer.state[p]["exp_avg_sq"] = torch.zeros((), device=p.device)
     else:
@@ -104,7 +105,7 @@ def stepping(inputs: Inputs, ours: bool) -> Runner:
 
     def run() -> None:
         update(model, optimizer, scaler)
-        if not ours:
+        if backend is None:
             inputs.ema.update(model)
 
     @torch.no_grad()
@@ -144,8 +145,8 @@ def case(run: Run, model: str) -> Case:
         "optimizer",
         {"model": model, "parameters": count, "dtype": "float32", "mode": "step with check and average"},
         [
-            Contender("jasper_fast", lambda: stepping(inputs(), True)),
-            Contender("foreach", lambda: stepping(inputs(), False)),
+            Contender("jasper_fast", lambda: stepping(inputs(), run.backend)),
+            Contender("foreach", lambda: stepping(inputs(), None)),
             Contender("copy", lambda: copying(inputs())),
         ],
         refill=lambda seed: inputs().refill(seed),
