@@ -113,7 +113,7 @@ def answer(inputs: Inputs, dtype: torch.dtype, keep: Tensor | None = None, p: fl
 def dropout_complaints(got: Answer, inputs: Inputs, p: float) -> list[str]:
     """Returns complaints about an answer with dropout on.
 
-    The dropout mask (where z is not zero) must have the right rate, and every gradient must match that mask.
+    The dropout mask (where z is not zero) must have the right rate, and z and every gradient must match that mask.
     """
     keep = got["z"] != 0
     undropped = answer(inputs, torch.float32)["z"] > 1e-3
@@ -168,9 +168,10 @@ def case(run: Run, shape: tuple[int, int, int], mode: str, residual: bool, compi
 
 
 def cases(run: Run, mode: str | None = None) -> list[Case]:
-    """Returns the cases: every shape in every mode, and one shape with a residual. The shapes with goals come first.
+    """Returns the cases: every shape in every mode, and the second shape also with a residual.
 
-    With `--quick` they are only the two shapes with goals and the one with a residual.
+    The first two shapes have goals. A `quick` run has no others. If `mode` is None, a `quick` run has only the mode
+    "both", and so has a `brief` run, except for the first shape.
     """
     shapes = GPU_SHAPES if run.device.type == "cuda" else CPU_SHAPES
     goals, others = shapes[:2], shapes[2:]

@@ -1,4 +1,4 @@
-"""The cases of conv1d and sub_block in training and inference, layer by layer."""
+"""The cases of conv1d in training, and of sub_block in training and inference, layer by layer."""
 
 import functools
 from collections.abc import Iterator

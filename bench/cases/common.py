@@ -19,9 +19,9 @@ from jasper_fast.nn.architecture import BN_MOMENTUM as MOMENTUM
 
 P = 0.2  # dropout rate
 MODES = ("both", "forward", "backward")
-Cases = Callable[[Run, str | None], Iterable[list[Case]]]  # (run, mode or None) -> groups of cases, made lazily
-# An output of a conv is the sum of as many as 22,000 products, in an order that depends on the kernel. Even PyTorch's
-# own convs in NCT and in channels_last memory differ by 20 eps.
+Cases = Callable[[Run, str | None], Iterable[list[Case]]]  # (run, mode or None) -> groups of cases
+# An output of a conv is the sum of up to 22,272 products, and the order of the sum depends on the kernel. Even
+# PyTorch's own convs in NCT and in channels_last memory differ by 20 eps.
 CONV_TOLERANCE = correct.Tolerance(factor=2.0, floor=40.0)
 # For fp32 convs that may use TF32. The floor is four eps of TF32 (2**-10), in units of the eps of fp32 (2**-23),
 # because tensor cores truncate the operands. PyTorch's own error cannot set the limit, because cuDNN may choose a
@@ -41,7 +41,8 @@ def off_the_edge(y: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor | None
 
 
 def masked_last(x: Tensor, lengths: Tensor) -> Tensor:
-    """Returns `x` (N, C, T), in NTC memory, with zeros at t >= length. masked_fill would return NCT memory."""
+    """Returns `x` (N, C, T) with zeros at t >= length, in the memory order of `x`. masked_fill would return NCT
+    memory."""
     padding = torch.arange(x.shape[2], device=x.device) >= lengths[:, None]
     return torch.where(padding.unsqueeze(1), 0.0, x)
 
@@ -151,8 +152,8 @@ def eager_chain_2d(
 
 
 def chosen(run: Run, mode: str | None, every: Sequence[str]) -> tuple[str, ...]:
-    """Returns the modes to run: `mode` if `every` has it. If `mode` is None, they are all of `every`, or only the first
-    if the run is `quick` or `brief`."""
+    """Returns the modes to run: `mode`, or none if `every` lacks it. If `mode` is None, they are all of `every`, or
+    only the first if the run is `quick` or `brief`."""
     if mode is None:
         return every[:1] if run.quick or run.brief else tuple(every)
     return (mode,) if mode in every else ()

@@ -1,7 +1,8 @@
-"""Counts the floating-point operations and bytes that a computation needs, whichever kernel does it.
+"""Counts the floating-point operations of a computation, and the bytes that our best kernels move for it.
 
-Legend: N batch, C channels, T frames, K taps. A multiply-add is two operations. Bytes are those that our best kernels
-move (kernels/README.md), where every pass moves each operand once. Vectors of length C do not count.
+Legend: N batch, C channels, T frames, K taps. A multiply-add is two operations. The operations are those of the
+definition, whichever kernel runs. kernels/README.md lists the passes of our kernels over memory; each pass moves each
+of its operands once. Vectors of length C do not count.
 """
 
 from collections.abc import Iterator, Sequence
@@ -100,8 +101,8 @@ def parameters(config) -> int:
 
 
 def forward_flops(config, N: int, T: int) -> int:
-    """Returns the operations of the convolutions in one forward pass. All other operations together are less than half
-    a per cent."""
+    """Returns the operations of the convolutions in one forward pass. In a Jasper, all other operations together are
+    less than half a per cent of them."""
     return sum(conv.flops for conv in convs(config, N, T))
 
 
@@ -126,8 +127,8 @@ def forward_bytes(config, N: int, T: int, itemsize: int) -> int:
 def training_bytes(config, N: int, T: int, itemsize: int) -> int:
     """Returns the bytes of a training step.
 
-    Each convolution counts in forward and in both gradients (the features have none), and so do the passes of its norm.
-    The panes of a block have one output, which is their sum.
+    Each convolution counts three times, for forward and both gradients, and the first only twice, because the features
+    have no gradient. The passes of the norms also count. The panes of a block have one output, which is their sum.
     """
     total = 0
     for number, conv in enumerate(convs(config, N, T)):
@@ -156,8 +157,8 @@ def sub_block_bytes(conv: Conv, itemsize: int, mode: str, *, statistics: bool = 
     """Returns the bytes that a sub-block moves in training, from y to the next y. `conv` is the convolution at its end.
 
     Forward is y -> z and then the conv. Backward is y -> z again, wgrad, dgrad (which also reads y and z), and a pass
-    g, y -> dy. If the conv keeps the shape, these are 4 tensors forward and 11 backward. With `statistics`, forward
-    also reads y in a separate pass.
+    that reads y and the result of dgrad and writes dy. If the conv keeps the shape, these are 4 tensors forward and 11
+    backward. With `statistics`, forward also reads y in a separate pass.
     """
     tensors = {"forward": 2 + statistics, "backward": 2 + 2 + 3, "both": 9 + statistics}
     return DIRECTIONS[mode] * conv.nbytes(itemsize) + tensors[mode] * conv.input * itemsize

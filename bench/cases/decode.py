@@ -62,14 +62,15 @@ def language_model(kind: str) -> SymbolLM | WordLM:
 
 @functools.cache
 def closed() -> SpeltLM:
-    """Returns the model of words for our search. As with a lexicon, no other word is possible."""
+    """Returns the model of words for our search. As in flashlight's search with a lexicon, other words are
+    impossible."""
     return SpeltLM(language_model("words"), V, unknown=-math.inf)
 
 
 def posteriors(kind: str, log_probs: Tensor, seed: int) -> None:
-    """Fills log_probs (N, T, V) with noise. In each frame the right class, from random lines of the text, is likelier.
+    """Fills log_probs (N, T, V) with noise in which the right class of each frame is more probable.
 
-    About seven of ten frames are blanks.
+    The right classes spell random lines of the text. In about seven of ten frames they are the blank.
     """
     g, rng = seeded(stable_seed(f"decode {kind}", seed), torch.device("cpu")), random.Random(seed)
     count, frames = log_probs.shape[:2]
@@ -136,8 +137,8 @@ def _rule() -> Rule:
 def search_case(kind: str, beam: int, lm: str, utterances: int = 1, threads: int = 1) -> Case:
     """Returns the case of the search only, compared with flashlight-text at the same beam. `lm` is one of LMS.
 
-    Our search uses this number of threads. flashlight, which holds Python's lock, uses the same number of processes.
-    With several threads flashlight takes part only if `lm` is "words".
+    Our search uses `threads` threads. flashlight, which holds Python's lock, uses the same number of processes. With
+    more than one it takes part only if `lm` is "words".
     """
     log_probs = torch.empty(utterances, FRAMES, V.n_classes)
     whole, short = (torch.full((utterances,), n) for n in (FRAMES, CHECKED))

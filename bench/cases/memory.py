@@ -17,9 +17,9 @@ def step(module: nn.Module, batch: Batch, dtype: torch.dtype, device: torch.devi
     """Returns the kept and peak bytes of the second training step, with dropout on.
 
     The first step does not count, because it may allocate memory that later steps reuse. The peak is that of forward
-    and backward, without the gradients of the parameters, which every kind of training keeps. On a CPU every allocation
-    counts. On a GPU the tensors that ops take and return count, and `allocator_peak_bytes` is the peak of the
-    allocator in a third step, with the gradients.
+    and backward, without the gradients of the parameters, which every kind of training keeps. In the peak, every
+    allocation counts on a CPU, and on a GPU the tensors that ops take and return. `allocator_peak_bytes`, on a GPU, is
+    the peak of PyTorch's allocator in a third step, with the gradients.
     """
     module.train()
     forward = lambda: batch.loss(module, dtype)[0]  # noqa: E731
@@ -58,7 +58,7 @@ def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Modul
     not change the counts.
     """
     cfg = models.config(model)
-    roomy = models.exact(cfg, run.device) is torch.float64  # if not, a tiny batch is checked, and without `low`
+    roomy = models.exact(cfg, run.device) is torch.float64  # else a tiny batch is checked, without `low`
     state = functools.cache(lambda: models.weights(cfg, run.device))
     batch = functools.cache(lambda: Batch(cfg, N, T, run.device))
     judged_at = judged_size(run.device, cfg, N, T) if roomy else (2, 64)

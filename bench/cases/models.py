@@ -65,7 +65,7 @@ def needs(cfg: JasperConfig, ops: tuple[str, ...]) -> tuple[str, ...]:
     return (*ops, "depthwise") if any(block.separable for block in cfg.encoder.blocks) else ops
 
 
-LARGE = 50e6  # number of parameters from which on an fp64 answer takes long
+LARGE = 50e6  # a network with at least this many parameters takes long to compute in fp64
 
 
 def exact(cfg: JasperConfig, device: torch.device) -> torch.dtype:

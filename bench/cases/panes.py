@@ -119,8 +119,7 @@ PaneSum = Callable[[Leaves, Tensor, list[common.Stats], Sequence[ops.Gram]], Ten
 
 
 def eager(a: Leaves, lengths: Tensor, running: list[common.Stats], older: Sequence[ops.Gram]) -> Tensor:
-    """Computes the panes as NVIDIA's Jasper does, in NCT memory with one module per step: mask, conv, batch norm,
-    sum."""
+    """Computes the panes as NVIDIA's Jasper does, in NCT memory: mask, conv, batch norm and sum one after the other."""
     convs = (F.conv1d(common.masked(x, lengths), weight) for x, weight in zip(a.xs, a.weights, strict=True))
     return _sum_of_norms(convs, a, running)
 

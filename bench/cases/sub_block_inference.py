@@ -52,8 +52,8 @@ class SubBlock(nn.Module):
         return y.float().log_softmax(dim=1) if self.layer.head else self.norm(y).relu_()
 
     def channels_last(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """Returns a function that computes the same with a 2D conv in channels_last memory. The weight is reordered
-        once, in advance."""
+        """Returns a function that computes what `forward` does with a 2D conv in channels_last memory. The weight is
+        reordered once, in advance."""
         weight = layout.ntc(self.conv.weight)
 
         def forward(x: Tensor, lengths: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class Inputs(common.Held):
         return {"z": self.valid(z)}
 
     def valid(self, z: Tensor) -> Tensor:
-        """Returns z with zeros beyond the lengths."""
+        """Returns z with zeros beyond the lengths of the output."""
         return masked(z, self.layer.frames(self.lengths))
 
 

@@ -27,8 +27,8 @@ from jasper_fast.kernels import layout
 class Inputs(common.Held):
     """The tensors of one layer in NCT and in NTC memory, with the same values.
 
-    `weight` is fp32 even with 16-bit activations. `weight_last` is the same weight in channels_last memory, because a
-    2D conv in that memory would otherwise reorder it in every call.
+    `weight` is fp32 even with 16-bit activations. `weight_last` is the same weight in channels_last memory. Without it
+    a 2D conv in that memory would reorder the weight in every call.
     """
 
     def __init__(self, N: int, T: int, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
@@ -69,7 +69,8 @@ def eager_conv_2d(x: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Ten
 
 
 def eager_sub_block(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
-    """Computes batch norm, ReLU, dropout, mask and the next conv, one module per step in NCT memory."""
+    """Computes batch norm, ReLU, dropout, mask and the next conv one after the other, in NCT memory. The first layer
+    has only mask and conv."""
     if i.layer.first:
         return eager_conv(y, i, weight, gamma, beta, p)
     z = common.eager_chain(y, gamma, beta, common.fresh_running(gamma.detach()), None, i.lengths, p)

@@ -37,7 +37,7 @@ TRAINS = ("bn_relu_dropout", "conv1d", "panes")  # the ops of a training step, b
 #     clear   fp32   6e-6    8e-6    2e-5        9e-6    9e-6    2e-5        7e-7    9e-7    1.4e-6
 #             fp16   0.4 %   0.4 %   1.4 %       0.5 %   0.5 %   1.3 %       0.06 %  0.07 %  0.2 %
 #             bf16   3.1 %   3.2 %   9.4 %       4.0 %   5.2 %   12 %        0.6 %   0.6 %   1.5 %
-#     usual   fp32   1.5 %                       7.6 %                       0.16 %
+#     usual   fp32   1.5 % (all parameters)      7.6 %                       0.16 %
 #             bf16   28 %                        41 %                        7.9 %
 CLEAR_SEED = 1
 SCALES = (65536.0, 4096.0, 256.0, 16.0, 1.0)  # loss scales to try in fp16; a GradScaler starts with the first
@@ -48,11 +48,11 @@ ALONG_USUAL = {torch.float32: 5e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
 def tolerance(dtype: torch.dtype, cfg=None) -> correct.Tolerance:
     """Returns how far the answers of a step in `dtype` may be from those in fp64.
 
-    `relative` is used if there is no eager step to compare with. If `cfg` has separable convs, the bounds along the
-    gradient are eight times as wide with clear weights, and three times as wide with usual weights. QuartzNet 15x5
-    needs this: it has 155 convs in series, and Jasper 10x5 has 53. Its largest errors along the gradient, at
-    (2, 64, 400) in fp32, are 1e-5 (eager) and 1.8e-5 (ours) with clear weights, and 0.82 % (eager) and 0.85 % (ours)
-    with usual weights.
+    The fields `relative` of the tolerance are used if there is no eager step to compare with. If `cfg` has separable
+    convs, the bounds along the gradient are eight times as wide with clear weights, and three times as wide with usual
+    weights. QuartzNet 15x5 needs this: it has 155 convs in series, and Jasper 10x5 has 53. The largest errors of
+    QuartzNet 15x5 along the gradient, at (2, 64, 400) in fp32, are 1e-5 (eager) and 1.8e-5 (ours) with clear weights,
+    and 0.82 % (eager) and 0.85 % (ours) with usual weights.
     """
     separable = cfg is not None and any(b.separable for b in cfg.encoder.blocks)
     along, along_usual = ALONG[dtype] * (8 if separable else 1), ALONG_USUAL[dtype] * (3 if separable else 1)
@@ -83,7 +83,7 @@ def precision(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 class Batch:
     """Features, lengths and transcripts, which are refilled in place.
 
-    `clear`: the answer to this batch is computed with weights at which no ReLU is near zero.
+    If `clear` is true, the answer to this batch is computed with weights with which no ReLU has an input near zero.
     """
 
     def __init__(self, cfg, N: int, T: int, device: torch.device, ragged: bool = True) -> None:
@@ -99,7 +99,7 @@ class Batch:
         return self.features, self.on_host[0], self.targets, self.on_host[1]
 
     def refill(self, seed: int) -> None:
-        """Writes new values into all tensors."""
+        """Writes new features, lengths and transcripts into the tensors."""
         self.clear = seed == CLEAR_SEED
         features, lengths = models.features(self.cfg, self.N, self.T, self.device, seed, self.ragged)
         self.features.copy_(features)
@@ -205,7 +205,7 @@ def original(name: str) -> str:
 
 
 def judged_size(device: torch.device, cfg, N: int, T: int) -> tuple[int, int]:
-    """Returns the (N, T) of the batch on which a step is compared with fp64.
+    """Returns the (N, T) of the batch on which the answers of contenders are compared.
 
     For a large network on a GPU it is a smaller batch than the timed one, because the fp64 step would take tens of
     seconds and tens of GiB. `python -m bench kernels` compares each op of such a network at full size.

@@ -1,4 +1,4 @@
-"""The small benchmark for CI, `pytest bench/quick`: times the ops and the small Jasper, ours and in eager PyTorch.
+"""The small benchmark for CI, `pytest bench/quick`: times ops and the small Jasper, ours and eager PyTorch's.
 
 No test fails because of a time. `extra_info` has the time divided by that of the first contender of the same case (our
 `reference` implementation or eager). This ratio hardly depends on the speed of the machine.

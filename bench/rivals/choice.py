@@ -27,7 +27,7 @@ INFERENCE = TRAINING | {
     "tensorrt": runtimes.tensorrt,
 }
 KINDS = {"inference": INFERENCE, "training": TRAINING}
-# On a CPU torch.compile is not measured by default, because it takes minutes to compile a model of 54 layers.
+# On a CPU torch.compile is not measured by default, because it takes minutes to compile Jasper 10x5.
 DEFAULT = {
     ("inference", "cpu"): ("eager", "eager_no_masks", "eager_2d_channels_last", "onnxruntime", "openvino"),
     ("inference", "cuda"): tuple(n for n in INFERENCE if not n.startswith("openvino")),
@@ -43,7 +43,8 @@ class UnknownRival(ValueError):
 def choose(kind: str, device: torch.device, wanted: str) -> dict[str, Callable[[nn.Module], Model]]:
     """Returns the builders of the rivals for `kind` ("inference" or "training"), by name.
 
-    `wanted` is "default", "all", or names separated by commas. eager is always included. Raises UnknownRival.
+    `wanted` is "default", "all", or names separated by commas. eager is always included. Raises UnknownRival for a name
+    that is no rival of this kind.
     """
     known = KINDS[kind]
     if wanted == "all":
@@ -55,7 +56,8 @@ def choose(kind: str, device: torch.device, wanted: str) -> dict[str, Callable[[
 
 
 def only(kind: str, wanted: str, others: Iterable[str] = ()) -> str:
-    """Returns the names in `wanted` that are rivals of `kind`, or "eager" if none is.
+    """Returns the names in `wanted` that are rivals of `kind`, or "eager" if none is. Returns "default" and "all" as
+    they are.
 
     So one option can name rivals of both kinds, and the names `others`. Raises UnknownRival for any other name.
     """
@@ -75,8 +77,9 @@ OF_KERNELS = (*SUB_BLOCK, CUDA_FACE, "compile")
 def for_sub_blocks(run: Run) -> tuple[str, ...]:
     """Returns the rivals of an op that `--rivals` names. An op leaves out those that it does not have.
 
-    The default is all on a GPU, and only the eager ones on a CPU or with `--quick`. Our CUDA kernels get rows of their
-    own if `--rivals` names CUDA_FACE, and by default on a GPU, unless they are the run's backend.
+    eager is always included. The default is all on a GPU, and only the eager ones on a CPU or with `--quick`. Our CUDA
+    kernels get rows of their own if `--rivals` names CUDA_FACE. On a GPU they also get them with "default" and "all",
+    unless they are the run's backend.
     """
     everything = run.device.type == "cuda" and not run.quick
     known = {"all": SUB_BLOCK, "default": SUB_BLOCK if everything else SUB_BLOCK[:2]}
@@ -92,5 +95,5 @@ def cuda_backend(run: Run, *, convs: bool) -> str:
     if why := backends.why_missing("cuda", run.device):
         raise Absent(why)
     if convs and run.dtype.itemsize != 2:
-        raise Absent("the convs of our CUDA kernels take fp16 and bf16; use --dtype fp16 or bf16")
+        raise Absent("our CUDA kernels have convs only for fp16 and bf16; use --dtype fp16 or bf16")
     return "cuda"

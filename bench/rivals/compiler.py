@@ -18,7 +18,7 @@ def fresh_compiler() -> None:
     """Empties torch.compile's cache and switches off its fallback to eager.
 
     By default torch.compile makes at most 8 variants of a function. It runs further variants in eager, with only a
-    warning. Jasper's twelve blocks, or a grid of shapes, need more than 8.
+    warning. The 13 blocks of Jasper 10x5, or a grid of shapes, need more than 8.
     """
     needs_compiler()
     torch._dynamo.reset()
@@ -54,7 +54,7 @@ def compiled_blocks_frozen(model: nn.Module) -> Model:
 
     def call(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            if features.shape in ready:  # only a shape's first call sets compiler options, because that takes host time
+            if features.shape in ready:  # setting compiler options takes host time: only before compiling
                 return frozen(features, lengths)
             with inductor.patch(freezing=True):
                 found = frozen(features, lengths)

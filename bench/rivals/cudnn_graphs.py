@@ -13,7 +13,7 @@ from jasper_fast.bench.harness.errors import Absent
 
 
 class FusedConv:
-    """A cuDNN graph for a fused convolution.
+    """A cuDNN graph for a fused convolution of inputs that have the shape of `x` (N, C_in, T).
 
     `weight` is (C_out, C_in, K) in fp16. With `bias`, (C_out,) in fp32, the graph also adds the bias and applies ReLU.
     With `stats` it also computes the sums for batch norm. Raises Absent if the frontend or the GPU is missing, if
@@ -34,7 +34,7 @@ class FusedConv:
         if not x.is_cuda:
             raise Absent("cuDNN needs an NVIDIA GPU")
         if x.dtype != torch.float16 or weight.shape[0] % 8:
-            raise Absent("cuDNN's fused convolutions take only fp16 and multiples of 8 channels")
+            raise Absent("cuDNN's fused convolutions take only fp16, and a multiple of 8 output channels")
         if importlib.util.find_spec("cudnn") is None:
             raise Absent("cuDNN's frontend is not installed: pip install nvidia-cudnn-frontend")
         import cudnn
