@@ -1,7 +1,7 @@
 """Inference: batch norms are folded into the convs, weights are packed once, and each sub-block is one fused conv. The
-panes (the 1x1 convs of residual connections) read all earlier block outputs from one buffer.
+panes of a block (the 1x1 convs of its residual connections) read all their block outputs from one buffer.
 
-`engine` has the class for users. `plan` folds the model and decides in which buffers each sub-block reads and writes.
+`engine` has the class for users. `plan` folds the model and decides which buffers each sub-block reads and writes.
 `stepwise` runs the plan on ATen or the CPU kernels, and `launches` runs it on the Triton or CUDA kernels. On a GPU both
 use CUDA graphs (`graphs`). `fuse` makes models of other projects run on our kernels: block by block in training
 (`nn.fuse`), and as whole encoders in evaluation.

@@ -74,9 +74,10 @@ def convert(
     then renamed to `out`. `config` is for files without a configuration. With `ema`, the moving average is written in
     place of the weights. Without `ema`, the average is written besides the weights if the format has a place for it.
 
-    Raises ConvertError if `out` exists and `force` is false, if `to` is unknown, and if the file and `config` have
-    different labels. Raises CheckpointError for a file that cannot be read or does not fit its configuration. NeMo's
-    format needs labels and valid settings of the features (otherwise ValueError) and odd kernels (CheckpointError).
+    Raises ConvertError if `to` is unknown, if `out` is a folder, if `out` exists and `force` is false, and if the file
+    and `config` have different labels. Raises CheckpointError for a file that cannot be read or does not fit its
+    configuration. NeMo's format needs labels and valid settings of the features (otherwise ValueError) and odd kernels
+    (CheckpointError).
     """
     if to not in WRITERS:
         raise ConvertError(f"--to {to} is unknown; choose one of {', '.join(WRITERS)}")
@@ -113,7 +114,7 @@ def refuse_existing(force: bool, *paths: str | Path) -> None:
 
 
 def _with_labels(config: JasperConfig, weights: Weights) -> JasperConfig:
-    """Returns the configuration with the labels that are in the file."""
+    """Returns the configuration, with the labels of the file if it has any."""
     if weights.labels is None:
         return config
     labels = tuple(weights.labels)

@@ -24,13 +24,13 @@ from jasper_fast.nn.model import Jasper, check_features
 class InferenceEngine:
     """Runs a Jasper for evaluation: `engine(features (N, C, T), lengths (N,)) -> (log_probs (N, T', V) fp32, lengths)`.
 
-    `features` are floating point; `lengths` are integers in [0, T], in frames; both are on the device of the weights.
-    Raises ValueError for arguments that do not fit. Lengths outside that range are an error on the CPU. On a GPU the
-    kernels clamp them, because a check would have to wait for the GPU. No gradient flows through the engine.
+    `features` are floating point; `lengths` are integers in [0, T], in frames, by default all T. Both are on the device
+    of the weights. Raises ValueError for arguments that do not fit. Lengths outside [0, T] are an error on the CPU. On
+    a GPU they are clamped, because a check would have to wait for the GPU. No gradient flows through the engine.
 
     The constructor copies, folds (in fp32 or wider) and packs the model's weights. Call `refresh()` after they change.
-    dtype: that of weights and activations, by default the model's; sums are always fp32. On a CPU with AVX512-BF16 or
-    AMX bf16 is fastest. On a CPU an engine in fp16 computes in fp32, which is faster.
+    dtype: that of weights and activations, by default the model's; sums are in fp32 or wider. On a CPU with AVX512-BF16
+    or AMX, bf16 is fastest. On most CPUs an engine in fp16 computes in fp32, which is faster.
 
     The engine reuses its activation buffers between calls. Results are in new memory and depend only on the input of
     the call. Any number of threads and CUDA streams may call one engine. It runs on the caller's current stream, one
@@ -50,10 +50,10 @@ class InferenceEngine:
     shape when it first occurs, and raises ValueError if the weights are not on a GPU. False captures nothing. On the
     triton face results have the same bits with and without graphs.
 
-    With `backend="auto"` on a GPU each call uses the fastest face for its N*T'. Times that no table has yet are
-    measured at the first call that needs them (see `jasper_fast.dispatch.tuned`). With the model's `tune=False` all
-    times come from tables and estimates. An engine with `backend="auto"` has one copy of the weights for each face that
-    it may use.
+    If the model's `backend` is "auto", each call on a GPU uses the fastest face for its N*T'. Times that no table has
+    yet are measured at the first call that needs them (see `jasper_fast.dispatch.tuned`). If the model's `tune` is
+    False, all times come from tables and estimates. With "auto" an engine has one copy of the weights for each face
+    that it may use.
 
     fp32_precision: the precision of products of fp32 weights on a GPU, "ieee" or "tf32". None: PyTorch's own switches
     decide at each call (`jasper_fast.kernels.precision`). Engines with "ieee" or "tf32" run one at a time, because each

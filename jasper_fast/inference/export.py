@@ -25,12 +25,12 @@ from jasper_fast.nn.model import Jasper
 from jasper_fast.nn.recognise import parts
 
 INPUTS, OUTPUTS = ("audio_signal", "length"), ("logprobs", "encoded_lengths")
-TOLERANCE = 1e-3  # largest difference between log-probabilities of the graph and of the engine, both in fp32
+TOLERANCE = 1e-3  # largest allowed difference between log-probabilities of the graph and of the engine, both in fp32
 Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class ExportError(ValueError):
-    """A graph cannot be made, or its results differ from those of the engine."""
+    """A graph cannot be written, or its results differ from those of the engine."""
 
 
 class _Conv(nn.Module):
@@ -174,12 +174,13 @@ def in_onnx_runtime(path: str | Path) -> Run:
 
 def export_onnx(model: Jasper, labels: Sequence[str], folder: str | Path) -> float:
     """Writes `model` as a folder for onnx-asr, if ONNX Runtime's results agree with the engine's. Returns their largest
-    difference. `model` is moved to the CPU, in fp32 and in evaluation mode.
+    difference. `model` itself is moved to the CPU, converted to fp32 and put into evaluation mode.
 
     `model.onnx` takes `audio_signal` (N, C, T) fp32 and `length` (N,) int64, and returns `logprobs` (N, T', V) and
     `encoded_lengths`. `vocab.txt` and `config.json` are in onnx-asr's format, and `features.json` has the settings of
     the features. Raises ExportError, and writes nothing, if `folder` is a file or is not empty, and if the results
-    differ by more than TOLERANCE. Raises MissingExtra if onnx, onnxscript or onnxruntime is not installed.
+    differ by more than TOLERANCE or have other lengths. Raises MissingExtra if onnx, onnxscript or onnxruntime is not
+    installed.
     """
     need("onnx", "export"), need("onnxscript", "export"), need("onnxruntime", "export")
     folder = Path(folder)

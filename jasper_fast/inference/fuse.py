@@ -151,8 +151,8 @@ class Whole:
                 self.drop()
 
     def describe(self, encoder: FusedEncoder) -> Encoder | None:
-        """Returns the encoder as it is now, or None if no engine can compute it. Then the blocks run one by one, and
-        raise any error themselves."""
+        """Returns the encoder as it is now, or None if no engine can compute it. After None the blocks run one by one,
+        and raise any error themselves."""
         with self._lock, contextlib.suppress(Unfit):
             if self._watch is None or not self._watch.same():
                 self.drop()
@@ -326,11 +326,11 @@ def fuse(model: nn.Module, backend: str = "auto", strict: bool = False, *, graph
     blocks and on modules around blocks, train(), deepcopy, pickle and optimisers stay valid. With conv masks, outputs
     of blocks are zero in the padding.
 
-    A fused block reads its weights in every call. In evaluation without gradients, an encoder whose blocks are all
-    fused runs on an `InferenceEngine`, with batch norm folded, one kernel per sub-block, and CUDA graphs on a GPU
-    (`graphs` is the engine's argument). The weights are folded again after every eval(), and if one has changed since
-    the last call; for changes that cannot be noticed see `Report.refresh`. Hooks on blocks, torch.compile and tracing
-    make the blocks run one by one.
+    A fused block reads its weights in every call. In evaluation without gradients, each encoder in `report.whole` runs
+    on an `InferenceEngine`, with batch norm folded, and with CUDA graphs on a GPU (`graphs` is the engine's
+    argument). The weights are folded again after every eval(), and when a weight has changed since the last call; for
+    changes that cannot be noticed see `Report.refresh`. Hooks on blocks, torch.compile and tracing make the blocks run
+    one by one.
 
     Raises ValueError for a model without such blocks, and BackendMissing for a backend that cannot run here. Equivalent
     to the model itself, up to rounding and to the choice of the elements that dropout drops.

@@ -93,7 +93,7 @@ class Turns:
                 tensor.record_stream(self._stream)
 
     def finish(self) -> None:
-        """Makes the host wait until all work queued so far is done. Call it within a turn."""
+        """Makes the host wait until the work of all turns so far is done."""
         if self._stream is not None:
             self._stream.synchronize()
 

@@ -1,4 +1,4 @@
-"""Folds a model into steps, one per sub-block, and places their outputs in buffers.
+"""Folds a model into steps, one per sub-block (two if it is separable), and places their outputs in buffers.
 
 Panes are the 1x1 convs of residual connections. The block outputs that the panes of a block read lie side by side in
 one (N, T', sum C) buffer. So the block's last conv and all its panes are a single sum of GEMMs with one bias.
@@ -40,7 +40,7 @@ def weight_of(model: Network) -> Tensor:
     return conv.weight
 
 
-POINTWISE = BlockConfig(filters=1, kernel_size=(1,), residual=False)  # of the decoder and of pointwise convs
+POINTWISE = BlockConfig(filters=1, kernel_size=(1,), residual=False)  # settings of the decoder and of pointwise convs
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def make_plan(model: Network, conv: Callable[[Folded], FoldedConv], dtype: torch
     """Folds `model` in fp32 or wider, even if its weights have 16 bits, and makes the conv of each sub-block by calling
     `conv`.
 
-    dtype: of the activations.
+    dtype: that of the activations.
     """
     layers = list(model.encoder.layers)
     precise = torch.promote_types(weight_of(model).dtype, torch.float32)

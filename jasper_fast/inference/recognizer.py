@@ -60,11 +60,11 @@ _AHEAD = 2  # batches that may still be decoded while the model runs the next ba
 class Recognizer:
     """Audio to text with a Jasper, on one device: ``recognizer(audio (N, S), lengths (N,)) -> list[Transcript]``.
 
-    Features and labels are those of ``model.config`` (``input_val``). If it has no labels and the model has 29 classes,
-    the English alphabet is used. ``dtype`` is the dtype of weights and activations, by default the model's; features
-    and sums are always fp32. ``fp32_precision``: as for ``InferenceEngine``. The transcript of an utterance does not
-    depend on the batch. Decoding is greedy unless the attribute ``decoder`` is set. Raises ValueError if labels,
-    classes or mel bands do not match.
+    Features (``input_val``) and, without a ``vocabulary``, labels are those of ``model.config``. If the configuration
+    has no labels and the model has 29 classes, the English alphabet is used. ``dtype`` is the dtype of weights and
+    activations, by default the model's; features and sums are always fp32. ``fp32_precision``: as for
+    ``InferenceEngine``. The transcript of an utterance does not depend on the batch. Decoding is greedy unless the
+    attribute ``decoder`` is set. Raises ValueError if labels, classes or mel bands do not match.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Recognizer:
         progress: Callable[[int], None] | None = None,
     ) -> Recognition:
         """Reads and transcribes utterances in batches of similar length. Unusable utterances are listed in ``skipped``.
-        Raises ValueError if none can be used.
+        Raises ValueError if there are no utterances, or if all their texts have symbols that are not labels.
 
         A batch has at most ``batch_size`` utterances and ``max_seconds`` of padded audio; a longer utterance is a batch
         of its own. After each batch ``progress`` is called with the number of utterances that the batch has finished.

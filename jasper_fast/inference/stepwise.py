@@ -53,7 +53,7 @@ class Stepwise:
         n, _, t = features.shape
         bound = self._bound(n, -(-t // self._span) * self._span)
         bound.source[:, :t].copy_(features.transpose(1, 2))  # rows past T are past all lengths
-        # On a CPU the engine has already checked the lengths.
+        # On a CPU the engine has already checked or clamped the lengths.
         bound.lengths.copy_(lengths.clamp(0, t) if lengths.is_cuda else lengths)
         self.shapes.play(bound, self._dependences)
         log_probs, out_lengths = bound.results[0][:, : plan.out_frames(t)], bound.results[1]
@@ -113,7 +113,8 @@ class Padding:
 
 
 class AtenConv:
-    """A FoldedConv that runs on ATen, on any device and in any dtype. For `top` see `Padding`."""
+    """A FoldedConv that runs on ATen, on any device and in any dtype. It does not read `lengths`: its inputs must be
+    zero in the padding, and `top` (see `Padding`) makes its output zero there."""
 
     def __init__(self, folded: Folded, dtype: torch.dtype):
         self.weight = folded.weight.to(dtype).unsqueeze(2).clone(memory_format=torch.channels_last)
