@@ -195,6 +195,26 @@ def test_errors_are_one_line(model, files, tmp_path, capsys):
         assert_refused(run, capsys, name, [case for case in cases if case[0][0] == name])
 
 
+def test_two_outputs_with_one_name_are_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    one, same = tmp_path / "one.yaml", Path("folder/../one.yaml")
+    checked = ("check", tmp_path / "no.jsonl")
+    evaluated = ("evaluate", "--manifest", tmp_path / "no.jsonl", "--checkpoint", tmp_path / "no.pt")
+    tuned = ("lm", "tune", "--log-probs", tmp_path / "no")
+    for argv in (
+        (*checked, "--clean", one, "--html", same),
+        (*checked, "--clean", one, "--out", same),
+        (*checked, "--html", one, "--out", same),
+        (*evaluated, "--out", one, "--html", same),
+        (*tuned, "--out", one, "--report", same),
+    ):
+        assert command.main([*map(str, argv)]) == 2
+        assert "each file to write needs its own name" in capsys.readouterr().err
+    assert command.main([*map(str, checked), "--html", "/dev/null", "--out", "/dev/null"]) == 2
+    assert "no.jsonl: cannot read the manifest" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("command_", "module", "function"),
     [("train", "train", "command"), ("bench", "bench.cli", "shell"), ("demo", "demo.__main__", "main")],

@@ -38,8 +38,8 @@ def subcommand(commands: Any, name: str, run: Callable, options: dict, help: str
 
 
 def add_modules(commands: Any, *modules: ModuleType) -> None:
-    """Adds a subcommand for each module. Of the module's docstring, the first sentence after the colon is the help in
-    the list of commands, and the text after the empty line is the description. END follows the options."""
+    """Adds a subcommand for each module. In the list of commands its help is the title of the module's docstring, from
+    the colon on. The rest of the docstring is the description, and the module's END follows the options."""
     for module in modules:
         title, _, description = (module.__doc__ or "").partition("\n\n")
         help = " ".join(title.partition(": ")[2].removesuffix(".").split())
@@ -365,7 +365,8 @@ def count(done: int, total: int, what: str, quiet: bool) -> None:
 
 
 def any_name() -> None:
-    """Lets the standard output print any file name: in UTF-8, and bytes that are not UTF-8 unchanged."""
+    """Lets the standard output print any file name. Text is written in UTF-8, and bytes that are not UTF-8 are written
+    unchanged."""
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
@@ -387,9 +388,14 @@ def write(path: str, text: str) -> None:
 
 
 def check_writable(*paths: str | None, folder: bool = False) -> None:
-    """Raises UsageError for an output that cannot be made: its place has no folder, or it is a folder itself. With
-    ``folder`` the outputs are folders, and may exist."""
-    for path in map(Path, filter(None, paths)):
+    """Raises UsageError for an output that cannot be made, because the folder that would contain it does not exist or
+    because it is a folder itself, and for two outputs with one name. With ``folder`` the outputs are folders, and may
+    exist."""
+    named = [Path(path) for path in paths if path]
+    places = [path.resolve() for path in named if path.is_file() or not path.exists()]  # several may be one device
+    if len(set(places)) < len(places):
+        raise UsageError(f"each file to write needs its own name, got {', '.join(map(str, named))}")
+    for path in named:
         if path.exists() and path.is_dir() != folder:
             raise UsageError(f"{path}: {'is no folder' if folder else 'is a folder'}; choose another name")
         if not path.resolve().parent.is_dir():
