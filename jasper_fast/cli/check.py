@@ -16,15 +16,15 @@ from jasper_fast.cli import common
 from jasper_fast.options import option
 
 END = """\
-exit status: 0 if every utterance is good, 1 if some are not, 2 for a manifest that cannot be read.
+exit status: 0 if every utterance is good, 1 if some are not or there are none, 2 for a manifest that cannot be read.
 
 example: jasper-fast check train.jsonl --clean train_clean.jsonl --html train.html"""
 OPTIONS = {
     "": [
         option("manifest", metavar="MANIFEST", help="JSON lines, or the JSON array of NVIDIA's Jasper"),
         option("--clean", metavar="FILE", help="write a manifest of the good utterances"),
-        option("--html", metavar="FILE", help="write a page with histograms and the bad utterances"),
-        option("--out", metavar="FILE", help="write the bad utterances as JSON"),
+        option("--html", metavar="FILE", help="write a page with histograms and the utterances that have faults"),
+        option("--out", metavar="FILE", help="write counts and the utterances that have faults as JSON"),
         option("--data-dir", metavar="DIR", help="folder where relative paths start (the manifest's own)"),
         option("--config", metavar="YAML", help="take labels, bounds and frame rate from this model configuration"),
         option("--max-duration", type=common.positive(float), metavar="S",
@@ -34,7 +34,7 @@ OPTIONS = {
         option("--strict", action="store_true",
                help="utterances that clip or have unknown symbols are bad, too; without it they get a warning"),
         option("--jobs", type=common.positive(int), default=0, metavar="N", help="threads (one per core)"),
-        option("--worst", type=int, default=5, metavar="N", help="bad utterances of each kind to print (5)"),
+        option("--worst", type=int, default=5, metavar="N", help="utterances to print for each kind of fault (5)"),
         option("-q", "--quiet", action="store_true", help="show no progress bar"),
     ]
 }  # fmt: skip

@@ -10,7 +10,8 @@ from jasper_fast.cli import check, common, convert, evaluate, export, info, lm, 
 from jasper_fast.cli.prepare import librispeech, manifest, shards
 from jasper_fast.extras import MissingExtra, need
 
-# Commands that parse their own options: help text, module, its function that takes the arguments, needed extra.
+# For each command that parses its own options: its help, its module, the function there that takes the arguments, and
+# the extra that the module needs.
 _PASSED_ON = {
     "train": ("train or fine-tune: `train --help`", "jasper_fast.train", "command", "train"),
     "bench": ("compare speed with plain PyTorch: `bench --help`", "jasper_fast.bench.cli", "shell", "bench"),

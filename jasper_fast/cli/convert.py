@@ -1,9 +1,9 @@
 """`jasper-fast convert`: write a checkpoint in another format.
 
-IN may be a checkpoint of this project, of NVIDIA's Jasper for
-PyTorch (2019 to today), of Lightning, a .nemo archive, the encoder and decoder files of NeMo 0.x, or a safetensors
-file. OUT contains the same bits under the names of its format, and, if the format has a place for them, the labels and
-the settings of the features. The file is read back and compared with IN before it is renamed to OUT. The report lists
+IN may be a checkpoint of this project, of NVIDIA's Jasper for PyTorch (2019 to today) or of Lightning, a .nemo archive,
+one of the pair of files that NeMo 0.x saved (encoder and decoder), or a safetensors file. OUT contains the same bits
+under the names of its format, and, if the format has a place for them, the labels and the settings of the features. The
+new file is written under a temporary name, read back and compared with IN, and then renamed to OUT. The report lists
 the new name of each entry, and what was left out.
 """
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jasper_fast.training.runs import Ranks
 
 END = """\
-exit status: 0 for success, 1 if no utterance could be read (with --strict: if one or more could not be read), 2 for a
+exit status: 0 for success, 1 if no utterance could be used (with --strict: if one or more could not be used), 2 for a
 wrong command, manifest, checkpoint or configuration.
 
 examples:
@@ -53,7 +53,7 @@ OPTIONS = {
             metavar="FILE",
             help="write a page with error rates by set, length and speaker, and the worst utterances word by word",
         ),
-        option("--strict", action="store_true", help="exit with 1 if any file could not be read"),
+        option("--strict", action="store_true", help="exit with 1 if any utterance could not be used"),
     ],
     **common.DECODING,
     **common.MODEL,
@@ -83,7 +83,7 @@ def _run(arguments: argparse.Namespace, share: Ranks) -> int:
     saved = Saved.begin(arguments.save_log_probs, recognizer) if arguments.save_log_probs else None
     if utterances:
         *_, result = common.recognize(arguments, recognizer, utterances, keep=saved.keep if saved else None)
-    else:  # fewer utterances than processes
+    else:  # there are fewer utterances than processes
         result = Recognition([], [], [], manifest.SkipReport())
     if saved:
         saved.finish([u.path for u in utterances], result.references)
@@ -113,7 +113,7 @@ def _run(arguments: argparse.Namespace, share: Ranks) -> int:
     rows, result = _together(share, rows, result)
     status = int(arguments.strict and len(rows) < total) if rows else 1
     if share.first and not rows:
-        print("no utterance could be read", file=sys.stderr)
+        print("no utterance could be used", file=sys.stderr)
     if not (share.first and rows):
         return status
     figures = _figures(arguments, recognizer, result, rows) | evaluation.by_parts(rows)

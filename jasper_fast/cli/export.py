@@ -1,10 +1,10 @@
 """`jasper-fast export`: write a checkpoint as an ONNX model.
 
-Writes a folder for ONNX Runtime and for packages that use it. model.onnx accepts any batch size and length. Batch norm
-is folded into the convs. vocab.txt and config.json have the form that onnx-asr reads. The model contains the masks, so
-the result of an utterance does not depend on the rest of its batch. The folder is written only if ONNX Runtime and our
-engine agree on inputs whose batch size, lengths and padding differ from those that were used to trace the model. Needs
-pip install 'jasper-fast[export]'.
+Writes a folder for ONNX Runtime and for packages that use it. model.onnx accepts any batch size, and any length of at
+least two output frames. Batch norm is folded into the convs. vocab.txt and config.json have the form that onnx-asr
+reads. If the checkpoint's model has conv masks, so has model.onnx, and the result of an utterance does not depend on
+the rest of its batch. The folder is written only if ONNX Runtime and our engine agree on inputs whose batch size,
+lengths and padding differ from those that were used to trace the model. Needs pip install 'jasper-fast[export]'.
 """
 
 import argparse

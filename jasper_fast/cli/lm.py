@@ -26,8 +26,8 @@ _TRAIN = {
             nargs="+",
             default=[],
             metavar="COUNT",
-            help="leave out n-grams that occur at most COUNT times. One count per order, such as `0 0 1`; the last one "
-            "also applies to all higher orders",
+            help="leave out n-grams that occur at most COUNT times. One count per order, such as `0 0 1`; the first "
+            "must be 0, and the last one also applies to all higher orders",
         ),
         option("--memory", type=common.positive(int), default=512, metavar="MB", help="memory for sorting (512)"),
         option("-q", "--quiet", action="store_true", help="show no progress"),
@@ -56,13 +56,15 @@ def numbers(text: str) -> list[float]:
 _TUNE = {
     "": [
         option("--log-probs", required=True, metavar="DIR", help="the folder that `evaluate --save-log-probs` wrote"),
-        option("--lm", metavar="FILE", help="an n-gram that `transcribe --lm` reads"),
+        option("--lm", metavar="FILE", help="an n-gram model that `transcribe --lm` reads"),
         option("--lexicon", metavar="FILE", help="the words that can be recognised, one per line"),
         option("--beam", type=common.positive(int), default=128, metavar="N", help="width of the search (128)"),
         option("--alpha", type=numbers, metavar="A,B,..", help="values of --alpha to try (0,0.5,1,1.5,2,2.5,3)"),
         option("--beta", type=numbers, metavar="A,B,..", help="values of --beta to try (-1,-0.5,0,0.5,1)"),
         option("--rescore", metavar="MODEL", help="neural language model that rescores the best texts of the search"),
-        option("--rescore-weight", type=numbers, metavar="A,B,..", help="its weights to try (0,0.25,0.5,0.75,1,1.5,2)"),
+        option(
+            "--rescore-weight", type=numbers, metavar="A,B,..", help="MODEL's weights to try (0,0.25,0.5,0.75,1,1.5,2)"
+        ),
         option("--device", default="auto", help="device of the neural language model (a GPU if there is one)"),
         option(
             "--random",
@@ -160,7 +162,7 @@ def tune(arguments: argparse.Namespace) -> None:
 
     common.check_writable(arguments.out, arguments.report)
     if not tuned.is_settings(arguments.out):
-        raise common.UsageError(f"--out {arguments.out}: the name must end in .yaml, or --lm cannot read the file")
+        raise common.UsageError(f"--out {arguments.out}: the name must end in .yaml or .yml for --lm to read it")
     if arguments.lm is None and arguments.rescore is None:
         raise common.UsageError("no language model to tune; name one with --lm, a neural one with --rescore, or both")
     saved, second = Saved.open(arguments.log_probs), None

@@ -8,8 +8,8 @@ the check continues.
 
 Verdicts are saved per dtype, GPU, driver and versions. On a GPU, backend="auto" uses only kernels with a good verdict.
 If the machine lacks something that a check needs (a compiler, memory), the command reports it and saves no verdict. If
-the command is interrupted, for example by Ctrl-C, the verdicts so far are saved. Without a GPU it checks the kernels of
-the cpu backend, and with TRITON_INTERPRET=1 also those of the triton backend, in Triton's interpreter.
+the command is interrupted, for example by Ctrl-C, the verdicts so far are saved. On a CPU it checks the kernels of the
+cpu backend, and with TRITON_INTERPRET=1 also those of the triton backend, in Triton's interpreter.
 """
 
 import argparse

@@ -54,7 +54,7 @@ OPTIONS = {
         option("--json", action="store_true", help="print JSON lines with words, their times and confidences"),
         option("--out", metavar="FILE", help="write to this file instead of the standard output"),
         option("--resume", action="store_true", help="keep the lines in --out and transcribe only the other files"),
-        option("--strict", action="store_true", help="exit with 1 if any file could not be read"),
+        option("--strict", action="store_true", help="exit with 1 if any file was not transcribed"),
     ],
     **common.DECODING,
     **common.MODEL,

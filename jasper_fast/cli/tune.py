@@ -2,9 +2,9 @@
 
 Measures on this GPU which implementation and tile of each op is fastest at the shapes of a model, and saves the choice
 on disk for backend="auto". The first use of a model makes the same measurements. This command makes them in advance,
-for all batches that you name. An implementation is compared with fp64 before it is timed. Shapes that were measured
-before are skipped. If the command is interrupted, the finished shapes are kept, and the same command continues.
-JASPER_FAST_TUNE=0 turns off the tuning at first use, but not this command.
+for all batches that you name. Our own implementations are compared with fp64 before they are timed. Shapes that were
+measured before are skipped. If the command is interrupted, the finished shapes are kept, and the same command
+continues. JASPER_FAST_TUNE=0 turns off the tuning at first use, but not this command.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     if device.type != "cuda":
         raise common.UsageError("tune needs a CUDA GPU: on a CPU kernels are not chosen by measurement")
     if reason := backends.why_missing("triton", device):
-        raise common.UsageError(f"there is nothing to choose from: {reason}")
+        raise common.UsageError(f"there is nothing to choose from: {backends.named('triton', reason)}")
     wanted = cells_of(arguments, getattr(torch, common.DTYPES[arguments.dtype]))
     todo = [cell for cell in wanted if not tables.covered(device, cell)]
     print(f"{len(wanted)} shapes on {verdicts.key(device)['device']}, {len(todo)} of them to measure; results go to "

@@ -16,8 +16,8 @@ from jasper_fast.options import option
 
 END = """\
 sets of LibriSpeech (61 GB): dev-clean, dev-other, test-clean, test-other, train-clean-100, train-clean-360,
-train-other-500. Sets of mini-LibriSpeech (0.5 GB): dev-clean-2, train-clean-5. A downloaded archive is deleted after it
-is unpacked.
+train-other-500. Sets of mini-LibriSpeech (0.5 GB): dev-clean-2, train-clean-5. Without --keep-archives a downloaded
+archive is deleted after it is unpacked.
 
 example: jasper-fast prepare librispeech --out corpora/mini --sets dev-clean-2 train-clean-5"""
 OPTIONS = {
@@ -26,8 +26,8 @@ OPTIONS = {
         option("--sets", nargs="+", metavar="SET", help="sets to prepare (the seven of LibriSpeech)"),
         option("--source", metavar="URL_OR_FOLDER", help="a mirror, or a folder with SET.tar.gz (openslr.org)"),
         option("--speeds", nargs="+", type=float, default=[], metavar="S", help="add copies at speeds such as 0.9 1.1"),
-        option("--wav", action="store_true", help="write WAV: twice the size of FLAC, but faster to read"),
-        option("--checksums", metavar="FILE", help="output of md5sum, for archives other than the published ones"),
+        option("--wav", action="store_true", help="write copies in WAV: twice the size of FLAC, but faster to read"),
+        option("--checksums", metavar="FILE", help="output of md5sum for archives that are not the published ones"),
         option("--keep-archives", action="store_true", help="keep the downloads, in DIR/.prepare"),
         option("--jobs", type=common.positive(int), default=0, metavar="N", help="threads (one per core)"),
         option("-q", "--quiet", action="store_true", help="show no progress bar"),

@@ -35,10 +35,10 @@ OPTIONS = {
         option("--out", required=True, metavar="FILE", help="the manifest to write"),
         option("--kind", choices=KINDS, default="auto", help="kind of the source; auto recognises it (auto)"),
         option("--audio-dir", metavar="DIR", help="folder where relative audio paths start (depends on the kind)"),
-        option("-q", "--quiet", action="store_true", help="count the utterances left out, but do not list them"),
+        option("-q", "--quiet", action="store_true", help="show no progress, and only count the utterances left out"),
     ]
 }
-_SHOWN = 20  # utterances that are left out and listed, at most
+_SHOWN = 20  # of the utterances that are left out, at most this many are listed
 
 
 def run(arguments: argparse.Namespace) -> int:
