@@ -9,7 +9,16 @@ import torch
 from bench_runs import CPU, CUDA, make_run, row
 
 from jasper_fast.bench import cli
-from jasper_fast.bench.cases import bn_relu_dropout, by_layer, depthwise, latency, models, sub_block_inference, train
+from jasper_fast.bench.cases import (
+    bn_relu_dropout,
+    by_layer,
+    depthwise,
+    latency,
+    models,
+    sub_block_inference,
+    sub_blocks,
+    train,
+)
 from jasper_fast.bench.cases.layers import Layer
 from jasper_fast.bench.harness.errors import Absent
 from jasper_fast.bench.harness.run import Run
@@ -99,6 +108,23 @@ def test_the_cuda_face_is_no_rival_to_be_slower_than():
     rows = [row("kernels", "eager", conv), row("kernels", choice.CUDA_FACE, conv, ratio={"median": 0.5})]
     (verdict,) = goals.NeverSlower("never slower", "kernels", conv, 1.0).judge(rows)
     assert verdict["row"] == rows[0]["id"] and verdict["met"]
+
+
+@pytest.mark.parametrize("op", ["conv1d", "sub_block"])
+@pytest.mark.parametrize("layer", [Layer(8, 8, 3), Layer(8, 16, 3, stride=2)])
+def test_cudnn_s_conv_comes_after_the_mask_or_the_whole_chain(op, layer, tmp_path, monkeypatch):
+    class Conv:
+        def __init__(self, x, weight, stride, padding, dilation, stats):
+            self.weight, self.geometry = weight.unsqueeze(2), ((1, stride), (0, padding), (1, dilation))
+
+        def __call__(self, x):
+            return torch.nn.functional.conv2d(x.unsqueeze(2), self.weight, None, *self.geometry).squeeze(2)
+
+    monkeypatch.setattr(sub_blocks, "FusedConv", Conv)
+    case = sub_blocks.case(make_run(tmp_path, rivals="cudnn"), op, 2, 20, layer, "forward")
+    runner = next(c for c in case.contenders if c.name == "cudnn").build()
+    case.refill(1)
+    assert case.complaints(runner.outputs(), case.low(), case.reference()) == []
 
 
 @pytest.mark.parametrize("rival", ["cuda_graph", "tensorrt"])

@@ -69,18 +69,13 @@ def eager_conv_2d(x: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Ten
 
 
 def eager_sub_block(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
-    """Computes batch norm, ReLU, dropout, mask and the next conv one after the other, in NCT memory. The first layer
-    has only mask and conv."""
-    if i.layer.first:
-        return eager_conv(y, i, weight, gamma, beta, p)
+    """Computes batch norm, ReLU, dropout, mask and the next conv one after the other, in NCT memory."""
     z = common.eager_chain(y, gamma, beta, common.fresh_running(gamma.detach()), None, i.lengths, p)
     return F.conv1d(z, weight, None, 1, i.layer.padding, i.layer.dilation)
 
 
 def eager_sub_block_2d(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
     """Computes the same as `eager_sub_block` in channels_last memory."""
-    if i.layer.first:
-        return eager_conv_2d(y, i, weight, gamma, beta, p)
     z = common.eager_chain_2d(y, gamma, beta, common.fresh_running(i.gamma), None, i.lengths, p)
     return conv_2d(z, weight, i.layer)
 
@@ -101,9 +96,7 @@ def fused_conv(backend: str, x: Tensor, i: Inputs, weight: Tensor, gamma: Tensor
 def fused_sub_block(
     backend: str, y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float
 ) -> Tensor:
-    """Computes jasper_fast's sub_block with the arguments of `eager_sub_block`. The first layer is only a conv1d."""
-    if i.layer.first:
-        return fused_conv(backend, y, i, weight, gamma, beta, p)
+    """Computes jasper_fast's sub_block with the arguments of `eager_sub_block`."""
     return ops.sub_block(
         y,
         gamma,
@@ -118,15 +111,15 @@ def fused_sub_block(
     )
 
 
-def cudnn_statistics(i: Inputs) -> Callable[..., Tensor]:
-    """Returns a function without backward: the chain in channels_last memory, and then cuDNN's conv that also computes
-    the sums for the next batch norm."""
+def cudnn_statistics(op: str, i: Inputs) -> Callable[..., Tensor]:
+    """Returns a function without backward: the mask (op "conv1d") or the chain ("sub_block") in channels_last memory,
+    and then cuDNN's conv that also computes the sums for the next batch norm."""
     a = i.layer
     conv = FusedConv(i.ntc["x"].detach(), i.weight.detach().to(i.dtype), a.stride, a.padding, a.dilation, stats=True)
 
     def call(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
         conv.weight.copy_(weight.detach().unsqueeze(2))  # the cast of AMP, once per step
-        if a.first:
+        if op == "conv1d":
             return conv(common.masked_last(y, i.lengths))
         return conv(common.eager_chain_2d(y, gamma, beta, common.fresh_running(i.gamma), None, i.lengths, p))
 
@@ -207,20 +200,23 @@ def case(
 ) -> Case:
     """Returns the case of one layer and mode, for `N` utterances of `T` frames. Cases of one layer may share inputs.
 
-    If only the forward pass is timed, only its output is checked. In the other modes the gradients are checked too.
+    If only the forward pass is timed, only its output is checked. In the other modes the gradients are checked too. The
+    first layer's sub-block is only a conv1d, because there is no norm before it.
     """
     inputs = shared or functools.cache(lambda: Inputs(N, T, layer, run.dtype, run.device))
-    ours, eager, eager_2d = OPS[op]
+    norm = op == "sub_block" and not layer.first
+    computed = "sub_block" if norm else "conv1d"
+    ours, eager, eager_2d = OPS[computed]
 
     def cudnn() -> Callable[..., Tensor]:
         if mode != "forward":
             raise Absent("cuDNN's Python frontend has no fused pattern with a backward pass")
-        return cudnn_statistics(inputs())
+        return cudnn_statistics(computed, inputs())
 
     def contender(name: str) -> Contender:
         build, memory, amp = builders[name]
         how = {"amp": amp, "last": name == "eager_2d_channels_last"}
-        return Contender(name, lambda: runner(op, build(), inputs(), memory, mode, **how))
+        return Contender(name, lambda: runner(computed, build(), inputs(), memory, mode, **how))
 
     builders: dict[str, tuple[Callable[[], Callable[..., Tensor]], str, bool]] = {
         "jasper_fast": (lambda: functools.partial(ours, run.backend), "ntc", False),
@@ -232,15 +228,14 @@ def case(
     }
     conv = counts.Conv("", N, layer.C_in, layer.C_out, layer.K, T, layer.frames(T))
     times = counts.DIRECTIONS[mode] - (layer.first and mode != "forward")  # the features need no gradient
-    norm = op == "sub_block" and not layer.first
     size = run.dtype.itemsize
     return Case(
         "kernels",
         {"op": op, **layer.key(N, T), "dtype": run.dtype_name, "mode": mode},
         [contender(name) for name in ("jasper_fast", *choice.for_sub_blocks(run))],
         refill=lambda seed: inputs().refill(seed),
-        reference=lambda: answer(op, inputs(), torch.float64, mode),
-        low=lambda: answer(op, inputs(), run.dtype, mode),
+        reference=lambda: answer(computed, inputs(), torch.float64, mode),
+        low=lambda: answer(computed, inputs(), run.dtype, mode),
         tolerance=common.tolerance(run),
         flops=times * conv.flops,
         nbytes=counts.sub_block_bytes(conv, size, mode) if norm else times * conv.nbytes(size),
