@@ -461,8 +461,9 @@ def start(args: argparse.Namespace, arguments: Sequence[str]) -> Run:
         path = args.out / f"{args.command}_{name}_{datetime.datetime.now():%Y%m%d-%H%M%S}_{commit}.json"
     load, cores = header["machine"]["load_average"], header["machine"]["cpu"]["cores"]
     if load and load[0] > 0.5 * cores:
-        warning = f"load average {load[0]:.1f} on {cores} cores: other processes disturb the timing"
-        console.print(warning, style="yellow")
+        console.print(
+            f"load average {load[0]:.1f} on {cores} cores: other processes disturb the timing", style="yellow"
+        )
     results = result_file.Results(path, header, args.resume)
     run = Run(device, dtype, args.backend, args.quick, results, effort, rivals=args.rivals, arguments=tuple(arguments))
     results.data["clocks"] = {"start": machine.clocks(device)}

@@ -1,6 +1,7 @@
 """What the cases of `python -m bench kernels` share: constants, masks, the eager chain, tolerances and sizes."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -43,8 +44,7 @@ def off_the_edge(y: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor | None
 def masked_last(x: Tensor, lengths: Tensor) -> Tensor:
     """Returns `x` (N, C, T) with zeros at t >= length, in the memory order of `x`. masked_fill would return NCT
     memory."""
-    padding = torch.arange(x.shape[2], device=x.device) >= lengths[:, None]
-    return torch.where(padding.unsqueeze(1), 0.0, x)
+    return torch.where(layout.padding(lengths, x.shape[2]), 0.0, x)
 
 
 class Held:
@@ -73,15 +73,8 @@ class Held:
     def once_per_refill(self, make: Callable) -> Callable:
         """Returns a function that calls `make` at its first call after each refill, and otherwise returns the last
         result."""
-        made: dict[int, object] = {}
-
-        def get() -> object:
-            if self.refills not in made:
-                made.clear()
-                made[self.refills] = make()
-            return made[self.refills]
-
-        return get
+        after = functools.lru_cache(1)(lambda refills: make())
+        return lambda: after(self.refills)
 
     def randn(self, like: Tensor, g: torch.Generator) -> Tensor:
         """Returns normal random numbers in the shape of `like`."""

@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import itertools
 import math
 import random
 import shutil
@@ -76,13 +77,10 @@ def posteriors(kind: str, log_probs: Tensor, seed: int) -> None:
     count, frames = log_probs.shape[:2]
     paths = torch.full((count, frames), V.blank)
     for path in paths:
-        at, symbols = 0, iter("")
+        at = 0
+        symbols = (symbol for _ in itertools.count() for symbol in V.encode(" ".join(rng.choice(text())) + " "))
         while at < frames:
-            symbol = next(symbols, None)
-            if symbol is None:
-                symbols = iter(V.encode(" ".join(rng.choice(text())) + " "))
-                continue
-            path[at] = symbol
+            path[at] = next(symbols)
             at += 1 + rng.randint(1, 4)
     logits = torch.randn(log_probs.shape, generator=g)
     sharp = torch.full((count, frames, 1), SHARP[kind])
@@ -183,30 +181,27 @@ def whole_case(shared: latency.Models, run: Run, model: str, seconds: float, bea
     """
     inputs = shared.inputs(1, seconds)
 
-    def hear(searched: bool) -> Callable[[], Runner]:
-        def build() -> Runner:
-            call = shared.build("jasper_fast", shared.engine)
-            alpha, beta = WEIGHTS[lm]
-            search = decoder(V, language_model(lm) if lm != "none" else None, beam=beam, alpha=alpha, beta=beta)
+    def build(searched: bool) -> Runner:
+        call = shared.build("jasper_fast", shared.engine)
+        alpha, beta = WEIGHTS[lm]
+        search = decoder(V, language_model(lm) if lm != "none" else None, beam=beam, alpha=alpha, beta=beta)
 
-            def timed() -> tuple[Tensor, Tensor]:
-                with torch.inference_mode():
-                    log_probs, lengths = call(*inputs)
-                    if searched:
-                        search.begin(log_probs, lengths, 0.02)()
-                    else:
-                        greedy_decode(log_probs, lengths, V)
-                    return log_probs, lengths
+        def timed() -> tuple[Tensor, Tensor]:
+            with torch.inference_mode():
+                log_probs, lengths = call(*inputs)
+                if searched:
+                    search.begin(log_probs, lengths, 0.02)()
+                else:
+                    greedy_decode(log_probs, lengths, V)
+                return log_probs, lengths
 
-            return Runner(timed, lambda: latency.compared(*timed()))
-
-        return build
+        return Runner(timed, lambda: latency.compared(*timed()))
 
     return Case(
         "decode",
         {"model": model, "audio_s": seconds, "dtype": run.dtype_name, "lm": LMS[lm], "beam": beam,
          "path": "features to text"},
-        [Contender("jasper_fast", hear(True)), Contender("greedy", hear(False))],
+        [Contender("jasper_fast", lambda: build(True)), Contender("greedy", lambda: build(False))],
         refill=lambda seed: shared.refill(1, seconds, seed),
         reference=lambda: shared.answer(*inputs),
         low=shared.low(lambda: inputs),

@@ -74,8 +74,7 @@ class Models:
 
     def answer(self, x: Tensor, lengths: Tensor) -> dict[str, Tensor]:
         """Returns the answer of `judge` to these features."""
-        with torch.inference_mode():
-            return compared(*self.judge(x.to(self.judged_in), lengths))
+        return self._answer_of(self.judge, self.judged_in, x, lengths)
 
     def low(self, inputs: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], dict[str, Tensor]] | None:
         """Returns a function that computes the answer of `plain`, whose error sets the tolerance.
@@ -84,13 +83,12 @@ class Models:
         """
         if self.judged_in == self.run.dtype:
             return None
+        return lambda: self._answer_of(self.plain, self.run.dtype, *inputs())
 
-        def answer() -> dict[str, Tensor]:
-            with torch.inference_mode():
-                x, lengths = inputs()
-                return compared(*self.plain(x.to(self.run.dtype), lengths))
-
-        return answer
+    @staticmethod
+    @torch.inference_mode()
+    def _answer_of(model: nn.Module, dtype: torch.dtype, x: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+        return compared(*model(x.to(dtype), lengths))
 
     def build(self, name: str, make: Callable[[nn.Module], Model]) -> Model:
         """Returns the contender, which is built at its first use. If building it failed, raises that error again."""
@@ -111,10 +109,7 @@ class Models:
 
     def close(self) -> None:
         """Frees all models and inputs now, without waiting for the garbage collector."""
-        for held in (self.contenders, self.failures, self._held):
-            held.clear()
-        for made in ("state", "plain", "judge"):
-            self.__dict__.pop(made, None)
+        self.__dict__.clear()
         gc.collect()
 
     def inputs(self, N: int, seconds: float) -> tuple[Tensor, Tensor]:
@@ -162,18 +157,15 @@ def case(shared: Models, model: str, N: int, seconds: float) -> Case:
     """Returns the case of the acoustic model, for `N` utterances of this many seconds."""
     run, T = shared.run, models.FRAMES[seconds]
 
-    def contender(name: str, make: Callable[[nn.Module], Model]) -> Contender:
-        def build() -> Runner:
-            call = shared.build(name, make)
-            inputs = shared.inputs(N, seconds)
+    def build(name: str, make: Callable[[nn.Module], Model]) -> Runner:
+        call = shared.build(name, make)
+        inputs = shared.inputs(N, seconds)
 
-            def timed() -> tuple[Tensor, Tensor]:
-                with torch.inference_mode():
-                    return call(*inputs)
+        def timed() -> tuple[Tensor, Tensor]:
+            with torch.inference_mode():
+                return call(*inputs)
 
-            return Runner(timed, lambda: compared(*timed()), rule=int8_rule() if name == "openvino_int8" else None)
-
-        return Contender(name, build)
+        return Runner(timed, lambda: compared(*timed()), rule=int8_rule() if name == "openvino_int8" else None)
 
     chosen = choice.choose("inference", run.device, run.rivals)
     if not (run.rivals != "default" or (N, seconds) == (1, 2.0) or run.device.type == "cuda"):
@@ -181,7 +173,10 @@ def case(shared: Models, model: str, N: int, seconds: float) -> Case:
     return Case(
         "latency",
         {"model": model, "N": N, "seconds": seconds, "dtype": run.dtype_name, "path": "acoustic model"},
-        [contender("jasper_fast", shared.engine), *(contender(n, b) for n, b in chosen.items())],
+        [
+            Contender(n, functools.partial(build, n, make))
+            for n, make in ({"jasper_fast": shared.engine} | chosen).items()
+        ],
         refill=lambda seed: shared.refill(N, seconds, seed),
         reference=lambda: shared.answer(*shared.inputs(N, seconds)),
         low=shared.low(lambda: shared.inputs(N, seconds)),
@@ -221,37 +216,32 @@ def sound_case(shared: Models, model: str, N: int, seconds: float) -> Case:
         with torch.inference_mode():
             return front(audio, lengths)
 
-    def contender(name: str, make: Callable[[nn.Module], Model]) -> Contender:
-        def build() -> Runner:
-            call = shared.build(name, make)
-            heard: list[tuple[Tensor, Tensor, list[str]]] = []
+    def build(name: str, make: Callable[[nn.Module], Model]) -> Runner:
+        call = shared.build(name, make)
+        heard: list[tuple[Tensor, Tensor, list[str]]] = []
 
-            def hear() -> tuple[Tensor, Tensor, list[str]]:
-                x, frames = features()
-                with torch.inference_mode():
-                    log_probs, frames = call(x.to(run.dtype), frames)
-                    return log_probs, frames, greedy_decode(log_probs, frames, words)
+        def hear() -> tuple[Tensor, Tensor, list[str]]:
+            x, frames = features()
+            with torch.inference_mode():
+                log_probs, frames = call(x.to(run.dtype), frames)
+                return log_probs, frames, greedy_decode(log_probs, frames, words)
 
-            def outputs() -> dict[str, Tensor]:
-                heard[:] = [hear()]
-                return compared(*heard[0][:2])
+        def outputs() -> dict[str, Tensor]:
+            heard[:] = [hear()]
+            return compared(*heard[0][:2])
 
-            def texts() -> list[str]:
-                drawn = repeating(N, heard[0][0].shape[1], words, run.device)
-                return misread(*heard.pop(), words) + misread(*drawn, greedy_decode(*drawn, words), words)
+        def texts() -> list[str]:
+            drawn = repeating(N, heard[0][0].shape[1], words, run.device)
+            return misread(*heard.pop(), words) + misread(*drawn, greedy_decode(*drawn, words), words)
 
-            return Runner(hear, outputs, texts)
-
-        return Contender(name, build)
+        return Runner(hear, outputs, texts)
 
     chosen = choice.choose("inference", run.device, run.rivals)
+    builders = {"jasper_fast": shared.engine} | {n: chosen[n] for n in SOUND_RIVALS if n in chosen}
     return Case(
         "latency",
         {"model": model, "N": N, "seconds": seconds, "dtype": run.dtype_name, "path": "sound to text"},
-        [
-            contender("jasper_fast", shared.engine),
-            *(contender(name, make) for name, make in chosen.items() if name in SOUND_RIVALS),
-        ],
+        [Contender(n, functools.partial(build, n, make)) for n, make in builders.items()],
         refill=refill,
         reference=lambda: shared.answer(*features()),
         low=shared.low(features),

@@ -65,12 +65,10 @@ def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Modul
     judged = functools.cache(lambda: Batch(cfg, *judged_at, run.device))
     modules: dict[str, nn.Module] = {}
 
-    def runner(name: str, make: Callable[[], nn.Module]) -> Callable[[], Runner]:
-        def build() -> Runner:
-            module = modules[name] = make()
-            return Runner(lambda: None, lambda: answer(module, module, judged(), state(), run.dtype))
-
-        return build
+    def build(name: str) -> Runner:
+        make = {"jasper_fast": functools.partial(models.fused, backend=run.backend), "eager": models.eager}[name]
+        module = modules[name] = make(cfg, state())
+        return Runner(lambda: None, lambda: answer(module, module, judged(), state(), run.dtype))
 
     def plain(dtype: torch.dtype, autocast_dtype: torch.dtype) -> dict[str, Tensor]:
         found = eager_answer(judged(), state(), dtype, autocast_dtype)
@@ -84,10 +82,7 @@ def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Modul
             "dtype": run.dtype_name,
             "mode": "training step",
         },
-        [
-            Contender("jasper_fast", runner("jasper_fast", lambda: models.fused(cfg, state(), run.backend))),
-            Contender("eager", runner("eager", lambda: models.eager(cfg, state()))),
-        ],
+        [Contender(name, functools.partial(build, name)) for name in ("jasper_fast", "eager")],
         refill=lambda seed: judged().refill(seed),
         reference=lambda: plain(torch.float64, torch.float64),
         low=(lambda: plain(torch.float32, run.dtype)) if roomy else None,

@@ -14,6 +14,7 @@ from jasper_fast import Jasper, JasperConfig
 from jasper_fast.bench.cases import counts
 from jasper_fast.bench.harness.seeds import seeded, stable_seed
 from jasper_fast.kernels.layout import mask
+from jasper_fast.nn.block import JasperBlock
 from jasper_fast.nn.eager import EagerJasper
 
 FRAMES = {2.0: 208, 7.0: 704, 16.7: 1680}  # feature frames by seconds of audio, with the padding of NVIDIA's Jasper
@@ -212,17 +213,15 @@ def ctc(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Ten
 
 @contextlib.contextmanager
 def dropout_off(model: nn.Module) -> Iterator[None]:
-    """A context in which the dropout rate is 0 in all Dropout modules and block configurations of the model."""
+    """A context in which the dropout rate is 0 in all Dropout modules, and in all blocks of a `Jasper`."""
     with contextlib.ExitStack() as undo:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 undo.callback(setattr, module, "p", module.p)
                 module.p = 0.0
-            for attribute in ("b", "cfg"):
-                block = getattr(module, attribute, None)
-                if dataclasses.is_dataclass(block) and hasattr(block, "dropout"):
-                    undo.callback(setattr, module, attribute, block)
-                    setattr(module, attribute, dataclasses.replace(block, dropout=0.0))
+            if isinstance(module, JasperBlock):
+                undo.callback(setattr, module, "b", module.b)
+                module.b = dataclasses.replace(module.b, dropout=0.0)
         yield
 
 

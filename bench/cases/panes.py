@@ -244,21 +244,20 @@ def case(run: Run, N: int, T: int, block: Block, mode: str, shared: Callable[[],
     def rival(name: str, build: Callable[[], PaneSum], memory: str) -> Contender:
         return Contender(name, lambda: runner(build(), inputs(), memory, mode, amp=True))
 
-    contenders = [
-        ours("jasper_fast", form),
-        *(ours(f"jasper_fast_{other}", other) for other in FORMS if other != form),
-    ]
     known = {
         "eager": (lambda: eager, "nct"),
         "eager_2d_channels_last": (lambda: eager_2d, "ntc"),
         "compile_max_autotune": (lambda: compiler.max_autotuned(eager, mode), "nct"),
     }
-    contenders += [rival(name, *known[name]) for name in choice.for_sub_blocks(run) if name in known]
     panes = [counts.Conv("", N, C, block.C_out, 1, T, T, place="pane") for C in block.widths]
     return Case(
         "kernels",
         {"op": "panes", **block.key(N, T), "dtype": run.dtype_name, "mode": mode},
-        contenders,
+        [
+            ours("jasper_fast", form),
+            *(ours(f"jasper_fast_{other}", other) for other in FORMS if other != form),
+            *(rival(name, *known[name]) for name in choice.for_sub_blocks(run) if name in known),
+        ],
         refill=lambda seed: inputs().refill(seed),
         reference=lambda: answer(inputs(), torch.float64, mode),
         low=lambda: answer(inputs(), run.dtype, mode),

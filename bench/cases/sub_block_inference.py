@@ -181,24 +181,21 @@ def case(run: Run, N: int, T: int, layer: Layer) -> Case:
         choice.CUDA_FACE: lambda i: fused(i, choice.cuda_backend(run, convs=True)),
     }
 
-    def contender(name: str) -> Contender:
-        def make() -> Runner:
-            i = inputs()
-            call, x = builders[name](i), (i.nct if name in ("eager", "compile_max_autotune") else i.ntc)["x"]
+    def build(name: str) -> Runner:
+        i = inputs()
+        call, x = builders[name](i), (i.nct if name in ("eager", "compile_max_autotune") else i.ntc)["x"]
 
-            def timed() -> Tensor:
-                with torch.inference_mode():
-                    return call(x, i.lengths)
+        def timed() -> Tensor:
+            with torch.inference_mode():
+                return call(x, i.lengths)
 
-            return Runner(timed, lambda: {"z": i.valid(timed())})
-
-        return Contender(name, make)
+        return Runner(timed, lambda: {"z": i.valid(timed())})
 
     conv = counts.Conv("", N, layer.C_in, layer.C_out, layer.K, T, layer.frames(T), bias=True)
     return Case(
         "kernels",
         {"op": "sub_block", **layer.key(N, T), "dtype": run.dtype_name, "mode": "inference"},
-        [contender(name) for name in ("jasper_fast", *choice.for_sub_blocks(run))],
+        [Contender(name, functools.partial(build, name)) for name in ("jasper_fast", *choice.for_sub_blocks(run))],
         refill=lambda seed: inputs().refill(seed),
         reference=lambda: inputs().answer(torch.float64),
         low=lambda: inputs().answer(run.dtype),

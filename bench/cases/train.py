@@ -238,13 +238,10 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
         fused = models.fused(cfg, state(), run.backend)
         return runner_of(fused, fused, graphs)
 
-    def rival(build: Callable[[nn.Module], Model]) -> Callable[[], Runner]:
-        def make() -> Runner:
-            plain = models.eager(cfg, state())
-            call = build(plain)
-            return runner_of(call if isinstance(call, ChannelsLast2d) else plain, call)
-
-        return make
+    def rival(build: Callable[[nn.Module], Model]) -> Runner:
+        plain = models.eager(cfg, state())
+        call = build(plain)
+        return runner_of(call if isinstance(call, ChannelsLast2d) else plain, call)
 
     def refill(seed: int) -> None:
         for held in {id(b): b for b in (batch(), judged())}.values():
@@ -256,7 +253,7 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
     return Case(
         "train",
         {"model": model, "batch": f"({N}, {cfg.encoder.in_feats}, {T})", "dtype": run.dtype_name, "mode": mode},
-        [*mine, *(Contender(n, rival(b)) for n, b in of_batch(rivals_of(run), full).items())],
+        [*mine, *(Contender(n, functools.partial(rival, b)) for n, b in of_batch(rivals_of(run), full).items())],
         refill=refill,
         reference=lambda: eager_answer(judged(), state(), exact, exact),
         low=(lambda: eager_answer(judged(), state(), torch.float32, run.dtype)) if exact is torch.float64 else None,
