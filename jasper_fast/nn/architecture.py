@@ -11,8 +11,8 @@ BN_EPS, BN_MOMENTUM = 1e-3, 0.1
 
 def pane_sources(config: JasperConfig) -> list[list[int]]:
     """Returns the sources that the panes (1x1 residual convs) of each block read. Source 0 is the features, and source
-    j + 1 the output of block j. A block with a dense residual has a pane for its own input, and one for the input of
-    each of the consecutive dense blocks before it."""
+    j + 1 the output of block j. A block with a residual has a pane for its own input. If the residual is dense, it also
+    has a pane for the input of each of the consecutive dense blocks before it."""
     found, sources = [], [0]
     for j, b in enumerate(config.encoder.blocks):
         found.append((sources if b.residual_dense else sources[-1:]) if b.residual else [])
@@ -21,7 +21,7 @@ def pane_sources(config: JasperConfig) -> list[list[int]]:
 
 
 def block_shapes(config: JasperConfig) -> list[tuple[int, BlockConfig, list[int]]]:
-    """Returns (input channels, block, channels of each pane) for every block."""
+    """Returns (input channels, block, input channels of each pane) for every block."""
     blocks = config.encoder.blocks
     channels = [config.encoder.in_feats, *(b.filters for b in blocks)]
     panes = [[channels[source] for source in sources] for sources in pane_sources(config)]
@@ -47,7 +47,7 @@ def convs_and_norm(c_in: int, c_out: int, b: BlockConfig | None, conv: type[nn.C
 
 def add_layers(model: nn.Module, config: JasperConfig, blocks: Iterable[nn.Module]) -> None:
     """Adds encoder and decoder under the names of NVIDIA's Jasper, and initialises their weights as NVIDIA does: convs
-    by `init`, batch norm's gamma to 1 and beta to 0."""
+    by `init` of the configuration, batch norm's gamma to 1 and beta to 0."""
     model.encoder, model.decoder = nn.Module(), nn.Module()
     model.encoder.layers = nn.ModuleList(blocks)
     model.decoder.layers = nn.ModuleList([nn.Conv1d(config.decoder.in_feats, config.decoder.n_classes, 1)])

@@ -30,9 +30,9 @@ class JasperBlock(nn.Module):
     `conv.4.weight`, ...), so state dicts have NVIDIA's keys. A separable sub-block takes five positions:
     `conv.0.weight` is depthwise, `conv.1.weight` pointwise, and `conv.2` the batch norm.
 
-    `pane_form`: how training computes the panes' statistics, "gram" (`ops.panes`) or "plain" (`ops.panes_plain`).
-    "auto" is "gram" on a GPU and "plain" elsewhere (`choose.pane_form`). Batches of fewer than 16 frames in all are
-    always computed in the plain form, unless ranks share statistics.
+    `pane_form`: how training computes the panes' statistics, "gram" (`ops.panes`) or "plain" (`ops.panes_plain`). With
+    "auto" `choose.pane_form` decides. Batches of fewer than 16 frames in all are always computed in the plain form,
+    unless ranks share statistics.
     """
 
     def __init__(
@@ -68,7 +68,8 @@ class JasperBlock(nn.Module):
     def forward(
         self, x: Tensor, sources: list[Tensor], grams: list, lengths: list[Tensor] | None, seeds: Tensor | None
     ) -> Tensor:
-        """Returns the block's output (N, C_out, T') for `x` (N, C_in, T). With masks both are zero in the padding.
+        """Returns the block's output (N, C_out, T') for `x` (N, C_in, T). With masks, input and output are zero in the
+        padding.
 
         `sources`: the block outputs that the panes read. `grams`: in training, the Gram matrix of each source (None for
         the plain form). `lengths`: frames at the input of each sub-block and at the end, R + 1 tensors (N,); None
@@ -175,7 +176,8 @@ def pane_sum(
     lengths: Tensor | None,
     backend: str,
 ) -> Tensor:
-    """Returns the sum over `panes` of BN(1x1 conv(source)), (N, C_out, T). Updates the running statistics.
+    """Returns the sum over `panes` of BN(1x1 conv(source)), (N, C_out, T). Updates the running statistics of norms in
+    training mode.
 
     `sources` are zero at t >= `lengths` (N,). Panes whose batch norms have the same settings are computed in one call.
     Usually all panes have the same settings.

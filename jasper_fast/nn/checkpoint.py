@@ -15,7 +15,7 @@ FORMAT = "jasper_fast 1"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, read or used. The message names the file and the fix."""
+    """A checkpoint that cannot be written, read or used. The message says why, and most messages also what to do."""
 
 
 def first_line(error: Exception) -> str:
@@ -35,7 +35,8 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
     The temporary file lies next to `path`, and each process has its own. It is flushed to the disk (fsync) before it is
     renamed, so even after a crash `path` has either its old content or the whole new one. Raises CheckpointError if the
-    file cannot be written (disk full). If an error occurs before the renaming, the old file is unchanged.
+    file cannot be written (for example if the disk is full). If an error occurs before the renaming, the old file is
+    unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}.{path.name}.tmp")
@@ -79,9 +80,10 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
 def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
     """Returns the dictionary in a PyTorch checkpoint file.
 
-    The file may have only tensors and plain values, and nothing in it is executed. Checks the checksum of every record,
-    so a damaged file is noticed before it is used. Raises CheckpointError naming the file and the fix, and MemoryError
-    if the memory does not suffice. Equivalent to `torch.load(path, map_location, weights_only=True)`.
+    The file may have only tensors and plain values, and nothing in it is executed. Checks the checksum of every record
+    (files of torch < 1.6 have none), so a damaged file is noticed before it is used. Raises CheckpointError naming the
+    file and the fix, and MemoryError if the file does not fit into memory. Equivalent to
+    `torch.load(path, map_location, weights_only=True)`.
     """
     path = Path(path)
     if not path.is_file():

@@ -11,7 +11,7 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used. The message names the key and the file."""
+    """A configuration that cannot be used. The message names the key, and the file if there is one."""
 
 
 def refuse(kind: type[Exception], *faults: tuple[object, str]) -> None:
@@ -168,7 +168,8 @@ class JasperConfig:
 
     @property
     def filterbank(self) -> dict[str, Any]:
-        """`filterbank_features` of `input_val`, or of `input_train` if that is empty: the features in evaluation."""
+        """The settings of the features in evaluation: `filterbank_features` of `input_val`, or of `input_train` if
+        `input_val` is empty."""
         return (self.input_val or self.input_train).get("filterbank_features") or {}
 
     @classmethod
@@ -240,7 +241,7 @@ def is_texts(labels: Any) -> bool:
 
 
 def _settings(top: dict[str, Any], part: str) -> dict[str, Any]:
-    """Returns the input settings under `part`, which are mappings by name."""
+    """Returns the input settings under `part`. Raises ConfigError unless each of them is a mapping or null."""
     found = _mapping(top.get(part) or {}, part)
     for name, settings in found.items():
         _mapping(settings or {}, f"{part}.{name}")

@@ -24,8 +24,8 @@ class MaskedConv1d(nn.Conv1d):
 
 
 class EagerBlock(nn.Module):
-    """R sub-blocks with their residual panes. `xs` is the list of block outputs that the block may read, its input
-    last."""
+    """R sub-blocks with their residual panes. `forward` takes `xs`, the list of block outputs that the block may read,
+    its input last, and their lengths. It returns both for the next block."""
 
     def __init__(self, c_in: int, b: BlockConfig, panes: list[int]):
         super().__init__()

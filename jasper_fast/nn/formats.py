@@ -42,7 +42,7 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
     these; NeMo's `.nemo` archives, compressed or not; NeMo's pairs of files (`JasperEncoder-*.pt` and
     `JasperDecoderForCTC-*.pt`, of which `path` is one); and checkpoints of Lightning. The model may have been wrapped
     by `torch.compile` or DistributedDataParallel. Raises CheckpointError naming the file for anything else, and if
-    `ema` is true and the file has no moving average.
+    `ema` is true and the file has no moving average; and MissingExtra for a safetensors file without that package.
     """
     path = Path(path)
     if path.is_file() and tarfile.is_tarfile(path):  # checked first, because a tar that ends in a zip looks like a zip
@@ -115,7 +115,7 @@ _NEMO_HALVES = ((r"^encoder\.(\d+)\.", r"encoder.encoder.\1."), (r"^decoder_laye
 
 
 def _nemo_half(names: Sequence[str]) -> str | None:
-    """Returns which of the two modules of NeMo 0.x has entries with these names; None for a whole model."""
+    """Returns which of the two modules of NeMo 0.x has entries with these names; None if neither has."""
     halves = (half for half, pattern in _HALVES.items() if names and all(re.match(pattern, name) for name in names))
     return next(halves, None)
 
@@ -215,7 +215,7 @@ def _read_nemo(path: Path) -> Weights:
 
 def _nemo_config(document: dict[str, Any]) -> dict[str, Any]:
     """Returns NeMo's configuration in the form of `JasperConfig.to_dict`. Raises CheckpointError for a tokenizer, and
-    for blocks that no Jasper has."""
+    for blocks and features that are not supported here."""
     document = _resolved(document)
     refuse_endless(document, "model_config.yaml")
     if document.get("tokenizer"):
@@ -224,7 +224,7 @@ def _nemo_config(document: dict[str, Any]) -> dict[str, Any]:
     labels = list(decoder.get("vocabulary") or document.get("labels") or ()) or None
     blocks = []
     for i, block in enumerate(encoder["jasper"]):
-        said = encoder | block  # a block without a residual_mode has that of the encoder
+        said = encoder | block  # for example, a block without a residual_mode has that of the encoder
         foreign = [k for k, usual in _NEMO_USUAL.items() if said.get(k, usual[0]) not in usual]
         if foreign:
             raise CheckpointError(
@@ -263,7 +263,7 @@ def _nemo_config(document: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# Settings of NeMo's blocks, and the values that they have in a Jasper, the default first.
+# Settings of NeMo's blocks, and the values that they may have in a Jasper or a QuartzNet, the default first.
 _NEMO_USUAL = {
     "se": (False, None), "stride_last": (False, None), "groups": (1,), "heads": (-1,), "future_context": (-1,),
     "residual_mode": ("add", "stride_add"), "normalization_mode": ("batch",),

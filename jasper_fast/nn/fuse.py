@@ -165,8 +165,8 @@ def _run(
 
 
 def counts(found: Parts, lengths: Tensor | None) -> tuple[list[Tensor | None], Tensor | None]:
-    """Returns (counts, passed) for a block. counts: the frames at the input of each sub-block and at the end, each None
-    without masks. passed: the lengths that the original block returns."""
+    """Returns (counts, passed) for a block that is given `lengths`. counts: the frames at the input of each sub-block
+    and at the end, each None without masks. passed: the lengths that the original block returns."""
     steps = [lengths if found.masked else None]
     for sub in found.sub_blocks:
         steps.append(_frames(sub.in_time, steps[-1]))

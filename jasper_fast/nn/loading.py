@@ -27,10 +27,12 @@ def load_weights(
     decoder: Literal["auto", "keep", "new"] = "auto",
     like: Mapping[str, str] | None = None,
 ) -> None:
-    """Copies `weights` into `model`. A model on the meta device takes over tensors of its dtypes without a copy.
+    """Copies `weights` into `model`. A model on the meta device takes over the tensors of the file, and copies only
+    those of another dtype or memory order.
 
-    With `strict`, the file must have every entry of the model in the right shape, and no others. Otherwise this is a
-    warm start: entries that are missing or have another shape keep their initial values, and a warning says so.
+    With `strict`, the file must have every entry of the model in the right shape, and no others, and must not name
+    other labels. Otherwise this is a warm start: entries that are missing or have another shape keep their initial
+    values, and a warning says so.
 
     `labels` are those of the model. If they differ from the file's labels, a warm start copies the decoder's rows for
     the blank and for the labels that both alphabets have. If the file does not name its labels, the decoder is copied
@@ -40,7 +42,8 @@ def load_weights(
     `decoder` must be "auto", and a file that does not name its labels is assumed to have the published alphabet.
     With `strict`, `decoder` and `like` have no effect.
 
-    Raises CheckpointError naming the entries that do not fit, and also if no entry of the encoder fits.
+    Raises CheckpointError for a file that is not as `strict` demands, if none of the encoder's weights fits, and for a
+    `decoder` or `like` that cannot be applied to these labels.
     """
     own = model.state_dict()
     given, wrong, extra = compared(own, weights)
@@ -130,7 +133,7 @@ def _decoder_rows(
     it, or None.
     """
     if like and decoder != "auto":
-        raise CheckpointError(f"rows of labels that start from others need the decoder 'auto', not {decoder!r}")
+        raise CheckpointError(f"labels can take the rows of other labels only with the decoder 'auto', not {decoder!r}")
     if decoder == "keep":
         if misfit:
             raise CheckpointError(f"{weights.path}: its decoder cannot be kept ({misfit})")
@@ -178,7 +181,8 @@ def _row_of_label(weights: Weights, labels: Sequence[str] | None, like: Mapping[
 
 
 def config_of(weights: Weights) -> JasperConfig:
-    """Returns the configuration in the file, or that of Jasper 10x5 dense residual for NVIDIA's files, which have none.
+    """Returns the configuration in the file, or that of Jasper 10x5 dense residual if the file, as one of NVIDIA's, has
+    none.
 
     Raises CheckpointError for a configuration that is not a Jasper's, or that has more layers than there are weights.
     """
@@ -206,8 +210,8 @@ def load_model(
     """Returns a Jasper in evaluation mode with the weights in `path`, a file that `read_weights` understands.
 
     `config`: the model to build, by default that of the file (see `config_of`). `strict=False` makes a warm start, for
-    example with a `config` for other labels; a warning says so (see `load_weights`). Raises CheckpointError
-    if the file cannot be read or does not fit.
+    example with a `config` for other labels (see `load_weights`). Raises CheckpointError if the file cannot be read or
+    does not fit.
     """
     weights = read_weights(path, ema=ema)
     config = config or config_of(weights)

@@ -22,12 +22,12 @@ class Jasper(nn.Module):
     """The Jasper acoustic model on fused sub-blocks, with NVIDIA's state-dict names.
 
     `forward(features (N, C, T) float, lengths (N,) frames) -> (log_probs (N, T', V) fp32, lengths (N,) of T' frames)`.
-    Rows of `log_probs` at t >= length are meaningless. With conv masks (the default configurations) the padding of
+    Rows of `log_probs` at t >= length are meaningless. With conv masks (as in all files of configs/) the padding of
     `features` may have any values.
 
     `panes`: how training computes the batch statistics of the residual panes. "gram" takes them from the Gram matrices
     of the block outputs, without computing a pane's output. "plain" takes them from the output of each pane. "auto" is
-    "gram" on a GPU, and "plain" elsewhere.
+    "gram" on a GPU whose self-check of this form did not fail, and "plain" elsewhere.
 
     After `torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)`, training on several ranks takes batch statistics over
     all ranks (for torch.compile see `jasper_fast.ops.sync`).

@@ -23,7 +23,8 @@ _RULES = (
 
 
 def names(entries: dict[str, Tensor], masked: bool) -> dict[str, str]:
-    """Returns NeMo's name of each of this project's `entries`. `masked`: the convs have masks, so NeMo wraps them."""
+    """Returns NeMo's name of each of this project's `entries`. `masked`: whether the convs have masks; NeMo wraps
+    such convs."""
     found = {}
     for name, tensor in entries.items():
         theirs = name

@@ -9,7 +9,7 @@ from jasper_fast.dispatch import backends
 
 
 class Packs:
-    """The weights of a module's convs as the kernels of Triton and cuDNN read them, in one buffer per conv.
+    """The weights of a module's convs in the memory order that the kernels read, in one buffer per conv.
 
     Every forward pass fills the buffers anew, so a weight is cast and rearranged once per step. The buffers are copies
     of the weights, so no state dict has them, and they are not copied or pickled with the module. A buffer has the

@@ -1,8 +1,9 @@
 """What the fused blocks of an encoder share during a forward pass: prepared block outputs, and their Gram matrices.
 
-Every dense block reads all block outputs before it. Without sharing, it would mask and cast each of these outputs
-again, and would compute the statistics of its panes (1x1 residual convs) from the outputs of the panes. When blocks
-share, each block output is prepared once. In the Gram form its one Gram matrix serves all blocks that read it.
+A dense block reads its input and the inputs of the dense blocks before it. Without sharing, it would mask and cast
+each of these block outputs again, and would compute the statistics of its panes (1x1 residual convs) from the outputs
+of the panes. When blocks share, each block output is prepared once. In the Gram form, its one Gram matrix serves all
+blocks that read the block output.
 """
 
 import contextlib

@@ -78,12 +78,13 @@ class GraphedStep:
     steps give the same bits, except with PyTorch's optimisers: in a graph they read the learning rate in fp32. After a
     replay the parameters have no gradients.
 
-    Existing graphs do not see changes that are made outside the step. So call `forget()` after a `load_state_dict` of
-    the model, optimiser, scaler or average, after one of their tensors is replaced, and after a change of modes, of
-    requires_grad or of the betas of PyTorch's optimisers.
+    A graph keeps the addresses of tensors, and most settings, from its capture. So call `forget()` after a tensor of
+    the model, optimiser, scaler or average was replaced (as by `load_state_dict` of an optimiser), and after a change
+    of modes, of requires_grad, of the scaler's factors, or of settings of PyTorch's optimisers other than the learning
+    rate.
 
-    If steps cannot be captured, all steps are plain steps, and `say` is called once with the reason. This is the case
-    on a CPU, in several processes, with an optimiser that skips bad steps on the host (all except NovoGrad and
+    If steps cannot be captured, they are all plain steps, and `say` is called once with the reason. This is the case on
+    a CPU, in several processes, with an optimiser that skips bad steps on the host (all except NovoGrad and
     PyTorch's fused Adam and AdamW), with parameters that NovoGrad's kernels do not take, with a learning rate that is a
     tensor on another device, without the CTC loss in Triton, and after a capture has failed. Graphs need as much
     memory as the largest step, in addition to the memory of plain steps and validation. `recorder` is for tests: an

@@ -102,8 +102,9 @@ class Loop(ABC):
     def tell_skipped(self) -> None:
         """Reads the figures so far and prints which utterances caused bad steps.
 
-        After too many bad steps in a row it goes back to the best weights if `--reload-best` is given. It raises
-        RunError without that option, if going back is not possible, or if a rank could read no file for the last step.
+        After too many bad steps in a row it goes back to the best weights. It raises RunError instead if
+        `--reload-best` is not given, if going back is not possible, or if the last of these steps was skipped because a
+        rank could read no file.
         """
         try:
             bad = self.state.meter.read()

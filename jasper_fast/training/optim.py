@@ -75,7 +75,7 @@ class EMA:
     @torch.no_grad()
     def _exchange(self, model: nn.Module) -> None:
         for tensor, mean in self._pairs(model).items():
-            # A copy in place increases autograd's version counter, by which packed weights are known to be out of date.
+            # A copy in place raises the version counter of the tensor, by which an engine notices changed weights.
             live = tensor.clone()
             tensor.copy_(mean)
             mean.copy_(live)

@@ -78,7 +78,7 @@ def optimisation(
         option("--ema", type=float, default=0.0, metavar="DECAY", help="decay of the averaged weights (0: none)"),
         option("--ema-warmup", action="store_true", help="average over fewer steps at first, for short runs"),
         option("--max-bad-steps", type=int, default=20,
-               help="end the run after this many steps in a row with a NaN or an infinity (20)"),
+               help="end the run after this many skipped steps in a row (20)"),
         option("--reload-best", type=int, nargs="?", const=0, metavar="N",
                help="return to the best weights after too many bad steps or N validations without improvement"),
     ]  # fmt: skip

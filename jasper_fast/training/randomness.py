@@ -66,7 +66,7 @@ def seed_everything(seed: int) -> None:
 def settle(deterministic: bool, cudnn_benchmark: bool) -> None:
     """Sets PyTorch's global switches.
 
-    With `deterministic`, PyTorch uses only deterministic algorithms, and warns where an operation has none. With
+    With `deterministic`, PyTorch uses deterministic algorithms, and warns where an operation has none. With
     `cudnn_benchmark`, cuDNN times its algorithms at each new shape.
     """
     if deterministic:

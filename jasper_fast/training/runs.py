@@ -244,7 +244,7 @@ class Folder:
     def latest(self, warn: Callable[[str], None] = warnings.warn) -> tuple[Path, dict[str, Any]] | None:
         """Returns the path and contents of the newest checkpoint that can be read, or None if there is no checkpoint.
 
-        For each file that cannot be read it calls `warn` with the reason. Raises CheckpointError if there are
+        Calls `warn` with the reason for each newer file that cannot be read. Raises CheckpointError if there are
         checkpoints, but none can be read.
         """
         candidates = self.candidates()
@@ -255,7 +255,7 @@ class Folder:
                     raise CheckpointError(f"{path} was not written by a training run of jasper_fast")
                 return path, state
             except CheckpointError as error:
-                warn(f"{error}; trying the next older one")
+                warn(f"{error}; trying the next checkpoint")
         if candidates:
             raise CheckpointError(
                 f"none of the {len(candidates)} checkpoints in {self.path} can be read: empty the folder to start again"

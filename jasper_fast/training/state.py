@@ -20,15 +20,15 @@ ADVICE = (  # first for NaN or infinity, then for files that cannot be read
 
 
 class Diverged(RunError):
-    """Raised if too many steps in a row were skipped, the last because of a NaN or an infinity in the gradient."""
+    """Raised if too many steps in a row were skipped, the last because of a NaN or an infinity."""
 
 
 class Meter:
     """Collects the figures of steps on the device. It reads those of many steps together, so that no step waits.
 
-    It counts skipped steps by their cause: `bad_losses` (a loss was NaN or infinite), `overflows` (the losses were
-    finite, but the gradient was not) and `unread` (a rank could read no file). After `max_bad` skipped steps in a row
-    it raises an error. `advice`: see `ADVICE`.
+    It counts skipped steps by their cause: `bad_losses` (a loss of this process was NaN or infinite), `overflows` (its
+    losses were finite, but the gradient was not) and `unread` (a rank could read no file). After `max_bad` skipped
+    steps in a row `read` raises an error. `advice`: see `ADVICE`.
     """
 
     def __init__(self, max_bad: int = 20, advice: tuple[str, str] = ADVICE):
@@ -114,7 +114,7 @@ class TrainingState:
     taken: list[int] = field(default_factory=list)  # items that this epoch used before that change
     step: int = 0  # steps done in all epochs
     stale: int = 0  # validations since the best one, or since the last return to the best weights
-    extra: int = 0  # steps beyond those of as many epochs as now, because earlier epochs had batches of other sizes
+    extra: int = 0  # `step` is this much more than it would be if all epochs had had batches of the present sizes
     unjudged: bool = False  # whether a signal interrupted the validation of this step
     best_wer: float = math.inf
     earlier: float = 0.0  # minutes spent in earlier parts of the run, before it was resumed
