@@ -293,7 +293,7 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[nn.Module, Run
         config = JasperConfig.from_yaml(args.config)
         train, val = load_data(args, config, ranks, console)
         state = make_state(args, config, ranks)
-        schedule = training_options.make_schedule(args, train.steps(0, args.grad_accumulation))
+        per_epoch = train.steps(0, args.grad_accumulation)
         seed_everything(args.seed + ranks.rank)  # so that noise and dropout differ between processes
         folder = Folder(args.output_dir, args.keep, args.milestones)
         generators = resume(args, folder, state, train, ranks, console)
@@ -302,9 +302,8 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[nn.Module, Run
         raise RunError(f"the processes found different checkpoints: all machines must share the folder {folder.path}")
     if train.changed:  # with other batches an epoch has another number of steps
         ends = state.step - state.position + train.steps(state.epoch, args.grad_accumulation)
-        state.extra = ends - (state.epoch + 1) * schedule.steps_per_epoch
-    if not args.steps:
-        schedule = dataclasses.replace(schedule, total_steps=max(1, schedule.total_steps + state.extra))
+        state.extra = ends - (state.epoch + 1) * per_epoch
+    schedule = training_options.make_schedule(args, per_epoch, state.extra)
     with ranks.together():
         if ranks.on_gpu and state.step < schedule.total_steps:
             # if memory is too small, fail now and not in the middle of an epoch

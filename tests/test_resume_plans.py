@@ -141,6 +141,15 @@ def test_epochs_are_counted_whatever_their_steps(paths, run, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_rate_decays_by_epochs_whatever_their_steps(paths, run, tmp_path):
+    how = {"val_manifests": None, "warmup_steps": None, "warmup_epochs": 0, "lr": 0.01, "lr_gamma": 0.5}
+    run(paths, tmp_path, batch_size=2, steps=8, **how)
+    run(paths, tmp_path, batch_size=8, epochs=3, resume=True, **how)
+    rates = [r["lr"] for r in records(tmp_path, "train")]
+    assert rates == pytest.approx([0.005] * 8 + [0.0025] * 2 + [0.00125] * 2)
+
+
+@pytest.mark.slow
 def test_an_earlier_run_that_left_only_its_best_is_not_mixed_with_a_new_one(paths, run, tmp_path):
     run(paths, tmp_path, steps=1)
     (tmp_path / "step_00000001.pt").rename(tmp_path / "best.pt")

@@ -1,9 +1,11 @@
 """Learning-rate schedules against their formulas."""
 
+import argparse
 import math
 
 import pytest
 
+from jasper_fast.training import options
 from jasper_fast.training.schedules import POLICIES, Schedule
 
 
@@ -39,3 +41,30 @@ def test_polynomial_and_cosine_end_at_the_floor():
 def test_settings_out_of_range_are_named(settings, word):
     with pytest.raises(ValueError, match=word):
         Schedule(**({"lr": 0.1} | settings))
+
+
+def described(policy: str, steps_per_epoch: int, extra: int = 0, **given) -> Schedule:
+    """Returns the schedule of a run of 20 epochs, with two of warm-up, then one at the peak rate."""
+    settings = {"lr": 0.1, "min_lr": 0.0, "lr_power": 2.0, "lr_gamma": 0.9, "epochs": 20, "steps": None}
+    settings |= {"warmup_epochs": 2.0, "warmup_steps": None, "hold_epochs": 1.0, "hold_steps": None}
+    return options.make_schedule(argparse.Namespace(lr_policy=policy, **(settings | given)), steps_per_epoch, extra)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("before", "after"), [(8, 2), (2, 8)])
+@pytest.mark.parametrize("epoch", [1, 2, 3, 9])
+def test_a_change_of_batches_after_an_epoch_leaves_the_rate_to_the_epoch(policy, before, after, epoch):
+    extra = epoch * (before - after)
+    resumed, whole = described(policy, after, extra), described(policy, after)
+    assert resumed.total_steps == 20 * after + extra
+    rates = [resumed(step + extra) for step in range(epoch * after, 20 * after)]
+    assert rates == pytest.approx([whole(step) for step in range(epoch * after, 20 * after)])
+
+
+@pytest.mark.parametrize("policy", ["polynomial", "cosine"])
+def test_a_schedule_in_steps_does_not_depend_on_the_batches(policy):
+    given = {"steps": 100, "warmup_steps": 10, "hold_steps": 5}
+    before, after = described(policy, 8, **given), described(policy, 2, extra=54, **given)
+    assert [before(step) for step in range(100)] == [after(step) for step in range(100)]
+    exponential = described("exponential", 8, extra=-60, **given)
+    assert max(exponential(step) for step in range(100)) == 0.1

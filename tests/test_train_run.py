@@ -55,6 +55,9 @@ def test_cudnn_chooses_by_the_clock_where_it_is_asked_to(asked, train_here, tmp_
         ({"init_ema": True}, "--init-ema, --init-map and --init-decoder need --init-from"),
         ({"lr_by_clock": True}, "--lr-by-clock needs --max-minutes"),
         ({"grad_accumulation": 0}, "--grad-accumulation must be at least 1"),
+        ({"seed": 2**64}, f"--seed must be below 2**63, not {2**64}"),
+        ({"warmup_steps": None, "warmup_epochs": "inf"}, "--warmup-epochs must be below 2**63, not inf"),
+        ({"hold_epochs": "nan"}, "--hold-epochs must be at least 0, not nan"),
     ],
 )
 def test_options_that_do_not_go_together(options, said, tmp_path, capsys):

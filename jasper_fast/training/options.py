@@ -28,6 +28,8 @@ OUTPUT = [
 LEAST = dict.fromkeys(("epochs", "steps", "log_every", "val_every", "save_every", "keep", "max_bad_steps"), 1)
 LEAST |= dict.fromkeys(("lr", "min_lr", "lr_power", "weight_decay", "clip_norm", "reload_best", "seed"), 0)
 LEAST |= dict.fromkeys(("warmup_epochs", "warmup_steps", "hold_epochs", "hold_steps", "num_workers"), 0)
+# options whose values must be below 2**63; larger seeds and infinite numbers of steps would raise an OverflowError
+LIMITED = ("seed", "epochs", "steps", "warmup_epochs", "warmup_steps", "hold_epochs", "hold_steps")
 
 
 def length(epochs: int = 100) -> list[Option]:
@@ -97,6 +99,8 @@ def wrong(args: argparse.Namespace, counts: Sequence[str] = (), faults: Iterable
     found = (
         *((not value >= least[name], f"--{name.replace('_', '-')} must be at least {least[name]}, not {value}")
           for name, value in given),
+        *((not value < 2**63, f"--{name.replace('_', '-')} must be below 2**63, not {value}")
+          for name, value in given if name in LIMITED),
         (args.max_minutes is not None and not args.max_minutes > 0, "--max-minutes must be above 0"),
         (not 0 <= args.ema < 1, "--ema must be at least 0 and below 1"),
         (not all(0 <= beta < 1 for beta in args.betas or ()), "--betas must be at least 0 and below 1"),
@@ -107,18 +111,24 @@ def wrong(args: argparse.Namespace, counts: Sequence[str] = (), faults: Iterable
     return next((message for is_there, message in found if is_there), None)
 
 
-def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
-    """Returns the learning-rate schedule that the options describe."""
+def make_schedule(args: argparse.Namespace, steps_per_epoch: int, extra: int = 0) -> Schedule:
+    """Returns the learning-rate schedule that the options describe. `extra`: see `TrainingState`.
+
+    What the options give in epochs is counted without the extra steps, so that a change of the batches does not change
+    the rate. What they give in steps is counted from the first step of the run.
+    """
     return Schedule(
         lr=args.lr,
         policy=args.lr_policy,
         warmup_steps=round(args.warmup_epochs * steps_per_epoch) if args.warmup_steps is None else args.warmup_steps,
         hold_steps=round(args.hold_epochs * steps_per_epoch) if args.hold_steps is None else args.hold_steps,
         steps_per_epoch=steps_per_epoch,
-        total_steps=args.steps or args.epochs * steps_per_epoch,
+        total_steps=args.steps or max(1, args.epochs * steps_per_epoch + extra),
         gamma=args.lr_gamma,
         power=args.lr_power,
         min_lr=args.min_lr,
+        warmup_from=extra if args.warmup_steps is None else 0,
+        decay_from=0 if args.steps and args.lr_policy != "exponential" else extra,
     )
 
 

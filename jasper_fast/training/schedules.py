@@ -10,8 +10,8 @@ POLICIES = ("exponential", "polynomial", "cosine")
 class Schedule:
     """The learning rate of each training step: call `schedule(step)`, with steps counted from 0.
 
-    In the first `warmup_steps` steps the rate is `lr * (step + 1) / (warmup_steps + 1)`, in the next `hold_steps` it is
-    `lr`. Then it depends on the policy:
+    In the first `warmup_steps` steps the rate is `lr * (step + 1) / (warmup_steps + 1)`, in the next `hold_steps` steps
+    it is `lr`. Then it depends on the policy:
     - "exponential": `lr * gamma ** (epoch - warmup - hold)`. Epochs have `steps_per_epoch` steps and are counted from
       1. `warmup` and `hold` are the lengths in epochs, which may be fractions. As in NVIDIA's Jasper, the first epoch
       after the hold already has the rate `lr * gamma`.
@@ -19,6 +19,9 @@ class Schedule:
       power 2 it is the "legacy" policy of NVIDIA's Jasper.
     - "cosine": `lr * (1 + cos(pi * progress)) / 2`, with the same progress.
     The rate never falls below `min_lr` (or `lr`, if that is less). Raises ValueError, which names an invalid setting.
+
+    `warmup_from` and `decay_from` are not 0 if earlier epochs had batches of other sizes: warm-up and hold are counted
+    from step `warmup_from`, and the epochs or the progress of the decay from step `decay_from`.
     """
 
     lr: float
@@ -30,6 +33,8 @@ class Schedule:
     gamma: float = 0.99
     power: float = 2.0
     min_lr: float = 1e-5
+    warmup_from: int = 0
+    decay_from: int = 0
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -47,14 +52,15 @@ class Schedule:
 
     def __call__(self, step: int) -> float:
         """Returns the learning rate of step number `step`, counted from 0."""
-        if step < self.warmup_steps:
-            return max(self.lr * (step + 1) / (self.warmup_steps + 1), min(self.min_lr, self.lr))
-        decay_from = self.warmup_steps + self.hold_steps
-        if step < decay_from:
+        warming, done, peak = step - self.warmup_from, step - self.decay_from, self.warmup_steps + self.hold_steps
+        if warming < self.warmup_steps:
+            return max(self.lr * (warming + 1) / (self.warmup_steps + 1), min(self.min_lr, self.lr))
+        if warming < peak:
             factor = 1.0
         elif self.policy == "exponential":
-            factor = self.gamma ** (step // self.steps_per_epoch + 1 - decay_from / self.steps_per_epoch)
+            factor = self.gamma ** max(0.0, done // self.steps_per_epoch + 1 - peak / self.steps_per_epoch)
         else:
-            progress = min(1.0, (step - decay_from) / max(1, self.total_steps - decay_from))
+            progress = (done - peak) / max(1, self.total_steps - self.decay_from - peak)
+            progress = min(1.0, max(0.0, progress))
             factor = (1 + math.cos(math.pi * progress)) / 2 if self.policy == "cosine" else (1 - progress) ** self.power
         return max(self.lr * factor, min(self.min_lr, self.lr))
