@@ -133,7 +133,7 @@ def _decoder_rows(
     it, or None.
     """
     if like and decoder != "auto":
-        raise CheckpointError(f"labels can take the rows of other labels only with the decoder 'auto', not {decoder!r}")
+        raise CheckpointError(f"labels that take the rows of others need the decoder 'auto', not {decoder!r}")
     if decoder == "keep":
         if misfit:
             raise CheckpointError(f"{weights.path}: its decoder cannot be kept ({misfit})")
