@@ -44,7 +44,7 @@ DEFAULT_BATCH = (8, 400)  # (N, T)
 OURS = "jasper_fast"  # the contender's name
 MODELS = f"{', '.join(choices.MODELS)} or a YAML file"  # for help texts
 NOTHING = "interrupted: nothing was measured yet"
-FIXED_RIVALS = {  # subcommands that measure the same rivals in every run: the values of --rivals that name these
+FIXED_RIVALS = {  # for each subcommand whose rivals are fixed: the values that --rivals may have
     "decode": ("default", "all"),
     "gpu": ("default",),
     "memory": ("default", "all", "eager"),

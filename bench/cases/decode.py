@@ -120,8 +120,8 @@ def _flashlight(kind: str, beam: int) -> Callable[[np.ndarray], float]:
 
 
 def _rule() -> Rule:
-    """Returns the rule for flashlight's search. It prunes in another order than ours, so it may find another
-    hypothesis, but the score must be close to that of our reference search."""
+    """Returns the rule for flashlight's search, which prunes in another order than ours. So it may find another
+    hypothesis, but its score must be close to that of our reference search."""
     words = f"score within {100 * _NEAR:.0f} % of the reference search's"
 
     def judge(got: Answer, low: Answer | None, ref: Answer, found: dict) -> list[str]:

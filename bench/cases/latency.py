@@ -30,7 +30,7 @@ SOUND_RIVALS = ("eager", "cuda_graph")
 #
 #                  all contenders   our engine
 #     fp32         2.7   3.5        1.4   1.6    (with fast FIR)
-#     fp16, bf16   1.03  1.24       0.78  0.94   (without)
+#     fp16, bf16   1.03  1.24       0.78  0.94   (without fast FIR)
 #
 # A fault that scales one layer by 1.01 has 5000 times eager's error in fp32, and at least 2.6 times eager's error in
 # fp16. In bf16 eager's error is 0.5 %, which is twice the effect of that fault, so that only scales from about 1.08 on
@@ -194,8 +194,8 @@ def sound_case(shared: Models, model: str, N: int, seconds: float) -> Case:
     """Returns the case from samples to text: log-mel features, the acoustic model, greedy decoding.
 
     Contenders differ only in the model. Log-probabilities are compared with those of `Models.judge`. Each text is
-    compared with the `best_path` of the contender's own log-probabilities, because between two nearly equal classes
-    rounding decides. A model with random weights hardly ever repeats a symbol, so the decoder is also checked on
+    compared with the `best_path` of the contender's own log-probabilities, because rounding decides between two nearly
+    equal classes. A model with random weights hardly ever repeats a symbol, so the decoder is also checked on
     log-probabilities with repeated symbols.
     """
     run, words = shared.run, Vocabulary()

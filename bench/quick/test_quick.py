@@ -1,7 +1,7 @@
 """The small benchmark for CI, `pytest bench/quick`: times ops and the small Jasper, ours and eager PyTorch's.
 
-No test fails because of a time. `extra_info` has the time divided by that of the first contender of the same case (our
-`reference` implementation or eager). This ratio hardly depends on the speed of the machine.
+No test fails because of a time. `extra_info` has the shortest time, divided by that of the first contender of the same
+case (our `reference` implementation or eager). This ratio hardly depends on the speed of the machine.
 """
 
 import dataclasses

@@ -56,8 +56,8 @@ def choose(kind: str, device: torch.device, wanted: str) -> dict[str, Callable[[
 
 
 def only(kind: str, wanted: str, others: Iterable[str] = ()) -> str:
-    """Returns the names in `wanted` that are rivals of `kind`, or "eager" if none is. Returns "default" and "all" as
-    they are.
+    """Returns the names in `wanted` that are rivals of `kind`, or "eager" if none is. "default" and "all" are returned
+    unchanged.
 
     So one option can name rivals of both kinds, and the names `others`. Raises UnknownRival for any other name.
     """

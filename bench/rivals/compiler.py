@@ -54,7 +54,8 @@ def compiled_blocks_frozen(model: nn.Module) -> Model:
 
     def call(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            if features.shape in ready:  # setting compiler options takes host time: only before compiling
+            # Compiler options are set only for the first call with a shape, because setting them takes host time.
+            if features.shape in ready:
                 return frozen(features, lengths)
             with inductor.patch(freezing=True):
                 found = frozen(features, lengths)
