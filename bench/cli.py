@@ -363,7 +363,9 @@ def _command(args: argparse.Namespace, begin: Callable[[argparse.Namespace], Run
     if args.command == "kernels" and args.mode == "inference" and args.op not in ("all", "sub_block", "depthwise"):
         raise SystemExit(f"--op {args.op} has no --mode inference; only sub_block and depthwise have it")
     if args.command in FIXED_RIVALS and args.rivals not in (allowed := FIXED_RIVALS[args.command]):
-        raise SystemExit(f"--rivals {args.rivals}: {args.command} has fixed rivals; use {' or '.join(allowed)}")
+        raise SystemExit(
+            f"--rivals {args.rivals}: {args.command} has fixed rivals, so it takes only {', '.join(allowed)}"
+        )
     if args.command == "optimizer" and args.dtype not in (None, "fp32"):
         raise SystemExit(f"--dtype {args.dtype}: the optimiser's step is always in fp32")
     if args.command == "train" and scaling.grouped():

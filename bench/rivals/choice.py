@@ -27,7 +27,7 @@ INFERENCE = TRAINING | {
     "tensorrt": runtimes.tensorrt,
 }
 KINDS = {"inference": INFERENCE, "training": TRAINING}
-# On a CPU torch.compile is not measured by default, because it takes minutes to compile Jasper 10x5.
+# On a CPU no model is measured with torch.compile by default, because it takes minutes to compile Jasper 10x5.
 DEFAULT = {
     ("inference", "cpu"): ("eager", "eager_no_masks", "eager_2d_channels_last", "onnxruntime", "openvino"),
     ("inference", "cuda"): tuple(n for n in INFERENCE if not n.startswith("openvino")),
