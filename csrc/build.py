@@ -17,6 +17,7 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -37,7 +38,8 @@ SANITIZE = {
     "thread": "-fsanitize=thread -DJF_STD_THREADS -pthread",
 }
 CUDA_ARCHS = "75;80;86;89;90a;100;120"
-# One for each inner loop of the convs. sm_86 and sm_89 run the code of 80. Newer GPUs compile the PTX of 80 at loading.
+# One architecture for each inner loop of the convs. sm_86 and sm_89 run the code of 80. Newer GPUs compile the PTX of
+# 80 at loading.
 WITHOUT_GPU = "75;80;90a"
 
 
@@ -59,7 +61,7 @@ def gpu_archs() -> list[str]:
     if command is None:
         return []
     done = subprocess.run([command, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True)
-    words = done.stdout.split() if done.returncode == 0 else []  # a broken driver is told on stdout
+    words = done.stdout.split() if done.returncode == 0 else []  # else stdout has an error message
     found = sorted({int(word.replace(".", "")) for word in words if re.fullmatch(r"\d+\.\d", word)})
     return [f"{arch}a" if arch == 90 else str(arch) for arch in found]
 
@@ -79,15 +81,25 @@ def gencode(nvcc: str) -> str:
     """Returns -gencode flags. They add the PTX of the newest architecture without the suffix a, for newer GPUs."""
     archs = cuda_archs(nvcc)
     flags = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
-    general = [a for a in archs if a.isdigit()]
+    general = sorted((a for a in archs if a.isdigit()), key=int)
     return " ".join([*flags, *(f"-gencode arch=compute_{a},code=compute_{a}" for a in general[-1:])])
+
+
+def shell(*words: str | Path) -> str:
+    """Returns the words of a command quoted for the shell and for ninja, because paths may contain spaces."""
+    return shlex.join(map(str, words)).replace("$", "$$")
 
 
 def ninja_file(torch: Path, cxx: str, nvcc: str | None, sanitize: str | None = None) -> tuple[str, list[str]]:
     """Returns the text of build.ninja and the names of the libraries that it builds."""
     checks = f" -O1 -g1 -fno-omit-frame-pointer {SANITIZE[sanitize]}" if sanitize else ""
-    include = f"-isystem {torch / 'include'} -I{ROOT / 'csrc'}"
-    link = f"-L{torch / 'lib'} -ltorch_cpu"
+    include = shell("-isystem", torch / "include", f"-I{ROOT / 'csrc'}")
+    link = shell(f"-L{torch / 'lib'}", "-ltorch_cpu")
+    cxx = shell(cxx) if shutil.which(cxx) else cxx  # CXX may also be a command with arguments, such as "ccache g++"
+
+    def path(source: Path) -> str:
+        return re.sub(r"[$ :]", r"$\g<0>", str(source))
+
     text = [
         f"rule cxx\n  command = {cxx} {COMMON} {CPU_FLAGS}{checks} {include} $isa -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = c++ $out",
@@ -97,11 +109,11 @@ def ninja_file(torch: Path, cxx: str, nvcc: str | None, sanitize: str | None = N
     objects = []
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
         objects.append(f"cpu/{source.stem}.o")
-        text.append(f"build {objects[-1]}: cxx {source}")
+        text.append(f"build {objects[-1]}: cxx {path(source)}")
     for source in sorted((ROOT / "csrc/cpu/isa").glob("*.cpp")):
         for isa, flags in ISAS.items():
             objects.append(f"cpu/{source.stem}.{isa}.o")
-            text.append(f"build {objects[-1]}: cxx {source}\n  isa = -DJF_ISA={isa} {flags}")
+            text.append(f"build {objects[-1]}: cxx {path(source)}\n  isa = -DJF_ISA={isa} {flags}")
     libraries = ["libjasper_fast_cpu.so"]
     text.append(f"build {libraries[0]}: link {' '.join(objects)}")
     cuda = sorted((ROOT / "csrc/cuda").glob("*.cu")) if nvcc else []
@@ -113,17 +125,17 @@ def ninja_file(torch: Path, cxx: str, nvcc: str | None, sanitize: str | None = N
         # A CPU-only torch has no libtorch_cuda.so. Linking with an empty library of that name writes the right
         # DT_NEEDED entry.
         text += [
-            f"rule nvcc\n  command = {nvcc} -ccbin {cxx} {flags} {gencode(nvcc)} {include}"
+            f"rule nvcc\n  command = {shell(nvcc)} -ccbin {cxx} {flags} {gencode(nvcc)} {include}"
             " -MD -MF $out.d -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)",
             "  depfile = $out.d\n  deps = gcc\n  description = nvcc $out",
             f"rule stub\n  command = echo | {cxx} -shared -x c++ - -Wl,-soname,libtorch_cuda.so -o $out",
             "  description = stub $out",
-            f"rule cudalink\n  command = {nvcc} -ccbin {cxx} -shared $in {link} $stub -o $out",
+            f"rule cudalink\n  command = {shell(nvcc)} -ccbin {cxx} -shared $in {link} $stub -o $out",
             "  description = link $out",
             "build cuda/libtorch_cuda.so: stub",
         ]
         names = [f"cuda/{source.stem}.o" for source in cuda]
-        text += [f"build {name}: nvcc {source}" for name, source in zip(names, cuda, strict=True)]
+        text += [f"build {name}: nvcc {path(source)}" for name, source in zip(names, cuda, strict=True)]
         text += [
             f"build libjasper_fast_cuda.so: cudalink {' '.join(names)} | cuda/libtorch_cuda.so",
             "  stub = -Xlinker --no-as-needed -Xlinker cuda/libtorch_cuda.so",

@@ -2,6 +2,7 @@
 
 import contextlib
 import runpy
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -165,6 +166,27 @@ def test_ninja_file_compiles_every_source_and_each_instruction_set() -> None:
             assert f"build cpu/{source.stem}.{isa}.o: cxx {source}\n  isa = -DJF_ISA={isa}" in text
 
 
+def test_a_build_takes_paths_with_spaces_and_dollars(tmp_path: Path) -> None:
+    root = tmp_path / "my $HOME: here"
+    for folder in ("csrc/cpu", "csrc/cuda", "torch/include", "torch/lib"):
+        (root / folder).mkdir(parents=True)
+    shutil.copy(ROOT / "csrc" / "build.py", root / "csrc")
+    (root / "csrc" / "one.h").write_text("#define ONE 1\n")
+    (root / "torch" / "include" / "two.h").write_text("#define TWO 2\n")
+    (root / "csrc" / "cpu" / "sum.cpp").write_text(
+        '#include "one.h"\n#include <two.h>\nint sum() { return ONE + TWO; }\n'
+    )
+    (root / "cxx").symlink_to(shutil.which("c++"))
+    build = runpy.run_path(str(root / "csrc" / "build.py"))
+    text, _ = build["ninja_file"](root / "torch", str(root / "cxx"), None)
+    (root / "build.ninja").write_text(text)
+    ninja = [sys.executable, "-m", "ninja", "-C", str(root), "cpu/sum.o"]
+    for said in ("[1/1]", "no work to do"):
+        assert said in subprocess.run(ninja, capture_output=True, text=True, check=True).stdout
+    (root / "csrc" / "one.h").touch()
+    assert "[1/1]" in subprocess.run(ninja, capture_output=True, text=True, check=True).stdout, "it misses a header"
+
+
 @pytest.mark.parametrize(
     ("asked", "gpus", "archs"),
     [
@@ -189,6 +211,11 @@ def test_architectures_come_from_the_environment_or_the_gpus(asked, gpus, archs,
     assert [arch for arch in ("75", "80", "89", "90a") if f"code=sm_{arch}" in flags] == archs
     newest = max((arch for arch in archs if arch.isdigit()), key=int)
     assert flags.endswith(f"code=compute_{newest}"), "PTX of 90a runs on no other GPU"
+
+
+def test_newer_gpus_get_the_ptx_of_the_newest_architecture_in_whatever_order(monkeypatch) -> None:
+    monkeypatch.setenv("JASPER_FAST_CUDA_ARCHS", "100;90a;80")
+    assert BUILD["gencode"]("/bin/true").endswith("arch=compute_100,code=compute_100")
 
 
 @pytest.mark.parametrize(
