@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import yaml
 from bench_runs import LIMITS
 from conftest import raising
 from speech import CONFIG
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from jasper_fast.bench import cli
 from jasper_fast.bench.cases import scaling as cases
@@ -96,6 +99,35 @@ def test_processes_are_begun_unless_torchrun_did(monkeypatch) -> None:
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="torchrun started 2 processes"):
         cli.main(arguments)
+
+
+FAILED = ChildFailedError("bench", {1: ProcessFailure(1, 7, 2, "<N/A>")})
+
+
+@pytest.mark.parametrize(
+    ("ends", "status"),
+    [
+        (None, 0),
+        (KeyboardInterrupt(), 130),
+        (SignalException("Process 1 got signal: 2", signal.SIGINT), 130),
+        (FAILED, 2),
+    ],
+    ids=["success", "Ctrl-C at the start", "Ctrl-C", "failure"],
+)
+def test_processes_end_with_a_status_and_without_a_traceback(ends, status, monkeypatch, capfd) -> None:
+    monkeypatch.setattr("torch.distributed.run.main", raising(ends) if ends else lambda arguments: None)
+    assert scaling.launch(["train"], 2) == status
+    assert ("exitcode" in capfd.readouterr().err) == (ends is FAILED)
+
+
+def test_only_the_first_process_says_that_it_was_interrupted(monkeypatch) -> None:
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **more: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    for rank, raised in (("0", KeyboardInterrupt), ("1", SystemExit)):
+        for name, value in {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(raised), scaling.joined(argparse.Namespace(device="cpu", world=None)):
+            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("option", [["--mode", "forward+backward"], ["--rivals", "compile"]])

@@ -12,7 +12,6 @@ import contextlib
 import datetime
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -72,11 +71,20 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def launch(arguments: Sequence[str], world: int) -> int:
-    """Runs the same command in `world` processes on this machine; returns its exit status."""
-    return subprocess.call(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), "-m",
-         "jasper_fast.bench", *arguments]
-    )  # fmt: skip
+    """Runs the same command in `world` processes on this machine; returns the exit status of the process that failed
+    first, or 130 after Ctrl-C."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        run.main(["--standalone", "--nproc-per-node", str(world), "-m", "jasper_fast.bench", *arguments])
+    except (KeyboardInterrupt, SignalException):  # the first process has said what is saved
+        return 130
+    except ChildFailedError as error:
+        print(error, file=sys.stderr)
+        return error.get_first_failure()[1].exitcode
+    return 0
 
 
 @contextlib.contextmanager
@@ -94,6 +102,10 @@ def joined(args: argparse.Namespace) -> Iterator[Team]:
     try:
         yield Team(rank, wanted)
         dist.barrier()  # the first process serves the group's store, so it must not end before the others
+    except KeyboardInterrupt:
+        if rank == 0:
+            raise
+        raise SystemExit(130) from None  # only the first process says what is saved
     finally:
         dist.destroy_process_group()
 
