@@ -143,11 +143,11 @@ def test_every_rival_that_has_a_time_has_a_bar(page):
 
 @pytest.mark.slow
 def test_a_share_above_the_limit_is_explained(page):
-    assert "125 %* (compute)" in page and page.count("Effective FLOPs: counted by the definition") == 1
+    assert "125 %* (compute)" in page and page.count("More than 100 % is possible") == 1
     modest = full()
     for r in modest["rows"]:
         r.pop("limit", None)
-    assert "Effective FLOPs" not in html_page.page([modest])
+    assert "More than 100 %" not in html_page.page([modest])
 
 
 # ------------------------------------------------------------------ a phone

@@ -79,7 +79,7 @@ def test_results_of_the_same_versions_add_up_and_others_are_replaced(tmp_path):
         (lambda path: result(path, gpu=None), "install the result of a GPU"),
         (lambda path: result(path, spilled=8), "row 1: the kernel spills 8 bytes"),
         (lambda path: path, "No such file"),
-        (lambda path: path.write_text("[]") and path, "not a result of python -m bench (it has no object)"),
+        (lambda path: path.write_text("[]") and path, "not a result of python -m bench (it is not a JSON object)"),
         (lambda path: result(path, command="kernels"), "not a result of `python -m bench tune`"),
     ],
     ids=["stand-in", "faulty row", "no file", "no object", "another command"],

@@ -1,4 +1,4 @@
-"""How many seconds of audio can one core prepare (decode, change in speed, pad into batches) per second?
+"""How many seconds of audio can one core prepare (decode, change the speed of, pad into batches) per second?
 
 `python -m bench data` reads the files of --manifest, or FLAC files that it makes. First it measures one thread in CPU
 time, on which other work on the machine has little effect. Then it measures worker processes, in CPU time and by the
@@ -173,6 +173,6 @@ def through_workers(utterances: list[Utterance], workers: int, seconds: float) -
         for batch in load_batches(data, sampler, epoch, workers=workers):
             made = sum(data.utterances[i].seconds for i in batch.indices)
             heard, late = heard + made, late + (made if started else 0.0)
-            started = started or time.monotonic()  # the start of the worker processes does not count
+            started = started or time.monotonic()  # the first start of the worker processes does not count
         epoch += 1
     return heard / (cpu_seconds() - spent), late / (time.monotonic() - started)

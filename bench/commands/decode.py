@@ -15,7 +15,8 @@ BEAM = 128  # the beam that every run measures
 
 def main(run: Run, model: str) -> list[dict]:
     """Measures the search of one utterance for each kind of posteriors, beam and language model. Then it measures the
-    search of several utterances on all cores, and the acoustic model together with the search."""
+    search of several utterances on all cores (if there are several), and the acoustic model together with the search.
+    """
     found = []
     for lm in decode.LMS:
         for kind in decode.SHARP:

@@ -11,7 +11,7 @@ from jasper_fast.bench.rivals import choice
 
 
 def operations() -> dict[str, common.Cases]:
-    """Returns, for each value of `--op`, the function that makes its cases."""
+    """Returns, for each op that `--op` may name, the function that makes its cases."""
     return {
         "bn_relu_dropout": lambda run, mode: [bn_relu_dropout.cases(run, mode)],
         "sub_block": by_layer.cases("sub_block"),

@@ -24,7 +24,10 @@ GPU_GRID = (("jasper10x5", 32, 1680), ("jasper10x5", 2, 400))
 
 
 def measure(run: Run, case: Case, modules: dict[str, nn.Module], batch: Callable[[], Batch]) -> list[Row]:
-    """Returns the rows of what `memory.case` returned: bytes kept for backward and peak bytes, ours and eager's."""
+    """Counts the bytes kept for backward and the peak bytes, ours and eager's; returns the rows.
+
+    The arguments after `run` are the values that `memory.case` returns.
+    """
     found = {}
     with run.begun(case) as m:
         m.build()

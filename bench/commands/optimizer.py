@@ -1,5 +1,5 @@
-"""How fast is the optimiser's step, with its check for NaN and the moving average, compared with a copy that
-moves as many bytes?
+"""How fast is the optimiser's step, with its check for NaN and the moving average, compared with a copy of the same
+number of bytes?
 
 `python -m bench optimizer`. The time depends only on the parameters, so no batch is needed.
 """

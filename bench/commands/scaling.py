@@ -2,8 +2,8 @@
 
 The step is measured with n = 1, 2, 4, ... of the processes, each with its own batch. A row has the rate (utterances
 per second of all n processes), the efficiency, and the exposed communication. The efficiency is rate / (n * rate of a
-single process). The exposed communication is the time that a step takes longer than the same step without an exchange
-of gradients (DDP's no_sync). Steps with and without the exchange are timed in turns. The time of a step is that of the
+single process). The exposed communication is the time of a step minus the time of the same step without an exchange of
+gradients (DDP's no_sync). Steps with and without the exchange are timed in turns. The time of a step is that of the
 slowest process.
 """
 
@@ -89,7 +89,10 @@ def launch(arguments: Sequence[str], world: int) -> int:
 
 @contextlib.contextmanager
 def joined(args: argparse.Namespace) -> Iterator[Team]:
-    """Joins the process group, with nccl on GPUs and gloo on CPUs. Each process gets the GPU of its local rank."""
+    """A context in which this process belongs to the process group, with nccl on GPUs and gloo on CPUs.
+
+    Each process gets the GPU of its local rank, unless `--device` is cpu or names one GPU.
+    """
     rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if torch.cuda.is_available() and (args.device or "cuda") == "cuda":
         args.device = f"cuda:{local}"

@@ -2,7 +2,8 @@
 
 `python -m bench compile --cuda` prints the registers and instructions of each kernel. It fails if a kernel spills
 registers, does not use tensor cores, asynchronous copies or 16-byte loads where it should, waits between the products
-of one step, or differs from bench/compiled/nvcc-VERSION.json.
+of one step, does not wait for the previous launch where it should, or differs from
+bench/compiled/nvcc-VERSION.json.
 """
 
 import argparse
@@ -144,7 +145,7 @@ def complaints(row: dict) -> list[str]:
 def main(args: argparse.Namespace) -> int:
     """Compiles the kernels, prints and checks them; returns the exit status.
 
-    The exit status is 1 if a rule is broken or the table differs, and 2 without nvcc.
+    The exit status is that of `Table.judge`, or 2 without nvcc.
     """
     nvcc = runpy.run_path(str(paths.BENCH.parent / "csrc" / "build.py"))["find_nvcc"]()
     if nvcc is None:

@@ -1,12 +1,12 @@
 """Calculates what the CUDA convs should cost: `python -m bench compile --cuda --shapes`.
 
-For each GPU the command prints a line for each conv of Jasper 10x5, at N = 32 utterances of 16.7 s (T' = 835). The
-columns are:
+For each of GPUS the command prints a line for each shape of Jasper 10x5's convs, at N = 32 utterances of 16.7 s
+(T' = 835). The columns are:
 
     frames                  the planned tile
     regs                    registers per thread, from nvcc
     CTAs                    how many thread blocks fit on a multiprocessor, by their shared memory and registers
-    KB/step                 KB that a step (128 output channels, 64 input channels, one tap) reads from L2
+    KiB/step                KiB that a step (128 output channels, 64 input channels, one tap) reads from L2
     tensor, port, L2        clock cycles of a step in the tensor cores, in the shared-memory port (128 bytes per cycle),
                             and in L2 (64 bytes per cycle and multiprocessor). The largest of the three limits the loop.
 """
@@ -21,8 +21,8 @@ SHAPES = (
     (512, 512, 17, 1, 1), (512, 640, 21, 1, 1), (640, 640, 21, 1, 1), (640, 768, 25, 1, 1), (768, 768, 25, 1, 1),
     (768, 896, 29, 1, 2), (896, 1024, 1, 1, 1), (1024, 29, 1, 1, 1),
 )  # fmt: skip
-# One GPU of each architecture: its name, and its inner loop, number of multiprocessors and bytes of shared memory that
-# a thread block may have.
+# By architecture, the name of one GPU, its inner loop, its number of multiprocessors, and the bytes of shared memory
+# that a thread block may have.
 GPUS = {
     "75": ("T4", cuda_tiles.Gpu(75, 40, 65536)), "80": ("A100", cuda_tiles.Gpu(80, 108, 166912)),
     "86": ("A10", cuda_tiles.Gpu(80, 72, 101376, products=512)),
@@ -36,10 +36,10 @@ FRAMES, BATCH = 835, 32
 
 
 def show(rows: Iterable[dict]) -> None:
-    """Prints a line for each architecture and shape. The registers are taken from `rows`, the rows of the gate."""
+    """Prints a line for each shape and each architecture of `rows`, the rows of the gate, which have the registers."""
     registers = {(row["arch"], row["kernel"]): row["registers"] for row in rows}
     print(f"N = {BATCH}, T' = {FRAMES}, fp16, forward with statistics")
-    print(f"{'GPU':>5} {'conv':<22}{'frames':>7}{'regs':>6}{'CTAs':>6}{'KB/step':>9}{'tensor':>8}{'port':>6}{'L2':>6}")
+    print(f"{'GPU':>5} {'conv':<22}{'frames':>7}{'regs':>6}{'CTAs':>6}{'KiB/step':>9}{'tensor':>8}{'port':>6}{'L2':>6}")
     for arch, (name, gpu) in GPUS.items():
         if not any(known == arch for known, _ in registers):
             continue

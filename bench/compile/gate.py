@@ -160,7 +160,7 @@ class Rule:
 
 def _spill(job: Job, facts: dict) -> str | None:
     hot = not COLD.search(job.kernel)
-    return f"{facts['spilled']} bytes of stack per thread" if facts["spilled"] and hot else None
+    return f"{facts['spilled']} bytes of stack and local memory per thread" if facts["spilled"] and hot else None
 
 
 def _shared(job: Job, facts: dict) -> str | None:
@@ -307,7 +307,7 @@ OPTIONS = (
 def main(args: argparse.Namespace) -> int:
     """Compiles the kernels, prints and checks them; returns the exit status.
 
-    The exit status is 1 if a rule is broken or the table differs.
+    The exit status is that of `Table.judge`.
     """
     if args.update and args.table is None:
         paths.checkout("--update without --table")
@@ -331,7 +331,7 @@ def main(args: argparse.Namespace) -> int:
 
     chosen = [job for job in jobs(args.arch, args.dtype) if wanted(job.key)]
     if not chosen:
-        raise SystemExit(f"--kernel {args.kernel}: no kernel has a name that matches")
+        raise SystemExit("no kernel matches the options --arch, --dtype, --kernel and --quick")
     cache = None if args.no_cache else paths.BUILD / "compile" / f"triton-{version}.json"
     with console.status("") as status:
         facts = compiled(chosen, args.processes, cache, lambda text: status.update(f"Triton {version}: {text}"))

@@ -27,7 +27,7 @@ N = 32  # utterances of a batch
 P = 0.2  # dropout rate
 FRAMES = (840, 48, 16)  # T' of the longest utterance (16.7 s), and smaller T' for which the default tiles are narrower
 LABELS = (120, 250, 500)  # numbers of labels of a target; a batch of speech has up to about 400
-PANES = 256  # channels of the panes of a residual block
+PANES = 256  # channels of the history, which is the input of the panes
 TAPS_C = 512  # channels of QuartzNet's depthwise convs
 # (T', K, stride, masks) of depthwise convs. The two T' give large and small tiles. The numbers of taps K give both
 # values of BLOCK_K (64 and 128) of the kernel that adds the partial sums of dw.
@@ -144,7 +144,7 @@ def taps_calls(K: int, stride: int, T: int, dtype: torch.dtype, masks: bool) -> 
 
 
 def norm_calls(C: int, dtype: torch.dtype) -> None:
-    """Calls all functions of bn_relu_dropout with `C` channels, in every combination of optional arguments."""
+    """Calls all functions of bn_relu_dropout with `C` channels, with and without each optional argument."""
     y = torch.empty(N, FRAMES[0], C, dtype=dtype, device=META).transpose(1, 2)
     some = torch.empty(N, dtype=torch.int64, device=META)
     norm = Norm(*(torch.empty(C, device=META) for _ in range(4)))

@@ -79,6 +79,8 @@ class Table:
     ) -> int:
         """Prints the rows, the broken rules and the differences from the table; returns the exit status.
 
+        The exit status is 1 if a rule is broken or, without --update, if the table differs or does not exist.
+
         With --update it writes the table, and with --out a file of the rows. It compares and replaces only rows whose
         key `asked` accepts.
         """

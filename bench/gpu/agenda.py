@@ -98,7 +98,7 @@ def first_nine_minutes() -> list[Part]:
 
 
 def and_then() -> list[Part]:
-    """Returns the parts after those. Usually only later calls with `--resume` reach them."""
+    """Returns the parts after `first_nine_minutes`. Usually only later calls with `--resume` reach them."""
     return [
         Part("training grid", 40, lambda r: train.main(replace(r, rivals=f"{LIGHT_TRAINING},eager_no_masks"))),
         Part("sub-blocks beside max-autotune and cuDNN", 90, slow_rivals),
@@ -139,7 +139,7 @@ def and_then() -> list[Part]:
 
 
 def ready(run: Run) -> None:
-    """Runs the quick self-check in the run's dtype, while other processes compile the kernels of the next parts."""
+    """Runs the quick self-check in the run's dtype, while other processes compile the kernels of later parts."""
     with ahead.compilers(run, ("bn_relu_dropout", "the five largest convs", "latency of one utterance", "sub-blocks")):
         self_check.selfcheck(run, quick=True, dtypes=(run.dtype_name,))
 

@@ -24,7 +24,7 @@ class TestsFailed(RuntimeError):
 
 
 def tests(run: Run, *, files: tuple[str, ...] = TESTS, chosen: str = "triton or cuda") -> None:
-    """Runs the quick tests of the ops on the device until one fails.
+    """Runs the quick tests in `files` on the device until one fails.
 
     `chosen` is pytest's expression for the names of tests. Outside a checkout, or without pytest, no test runs and a
     line says so.

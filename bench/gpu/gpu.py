@@ -55,13 +55,15 @@ def main(run: Run, budget: float = BUDGET) -> None:
         if gone:
             go_on_elsewhere(run, end)
 
-    for again in (False, True):  # first every part within its share of the time, then cut-off parts in the time left
+    # First every part gets its share of the time. Then the time that is left goes to parts that were cut off, or that
+    # failed in an earlier process.
+    for again in (False, True):
         for part in agenda.plan(run):
             how, failed = parts.get(part.title), faults.get(part.title, 0)
             if how == "finished" or failed >= result_file.TRIES:
                 continue
             if (part.title in begun and how != "cut off") if again else failed:
-                continue  # a part that failed in an earlier process is tried after all others, once in this process
+                continue
             left = end - time.monotonic()
             if left < GOOD:
                 parts.setdefault(part.title, "no time left")

@@ -70,8 +70,8 @@ def kept(forward: Callable[[], Tensor], device: torch.device) -> tuple[int, Birt
 
 
 def peak(work: Callable[[], object], device_type: str, parameters: Collection[nn.Parameter] = ()) -> int:
-    """Returns the most bytes that `work` has allocated at the same time on the device, without the gradients of
-    `parameters`.
+    """Runs `work`; returns the most bytes that it has allocated at the same time on the device. The gradients of
+    `parameters` do not count.
 
     Every allocation by PyTorch's allocators counts, including those in C++ and in custom ops. Memory that an op takes
     directly from the system does not count. Such memory is some scratch memory of oneDNN, and 0.3 MiB per thread of our
@@ -80,7 +80,7 @@ def peak(work: Callable[[], object], device_type: str, parameters: Collection[nn
     with recorded([ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     left, events = profiler.profiler.kineto_results.experimental_event_tree(), []
-    while left:  # not recursive, because the graph is too deep for Python's stack
+    while left:  # a loop, because the tree of events can be deeper than Python's recursion limit
         event = left.pop()
         left += event.children
         if event.typed[0] == _EventType.Allocation and event.typed[1].device.type == device_type:

@@ -24,7 +24,7 @@ def prepare(m: Measurement) -> None:
         with m.caught(name):
             started = time.perf_counter()
             m.runners[name].run()
-            # On a GPU the second run captures a CUDA graph.
+            # On a GPU there is always a second run, because our engine captures its CUDA graph in it.
             if time.perf_counter() - started < LONG or m.device.type == "cuda":
                 m.runners[name].run()
     gc.collect()
@@ -35,8 +35,8 @@ def check(m: Measurement, seeds: Sequence[int]) -> None:
 
     A timed contender is also checked after the timing, on another input, so one that returns an answer to earlier
     inputs is found wrong. Contenders run before the fp64 answer is computed, and from the second contender on, `poison`
-    fills freed memory with NaN. So an element that a contender never writes cannot be right by chance. If the fp64
-    answer cannot be computed (for lack of memory, for instance), no contender gets a number.
+    fills freed memory with NaN. So an element that a contender never writes cannot be right by chance. If the inputs or
+    the fp64 answer cannot be computed (for lack of memory, for instance), no contender gets a number.
     """
     case = m.case
     for seed in seeds:

@@ -86,8 +86,8 @@ def device_seconds(run: Callable[[], object]) -> float:
 def host_seconds(run: Callable[[], object], device: torch.device, short: float = 20e-3) -> float:
     """Returns the seconds until `run` returns to the host, on a device that is idle when it starts.
 
-    This time includes the launches and any waits inside `run`. The value is the median of three runs. After a run that
-    takes longer than `short` there are no more.
+    This time includes the launches and any waits inside `run`. The value is the median of three runs, or of fewer
+    if one of them takes longer than `short`, because that run is then the last.
     """
     seen: list[float] = []
     while len(seen) < (3 if max(seen, default=0.0) < short else 1):
@@ -145,7 +145,7 @@ def mhz(reading: dict) -> float | None:
 
 
 def mark_throttled(rows: Iterable[dict], limits: dict) -> None:
-    """Writes into each row whether its clock was lower than the highest of the run by more than THROTTLED."""
+    """Writes into each row with a known clock rate whether it was more than THROTTLED below the highest of the run."""
     rows = [row for row in rows if "mhz" in row.get("clocks", {})]
     highest = max([mhz(limits.get("clocks", {})) or 0.0, *(row["clocks"]["mhz"] for row in rows)])
     for row in rows:

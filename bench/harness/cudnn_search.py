@@ -1,7 +1,7 @@
 """Sets how cuDNN chooses the algorithm of a convolution: by timing several, or by its heuristics.
 
-Contenders run with `cudnn.benchmark`, as NVIDIA's Jasper does, so that cuDNN times its algorithms. PyTorch remembers
-the choice for a shape, however it was made, so the setting affects only the first call with a shape.
+Contenders are timed with `cudnn.benchmark`, as NVIDIA's Jasper runs, so that cuDNN times its algorithms. PyTorch
+remembers the choice for a shape, however it was made, so the setting affects only the first call with a shape.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ def on(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def off() -> Iterator[None]:
-    """A context in which cuDNN's heuristics choose. Answers that are not timed use it, because timing ten algorithms
-    takes long, above all in fp64."""
+    """A context in which cuDNN's heuristics choose. It is for calls whose speed does not matter, such as those for fp64
+    answers, because timing ten algorithms takes long, above all in fp64."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
     try:

@@ -1,4 +1,4 @@
-"""Measures the machine's ceilings in every run: matrix-multiply rate, copy bandwidth, launch overhead."""
+"""Measures the machine's ceilings at the start of a run: matrix-product rate, copy bandwidth, launch overhead."""
 
 import importlib.util
 import statistics
@@ -51,8 +51,8 @@ def matmul_rates(device: torch.device, quick: bool = False) -> dict[str, float]:
 
 
 def float32_mode(device: torch.device) -> str:
-    """Returns the precision of products of fp32 tensors, "TF32" or "IEEE". By default PyTorch lets cuDNN's convolutions
-    use TF32, and then ours use it too."""
+    """Returns the precision of the products in convolutions of fp32 tensors, "TF32" or "IEEE". By default PyTorch lets
+    cuDNN's convolutions use TF32 on a GPU, and then ours use it too."""
     tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
     return "TF32" if device.type == "cuda" and tf32 else "IEEE"
 

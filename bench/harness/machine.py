@@ -58,7 +58,7 @@ def name(device: torch.device) -> str:
 
 
 def command() -> str:
-    """Returns the command line as one would type it in the root of the repository."""
+    """Returns the command line as one would type it in the root of the repository, without torchrun."""
     if "bench" in Path(sys.argv[0]).parts:
         return " ".join(filter(None, [paths.COMMAND, shlex.join(sys.argv[1:])]))
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -160,7 +160,7 @@ def _run(*args: str) -> str | None:
     try:
         return subprocess.run(args, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return None  # there is no such program, or no checkout
+        return None  # the program is missing, fails or takes too long
 
 
 def _read(path: str) -> str:

@@ -33,7 +33,7 @@ class Row(TypedDict, total=False):
     status: str  # ok, wrong, failed, refused or absent
     why: str  # why there is no number
     limit: dict  # the least time by the machine's ceilings, if they are known for the row
-    # Present if the contender was timed: seconds by quantile, rates, ratio to jasper_fast, state of the machine.
+    # Present if the contender was timed: seconds by quantile, rates, ratio (its time / ours), state of the machine.
     time_s: dict
     host_s: float
     flops_per_s: float
@@ -43,13 +43,14 @@ class Row(TypedDict, total=False):
     clocks: dict
     throttled: bool
     hurried: bool
-    # Present if the contender has a `Rule` and did not fail.
+    # Present if the contender has a `Rule` and `status` is ok.
     precision: str
     rule: str
     judged: dict
     # Present in the rows of some subcommands.
     memory: dict
     launches: dict
+    scaling: dict
     tune: dict
 
 

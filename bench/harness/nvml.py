@@ -9,7 +9,7 @@ import torch
 
 from jasper_fast.bench.harness.console import say
 
-# The reasons for a lowered clock that are recorded. An idle GPU, and a clock that the user has lowered, are not.
+# The reasons for a lowered clock that are recorded. Not recorded: the GPU is idle, or the user has lowered its clock.
 REASONS = {
     "SwPowerCap": "software power cap",
     "HwSlowdown": "hardware slowdown",
@@ -36,7 +36,7 @@ def library() -> ModuleType | None:
 
 @functools.cache
 def handle(device: torch.device) -> object | None:
-    """Returns the library's handle of PyTorch's device, or None. It finds the handle by UUID, because
+    """Returns the library's handle of PyTorch's device, or None. The handle is found by UUID, because
     CUDA_VISIBLE_DEVICES changes PyTorch's indices of devices but not the library's."""
     nvml = library()
     if nvml is None:

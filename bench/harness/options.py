@@ -16,7 +16,7 @@ from jasper_fast.options import option
 OUT = option(
     "--out", type=Path, default=paths.OUT, metavar="DIR", help="folder for the JSON file (default: build/bench)"
 )
-BATCH = "a number of utterances and one of feature frames, both at least 1, such as 8,400"
+BATCH = "a number of utterances and a number of feature frames, both at least 1, such as 8,400"
 
 
 def device(text: str) -> str:
@@ -96,7 +96,7 @@ def result(text: str) -> Path:
 
 
 def page(text: str) -> Path:
-    """Returns the path if a page can be written to it, that is if its folder exists and it is no folder itself."""
+    """Returns the path if a page can be written to it: its folder exists, and it is not a folder itself."""
     path = Path(text)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is not a file in an existing folder; name one such as page.html")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy
 
 CONFIDENCE = 0.95
-# The least number of samples for each percentile. With fewer, less than one sample is expected beyond it.
+# The least number of samples for each percentile. With fewer, less than one sample is expected beyond the percentile.
 SAMPLES = {"p05": 20, "p20": 5, "p50": 1, "p80": 5, "p90": 10, "p95": 20, "p99": 100}
 
 
@@ -53,7 +53,10 @@ def interval(values: Sequence[float], resamples: int = 2000) -> tuple[float, flo
 def rank_of_interval(n: int) -> int:
     """Returns how many of `n` sorted values can be dropped at each end such that the range of the rest still contains
     the median with CONFIDENCE. For small `n` it returns 0."""
-    outside, rank = 2 * 0.5**n, 0  # the probability that the median is outside the range after dropping `rank` values
+    outside, rank = (
+        2 * 0.5**n,
+        0,
+    )  # the probability that the median is outside the range without `rank` values at each end
     while outside + 2 * math.comb(n, rank + 1) * 0.5**n <= 1 - CONFIDENCE:
         rank += 1
         outside += 2 * math.comb(n, rank) * 0.5**n

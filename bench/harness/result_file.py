@@ -15,7 +15,7 @@ from jasper_fast.bench.harness.measurement import LOST, Row
 from jasper_fast.kernels import files
 
 SCHEMA = 1
-TRIES = 2  # the most attempts at a part of a run
+TRIES = 2  # a part of a run that has failed this many times is not tried again
 
 
 def header(device: torch.device, arguments: Mapping[str, object], effort: Effort | None = None) -> dict:
@@ -82,7 +82,7 @@ class Results:
 
 
 def parts_left(data: dict) -> list[str]:
-    """Returns the parts of a run that `--resume` would do: those that have not finished and have attempts left."""
+    """Returns the parts of a run that `--resume` would do: those that have neither finished nor failed TRIES times."""
     parts, faults = data.get("parts", {}), data.get("faults", {})
     return [part for part, how in parts.items() if how != "finished" and faults.get(part, 0) < TRIES]
 
@@ -95,8 +95,10 @@ def read(path: Path) -> dict:
     """Returns the result in a file. Raises ValueError, which names the file, if the file is not a result."""
     try:
         found = json.loads(path.read_text())
-        if not isinstance(found, dict) or (missing := RESULT - set(found)):
-            raise ValueError("it has no " + (", ".join(sorted(missing)) if isinstance(found, dict) else "object"))
+        if not isinstance(found, dict):
+            raise ValueError("it is not a JSON object")
+        if missing := RESULT - set(found):
+            raise ValueError("it has no " + ", ".join(sorted(missing)))
         if not all(isinstance(row, dict) and set(row) >= ROW for row in found["rows"]):
             raise ValueError("its rows lack fields of a result")
     except OSError as error:
@@ -111,7 +113,9 @@ ALIKE = ("device", "dtype", "fp32_precision", "backend", "quick", "threads")
 
 
 def unfinished(path: Path, header: dict) -> bool:
-    """Whether `path` is the result of an interrupted run with the same subcommand, machine, commit and ALIKE arguments.
+    """Whether `path` is an unfinished result that a run with this header can continue.
+
+    Schema, subcommand, machine, commit, the presence of local changes, and the ALIKE arguments must be the same.
 
     Raises SystemExit if the file is not a result.
     """

@@ -84,8 +84,7 @@ class Run:
     def begun(self, case: Case) -> Iterator[Measurement]:
         """A context with a `Measurement` of the case, in which contenders that must not run count as failed.
 
-        If the device is lost inside, the row of the contender that broke it is written. The other contenders are left
-        to a later process.
+        If a contender breaks the device inside, its row is written. The other contenders are left to a later process.
         """
         m = Measurement(case, self.device, failed=self.results.fatal(case.id))
         if why := self.refusal(case.needs):
@@ -111,8 +110,8 @@ class Run:
         return ""
 
     def close(self, release: Callable[[], None]) -> None:
-        """Calls `release`, which frees what the cases so far share. With `revisits` it is called after their second
-        timing."""
+        """Calls `release`, which frees what the cases so far share. With `revisits`, `revisit` calls it after the
+        second timing of the cases."""
         if self.revisits:
             self.at_end.append(release)
         else:

@@ -39,7 +39,7 @@ def main(paths: Sequence[Path], html: Path | None, readme: bool) -> int:
 
 
 def newest(folder: Path) -> list[Path]:
-    """Returns a list with the newest result file, which is empty if there is none. Skips traces of the profiler and
+    """Returns the newest result file in a list, or an empty list if there is none. Skips traces of the profiler and
     results of `data`, which have no rows."""
     results = (path for path in folder.glob("*.json") if not path.name.startswith(("trace_", "data_")))
     return sorted(results, key=lambda p: p.stat().st_mtime)[-1:]
@@ -177,8 +177,8 @@ def longest(groups: dict[str, list[tuple]]) -> float:
 
 
 def roofs(result: dict) -> dict[str, functools.partial]:
-    """Returns, by dtype, the function that lays out the roofline plot: the rates of the rows below the machine's
-    measured ceilings. Our dots are drawn last, above the others."""
+    """Returns, by dtype, the function that lays out the roofline plot. It shows the rate of each row and the measured
+    ceilings of the machine. Our dots are drawn last, over the others."""
     plots, limits = {}, result["limits"]
     for dtype, rate in limits.get("matmul_flops_per_s", {}).items():
         points = [
@@ -215,7 +215,9 @@ def facts(result: dict) -> dict[str, object]:
     if limits:
         rates = ", ".join(f"{k} {words.per_second(v, 'FLOP')}" for k, v in limits["matmul_flops_per_s"].items())
         if m["gpu"] and "float32_mode" in limits:
-            rates += f" (the limit of float32 rows is the rate in {limits['float32_mode']}, which their convs may use)"
+            rates += (
+                f" (the limit of float32 rows is the rate in {limits['float32_mode']}, the precision of their convs)"
+            )
         copy, launch = words.per_second(limits["copy_bytes_per_s"], "B"), words.duration(limits["launch_s"]["host"])
         about["measured limits"] = f"matrix product {rates}; copy {copy}; launch {launch}"
     return about

@@ -11,8 +11,8 @@ LATENCY_FP16, LATENCY_FP32 = (
      for gpu, table in _FOUND["latency"][dtype].items()}
     for dtype in ("float16", "float32")
 )  # fmt: skip
-# Each entry: GPU, batch per GPU, number of GPUs, and utterances per second of all GPUs: in FP32, or TF32 on the A100
-# (None if not published), and with AMP.
+# Each entry is (GPU, batch per GPU, number of GPUs, rate without AMP or None if not published, rate with AMP). A rate
+# is the utterances per second of all GPUs. Without AMP the A100 used TF32, and the others FP32.
 TRAINING = tuple(map(tuple, _FOUND["training"]))
 
 

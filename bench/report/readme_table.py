@@ -30,7 +30,7 @@ def write(results: Iterable[dict], readme: Path | None = None) -> int:
 
 
 def chosen_goals(results: Sequence[dict]) -> list[tuple[dict, dict]]:
-    """Returns (goal, result) for each goal, in the order of the newest results.
+    """Returns (goal, result) for each goal that a result measured. The goals of newer results come first.
 
     The result is the newest one without --quick that measured the goal. If there is none, it is the newest one with
     --quick. `results` must be sorted by date.

@@ -65,7 +65,7 @@ def known(ratio: dict) -> bool:
 
 
 def span(ratio: dict) -> str:
-    """Returns a ratio as text with its interval, or with its number of pairs if they are too few for one."""
+    """Returns a ratio as text with its interval, or with its number of pairs if these are too few for an interval."""
     if not known(ratio):
         return f"{ratio['median']:.2f} of {ratio['pairs']} pair{'s' if ratio['pairs'] > 1 else ''}"
     return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
@@ -80,8 +80,8 @@ def share(row: dict) -> str:
 
 
 FOOTNOTE = (
-    "* Effective FLOPs: counted by the definition of the op, but a fast FIR algorithm needs fewer multiplications. The "
-    "data of a small case may also fit into a cache, and the limit is itself a measurement of this run."
+    "* More than 100 % is possible: FLOPs are counted by the definition of the op, but a fast FIR algorithm needs "
+    "fewer multiplications; the data of a small case may fit into a cache; and the limit is itself a measurement."
 )
 
 
