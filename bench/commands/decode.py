@@ -17,15 +17,13 @@ def main(run: Run, model: str) -> list[dict]:
     """Measures the search of one utterance for each kind of posteriors, beam and language model. Then it measures the
     search of several utterances on all cores (if there are several), and the acoustic model together with the search.
     """
-    found = []
-    for lm in decode.LMS:
-        for kind in decode.SHARP:
-            beams = (BEAM,) if run.quick else (16, BEAM, 512)
-            found += run.cases("decode", [decode.search_case(kind, beam, lm) for beam in beams])
+    beams = (BEAM,) if run.quick else (16, BEAM, 512)
     cores = os.cpu_count() or 1
-    if cores > 1:
-        found += run.cases("decode", [decode.search_case("unsure", BEAM, lm, 2 * cores, cores) for lm in decode.LMS])
     shared = latency.Models(run, model)
-    found += run.cases("decode", [decode.whole_case(shared, run, model, 7.0, BEAM, lm) for lm in decode.LMS])
+    cases = [decode.search_case(kind, beam, lm) for lm in decode.LMS for kind in decode.SHARP for beam in beams]
+    if cores > 1:
+        cases += [decode.search_case("unsure", BEAM, lm, 2 * cores, cores) for lm in decode.LMS]
+    cases += [decode.whole_case(shared, run, model, 7.0, BEAM, lm) for lm in decode.LMS]
+    found = run.cases("decode", cases)
     run.close(shared.close)
     return found

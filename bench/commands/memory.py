@@ -48,8 +48,7 @@ def measure(run: Run, case: Case, modules: dict[str, nn.Module], batch: Callable
 def main(run: Run, grid: tuple = ()) -> list[Row]:
     """Measures `grid` or the default grid of the device; returns the rows."""
     found = []
-    usual = GPU_GRID if run.device.type == "cuda" else CPU_GRID
-    for model, N, T in grid or usual[: 1 if run.quick else None]:
+    for model, N, T in grid or (GPU_GRID if run.device.type == "cuda" else CPU_GRID)[: 1 if run.quick else None]:
         case, modules, batch = memory.case(run, model, N, T)
         if run.out_of_time() or run.results.has(case.id, case.names):
             continue

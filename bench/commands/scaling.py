@@ -135,7 +135,8 @@ def main(
             for world in team.sizes:
                 row = _begin_row(at, contender, world)
                 if team.from_first(run and run.results.has(row["id"].rsplit(" / ", 1)[0], (contender,))):
-                    alone = alone or (_kept(run, row["id"]) if run else 0.0)
+                    kept = run.results.data["rows"] if run else ()
+                    alone = alone or next((r.get("items_per_s", 0.0) for r in kept if r["id"] == row["id"]), 0.0)
                     continue
                 if run:
                     console.print(f"train {model}: {contender}, {world} process{'es' * (world > 1)}")
@@ -143,7 +144,7 @@ def main(
                     made = _measured(contender, at, team.rank, groups.get(world), seconds)
                     if run:
                         alone = alone or N / statistics.median(made["shared"])
-                        run.results.add([_finish(row, made, world, alone)])
+                        run.results.add([_finish(row, made, N, alone)])
                 dist.barrier()
                 devices.tidy(device)
 
@@ -212,13 +213,13 @@ def _begin_row(at: scaling.Setting, contender: str, world: int) -> Row:
         "clock": "wall",
         "flops": counts.training_flops(cfg, at.N, at.T),
         "bytes": counts.training_bytes(cfg, at.N, at.T, at.dtype.itemsize),
-        "items": at.N,
     }
 
 
-def _finish(row: Row, made: dict[str, Any], world: int, alone: float) -> Row:
-    """Returns the row with the measured values. `alone`: utterances per second when only one process runs."""
-    N = row.pop("items")
+def _finish(row: Row, made: dict[str, Any], N: int, alone: float) -> Row:
+    """Returns the row with the measured values. `N`: utterances per process. `alone`: utterances per second when only
+    one process runs."""
+    world = row["key"]["processes"]
     if "wrong" in made:
         return row | {"status": "wrong", "why": made["wrong"]}
     shared, silent = made["shared"], made["silent"]
@@ -234,8 +235,3 @@ def _finish(row: Row, made: dict[str, Any], world: int, alone: float) -> Row:
             "exposed_high_s": high, "pairs": len(exposed),
         }  # fmt: skip
     return row
-
-
-def _kept(run: Run, row_id: str) -> float:
-    """Returns the utterances per second of a row that is already in the result, or 0 if it has no number."""
-    return next((r.get("items_per_s", 0.0) for r in run.results.data["rows"] if r["id"] == row_id), 0.0)

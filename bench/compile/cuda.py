@@ -9,8 +9,10 @@ bench/compiled/nvcc-VERSION.json.
 import argparse
 import concurrent.futures
 import hashlib
+import importlib.util
 import itertools
 import json
+import os
 import re
 import runpy
 import shutil
@@ -119,10 +121,9 @@ def _functions(cubin: Path) -> dict[str, list[str]]:
 
 def _tool(name: str) -> str:
     """Returns the path of a tool of the CUDA toolkit, or of the copy that Triton contains."""
-    import triton
-
-    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    found = shutil.which(name) or (str(bundled) if bundled.exists() else None)
+    triton = importlib.util.find_spec("triton")
+    bundled = [str(Path(triton.origin).parent / "backends" / "nvidia" / "bin")] if triton else []
+    found = shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", os.defpath), *bundled]))
     if found is None:
         raise SystemExit(f"{name} is not found; install the CUDA toolkit or Triton, which both contain it")
     return found

@@ -109,8 +109,7 @@ def compiled(todo: list[Job], processes: int, cache: Path | None, show: Callable
     """
     known = json.loads(cache.read_text()) if cache is not None and cache.exists() else {}
     missing = {job.digest: job for job in todo if job.digest not in known}
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         asked = {pool.submit(_facts, job.arch, job.dtype, job.key, digest): digest for digest, job in missing.items()}
         try:
             for count, done in enumerate(concurrent.futures.as_completed(asked), 1):

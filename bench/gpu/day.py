@@ -169,6 +169,8 @@ def _end(process: subprocess.Popen) -> int:
 def carry_out(call: str, steps: Sequence[Step], out: Path, root: Path, limit: float = LIMIT) -> list[dict]:
     """Runs the steps and writes day.json after each; returns how they ended."""
     end, done, closed = time.monotonic() + limit, [], ""
+    file = out / "day.json"
+    other = json.loads(file.read_text()) if file.is_file() else {}  # the results of other calls are kept
     for number, step in enumerate(steps, 1):
         left = end - time.monotonic()
         if closed or left < LEAST:
@@ -179,14 +181,8 @@ def carry_out(call: str, steps: Sequence[Step], out: Path, root: Path, limit: fl
             log = out / f"day{call}_{number:02d}_{step.name.split(',')[0].replace(' ', '_').replace('/', '_')}.log"
             done.append(run(step, log, seconds, root) | {"command": shlex.join(step.argv), "log": log.name})
             closed = f"after {step.name}" if step.gate and done[-1]["status"] != "ok" else ""
-        keep(out / "day.json", call, done)
+        files.write(file, json.dumps(other | {call: done}, indent=1) + "\n")
     return done
-
-
-def keep(path: Path, call: str, done: list[dict]) -> None:
-    """Writes the results of a call so far into the file. Results of other calls in it are kept."""
-    data = json.loads(path.read_text()) if path.is_file() else {}
-    files.write(path, json.dumps(data | {call: done}, indent=1) + "\n")
 
 
 def table(done: Sequence[dict]) -> str:

@@ -49,5 +49,4 @@ def selfcheck_in_full(run: Run) -> None:
     done = {group(v) for v in kept if not v["quick"]}
     left = [c for c in checks.plan(run.device) if (c.op, c.face, c.dtype) not in done]
     for dtype in sorted({c.dtype for c in left}, key=lambda dtype: (dtype != run.dtype_name, dtype)):
-        ops = dict.fromkeys(c.op for c in left if c.dtype == dtype)
-        selfcheck(run, quick=False, ops=tuple(ops), dtypes=(dtype,))
+        selfcheck(run, quick=False, ops=tuple(dict.fromkeys(c.op for c in left if c.dtype == dtype)), dtypes=(dtype,))

@@ -57,8 +57,7 @@ class CudaClock:
 
     def sample(self, run: Callable[[], object], inner: int) -> float:
         """Returns the seconds of one run, as the mean of `inner` runs."""
-        sleep = min(1.5 * self.host(run) + self.SPARE, self.LONGEST)
-        cycles = round(sleep * cycles_per_second(self.device))
+        cycles = round(min(1.5 * self.host(run) + self.SPARE, self.LONGEST) * cycles_per_second(self.device))
         total = 0.0
         for _ in range(inner):
             torch.sum(self.flush, 0, out=self.sink)

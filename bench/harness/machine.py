@@ -1,5 +1,6 @@
 """Describes what is needed to repeat a result: the hardware, the versions, the commit and the command."""
 
+import contextlib
 import datetime
 import functools
 import importlib.metadata
@@ -98,8 +99,10 @@ def packages() -> dict[str, str]:
 def compilers() -> dict[str, str]:
     """Returns the versions of the compilers: the ptxas that Triton runs, nvcc, the C++ compiler of torch.compile."""
     found = {}
-    if ptxas := _ptxas():
-        found["ptxas"] = ptxas
+    with contextlib.suppress(ImportError, OSError, RuntimeError):  # there is no Triton, or no ptxas
+        from triton import knobs
+
+        found["ptxas"] = knobs.nvidia.ptxas.version
     nvcc = _run(
         shutil.which("nvcc") or str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin/nvcc"), "--version"
     )
@@ -109,16 +112,6 @@ def compilers() -> dict[str, str]:
     if cxx and (version := _run(*shlex.split(cxx), "--version")):
         found["c++"] = version.splitlines()[0]
     return found
-
-
-def _ptxas() -> str | None:
-    """Returns the version of the ptxas that Triton runs, or None if there is no Triton or no ptxas."""
-    try:
-        from triton import knobs
-
-        return knobs.nvidia.ptxas.version
-    except (ImportError, OSError, RuntimeError):
-        return None
 
 
 def _cpu() -> dict:

@@ -74,11 +74,10 @@ def confidence(n: int) -> float:
 
 def ratio_of_visits(visits: Sequence[Mapping[str, Sequence[float]]], rival: str, ours: str) -> dict:
     """Returns the ratio over all pairs of all visits. Its interval covers the intervals of the visits."""
-    pairs = [(v[rival], v[ours]) for v in visits if v.get(rival) and v.get(ours)]
-    parts = [ratio(*pair) for pair in pairs]
+    parts = [ratio(v[rival], v[ours]) for v in visits if v.get(rival) and v.get(ours)]
     if len(parts) == 1:
         return parts[0]
-    pooled = [r / o for pair in pairs for r, o in zip(*pair, strict=False)]
+    pooled = [r / o for v in visits for r, o in zip(v.get(rival, ()), v.get(ours, ()), strict=False)]
     return {
         "median": statistics.median(pooled),
         "low": min(p["low"] for p in parts),

@@ -47,10 +47,10 @@ class Results:
         self.data = {"schema": SCHEMA, **header, "limits": {}, "rows": [], "finished": False}
         if resume and unfinished(path, header):
             old = read(path)
-            self.data |= {"rows": old["rows"], "limits": old["limits"], "resumed": old.get("resumed", 0) + 1}
             parts = {k: v for k, v in old.get("parts", {}).items() if v == "finished" or v.startswith("failed")}
-            kept = ("selfcheck", "faults", "preflight", "tests", "tuned")
-            self.data |= {"parts": parts} | {k: old[k] for k in kept if k in old}
+            kept = ("rows", "limits", "selfcheck", "faults", "preflight", "tests", "tuned")
+            self.data |= {k: old[k] for k in kept if k in old}
+            self.data |= {"resumed": old.get("resumed", 0) + 1, "parts": parts}
 
     @property
     def limits(self) -> dict:

@@ -58,11 +58,6 @@ def load(path: Path) -> dict:
 
 def page(results: Sequence[dict]) -> str:
     """Returns the page. Raises SystemExit if Jinja2 is missing."""
-    return _template().render(results=results)
-
-
-@functools.cache
-def _template():
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError:
@@ -82,7 +77,7 @@ def _template():
         "forms": (svg.WIDE, svg.NARROW),
         "style": STYLE.read_text(),
     }
-    return environment.get_template("page.html.j2")
+    return environment.get_template("page.html.j2").render(results=results)
 
 
 # ------------------------------------------------------------------ rows
@@ -110,15 +105,13 @@ def row_lines(rows: Sequence[dict], shown: Sequence[words.Column]) -> Lines:
     return [(side(row), cells) for row, cells in lines]
 
 
-def by_bench(rows: Iterable[dict]) -> dict[str, list[dict]]:
+def by_bench(rows: Sequence[dict]) -> dict[str, list[dict]]:
     """Returns the rows of each subcommand, except those of `memory`."""
-    found: dict[str, list[dict]] = {}
-    for row in (row for row in rows if row["bench"] != "memory"):
-        found.setdefault(row["bench"], []).append(row)
-    return found
+    names = dict.fromkeys(row["bench"] for row in rows if row["bench"] != "memory")
+    return {name: [row for row in rows if row["bench"] == name] for name in names}
 
 
-def all_notes(rows: Iterable[dict]) -> list[str]:
+def all_notes(rows: Sequence[dict]) -> list[str]:
     """Returns the notes to show below the tables of all rows, each once."""
     return list(dict.fromkeys(note for mine in by_bench(rows).values() for note in words.notes(mine)))
 

@@ -39,5 +39,5 @@ def scaling(gpus: int, dtype: str) -> list[tuple[str, int, float, float]]:
 def _rates(dtype: str) -> dict[tuple[str, int, int], float]:
     """Returns the published utterances per second by (GPU, batch per GPU, number of GPUs)."""
     amp = dtype in ("float16", "bfloat16")
-    found = {(gpu, n, gpus): with_amp if amp else full for gpu, n, gpus, full, with_amp in TRAINING}
-    return {at: rate for at, rate in found.items() if rate is not None}
+    rates = ((at, with_amp if amp else full) for *at, full, with_amp in TRAINING)
+    return {tuple(at): rate for at, rate in rates if rate is not None}

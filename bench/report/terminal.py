@@ -29,8 +29,7 @@ def show(rows: list[dict], goals: list[dict]) -> None:
 def without_number(rows: Iterable[dict]) -> None:
     """Prints the reason for each row without a number."""
     for row in (r for r in rows if r["status"] != "ok"):
-        style = STYLES[row["status"]]
-        console.print(f"{row['status']}: {row['contender']}, {_case(row)}: {row['why']}", style=style)
+        console.print(f"{row['status']}: {row['contender']}, {_case(row)}: {row['why']}", style=STYLES[row["status"]])
 
 
 def table(
