@@ -32,7 +32,7 @@ from jasper_fast.speech import audio
 
 OPTIONS = [
     option("--out", type=Path, default=Path("build/demo"), help="folder for the corpus and the results"),
-    option("--steps", type=int, default=2500, help="updates of the weights"),
+    option("--steps", type=int, default=2500, help="maximum number of updates of the weights"),
     option("--minutes", type=float, default=5.5, help="maximum time for training, in minutes"),
     option("--config", type=Path, default=learn.CONFIG, help="configuration of the model"),
     option("--device", default="auto", help="device to run on: auto, cpu, cuda or cuda:N"),

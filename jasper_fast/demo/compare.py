@@ -41,7 +41,7 @@ def _measure(
     common = ["--device", str(device), "--dtype", "fp32", "--quick", "--seconds", str(seconds), "--out", str(out)]
     bench = need("jasper_fast.bench.cli", "bench")
     if status := bench.main([command, "--model", model, *common, "--rivals", "eager", *more]):
-        raise SystemExit(status)  # the benchmark has told why; `out` may have results of an earlier run
+        raise SystemExit(status)  # the benchmark has said why; results in `out` may be of an earlier run
     newest = max(out.glob("*.json"), key=lambda path: path.stat().st_mtime)
     return {"fused" if row["ours"] else "eager": row for row in json.loads(newest.read_text())["rows"]}
 

@@ -40,8 +40,9 @@ GRID = list(itertools.product((0.0, 0.5, 1.0, 1.5, 2.0, 3.0), (-1.0, 0.0, 1.0)))
 def strings(manifest: Path, out: Path, count: int | None, words: tuple[int, int], seed: int) -> Path:
     """Joins recordings of single words into strings, each by one speaker, and returns the path of their manifest.
 
-    ``count`` strings are drawn with repetition. With None, each recording is used in exactly one string. ``words``: the
-    smallest and the largest number of words in a string.
+    ``count`` strings are made, of recordings drawn with repetition. With None, each recording is used in exactly one
+    string. ``words``: the smallest and the largest number of words in a string. With None the last string of a speaker
+    may have fewer.
     """
     lines = [json.loads(line) for line in manifest.read_text().splitlines()]
     clips: dict[str, list[Utterance]] = {}
@@ -156,7 +157,7 @@ def compare(saved: Saved, texts: Path, out: Path, beam: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for all files; it must not exist yet")
-    parser.add_argument("--digits", type=Path, metavar="FOLDER", help=f"spoken digits: has {' and '.join(DIGITS)}")
+    parser.add_argument("--digits", type=Path, metavar="FOLDER", help=f"spoken digits: it has {' and '.join(DIGITS)}")
     parser.add_argument("--steps", type=int, help="training steps (1500, or 3000 for digits)")
     parser.add_argument("--minutes", type=float, default=40.0, help="most minutes of training (40)")
     parser.add_argument("--beam", type=int, default=128, help="width of the beam search (128)")

@@ -15,7 +15,7 @@ AUDIO_OUTPUT_SYNCHRONOUS = 2  # `espeak_Synth` returns only when the callback ha
 INITIALIZE_DONT_EXIT = 0x8000
 CHARS_UTF8 = 1
 RATE, VOLUME, PITCH, RANGE = 1, 2, 3, 4
-MAX_DATA_PATH = 140  # espeak-ng copies the path to a buffer of 160 bytes and truncates longer ones
+MAX_DATA_PATH = 140  # bytes; espeak-ng copies the path to a buffer of 160 bytes and truncates a longer path
 
 _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
@@ -73,7 +73,7 @@ class Espeak:
     def say(
         self, text: str, voice: str = "en-us", *, rate: int = 175, pitch: int = 50, pitch_range: int = 50
     ) -> np.ndarray:
-        """Returns the spoken text as float32 samples in [-1, 1) at `self.sample_rate` Hz, between stretches of silence.
+        """Returns the spoken text as float32 samples in [-1, 1) at `self.sample_rate` Hz, with silence around it.
 
         `voice` is an espeak-ng language with an optional variant ("en-us+f3"). `rate` is in words per minute (80 to
         450); `pitch` and `pitch_range` are 0 to 99. Raises `SynthError` for an unknown voice and if nothing was spoken.

@@ -1,4 +1,4 @@
-"""Lists the checks that a device needs: one for every kernel and configuration that dispatch can choose there."""
+"""Lists the checks that a device needs: those of every kernel and configuration that dispatch can choose there."""
 
 from collections import Counter
 from collections.abc import Iterator

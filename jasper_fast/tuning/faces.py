@@ -19,7 +19,7 @@ from jasper_fast.selfcheck.checks import DTYPES
 
 LIBRARY = {"conv1d": "aten", "bn_relu_dropout": "reference"}  # for each op the face that is plain PyTorch
 MOST = 5  # tiles that the Triton face proposes for a cell
-ON_CPU = 2  # tiles that it proposes if it runs in Triton's interpreter, where trying a tile takes a second
+ON_CPU = 2  # tiles that the Triton face proposes in Triton's interpreter, where trying a tile takes a second
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def cuda(cell: Cell, device: torch.device) -> list[Proposal]:
 
 
 def aten(cell: Cell, device: torch.device) -> list[Proposal]:
-    """Proposes PyTorch's conv in channels-last memory; on a GPU that is cuDNN."""
+    """Proposes PyTorch's conv in channels-last memory, which on a GPU is cuDNN's conv."""
     return [Proposal("aten", "library")]
 
 
