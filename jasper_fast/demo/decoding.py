@@ -157,7 +157,7 @@ def compare(saved: Saved, texts: Path, out: Path, beam: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for all files; it must not exist yet")
-    parser.add_argument("--digits", type=Path, metavar="FOLDER", help=f"spoken digits: it has {' and '.join(DIGITS)}")
+    parser.add_argument("--digits", type=Path, metavar="FOLDER", help=f"folder with {' and '.join(DIGITS)}")
     parser.add_argument("--steps", type=int, help="training steps (1500, or 3000 for digits)")
     parser.add_argument("--minutes", type=float, default=40.0, help="most minutes of training (40)")
     parser.add_argument("--beam", type=int, default=128, help="width of the beam search (128)")
