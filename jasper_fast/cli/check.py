@@ -88,5 +88,5 @@ def _rules(arguments: argparse.Namespace) -> dict[str, Any]:
             "vocabulary": Vocabulary(config.labels),
             "frame_samples": round(hop * settings.sample_rate) * config.encoder.stride,
         }
-    bounds = ("min_duration", "max_duration")
-    return known | {name: given for name in bounds if (given := getattr(arguments, name)) is not None}
+    bounds = {"min_duration": arguments.min_duration, "max_duration": arguments.max_duration}
+    return known | {name: bound for name, bound in bounds.items() if bound is not None}

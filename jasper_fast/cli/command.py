@@ -63,7 +63,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _expected() -> tuple[type[BaseException], ...]:
     """Returns the exceptions whose message is meant for users."""
-    from jasper_fast.dispatch.backends import BackendMissing
+    from jasper_fast.dispatch import backends, probe, tuned
     from jasper_fast.nn.checkpoint import CheckpointError
 
-    return (common.UsageError, MissingExtra, BackendMissing, CheckpointError, ValueError, OSError)
+    own = common.UsageError, MissingExtra, CheckpointError, backends.BackendMissing, probe.CannotCheck, tuned.CannotTune
+    return *own, ValueError, OSError

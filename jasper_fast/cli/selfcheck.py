@@ -51,23 +51,18 @@ OPTIONS = {
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
-    from jasper_fast.dispatch import probe, tuned
-    from jasper_fast.selfcheck import show
+    from jasper_fast.dispatch import tuned
 
-    need("rich", "train")  # for the table of results
     device = common.device_of(arguments.device)
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
         raise common.UsageError(
             f"--device {arguments.device}: PyTorch sees {count} GPUs; `jasper-fast info` lists them"
         )
-    try:
-        return show.main(
-            tuned.indexed(device),
-            quick=arguments.quick,
-            as_json=arguments.json,
-            cache=not arguments.no_cache,
-            dtypes=[common.DTYPES[name] for name in arguments.dtype or ()],
-            seconds=arguments.limit,
-        )
-    except probe.CannotCheck as error:
-        raise common.UsageError(str(error)) from error
+    return need("jasper_fast.selfcheck.show", "train").main(
+        tuned.indexed(device),
+        quick=arguments.quick,
+        as_json=arguments.json,
+        cache=not arguments.no_cache,
+        dtypes=[common.DTYPES[name] for name in arguments.dtype or ()],
+        seconds=arguments.limit,
+    )

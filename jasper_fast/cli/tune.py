@@ -14,7 +14,6 @@ import time
 from typing import Any
 
 from jasper_fast.cli import common
-from jasper_fast.extras import need
 from jasper_fast.options import option
 
 END = """\
@@ -58,8 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from jasper_fast.dispatch import backends, tuned, verdicts
     from jasper_fast.kernels import tables
+    from jasper_fast.training import runs
 
-    need("rich", "train")  # for the progress bar
     device = tuned.indexed(common.device_of(arguments.device))
     if device.type != "cuda":
         raise common.UsageError("tune needs a CUDA GPU: on a CPU kernels are not chosen by measurement")
@@ -70,8 +69,14 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{len(wanted)} shapes on {verdicts.key(device)['device']}, {len(todo)} of them to measure; results go to "
           f"{tuned.path(device)}")  # fmt: skip
     started = time.monotonic()
-    with verdicts.locked(tuned.PATIENCE, tuned.LOCK):
-        session = _tune(device, todo, arguments.budget)
+    bar = runs.training_bar(runs.talker(quiet=not sys.stderr.isatty()), 0, len(todo), "starting")
+    with verdicts.locked(tuned.PATIENCE, tuned.LOCK), bar as progress:
+        session = tuned.tune(
+            device,
+            todo,
+            arguments.budget,
+            on_cell=lambda session, doing: progress(len(session.done), doing or "tuning"),
+        )
     refused = sum(len(of["refused"]) for of in session.done.values())
     print(f"{len(session.done)} measured in {time.monotonic() - started:.0f} s, {refused} contenders refused")
     if session.out_of_time:
@@ -89,16 +94,3 @@ def cells_of(arguments: argparse.Namespace, dtype: Any) -> list[Any]:
     modes = ("training", "inference") if arguments.mode == "both" else (arguments.mode,)
     found = [cell for n, t in arguments.batches for mode in modes for cell in cells(config, n, t, dtype, mode)]
     return list(dict.fromkeys(found))
-
-
-def _tune(device: Any, todo: list[Any], budget: float) -> Any:
-    from jasper_fast.dispatch import tuned
-    from jasper_fast.training.runs import talker, training_bar
-
-    with training_bar(talker(quiet=not sys.stderr.isatty()), 0, len(todo), "starting") as progress:
-        try:
-            return tuned.tune(
-                device, todo, budget, on_cell=lambda session, doing: progress(len(session.done), doing or "tuning")
-            )
-        except tuned.CannotTune as error:
-            raise common.UsageError(str(error)) from error

@@ -43,16 +43,6 @@ OPTIONS = [
 ]
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m jasper_fast.demo",
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    options.add(parser, {"": OPTIONS})
-    return parser.parse_args(argv)
-
-
 def picture(path: Path) -> np.ndarray:
     """Returns the log-mel features (bands, frames) of a file, without normalisation."""
     samples = torch.from_numpy(audio.load(path, corpus.SAMPLE_RATE))[None]
@@ -86,7 +76,13 @@ def listen(model: Jasper, unheard: list[Utterance], device: torch.device, seed: 
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = arguments(argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m jasper_fast.demo",
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    options.add(parser, {"": OPTIONS})
+    args = parser.parse_args(argv)
     console, out = Console(highlight=False, soft_wrap=True), args.out
     device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     machine = {

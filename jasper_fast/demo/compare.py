@@ -48,5 +48,8 @@ def _measure(
 
 def _rates(rows: dict[str, Any], utterances: int) -> dict[str, float]:
     eager, fused = (rows[side]["time_s"]["median"] for side in ("eager", "fused"))
-    rates = {"eager_utterances_per_second": utterances / eager, "fused_utterances_per_second": utterances / fused}
-    return rates | {"ratio": eager / fused}
+    return {
+        "eager_utterances_per_second": utterances / eager,
+        "fused_utterances_per_second": utterances / fused,
+        "ratio": eager / fused,
+    }

@@ -10,6 +10,7 @@ import soundfile
 import soxr
 from rich.progress import track
 
+from jasper_fast.data.manifest import entry
 from jasper_fast.data.prepare.writing import write_manifest
 from jasper_fast.demo import espeak
 
@@ -57,10 +58,8 @@ TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "nin
 def number(rng: random.Random) -> str:
     """Draws a number in words: below ten or from ten to nineteen with a probability of 1/4 each, else 20 to 99."""
     style = rng.randrange(4)
-    if style == 0:
-        return rng.choice(UNITS)
-    if style == 1:
-        return rng.choice(TEENS)
+    if style < 2:
+        return rng.choice((UNITS, TEENS)[style])
     return rng.choice(TENS) if rng.random() < 0.3 else f"{rng.choice(TENS)} {rng.choice(UNITS[1:])}"
 
 
@@ -111,7 +110,6 @@ def synthesise(out: Path, split: str, count: int, seed: int = 0, progress: bool 
         samples = soxr.resample(trim(samples, speaker.sample_rate), speaker.sample_rate, SAMPLE_RATE)
         name = f"{split}/{index:04d}_{voice}.wav"
         record(out / name, samples, SAMPLE_RATE, rng.uniform, noise)
-        seconds = round(len(samples) / SAMPLE_RATE, 4)
-        lines.append({"audio_filepath": name, "duration": seconds, "text": text, "speaker": voice})
+        lines.append(entry(name, round(len(samples) / SAMPLE_RATE, 4), text, speaker=voice))
     write_manifest(out / f"{split}.jsonl", lines)
     return out / f"{split}.jsonl"

@@ -11,7 +11,6 @@ counts errors on the rest. Intervals are 95 % intervals by a paired bootstrap ov
 import argparse
 import contextlib
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -44,11 +43,10 @@ def strings(manifest: Path, out: Path, count: int | None, words: tuple[int, int]
     string. ``words``: the smallest and the largest number of words in a string. With None the last string of a speaker
     may have fewer.
     """
-    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
     clips: dict[str, list[Utterance]] = {}
     rng, made = np.random.default_rng(seed), []
-    for line, utterance in zip(lines, read_manifest(manifest), strict=True):
-        clips.setdefault(line.get("speaker", ""), []).append(utterance)
+    for utterance in read_manifest(manifest):
+        clips.setdefault(utterance.speaker or "", []).append(utterance)
     out.mkdir(parents=True, exist_ok=True)
     for i, chosen in enumerate(_drawn(clips, count, words, rng)):
         pieces = [pause(rng)]

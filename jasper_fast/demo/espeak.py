@@ -91,7 +91,4 @@ class Espeak:
         return np.concatenate(self._chunks).astype(np.float32) / 32768.0
 
 
-@functools.cache
-def start() -> Espeak:
-    """Returns this process's synthesiser. The first call starts it."""
-    return Espeak()
+start = functools.cache(Espeak)  # returns this process's synthesiser; the first call starts it

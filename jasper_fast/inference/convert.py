@@ -185,8 +185,8 @@ def _jasper_fast(
 def _nvidia(
     file: BinaryIO, entries: dict[str, Tensor], average: dict[str, Tensor] | None, config: JasperConfig, report: Report
 ) -> dict[str, str]:
-    wrapped = any(block.separable for block in config.encoder.blocks)  # NVIDIA's QuartzNet names its convs mconv
-    theirs = {name: name.replace(".conv.", ".mconv.") if wrapped else name for name in {**entries, **(average or {})}}
+    quartznet = any(block.separable for block in config.encoder.blocks)  # NVIDIA's QuartzNet names its convs mconv
+    theirs = {name: name.replace(".conv.", ".mconv.") if quartznet else name for name in {**entries, **(average or {})}}
     state, mean = ({theirs[k]: v for k, v in of.items()} if of else None for of in (entries, average))
     torch.save({"state_dict": state, "ema_state_dict": mean}, file)
     report.settings_left_out += [*(["labels"] if config.labels else []), "jasper", *_settings(config)]

@@ -72,7 +72,6 @@ class InferenceEngine:
         graph_limit: int = 32,
         fp32_precision: str | None = None,
     ):
-        few = f"bucket and graph_limit must be at least 1, not {bucket} and {graph_limit}"
         refuse(
             ValueError,
             (
@@ -80,7 +79,10 @@ class InferenceEngine:
                 f"dtype must be a floating-point dtype such as torch.float16, not {dtype}",
             ),
             (graphs not in ("auto", True, False), f"graphs must be 'auto', True or False, not {graphs!r}"),
-            (bucket < 1 or graph_limit < 1, few),
+            (
+                bucket < 1 or graph_limit < 1,
+                f"bucket and graph_limit must be at least 1, not {bucket} and {graph_limit}",
+            ),
         )
         self._model, self._wanted, self._fp32 = model, dtype, precision.check(fp32_precision)
         self._graphs, self._bucket, self._limit = graphs, bucket, graph_limit

@@ -141,10 +141,9 @@ def differs(run: Run, engine: Run, model: nn.Module, seed: int = 0) -> float:
     by itself at its own length. The lengths are not those with which the export was traced. Raises ExportError if `run`
     returns other lengths than the model.
     """
-    generator = torch.Generator().manual_seed(seed)
     masks = model.config.encoder.use_conv_masks
     lengths = torch.tensor([331, 90, 17]) if masks else torch.tensor([331, 331, 331])
-    features = torch.randn(3, model.config.encoder.in_feats, 331, generator=generator)
+    features = torch.randn(3, model.config.encoder.in_feats, 331, generator=torch.Generator().manual_seed(seed))
     if masks:
         features.masked_fill_((torch.arange(331) >= lengths[:, None])[:, None], math.nan)
     batch, found = run(features, lengths)
@@ -200,9 +199,7 @@ def export_onnx(model: Jasper, labels: Sequence[str], folder: str | Path) -> flo
             )
         for name, text in _beside(model, labels).items():
             (made / name).write_text(text, encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
-        os.replace(made, folder)
+        os.replace(made, folder)  # also if `folder` is an empty folder
     return difference
 
 
@@ -210,11 +207,15 @@ def _beside(model: Jasper, labels: Sequence[str]) -> dict[str, str]:
     """Returns the texts of vocab.txt, config.json and features.json, by file name."""
     encoder = model.config.encoder
     symbols = ["▁" if label == " " else label for label in labels] + ["<blk>"]
-    about = {
-        "model_type": "nemo-conformer-ctc", "features_size": encoder.in_feats, "subsampling_factor": encoder.stride,
-    }  # fmt: skip
     return {
         "vocab.txt": "".join(f"{symbol} {i}\n" for i, symbol in enumerate(symbols)),
-        "config.json": json.dumps(about, indent=1),
+        "config.json": json.dumps(
+            {
+                "model_type": "nemo-conformer-ctc",
+                "features_size": encoder.in_feats,
+                "subsampling_factor": encoder.stride,
+            },
+            indent=1,
+        ),
         "features.json": json.dumps(model.config.filterbank, indent=1),
     }

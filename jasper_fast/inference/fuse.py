@@ -23,6 +23,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from jasper_fast.inference.engine import EncoderEngine
+from jasper_fast.inference.plan import weight_of
 from jasper_fast.nn.architecture import block_shapes, out_lengths
 from jasper_fast.nn.config import BlockConfig, ConfigError, EncoderConfig, refuse
 from jasper_fast.nn.fuse import ENCODER, STATE, Before, FusedBlock, Report, become, counts, own_class, survey
@@ -56,13 +57,9 @@ class Encoder:
         return self
 
     @property
-    def weight(self) -> Tensor:
-        return self.layers[0].sub_blocks[0].conv.weight
-
-    @property
     def config(self) -> SimpleNamespace:
         blocks = tuple(layer.b for layer in self.layers)
-        encoder = EncoderConfig(self.weight.shape[1], use_conv_masks=self.masks, blocks=blocks)
+        encoder = EncoderConfig(weight_of(self).shape[1], use_conv_masks=self.masks, blocks=blocks)
         return SimpleNamespace(encoder=encoder, decoder=None)
 
     def lengths(self, lengths: Tensor | None) -> Tensor | None:
@@ -77,11 +74,13 @@ def describe(module: nn.Module, kind: type[FusedEncoder], backend: str) -> Encod
     compute it."""
     layers = [_layer(block, parts(block)) for block in kind.blocks_of(module)]
     masks = {kind.masks_of(module, layer) for layer in layers}
-    all_dense = "its last block is dense, so the outputs of all blocks are returned"
     refuse(
         Unfit,
         (len(masks) > 1, "only some of its blocks have masks"),
-        (kind.returns_all and layers[-1].dense, all_dense),
+        (
+            kind.returns_all and layers[-1].dense,
+            "its last block is dense, so the outputs of all blocks are returned",
+        ),
     )
     found = Encoder(layers, *masks, backend)
     for (c_in, b, panes), layer, before in zip(block_shapes(found.config), layers, [None, *layers[:-1]], strict=True):
@@ -240,7 +239,7 @@ class FusedEncoder(Before):
             return None
         kind = x.device.type
         cast = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if cast else found.weight.dtype
+        dtype = torch.get_autocast_dtype(kind) if cast else weight_of(found).dtype
         if not cast and x.dtype != dtype:
             return None
         given = torch.full(x.shape[:1], x.shape[2], device=x.device) if not found.masks else lengths.to(x.device)
@@ -254,10 +253,10 @@ def _fits(found: Encoder, x: Tensor, lengths: Tensor | None) -> bool:
     return (
         type(x) is Tensor
         and x.dim() == 3
-        and x.shape[1] == found.weight.shape[1]
+        and x.shape[1] == weight_of(found).shape[1]
         and x.numel() > 0
         and x.is_floating_point()
-        and x.device == found.weight.device
+        and x.device == weight_of(found).device
         and (lengths is not None or not found.masks)
         and (lengths is None or (lengths.shape == x.shape[:1] and not lengths.is_floating_point()))
     )

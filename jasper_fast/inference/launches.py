@@ -55,6 +55,8 @@ class Launches:
         self._takes_tf32 = impl.takes_tf32
         self._softmax = self.plan.channels <= SOFTMAX_MAX  # whether the last launch does the log-softmax
         self._span = self.plan.span(bucket)
+        # for each step, whether it writes its lengths into a new buffer
+        self._changes = [True, *(step.b.resizes for step in self.plan.steps[1:])]
         self.buffers = Buffers(dtype, device)
         self.lengths = Buffers(torch.int64, device)
 
@@ -104,16 +106,16 @@ class Launches:
 
     def _bound(self, n: int, t: int) -> Kernels:
         """Returns the launches for a shape, bound to the buffers, which grow if they are too small."""
-        # for each step, whether it writes its lengths into a new buffer
-        changes = [True, *(step.b.resizes for step in self.plan.steps[1:])]
+        return self.shapes.bound(
+            (n, t),
+            lambda: {
+                self.buffers: self.plan.sizes(n, t, source=self.plan.reads_source),
+                self.lengths: {f"lengths{i}": n for i in range(sum(self._changes))},
+            },
+            lambda: self._bind(n, self.plan.frames(t)),
+        )
 
-        def sizes() -> dict[Buffers, dict[str, int]]:
-            lengths = {f"lengths{i}": n for i in range(sum(changes))}
-            return {self.buffers: self.plan.sizes(n, t, source=self.plan.reads_source), self.lengths: lengths}
-
-        return self.shapes.bound((n, t), sizes, lambda: self._bind(n, self.plan.frames(t), changes))
-
-    def _bind(self, n: int, frames: list[int], changes: list[bool]) -> Kernels:
+    def _bind(self, n: int, frames: list[int]) -> Kernels:
         plan, buffers = self.plan, self.buffers
         source = buffers.view(plan.source, n, frames[0]) if plan.reads_source else None
         # A launch may prefetch the weights of the next launch, and may begin before the previous launch ends (`Chain`).
@@ -126,8 +128,8 @@ class Launches:
             out = buffers.view(step.out, n, t)
             panes = buffers.view(step.panes, n, t) if step.panes else None
             masks = Lengths(lens, lens) if plan.masks else FULL
-            if changes[i]:
-                before, lens = lens, self.lengths.held[f"lengths{sum(changes[:i])}"][:n]
+            if self._changes[i]:
+                before, lens = lens, self.lengths.held[f"lengths{sum(self._changes[:i])}"][:n]
                 masks = Lengths(before, None, lens, plan.masks)
             # `clean`: the padding of all inputs is zero. This is true of tensors that kernels have written, but not of
             # the caller's features, which are read by the first step and by some panes.

@@ -35,7 +35,6 @@ def case(check: Check, device: torch.device, seed: int, *, timed: bool = False) 
     With `timed`, the inputs suit a timing: the lengths are those of a batch of speech, about a quarter of a large
     batch is padding, and a conv's weight is already packed.
     """
-    draw = _Draw(device, DTYPES[check.dtype], seed, timed, check.variant == WAVE)
     makers = {
         "conv1d": _conv_case,
         "conv1d.fused": _fused_case,
@@ -45,7 +44,7 @@ def case(check: Check, device: torch.device, seed: int, *, timed: bool = False) 
         "novograd": _step_case,
         "ctc": _loss_case,
     }
-    return makers[check.op](check, draw)
+    return makers[check.op](check, _Draw(device, DTYPES[check.dtype], seed, timed, check.variant == WAVE))
 
 
 class _Draw:

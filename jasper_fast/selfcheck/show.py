@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from jasper_fast.dispatch import verdicts
 from jasper_fast.dispatch.probe import CHECK_SECONDS, Report, supervise
 from jasper_fast.dispatch.verdict import BAD, GOOD, Verdict, failure_of, judge
 
 
-def show(rows: Sequence[dict[str, Any]], found: Sequence[Verdict], device: torch.device, console: Any) -> None:
+def show(rows: Sequence[dict[str, Any]], found: Sequence[Verdict], device: torch.device, console: Console) -> None:
     """Prints three parts to `console`, a rich console: a table, in which the variants of a check share a row; the
     failed checks; and the verdicts."""
-    from rich.markup import escape
-    from rich.table import Table
-
     described = ", ".join(
         f"{k} {v}" for k, v in verdicts.key(device).items() if v and k not in ("device", "interpreted")
     )
@@ -56,9 +57,6 @@ def main(device: torch.device, *, quick: bool, as_json: bool, cache: bool, dtype
 
     If it is stopped early, for example by Ctrl-C, it does the same with the results so far.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     errors = Console(stderr=True)
     report, finished = Report(), False
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -67,8 +65,9 @@ def main(device: torch.device, *, quick: bool, as_json: bool, cache: bool, dtype
             task = progress.add_task("starting", total=None)
 
             def on_row(row: dict, total: int) -> None:
-                what = f"{row['op']} {row['face']} {row['function']}"
-                progress.update(task, total=total, advance=1, description=what)
+                progress.update(
+                    task, total=total, advance=1, description=f"{row['op']} {row['face']} {row['function']}"
+                )
 
             supervise(device, quick=quick, dtypes=dtypes, seconds=seconds, on_row=on_row, report=report)
         finished = True
@@ -84,8 +83,6 @@ def main(device: torch.device, *, quick: bool, as_json: bool, cache: bool, dtype
 
 
 def _print(rows: list[dict], found: list[Verdict], device: torch.device, as_json: bool, finished: bool) -> None:
-    from rich.console import Console
-
     if as_json:
         told = {"key": verdicts.key(device), "finished": finished, "verdicts": [vars(v) for v in found], "rows": rows}
         print(json.dumps(told, indent=1))

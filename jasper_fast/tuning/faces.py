@@ -33,9 +33,8 @@ class Proposal:
     def row(self, cell: Cell, seconds: float, facts: Mapping[str, int]) -> Row:
         """Returns the table row for this proposal and its time. `facts`: the kernel's registers, shared bytes and
         spilled bytes, if they are known."""
-        compiler_facts = {name: facts.get(name) for name in ("registers", "shared", "spilled")}
         tile = None if self.tile is None else dict(self.tile)
-        return Row(*cell, self.face, self.algorithm, tile, seconds, **compiler_facts)
+        return Row(*cell, self.face, self.algorithm, tile, seconds, **facts)
 
     def name(self, cell: Cell) -> str:
         """Returns a name that is unique among the proposals for a cell."""

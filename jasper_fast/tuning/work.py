@@ -106,8 +106,7 @@ class Tuner:
         held.free()
         timed, best = {}, {}
         for name, of in samples.items():
-            facts = self._facts.get((cell, name), {})
-            timed[name] = contenders[name].row(cell, statistics.median(of), facts).plain()
+            timed[name] = contenders[name].row(cell, statistics.median(of), self._facts.get((cell, name), {})).plain()
             best.setdefault(contenders[name].face, timed[name])  # the fastest of each face
         return {"rows": list(best.values()), "refused": refused, "timed": timed, "samples": samples}
 
