@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from jasper_fast.kernels.operands import Geometry
 from jasper_fast.nn.config import BlockConfig, JasperConfig
 
 BN_EPS, BN_MOMENTUM = 1e-3, 0.1
@@ -26,6 +27,14 @@ def block_shapes(config: JasperConfig) -> list[tuple[int, BlockConfig, list[int]
     channels = [config.encoder.in_feats, *(b.filters for b in blocks)]
     panes = [[channels[source] for source in sources] for sources in pane_sources(config)]
     return list(zip(channels, blocks, panes, strict=False))
+
+
+def frames(conv: nn.Conv1d, lengths: Tensor | int | None) -> Tensor | int | None:
+    """Returns the frames of the output of `conv` for inputs of `lengths` frames; `lengths` itself if both are equal."""
+    (k,), (s,), (d,), (p,) = conv.kernel_size, conv.stride, conv.dilation, conv.padding
+    if lengths is None or (s == 1 and 2 * p == d * (k - 1)):
+        return lengths
+    return Geometry(s, p, d).frames(lengths, k)
 
 
 def out_lengths(config: JasperConfig, lengths: Tensor) -> Tensor:

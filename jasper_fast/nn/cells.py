@@ -3,6 +3,7 @@
 A cell is an op in one dtype, at one shape, with about 2**rows_log2 rows.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -30,12 +31,6 @@ class Conv(NamedTuple):
     shape: tuple[int, int, int, int, int]
     frames: int
     place: str
-
-    @property
-    def products(self) -> int:
-        """Multiply-adds per frame of the output."""
-        c_in, c_out, taps, *_ = self.shape
-        return c_in * c_out * taps
 
 
 def convs(config: JasperConfig, t: int = 2) -> Iterator[Conv]:
@@ -65,12 +60,13 @@ def cells(config: JasperConfig, n: int, t: int, dtype: torch.dtype, mode: str) -
     work: Counter[Cell] = Counter()
     for conv in convs(config, t):
         rows_log2 = tables.bucket(n * conv.frames)
-        named = [(op, conv.shape, conv.products) for op in _ops(conv, mode)]
+        products = math.prod(conv.shape[:3])  # multiply-adds per frame of the output
+        named = [(op, conv.shape, products) for op in _ops(conv, mode)]
         if mode == "training" and conv.place != "decoder":
             c = conv.shape[1]
             named += [(op, tuple(tables.shape_of_norm(c).values()), c * PRODUCTS_OF_NORM) for op in tables.NORM_OPS]
-        for op, shape, products in named:
-            work[Cell(op, tables.DTYPES[dtype], *shape, rows_log2)] += products
+        for op, shape, amount in named:
+            work[Cell(op, tables.DTYPES[dtype], *shape, rows_log2)] += amount
     return sorted(work, key=lambda cell: (-work[cell], cell))
 
 

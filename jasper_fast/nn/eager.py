@@ -7,7 +7,7 @@ that the fused model must return, and benchmarks compare with it.
 import torch
 from torch import Tensor, nn
 
-from jasper_fast.nn.architecture import add_layers, block_shapes, convs_and_norm, out_lengths
+from jasper_fast.nn.architecture import add_layers, block_shapes, convs_and_norm, frames, out_lengths
 from jasper_fast.nn.config import BlockConfig, JasperConfig
 
 
@@ -17,10 +17,6 @@ class MaskedConv1d(nn.Conv1d):
             t = torch.arange(x.shape[-1], device=x.device)
             x = x.masked_fill((t >= lengths[:, None]).unsqueeze(1), 0)
         return super().forward(x)
-
-    def out_length(self, lengths: Tensor) -> Tensor:
-        (k,), (s,), (p,), (d,) = self.kernel_size, self.stride, self.padding, self.dilation
-        return (lengths + 2 * p - d * (k - 1) - 1) // s + 1
 
 
 class EagerBlock(nn.Module):
@@ -43,8 +39,7 @@ class EagerBlock(nn.Module):
         x, lens = xs[-1], lengths
         for layer in self.conv:
             if isinstance(layer, nn.Conv1d):
-                x = layer(x, lens)
-                lens = layer.out_length(lens) if lens is not None else None
+                x, lens = layer(x, lens), frames(layer, lens)
             else:
                 x = layer(x)
         panes = xs if self.cfg.residual_dense else xs[-1:]

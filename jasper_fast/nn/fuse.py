@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from jasper_fast.dispatch import backends
 from jasper_fast.kernels.layout import mask, ntc
+from jasper_fast.nn.architecture import frames
 from jasper_fast.nn.block import JasperBlock, Pass, count_batch
+from jasper_fast.nn.config import refuse
 from jasper_fast.nn.packs import Packs
 from jasper_fast.nn.recognise import LOOKED_FOR, Parts, Unfit, candidates, parts
 from jasper_fast.nn.shared import Shared, shared
@@ -147,17 +149,20 @@ def _run(
     found: Parts, backend: str, packs: Packs, xs: list[Tensor], lengths: Tensor | None, known: Shared | None
 ) -> tuple[list[Tensor], Tensor | None]:
     """Returns the outputs and lengths that the original block returns for block outputs `xs` and `lengths` (N,)."""
-    if found.masked and lengths is None and not found.takes_last:  # an EagerBlock masks only if it is given lengths
-        raise ValueError("the convs of this block zero the padding of their inputs, so it needs the lengths")
     steps, passed = counts(found, lengths)
     sources = xs if found.dense else xs[-1:]
-    if found.panes and (len(sources) != len(found.panes) or (len(xs) > len(sources) and not found.takes_last)):
-        raise ValueError(f"a block with {len(found.panes)} residual convs was given {len(xs)} block outputs")
+    unfit = len(sources) != len(found.panes) or (len(xs) > len(sources) and not found.takes_last)
+    refuse(
+        ValueError,
+        (found.masked and lengths is None and not found.takes_last,  # an EagerBlock masks only if it is given lengths
+         "the convs of this block zero the padding of their inputs, so it needs the lengths"),
+        (found.panes and unfit, f"a block with {len(found.panes)} residual convs was given {len(xs)} block outputs"),
+    )  # fmt: skip
     sources = [known.ready(x, steps[0], _clean) if known else _clean(x, steps[0]) for x in sources]
     read = sources if found.panes else []
     grams = [known and known.gram(found, pane, x, backend) for pane, x in enumerate(read)]  # None: plain panes
-    frames = _within(found, steps, sources[-1].shape[2])
-    out = Pass(found.sub_blocks, found.panes, frames, None, backend, packs)(sources[-1], read, grams)
+    within = _within(found, steps[0], sources[-1].shape[2])
+    out = Pass(found.sub_blocks, found.panes, within, None, backend, packs)(sources[-1], read, grams)
     count_batch([sub.bn for sub in found.sub_blocks] + [bn for _, bn in found.panes])
     if steps[-1] is not None and not torch.compiler.is_compiling() and not out.is_inference():
         out._jasper_fast_zero = (steps[-1], out._version)  # so that the next block need not mask `out`
@@ -169,31 +174,20 @@ def counts(found: Parts, lengths: Tensor | None) -> tuple[list[Tensor | None], T
     and at the end, each None without masks. passed: the lengths that the original block returns."""
     steps = [lengths if found.masked else None]
     for sub in found.sub_blocks:
-        steps.append(_frames(sub.in_time, steps[-1]))
+        steps.append(frames(sub.in_time, steps[-1]))
     return steps, lengths if found.keeps_lengths and not found.masked else steps[-1]
 
 
-def _within(found: Parts, steps: list[Tensor | None], t: int) -> list[Tensor | None]:
-    """Returns `steps` on the device of the weights, clamped to the frames that exist. The input has `t` frames."""
-    if steps[0] is None:
-        return steps
-    device = found.sub_blocks[0].conv.weight.device
-    clamped = [steps[0].to(device, torch.int64).clamp(0, t)]
-    for sub, before, count in zip(found.sub_blocks, steps, steps[1:], strict=False):
-        if count is before:
-            clamped.append(clamped[-1])
-        else:
-            t = _frames(sub.in_time, t)
-            clamped.append(count.to(device, torch.int64).clamp(0, t))
-    return clamped
-
-
-def _frames(conv: nn.Conv1d, lengths: Tensor | int | None) -> Tensor | int | None:
-    """Returns the frames of the conv's output; `lengths` itself if they do not change."""
-    (k,), (s,), (d,), (p,) = conv.kernel_size, conv.stride, conv.dilation, conv.padding
-    if lengths is None or (s == 1 and 2 * p == d * (k - 1)):
-        return lengths
-    return (lengths + (2 * p - d * (k - 1) - 1)) // s + 1
+def _within(found: Parts, lengths: Tensor | None, t: int) -> list[Tensor | None]:
+    """Returns the frames at the input of each sub-block and at the end, on the device of the weights, if the input has
+    `t` frames. `lengths`: the frames of each utterance, which may be more than `t`; None without masks."""
+    if lengths is not None:
+        lengths = lengths.to(found.sub_blocks[0].conv.weight.device, torch.int64).clamp(0, t)
+    within = [lengths]
+    for sub in found.sub_blocks:
+        count = frames(sub.in_time, within[-1])
+        within.append(count if count is within[-1] else count.clamp(min=0))
+    return within
 
 
 def _clean(x: Tensor, lengths: Tensor | None) -> Tensor:

@@ -63,12 +63,11 @@ class Jasper(nn.Module):
 
     def forward(self, features: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         n, _, t = check_features(features, lengths, self.config)
-        if torch.compiler.is_compiling() or not features.is_cuda or self.backend != "auto":
-            return self._forward(features, lengths)
-        if not self.tune:
-            with tuned.off():
-                return self._forward(features, lengths)
-        self._measured(features.device, n, t, features.dtype)
+        if self.backend == "auto" and features.is_cuda and not torch.compiler.is_compiling():
+            if not self.tune:
+                with tuned.off():
+                    return self._forward(features, lengths)
+            self._measured(features.device, n, t, features.dtype)
         return self._forward(features, lengths)
 
     def _measured(self, device: torch.device, n: int, t: int, dtype: torch.dtype) -> None:

@@ -14,9 +14,8 @@ from jasper_fast.nn.checkpoint import FORMAT, CheckpointError, first_line
 KEY = "jasper_fast"
 
 
-def is_one(path: str | Path) -> bool:
+def is_one(path: Path) -> bool:
     """Returns whether `path` ends in .safetensors, or begins like such a file: eight bytes with a length, then JSON."""
-    path = Path(path)
     if not path.is_file():
         return False
     with open(path, "rb") as file:

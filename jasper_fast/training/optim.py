@@ -11,6 +11,7 @@ from jasper_fast.dispatch import backends, choose
 from jasper_fast.kernels import capture
 from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
 from jasper_fast.kernels.novograd.reference import average
+from jasper_fast.nn.config import refuse
 
 
 class EMA:
@@ -130,12 +131,12 @@ class NovoGrad(torch.optim.Optimizer):
         ema: EMA | None = None,
         backend: str = "auto",
     ):
-        if not isinstance(lr, Tensor) and lr < 0:
-            raise ValueError(f"lr must not be negative, got {lr}")
-        if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
-            raise ValueError(f"betas must lie in [0, 1), got {betas}")
-        if eps < 0 or weight_decay < 0:
-            raise ValueError(f"eps and weight_decay must not be negative, got {eps} and {weight_decay}")
+        refuse(
+            ValueError,
+            (not isinstance(lr, Tensor) and lr < 0, f"lr must not be negative, got {lr}"),
+            (not (0 <= betas[0] < 1 and 0 <= betas[1] < 1), f"betas must lie in [0, 1), got {betas}"),
+            (eps < 0 or weight_decay < 0, f"eps and weight_decay must not be negative, got {eps} and {weight_decay}"),
+        )
         self.ema, self.backend = ema, backends.check(backend)
         self._held: dict[torch.device, dict] = {}
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}

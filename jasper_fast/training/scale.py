@@ -44,18 +44,17 @@ def largest_batches(sampler: BatchSampler, seconds: list[float], epoch: int = 0)
 
 def _fits(model: nn.Module, frontend: Frontend, n: int, samples: int, device: torch.device, amp_dtype) -> bool:
     """Returns whether forward and backward over ``n`` utterances of noise fit in memory."""
-    core = getattr(model, "module", model)
     try:
         audio, lengths = 0.1 * torch.randn(n, samples, device=device), torch.full((n,), samples)
         features, frames, on_host = frontend(audio, lengths)
         with torch.autocast(device.type, amp_dtype or torch.float32, enabled=amp_dtype is not None):
-            log_probs, _ = core(features, frames)
+            log_probs, _ = model(features, frames)
         targets = torch.zeros(n, 1, dtype=torch.int64, device=device)
-        ctc_loss(log_probs, core.out_lengths(on_host), targets, torch.ones(n, dtype=torch.int64)).mean().backward()
+        ctc_loss(log_probs, model.out_lengths(on_host), targets, torch.ones(n, dtype=torch.int64)).mean().backward()
     except torch.OutOfMemoryError:
         return False
     finally:
-        core.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
     return True
 
 

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from jasper_fast.nn.config import refuse
+
 POLICIES = ("exponential", "polynomial", "cosine")
 
 
@@ -37,18 +39,15 @@ class Schedule:
     decay_from: int = 0
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise ValueError(f"lr policy {self.policy!r} is not one of {', '.join(POLICIES)}")
-        if not min(self.lr, self.min_lr, self.power) >= 0:
-            raise ValueError(
-                f"lr, min_lr and power must not be negative, got {self.lr}, {self.min_lr} and {self.power}"
-            )
-        if min(self.warmup_steps, self.hold_steps) < 0 or min(self.steps_per_epoch, self.total_steps) < 1:
-            raise ValueError(
-                "warmup_steps and hold_steps must be at least 0, steps_per_epoch and total_steps at least 1"
-            )
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma must lie in (0, 1], got {self.gamma}")
+        few = min(self.warmup_steps, self.hold_steps) < 0 or min(self.steps_per_epoch, self.total_steps) < 1
+        refuse(
+            ValueError,
+            (self.policy not in POLICIES, f"lr policy {self.policy!r} is not one of {', '.join(POLICIES)}"),
+            (not min(self.lr, self.min_lr, self.power) >= 0,
+             f"lr, min_lr and power must not be negative, got {self.lr}, {self.min_lr} and {self.power}"),
+            (few, "warmup_steps and hold_steps must be at least 0, steps_per_epoch and total_steps at least 1"),
+            (not 0 < self.gamma <= 1, f"gamma must lie in (0, 1], got {self.gamma}"),
+        )  # fmt: skip
 
     def __call__(self, step: int) -> float:
         """Returns the learning rate of step number `step`, counted from 0."""
