@@ -231,8 +231,9 @@ class JasperConfig:
 
 def as_dict(config: JasperConfig | BlockConfig) -> dict[str, Any]:
     """Returns the fields of `config`, with lists for tuples."""
-    listed = lambda fields: {k: list(v) if isinstance(v, tuple) else v for k, v in fields}  # noqa: E731
-    return dataclasses.asdict(config, dict_factory=listed)
+    return dataclasses.asdict(
+        config, dict_factory=lambda fields: {k: list(v) if isinstance(v, tuple) else v for k, v in fields}
+    )
 
 
 def is_texts(labels: Any) -> bool:

@@ -90,10 +90,9 @@ class Loop(ABC):
 
     def set_learning_rate(self) -> float:
         """Sets the optimiser's learning rate for the next step, and returns it."""
-        args, total = self.args, self.schedule.total_steps
-        step = self.state.step
-        if args.lr_by_clock:  # the clocks of the ranks differ, but their learning rates must not
-            step = max(step, *self.ranks.highest(int(self.state.minutes / args.max_minutes * total)))
+        step, total = self.state.step, self.schedule.total_steps
+        if self.args.lr_by_clock:  # the clocks of the ranks differ, but their learning rates must not
+            step = max(step, *self.ranks.highest(int(self.state.minutes / self.args.max_minutes * total)))
         lr = self.schedule(step)
         for group in self.state.optimizer.param_groups:
             group["lr"] = lr

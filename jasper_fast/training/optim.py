@@ -300,8 +300,7 @@ def _like(p: Tensor, x: Tensor) -> Tensor:
 
     The stride of a dimension of size 1 does not matter.
     """
-    if x.stride() == p.stride() or not _dense(p):
-        return x
-    if all(a == b or n < 2 for a, b, n in zip(x.stride(), p.stride(), p.shape, strict=True)):
-        return x
-    return torch.empty_like(p).copy_(x)
+    alike = x.stride() == p.stride() or all(
+        a == b or n < 2 for a, b, n in zip(x.stride(), p.stride(), p.shape, strict=True)
+    )
+    return x if alike or not _dense(p) else torch.empty_like(p).copy_(x)

@@ -135,9 +135,11 @@ class TrainingState:
         """Returns the state as a dict. Model and moving average have the keys that NVIDIA's checkpoints use."""
         state = {name: getattr(self, name).state_dict() for name in ("optimizer", "scaler", *self._PARTS)}
         state |= {name: getattr(self, name) for name in (*self._PLACES, "minutes")}
-        state["ema_state_dict"] = self.ema.state_dict() if self.ema else None
-        state["ema_updates"] = self.ema.updates if self.ema else 0
-        return state | {"state_dict": self.model.state_dict()}
+        return state | {
+            "state_dict": self.model.state_dict(),
+            "ema_state_dict": self.ema.state_dict() if self.ema else None,
+            "ema_updates": self.ema.updates if self.ema else 0,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores everything except the optimiser's settings, such as its learning rate.
