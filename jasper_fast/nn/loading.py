@@ -181,8 +181,8 @@ def _row_of_label(weights: Weights, labels: Sequence[str] | None, like: Mapping[
 
 
 def config_of(weights: Weights) -> JasperConfig:
-    """Returns the configuration in the file, or that of Jasper 10x5 dense residual if the file, as one of NVIDIA's, has
-    none.
+    """Returns the configuration in the file. For files without one, such as NVIDIA's, returns that of Jasper 10x5 dense
+    residual.
 
     Raises CheckpointError for a configuration that is not a Jasper's, or that has more layers than there are weights.
     """

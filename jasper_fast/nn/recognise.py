@@ -113,9 +113,6 @@ def parts(block: nn.Module) -> Parts:
 
 def _check_kind(block: nn.Module) -> None:
     kind, mode = type(block).__name__, getattr(block, "residual_mode", "add")
-    captures = getattr(block, "is_access_enabled", bool)(
-        getattr(block, "model_guid", None)
-    )  # a method of NeMo's blocks
     other = f"its class is {kind}, not one of {', '.join(NAMES)}, so its forward may do something else"
     refuse(
         Unfit,
@@ -123,7 +120,7 @@ def _check_kind(block: nn.Module) -> None:
         (mode not in ("add", "stride_add"), f"residual_mode {mode}"),
         (getattr(block, "se", False), "squeeze-excite"),
         (getattr(block, "adapter_layer", None), "adapters"),
-        (captures, "intermediate outputs are captured (InterCTC)"),
+        (captures(block), "intermediate outputs are captured (InterCTC)"),
     )
     for name, module in block.named_modules():
         hook = hook_of(module) if module is not block else None
@@ -138,6 +135,12 @@ def hook_of(module: nn.Module) -> str | None:
     """Returns the name of a hook on `module`, or None if it has none."""
     hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values()]
     return getattr(hooks[0], "__qualname__", type(hooks[0]).__name__) if hooks else None
+
+
+def captures(block: nn.Module) -> bool:
+    """Returns whether NeMo keeps intermediate outputs of `block`, as for InterCTC."""
+    enabled = getattr(block, "is_access_enabled", None)
+    return enabled is not None and bool(enabled(getattr(block, "model_guid", None)))
 
 
 def _sub_block(group: list[nn.Module]) -> tuple[nn.Module | float, ...]:
