@@ -138,7 +138,7 @@ class DecoderConfig:
 
 INITS = ("xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal")
 _TOP_KEYS = ("name", "labels", "input_val", "input_train", "jasper")
-_TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}  # the types of values that fit an annotation
+_TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}  # annotation: types that fit it
 
 
 @dataclass(frozen=True)
