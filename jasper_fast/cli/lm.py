@@ -187,10 +187,9 @@ def tune(arguments: argparse.Namespace) -> None:
         common.count(len(found), total, "trials", arguments.quiet)
     without, chosen = tuning.greedy(saved), tuning.best(found)
     settings = {"lm": lm, "lexicon": lexicon, "beam": arguments.beam,
-                "alpha": round(chosen.alpha, 6) if lm else None, "beta": round(chosen.beta, 6)}  # fmt: skip
+                "alpha": round(chosen.alpha, 6) if lm else None, "beta": round(chosen.beta, 6),
+                "rescore": arguments.rescore, "rescore_weight": chosen.rescore if second else None}  # fmt: skip
     again = f", rescoring weight {chosen.rescore:g}" if second else ""
-    if second:
-        settings |= {"rescore": arguments.rescore, "rescore_weight": chosen.rescore}
     tuned.write(arguments.out, {name: value for name, value in settings.items() if value is not None})
     if arguments.report:
         of = " and ".join(filter(None, (lm, arguments.rescore)))

@@ -69,8 +69,10 @@ def main() -> None:
         ("6-gram of characters", folder / "symbols.arpa"),
         ("3-gram of words", folder / "words.arpa"),
     )
-    lines = [f"{len(saved.utterances) // 2} utterances; neural model: perplexity {found.value:.2f} of held-out texts"]
-    lines += compare(saved, lm, passes, arguments.beam)
+    lines = [
+        f"{len(saved.utterances) // 2} utterances; neural model: perplexity {found.value:.2f} of held-out texts",
+        *compare(saved, lm, passes, arguments.beam),
+    ]
     (folder / "rescored.txt").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -47,10 +47,12 @@ class Report:
         star = lambda name: re.sub(r"\.\d+(?=\.)", ".*", name)  # noqa: E731
         rows = Counter((star(old), star(new)) for old, new in self.names.items())
         wide = max(len(old) for old, _ in rows)
-        lines = [f"{self.source} ({self.kind}) -> {self.out} ({self.to})"]
-        lines += [f"{n:6}  {old:{wide}}  ->  {new}" for (old, new), n in rows.items()]
-        lines.append(f"{len(self.names)} entries, {self.elements:,} elements: read back from the new file, bit-equal")
-        lines += ["the moving average was converted too, as ema_state_dict"] if self.average else []
+        lines = [
+            f"{self.source} ({self.kind}) -> {self.out} ({self.to})",
+            *(f"{n:6}  {old:{wide}}  ->  {new}" for (old, new), n in rows.items()),
+            f"{len(self.names)} entries, {self.elements:,} elements: read back from the new file, bit-equal",
+            *(["the moving average was converted too, as ema_state_dict"] if self.average else []),
+        ]
         sections = Counter(name.rpartition(".")[0] or name for name in self.settings_left_out)
         settings = [f"{name} ({n})" for name, n in sections.items()]
         for what, names in (("made anew", self.made), ("left out", self.left_out), ("settings left out", settings)):

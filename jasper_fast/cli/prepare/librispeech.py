@@ -38,9 +38,8 @@ OPTIONS = {
 def run(arguments: argparse.Namespace) -> None:
     from jasper_fast.data.prepare import librispeech
 
-    for speed in arguments.speeds:
-        if not 0.25 <= speed <= 4:
-            raise common.UsageError(f"--speeds {speed:g}: a speed must be between 0.25 and 4")
+    if wrong := [speed for speed in arguments.speeds if not 0.25 <= speed <= 4]:
+        raise common.UsageError(f"--speeds {wrong[0]:g}: a speed must be between 0.25 and 4")
     corpus = librispeech.Corpus(
         Path(arguments.out),
         tuple(dict.fromkeys(arguments.sets or librispeech.SETS)),
