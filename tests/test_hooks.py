@@ -82,6 +82,14 @@ def test_a_conv_of_another_class_is_refused(model):
     refused(model, "its own forward")
 
 
+def test_a_forward_that_was_set_on_a_conv_is_refused(model):
+    conv = PLACES["conv"](model)
+    conv.forward = lambda x: x
+    refused(model, "its own forward")
+    del conv.forward
+    model(features(model), LENGTHS)
+
+
 def test_hooks_on_blocks_and_parameters_fire(model):
     fired = []
     model.encoder.layers[0].register_forward_hook(lambda *_: fired.append("block"))

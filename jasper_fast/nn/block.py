@@ -226,7 +226,7 @@ def refuse_hooks(*modules: nn.Module) -> None:
         return
     for m in modules:
         hook = hook_of(m)
-        if hook is not None or type(m).forward not in _FORWARDS:
+        if hook is not None or "forward" in vars(m) or type(m).forward not in _FORWARDS:
             kind, what = type(m).__name__, "its own forward" if hook is None else f"a hook ({hook})"
             raise RuntimeError(
                 f"a {kind} in a Jasper has {what}, which would never run, because fused ops only read its parameters: "

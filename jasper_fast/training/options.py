@@ -28,7 +28,8 @@ OUTPUT = [
 LEAST = dict.fromkeys(("epochs", "steps", "log_every", "val_every", "save_every", "keep", "max_bad_steps"), 1)
 LEAST |= dict.fromkeys(("lr", "min_lr", "lr_power", "weight_decay", "clip_norm", "reload_best", "seed"), 0)
 LEAST |= dict.fromkeys(("warmup_epochs", "warmup_steps", "hold_epochs", "hold_steps", "num_workers"), 0)
-# options whose values must be below 2**63; larger seeds and infinite numbers of steps would raise an OverflowError
+# Options whose values must be below 2**63. PyTorch takes no seed from 2**64 on, and an infinite number is no number of
+# steps.
 LIMITED = ("seed", "epochs", "steps", "warmup_epochs", "warmup_steps", "hold_epochs", "hold_steps")
 
 

@@ -50,7 +50,7 @@ class Split:
         workers: int = 0,
         **sampling: Any,
     ) -> Split:
-        """Reads `manifests` with the settings of `config`: `input_train`, or for validation `input_val`, if it exists.
+        """Reads `manifests` with the settings in `config`: `input_train`, or for validation `input_val` (unless empty).
 
         `sampling`: arguments of BatchSampler. Raises RunError, which names the setting or file that cannot be used.
         """

@@ -213,9 +213,9 @@ def update(
     """Makes one step of `optimizer` with the gradients of `model`, which `scaler` has scaled.
 
     Returns the norm of the unscaled gradients. If the norm is not finite, the weights do not change and the loss scale
-    falls. NovoGrad needs two passes over memory and does not change the gradients. For other optimisers the gradients
-    are unscaled and clipped in place. With an optimiser that is neither NovoGrad nor a fused one of PyTorch, this waits
-    for the device.
+    (with fp16) falls. NovoGrad needs two passes over memory and does not change the gradients. For other optimisers the
+    gradients are unscaled and clipped in place. With an optimiser that is neither NovoGrad nor a fused one of PyTorch,
+    this waits for the device.
     """
     if isinstance(optimizer, NovoGrad):
         scale = scaler._scale if scaler.is_enabled() else None
