@@ -247,7 +247,7 @@ def load(
 
     ``config``: a YAML file, for a checkpoint without a configuration; ``ema``: use the moving average; ``device``
     "auto" takes a GPU if there is one; ``dtype``, ``fp32_precision``: as for ``Recognizer``. Raises CheckpointError,
-    ConfigError, ValueError or BackendMissing; each message says what to do.
+    ConfigError, ValueError, BackendMissing or MissingExtra; each message says what to do.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -274,7 +274,7 @@ def _measured(op: str, function: str, dtype: str, quick: bool, device: torch.dev
         variants = ("",)
         if function == "fused":
             variants = ("splits", "panes splits") if row.tile["splits"] > 1 else ("plain", "panes")
-            # The last conv of a block uses the same tile and also adds panes, so a full plan checks that variant.
+            # The last conv of a block uses the same tile and also adds panes. A full plan checks that variant too.
             variants = variants[: 1 if quick or shape.stride > 1 else 2]
         configuration = f"table 2^{row.rows_log2} {row.label().removeprefix('triton ')}"
         for variant in variants:

@@ -81,8 +81,8 @@ def _call(cell: Cell) -> None:
 def build(what: tuple[str, Job, int]) -> tuple[str, Facts]:
     """Compiles one launch in a worker. `what`: the launch's digest, the job, and the launch's index in the job.
 
-    Returns the digest and the registers, shared memory and spilled bytes of the kernel. These are missing if it does
-    not compile.
+    Returns the digest and the facts: registers, shared memory and spilled bytes of the kernel. If the kernel does not
+    compile, there are no facts.
     """
     from jasper_fast.kernels import aot
 

@@ -72,7 +72,7 @@ def fastest_first(
 ) -> dict[str, list[float]]:
     """Times the prepared `runs` and returns their samples (seconds per call), ordered by their medians, fastest first.
 
-    Contenders take turns for ROUNDS rounds, or at least three rounds if the timing takes longer than `seconds`. A
+    Contenders take turns for ROUNDS rounds, or for fewer, but at least three, if these take longer than `seconds`. A
     contender whose time in the first round is over SLOW times the shortest one gets no second sample. `begin(name)` is
     called before each sample, so that a crash or a hang is blamed on the right contender.
     """
