@@ -1,4 +1,4 @@
-"""Measures how many errors a language model saves, compared with greedy decoding, on voices not used in training.
+"""Measures how many errors a language model saves, compared with greedy decoding, on speech not used in training.
 
     python -m jasper_fast.demo.decoding --out build/decoding
     python -m jasper_fast.demo.decoding --out build/digits --digits FOLDER
@@ -137,7 +137,7 @@ def decoded(saved: Saved, lm: Path | None, trial: Trial, beam: int, n_best: int 
 
 
 def compare(saved: Saved, texts: Path, out: Path, beam: int) -> list[str]:
-    """Trains both n-gram models in `out`, and returns the lines of the result, one per decoder."""
+    """Trains both n-gram models in `out`, and returns the lines of the result: greedy decoding, then each search."""
     words, symbols = out / "words.arpa", out / "symbols.arpa"
     train([texts], words, 3)
     train([texts], symbols, 6, characters=True)

@@ -70,9 +70,9 @@ def learn(
     seed: int = 0,
     batch_size: int = BATCH_SIZE,
 ) -> tuple[Jasper, list[dict[str, Any]], list[dict[str, Any]]]:
-    """Trains a Jasper of `config` on the first of `manifests` for `steps` steps or `minutes`, whichever end first, and
-    tests it on the second. The learning-rate schedule ends with the run. Deletes an existing `folder` first. Returns
-    the model with the averaged weights, and the log's records of training and of validation.
+    """Trains a Jasper of `config` on the first of `manifests` for `steps` steps or `minutes`, whichever comes first,
+    and tests it on the second. The learning-rate schedule ends with the run. Deletes an existing `folder` first.
+    Returns the model with the averaged weights, and the log's records of training and of validation.
 
     The tests do not influence the result: the settings are fixed, and the last averaged weights are returned. Raises
     KeyboardInterrupt if a signal stopped the run.

@@ -74,7 +74,8 @@ def convert(
 
     Every entry keeps its dtype and bits. The new file is written under a temporary name, read back and compared, and
     then renamed to `out`. `config` is for files without a configuration. With `ema`, the moving average is written in
-    place of the weights. Without `ema`, the average is written besides the weights if the format has a place for it.
+    place of the weights. Without `ema`, the average is written in addition to the weights if the format has a place for
+    it.
 
     Raises ConvertError if `to` is unknown, if `out` is a folder, if `out` exists and `force` is false, and if the file
     and `config` have different labels. Raises CheckpointError for a file that cannot be read or does not fit its

@@ -46,8 +46,8 @@ def is_decoder(cell: Cell) -> bool:
 
 
 class Held:
-    """Holds the inputs of a cell. Each face has its own set, because faces pack weights differently. Only PyTorch's conv
-    has none, and reads the Triton face's. A set is made at its first use."""
+    """Holds the inputs of a cell. Each face has its own set, because faces pack weights differently. Only PyTorch's
+    conv has none, and reads the Triton face's. A set is made at its first use."""
 
     def __init__(self, cell: Cell, device: torch.device) -> None:
         self.cell, self.device = cell, device
