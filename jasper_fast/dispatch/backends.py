@@ -45,7 +45,7 @@ def why_missing(backend: str, device: torch.device | str) -> str | None:
         found = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else OLDEST
         old = f"{OLDEST[0]}.{OLDEST[1]} or later, but this GPU has {found[0]}.{found[1]}"
         advice = "use 'auto', which takes the cuda backend on such a GPU"
-        return None if found >= OLDEST else f"its kernels need compute capability {old}; {advice}"
+        return None if found >= OLDEST else f"the Triton kernels need compute capability {old}; {advice}"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return "the triton backend needs a CUDA tensor; on a CPU it needs Triton's interpreter: set TRITON_INTERPRET=1"

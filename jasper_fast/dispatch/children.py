@@ -34,8 +34,9 @@ def tell(kind: str, value: object) -> None:
 class Ended:
     """How a process ended.
 
-    told: whether it sent its last message. hung: whether it was silent for too long. code: its exit status. how: how
-    it ended, in words. last: the last line of its standard error, after a colon, or "" if it wrote none.
+    told: whether it sent its last message. hung: whether it was silent for too long. code: its exit status, or minus
+    the number of the signal that ended it. how: how it ended, in words. last: the last line of its standard error,
+    after a colon, or "" if it wrote none.
     """
 
     told: bool
@@ -51,7 +52,7 @@ class Ended:
 
 
 def talk(argv: Sequence[str], wanted: object, hear: Callable[[str, Any], bool], seconds: float) -> Ended:
-    """Starts `argv`, sends it `wanted` as JSON, and calls `hear(kind, value)` on each message until that returns True.
+    """Starts `argv`, sends it `wanted` as JSON, and calls `hear(kind, value)` on each message until it returns True.
 
     The process may be silent for at most `seconds` between messages, and for START_SECONDS before the first message.
     Any exception in this function kills the process and its descendants immediately.

@@ -20,13 +20,15 @@ CONVS = ("triton", "cuda")  # our faces that have convs for GPUs
 
 # the part of a warning that says what "auto" does if a verdict is not good
 PLAIN = "backend='auto' uses plain PyTorch for it instead, which is slower"
-LIBRARY = "backend='auto' uses PyTorch's own conv instead, which is slower here"
+LIBRARY = "backend='auto' uses PyTorch's own conv instead, which may be slower"
 
 
 @torch.compiler.assume_constant_result
 def resolve(backend: str, device: torch.device | str, op: str | None = None, dtype: torch.dtype | None = None) -> str:
     """Returns the face that runs for `backend` on `device`. Raises BackendMissing if `backend` names a face that cannot
     run.
+
+    The cuda backend has no depthwise kernel: for that op its face is "triton", or "reference" if Triton cannot run.
 
     For "auto", `op` and `dtype` say what will run. In fp64 the face is "reference". On a GPU the face is one of ours
     only if its verdict on the op in this dtype is good (see `dispatch.verdicts`), else "reference". If `dtype` is None,
@@ -42,7 +44,7 @@ def _resolve(backend: str, device: torch.device | str, op: str | None, dtype: to
     if backend != "auto":
         if reason := backends.why_missing(backend, device):
             raise BackendMissing(backends.named(backend, reason))
-        if backend == "cuda" and op == DEPTHWISE:  # the cuda backend has no depthwise kernel
+        if backend == "cuda" and op == DEPTHWISE:
             return "reference" if backends.why_missing("triton", device) else "triton"
         return backend
     names = {"cpu": ("cpu",), "cuda": ("triton",) if op == DEPTHWISE else CONVS}.get(device.type, ())
@@ -144,10 +146,10 @@ def conv_face(
     rows_log2: int | None = None,
 ) -> str:
     """Returns the face that runs a conv in `dtype` on `device`: ours if it supports the dtype and computes the needed
-    gradients, else "aten".
+    gradients, else "aten". With backend="reference" it is "aten" too.
 
-    strided_dx: the gradient of a strided conv's x is needed, which only ATen computes. On a CPU 16-bit convs run on
-    ATen if the CPU has AMX for the dtype, because ATen's convs use AMX and ours do not.
+    strided_dx: the gradient of a strided conv's x is needed, which none of our kernels computes. On a CPU 16-bit convs
+    run on ATen if the CPU has AMX for the dtype, because ATen's convs use AMX and ours do not.
 
     On a GPU "auto" compares our faces with cuDNN in channels-last memory. It takes the one on which `calls` together
     take the least time at `shape` (c_in, c_out, taps, stride, dilation) and 2**rows_log2 rows (None: the largest
@@ -259,7 +261,8 @@ def pane_form(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     training: "gram", from Gram matrices of their inputs, or "plain", from their outputs.
 
     On a GPU it is "gram", because the plain form makes expensive passes over the outputs of the panes. With
-    backend="auto" its verdict must be good, else it is "plain". On a CPU it is "plain", which is faster there.
+    backend="auto" its verdict must be good, else it is "plain"; fp64 needs no verdict. On a CPU it is "plain", which is
+    faster there.
     """
     return _pane_form(backend, device, dtype)
 
@@ -296,7 +299,7 @@ def _warn(text: str) -> None:
 
 
 def forget() -> None:
-    """Drops all cached choices. Call this after a verdict or a table has changed."""
+    """Drops all choices, verdicts and times that this process has cached. Call this after one of them has changed."""
     _drop()
     for cached in (_resolve, _pane_form, fused_faces, _warn):
         cached.cache_clear()

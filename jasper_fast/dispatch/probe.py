@@ -58,11 +58,11 @@ def supervise(
     """Performs all checks for `device` in child processes, and returns their rows. The status of a row is one of those
     of `perform.perform`, or "died", "hung" or "skipped".
 
-    `ops`, `faces`, `dtypes` ("float16", ...): what to check, as in `checks.plan`. If a check crashes or hangs its
-    process, the other checks of the same op, face and dtype are skipped, because their verdict is known. `seconds`
-    limits each check. `on_row(row, total)` is called for each new row. If an exception such as KeyboardInterrupt ends
-    this function, the child is killed, and `report` has the results so far. Raises CannotCheck if the child ends before
-    it has listed its checks.
+    `ops`, `faces`, `dtypes` ("float16", ...): what to check, as in `checks.plan`. If a check ends or hangs its process,
+    the other checks of the same op, face and dtype are skipped. If the process ends between two checks, all remaining
+    checks are skipped. `seconds` limits each check. `on_row(row, total)` is called for each new row. If an exception
+    such as KeyboardInterrupt ends this function, the child is killed, and `report` has the results so far. Raises
+    CannotCheck if the child ends before it has listed its checks.
     """
     report = report or Report()
     wanted = {"device": str(device), "quick": quick, "ops": list(ops), "faces": list(faces), "dtypes": list(dtypes)}

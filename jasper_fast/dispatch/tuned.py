@@ -41,7 +41,8 @@ COMMAND = (sys.executable, "-W", "ignore", "-m", "jasper_fast.tuning.child")
 
 
 class CannotTune(RuntimeError):
-    """The child process that tunes failed outside any measurement. The message says why."""
+    """The child process that tunes failed outside any measurement, or was ended by a signal from outside. The message
+    says why."""
 
 
 # ------------------------------------------------------------------------------------------------ what is kept on disk
@@ -226,8 +227,8 @@ def good_moment(device: torch.device) -> bool:
 
 
 def want(device: torch.device, cells: Iterable[Cell], what: str) -> None:
-    """Tunes those of `cells` that were never measured on this GPU, now or at the next good moment. "auto" calls this
-    before it chooses. `what` is printed as the thing that is tuned ("Jasper's inference")."""
+    """Tunes those of `cells` that have no times on this GPU and were not tried in this process, now or at the next good
+    moment. "auto" calls this before it chooses. `what` is printed as the thing that is tuned ("Jasper's inference")."""
     if not enabled():
         return
     device = indexed(device)
@@ -284,7 +285,7 @@ def _tell_and_tune(device: torch.device, cells: Sequence[Cell], what: str) -> No
         result = f" not possible ({error}); using times of similar GPUs, or estimates"
     else:
         done, of = len(session.done), len(cells)
-        rest = f" (time for {done} of {of} shapes; `jasper-fast tune` does the rest)" if done < of else ""
+        rest = f" (there was time for {done} of {of} shapes; `jasper-fast tune` does the rest)" if done < of else ""
         result = f": {time.monotonic() - started:.0f} s{rest}"
     print(result, file=sys.stderr, flush=True)
 

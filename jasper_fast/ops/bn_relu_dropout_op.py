@@ -157,9 +157,10 @@ def bn_relu_dropout(
     frames. With `group` and `training` the statistics are over the rows of all ranks of the group, as in
     nn.SyncBatchNorm; N*T may differ between ranks. The gradients of gamma and beta are those of this rank.
 
-    Raises ValueError for shapes that do not fit, a seed that is not one int64, p outside [0, 1) and a negative halo.
-    Also raises it if the statistics of a batch with fewer than two rows (N*T < 2) are wanted, unless there is a group;
-    PyTorch accepts a batch without rows. Raises BackendMissing for a named backend that cannot run here.
+    Raises ValueError for shapes that do not fit, lengths or a seed that are not int64, p outside [0, 1) and a negative
+    halo, and if the running statistics are needed but None. Also raises it if the statistics of a batch with fewer than
+    two rows (N*T < 2) are wanted, unless there is a group; PyTorch accepts a batch without rows. Raises BackendMissing
+    for a named backend that cannot run here.
 
     Semantics: what follows the conv in a sub-block of NVIDIA's `jasper/model.py`. Equivalent to
 
@@ -264,7 +265,7 @@ def check(y, gamma, beta, running_mean, running_var, stats, residual, lengths, p
     if not 0.0 <= p < 1.0:
         raise ValueError(f"p must lie in [0, 1), got {p}")
     if halo is not None and halo < 0:
-        raise ValueError(f"halo, the number of frames beyond the length that y fills, must be at least 0, got {halo}")
+        raise ValueError(f"halo, the number of frames that y fills beyond the length, must be at least 0, got {halo}")
     return check_lengths(lengths, n)
 
 

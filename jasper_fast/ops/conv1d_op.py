@@ -27,7 +27,7 @@ def conv_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (y, mean, M2) of a conv on the face `conv`. Without `stats`, mean and M2 are empty.
 
-    The statistics come from the epilogue of `conv` if it has one, otherwise from the face `bn`. `weight` may have a
+    The statistics come from `conv.forward_stats` if the face has it, otherwise from the face `bn`. `weight` may have a
     wider dtype than `x`; each face rounds it when it packs or copies it.
     """
     if stats and hasattr(conv, "forward_stats"):

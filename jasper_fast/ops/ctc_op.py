@@ -79,9 +79,9 @@ def ctc_loss(
     sizes = targets.shape[:1], lengths.shape, target_lengths.shape
     if targets.dim() != 2 or any(size != (n,) for size in sizes):
         found = ", ".join(str(tuple(x.shape)) for x in (targets, lengths, target_lengths))
-        raise ValueError(f"targets (N, U), lengths and target_lengths (N,) must have N = {n} as log_probs, got {found}")
+        raise ValueError(f"targets (N, U), lengths, target_lengths (N,) must have N = {n} like log_probs, got {found}")
     if any(x.dtype != torch.int64 or x.device != log_probs.device for x in (targets, lengths, target_lengths)):
-        raise ValueError(f"targets, lengths and target_lengths must be int64 on {log_probs.device}, as log_probs is")
+        raise ValueError(f"targets, lengths and target_lengths must be int64, on {log_probs.device} like log_probs")
     if not 0 <= blank < v:
         raise ValueError(f"blank must be one of the {v} symbols, got {blank}")
     face = choose.ctc_face(backend, log_probs.device) if log_probs.dtype == torch.float32 else "reference"

@@ -24,7 +24,8 @@ KEPT = 7  # how many pane outputs a block saves on a CPU, at most: those of the 
 def _impl_name(face: str, weights: list[Tensor], *activations: Tensor) -> str:
     """Returns the face of `panes` that goes with batch norm on `face`.
 
-    The face is "cpu" if the C++ panes take these dtypes and C++ also runs convs of this dtype, else "reference".
+    For batch norm on "cpu" it is "cpu" too, if the C++ panes take these dtypes and C++ also runs convs of this dtype.
+    In all other cases it is "reference".
     """
     dtype = activations[0].dtype
     if face != "cpu" or any(w.dtype not in (dtype, torch.float32) for w in weights):

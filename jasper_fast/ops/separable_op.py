@@ -128,7 +128,7 @@ def separable_conv(
     Returns (N, C_out, T') in NTC memory. Rows of `x` at t >= `lengths` (N,) count as zero, and so do rows of the
     depthwise conv's output at t >= `out_lengths`. With `stats` the result is (y, (mean, M2)), as for `conv1d`. `packed`
     is the pack of `weight`, as for `conv1d`. Of all activations, only `x` is kept for backward. Raises ValueError for
-    shapes that do not fit. Equivalent to `F.conv1d(depthwise(x, ...), weight)`.
+    shapes that do not fit. Equivalent to `F.conv1d(ops.depthwise(x, depthwise, ...), weight)`.
     """
     x, geometry = autocast(x), Geometry(stride, padding, dilation)
     lengths, out_lengths = _check("x", x, depthwise, weight, geometry, lengths, out_lengths)

@@ -1,7 +1,8 @@
 """From the output of one conv to that of the next: batch norm, ReLU, dropout, mask and conv as one autograd node.
 
-The node saves y and a few vectors, and backward computes z again, so a sub-block keeps only its conv's output. If a
-conv computes the statistics of its output, they are passed along with the output and need no pass of their own.
+The node saves its input y, which is the output of the first conv, and a few vectors. Backward computes z, the input of
+the second conv, again. So a sub-block keeps only its conv's output. If a conv computes the statistics of its output,
+they are passed along with the output and need no pass of their own.
 """
 
 import torch
@@ -42,7 +43,7 @@ def _backward(
     norm, mask, geometry = Norm(mean, rstd, gamma, beta), Mask(lengths, seed, p), Geometry(1, padding, dilation)
     z = bn.forward(y, norm, None, mask)
     dw = impl.wgrad(z, dout, weight.shape[2], geometry, lengths, weight.dtype, clean=True)
-    if hasattr(impl, "dgrad_bn"):  # computes dbeta and dgamma in its epilogue; g has the dropout applied
+    if hasattr(impl, "dgrad_bn"):  # also computes dbeta and dgamma, and its g has been through dropout already
         g, dbeta, dgamma = impl.dgrad_bn(dout, weight, geometry, y, z, norm, mask, packed)
         mask = Mask(lengths)
     else:

@@ -9,6 +9,7 @@ cpu, triton, cuda) exports `forward`, `dgrad` (gradient of x) and `wgrad` (gradi
 also compute the reductions of batch norm exports `forward_stats` and `dgrad_bn` too. `reference.py` defines them all.
 Backward needs x and the weight.
 
-`fused` is for inference, where batch norm is folded into the conv. It adds the bias, 1x1 convs over a second input (the
-panes of a dense residual), ReLU and the mask. It works on (N, T, C) tensors whose rows may be slices of a wider buffer.
+`fused`, which all faces but aten export, is for inference, where batch norm is folded into the conv. It adds the bias,
+1x1 convs over a second input (the panes of a dense residual), ReLU and the mask. It works on (N, T, C) tensors whose
+rows may be slices of a wider buffer.
 """

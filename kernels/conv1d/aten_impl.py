@@ -23,7 +23,7 @@ def packs(weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 def packed_shape(weight: Tensor) -> tuple[int, int, int]:
-    """Shape of what `pack` writes for `weight` (C_out, C_in, K)."""
+    """Returns the shape of what `pack` writes for `weight` (C_out, C_in, K)."""
     return weight.transpose(1, 2).shape
 
 
@@ -61,7 +61,7 @@ def dgrad(
     packed: Tensor | None = None,
 ) -> Tensor:
     """Returns the gradient of x, (N, C_in, T = `t`), from `dy` (N, C_out, T'). lengths: not used."""
-    # Only the shape and memory format of x are used. A tensor expanded from a scalar would make ATen copy dy to NCHW.
+    # ATen uses the shape of x and its memory format. If x were expanded from a scalar, ATen would copy dy to NCHW.
     x = empty_ntc(dy.shape[0], weight.shape[1], t, like=dy)
     return ntc(conv2d_backward(dy, x, _in(dy, weight, packed), geometry, (True, False))[0].squeeze(2))
 
@@ -82,7 +82,7 @@ def wgrad(
 
 
 def _in(x: Tensor, weight: Tensor, packed: Tensor | None) -> Tensor:
-    """The weight (C_out, C_in, K) in the dtype of `x`: a view of the pack, if there is one."""
+    """Returns the weight (C_out, C_in, K) in the dtype of `x`: a view of the pack, if there is one."""
     return weight.to(x.dtype) if packed is None else packed.transpose(1, 2)
 
 

@@ -1,12 +1,12 @@
 """The CPU face of conv1d: threaded C++ kernels (csrc/cpu/isa/conv1d_*.cpp), one set per instruction set.
 
-`fused` takes x and returns y in fp32, with weights in fp32. On a CPU with AVX512-BF16 the weights and x may be bf16.
-The functions for training take 16-bit tensors as well. They multiply bf16 tensors in bf16 if the CPU can, and all
-others in fp32.
+In `fused`, x, weights and result are fp32. On a CPU with AVX512-BF16 the weights may be bf16. Then x may be bf16 too,
+and without a bias also the result. The functions for training take 16-bit tensors as well. They multiply bf16 tensors
+in bf16 if the CPU can, and all others in fp32.
 
-The functions for training choose the algorithm by the shape and pack the weight in every call; they do not use
-`packed`. Results are bit-identical for any number of threads. The result of `fused` for an utterance does not depend on
-the rest of the batch or on padding.
+The functions for training choose the algorithm by the shape. `forward` and `dgrad` pack the weight in every call and do
+not use `packed`. Results are bit-identical for any number of threads. The result of `fused` for an utterance does not
+depend on the rest of the batch or on padding.
 """
 
 from dataclasses import dataclass
@@ -101,10 +101,11 @@ def fused(
 ) -> Tensor:
     """Returns mask(relu(conv1d(x) + x2 @ packed2 + bias)), (N, T', C_out), for `x` (N, T, C_in), in `out` if given.
 
-    panes: x2 (N, T', C2) and packed2, a 1x1 conv packed `direct`. x, x2 and out need unit channel stride; their other
-    strides are free, so they may be slices of wider buffers. `out` is fp32, or bf16 if the weights are and there is no
-    bias. Rows of x and x2 at t >= `lengths.before` count as zero and are not read. Rows of the result at t >=
-    `lengths.after` are zero. Nothing is multiplied for these rows, nor for rows that depend on no row of x and x2.
+    panes: x2 (N, T', C2) and packed2, a 1x1 conv packed `direct`; needs stride 1 and T' = T. x, x2 and out need unit
+    channel stride; their other strides are free, so they may be slices of wider buffers. `out` is fp32, or bf16 if the
+    weights are and there is no bias. Rows of x and x2 at t >= `lengths.before` count as zero and are not read. Rows of
+    the result at t >= `lengths.after` are zero. Nothing is multiplied for such a row of the result, nor for one that
+    depends on no row of x and x2.
     Raises ValueError for `lengths.made` and for `masked=False`, which only GPU faces support.
     """
     if lengths.made is not None or not lengths.masked:
@@ -151,7 +152,8 @@ def dgrad(
 ) -> Tensor:
     """Returns the gradient of x, (N, C_in, T = `t`), zero at t >= `lengths`, from `dy` (N, C_out, T'); stride 1.
 
-    The gradient is the conv of dy with the taps reversed and the channels swapped. It has NTC memory.
+    The gradient is the conv of dy with the taps reversed and the channels swapped. It has NTC memory. Raises ValueError
+    for another stride, and if the padding exceeds dilation * (K - 1).
     """
     stride, padding, dilation = geometry
     flipped = dilation * (weight.shape[2] - 1) - padding

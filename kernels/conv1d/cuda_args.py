@@ -16,7 +16,7 @@ Pointer, Int, Long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
 
 def pack_blocks(channels: int) -> int:
-    """Returns how many blocks of 64 channels hold `channels` in a pack, rounded up to an even number."""
+    """Returns the number of blocks of 64 channels in a pack of `channels` channels, rounded up to an even number."""
     return -(-channels // OUT) * 2
 
 

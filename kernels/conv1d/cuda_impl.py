@@ -45,7 +45,7 @@ _VECTOR = (torch.float32, "bias, mean and rstd")
 
 
 def packed_shape(weight: Tensor) -> tuple[int, int, int, int]:
-    """Shape of what `pack` writes for `weight` (C_out, C_in, K).
+    """Returns the shape of what `pack` writes for `weight` (C_out, C_in, K).
 
     The shape is (K, blocks of C_in, blocks of C_out, 4096); the last dimension has 64 x 64 channels (C_in x C_out).
     """
@@ -224,8 +224,8 @@ def fused(
 
     panes: x2 (N, T', C2) and packed2, a 1x1 conv. `x`, x2 and `out` may be slices of wider buffers. `x` may have any
     strides, and may be fp32 for any dtype of the pack. Rows of x and x2 at t >= `lengths.before` count as zero and are
-    not read. Rows of the result at t >= `lengths.after` are zero. With a mask, `out` may have more rows than the conv
-    produces. `bias` is fp32 (C_out,).
+    not read. Rows of the result at t >= `lengths.after` are zero. If output lengths mask the result, `out` may have
+    more rows than the conv produces. `bias` is fp32 (C_out,).
 
     log_softmax: ends with a log-softmax over C_out, at most 128; `out` is then fp32. workspace: lets several CTAs share
     the reduction of a tile. clean: not used. chain: the launches before and after this one, which may overlap with it
@@ -334,9 +334,11 @@ def _packed(weight: Tensor, data: Tensor | None, x: Tensor) -> Packed:
 
 def _check(x: Tensor, other: Tensor) -> None:
     if x.dtype not in SIXTEEN or x.dtype != other.dtype:
-        raise TypeError(f"the cuda face takes convs with all operands in fp16 or bf16, got {x.dtype} and {other.dtype}")
+        raise TypeError(
+            f"the cuda face takes all operands of a conv in fp16 or all in bf16, got {x.dtype} and {other.dtype}"
+        )
     if x.numel() == 0:
-        raise ValueError(f"x has no elements: shape {tuple(x.shape)}")
+        raise ValueError(f"an operand has no elements: shape {tuple(x.shape)}")
 
 
 def _checked(x: Tensor | None, dtype: torch.dtype = torch.int64, names: str = "lengths") -> int | None:

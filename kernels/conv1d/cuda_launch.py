@@ -86,7 +86,7 @@ def run(
     early: bool = False,
     loop: int = 0,
 ) -> None:
-    """Calls C function `name`, which launches `grid` CTAs with `shared` bytes of shared memory on the device of `like`.
+    """Calls C function `name`. It launches `grid` CTAs with `shared` bytes of shared memory on the device of `like`.
 
     early: the launch may begin while the launch before it in the stream still runs, on GPUs that can (sm_90 and later).
     """

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from jasper_fast.kernels.conv1d.cuda_args import CHUNK, OUT
 
 BLOCKS = {75: (64,), 80: (128, 64), 90: (216, 176, 104, 64)}  # frames per tile: the choices of each loop
-STAGES = {75: 2, 80: 3}  # buffers for weights; loop 90 has as many as fit, up to MAX_STAGES
+STAGES = {75: 2, 80: 3}  # buffers for the operands of a step; loop 90 has as many as fit, up to MAX_STAGES
 MAX_STAGES, MAX_PANELS = 8, 4
 SLAB = 32  # frames that the epilogue processes at a time
 FRAMES = 64  # frames that wgrad reduces in one step
@@ -163,12 +163,12 @@ def _plan(gpu: Gpu, work: Work, block: int, may_split: bool) -> Plan | None:
 
 
 def bytes_of_step(block: int, work: Work) -> float:
-    """Bytes that a step reads from L2: its weights, and its share of a panel, because a panel serves all taps."""
+    """Returns the bytes that a step reads from L2: its weights, and its share of a panel, which serves all taps."""
     return _WEIGHTS + _panel_bytes(block, work.taps, work.dilation, work.stride) / work.taps
 
 
 def clocks_of_step(gpu: Gpu, block: int, work: Work) -> tuple[float, float, float]:
-    """Clocks that a step needs of the tensor cores, of the shared-memory port (operands and loads), and of L2."""
+    """Returns the clocks of a step in the tensor cores, in the shared-memory port (operands and loads), and in L2."""
     moved = bytes_of_step(block, work)
     # loop 90: each of two warpgroups reads 64 channels of weights and all frames
     # other loops: each of four warps reads half of the weights and half of the frames
@@ -178,7 +178,7 @@ def clocks_of_step(gpu: Gpu, block: int, work: Work) -> tuple[float, float, floa
 
 
 def _clocks(gpu: Gpu, work: Work, p: Plan) -> float:
-    """Clocks until the last multiprocessor has finished."""
+    """Returns the clocks until the last multiprocessor has finished."""
     epilogue = 16 * p.block + (500 if p.splits > 1 else 0)
     tiles = work.batch * p.t_blocks * p.o_blocks * p.splits
     return -(-tiles // gpu.sms) * (work.steps / p.splits * max(clocks_of_step(gpu, p.block, work)) + epilogue)

@@ -71,7 +71,7 @@ def frames_of(t: int, c_in: int, w: Packed, geometry: Geometry) -> int:
 def dgrad_padding(face: str, dy: Tensor, w: Packed, t: int, geometry: Geometry) -> int:
     """Returns the padding of the conv of `dy` (N, C_out, T') that computes the gradient of x (N, C_in, T = `t`).
 
-    Raises ValueError for a stride above 1, and if the shape of `dy` does not fit.
+    Raises ValueError for a stride above 1, and if channels or frames of `dy` do not fit.
     """
     stride, padding, dilation = geometry
     if stride != 1:
@@ -90,13 +90,16 @@ def pack_buffer(
 ) -> tuple[Tensor, Tensor]:
     """Returns the contiguous `weight` and the buffer for its pack: `out`, or a new one in `dtype`.
 
-    The default of `dtype` is that of the weight. Raises ValueError if `out` does not fit.
+    A new buffer has by default the dtype of the weight. Raises ValueError if `out` does not fit.
     """
     w = weight.detach().contiguous()
     if out is None:
         out = torch.empty(shape, dtype=dtype or w.dtype, device=w.device)
     if out.shape != shape or out.dtype != (dtype or out.dtype) or not out.is_contiguous():
-        raise ValueError(f"out must be {shape} {dtype}, got {tuple(out.shape)} {out.dtype}")
+        raise ValueError(
+            f"out must be contiguous {shape} {dtype or out.dtype}, "
+            f"got {tuple(out.shape)} {out.dtype}, strides {out.stride()}"
+        )
     return w, out
 
 

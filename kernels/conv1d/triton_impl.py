@@ -41,9 +41,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Packed:
-    """Packs `weight` (C_out, C_in, K), fp32, fp16 or bf16, for the functions here, in `dtype` (default: its own).
+    """Packs `weight` (C_out, C_in, K) for the functions here, in `dtype`. Both are fp32, fp16 or bf16.
 
-    out: a buffer of `packed_shape(weight)` and `dtype` to write into, which a module may keep from call to call.
+    The default dtype is that of `out`, or without `out` that of `weight`. out: a buffer of `packed_shape(weight)` to
+    write into, which a module may keep from call to call. Raises TypeError for other dtypes.
     """
     w, out = pack_buffer(weight, packed_shape(weight), dtype, out)
     c_out, c_in, taps = w.shape
@@ -58,7 +59,10 @@ def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None
 
 
 def packed_shape(weight: Tensor) -> tuple[int, int, int]:
-    """Shape of what `pack` writes for `weight` (C_out, C_in, K): (K, C_in, C_out rounded up to 16)."""
+    """Returns the shape of what `pack` writes for `weight` (C_out, C_in, K): (K, C_in, C_pad).
+
+    C_pad is C_out rounded up to a multiple of 16.
+    """
     c_out, c_in, taps = weight.shape
     return taps, c_in, triton.cdiv(c_out, PAD_OUT) * PAD_OUT
 
@@ -73,8 +77,8 @@ def forward(
 ) -> Tensor:
     """Returns y (N, C_out, T'), the conv of `x` (N, C_in, T) with `weight` (C_out, C_in, K), in NTC memory.
 
-    x counts as zero at t >= `lengths` (N,). packed: `pack(weight, x.dtype).data`; made here if None. clean: `x` is zero
-    there in memory too, so tiles that reach into the padding need no mask. Equivalent to
+    x counts as zero at t >= `lengths` (N,). packed: `pack(weight, x.dtype).data`; made here if None. clean: these rows
+    of x are zero in memory too, so tiles that reach into the padding need no mask. Equivalent to
     `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None, *geometry)` in the dtype of `x`.
     """
     return _forward(x, weight, geometry, lengths, packed, clean, stats=False)[0]
@@ -220,7 +224,7 @@ def wgrad(
     share = triton.cdiv(n, min(n, tile.splits))
     shares = triton.cdiv(n, share)
     dw = torch.empty((c_out, c_in, k), dtype=dtype or x.dtype, device=x.device)
-    direct = shares == 1 and k > 1  # with one tap, the merge kernel transposes with 16-byte stores
+    direct = shares == 1 and k > 1  # with one tap, the merge kernel is used, because its stores have 16 bytes
     to = dw if direct else torch.empty((shares, k, c_in, c_out), dtype=torch.float32, device=x.device)
     (vec_in, (groups_in, _, _)), (vec_out, (groups_out, _, _)) = (sizes(v.transpose(1, 2)) for v in (x, dy))
     x_desc = _activations(x.transpose(1, 2), stride, tile.t, tile.n)
@@ -272,10 +276,10 @@ def fused(
 
     panes: x2 (N, T', C2) and packed2, a 1x1 conv. `out` and x2 need unit channel stride; their other strides are free,
     so they may be slices of wider buffers. `x` has unit channel stride too, or it is features with unit frame stride,
-    which may be fp32 for any dtype of the pack. Rows of x and x2 at t >= `lengths.before` count as zero and are not
-    read. Rows of the result at t >= `lengths.after` are zero. A tile that has only such rows, or only rows that depend
-    on no row of x and x2, multiplies nothing. With a mask, `out` may have more rows than the conv produces. `bias` is
-    fp32 (C_out,).
+    which may be fp32 for any dtype of the pack. Rows of x and x2 at t >= `lengths.before` count as zero. Rows of the
+    result at t >= `lengths.after` are zero. A tile that has only such rows, or only rows that depend on no row of x and
+    x2, multiplies nothing. If output lengths mask the result, `out` may have more rows than the conv produces. `bias`
+    is fp32 (C_out,).
 
     clean: as in `forward`, for x and x2. log_softmax: ends with a log-softmax over C_out, at most 128; `out` is then
     fp32. workspace: lets several programs share the reduction of a tile. chain: not used. Raises ValueError for shapes
@@ -364,7 +368,7 @@ def _packed(weight: Tensor, data: Tensor | None, x: Tensor) -> Packed:
 def _activations(x: Tensor, stride: int, block_t: int, block_c: int) -> TensorDescriptor | None:
     """Returns a descriptor of `x` (N, T, C) as (N, T // stride, stride*C), for blocks of frames by channels.
 
-    Returns None if the GPU has no TMA or x does not meet TMA's conditions.
+    Returns None if the GPU has no TMA, if `x` is not in 16 bits, or if its channels, strides or address do not fit.
     """
     (n, t, c), (item, row, _) = x.shape, x.stride()
     if not _has_tma(x) or c % block_c or x.data_ptr() % 16 or any(s * x.element_size() % 16 for s in (item, row)):
@@ -391,9 +395,11 @@ def _weights(packed: Packed | None, block_rows: int, block_cols: int, wanted: bo
 
 def _check(x: Tensor, other: Tensor) -> None:
     if x.dtype not in DTYPES or x.dtype != other.dtype:
-        raise TypeError(f"the triton face takes one of fp32, fp16, bf16 for all, got {x.dtype} and {other.dtype}")
+        raise TypeError(
+            f"the triton face takes all operands in one dtype, fp32, fp16 or bf16, got {x.dtype} and {other.dtype}"
+        )
     if x.numel() == 0:
-        raise ValueError(f"x has no elements: shape {tuple(x.shape)}")
+        raise ValueError(f"an operand has no elements: shape {tuple(x.shape)}")
     check_offsets(x)
 
 

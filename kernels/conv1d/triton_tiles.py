@@ -14,7 +14,7 @@ import torch
 from jasper_fast.kernels import tables
 
 # WAVE, FLOP_S, BYTES_S and L2_S describe an H100. Defaults are computed from them, so they are the same on every GPU.
-WAVE = 132  # programs that fill the GPU once: one per multiprocessor, or two of wgrad with one tap
+WAVE = 132  # multiprocessors. One program on each fills the GPU once; of wgrad with one tap, two programs on each do
 FLOP_S = 660e12  # FLOP/s of 16-bit matrix products that these tiles reach at best
 BYTES_S = 3e12  # bytes per second of the GPU's memory
 L2_S = 5.5e12  # bytes per second from L2 to all multiprocessors
@@ -54,7 +54,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, shape: Shape, fram
 def default(op: str, dtype: torch.dtype, shape: Shape, frames: int, exact: bool = False) -> Tile:
     """Returns a reasonable tile for `frames` output frames per utterance, for shapes that were not measured.
 
-    exact: fp32 products are computed without TF32, which takes more registers.
+    exact: fp32 operands are not rounded to TF32. Exact products take more registers.
     """
     wide = dtype.itemsize == 2
     if op == "wgrad":
@@ -85,7 +85,7 @@ def narrower(tile: Tile, dtype: torch.dtype) -> list[Tile]:
 
 
 def candidates(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> list[Tile]:
-    """Returns the tiles that tuning may time for `op`: the default, other sizes with 3 stages, then the same with 4.
+    """Returns the tiles that tuning may time for `op`: the default, other sizes with 3 stages, then all with 4.
 
     fp32 has only the default size, with 3, 4 and 2 stages. `splits` is the number that the estimate prefers.
     """
@@ -112,7 +112,8 @@ def candidates(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> list[T
 def shortlist(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> list[Tile]:
     """Returns the candidates, the most promising first: the default, the default with more stages, then other sizes.
 
-    Other sizes are in the order of their estimated time on an H100, first all with 3 stages, then all with 4.
+    Other sizes are in the order of their estimated time on an H100, first all with 3 stages, then all with 4. In fp32
+    the default with fewer stages comes last.
     """
     first, *others = candidates(op, dtype, shape, frames)
     twins = [tile for tile in others if tile[:4] == first[:4]][:1]
@@ -122,7 +123,7 @@ def shortlist(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> list[Ti
 
 
 def _seconds(op: str, dtype: torch.dtype, tile: Tile, shape: Shape) -> float:
-    """Returns an estimate of the time. Programs run in whole waves; in fused, partial sums are written and read once.
+    """Estimates the seconds of `op`. Programs run in whole waves; in fused, partial sums are written and read once.
 
     A step takes as long as its reads from L2 or as its products, whichever is longer.
     """
@@ -142,7 +143,7 @@ def _seconds(op: str, dtype: torch.dtype, tile: Tile, shape: Shape) -> float:
 
 
 def _shared(op: str, dtype: torch.dtype, tile: Tile, shape: Shape, frames: int) -> Tile:
-    """Returns `tile` with the number of splits of its reduction that takes the least estimated time."""
+    """Returns `tile` with the splits that take the least estimated time. Only fused and wgrad split a reduction."""
     if op == "fused":
         shared = (tile._replace(splits=s) for s in range(1, _splits(tile, shape) + 1))
         return min(shared, key=lambda tile: _seconds(op, dtype, tile, shape))
@@ -162,7 +163,8 @@ def transpose_meta(taps: int) -> dict[str, int]:
 def _shares(tile: Tile, shape: Shape, frames: int) -> int:
     """Returns the number of shares: the groups into which wgrad splits the utterances.
 
-    More shares leave less of the last wave idle, but write more partial results. A single share writes none.
+    More shares leave less of the last wave idle, but write more partial results. A single share counts as writing none,
+    although that of a conv with one tap does.
     """
     batch = max(1, shape.rows // frames)
     taps = wgrad_taps(tile, shape.taps)
