@@ -32,7 +32,7 @@ def make_run(tmp_path: Path, backend: str = "reference", device=CPU, dtype=torch
 
 
 def again(run: Run) -> Run:
-    """Returns the run of a new process that resumes `run`."""
+    """Returns a run that continues `run`, as a new process would."""
     header = {k: run.results.data[k] for k in ("command", "machine")}
     results = result_file.Results(run.results.path, header, resume=True)
     return dataclasses.replace(run, results=results, started=time.monotonic())
@@ -71,7 +71,8 @@ def measured(op):
 
 
 def row(bench: str, contender: str, key: dict, **more) -> dict:
-    """Returns a row of a result. If it is "ok" and not about memory, it has a time, and that of a rival has a ratio."""
+    """Returns a row of a result. A row with the status "ok" has a time, and a rival's row also has a ratio. Rows about
+    memory have neither."""
     made = {
         "id": f"{bench} {key} / {contender}", "bench": bench, "key": key, "contender": contender, "status": "ok",
         "ours": contender == "jasper_fast", "dtype": key.get("dtype", "float16"), "flops": 0, "bytes": 0,
@@ -83,7 +84,7 @@ def row(bench: str, contender: str, key: dict, **more) -> dict:
 
 
 def goal_rows() -> list[dict]:
-    """Returns rows of ours and of eager about every goal for a CPU."""
+    """Returns two rows for every goal for a CPU: one of ours and one of eager."""
     rows = []
     for goal, value in zip(goals.CPU_GOALS, (4.5, 3.0, 1.1, 1.2, 0.3, 9.0, 2.6, 1.5, 0.4), strict=True):
         of_ours, of_eager = {}, {"ratio": {"median": value, "low": value - 0.1, "high": value + 0.1}}

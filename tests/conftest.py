@@ -1,4 +1,4 @@
-"""Shared fixtures: the faces of an op, a run of bench, seeds, poisoned uninitialised memory."""
+"""Shared fixtures and helpers: the faces of an op, a run of bench, seeds, poisoned uninitialised memory."""
 
 import importlib.util
 import os
@@ -14,13 +14,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 else:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS deterministic
-    # cuDNN rounds some convs to TF32 and others not, so TF32 is switched off.
+    # By default cuDNN rounds some convs to TF32 but not others.
     torch.backends.cudnn.allow_tf32 = False
 
 os.environ["JASPER_FAST_TUNE"] = "0"  # off, except in the tests of first-use tuning
 
 ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = ROOT / "tests" / "golden"  # results of NVIDIA's Jasper, see its README.md
+GOLDEN = ROOT / "tests" / "golden"  # results of NVIDIA's Jasper, described in tests/golden/README.md
 FACES = ("reference", "cpu", "triton", "cuda")
 
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def speech_folder() -> Path | None:
-    """Returns the folder of real speech (JASPER_FAST_DATA, or ../shared/data), or None if it does not exist."""
+    """Returns the folder of real speech (JASPER_FAST_DATA, or ../shared/data), or None if it has no manifest."""
     folder = Path(os.environ.get("JASPER_FAST_DATA") or ROOT.parent / "shared" / "data")
     return folder if (folder / "librispeech_dev.jsonl").is_file() else None
 
@@ -106,8 +106,8 @@ def md5(content: bytes) -> str:
 
 
 def prepare_arguments(folder: Path, source: str, archives: dict[str, bytes], *more: str) -> list[str]:
-    """Returns the command that prepares these archives in the folder "out" of `folder`, and writes the file of MD5 sums
-    that it names."""
+    """Returns the command that prepares these archives in the folder "out" of `folder`. Also writes the file of MD5
+    sums that the command names."""
     sums = folder / "md5sum.txt"
     sums.write_text("".join(f"{md5(content)}  {name}\n" for name, content in archives.items()))
     sets = [name.removesuffix(".tar.gz") for name in archives]
@@ -131,8 +131,8 @@ class Server(ThreadingHTTPServer):
     """An HTTP server of `files` on this machine, which supports byte ranges. Each answer takes the next of `faults`:
 
     "break" sends half of the bytes, "corrupt" flips a bit, "busy" answers 503, "whole" ignores the range, "empty"
-    closes the connection without an answer, and "shift" states a range one byte later than that of the bytes. The
-    server waits `slow` seconds after each 4 KiB.
+    closes the connection without an answer, and "shift" states a range that begins one byte too late. "" is no fault.
+    The server waits `slow` seconds after each 4 KiB.
     """
 
     daemon_threads = True

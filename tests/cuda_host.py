@@ -1,7 +1,7 @@
-"""Builds CUDA kernels as host C++ on the emulation in csrc/cuda/emulate, one library per set of sources and flags.
+"""Builds CUDA kernels as host C++ with the emulation in csrc/cuda/emulate: libraries, and programs for sanitizers.
 
-The libraries are written to build/emulated. Their names contain a hash of everything that goes into them, so test files
-and parallel processes share each build.
+They are written to build/emulated. Their names contain a hash of everything that goes into them, so test files and
+parallel processes share each build.
 """
 
 import fcntl
@@ -73,9 +73,9 @@ def build(
 ) -> Path:
     """Builds these sources with the emulation into a library or a program, unless it exists, and returns its path.
 
-    `defines` are further flags for `sources`, and `scheduler` for engine.cpp. `sanitize` is "address" or "thread"; its
-    default is the value of JASPER_FAST_SANITIZE (see tests/fuzz/sanitize.py). `folder` holds the headers of the
-    sources: csrc, or a copy with a mistake in it, whose objects and library go beside it.
+    `defines` are further flags for `sources`, and `scheduler` are further flags for engine.cpp. `sanitize` is "address"
+    or "thread"; its default is the value of JASPER_FAST_SANITIZE (see tests/fuzz/sanitize.py). `folder` holds the
+    headers of the sources: csrc, or a copy with a mistake in it. What is built from a copy is written beside it.
     """
     compiler, include, sanitizers = toolchain()
     sanitize = sanitize or os.environ.get("JASPER_FAST_SANITIZE") or None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 LDMATRIX, MMA8, MMA16, COPY_ASYNC, BARRIERS, SHUFFLE, COUNTERS, COPY_BULK, WGMMA = range(9)
-PRODUCTS = 4  # how often the kernel issues the same wgmma, each time adding to the accumulators
+PRODUCTS = 4  # how many times the kernel issues the same wgmma; each adds its product to the accumulators
 INSTANCES = [  # n, a_mn, b_mn, dtype
     (64, 0, 0, torch.float16),
     (64, 0, 1, torch.float16),
@@ -100,7 +100,8 @@ class Placed(NamedTuple):
 
 
 def fragment(n: int) -> tuple[Tensor, Tensor]:
-    """Returns two tensors (128, n / 2): the row and the column of D in each register of each thread."""
+    """Returns two tensors (128, n / 2): the row and the column in D of the element that each register of each
+    thread holds."""
     thread, register = torch.arange(128)[:, None], torch.arange(n // 2)[None, :]
     row = thread // 32 * 16 + thread % 32 // 4 + register % 4 // 2 * 8
     return row, register // 4 * 8 + thread % 4 * 2 + register % 2
@@ -139,7 +140,7 @@ def wgmma_expected(image: Tensor, a: Placed, b: Placed, n: int, dtype: torch.dty
     return (product if before is None else product + before.double()).float()
 
 
-A = Placed(0, 1024, 128, 0)  # the left operand of the cases below
+A = Placed(0, 1024, 128, 0)  # the left operand to use with `row_shifts` and `overlaps`
 PANELS = 2048  # where the panels of the right operand begin
 BYTES = PANELS + 64 * 272
 

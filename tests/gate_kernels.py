@@ -1,7 +1,7 @@
 """Kernels for tests of the compile gate. Most of them break one of its rules.
 
-`python tests/gate_kernels.py` compiles them and prints one JSON object: what the gate measures of each kernel, and for
-the ReLUs the number of maximum instructions in the machine code.
+`python tests/gate_kernels.py` compiles them and prints one JSON object: what the gate measures in each kernel, for the
+ReLUs also the number of maximum instructions in the machine code, and the digests of some launches of `product`.
 """
 
 import json

@@ -2,7 +2,7 @@
 
 As on a GPU, a capture changes no tensor, and a replay runs no Python code of the step: it repeats the recorded
 operations and Triton launches on the same memory. During a capture it is an error if the host reads a tensor, or copies
-a number into one. A replay fails if memory that was allocated before the capture has been freed.
+a number into one. A replay fails if memory that it uses was allocated before the capture and has been freed.
 """
 
 from collections.abc import Callable, Iterable

@@ -107,7 +107,8 @@ class Rig:
             yield from (self.scaler._scale, self.scaler._growth_tracker)
 
     def held(self, made: GraphedStep) -> list[Tensor]:
-        """Returns all tensors that must stay in memory: those of the state, the frontend and the graphs."""
+        """Returns all tensors that must stay in memory: those of the state, the learning rates, the
+        frontend and the graphs."""
         found = [*self.state(), *made._rates]
         found += self.frontend.buffers() if isinstance(self.frontend, torch.nn.Module) else []
         for graph in made.graphs.values():

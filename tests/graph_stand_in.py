@@ -1,5 +1,5 @@
-"""Runs training steps on fake tensors of a pretended device, and lists what a CUDA graph could not capture of them.
-Prints one JSON object: `TRITON_INTERPRET=1 python tests/graph_stand_in.py`.
+"""Runs training steps on fake tensors of a pretended device, and lists their operations that a CUDA graph could not
+capture. `TRITON_INTERPRET=1 python tests/graph_stand_in.py` prints one JSON object.
 """
 
 import contextlib
@@ -84,8 +84,8 @@ def one_step(optimizer: str, panes: str, amp: torch.dtype | None) -> dict:
 
 
 def wrong_ones() -> dict[str, tuple[str, list[str]]]:
-    """Returns, for each kind of forbidden op, a part of the message that `Watch` must record, and the messages that it
-    records."""
+    """Returns, for each kind of forbidden op, a part of the message that `Watch` must record, and all messages that
+    `Watch` records."""
     with FakeTensorMode():
         x, count = torch.randn(3, device=f"{NAME}:0"), torch.zeros(()) + 2
         cases = {

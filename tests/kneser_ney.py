@@ -47,7 +47,7 @@ class KneserNey:
         return (0.5, 1.0, 1.5)
 
     def gamma(self, context: Gram) -> float | None:
-        """Returns the weight of the shorter context, or None if the model lists no word after this context."""
+        """Returns the weight of the lower order's probability, or None if the model lists no word after `context`."""
         n = len(context) + 1
         grams = self.after[n].get(context, ())
         if not any(g in self.kept[n] for g in grams):

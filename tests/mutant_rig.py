@@ -23,7 +23,8 @@ def chosen(mutants: Sequence[str]) -> list[str]:
 
 
 def mutated(mutant: tuple[str, str, str], folder: Path) -> Path:
-    """Copies csrc/cuda into `folder`, with the mutant (file, correct text, wrong text) in it, and returns the copy."""
+    """Copies csrc/cuda into `folder`/csrc, and replaces the correct text of a file of the copy by the wrong text. Returns
+    `folder`/csrc."""
     file, old, new = mutant
     folder = folder / "csrc"
     shutil.copytree(cuda_host.CSRC / "cuda", folder / "cuda")

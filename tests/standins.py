@@ -68,7 +68,7 @@ def imaginary_gpus_table(tmp_path, monkeypatch):
 
 
 def pretend_a_gpu(monkeypatch, traits: likeness.Traits | None) -> None:
-    """Pretends that there is an sm_90 of these traits that runs every face."""
+    """Pretends that there is an sm_90 GPU with these traits, on which every face runs."""
     key = {"device": GPU_NAME, "driver": "580", "torch": "2.13.0", "triton": "3.7.1", "sources": "abc"}
     for owner, name, stand_in in (
         (backends, "why_missing", lambda backend, device: None),
@@ -122,7 +122,7 @@ CONTENDERS = {  # seconds of each contender, by name
 
 
 def conv_rows(times: dict[str, tuple[float, float]], *dtypes: str) -> list[tables.Row]:
-    """Returns the rows of a table for convs of this SHAPE, of which {op: (seconds of triton, seconds of aten)}."""
+    """Returns the rows of a table for convs of SHAPE. `times` is {op: (seconds of triton, seconds of aten)}."""
     faces = ("triton", "direct", TILES[0]), ("aten", "library", None)
     return [
         tables.Row(op, dtype, *SHAPE, 12, *face, spent)
@@ -147,7 +147,7 @@ class Tuning:
     happen: Callable[[str], None] = lambda what: None
     now: float = 0.0
 
-    # the methods of `timing.Wall`, where `seconds_of` is called `seconds`
+    # the next three are the methods of `timing.Wall`, where `seconds_of` is called `seconds`
 
     def warm(self, call: str) -> None:
         self.now += 1.0
@@ -224,15 +224,17 @@ def tuning_on_an_imaginary_gpu(own_cache, monkeypatch, tmp_path):
 
 
 def forked(*bodies) -> list[int]:
-    """Runs each of `bodies` in its own forked process, all at the same time. Returns the exit statuses."""
+    """Runs each of `bodies` in its own forked process, all at the same time. Returns their wait statuses: 0 for a body
+    that returned, or the signal that ended the process."""
     pids = []
     for body in bodies:
         pids.append(os.fork())
         if pids[-1] == 0:
             try:
                 body()
-            finally:
                 os._exit(0)
+            finally:
+                os._exit(1)  # only if the body raised an error
     return [os.waitpid(pid, 0)[1] for pid in pids]
 
 

@@ -106,7 +106,7 @@ def test_a_socket_and_a_locked_folder_are_named(tmp_path, monkeypatch):
         one.bind("s.wav")
         with pytest.raises(AudioError, match=r"s\.wav: is neither a regular file nor a pipe"):
             audio.load("s.wav")
-    # in place of a real folder, because root may read any folder
+    # in place of a folder without permissions, because root may read any folder
     monkeypatch.setattr(os, "stat", raising(PermissionError(13, "Permission denied", "a.wav")))
     with pytest.raises(AudioError, match=r"a\.wav: cannot be read as audio: Permission denied"):
         audio.load("a.wav")

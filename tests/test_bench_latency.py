@@ -56,7 +56,7 @@ WEIGHTS = {
 
 
 def stale_frames(call: Model) -> Model:
-    """Returns a model whose frame 7 always repeats the result of the previous call."""
+    """Returns a model whose frame 7 repeats the result of the previous call, from the second call on."""
     frames: list[torch.Tensor] = []
 
     def stale(x: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -199,7 +199,7 @@ def test_processes_that_start_together_check_once(tmp_path):
         time.sleep(0.5)
         return verdict(quick=True)
 
-    forked(*[lambda: of_conv(check)] * 3)
+    assert forked(*[lambda: of_conv(check)] * 3) == [0] * 3
     assert (tmp_path / "checked").read_text() == "once" and of_conv() == verdict(quick=True)
 
 
