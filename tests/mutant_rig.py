@@ -23,7 +23,7 @@ def chosen(mutants: Sequence[str]) -> list[str]:
 
 
 def mutated(mutant: tuple[str, str, str], folder: Path) -> Path:
-    """Copies csrc/cuda into `folder`/csrc, and replaces the correct text of a file of the copy by the wrong text. Returns
+    """Copies csrc/cuda into `folder`/csrc, and makes the mistake (file, correct text, wrong text) in the copy. Returns
     `folder`/csrc."""
     file, old, new = mutant
     folder = folder / "csrc"

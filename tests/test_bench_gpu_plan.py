@@ -31,7 +31,7 @@ from jasper_fast.selfcheck import checks
 
 
 def test_tests_that_cannot_run_are_told(run):
-    """pytest writes this message to stderr, and the error must contain it."""
+    """The error contains the message that pytest writes to stderr."""
     with pytest.raises(first.TestsFailed, match=r"file or directory not found: .*no_such_test\.py"):
         first.tests(run, files=("no_such_test.py",))
 

@@ -53,7 +53,7 @@ def test_right_gradients_are_told_right(contender, dtype):
 
 
 def test_clear_weights_keep_every_relu_away_from_zero():
-    """Both signs must occur, so that a missing ReLU is found."""
+    """The inputs of each ReLU must have both signs, so that a missing ReLU is found."""
     config, state, batch = setting()
     model = models.eager(config, models.clear(config, state)).train()
     nearest, signs = [], []

@@ -43,7 +43,7 @@ def trained_model():
 
 
 def own_document(model, **more):
-    """Returns the content of a checkpoint that this project writes of `model`. `more`: entries to add or replace."""
+    """Returns the content of a checkpoint that this project writes for `model`. `more`: entries to add or replace."""
     document = {"format": checkpoint.FORMAT, "config": model.config.to_dict(), "labels": LABELS}
     return document | {"state_dict": model.state_dict()} | more
 
@@ -167,7 +167,7 @@ def test_foreign_files_are_named(tmp_path, name, write, message):
 
 
 def test_a_lack_of_memory_is_not_called_damage(tmp_path, monkeypatch):
-    """Otherwise a resumed run would take an older checkpoint."""
+    """If it were, a resumed run would take an older checkpoint."""
     folder = Folder(tmp_path)
     folder.save(run_state(1))
     monkeypatch.setattr(torch, "load", lambda *_, **__: torch.empty(2**50))
