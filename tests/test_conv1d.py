@@ -92,10 +92,11 @@ REACH = {"direct": 0, "fast_fir_1": 1, "fast_fir_2": 3}
 def algorithm(request, monkeypatch) -> str:
     """Makes the CPU face use this algorithm wherever it can."""
 
-    def wanted(weight: Tensor, rows: int, stride: int) -> str:
-        return request.param if stride == 1 and weight.shape[2] >= 2 ** cpu.ALGORITHMS[request.param] else "direct"
+    def wanted(weight: Tensor, dtype: torch.dtype, rows: int, stride: int) -> dict[str, object]:
+        fits = stride == 1 and weight.shape[2] >= 2 ** cpu.ALGORITHMS[request.param]
+        return {"algorithm": request.param if fits else "direct", "dtype": torch.float32}
 
-    monkeypatch.setattr(cpu, "_algorithm", wanted)
+    monkeypatch.setattr(cpu, "_how", wanted)
     return request.param
 
 

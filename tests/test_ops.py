@@ -308,6 +308,7 @@ def test_a_seed_repeats_its_mask_and_none_draws_from_the_generator(backend):
 
 def test_errors():
     y, gamma, beta, mean, var = inputs()
+    before = mean.clone(), var.clone()
     call = functools.partial(ops.bn_relu_dropout, y, gamma, beta)
     assert_raises((
         (lambda: ops.bn_relu_dropout(y[:1, :, :1], gamma, beta, mean, var), "more than 1 value per channel"),
@@ -324,6 +325,7 @@ def test_errors():
     ))  # fmt: skip
     with pytest.raises(BackendMissing, match="cuda"):
         call(mean, var, backend="cuda")
+    assert torch.equal(mean, before[0]) and torch.equal(var, before[1]), "running statistics changed before the error"
 
 
 @pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2)])

@@ -92,7 +92,7 @@ def test_tuning_is_a_part_that_can_be_cut_off(tmp_path, monkeypatch):
 
     def tune(device, cells, budget, keeps):
         asked.append((len(cells), budget, keeps))
-        return tuned.Session(cells, {cells[0]: {"refused": {"a tile": "wrong: y"}}}, out_of_time=True)
+        return tuned.Session(cells, {cells[0]: {"refused": {"a tile": "wrong: y"}}})
 
     monkeypatch.setattr(tuned, "tune", tune)
     with pytest.raises(OutOfTime):

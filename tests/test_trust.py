@@ -181,8 +181,8 @@ def test_without_a_table_arithmetic_chooses(gpu):
     assert conv_face(calls=step, rows_log2=15) == conv_face(calls=step, rows_log2=None) == "triton"
     assert conv_face(torch.float32, calls=step, rows_log2=15) == "aten"
     assert {op for _, op, *_ in gpu.checked} == {"conv1d"}, "what is not used is not checked"
-    wide = (((768, 768, 25, 1, 1), 5), ((1024, 29, 1, 1, 1), 1))
-    of = lambda dtype: [choose.fused_face(GPU, dtype, wide, rows_log2) for rows_log2 in (7, 10, 15)]  # noqa: E731
+    wide, faces = (((768, 768, 25, 1, 1), 5), ((1024, 29, 1, 1, 1), 1)), ("triton", "aten")
+    of = lambda dtype: [choose.fused_face(GPU, dtype, wide, rows_log2, faces) for rows_log2 in (7, 10, 15)]  # noqa: E731
     assert norm_face(256) == norm_face(768, None) == "triton"
     assert of(torch.float16) == ["triton"] * 3 and of(torch.float32) == ["triton", "aten", "aten"]
 

@@ -73,6 +73,7 @@ def test_triton_asked_for_by_name_before_ampere_is_an_error_that_says_why(turing
     with pytest.raises(backends.BackendMissing, match=r"backend 'triton': .*8\.0 or later, but this GPU has 7\.5"):
         ask()
     assert not backends.is_available("triton", GPU) and choose.resolve("cuda", GPU) == "cuda"
+    assert backends.is_available("auto", GPU) and backends.is_available("auto")
 
 
 def test_the_loss_has_no_kernel_before_ampere_and_a_name_must_be_possible(turing):

@@ -29,7 +29,7 @@ def check(backend: str) -> str:
 def why_missing(backend: str, device: torch.device | str) -> str | None:
     """Returns None if `backend` runs on tensors of `device`, else a sentence that says why not and what to do."""
     device = torch.device(device)
-    if backend == "reference":
+    if backend in ("auto", "reference"):
         return None
     if backend in ("cpu", "cuda") and device.type != backend:
         where = "the CPU" if backend == "cpu" else "a GPU"
@@ -43,9 +43,12 @@ def why_missing(backend: str, device: torch.device | str) -> str | None:
         return "Triton is not installed: pip install 'triton>=3.6' (Linux x86-64)"
     if device.type == "cuda":
         found = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else OLDEST
-        old = f"{OLDEST[0]}.{OLDEST[1]} or later, but this GPU has {found[0]}.{found[1]}"
-        advice = "use 'auto', which takes the cuda backend on such a GPU"
-        return None if found >= OLDEST else f"the Triton kernels need compute capability {old}; {advice}"
+        if found >= OLDEST:
+            return None
+        return (
+            f"the Triton kernels need compute capability {OLDEST[0]}.{OLDEST[1]} or later, but this GPU has "
+            f"{found[0]}.{found[1]}; use 'auto', which takes the cuda backend on such a GPU"
+        )
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return "the triton backend needs a CUDA tensor; on a CPU it needs Triton's interpreter: set TRITON_INTERPRET=1"
@@ -70,7 +73,7 @@ def require(backend: str) -> str:
     """Returns `backend` if a device of this machine can run it. Otherwise raises BackendMissing, which says how to get
     it."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    reasons = [why_missing(check(backend), d) for d in devices] if backend != "auto" else [None]
+    reasons = [why_missing(check(backend), d) for d in devices]
     if all(reasons):
         if backend == "cuda" and not torch.cuda.is_available():
             raise BackendMissing("backend 'cuda': PyTorch sees no CUDA GPU; on the CPU use 'auto' or 'cpu'")

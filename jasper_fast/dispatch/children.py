@@ -73,8 +73,7 @@ def talk(argv: Sequence[str], wanted: object, hear: Callable[[str, Any], bool], 
         try:
             for kind, value in _lines(process.stdout, START_SECONDS, seconds):
                 spoke = True
-                if hear(kind, value):
-                    told = True
+                if told := hear(kind, value):
                     break
             ended = True
         except queue.Empty:

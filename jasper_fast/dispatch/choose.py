@@ -95,14 +95,14 @@ def norm_face(
     rows N*T (None: at the largest measured number), if it can run and its verdict is good. If nothing was measured for
     this shape, it may be measured now (see `tuned`). In all other cases `resolve` chooses the face.
     """
-    _catch_up(backend, device)
+    if backend == "auto":
+        tuned.catch_up(device)
     return _norm_face(backend, device, dtype, channels, rows_log2, tuned.is_off())
 
 
 # `off` is only a part of the key of this cache: a choice made while tuning was off must not hold where tuning is on.
 @functools.cache
 def _norm_face(backend, device, dtype, channels, rows_log2, off) -> str:
-    device = torch.device(device)
     if backend == "auto" and device.type == "cuda":
         rows = None if rows_log2 is None else 1 << rows_log2
         if rows is not None and dtype in tables.DTYPES and resolve(backend, device) != "reference":
@@ -157,19 +157,17 @@ def conv_face(
     tables of this GPU or a similar one, else estimates by `rules`. Our faces are used only if their verdict is good. If
     Triton cannot run, "auto" takes the CUDA face without comparing times; otherwise it takes "aten" if `shape` is None.
     """
-    _catch_up(backend, device)
+    if backend == "auto":
+        tuned.catch_up(device)
     return _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2, tuned.is_off())
 
 
 @functools.cache
 def _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2, off) -> str:
-    device = torch.device(device)
     face = resolve(backend, device)
-    if strided_dx:
-        return "aten"
-    if face == "cpu":
+    if face == "cpu" and not strided_dx:
         return "aten" if dtype == torch.float64 or _has_amx(dtype) else "cpu"
-    if face not in CONVS or not _takes(face, device, dtype, shape):
+    if strided_dx or face not in CONVS or not _takes(face, device, dtype, shape):
         return "aten"
     if backend != "auto":
         return face
@@ -180,18 +178,12 @@ def _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2, off)
             _want(device, dtype, [(op, shape) for op in calls], rows_log2, "a conv")
         faces = tuple(f for f in CONVS if _takes(f, device, dtype, shape) and not backends.why_missing(f, device))
         face = _faster([(op, shape, 1) for op in calls], device, dtype, rows_log2, faces)
-        if face not in CONVS:
-            return "aten"
-    return face if _trusted("conv1d", face, device, dtype, LIBRARY) else "aten"
+    return face if face in CONVS and _trusted("conv1d", face, device, dtype, LIBRARY) else "aten"
 
 
 def _takes(face: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> bool:
     """Returns whether `face`, one of CONVS, has convs for `dtype` on `device`, and for `shape` if given."""
     return dtype in tables.DTYPES if face == "triton" else cuda_launch.takes(device, dtype, shape)
-
-
-# pairs of a conv's shape (c_in, c_out, taps, stride, dilation) and the number of convs with that shape
-Convs = tuple[tuple[tuple[int, ...], int], ...]
 
 
 @functools.cache
@@ -202,7 +194,6 @@ def fused_faces(backend: str, device: torch.device, dtype: torch.dtype) -> tuple
     run and have a good verdict on fused sub-blocks, and `fused_face` chooses one of them for each batch. If Triton
     cannot run, it returns only the CUDA face, or only "aten" if the verdict on the CUDA face is not good.
     """
-    device = torch.device(device)
     first = resolve(backend, device)
     if backend != "auto" or device.type != "cuda" or first not in CONVS:
         return (conv_face(backend, device, dtype),)
@@ -217,10 +208,17 @@ def fused_faces(backend: str, device: torch.device, dtype: torch.dtype) -> tuple
 
 
 def fused_face(
-    device: torch.device, dtype: torch.dtype, convs: Convs, rows_log2: int, faces: tuple[str, ...] = ("triton", "aten")
+    device: torch.device,
+    dtype: torch.dtype,
+    convs: tuple[tuple[tuple[int, ...], int], ...],
+    rows_log2: int,
+    faces: tuple[str, ...],
 ) -> str:
     """Returns which of `faces` runs all `convs` of a network fastest on a GPU at 2**rows_log2 rows N*T' (T': frames
-    after the strided conv). The times are measured (now, at the first use: see `tuned`) or estimated by `rules`."""
+    after the strided conv). The times are measured (now, at the first use: see `tuned`) or estimated by `rules`.
+
+    `convs`: pairs of a shape (c_in, c_out, taps, stride, dilation) and the number of convs with that shape.
+    """
     tuned.catch_up(device)
     return _fused_face(device, dtype, convs, rows_log2, faces, tuned.is_off())
 
@@ -250,11 +248,6 @@ def _want(device, dtype, ops: list[tuple[str, tuple[int, ...]]], rows_log2: int,
     tuned.want(device, [Cell(op, tables.DTYPES[dtype], *shape, rows_log2) for op, shape in ops], what)
 
 
-def _catch_up(backend: str, device: torch.device | str) -> None:
-    if backend == "auto":
-        tuned.catch_up(torch.device(device))
-
-
 @torch.compiler.assume_constant_result
 def pane_form(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """Returns how panes="auto" computes the batch norm statistics of panes (the 1x1 convs of residual connections) in
@@ -264,12 +257,6 @@ def pane_form(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     backend="auto" its verdict must be good, else it is "plain"; fp64 needs no verdict. On a CPU it is "plain", which is
     faster there.
     """
-    return _pane_form(backend, device, dtype)
-
-
-@functools.cache
-def _pane_form(backend, device, dtype) -> str:
-    device = torch.device(device)
     if device.type != "cuda":
         return "plain"
     if backend != "auto" or dtype not in tables.DTYPES:
@@ -301,7 +288,7 @@ def _warn(text: str) -> None:
 def forget() -> None:
     """Drops all choices, verdicts and times that this process has cached. Call this after one of them has changed."""
     _drop()
-    for cached in (_resolve, _pane_form, fused_faces, _warn):
+    for cached in (_resolve, fused_faces, _warn):
         cached.cache_clear()
     verdicts.forget()
     tables.forget()

@@ -31,7 +31,6 @@ from jasper_fast.dispatch import backends, children, verdicts
 from jasper_fast.kernels import files, likeness, tables
 from jasper_fast.kernels.tables import Cell, Row
 
-SWITCH = "JASPER_FAST_TUNE"
 FIRST_USE = 120.0  # seconds that tuning may take at a first use; the next process tunes the cells that are left
 PATIENCE = 300.0  # seconds that a process waits while another one tunes
 CONTENDER = 90.0  # seconds that the child may be silent, including compilation
@@ -118,12 +117,16 @@ tables.lay_over(rows)
 
 @dataclass
 class Session:
-    """The cells that one call of `tune` measures, the results so far (with the contenders that were refused, and
-    why), and whether the time ran out."""
+    """The cells that one call of `tune` measures, and the results so far, with the contenders that were refused and
+    why."""
 
     cells: Sequence[Cell]
     done: dict[Cell, dict[str, Any]] = field(default_factory=dict)
-    out_of_time: bool = False
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether cells were left when `tune` returned, which ends early only if its time runs out."""
+        return len(self.done) < len(self.cells)
 
 
 def tune(
@@ -148,7 +151,6 @@ def tune(
         todo = [cell for cell in session.cells if cell not in session.done]
         left = end - clock()
         if not todo or left <= 0:
-            session.out_of_time = bool(todo)
             return session
         current: tuple[Cell, str] | None = None
 
@@ -170,7 +172,6 @@ def tune(
         wanted = {"device": str(device), "cells": todo, "budget": left, "without": faults, "seconds": seconds}
         ended = children.talk(COMMAND, wanted, hear, min(CONTENDER, left + GRACE))
         if ended.told or clock() >= end:
-            session.out_of_time = len(session.done) < len(session.cells)
             return session
         if current is None or ended.from_outside:
             raise CannotTune(f"the tuning process {ended.how}{ended.last}")
@@ -189,7 +190,7 @@ _local = threading.local()
 
 def enabled() -> bool:
     """Returns whether first-use tuning is on in this thread."""
-    return os.environ.get(SWITCH, "1") != "0" and not is_off()
+    return os.environ.get("JASPER_FAST_TUNE", "1") != "0" and not is_off()
 
 
 def is_off() -> bool:
@@ -232,8 +233,9 @@ def want(device: torch.device, cells: Iterable[Cell], what: str) -> None:
     if not enabled():
         return
     device = indexed(device)
-    new = [c for c in cells if (device, c) not in _asked and not tables.covered(device, c)]
-    new = [c for c in new if _has_choice(c.op, device)]
+    new = [
+        c for c in cells if (device, c) not in _asked and not tables.covered(device, c) and _has_choice(c.op, device)
+    ]
     if new:
         _waiting.setdefault(device, {}).update(dict.fromkeys(new, what))
     catch_up(device)

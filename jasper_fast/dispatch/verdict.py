@@ -102,14 +102,12 @@ def judge(rows: Sequence[dict[str, Any]], quick: bool) -> list[Verdict]:
         open_ = [row for row in of if row["status"] in OPEN]
         status = BAD if faults else UNCHECKED if open_ else GOOD
         checked = sum(row["status"] == "ok" for row in of)
-        failure = failure_of(([*faults, *open_] or [None])[0])
+        failure = failure_of([*faults, *open_][0]) if faults or open_ else ""
         made.append(Verdict(*group, status, quick, checked, failure, now))
     return made
 
 
-def failure_of(row: dict[str, Any] | None) -> str:
+def failure_of(row: dict[str, Any]) -> str:
     """Describes a failed row in words: the kernel, its inputs, and what happened."""
-    if row is None:
-        return ""
     what = " ".join(filter(None, (row["function"], row["variant"], row["configuration"], row["shape"], row["dtype"])))
     return f"{row['op']} {what} {row['status']}: {row['detail']}"

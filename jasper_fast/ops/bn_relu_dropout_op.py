@@ -56,10 +56,15 @@ def mean_sums(dbeta: Tensor, dgamma: Tensor, y: Tensor, rows: Tensor | None, gro
 op("bn_sync_stats(Tensor mean, Tensor m2, SymInt rows, str group) -> (Tensor, Tensor, Tensor)")(sync.merge_stats)
 
 
+def fake_stats(y: Tensor, c: int, stats: bool) -> tuple[Tensor, Tensor]:
+    """Returns mean and M2 of `c` channels as fake tensors, for a fake `y`. Without `stats` they are empty."""
+    stat = y.new_empty(c, dtype=wide_dtype(y)) if stats else y.new_empty(0)
+    return stat, torch.empty_like(stat)
+
+
 @torch.library.register_fake("jasper_fast::bn_stats", lib=lib)
 def _(y, face):
-    stat = y.new_empty(y.shape[1], dtype=wide_dtype(y))
-    return stat, torch.empty_like(stat)
+    return fake_stats(y, y.shape[1], True)
 
 
 @torch.library.register_fake("jasper_fast::bn_sync_stats", lib=lib)
@@ -95,10 +100,8 @@ def _grad(ctx, dz):
 
 
 def norm_face(x: Tensor, backend: str, channels: int, frames: int) -> str:
-    """Returns the face of the op, and of its statistics, for a tensor (N, `channels`, `frames`) with the N, device and
-    dtype of `x`. See `choose.norm_face`; on a CPU `choose.resolve` decides."""
-    if not x.is_cuda:
-        return choose.resolve(backend, x.device, backends.NORM, x.dtype)
+    """Returns what `choose.norm_face` chooses for a tensor (N, `channels`, `frames`) with the N, device and dtype of
+    `x`."""
     channels = operator.index(channels)  # makes it a constant in a traced graph
     return choose.norm_face(backend, x.device, x.dtype, channels, choose.rows_log2(x.shape[0] * frames))
 
@@ -169,8 +172,8 @@ def bn_relu_dropout(
         z = z.masked_fill(torch.arange(T) >= lengths[:, None, None], 0)
     """
     lengths = check(y, gamma, beta, running_mean, running_var, stats, residual, lengths, p, halo)
-    norm = normaliser(y, gamma, beta, running_mean, running_var, stats, training, frozen, momentum, eps, backend, group)
     p, seed = dropout_seed(p if training else 0.0, seed, y.device)
+    norm = normaliser(y, gamma, beta, running_mean, running_var, stats, training, frozen, momentum, eps, backend, group)
     residual = None if residual is None else residual.to(y.dtype)
     return torch.ops.jasper_fast.bn_relu_dropout(
         y, *norm.vectors, residual, lengths, seed, norm.rows, p,

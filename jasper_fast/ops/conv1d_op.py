@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from jasper_fast.dispatch import backends, choose
-from jasper_fast.kernels.layout import empty_ntc, ntc, wide_dtype
+from jasper_fast.kernels.layout import empty_ntc, ntc
 from jasper_fast.kernels.operands import Geometry
-from jasper_fast.ops.bn_relu_dropout_op import check_lengths, norm_face
+from jasper_fast.ops.bn_relu_dropout_op import check_lengths, fake_stats, norm_face
 from jasper_fast.ops.registration import lib, op, register_autograd
 
 Pack = Callable[[Tensor, torch.dtype, str], Tensor | None]  # (weight, dtype, face) -> the packed weight
@@ -55,12 +55,6 @@ def _backward(dy, x, weight, lengths, packed, stride, padding, dilation, need_dx
     dw = impl.wgrad(x, dy, weight.shape[2], geometry, lengths, weight.dtype, clean=True)
     dx = impl.dgrad(dy, weight, x.shape[2], geometry, lengths, packed) if need_dx else dy.new_empty(0)
     return dx, dw
-
-
-def fake_stats(y: Tensor, c: int, stats: bool) -> tuple[Tensor, Tensor]:
-    """Returns mean and M2 of `c` channels as fake tensors, for a fake `y`."""
-    empty = y.new_empty(c, dtype=wide_dtype(y)) if stats else y.new_empty(0)
-    return empty, torch.empty_like(empty)
 
 
 @torch.library.register_fake("jasper_fast::conv1d", lib=lib)

@@ -16,8 +16,9 @@ from jasper_fast.ops.registration import lib, op, register_autograd
     "str face) -> Tensor"
 )
 def _forward(x, weight, lengths, out_lengths, stride, padding, dilation, face):
-    geometry = Geometry(stride, padding, dilation)
-    return backends.face("depthwise", face).forward(ntc(x), weight, geometry, Lengths(lengths, out_lengths))
+    return backends.face("depthwise", face).forward(
+        ntc(x), weight, Geometry(stride, padding, dilation), Lengths(lengths, out_lengths)
+    )
 
 
 @op(
@@ -41,8 +42,8 @@ def backward(
 
 @torch.library.register_fake("jasper_fast::depthwise", lib=lib)
 def _(x, weight, lengths, out_lengths, stride, padding, dilation, face):
-    geometry = Geometry(stride, padding, dilation)
-    return empty_ntc(*x.shape[:2], geometry.frames(x.shape[2], weight.shape[2]), like=x)
+    t_out = Geometry(stride, padding, dilation).frames(x.shape[2], weight.shape[2])
+    return empty_ntc(*x.shape[:2], t_out, like=x)
 
 
 @torch.library.register_fake("jasper_fast::depthwise_backward", lib=lib)

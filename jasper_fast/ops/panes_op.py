@@ -25,8 +25,7 @@ def _gram(x, group):
 def _gram_backward(x, mean, rows, dmean, dcov, group):
     n, c, t = x.shape
     if group:
-        sums = sync.all_reduce(torch.cat([dmean, dcov]), group)
-        dmean, dcov = sums[:c], sums[c:]
+        dmean, dcov = sync.all_reduce(torch.cat([dmean, dcov]), group).split([c, len(dcov)])
     return impl.gram_backward(x, mean, dmean, dcov, rows if group else n * t)
 
 

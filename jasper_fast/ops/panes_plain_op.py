@@ -92,8 +92,9 @@ def _backward(g, xs, weights, gamma, lengths, pane_mean, pane_var, rows, kept, e
             impl.outputs(xs[panes], weights[panes], lengths, ys)
         dgamma = impl.backward_reduce(g, ys, pane_mean[panes]) * rstd[panes]
         slope = sync.all_reduce(dgamma.clone(), group) * rstd[panes] / m
-        vectors = pane_mean[panes], scale[panes], slope
-        dx, dw = impl.gradients(g, mean_g, ys, *vectors, xs[panes], weights[panes], lengths)
+        dx, dw = impl.gradients(
+            g, mean_g, ys, pane_mean[panes], scale[panes], slope, xs[panes], weights[panes], lengths
+        )
         dxs += dx
         dweights += dw
         dgammas.append(dgamma)

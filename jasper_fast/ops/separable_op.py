@@ -12,8 +12,8 @@ from jasper_fast.dispatch import backends, choose
 from jasper_fast.kernels.layout import empty_ntc, ntc
 from jasper_fast.kernels.operands import Geometry, Lengths, Mask, Norm
 from jasper_fast.ops import depthwise_op
-from jasper_fast.ops.bn_relu_dropout_op import check, dropout_seed, mean_sums, norm_face, normaliser
-from jasper_fast.ops.conv1d_op import Pack, autocast, conv_forward, fake_stats, pack_for
+from jasper_fast.ops.bn_relu_dropout_op import check, dropout_seed, fake_stats, mean_sums, norm_face, normaliser
+from jasper_fast.ops.conv1d_op import Pack, autocast, conv_forward, pack_for
 from jasper_fast.ops.registration import lib, op, register_autograd
 
 POINTWISE = Geometry()
@@ -176,8 +176,8 @@ def separable_sub_block(
     check(y, gamma, beta, running_mean, running_var, stats, None, lengths, p, halo)
     geometry = Geometry(stride, padding, dilation)
     lengths, out_lengths = _check("y", y, depthwise, weight, geometry, lengths, out_lengths)
-    norm = normaliser(y, gamma, beta, running_mean, running_var, stats, training, frozen, momentum, eps, backend, group)
     p, seed = dropout_seed(p if training else 0.0, seed, y.device)
+    norm = normaliser(y, gamma, beta, running_mean, running_var, stats, training, frozen, momentum, eps, backend, group)
     faces, packed = _faces(y, depthwise, weight, geometry, backend, next_stats, packed)
     out, mean, m2 = torch.ops.jasper_fast.separable(
         y, *norm.vectors, lengths, seed, norm.rows, depthwise, weight, packed, out_lengths,

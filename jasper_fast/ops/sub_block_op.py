@@ -11,8 +11,8 @@ from torch import Tensor
 from jasper_fast.dispatch import backends
 from jasper_fast.kernels.layout import empty_ntc, ntc
 from jasper_fast.kernels.operands import Geometry, Mask, Norm
-from jasper_fast.ops.bn_relu_dropout_op import check, dropout_seed, mean_sums, norm_face, normaliser
-from jasper_fast.ops.conv1d_op import Pack, check_conv, conv_face, conv_forward, fake_stats
+from jasper_fast.ops.bn_relu_dropout_op import check, dropout_seed, fake_stats, mean_sums, norm_face, normaliser
+from jasper_fast.ops.conv1d_op import Pack, check_conv, conv_face, conv_forward
 from jasper_fast.ops.registration import lib, op, register_autograd
 
 
@@ -120,8 +120,8 @@ def sub_block(
     lengths = check(y, gamma, beta, running_mean, running_var, stats, None, lengths, p, halo)
     geometry = Geometry(1, padding, dilation)
     check_conv("y", y, weight, geometry)
-    norm = normaliser(y, gamma, beta, running_mean, running_var, stats, training, frozen, momentum, eps, backend, group)
     p, seed = dropout_seed(p if training else 0.0, seed, y.device)
+    norm = normaliser(y, gamma, beta, running_mean, running_var, stats, training, frozen, momentum, eps, backend, group)
     conv, packed = conv_face(y, weight, geometry, backend, packed, stats=next_stats, norm=True)
     out, mean, m2 = torch.ops.jasper_fast.sub_block(
         y, *norm.vectors, lengths, seed, norm.rows, weight, packed,

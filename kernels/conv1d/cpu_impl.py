@@ -76,9 +76,7 @@ def pack_once(weight: Tensor, dtype: torch.dtype, stride: int = 1) -> Packed:
     The pack is bf16 if the network is in bf16 and this CPU multiplies bf16, which it does at twice the rate of fp32.
     Otherwise the pack is fp32, because no other dtype is faster on a CPU.
     """
-    if dtype == torch.bfloat16 and has_bf16():
-        return pack(weight.float(), dtype=dtype)
-    return pack(weight.float(), algorithm="fast_fir_2" if stride == 1 and weight.shape[2] >= _FAST_TAPS else "direct")
+    return pack(weight.float(), **_how(weight, dtype, _FAST_ROWS, stride))  # as for a large batch: packing is done once
 
 
 def packed_size(
@@ -135,7 +133,7 @@ def forward(
     x counts as zero at t >= `lengths` (N,). Equivalent to
     `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None, *geometry)`.
     """
-    how = _how(x, weight, x.shape[0] * x.shape[2], geometry.stride)
+    how = _how(weight, x.dtype, x.shape[0] * x.shape[2], geometry.stride)
     rows = x.transpose(1, 2).to(how["dtype"])
     packed, frames = pack(weight.float(), **how), geometry.frames(x.shape[2], weight.shape[2])
     y = torch.empty((x.shape[0], max(frames, 0), weight.shape[0]), dtype=how["dtype"])
@@ -162,7 +160,7 @@ def dgrad(
             f"conv1d: the CPU kernel has a gradient of x only for stride 1 and padding <= dilation * (K - 1), not for "
             f"stride {stride}, padding {padding}, dilation {dilation}, K {weight.shape[2]}; use backend='reference'"
         )
-    how = _how(dy, weight, dy.shape[0] * dy.shape[2], stride)
+    how = _how(weight, dy.dtype, dy.shape[0] * dy.shape[2], stride)
     packed, rows = pack(weight.float(), transposed=True, **how), dy.transpose(1, 2).to(how["dtype"])
     dx = torch.empty((dy.shape[0], t, weight.shape[1]), dtype=how["dtype"])  # `fused` checks that t fits
     fused(rows, packed, Geometry(1, flipped, dilation), lengths=Lengths(after=lengths), out=dx)
@@ -184,20 +182,16 @@ def wgrad(
     """
     stride, padding, dilation = geometry
     dw = torch.empty((dy.shape[1], x.shape[1], k), dtype=torch.float32)
-    how = _how(x, dw, dy.shape[0] * dy.shape[2], stride)
+    how = _how(dw, x.dtype, dy.shape[0] * dy.shape[2], stride)
     algorithm, bf16 = ALGORITHMS[how["algorithm"]], how["dtype"] == torch.bfloat16
     rows, dy_rows = (v.transpose(1, 2).to(how["dtype"]) for v in (x, dy))
     native.cpu().conv1d_wgrad(rows, dy_rows, lengths, stride, dilation, padding, algorithm, bf16, dw)
     return dw.to(dtype or x.dtype)
 
 
-def _how(x: Tensor, weight: Tensor, rows: int, stride: int) -> dict[str, Any]:
-    """Returns the algorithm and the dtype of the products of one call, as keyword arguments of `pack`."""
-    if x.dtype == torch.bfloat16 and has_bf16():
+def _how(weight: Tensor, dtype: torch.dtype, rows: int, stride: int) -> dict[str, Any]:
+    """Returns the algorithm and the dtype of products with `rows` rows in `dtype`, as keyword arguments of `pack`."""
+    if dtype == torch.bfloat16 and has_bf16():
         return {"algorithm": "direct", "dtype": torch.bfloat16}
-    return {"algorithm": _algorithm(weight, rows, stride), "dtype": torch.float32}
-
-
-def _algorithm(weight: Tensor, rows: int, stride: int) -> str:
     fast = stride == 1 and weight.shape[2] >= _FAST_TAPS and rows >= _FAST_ROWS
-    return "fast_fir_2" if fast else "direct"
+    return {"algorithm": "fast_fir_2" if fast else "direct", "dtype": torch.float32}

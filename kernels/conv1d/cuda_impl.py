@@ -30,12 +30,14 @@ from jasper_fast.kernels.conv1d.gpu_shared import (
     Chain,
     Packed,
     Workspace,
+    check_operands,
     check_sub_block,
     dgrad_padding,
     frames_of,
     fused_out,
     out_frames,
     pack_buffer,
+    packed_weight,
 )
 from jasper_fast.kernels.layout import empty_fp32, empty_ntc
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths, Mask, Norm
@@ -183,7 +185,7 @@ def wgrad(
 
     x counts as zero at t >= `lengths` (N,). The result is in `dtype` (default: that of `x`).
     """
-    _check(x, dy)
+    check_operands("cuda", SIXTEEN, x, dy)
     n, c_in, t = x.shape
     c_out, t_out = dy.shape[1:]
     if dy.shape[0] != n or t_out != out_frames(t, k, geometry):
@@ -234,7 +236,7 @@ def fused(
     w, (n, t, c_in) = packed, x.shape
     x2, w2 = panes or (None, None)
     masked = lengths.masked and (lengths.before is not None or lengths.after is not None)
-    out = _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked)
+    out = _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, workspace)
     t_out = out.shape[1]
     args = _args(Operand.of(x, w.data, c_in, w.c_out), out, t, w.taps, geometry)
     if x2 is not None:
@@ -249,7 +251,7 @@ def fused(
     return out
 
 
-def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked) -> Tensor:
+def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, workspace) -> Tensor:
     """Returns `out`, or a new tensor if it is None. Raises ValueError or TypeError if the operands do not fit."""
     if x.dtype not in (w.data.dtype, torch.float32):
         raise TypeError(
@@ -260,7 +262,7 @@ def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked) -> Tens
         raise TypeError(
             f"x2 and both packs must have one dtype, got {panes[0].dtype}, {panes[1].data.dtype}, {w.data.dtype}"
         )
-    return fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked)
+    return fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, workspace)
 
 
 def takes_tf32() -> bool:
@@ -300,8 +302,6 @@ def _launch(args, x, w, work, mode, transposed, workspace=None, early=False) -> 
     args.panels_kept, args.stages = cut.panels, cut.stages
     tiles = work.batch * cut.t_blocks
     if cut.splits > 1:
-        if workspace.device != x.device:
-            raise ValueError(f"the workspace is on {workspace.device}, x on {x.device}: make one for each device")
         shared_tiles = tiles * cut.o_blocks
         workspace.reserve(shared_tiles * cut.splits * -(-cut.block // SLAB) * SLAB * OUT, shared_tiles)
         args.shares, args.arrived = address(workspace.part), address(workspace.arrived)
@@ -324,21 +324,9 @@ def _launch(args, x, w, work, mode, transposed, workspace=None, early=False) -> 
 
 
 def _packed(weight: Tensor, data: Tensor | None, x: Tensor) -> Packed:
-    if data is None:
-        data = pack(weight, x.dtype).data
-    _check(x, data)
-    if data.shape != packed_shape(weight):
-        raise ValueError(f"packed has shape {tuple(data.shape)}, the weight packs to {packed_shape(weight)}")
-    return Packed(data, *weight.shape)
-
-
-def _check(x: Tensor, other: Tensor) -> None:
-    if x.dtype not in SIXTEEN or x.dtype != other.dtype:
-        raise TypeError(
-            f"the cuda face takes all operands of a conv in fp16 or all in bf16, got {x.dtype} and {other.dtype}"
-        )
-    if x.numel() == 0:
-        raise ValueError(f"an operand has no elements: shape {tuple(x.shape)}")
+    data = pack(weight, x.dtype).data if data is None else data
+    check_operands("cuda", SIXTEEN, x, data)
+    return packed_weight(weight, data, packed_shape(weight))
 
 
 def _checked(x: Tensor | None, dtype: torch.dtype = torch.int64, names: str = "lengths") -> int | None:

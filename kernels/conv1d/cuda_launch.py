@@ -56,10 +56,8 @@ def takes(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int, 
 
     With `shape` (c_in, c_out, taps, stride, dilation), also whether that shape fits the GPU's shared memory.
     """
-    if dtype not in (torch.float16, torch.bfloat16):
-        return False
     on = gpu(device)
-    if on.loop == 75 and dtype != torch.float16:
+    if dtype != torch.float16 and (on.loop == 75 or dtype != torch.bfloat16):
         return False
     if shape is None:
         return True

@@ -98,16 +98,13 @@ class Work(NamedTuple):
         return self.taps * conv + panes
 
 
-def panel_rows(block: int, taps: int, dilation: int, stride: int) -> int:
-    """Returns the number of rows of a panel that belong to one residue of t modulo the stride.
-
-    The number is odd, so that the cells of a row lie in different banks.
-    """
-    return (block + (taps - 1) * dilation // stride) | 1
-
-
 def _panel_bytes(block: int, taps: int, dilation: int, stride: int) -> int:
-    return panel_rows(block, taps, dilation, stride) * stride * CHUNK * 2
+    """Returns the bytes of a panel.
+
+    For each residue of t modulo the stride it has an odd number of rows, so that the cells of a row lie in different
+    banks.
+    """
+    return ((block + (taps - 1) * dilation // stride) | 1) * stride * CHUNK * 2
 
 
 def shared_bytes(loop: int, block: int, work: Work, panels: int, stages: int = 0) -> int:
@@ -210,8 +207,7 @@ def _plan_wgrad(gpu: Gpu, work: Work, loop: int, taps: int) -> Wgrad | None:
     wanted = gpu.sms if wide else 2 * gpu.sms
     share = -(-everything // max(1, min(wanted // tiles, everything)))
     shares = -(-everything // share)
-    parities = 1 if taps == 1 else work.stride
-    x = panel_rows(FRAMES, taps, work.dilation, work.stride) * parities * CHUNK * 2
+    x = _panel_bytes(FRAMES, taps, work.dilation, 1 if taps == 1 else work.stride)  # one tap reads one residue
     stage = 2 * _panel_bytes(FRAMES, 1, 1, 1) + (2 * x + 16 if wide else x)
     stages = min(6, gpu.shared // stage) if wide else STAGES[loop]
     if stages < (3 if wide else 2) or stages * stage > gpu.shared:  # the kernels deadlock with fewer stages

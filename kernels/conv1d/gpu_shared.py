@@ -1,5 +1,6 @@
 """Types and helpers that the GPU faces of conv1d and depthwise share."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -85,6 +86,24 @@ def dgrad_padding(face: str, dy: Tensor, w: Packed, t: int, geometry: Geometry) 
     return reach - padding
 
 
+def check_operands(face: str, dtypes: Sequence[torch.dtype], x: Tensor, other: Tensor) -> None:
+    """Raises TypeError unless `x` and `other` have one dtype, one of `dtypes`, and ValueError if `x` is empty."""
+    if x.dtype not in dtypes or x.dtype != other.dtype:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(
+            f"the {face} face takes all operands of a conv in one dtype of {names}, got {x.dtype} and {other.dtype}"
+        )
+    if x.numel() == 0:
+        raise ValueError(f"an operand has no elements: shape {tuple(x.shape)}")
+
+
+def packed_weight(weight: Tensor, data: Tensor, shape: tuple[int, ...]) -> Packed:
+    """Returns `data` as the pack of `weight`. Raises ValueError unless `data` has the `shape` of that pack."""
+    if data.shape != shape:
+        raise ValueError(f"packed has shape {tuple(data.shape)}, the weight packs to {shape}")
+    return Packed(data, *weight.shape)
+
+
 def pack_buffer(
     weight: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -112,6 +131,7 @@ def fused_out(
     out: Tensor | None,
     log_softmax: bool,
     masked: bool,
+    workspace: Workspace | None,
 ) -> Tensor:
     """Returns the tensor (N, T', C_out) for the result of `fused`: `out`, or a new one if it is None.
 
@@ -132,6 +152,8 @@ def fused_out(
     shape, dtype = (n, t_out, w.c_out), torch.float32 if log_softmax else w.data.dtype
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=x.device)
+    if workspace is not None and workspace.device != x.device:
+        raise ValueError(f"the workspace is on {workspace.device}, x on {x.device}: make one for each device")
     if out.shape != shape or out.dtype != dtype:
         raise ValueError(f"out is {tuple(out.shape)} {out.dtype}, the conv gives {shape} {dtype}")
     return out

@@ -19,12 +19,14 @@ from jasper_fast.kernels.conv1d.gpu_shared import (
     Packed,
     Workspace,
     check_offsets,
+    check_operands,
     check_sub_block,
     dgrad_padding,
     frames_of,
     fused_out,
     out_frames,
     pack_buffer,
+    packed_weight,
     sizes,
 )
 from jasper_fast.kernels.conv1d.triton_dgrad import conv1d_dgrad_kernel, conv1d_sums_merge_kernel
@@ -290,10 +292,8 @@ def fused(
     nct = c_in > 1 and (x.stride(2) != 1 or (t == 1 and x.dtype != w.data.dtype))
     masked = lengths.masked and (lengths.before is not None or lengths.after is not None)
     x2, w2 = panes or (None, None)
-    out = _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, nct)
+    out = _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, workspace, nct)
     t_out = out.shape[1]
-    if workspace is not None and workspace.device != x.device:
-        raise ValueError(f"the workspace is on {workspace.device}, x on {x.device}: make one for each device")
     shape = Shape(c_in, w.c_out, w.taps, stride, dilation, n * t_out)
     arithmetic = _arithmetic(w.data)
     tile = triton_tiles.choose("fused", x.device, w.data.dtype, shape, t_out, arithmetic["PRECISION"] == "ieee")
@@ -334,7 +334,7 @@ def fused(
     return out
 
 
-def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, nct) -> Tensor:
+def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, workspace, nct) -> Tensor:
     """Returns `out`, or a new tensor if it is None. Raises ValueError or TypeError if the operands do not fit."""
     if x.dtype != w.data.dtype and not (nct and x.dtype == torch.float32):
         raise TypeError(f"the triton face takes x and weights of one dtype, got {x.dtype} and {w.data.dtype}")
@@ -343,7 +343,7 @@ def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, nct) ->
     _check(w.data, w.data)
     if panes is not None:
         _check(panes[0], panes[1].data)
-    out = fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked)
+    out = fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, workspace)
     check_offsets(x, out)
     return out
 
@@ -357,12 +357,9 @@ def takes_tf32() -> bool:
 
 
 def _packed(weight: Tensor, data: Tensor | None, x: Tensor) -> Packed:
-    if data is None:
-        data = pack(weight, x.dtype).data
+    data = pack(weight, x.dtype).data if data is None else data
     _check(x, data)
-    if data.shape != packed_shape(weight):
-        raise ValueError(f"packed has shape {tuple(data.shape)}, the weight packs to {packed_shape(weight)}")
-    return Packed(data, *weight.shape)
+    return packed_weight(weight, data, packed_shape(weight))
 
 
 def _activations(x: Tensor, stride: int, block_t: int, block_c: int) -> TensorDescriptor | None:
@@ -394,12 +391,7 @@ def _weights(packed: Packed | None, block_rows: int, block_cols: int, wanted: bo
 
 
 def _check(x: Tensor, other: Tensor) -> None:
-    if x.dtype not in DTYPES or x.dtype != other.dtype:
-        raise TypeError(
-            f"the triton face takes all operands in one dtype, fp32, fp16 or bf16, got {x.dtype} and {other.dtype}"
-        )
-    if x.numel() == 0:
-        raise ValueError(f"an operand has no elements: shape {tuple(x.shape)}")
+    check_operands("triton", DTYPES, x, other)
     check_offsets(x)
 
 
