@@ -2,8 +2,8 @@
 
 A kernel that crashes or never ends must not break the user's process or its CUDA context. So `supervise` starts `python
 -m jasper_fast.selfcheck.child`, which writes one line when a check begins and one when it ends. If the child dies, or
-writes nothing for too long, the check that had begun is at fault, and a new child does the remaining checks. If
-`supervise` is interrupted, its `Report` has the results so far.
+writes nothing for too long, the check that had begun is at fault, unless memory ran out or a signal came from outside.
+A new child then does the remaining checks. If `supervise` is interrupted, its `Report` has the results so far.
 """
 
 import sys

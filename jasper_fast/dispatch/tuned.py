@@ -139,7 +139,7 @@ def tune(
     seconds: float | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Session:
-    """Measures `cells` in a child process for at most `budget` seconds. With `keeps` saves each finished cell.
+    """Measures `cells` in a child process for at most `budget` seconds. Saves each finished cell if `keeps`.
 
     `seconds`: the time that measuring one cell may take (None: the tuner's default). If a contender crashes or hangs
     the child, the fault is saved, the contender is not tried again, and a new child continues. `on_cell(session,

@@ -152,9 +152,9 @@ def keep(device: torch.device, verdicts: Iterable[Verdict]) -> None:
 def locked(patience: float = LOCK_SECONDS, name: str = "lock") -> Iterator[bool]:
     """Locks out the other processes that share the cache, so that only one rank of a training run checks or tunes.
 
-    Each `name` is a lock of its own. Yields True with the lock, or if there can be none because the cache has no folder
-    or its file system has no locks. If the lock is not free within `patience` seconds, yields False, and the block runs
-    without it.
+    Each `name` is a lock of its own. Yields True with the lock in hand, and also where no lock is possible: the cache
+    has no folder, or its file system has no locks. If the lock is not free within `patience` seconds, yields False, and
+    the block runs without it.
     """
     import fcntl  # is missing on Windows, where Triton is missing too
 

@@ -150,8 +150,8 @@ def bn_relu_dropout(
     zero at t >= length. `stats` is (mean, M2) of `y` over its N*T rows, (C,) each, if a conv has already computed them.
 
     With `training`, `y` is normalised with the statistics of the batch, padding included; the running statistics are
-    updated in place; and elements are dropped with probability `p`. Without it, the running statistics are used and
-    nothing is dropped. `frozen` with `training` drops elements, but uses the running statistics and does not update
+    updated in place; and elements are dropped with probability `p`. Without `training`, the running statistics are used
+    and nothing is dropped. `frozen` with `training` drops elements, but uses the running statistics and does not update
     them. `seed` (one int64) fixes the dropout mask (Philox4x32-10, the same bits on every face); None draws a seed from
     PyTorch's generator.
 

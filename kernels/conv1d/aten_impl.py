@@ -1,9 +1,9 @@
 """conv1d through ATen: conv2d over a channels-last view of the same memory, which needs no transpose.
 
 N batch, C channels, T frames, K taps. This face serves every device and dtype for which we have no faster kernel.
-ATen's own conv1d would copy its input to NCT order. A (N, C, 1, T) view with C innermost is not copied: it takes the
-NHWC kernels of cuDNN and oneDNN. These also need a channels-last weight. A pack is such a weight, in the dtype of the
-activations; forward and dgrad read the same pack. Without a pack, ATen casts and transposes the weight in every call.
+ATen's own conv1d would copy its input to NCT order. For a (N, C, 1, T) view with C innermost ATen copies nothing and
+runs the NHWC kernels of cuDNN or oneDNN. These also need a channels-last weight. A pack is such a weight, in the dtype
+of the activations; forward and dgrad read the same pack. Without a pack, each call casts and transposes the weight.
 """
 
 import torch

@@ -2,7 +2,8 @@
 
 N batch, C channels, T frames, K taps. The kernels are in csrc/cuda: conv1d_mma.cuh and conv1d_wgmma.cuh for outputs and
 gradients of inputs, conv1d_wgrad.cuh and conv1d_wgrad90.cuh for gradients of weights, conv1d_epilogue.cuh for the
-epilogue. Accumulators are fp32. Dispatch takes ATen for other dtypes and for the gradient of x at a stride above 1.
+epilogue. Accumulators are fp32. Dispatch takes ATen for other dtypes, for convs that do not fit into shared memory, and
+if the gradient of x is needed at a stride above 1.
 """
 
 import torch

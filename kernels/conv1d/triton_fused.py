@@ -4,8 +4,8 @@
 
 A program owns BLOCK_T frames of one utterance by BLOCK_N output channels. The reduction of that tile runs over the
 K*C_in products of the conv and then the C2 products of the panes. With splits, `splits` programs share it: each writes
-partial sums to fp32 scratch, and the last program to finish adds them in a fixed order, so runs are bit-identical. It
-also sets the tile's counter back to 0 for the next launch. A program reads its frames of x taps/stride times (only the
+partial sums to fp32 scratch. The last program to finish adds them in a fixed order, so runs are bit-identical, and
+sets the tile's counter back to 0 for the next launch. A program reads its frames of x taps/stride times (only the
 first time from memory) and its channels of w and w2 once, and writes z once. Splits add 8*splits bytes per element of
 z, in L2.
 

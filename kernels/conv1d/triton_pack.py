@@ -1,8 +1,8 @@
 """Packs a weight (C_out, C_in, K), as PyTorch keeps it, into (K, C_in, C_pad) in the dtype of the activations.
 
-C_pad is C_out rounded up to 16, because tensor descriptors want each row to start at a multiple of 16 bytes; the added
-columns are zeros. A program owns BLOCK_O output by BLOCK_I input channels with all K taps. Every element is read once
-in the dtype of the master weight and written once. The forward and dgrad kernels read the same pack.
+C_pad is C_out rounded up to a multiple of 16, because tensor descriptors need rows that start at multiples of 16 bytes;
+the added columns are zeros. A program owns BLOCK_O output by BLOCK_I input channels with all K taps. Every element is
+read once in the dtype of the master weight and written once. The forward and dgrad kernels read the same pack.
 """
 
 import triton
