@@ -56,7 +56,7 @@ def test_exact_products_of_rounded_operands(case, relu, cpu) -> None:
 
 @pytest.mark.parametrize("case", BF16_CASES, ids=str)
 def test_a_result_in_bf16_is_the_fp32_one_rounded(case, cpu) -> None:
-    """Shows this for one thread and for three, and that nothing outside of the slice `out` is written."""
+    """The results are the same with one thread and with three, and nothing outside of the slice `out` is written."""
     x, weight, _, lengths = make(case)
     given = x.to(BF16).transpose(1, 2), cpu.pack(weight, dtype=BF16), case.geometry
     want = cpu.fused(*given, lengths=Lengths(lengths)).to(BF16)

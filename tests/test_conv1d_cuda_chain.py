@@ -38,7 +38,7 @@ def emulation() -> ctypes.CDLL:
 def depends(library: ctypes.CDLL, *tensors: Tensor) -> None:
     """Adds the memory of `tensors` to what an early launch must not touch before its wait.
 
-    Without tensors it clears that list.
+    Called without tensors, it clears that list.
     """
     for x in tensors:
         storage = x.untyped_storage()

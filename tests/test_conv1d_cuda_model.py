@@ -18,9 +18,9 @@ HALF = torch.float16
 
 @pytest.fixture(params=[80, 90])
 def convs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
-    """Runs every conv that the CUDA face supports on that face. Returns the list of its launches, which grows.
+    """Runs every conv that the CUDA face supports on that face. Returns a list to which each launch is added.
 
-    A launch is the name of its function, and whether it may begin before the previous launch ends.
+    An entry has the name of the launched function, and whether the launch may begin before the previous one ends.
     """
     Face(monkeypatch, cuda_launch.Functions(emulation())).on(request.param, 4)
 

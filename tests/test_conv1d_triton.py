@@ -47,7 +47,7 @@ def test_tensor_descriptors_at_stride_2(c_in, t, lengths, monkeypatch):
 
 
 def count_descriptor_loads(monkeypatch) -> list:
-    """Returns a list with an element for each load through a tensor descriptor in the interpreter."""
+    """Returns a list to which each load through a tensor descriptor in the interpreter adds an element."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     return spied(monkeypatch, InterpreterBuilder, "create_descriptor_load", lambda *_: True)
@@ -178,8 +178,8 @@ def test_a_batch_costs_its_frames_and_its_halo(monkeypatch):
     ids=str,
 )
 def test_wgrad_of_two_taps_a_program_and_without_partials(layer, shares, monkeypatch):
-    """Shows that two taps share each load of dy, except an odd last tap. With several taps, a single share needs one
-    launch. The gradient of a master weight in fp32 is not rounded to fp16."""
+    """Shows that two taps share each load of dy, except an odd last tap. A conv of several taps takes one launch if the
+    batch is not divided into shares. The gradient of a master weight in fp32 is not rounded to fp16."""
     monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", True)
     x, weight, shape, lengths = make(layer, torch.float16, make_face("triton").device)
     k = weight.shape[2]

@@ -1,4 +1,4 @@
-"""FLOPs and bytes that bench counts: the FLOPs of PyTorch's counter, and the sizes of the tensors that kernels get.
+"""The FLOPs that bench counts are those of PyTorch's counter, and its bytes are those of the tensors that kernels get.
 
 For all convs and norms of Jasper 10x5, Triton's launches are recorded and not run.
 """

@@ -1,11 +1,11 @@
-"""Each instruction of csrc/cuda/ptx.cuh, run on a device, does what the PTX ISA says. The functions that emulate these
-instructions on the host, their "host twins", follow the same text.
+"""Instructions of csrc/cuda/ptx.cuh, run on a device, do what the PTX ISA says. The functions that emulate them on the
+host, their "host twins", follow the same text.
 
     python tests/test_cuda_probe.py    prints how many clocks products of wgmma take if their operand begins at
                                        different rows of a panel, and what 128-byte swizzle does
 
-The tests assert everything that the kernels rely on. What an operand with swizzle reads, if it begins inside the
-swizzle's pattern, is only printed.
+The tests assert what the kernels rely on. What an operand with swizzle reads, if it begins inside the swizzle's
+pattern, is only printed.
 """
 
 import ctypes

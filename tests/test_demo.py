@@ -191,7 +191,7 @@ def test_the_comparison_is_the_benchs(bench, tmp_path):
 
 
 def test_a_benchmark_that_ends_early_ends_the_comparison(bench, tmp_path, monkeypatch):
-    """Ctrl-C is status 130 of the benchmark. The results of an earlier run must not be taken for those of this one."""
+    """After Ctrl-C the benchmark returns 130. The results of an earlier run must not be taken for those of this one."""
     compare.compare(learn.CONFIG, tmp_path, (8, 208), torch.device("cpu"), 3.0)
     monkeypatch.setattr(sys.modules["jasper_fast.bench.cli"], "main", lambda argv: 130)
     with pytest.raises(SystemExit, match="130"):

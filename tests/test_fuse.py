@@ -297,7 +297,7 @@ def test_a_block_of_separable_and_ordinary_convs_is_fused_but_no_engine_runs_its
 
 @pytest.mark.parametrize("which", KINDS)
 def test_lengths_beyond_the_frames_and_below_zero(which):
-    """They mask all frames or none, as in the model itself, with an engine and without."""
+    """A length beyond the frames masks none of them and a negative length masks all, with an engine and without."""
     lengths = torch.tensor([70, 40, -3])
     plain, fused = twins(which)
     for mode in (torch.no_grad, torch.enable_grad):
@@ -334,7 +334,7 @@ def test_utterances_shorter_than_an_unpadded_conv():
 
 @pytest.mark.parametrize("which", KINDS)
 def test_torch_export(which):
-    """NVIDIA's and NeMo's blocks share one ReLU, for which torch.export puts a subclass in its place."""
+    """NVIDIA's and NeMo's blocks use one ReLU at several places, where torch.export puts an instance of a subclass."""
     plain, fused = twins(which)
     exported = torch.export.export(fused, (features(), LENGTHS)).module()
     torch.testing.assert_close(call(exported, features()), call(plain, features()), rtol=1e-4, atol=1e-5)
@@ -342,7 +342,7 @@ def test_torch_export(which):
 
 @pytest.mark.parametrize("undo", [fuse, unfuse])
 def test_a_class_derived_from_the_fused_one(undo):
-    """fully_shard (FSDP2) replaces a block's class by a subclass of itself and of FSDPModule."""
+    """fully_shard (FSDP2) replaces the class of a block by a subclass of FSDPModule and of that class."""
 
     class FSDPModule:
         pass

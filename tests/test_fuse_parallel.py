@@ -25,8 +25,8 @@ def _step(model: nn.Module, x: torch.Tensor, lengths: torch.Tensor) -> None:
 
 
 def _in_parallel(rank: int) -> dict[tuple, dict[str, torch.Tensor]]:
-    """Returns gradients and buffers of one step on this rank, by case: fused before DDP or SyncBN, after it, or
-    never."""
+    """Returns gradients, buffers and an evaluation's output after one step on this rank, by case: fused before DDP or
+    SyncBN, after it, or never."""
     found = {}
     for when, synced in CASES:
         model = build("nvidia").train()
