@@ -4,6 +4,7 @@ For all convs and norms of Jasper 10x5, Triton's launches are recorded and not r
 """
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -46,6 +47,11 @@ def jasper10x5():
     return models.config("jasper10x5")
 
 
+def network(config) -> EagerJasper:
+    with torch.device("meta"):
+        return EagerJasper(config)
+
+
 def moved(launches) -> int:
     """Returns how many elements of activations and weights the launches have moved, and clears the list.
 
@@ -69,8 +75,7 @@ def hollow(jasper10x5) -> Jasper:
 
 @pytest.fixture
 def eager(jasper10x5) -> EagerJasper:
-    with torch.device("meta"):
-        return EagerJasper(jasper10x5)
+    return network(jasper10x5)
 
 
 # ------------------------------------------------------------------ the whole network
@@ -90,6 +95,46 @@ def test_every_norm_of_jasper_10x5_is_counted_where_it_stands(jasper10x5, eager)
             found[f"{stem}.{int(last) + 1}"] = conv.output
     assert found == seen and len(found) == 108
     assert Counter(conv.place for conv in convs) == {"inner": 40, "joined": 10, "end": 3, "pane": 55, "head": 1}
+
+
+def test_every_conv_of_jasper_10x5_is_counted_as_pytorch_counts_it(jasper10x5, eager):
+    T, seen = 416, {}
+
+    def record(name, module, inputs, output):
+        weights = sum(p.numel() for p in module.parameters())
+        seen[name] = (weights, 4 * (inputs[0].numel() + weights + output.numel()), output.shape[2])
+
+    for name, module in eager.named_modules():
+        if isinstance(module, torch.nn.Conv1d):
+            module.register_forward_hook(functools.partial(record, name))
+    flops = FlopCounterMode(display=False, depth=8)
+    with flops, torch.device("meta"):
+        eager(torch.empty(N, 64, T), torch.empty(N, dtype=torch.int64))
+    by_module = {k.removeprefix("EagerJasper."): v for k, v in flops.get_flop_counts().items()}
+    ours = {conv.name: conv for conv in counts.convs(jasper10x5, N, T)}
+    assert list(ours) == list(seen) and len(ours) == 109
+    for name, conv in ours.items():
+        bias = conv.N * conv.T_out * conv.C_out if conv.bias else 0  # PyTorch's counter leaves the bias out
+        assert sum(by_module[name].values()) == conv.flops - bias, name
+        assert (conv.weights, conv.nbytes(4), conv.T_out) == seen[name], name
+
+
+def test_jasper_10x5_totals(jasper10x5, eager):
+    assert counts.parameters(jasper10x5) == sum(p.numel() for p in eager.parameters()) == 332_632_349
+    assert counts.forward_flops(jasper10x5, 1, 1680) / 840 == pytest.approx(0.665e9, rel=1e-3)
+    assert counts.forward_flops(jasper10x5, 1, 208) == pytest.approx(69e9, rel=0.01)
+
+
+def test_quartznets_counts_are_its_models():
+    """Unlike Jasper, QuartzNet has convs with groups."""
+    config = models.config("quartznet15x5")
+    model = network(config).eval()
+    assert counts.parameters(config) == sum(p.numel() for p in model.parameters()) == 18_924_381
+    found = {f"{conv.name}.weight" for conv in counts.convs(config, 1, 64)}
+    assert found == {name for name, p in model.named_parameters() if p.dim() == 3}
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(2, 64, 208, device="meta"), torch.empty(2, dtype=torch.int64, device="meta"))
+    assert abs(counts.forward_flops(config, 2, 208) / counter.get_total_flops() - 1) < 1e-3
 
 
 @pytest.mark.slow
