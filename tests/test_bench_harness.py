@@ -1,4 +1,4 @@
-"""The harness of bench: ratios and their intervals, second visits, and results of an interrupted run."""
+"""The harness of bench: ratios and their intervals, second visits, results of an interrupted run, cuDNN's search."""
 
 import dataclasses
 import itertools
@@ -7,11 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_runs import CPU, again, make_run, softplus_case, written
+from bench_runs import CPU, CUDA, FAST, again, make_run, softplus_case, written
 from conftest import raising
+from standins import spied
 
-from jasper_fast.bench.cases import bn_relu_dropout, by_layer, common
-from jasper_fast.bench.harness import checking, devices, ratios, result_file, timing
+from jasper_fast.bench.cases import bn_relu_dropout, by_layer, common, train
+from jasper_fast.bench.commands import launches, memory
+from jasper_fast.bench.gpu import agenda
+from jasper_fast.bench.harness import checking, cudnn_search, devices, ratios, result_file, timing
 from jasper_fast.bench.harness.case import Contender, Effort, Runner
 from jasper_fast.bench.harness.measurement import Measurement
 from jasper_fast.bench.report import words
@@ -148,3 +151,61 @@ def test_run_cut_off_keeps_its_rows_and_resumes(run):
 def test_deadline_stops_the_run(tmp_path):
     run = make_run(tmp_path, deadline=0.0)
     assert run.out_of_time() and run.cases("test", [softplus_case({})]) == []
+
+
+# ------------------------------------------------------------------ cuDNN searches only where contenders run
+
+
+@pytest.fixture
+def searching():
+    """Turns the search on, as on a GPU; on a CPU the flag has no effect."""
+    cudnn_search.on(CUDA)
+    assert searches()
+    yield
+    cudnn_search.on(CPU)
+    assert not searches()
+
+
+def searches() -> bool:
+    return torch.backends.cudnn.benchmark
+
+
+def test_contenders_are_searched_for_and_answers_are_not(searching):
+    seen: dict[str, set[bool]] = {"theirs": set(), "answers": set()}
+
+    def spy(name: str, function):
+        return lambda *a: seen[name].add(searches()) or function(*a)
+
+    case = softplus_case({"eager": spy("theirs", F.softplus)})
+    answers = {name: spy("answers", getattr(case, name)) for name in ("reference", "low")}
+    m = Measurement(dataclasses.replace(case, **answers), CPU)
+    checking.prepare(m)
+    timing.measure(m, FAST)
+    assert seen == {"theirs": {True}, "answers": {False}} and searches()
+
+
+def test_a_search_goes_on_after_an_answer_that_failed(searching):
+    m = Measurement(dataclasses.replace(softplus_case({}), reference=lambda: 1 / 0), CPU)
+    checking.prepare(m)
+    assert m.failed and searches()
+
+
+@pytest.mark.parametrize("judged_at", [(1, 64), (2, 64)])
+def test_a_step_is_searched_for_at_the_batch_that_is_timed(judged_at, searching, tmp_path, monkeypatch):
+    """Shows that cuDNN searches in the check if the check has the timed batch size. The timed calls would be too
+    late, because cuDNN searches only in the first call with a shape."""
+    monkeypatch.setattr(train, "judged_size", lambda *_: judged_at)
+    runner = train.case(make_run(tmp_path, rivals="eager"), "small", 2, 64, "forward+backward").contenders[1].build()
+    seen = spied(monkeypatch, train.Batch, "loss", lambda *_: searches())
+    runner.outputs()
+    runner.run()
+    assert seen == [judged_at == (2, 64), True]
+
+
+def test_bytes_and_launches_are_counted_without_a_search(searching, tmp_path, monkeypatch):
+    run, seen = make_run(tmp_path), []
+    monkeypatch.setattr(memory, "measure", lambda *_: seen.append(searches()) or [])
+    memory.main(run, (("small", 1, 32),))
+    monkeypatch.setattr(launches, "main", lambda run: seen.append(searches()))
+    agenda.all_launches(run)
+    assert seen == [False, False] and searches()

@@ -5,8 +5,7 @@ import torch
 from close import assert_close
 from engines import valid
 from standins import spied
-from test_conv1d_cuda import Face
-from test_conv1d_cuda_chain import depends, emulation
+from test_conv1d_cuda import Face, depends, emulation
 from test_golden import _build, _loss, golden  # noqa: F401 (a fixture)
 
 from jasper_fast import InferenceEngine, ops

@@ -10,9 +10,7 @@ import mutant_rig
 import pytest
 import torch
 from cuda_mutants import MUTANTS, WGMMA, WGRAD, WGRAD90
-from test_conv1d_cuda import DIRECTIONS, FUSED, Face, check_inference
-from test_conv1d_cuda_chain import LAYERS as CHAINED
-from test_conv1d_cuda_chain import check_early
+from test_conv1d_cuda import CHAINED, DIRECTIONS, FUSED, Face, check_early, check_inference
 
 from jasper_fast.kernels.conv1d import cuda_launch, cuda_tiles
 

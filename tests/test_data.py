@@ -348,7 +348,7 @@ def test_preloaded_is_the_same(corpus, tmp_path, workers):
     for a, b in zip(plain, load(preloaded, workers), strict=True):
         assert torch.equal(a.audio, b.audio) and a.texts == b.texts
     assert preloaded.skipped.counts == {"unreadable": 1}
-    # an utterance with a choice of files is never kept in memory
+    # an utterance with alternatives is never kept in memory
     preloaded.reader.preload([Utterance("none.wav", 1e9, "x", alternatives=("none.wav",))])
     with pytest.raises(ValueError, match="GiB of audio exceed"):
         preloaded.reader.preload(everything, max_gib=1e-5)
