@@ -1,4 +1,4 @@
-"""Conv layers for the tests of the Triton and CUDA kernels: their inputs, and gradients by plain PyTorch."""
+"""Conv layers for the tests of the Triton and CUDA kernels, their inputs, and the results of plain PyTorch."""
 
 import torch
 from torch import Tensor
@@ -36,8 +36,19 @@ def make(layer: Layer, dtype: torch.dtype, device: torch.device) -> tuple:
     return ntc(x.to(device, dtype)), weight, Geometry(stride, dilation * (k - 1) // 2, dilation), lengths
 
 
-def gradients(x: Tensor, weight: Tensor, dy: Tensor, stride: int, padding: int, dilation: int) -> tuple[Tensor, Tensor]:
-    """Returns dx and dweight by autograd."""
-    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    F.conv1d(x, weight, None, stride, padding, dilation).backward(dy)
-    return x.grad, weight.grad
+def pytorch(
+    x: Tensor,
+    weight: Tensor,
+    dy: Tensor,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    before: Tensor | None = None,
+    after: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Returns y, dx and dw of F.conv1d and autograd in `dtype`. x and dx are zero at t >= `before`, y and dy at
+    t >= `after`."""
+    x = mask(x, before).to(dtype).clone(memory_format=torch.contiguous_format).requires_grad_()
+    weight = weight.to(dtype).clone().requires_grad_()
+    y = mask(F.conv1d(x, weight, None, *geometry, x.shape[1] // weight.shape[1]), after)
+    y.backward(mask(dy, after).to(dtype))
+    return {"y": y.detach(), "dx": mask(x.grad, before), "dw": weight.grad}

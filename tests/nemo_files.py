@@ -62,6 +62,5 @@ def write_halves(folder: Path, model: nn.Module) -> tuple[Path, Path]:
     """Writes the two files that NeMo 0.x makes of a model; returns the paths of encoder and decoder."""
     paths = folder / "JasperEncoder-STEP-100.pt", folder / "JasperDecoderForCTC-STEP-100.pt"
     for path, part in zip(paths, ("encoder.", "decoder."), strict=True):
-        state = {k.removeprefix(part): v for k, v in entries(model).items() if k.startswith(part)}
-        torch.save(state, path)
+        torch.save({k.removeprefix(part): v for k, v in entries(model).items() if k.startswith(part)}, path)
     return paths

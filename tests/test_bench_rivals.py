@@ -269,8 +269,7 @@ def test_a_graph_s_answers_are_of_the_call_s_own_inputs(monkeypatch):
     model = models.eager(config, models.weights(config, CPU, 64)).eval().requires_grad_(False)
     call = cuda_graphs.cuda_graph(model)
     inputs = [models.features(config, N, 64, CPU, seed, ragged=True) for seed, N in ((1, 2), (2, 2), (3, 1))]
-    found = [call(*i) for i in inputs]
-    for i, (log_probs, lengths) in zip(inputs, found, strict=True):
+    for i, (log_probs, lengths) in zip(inputs, [call(*i) for i in inputs], strict=True):
         want, out_lengths = model(*i)
         assert torch.equal(log_probs, want) and torch.equal(lengths, out_lengths)
     assert len(made) == 2

@@ -4,9 +4,10 @@ import pytest
 import torch
 from close import assert_close
 from conftest import assert_raises
+from conv_cases import pytorch
 from engines import batch, config, pair, valid
 from standins import CPU, verdicts_of_its_own  # noqa: F401 (a fixture)
-from test_conv1d import CASES, PADDED, Case, make, pytorch
+from test_conv1d import CASES, PADDED, Case, make
 
 from jasper_fast import InferenceEngine
 from jasper_fast.dispatch import choose
@@ -189,8 +190,8 @@ def test_the_weight_gradient_multiplies_bf16_and_sums_in_fp32(case, cpu) -> None
     """Shows that the gradient is as close to fp64 as PyTorch's in fp32, which is computed from the same bf16 inputs."""
     x, weight, dy, lengths = make(case)
     x, dy = x.to(BF16), dy.to(BF16)
-    low, ref = (pytorch(case, x, weight, dy, lengths, d)[2] for d in (torch.float32, torch.float64))
-    assert_close("dw", cpu.wgrad(x, dy, case.k, case.geometry, lengths, torch.float32), low, ref)
+    low, ref = (pytorch(x, weight, dy, case.geometry, d, lengths) for d in (torch.float32, torch.float64))
+    assert_close("dw", cpu.wgrad(x, dy, case.k, case.geometry, lengths, torch.float32), low["dw"], ref["dw"])
 
 
 @pytest.mark.parametrize("has_bf16", [False, True])
@@ -201,6 +202,6 @@ def test_which_products_training_makes(has_bf16, cpu, monkeypatch) -> None:
     monkeypatch.setattr(cpu, "has_bf16", lambda: has_bf16)
     x, weight = x.to(BF16), weight * (1 + 2.0**-11)  # bf16 cannot represent this weight
     got = cpu.forward(x, weight, case.geometry).double()
-    exact, rounded = (pytorch(case, x, w, dy, None, torch.float64)[0] for w in (weight, weight.to(BF16)))
+    exact, rounded = (pytorch(x, w, dy, case.geometry, torch.float64)["y"] for w in (weight, weight.to(BF16)))
     near, far = (rounded, exact) if has_bf16 else (exact, rounded)
     assert (got - near.to(BF16)).abs().sum() < (got - far.to(BF16)).abs().sum()

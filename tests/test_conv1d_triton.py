@@ -4,7 +4,7 @@ import pytest
 import torch
 from close import assert_close
 from conftest import assert_raises, make_face, settle
-from conv_cases import LAYERS, gradients, make
+from conv_cases import LAYERS, make, pytorch
 from standins import spied, wrap
 from torch.nn import functional as F
 
@@ -196,7 +196,7 @@ def test_wgrad_of_two_taps_a_program_and_without_partials(layer, shares, monkeyp
     loads = count_descriptor_loads(monkeypatch)
     got = triton_impl.wgrad(x, dy, k, shape, lengths, torch.float32, clean=True)
     both = len(loads)
-    ref = gradients(x.double(), weight.double(), dy.double(), *shape)[1]
+    ref = pytorch(x, weight, dy, shape, torch.float64)["dw"]
     assert_close("dw", got, ref.float(), ref, factor=4.0)
     assert torch.equal(got, triton_impl.wgrad(x, dy, k, shape, lengths, torch.float32, clean=True))
     assert torch.equal(got.half(), triton_impl.wgrad(x, dy, k, shape, lengths, clean=True))
@@ -224,7 +224,7 @@ def test_padding_that_is_zero_gives_the_same_bits_as_padding_that_is_masked(name
     assert all(map(torch.equal, got, triton_impl.forward_stats(poisoned, weight, shape, lengths)))
     assert torch.equal(triton_impl.fused(x.transpose(1, 2), *given, lengths=Lengths(lengths), clean=True), z)
     got = triton_impl.wgrad(x, dy, k, shape, lengths, clean=True)
-    assert_close("dw", got, dw, gradients(x.double(), weight.double(), dy.double(), *shape)[1])
+    assert_close("dw", got, dw, pytorch(x, weight, dy, shape, torch.float64)["dw"])
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(torch.nan, torch.float32), (torch.inf, torch.float16)], ids=str)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from close import assert_close
 from conftest import check_op, make_face, settle
+from conv_cases import pytorch
 from standins import CPU
 from torch import Tensor
 
@@ -37,7 +38,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def make(shape: tuple, dtype: torch.dtype, device: torch.device | None = None) -> tuple:
-    """Returns x and dy (in NTC memory, with NaN in their padding), the weight, the geometry and the lengths."""
+    """Returns x, the weight, dy, the geometry and the lengths. x and dy have NTC memory and NaN in their padding."""
     c, k, t, stride, dilation, lengths = shape
     geometry = Geometry(stride, k // 2 * dilation, dilation)
     n, t_out = 2 if lengths is None else len(lengths), geometry.frames(t, k)
@@ -48,19 +49,10 @@ def make(shape: tuple, dtype: torch.dtype, device: torch.device | None = None) -
     x, dy = torch.randn(n, c, t, device=device), torch.randn(n, c, t_out, device=device)
     weight = (torch.randn(c, 1, k, device=device) / k**0.5).to(dtype)
     x, dy = (ntc(mask(v.to(dtype), of, torch.nan)) for v, of in ((x, masks.before), (dy, masks.after)))
-    return x, dy, weight, geometry, masks
+    return x, weight, dy, geometry, masks
 
 
-def pytorch(x, dy, weight, geometry: Geometry, masks: Lengths, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Returns y, dx and dw of F.conv1d and autograd in `dtype`, masked as our results are."""
-    x = mask(x, masks.before).to(dtype).clone(memory_format=torch.contiguous_format).requires_grad_()
-    weight = weight.to(dtype).clone().requires_grad_()
-    y = mask(F.conv1d(x, weight, None, *geometry, weight.shape[0]), masks.after)
-    y.backward(mask(dy, masks.after).to(dtype))
-    return {"y": y.detach(), "dx": mask(x.grad, masks.before), "dw": weight.grad}
-
-
-def ours(impl, x, dy, weight, geometry: Geometry, masks: Lengths) -> dict[str, Tensor]:
+def ours(impl, x, weight, dy, geometry: Geometry, masks: Lengths) -> dict[str, Tensor]:
     return {
         "y": impl.forward(x, weight, geometry, masks),
         "dx": impl.dgrad(dy, weight, x.shape[2], geometry, masks),
@@ -77,19 +69,18 @@ def face_of(name: str):
 
 @pytest.mark.parametrize("case", CASES)
 def test_reference_is_conv1d(case: str) -> None:
-    args = make(CASES[case], torch.float64)
-    torch.testing.assert_close(ours(reference, *args), pytorch(*args, torch.float64))
+    *of, masks = make(CASES[case], torch.float64)
+    torch.testing.assert_close(ours(reference, *of, masks), pytorch(*of, torch.float64, *masks[:2]))
 
 
 def assert_right(name: str, shape: tuple, dtype: torch.dtype) -> None:
     impl, device = face_of(name)
-    args = make(shape, dtype, device)
-    low, ref = (pytorch(*args, of) for of in (dtype, torch.float64))
-    first = ours(impl, *args)
+    x, weight, dy, geometry, masks = make(shape, dtype, device)
+    low, ref = (pytorch(x, weight, dy, geometry, of, *masks[:2]) for of in (dtype, torch.float64))
+    first = ours(impl, x, weight, dy, geometry, masks)
     for part, got in first.items():
         assert part == "dw" or got.transpose(1, 2).is_contiguous()
         assert_close(f"{part} {dtype}", got, low[part], ref[part], 4.0)  # PyTorch's sums may by chance be better
-    x, dy, _, geometry, masks = args
     assert torch.equal(impl.wgrad(x, dy, shape[1], geometry, masks), first["dw"])
 
 
@@ -126,7 +117,7 @@ def test_triton(case: str, tiles: str, monkeypatch) -> None:
 def test_slices_of_wider_rows(name: str) -> None:
     """Shows that x and y may be slices of wider rows, as in an engine, and that nothing beside y is written."""
     impl, device = face_of(name)
-    x, _, weight, geometry, masks = make(TRITON["k33"][0], torch.float32, device)
+    x, weight, _, geometry, masks = make(TRITON["k33"][0], torch.float32, device)
     c, wide = x.shape[1], torch.randn(2, x.shape[2], 3 * x.shape[1], device=device)
     wide[:, :, :c] = x.transpose(1, 2)
     before = wide.clone()
@@ -151,7 +142,7 @@ def test_the_output_lengths_are_made_and_may_mask_nothing(name: str) -> None:
     """In the engine, the first launch computes the output lengths. Here one length is larger than T, and is clamped."""
     same = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)  # padding of x is NaN
     impl, device = face_of(name)
-    x, _, weight, geometry, masks = make(TRITON["stride 2"][0], torch.float32, device)
+    x, weight, _, geometry, masks = make(TRITON["stride 2"][0], torch.float32, device)
     given = torch.tensor([99, 11], device=device)
     for masked in (True, False):
         made, out = torch.empty_like(given), torch.empty(2, 21, 20, device=device)
@@ -166,12 +157,12 @@ def test_any_number_of_threads_and_any_batch_give_the_same_bits() -> None:
     cpu, _ = face_of("cpu")
     geometry, lengths = Geometry(1, 31), torch.tensor([300, 171, 40])
     x, dy, weight = ntc(torch.randn(3, 70, 300)), ntc(torch.randn(3, 70, 300)), torch.randn(70, 1, 63)
-    whole = ours(cpu, x, dy, weight, geometry, Lengths(lengths, lengths))
+    whole = ours(cpu, x, weight, dy, geometry, Lengths(lengths, lengths))
     for i, length in enumerate(lengths.tolist()):
         assert torch.equal(cpu.forward(ntc(x[i : i + 1, :, :length]), weight, geometry)[0], whole["y"][i, :, :length])
     for count in (1, 3, 7):
         torch.set_num_threads(count)
-        torch.testing.assert_close(ours(cpu, x, dy, weight, geometry, Lengths(lengths, lengths)), whole, rtol=0, atol=0)
+        torch.testing.assert_close(ours(cpu, x, weight, dy, geometry, Lengths(lengths, lengths)), whole, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

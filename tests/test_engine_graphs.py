@@ -216,8 +216,7 @@ def test_a_first_call_that_is_not_captured_has_no_rows_of_its_bucket(monkeypatch
     _, ours = pair(config(), "reference")
     engine = InferenceEngine(ours, graphs=True, bucket=8)
     engine._run.shapes.patient = True  # as with graphs="auto" on a GPU
-    shapes = [engine(*batch([21, 17]))[0].shape for _ in range(2)]
-    assert shapes == [(2, 11, 7)] * 2 and captured(engine) == 1
+    assert [engine(*batch([21, 17]))[0].shape for _ in range(2)] == [(2, 11, 7)] * 2 and captured(engine) == 1
 
 
 class FakeCuda:

@@ -262,9 +262,6 @@ def test_nemo_convention(theirs, ours):
     torch.testing.assert_close(features.double(), expected, atol=2e-3, rtol=1e-3)
     alone, _ = module(audio[1:2, :12345], lengths[1:2])
     torch.testing.assert_close(alone[0, :, :77], features[1, :, :77], atol=1e-4, rtol=1e-4)
+    assert (module.frames(319), LogMelFeatures().frames(319)) == (1, 2)
     assert torch.equal(module(audio, lengths)[0], features)
     assert not torch.equal(module.train()(audio, lengths)[0], features)  # dither applies in training
-
-
-def test_nemo_frames():
-    assert LogMelFeatures(convention="nemo").frames(319) == 1 and LogMelFeatures().frames(319) == 2
