@@ -1,6 +1,6 @@
 """Builds CUDA kernels as host C++ with the emulation in csrc/cuda/emulate: libraries, and programs for sanitizers.
 
-They are written to build/emulated. Their names contain a hash of everything that goes into them, so test files and
+Both are written to build/emulated. Their names contain a hash of everything that goes into them, so test files and
 parallel processes share each build.
 """
 

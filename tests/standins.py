@@ -225,7 +225,7 @@ def tuning_on_an_imaginary_gpu(own_cache, monkeypatch, tmp_path):
 
 def forked(*bodies) -> list[int]:
     """Runs each of `bodies` in its own forked process, all at the same time. Returns their wait statuses: 0 for a body
-    that returned, or the signal that ended the process."""
+    that returned, 256 for one that raised an error, or the number of the signal that ended the process."""
     pids = []
     for body in bodies:
         pids.append(os.fork())

@@ -167,7 +167,7 @@ def test_foreign_files_are_named(tmp_path, name, write, message):
 
 
 def test_a_lack_of_memory_is_not_called_damage(tmp_path, monkeypatch):
-    """If it were, a resumed run would take an older checkpoint."""
+    """If a lack of memory counted as damage, a resumed run would take an older checkpoint."""
     folder = Folder(tmp_path)
     folder.save(run_state(1))
     monkeypatch.setattr(torch, "load", lambda *_, **__: torch.empty(2**50))

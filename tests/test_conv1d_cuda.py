@@ -226,8 +226,8 @@ def test_plans_know_the_rate_of_the_gpu(monkeypatch: pytest.MonkeyPatch, capabil
 
 # ---- launches that may begin while the previous launch still runs ----
 
-# They touch only weights before they wait for the end of the previous launch. The emulation begins such a launch with
-# NaN in all memory that the previous launch may read or write. It restores the memory only when no thread can go on
+# Such a launch touches only weights before it waits for the end of the previous launch. The emulation begins it with
+# NaN in all memory that the previous launch may read or write. The memory is restored only when no thread can go on
 # before it has waited (csrc/cuda/emulate/grids.cpp).
 CHAINED = {
     # layer, channels of the panes, whether several CTAs share a tile
