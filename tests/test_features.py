@@ -210,6 +210,9 @@ def test_augment_from_config():
     assert nested.spec_augment.freq_masks == 2 and nested.cutout is None and nested.speaker_warp is None
     flat = augment.from_config({"cutout_augment": {"masks": 5, "max_freq": 50}, "speaker_warp": {"max_warp": 1.1}})
     assert flat.cutout.masks == 5 and flat.speaker_warp.max_warp == 1.1
+    bank = {"speaker_warp": {"max_warp": 1.1}, "n_filt": 40}
+    assert augment.from_config({"filterbank_features": bank}).speaker_warp.max_warp == 1.1
+    assert LogMelFeatures.from_config(bank).n_mels == 40
     assert (flat(ones(), torch.full((200,), 100)) == 0).any()
 
 

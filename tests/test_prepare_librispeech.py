@@ -205,6 +205,13 @@ def test_wrong_wishes_are_told_before_anything_is_done(tmp_path: Path, capsys, m
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_checksums_of_an_unknown_set_need_a_source_too(tmp_path: Path, capsys) -> None:
+    (tmp_path / "sums").write_text(f"{'0' * 32}  mine.tar.gz\n")
+    chosen = ["--out", str(tmp_path / "out"), "--checksums", str(tmp_path / "sums"), "--sets", "mine"]
+    assert main(["prepare", "librispeech", *chosen]) == 2
+    assert "no set 'mine'" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_a_second_run_in_the_same_folder_is_kept_out(tmp_path: Path, archives, capsys) -> None:
     with writing.alone_in(tmp_path / "out"), corpora.Server(archives) as server:
         assert main(arguments(tmp_path, server.url, archives)) == 2

@@ -41,16 +41,16 @@ def collate(items: Sequence[Item]) -> Batch:
 
 
 class BatchSampler:
-    """Decides which items form which batch. The batches of an epoch depend only on (seed, epoch), so that a resumed run
-    need only skip the steps already done.
+    """Decides which items form which batch. All random choices depend only on (seed, epoch), so that a resumed run need
+    only skip the steps already done.
 
     ``durations`` in seconds: a list, or a function of the epoch (``dataset.durations``). At least one limit must be
     given: ``batch_size`` (utterances per batch and rank), or ``max_seconds`` of audio per batch and rank, padding
     included. An utterance longer than ``max_seconds`` is a batch of its own.
 
     ``bucketing`` puts items of similar length together: it sorts them by length times a random factor from 1 to 1.1.
-    Batches are shuffled. With ``shuffle=False`` items keep the given order or, with bucketing, are sorted by length. If
-    ``window`` is given, they are sorted only within groups of ``window`` consecutive items.
+    Batches are shuffled. With ``shuffle=False`` nothing is random: items keep the given order or, with bucketing, are
+    sorted by length. If ``window`` is given, they are then sorted only within groups of ``window`` consecutive items.
 
     Each utterance is used by one of the ``world_size`` ranks. With shuffling, every rank has the same number of steps.
     To make the numbers equal, large batches are halved; once every batch is a single utterance, some are repeated. If
@@ -60,7 +60,7 @@ class BatchSampler:
     ``shards`` is the shard number of each utterance, from 0 on. Shuffled batches are then made from the items of
     ``open_shards`` randomly chosen shards at a time, so that few files are read at a time.
 
-    Raises ValueError for sizes that are not positive or a rank out of range.
+    Raises ValueError if no limit is given, for sizes that are not positive, and for a rank out of range.
     """
 
     def __init__(
@@ -184,8 +184,8 @@ def load_batches(
     """Yields the batches of an epoch from ``start_step`` on, loaded by ``workers`` processes (0: by this process). With
     ``endless`` the same processes continue with all later epochs.
 
-    Skipped utterances are added to ``dataset.skipped``. A process that dies is replaced, and its batch is read again;
-    after three deaths the batch is yielded empty. No random numbers are drawn from torch's global generator.
+    Skipped utterances are added to ``dataset.skipped``. If a process dies, new ones are started, and the batch is read
+    again; after three deaths it is yielded empty. No random numbers are drawn from torch's global generator.
     """
     place = epoch, start_step
     while True:
@@ -195,8 +195,8 @@ def load_batches(
             while (batch := next(source, None)) is not None:
                 yield _recorded(dataset, batch, ahead.popleft()[0])
             return
-        # The next batch is missing. The other processes have ended with the error, which held their iterator. A process
-        # of its own reads the batch, and new processes read all later batches.
+        # The next batch is missing. The loop's iterator is gone, and with it all other processes. A process of its own
+        # reads the batch, and new processes read all later batches.
         place, items = ahead.popleft()
         yield _recorded(dataset, _alone(dataset, items, place[0], pin_memory), place)
         place = place[0], place[1] + 1

@@ -24,7 +24,7 @@ from jasper_fast.data.settings import AudioSettings
 from jasper_fast.speech.audio import AudioError, ShortAudio
 from jasper_fast.speech.text import UnknownSymbolError, Vocabulary, normalize_and_lost
 
-_SUBSTITUTES = 8  # in training, how many other utterances are tried in place of an unreadable one
+_SUBSTITUTES = 8  # in training, how many other utterances are tried in place of an unusable one
 
 
 @dataclass
@@ -56,13 +56,14 @@ class SpeechDataset(Dataset):
     when they are read.
 
     Indexed by ``index`` or ``(epoch, index)``; returns Items for ``collate``. For training, the dataset leaves out
-    utterances whose duration in the manifest (before any perturbation) is outside the settings' bounds, whose text is
-    empty after normalisation, or (unless utterances are joined) which have fewer output frames than CTC needs.
-    ``frame_samples`` is the number of samples per output frame, the hop times the model's stride. In place of an
-    utterance that cannot be read, training gets one of similar length. If utterances are joined, it is only left out.
+    utterances whose duration in the manifest (before any perturbation) is unknown or outside the settings' bounds,
+    whose text is empty after normalisation, or (unless utterances are joined) which have fewer output frames than CTC
+    needs. ``frame_samples`` is the number of samples per output frame, the hop times the model's stride. An utterance
+    whose audio cannot be used is replaced by one of similar length, or, if utterances are joined, only left out.
 
     With ``training=False`` nothing is perturbed, joined or replaced, and utterances of any length and with empty text
-    are kept. Unreadable files are skipped. Of a truncated file the available audio is used, with a warning.
+    are kept. Unreadable files are skipped. If a file is shorter than its header or the manifest says, the available
+    audio is used, with a warning.
 
     Utterances whose text (after normalisation, unless that is switched off) has symbols that are not labels are always
     left out. ``kept`` lists the indices of the remaining utterances in the argument ``utterances``. Raises ValueError
@@ -155,7 +156,7 @@ class SpeechDataset(Dataset):
         return (self.settings.join and self.settings.join.items) or len(self.utterances)
 
     def durations(self, epoch: int = 0) -> list[float]:
-        """Returns the seconds of every item in an epoch, after joining and perturbation."""
+        """Returns the seconds of every item in an epoch, after joining and perturbation, by the manifest."""
         if self.settings.join is None and self.settings.perturb.keeps_length:
             return list(self._seconds)
         draws = (self._draw(epoch, i) for i in range(len(self)))

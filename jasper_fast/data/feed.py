@@ -22,7 +22,8 @@ class Wait:
 
 
 def feed(batches: Iterable[Batch], device: torch.device, wait: Wait) -> Iterator[Batch]:
-    """Yields the batches with audio and targets on the device. Lengths stay on the host, where the CTC loss reads them.
+    """Yields the batches with audio and targets on the device. Lengths stay on the host, where PyTorch's CTC
+    loss reads them.
 
     Batches are copied to a GPU on a separate stream. A batch in pinned memory is copied while the GPU still computes
     the step before. The seconds that the host waits for batches are added to ``wait``.

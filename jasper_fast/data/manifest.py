@@ -13,7 +13,7 @@ from jasper_fast.data.shards import Packed, locate
 from jasper_fast.speech import audio
 from jasper_fast.speech.audio import AudioError, Memory
 
-_SHOWN = 40  # symbols that a message about lost symbols lists at most
+_SHOWN = 40  # a message about lost symbols lists at most this many of them
 
 
 class ManifestError(ValueError):
@@ -79,9 +79,9 @@ def read_manifest(
 
     ``path`` may be a URL or a pattern (manifest__OP_0..127_CL_.json). Relative paths start at ``data_dir``, by default
     the manifest's folder; for shards ``data_dir`` may be the pattern of their paths. A missing duration is read from
-    the file's header. If that fails, it is NaN, which the dataset reports. Of the ``files`` of an entry only the one at
-    speed 1 is used; with ``offline_speeds`` all become alternatives. Raises ManifestError, which names the line or
-    entry.
+    the file's header. If that fails, it is NaN, which the dataset reports. Of the ``files`` of an entry only the first
+    at speed 1 is used (if there is none, the first); with ``offline_speeds`` all become alternatives. Raises
+    ManifestError, which names the line or entry.
     """
     utterances = []
     for found in each_utterance(path, data_dir, offline_speeds):
@@ -185,7 +185,8 @@ def _utterance(entry: Any, root: str, offline_speeds: bool) -> Utterance:
 
 
 class Skipped(NamedTuple):
-    """Why the utterance ``name`` was left out: ``reason`` is a category for counting, ``detail`` a sentence."""
+    """Why the utterance ``name`` was left out, or used with a warning. ``reason`` is a category for counting,
+    ``detail`` a sentence."""
 
     name: str
     reason: str

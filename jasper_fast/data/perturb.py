@@ -58,8 +58,8 @@ class Chance:
     the value that leaves the samples unchanged.
 
     The distribution is uniform, or log-uniform with ``log``. With ``discrete`` the number is low, nothing or high.
-    Raises ValueError for an empty range, for factors (``nothing`` is 1) that are not positive, and for a ``p`` that is
-    no probability.
+    Raises ValueError for an empty range, for factors (``nothing`` is 1) that are not positive, and for a ``p``
+    outside [0, 1].
     """
 
     low: float

@@ -20,8 +20,8 @@ def is_url(place: str) -> bool:
 
 
 def joined(root: str, name: str) -> str:
-    """Returns ``name`` below ``root``, or ``name`` itself if it is a URL or an absolute path. Raises TypeError if it is
-    not a string."""
+    """Returns ``name`` below ``root``, or ``name`` itself if it is a URL or an absolute path. Raises TypeError if
+    ``name`` is not a string."""
     if not isinstance(name, str):
         raise TypeError(f"a path must be a string, got {name!r}")
     if is_url(name) or os.path.isabs(name):

@@ -12,7 +12,7 @@ from jasper_fast.data.shards import Packed
 from jasper_fast.speech import audio
 from jasper_fast.speech.audio import AudioError, Memory, ShortAudio
 
-_ROUNDING = 0.1  # seconds by which, plus 1 %, the duration in a manifest may exceed the file's
+_ROUNDING = 0.1  # seconds; the duration in a manifest may exceed the file's by this and 1 %
 
 
 class AudioReader:

@@ -1,9 +1,9 @@
 """Finds and reads utterances packed in tar files (shards), as NeMo and WebDataset write them.
 
 Each utterance is read from its byte range of the shard; the library `webdataset` would read the shard from front to
-back. With byte ranges the batches of an epoch depend only on its seed, utterances of similar length share a batch, and
-a run can resume at any step with any number of processes. The sampler uses few shards at a time, and all utterances
-that a batch needs from an object store are requested together.
+back. With byte ranges the batches of an epoch depend only on its number and the seed, utterances of similar length
+share a batch, and a run can resume at any step with any number of processes. The sampler uses few shards at a time, and
+all utterances that a batch needs from an object store are requested together.
 """
 
 import functools

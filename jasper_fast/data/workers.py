@@ -28,8 +28,8 @@ def begin(
     """Returns an iterator over batches, which ``workers`` processes load (0: this process). ``keys`` yields for each
     batch the keys of its items in the dataset.
 
-    The iterator raises WorkerDied if the process that loads the next batch has died. When the iterator is deleted, the
-    processes end.
+    The iterator raises WorkerDied if a process has died and the next batch does not arrive. When the iterator is
+    deleted, the processes end.
     """
     loader = DataLoader(
         dataset,
@@ -42,7 +42,7 @@ def begin(
     )
     before = signal.getsignal(signal.SIGCHLD)
     # Libraries such as OpenBLAS start threads in a new process before `_outlive_signals` runs there. A thread that does
-    # not block SIGTERM would take it away from `wait`.
+    # not block SIGTERM would take the signal away from `wait`.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         source = iter(loader)
@@ -61,7 +61,7 @@ def _named(source: Iterator[Any]) -> Iterator[Any]:
         message = str(error)
         if not _DEATH.match(message) and (isinstance(error, RuntimeError) or message.startswith("Caught ")):
             raise
-        advice = "a worker process died; if it was killed for lack of memory, set a smaller --num-workers"
+        advice = "a worker process died; if it was killed for lack of memory, use fewer worker processes"
         raise WorkerDied(f"{advice} ({message.splitlines()[0].strip() if message else 'end of file'})") from None
 
 

@@ -47,8 +47,8 @@ class AudioError(Exception):
 
 
 class ShortAudio(AudioError):
-    """A file is shorter than its header ("truncated") or the manifest ("wrong_duration") says. ``samples`` is the
-    available audio, from ``start`` seconds on."""
+    """A file is shorter than its header says (``reason`` is "truncated") or than the manifest says ("wrong_duration").
+    ``samples`` is the available audio, from ``start`` seconds on."""
 
     def __init__(self, path: str | os.PathLike | Memory, cause: str, reason: str, samples: np.ndarray) -> None:
         super().__init__(path, cause)
@@ -57,7 +57,7 @@ class ShortAudio(AudioError):
 
 
 class _File(soundfile.SoundFile):
-    """A file that is read from front to back. soundfile would seek after each read, which some codecs cannot."""
+    """A file that is read from front to back. soundfile would seek after each read, which some codecs cannot do."""
 
     def seekable(self) -> bool:
         return False
@@ -163,7 +163,7 @@ def load(
     shorter than its header promises, so that more than 10 ms of the requested audio are missing.
     """
     if not (offset >= 0 and math.isfinite(offset)) or (duration is not None and not duration >= 0):
-        raise AudioError(path, f"offset={offset} and duration={duration} must not be negative")
+        raise AudioError(path, f"offset={offset} and duration={duration} must not be negative, nor the offset infinite")
     try:
         return _load(path, sample_rate, offset, duration)
     except MemoryError as error:
@@ -252,7 +252,8 @@ def silence_bounds(samples: np.ndarray, top_db: float = 60.0, frame: int = 2048,
     samples is centred on every ``hop``-th sample. It is silent if its power is more than ``top_db`` dB below that of
     the loudest frame.
 
-    If everything is silent, the part is all samples. Equivalent: ``librosa.effects.trim(samples, top_db)[1]``.
+    If everything is silent, the part is all samples. Equivalent: ``librosa.effects.trim(samples, top_db)[1]``, except
+    that librosa counts a frame below -100 dB of full scale as one of -100 dB.
     """
     if not len(samples):
         return 0, 0

@@ -21,7 +21,7 @@ class NotFinite(ValueError):
 
 @dataclass(frozen=True)
 class Word:
-    """A word of a transcript: text, start and end in seconds, and confidence (0 to 1)."""
+    """A word or symbol of a transcript: text, start and end in seconds, and confidence (0 to 1)."""
 
     text: str
     start: float
@@ -31,8 +31,8 @@ class Word:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A text that a beam search found. ``score`` is the search's, ``log_prob`` the natural logarithm of the text's CTC
-    probability, and ``symbols`` the classes of its symbols."""
+    """A text that a beam search found. ``score`` is the number by which the search ranked it, ``log_prob`` the natural
+    logarithm of the text's CTC probability, and ``symbols`` the classes of its symbols."""
 
     text: str
     score: float
@@ -100,8 +100,10 @@ def greedy_decode(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) ->
     the device once. Raises ValueError for wrong shapes or a wrong number of classes, and NotFinite, which names the
     batch items, for NaN in a valid frame.
 
-    Equivalent, for one utterance: ``[c for c, _ in itertools.groupby(log_probs[:length].argmax(-1).tolist())]``
-    without the blanks.
+    Equivalent, for one utterance::
+
+        path = log_probs[:length].argmax(-1).tolist()
+        text = vocabulary.decode(c for c, _ in itertools.groupby(path))  # decode drops the blanks
     """
     ids, _ = _best_path(log_probs, lengths, vocabulary)
     return [vocabulary.decode(row[_emitted(row, vocabulary.blank)].tolist()) for row in ids]

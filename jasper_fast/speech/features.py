@@ -14,10 +14,10 @@ from torch.nn import functional as F
 LOG_GUARDS = {"reference": 1e-20, "nemo": 2**-24}  # by convention: the value added before the logarithm
 STD_GUARD = 1e-5  # added to the standard deviation before the division
 _NOISE_PERIOD = 16384  # samples, after which the dither of evaluation mode repeats
-_AUGMENT_KEYS = ("spec_augment", "cutout_augment")  # may be in filterbank_features, but are read by augment.py
+_AUGMENT_KEYS = ("spec_augment", "cutout_augment", "speaker_warp")  # keys that augment.py reads
 
 _SAME = "sample_rate window_size window_stride window n_fft dither normalize log pad_to_max_duration max_duration"
-# from keys of filterbank_features, in NVIDIA's, NeMo's or our configurations, to names of arguments
+# Maps the keys of filterbank_features, in NVIDIA's, NeMo's or our configurations, to names of arguments.
 _KEYS = {name: name for name in _SAME.split()} | {
     "n_filt": "n_mels",
     "pad_align": "pad_to_multiple",
@@ -83,13 +83,13 @@ class LogMelFeatures(nn.Module):
       its batch, unless the window of that frame ends within the utterance.
     - Dither is added in training and evaluation, as in NVIDIA's. In evaluation mode every call adds the same noise, so
       that a repeated call gives the same transcript; ``dither=0`` switches it off.
-    - Normalised per band, the features of an utterance of one frame are zeros. (NVIDIA's are NaN, because one value
+    - If an utterance has one frame, its features normalised per band are zeros. (NVIDIA's are NaN, because one value
       has no variance.)
     - A batch with S <= n_fft / 2, which is too short for the reflection, is extended by zeros. (NVIDIA's raises an
       error.)
 
     ``convention="nemo"`` makes the features of NeMo's FilterbankFeatures instead: lengths = samples // hop, zeros
-    beyond both ends of the audio, no pre-emphasis beyond the length, dither only in training, and a guard of 2^-24.
+    beyond both ends of the audio even after pre-emphasis, dither only in training, and a guard of 2^-24.
 
     For both conventions ``log_guard`` sets the guard. It is added to the power before the logarithm, or is the lower
     bound of the power with ``log_guard_type="clamp"``. ``mag_power`` is the exponent of the magnitude. ``normalize`` is
@@ -163,7 +163,7 @@ class LogMelFeatures(nn.Module):
             (self.hop_length > 0, f"{window_stride=} is shorter than a sample"),
             (
                 0 < self.win_length <= self.n_fft,
-                f"a window of {self.win_length} samples does not fit n_fft={self.n_fft}",
+                f"a window of {self.win_length} samples is not within 1..n_fft={self.n_fft}",
             ),
             (not pad_to_max_duration or math.isfinite(max_duration), "pad_to_max_duration needs max_duration"),
         ):
@@ -178,8 +178,8 @@ class LogMelFeatures(nn.Module):
     def from_config(cls, filterbank_features: dict[str, Any], **overrides: Any) -> Self:
         """Builds the features from NVIDIA's ``filterbank_features`` dict. ``overrides`` are arguments of this class.
 
-        spec_augment and cutout_augment in the dict are ignored; ``speech.augment.from_config`` reads them. Raises
-        ValueError naming an unknown key.
+        spec_augment, cutout_augment and speaker_warp in the dict are ignored; ``speech.augment.from_config`` reads
+        them. Raises ValueError for a wrong setting, and names an unknown key.
         """
         given = {key: value for key, value in filterbank_features.items() if key not in _AUGMENT_KEYS}
         if (spliced := given.pop("frame_splicing", 1)) != 1:

@@ -20,7 +20,7 @@ class Vocabulary:
 
     Either every label is one character, or every label is a word of two or more characters. A model for a few words
     (digits, commands) cannot misspell them if they are its labels. ``labels`` defaults to space, a-z, apostrophe.
-    Raises ValueError, which names the label, if two labels are equal after Unicode composition, or if characters and
+    Raises ValueError if there are no labels, if two of them are equal after Unicode composition, or if characters and
     words are mixed.
     """
 

@@ -21,7 +21,7 @@ from jasper_fast.data.reading import AudioReader
 from jasper_fast.speech.audio import AudioError, ShortAudio
 from jasper_fast.speech.text import UnknownSymbolError, Vocabulary, normalize_and_lost
 
-SILENT_DB = -60.0  # dB of full scale; an utterance whose loudest sample is below counts as silent
+SILENT_DB = -60.0  # dB of full scale; an utterance without a sample above this level counts as silent
 CLIPPED = 0.001  # an utterance with more than this fraction of its samples at full scale counts as clipped
 _FULL = 0.9995  # a sample of at least this absolute value counts as at full scale
 _WARNINGS = {"clipped", "out_of_alphabet"}  # an utterance that has only these faults is reported but kept
@@ -32,7 +32,7 @@ REASONS = {
     "wrong_duration": "the audio is shorter than the manifest says",
     "silent": f"all samples are below {SILENT_DB:g} dB of full scale",
     "clipped": f"more than {CLIPPED:.1%} of the samples are at full scale",
-    "empty_text": "the text has no symbol of the alphabet",
+    "empty_text": "no symbol of the text can be used",
     "too_long": "longer than --max-duration",
     "too_short": "shorter than --min-duration",
     "too_short_for_ctc": "fewer output frames than CTC needs for the text",

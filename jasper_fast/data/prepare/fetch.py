@@ -63,7 +63,7 @@ def fetch(url: str, target: Path, md5: str, progress: Progress) -> None:
         verify(part, md5, progress)
     except PrepareError as error:
         part.unlink()
-        raise PrepareError(f"{url}: {str(error).partition(': ')[2]}; it was deleted") from error
+        raise PrepareError(f"{url}: {str(error).partition(': ')[2]}; the download was deleted") from error
     move(part, target)
 
 
@@ -81,7 +81,7 @@ def _receive(url: str, part: Path, progress: Progress) -> None:
         if whole and int(whole[1]) == have:
             return  # the file is complete
         part.unlink()
-        raise ConnectionError("the part from an earlier run is longer than the file") from error
+        raise ConnectionError("the part from an earlier run does not belong to this file") from error
     with answer:
         if not have or answer.status != 206:
             have = 0  # the server ignores the range and sends the whole file

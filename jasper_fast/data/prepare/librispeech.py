@@ -46,6 +46,13 @@ _KNOWN = SETS | MINI
 WAV_SIZE = 1.9  # size of a WAV file relative to its FLAC file
 
 
+def _published(name: str) -> Published:
+    if name not in _KNOWN:
+        known = ", ".join(_KNOWN)
+        raise PrepareError(f"there is no set {name!r}; known: {known}; for others give --source and --checksums")
+    return _KNOWN[name]
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Which ``sets`` are prepared in the folder ``out``. ``source`` is a URL or folder that has ``SET.tar.gz`` for each
@@ -75,16 +82,14 @@ class Corpus:
             if name not in self.checksums:
                 raise PrepareError(f"the file given as --checksums has no line for {name}.tar.gz")
             return self.checksums[name]
-        if name not in _KNOWN:
-            raise PrepareError(f"there is no set {name!r}; known: {', '.join(_KNOWN)}; for others give --checksums")
-        return _KNOWN[name].md5
+        return _published(name).md5
 
     def place(self, name: str) -> tuple[str, Path]:
         """Returns the URL of a set's archive ("" if ``source`` is a folder), and the archive's path on this machine."""
         file = f"{name}.tar.gz"
         if self.source is not None and not re.match(r"https?://", self.source):
             return "", Path(self.source, file)
-        base = self.source or f"{HOME}/{_KNOWN[name].resource}"
+        base = self.source or f"{HOME}/{_published(name).resource}"
         return f"{base.rstrip('/')}/{quote(file)}", self.out / WORK / file
 
     def folder(self, name: str) -> Path:
@@ -150,8 +155,8 @@ def prepare(corpus: Corpus, jobs: int, say: Callable[[str], None], progress: Pro
         fetched, space = needed(corpus)
         free = shutil.disk_usage(corpus.out).free
         say(
-            f"{', '.join(corpus.sets)}: {fetched / 1e9:.2f} GB to download, about {space / 1e9:.2f} GB more on the "
-            f"disk of {corpus.out}, where {free / 1e9:.2f} GB are free"
+            f"{', '.join(corpus.sets)}: {fetched / 1e9:.2f} GB to download, about {space / 1e9:.2f} GB more needed "
+            f"on the disk of {corpus.out}, where {free / 1e9:.2f} GB are free"
         )
         if space > free:
             raise PrepareError(
@@ -188,7 +193,7 @@ def _unpacked(corpus: Corpus, name: str, progress: Progress) -> None:
 
 def spoken(folder: Path) -> list[tuple[Path, str]]:
     """Returns the audio file and text of each utterance of an unpacked set, sorted by name. Raises PrepareError if a
-    text or an audio file is missing."""
+    text or an audio file is missing, or if texts are not UTF-8."""
     texts: dict[str, str] = {}
     for listing in sorted(folder.rglob("*.trans.txt")):
         try:
@@ -201,7 +206,9 @@ def spoken(folder: Path) -> list[tuple[Path, str]]:
     files = {file.stem: file for file in folder.rglob("*.flac")}
     for kind, lone in (("text", files.keys() - texts.keys()), ("audio", texts.keys() - files.keys())):
         if lone:
-            raise PrepareError(f"{folder}: {len(lone)} utterances have no {kind}, e.g. {min(lone)}; remove the folder")
+            raise PrepareError(
+                f"{folder}: {len(lone)} utterances have no {kind}, e.g. {min(lone)}; remove the folder and run again"
+            )
     return [(files[name], texts[name]) for name in sorted(files)]
 
 

@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,8 @@ def entries(source: str, kind: str, audio_dir: Path | None, report: Report) -> I
     """Yields manifest entries: audio_filepath, duration, text and, if known, speaker and offset.
 
     ``audio_dir``: where relative paths of audio start (default: depends on the format). ``report`` is called with a
-    message for each utterance that is left out. Raises PrepareError, which names the file (and the line, if one line
-    is at fault), for a source that is not in the format ``kind``.
+    message for each utterance that is left out. Raises PrepareError, which names the file (and the line or
+    utterance, if one is at fault), for a source that is not in the format ``kind``.
     """
     if kind == "shards":
         return tars.entries(source, report)
@@ -69,7 +70,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield number, line.rstrip("\r\n")
-    except (OSError, UnicodeDecodeError, EOFError) as error:
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise PrepareError(f"{path}: cannot be read as text: {error}") from error
 
 
@@ -216,7 +217,7 @@ def _csv(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Entry
         for column, what, known in ((sound, "audio", _AUDIO_COLUMNS), (text, "text", _TEXT_COLUMNS)):
             if column is None:
                 names = ", ".join(header)[:200]
-                raise PrepareError(f"{source}: its header has no column for {what} ({', '.join(known)}): {names}")
+                raise PrepareError(f"{source}: its header has no column for {what} ({', '.join(known)}), only {names}")
         for row in rows:
             name, said = row[sound], row[text]
             if not name or said is None:

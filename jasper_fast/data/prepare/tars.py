@@ -17,8 +17,7 @@ TEXTS = ("txt", "lab", "trn", "transcript")
 
 
 def named(source: str) -> list[str]:
-    """Returns the tars that a source names: a folder, a path, a pattern or a URL. The list is empty if it names
-    none."""
+    """Returns the tars that a source names (a folder, path, pattern or URL), or an empty list if it names none."""
     if not places.is_url(source) and os.path.isdir(source):
         return sorted(str(path) for path in Path(source).glob("*.tar"))
     return [tar for tar in places.expanded(source) if tar.endswith(".tar")]

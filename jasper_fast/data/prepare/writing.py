@@ -13,7 +13,7 @@ Progress = Callable[[str, int, int | None], None]  # gets the name of the work, 
 
 
 class PrepareError(ValueError):
-    """Data cannot be prepared; the message names the file and what to do."""
+    """Data cannot be prepared; the message says what is wrong, and where."""
 
 
 @contextmanager
