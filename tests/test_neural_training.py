@@ -209,6 +209,29 @@ def test_errors_are_one_line(text, trained, tmp_path, capsys, monkeypatch):
     ))  # fmt: skip
 
 
+def test_a_folder_in_which_only_best_pt_is_left_is_in_use(text, tmp_path, capsys):
+    (tmp_path / "best.pt").write_bytes(b"")
+    assert run("train-neural", text, "--out", tmp_path, *SMALL, "--steps", 1) == 2
+    assert "holds checkpoints of an earlier run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError("best.pt does not fit into memory"), "error: best.pt does not fit into memory\n"),
+        (RuntimeError("DefaultCPUAllocator: not enough"), "error: out of memory; lower --batch-size or --segment (Def"),
+        (torch.OutOfMemoryError("no memory"), "error: out of memory; lower --batch-size or --segment (no memory)\n"),
+    ],
+)
+def test_too_little_memory_is_one_line(error, said, text, tmp_path, capsys, monkeypatch):
+    def main(*arguments):
+        raise error
+
+    monkeypatch.setattr(training, "main", main)
+    assert run("train-neural", text, "--out", tmp_path / "out", *SMALL) == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -13,7 +13,7 @@ def best_path(log_probs: np.ndarray, symbols: Sequence[int]) -> np.ndarray | Non
     extended[1::2] = symbols
     if not frames:
         return None if len(symbols) else np.zeros(0, dtype=np.int64)
-    # A path may skip the blank before a symbol only if that symbol differs from the one before.
+    # A path may skip the blank between two symbols only if they differ.
     may_skip = np.zeros(len(extended), dtype=bool)
     may_skip[3::2] = extended[3::2] != extended[1:-2:2]
     emitted = log_probs.astype(np.float64)[:, extended]

@@ -17,7 +17,7 @@ _GZIP = b"\x1f\x8b"
 
 
 class LanguageModelError(ValueError):
-    """A language model or lexicon cannot be read or does not fit. The message names the file and the fix."""
+    """A language model, lexicon or text cannot be read or used. The message, of one line, says what is wrong."""
 
 
 def begins_with(path: str | os.PathLike, magic: bytes) -> bool:
@@ -87,7 +87,7 @@ class Arpa:
                 raise self._fail(f"expected `ngram {len(counts) + 1}=COUNT`, got {line[:60]!r}")
             counts.append(int(found[1]))
         if not 0 < len(counts) <= _MOST_ORDERS or counts[0] == 0:
-            raise self._fail("the header names no n-grams")
+            raise self._fail(f"the header names no n-grams, or has more than {_MOST_ORDERS} orders")
         return counts
 
     def __iter__(self) -> Iterator[tuple[float, tuple[str, ...], float]]:

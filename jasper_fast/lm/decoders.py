@@ -69,7 +69,7 @@ class SymbolDecoder:
         self.weights = alpha, beta
         self._vocabulary = vocabulary
         self._settings: dict[str, Any] = {"lm": lm, "beam": beam, "n_best": n_best, "hot_words": hot_words}
-        if isinstance(lm, SpeltLM):  # called to raise for an unusable hot word before any audio is read
+        if isinstance(lm, SpeltLM):  # an unusable hot word raises here, before any audio is read
             lm.words(alpha, beta, hot_words)
         elif hot_words:
             hot_words_alone(hot_words, vocabulary)
@@ -100,7 +100,7 @@ class SymbolDecoder:
 
 
 class WordDecoder:
-    """Runs flashlight's search in processes."""
+    """Runs flashlight's search in separate processes."""
 
     def __init__(
         self, vocabulary: Vocabulary, lm: WordLM, beam: int, alpha: float, beta: float, n_best: int, processes: int
@@ -141,10 +141,12 @@ def decoder(
 ) -> SymbolDecoder | WordDecoder:
     """Returns the decoder for an acoustic model's vocabulary and a language model.
 
-    With a word model, flashlight searches in ``processes`` (default: one per core). Without one, with hot words, with
-    an open vocabulary, or on a Python without flashlight wheels, ``beam_search`` runs in a thread. ``alpha`` and
+    With a word model, flashlight searches in this number of ``processes`` (default: one per core). Without a word
+    model, with hot words, with an open vocabulary, or on a Python without flashlight wheels, ``beam_search`` runs in a
+    thread. ``alpha`` and
     ``beta`` default to the paper's 2.0 and -0.2 with a word model, and to 1.0 and 0.0 otherwise. Raises ValueError for
-    settings that no search can use, and LanguageModelError if the model cannot be loaded.
+    settings that no search can use, LanguageModelError if the model cannot be loaded, and MissingExtra if flashlight is
+    to search and the extra `lm` is missing.
     """
     default = PAPER if isinstance(lm, (WordLM, SpeltLM)) else SYMBOLS
     if isinstance(lm, WordLM) and (hot_words or not has_wheels()):

@@ -14,7 +14,7 @@ from jasper_fast.lm.symbols import MISSING, automaton
 from jasper_fast.lm.words import Entry, WordLM, entry, is_binary, word_lm
 from jasper_fast.speech.text import Vocabulary
 
-UNKNOWN = -10.0  # added to the score for a word that the model does not list
+UNKNOWN = -10.0  # the default of `unknown`, which is added to the score for each word outside the lexicon
 BOOST = 5.0  # the default boost of a hot word
 _MOST = 20_000_000  # n-grams that a model may have
 
@@ -118,8 +118,8 @@ def _words(
     count = len(parents)
     word = np.full(count, -1, dtype=np.int32)
     word[node_of] = np.arange(len(spellings))
-    # ahead[node]: the best score, by 1-gram probabilities, of the words whose spelling continues from this node and of
-    # the unknown word. After half of the letters of a hot word, the word's score includes half of its boost, and so on.
+    # ahead[node]: the best score, by 1-gram probabilities, of the words that end at or below this node and of the
+    # unknown word. After half of the letters of a hot word, the word's score includes half of its boost, and so on.
     alone = alpha * ngram.arc_log10.numpy()[np.array(classes)].astype(np.float64) + np.array(extra)
     boosted = np.array([boosts.get(s, 0.0) for s in spellings])
     ahead = np.full(count + 1, alone[-1])

@@ -46,10 +46,10 @@ def automaton(arpa: Arpa, listed_tokens: Sequence[str]) -> Ngram:
     """Returns the n-gram over classes. Each token is a class, and the last class is the end of the text.
 
     A token that the file does not list gets the n-grams of <unk>, or log10 p = MISSING if the file has no <unk>. Raises
-    LanguageModelError if the file is broken, lacks <s> or </s>, or lists over 1.1 million words.
+    LanguageModelError if the file is broken or lacks <s> or </s>, or if there are over 1.1 million tokens.
     """
-    # A context is stored as a string with one character per word. A word of class i is chr(i); <s> is chr(begin), and
-    # <unk> is chr(unknown).
+    # A context is stored as a string with one character per word. A word of class i is chr(i), and <s> is chr(begin).
+    # <unk> is chr(unknown), unless it is itself one of the tokens.
     end = len(listed_tokens)
     begin, unknown = end + 1, end + 2
     if unknown > sys.maxunicode:

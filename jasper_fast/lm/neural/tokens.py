@@ -34,7 +34,7 @@ class Tokens:
 
     @classmethod
     def count(cls, texts: Iterable[TextFile], most: int, progress: Progress = lambda done: None) -> Self:
-        """Counts the words of texts and keeps the ``most`` frequent ones.
+        """Counts the words (or characters) of texts and keeps the most frequent ones, at most ``most``.
 
         Beyond five million distinct words, rare words may be lost. Raises LanguageModelError for a text that cannot be
         read or has no words.

@@ -36,7 +36,7 @@ from jasper_fast.training.runs import Folder, Ranks, RunError, RunLog, StopReque
 from jasper_fast.training.state import Meter, TrainingState
 from jasper_fast.training.step import AMP_DTYPES, BufferGuard, StepResult, batch_loss, finish
 
-ADVICE = ("Lower the learning rate, lengthen the warm-up, give --clip-norm, or use bf16 or fp32", "")
+ADVICE = ("Lower the learning rate, lengthen the warm-up, lower --clip-norm, or use bf16 or fp32", "")
 STEP = "perplexity {perplexity:.2f}, lr {lr:.2e}, grad norm {grad_norm:.3g}, {tokens_per_s:.0f} tokens/s"
 # Options that must be the same in a resumed run.
 _FIXED = ("batch_size", "segment", "vocabulary", "seed", "optimizer", "characters", "lower_case", "join_lines")
@@ -83,7 +83,8 @@ class LMRun(Loop):
         return f"epoch {epoch}, perplexity {perplexity:.2f}"
 
     def judge(self) -> None:
-        """Measures the perplexity of the validation text, also with the moving average if there is one."""
+        """Measures the perplexity of the validation text, also with the moving average if there is one. The last result
+        counts for best.pt."""
         state, results = self.state, {}
         for weights in ("live", "ema") if state.ema else ("live",):
             averaged = state.ema.applied_to(state.model) if weights == "ema" else contextlib.nullcontext()
@@ -202,13 +203,13 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[LMRun, Any]:
     if args.threads:
         torch.set_num_threads(args.threads)
     set_fp32(args.fp32_precision)
-    if folder.steps() and not args.resume:
+    if folder.candidates() and not args.resume:
         raise RunError(f"{folder.path} holds checkpoints of an earlier run: add --resume or choose another --out")
     found = folder.latest(console.print) if args.resume else None
     folder.clean()
     if found and "language_model" not in found[1]:
         raise RunError(f"{found[0]} holds no language model; choose another --out")
-    # made before the long work, so that a missing file is reported early
+    # This comes before the long work, so that a missing file is reported early.
     val = TextFile(args.val, args.characters, args.lower_case) if args.val else None
     tokens, text = read_texts(args, folder.path, found and found[1], console, stop)
     seed_everything(args.seed)
@@ -271,9 +272,11 @@ def train(args: argparse.Namespace) -> None:
     stop = StopRequest()
     try:
         main(args, stop)
-    except RunError as error:
+    except (RunError, MemoryError) as error:
         raise LanguageModelError(str(error)) from None
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not checkpoint.no_memory(error):
+            raise
         raise LanguageModelError(f"out of memory; lower --batch-size or --segment ({error})") from None
     finally:
         stop.restore()
