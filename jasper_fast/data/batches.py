@@ -15,7 +15,7 @@ from jasper_fast.data.batch import Batch
 from jasper_fast.data.dataset import Item, SpeechDataset
 from jasper_fast.data.manifest import Skipped
 
-_TRIES = 3  # a batch is yielded empty when this many processes have died while they read it
+_TRIES = 3  # a batch is yielded empty after processes have died this many times before it arrived
 
 
 def _padded(rows: Sequence[np.ndarray | list[int]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -220,7 +220,7 @@ def _keys(
 
 
 def _alone(dataset: SpeechDataset, items: list[int], epoch: int, pin_memory: bool) -> Batch:
-    """Reads a batch again, in a new process, because the process that read it has died. Returns an empty batch if the
+    """Reads a batch in a new process, because a process died before the batch arrived. Returns an empty batch if the
     new processes die as well."""
     why = None
     for _ in range(_TRIES - 1):

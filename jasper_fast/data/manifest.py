@@ -22,7 +22,7 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class Utterance:
-    """One line of a manifest: ``duration`` seconds of the file at ``path`` from ``offset`` seconds on, and their text.
+    """One line of a manifest: the text of ``duration`` seconds of the file at ``path``, from ``offset`` seconds on.
 
     ``alternatives``: files of the same utterance at several speeds, from which training picks one at random;
     ``manifest``: the manifest that lists the utterance; ``packed``: the place of the file in a shard, or None if it is

@@ -141,9 +141,9 @@ def decoder(
 ) -> SymbolDecoder | WordDecoder:
     """Returns the decoder for an acoustic model's vocabulary and a language model.
 
-    With a word model, flashlight searches in this number of ``processes`` (default: one per core). Without a word
-    model, with hot words, with an open vocabulary, or on a Python without flashlight wheels, ``beam_search`` runs in a
-    thread. ``alpha`` and
+    With a word model, flashlight searches in separate processes; ``processes`` is their number (default: one per core).
+    Without a word model, with hot words or an open vocabulary, or on a Python without flashlight wheels,
+    ``beam_search`` runs in a thread. ``alpha`` and
     ``beta`` default to the paper's 2.0 and -0.2 with a word model, and to 1.0 and 0.0 otherwise. Raises ValueError for
     settings that no search can use, LanguageModelError if the model cannot be loaded, and MissingExtra if flashlight is
     to search and the extra `lm` is missing.

@@ -22,8 +22,8 @@ def _ordinal(match: re.Match[str]) -> str:
 
 
 def _number(match: re.Match[str]) -> str:
-    """Writes years as two pairs of digits, long numbers and numbers with a leading zero digit by digit, and others as
-    cardinals."""
+    """Writes a number in words. Years, which are 1001 to 2999 without 2000 to 2009, become two pairs of digits. Numbers
+    with a leading zero, and those above a billion that are no multiple of 10,000, are written digit by digit."""
     n = int(match[0][: _LONGEST + 1])
     if len(match[0]) > _LONGEST or match[0][0] == "0" or (n > 10**9 and n % 10**4):
         return _words(match[0], group=1)

@@ -95,7 +95,8 @@ def _one_character(index: int, label: str) -> str:
     if len(composed) != 1:
         hint = "; leave out the blank, which is added automatically" if "blank" in str(label).lower() else ""
         raise ValueError(
-            f"label {index} is {label!r}; labels must all be single characters, or all be words of several{hint}"
+            f"label {index} is {label!r}; labels must all be single characters, or all be words of several, without <"
+            f"{hint}"
         )
     return composed
 

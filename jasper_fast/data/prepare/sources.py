@@ -92,7 +92,7 @@ def _seconds(path: Path, report: Report) -> float | None:
 
 
 def _folder(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Entry]:
-    """Reads a folder of audio files. The text of each is in a file beside it with another suffix, or in a *.trans.txt
+    """Reads a folder of audio files. The text of each is in a .txt, .lab or .trn beside it, or in a *.trans.txt
     (LibriSpeech) or metadata.csv (LJ Speech) in its folder or in a folder above."""
     listed: dict[Path, dict[str, str]] = {}
     found = 0

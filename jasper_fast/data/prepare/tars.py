@@ -1,4 +1,5 @@
-"""Reads utterances from WebDataset's tar files. They contain NAME.flac with NAME.txt or NAME.json, and no manifest."""
+"""Reads utterances from WebDataset's tar files. They contain audio such as NAME.flac with NAME.txt or NAME.json, and no
+manifest."""
 
 import itertools
 import json
