@@ -44,16 +44,16 @@ class Join:
     items: int | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_clips <= self.max_clips:
-            raise ValueError(f"need 1 <= min_clips <= max_clips, got {self.min_clips}, {self.max_clips}")
-        if not 0 <= self.min_gap <= self.max_gap:
-            raise ValueError(f"need 0 <= min_gap <= max_gap, got {self.min_gap}, {self.max_gap}")
-        if self.noise_db is not None and not (
-            isinstance(self.noise_db, Sequence) and len(self.noise_db) == 2 and self.noise_db[0] <= self.noise_db[1]
+        clips, gaps, noise = (self.min_clips, self.max_clips), (self.min_gap, self.max_gap), self.noise_db
+        levels = isinstance(noise, Sequence) and len(noise) == 2 and noise[0] <= noise[1]
+        for fits, wrong in (
+            (1 <= clips[0] <= clips[1], f"need 1 <= min_clips <= max_clips, got {clips[0]}, {clips[1]}"),
+            (0 <= gaps[0] <= gaps[1], f"need 0 <= min_gap <= max_gap, got {gaps[0]}, {gaps[1]}"),
+            (noise is None or levels, f"noise_db must be two levels, the lower one first, got {noise!r}"),
+            (self.items is None or self.items >= 1, f"items must be positive, got {self.items}"),
         ):
-            raise ValueError(f"noise_db must be two levels, the lower one first, got {self.noise_db!r}")
-        if self.items is not None and self.items < 1:
-            raise ValueError(f"items must be positive, got {self.items}")
+            if not fits:
+                raise ValueError(wrong)
 
     def draw(
         self, own: int, pool: Sequence[int], durations: Sequence[float], longest: float, rng: np.random.Generator

@@ -10,6 +10,7 @@ import functools
 import os
 import re
 import tarfile
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -44,19 +45,17 @@ class Packed(NamedTuple):
 def fetch(packed: Iterable[Packed]) -> dict[Packed, bytes]:
     """Returns the bytes of those files that lie in object stores, requested from each store all at the same time. Files
     that cannot be read are left out; ``Packed.read`` then raises the error."""
-    groups: dict[int, tuple[Any, list[Packed], list[str]]] = {}
+    groups: dict[Any, dict[Packed, str]] = defaultdict(dict)  # the paths of the files by file system
     for each in dict.fromkeys(p for p in packed if places.is_url(p.tar)):
         try:
             files, path = places.files_of(each.tar)
         except OSError:
             continue
-        _, mine, paths = groups.setdefault(id(files), (files, [], []))
-        mine.append(each)
-        paths.append(path)
+        groups[files][each] = path
     found: dict[Packed, bytes] = {}
-    for files, mine, paths in groups.values():
+    for files, mine in groups.items():
         ends = [p.start + p.size for p in mine]
-        data = files.cat_ranges(paths, [p.start for p in mine], ends, on_error="return")
+        data = files.cat_ranges([*mine.values()], [p.start for p in mine], ends, on_error="return")
         found |= {p: d for p, d in zip(mine, data, strict=True) if isinstance(d, bytes) and len(d) == p.size}
     return found
 

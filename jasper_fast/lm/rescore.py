@@ -40,8 +40,10 @@ def rescore(
         if not value < math.inf:
             raise ValueError(f"the scorer returned {value} for {text!r}, which is no log-probability")
         gain[text] = weight * value if value > -math.inf else -math.inf if weight else 0.0
-    scored = ([replace(h, score=h.score + gain[h.text]) for h in hypotheses] for hypotheses in n_best)
-    return [sorted(hypotheses, key=lambda h: -h.score) for hypotheses in scored]
+    return [
+        sorted((replace(h, score=h.score + gain[h.text]) for h in hypotheses), key=lambda h: -h.score)
+        for hypotheses in n_best
+    ]
 
 
 def remembering(scorer: Scorer) -> Scorer:

@@ -55,8 +55,10 @@ def trials(
 
 def greedy(saved: Saved) -> Errors:
     """Returns the word errors of greedy decoding, without a language model."""
-    texts = [greedy_decode(*utterance, saved.vocabulary)[0] for utterance in saved.batches()]
-    return word_errors([u["text"] for u in saved.utterances], texts)
+    return word_errors(
+        [u["text"] for u in saved.utterances],
+        [greedy_decode(*utterance, saved.vocabulary)[0] for utterance in saved.batches()],
+    )
 
 
 def best(found: Sequence[Trial]) -> Trial:

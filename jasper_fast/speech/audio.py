@@ -81,9 +81,8 @@ class _File(soundfile.SoundFile):
     def promised(self) -> int:
         """Returns the number of frames that the file's header states. If libsndfile has corrected that number, the
         original is in libsndfile's log."""
-        log = self.extra_info
         for name in ("data|SSND|BODY|Data Size", "riff|Riff size"):
-            if found := re.search(rf"^\s*(?:{name})\s*: (\d+) \(should be (\d+)\)", log, re.MULTILINE):
+            if found := re.search(rf"^\s*(?:{name})\s*: (\d+) \(should be (\d+)\)", self.extra_info, re.MULTILINE):
                 stated, real = int(found[1]), int(found[2])
                 if real < stated < _STREAMED and (more := self.frames * stated // max(real, 1)) > self.frames:
                     return more

@@ -75,8 +75,10 @@ def alignment(reference: str, hypothesis: str) -> list[tuple[str, str, str]]:
     """
     [reference], [hypothesis] = _tidy(reference), _tidy(hypothesis)
     said, heard = reference.split(), hypothesis.split()
-    rows = []
-    for chunk in need("jiwer", "train").process_words(reference, hypothesis).alignments[0]:
-        ours, theirs = said[chunk.ref_start_idx : chunk.ref_end_idx], heard[chunk.hyp_start_idx : chunk.hyp_end_idx]
-        rows += [(chunk.type, *pair) for pair in itertools.zip_longest(ours, theirs, fillvalue="")]
-    return rows
+    return [
+        (chunk.type, *pair)
+        for chunk in need("jiwer", "train").process_words(reference, hypothesis).alignments[0]
+        for pair in itertools.zip_longest(
+            said[chunk.ref_start_idx : chunk.ref_end_idx], heard[chunk.hyp_start_idx : chunk.hyp_end_idx], fillvalue=""
+        )
+    ]

@@ -37,12 +37,13 @@ class SpeakerWarp(nn.Module):
         self, max_warp: float = 1.15, equalize: float = 0.0, f_max: float = 8000.0, knee: float = 0.85
     ) -> None:
         super().__init__()
-        if not 1 <= max_warp < 2:
-            raise ValueError(f"speaker_warp: max_warp must lie in [1, 2), not {max_warp}")
-        if equalize < 0:
-            raise ValueError(f"speaker_warp: equalize must not be negative, not {equalize}")
-        if not (f_max > 0 and 0 < knee < 1):
-            raise ValueError(f"speaker_warp: need f_max > 0 and 0 < knee < 1, not {f_max} and {knee}")
+        for fits, wrong in (
+            (1 <= max_warp < 2, f"max_warp must lie in [1, 2), not {max_warp}"),
+            (equalize >= 0, f"equalize must not be negative, not {equalize}"),
+            (f_max > 0 and 0 < knee < 1, f"need f_max > 0 and 0 < knee < 1, not {f_max} and {knee}"),
+        ):
+            if not fits:
+                raise ValueError(f"speaker_warp: {wrong}")
         self.max_warp, self.equalize, self.f_max, self.knee = max_warp, equalize, float(f_max), knee
 
     def matrices(self, factors: Tensor, bands: int) -> Tensor:

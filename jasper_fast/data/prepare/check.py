@@ -222,9 +222,11 @@ def html(manifest: str, results: Sequence[Found], rules: Rules, most: int = 200)
 
 def record(manifest: str, results: Sequence[Found], strict: bool) -> dict[str, Any]:
     """Returns counts and faulty utterances as values that JSON can store."""
-    rows = [
-        {"name": f.name, "seconds": round(f.seconds, 3), "faults": [fault._asdict() for fault in f.faults]}
-        for f in results
-        if f.faults
-    ]
-    return figures(results, strict) | {"manifest": manifest, "culprits": rows}
+    return figures(results, strict) | {
+        "manifest": manifest,
+        "culprits": [
+            {"name": f.name, "seconds": round(f.seconds, 3), "faults": [fault._asdict() for fault in f.faults]}
+            for f in results
+            if f.faults
+        ],
+    }

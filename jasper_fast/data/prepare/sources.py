@@ -14,8 +14,7 @@ from jasper_fast.data import places
 from jasper_fast.data.manifest import ManifestError, entry, read_manifest
 from jasper_fast.data.prepare import tars
 from jasper_fast.data.prepare.writing import PrepareError
-from jasper_fast.speech import audio
-from jasper_fast.speech.audio import SOUNDS, AudioError
+from jasper_fast.speech.audio import SOUNDS
 
 TEXTS = (".txt", ".lab", ".trn")
 Entry = dict[str, Any]
@@ -78,16 +77,6 @@ def _text_of(path: Path) -> str:
     return " ".join(word for _, line in _lines(path) for word in line.split())
 
 
-def _seconds(path: Path, report: Report) -> float | None:
-    """Returns the length of an audio file in seconds, from its header. Returns None, after a report, if the header
-    cannot be read."""
-    try:
-        return round(audio.duration(path), 6)
-    except AudioError as error:
-        report(str(error))
-        return None
-
-
 # ------------------------------------------------------------------ a folder
 
 
@@ -115,7 +104,7 @@ def _folder(source: Path, audio_dir: Path | None, report: Report) -> Iterator[En
             text = _text_of(beside) if beside else listed[here].get(path.stem)
             if text is None:
                 report(f"{path}: no text for it in {path.stem}.txt, .lab or .trn, *.trans.txt or metadata.csv")
-            elif (seconds := _seconds(path, report)) is not None:
+            elif (seconds := tars.seconds_of(path, report)) is not None:
                 yield entry(path, seconds, text, speaker=here.name if here != source else None)
     if not found:
         raise PrepareError(f"{source}: there is no audio ({', '.join(sorted(SOUNDS))}) and no wav.scp of Kaldi in it")
@@ -163,7 +152,7 @@ def _kaldi(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Ent
             report(f"{source}: {name}: wav.scp has a command, not a file: {place[:60]}; convert it to a file first")
             continue
         if recording not in lengths:
-            lengths[recording] = _seconds(path, report)
+            lengths[recording] = tars.seconds_of(path, report)
         whole = lengths[recording]
         if whole is None:
             continue
@@ -224,7 +213,7 @@ def _csv(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Entry
                 report(f"{source}, line {number}: {'no audio' if not name else 'no text'}")
                 continue
             path = _beside(name, source, audio_dir)
-            if (seconds := _seconds(path, report)) is not None:
+            if (seconds := tars.seconds_of(path, report)) is not None:
                 yield entry(path, seconds, said.strip(), speaker=speaker and row[speaker])
     except csv.Error as error:
         raise PrepareError(f"{source}, line {number}: not a valid table: {error}") from error

@@ -17,6 +17,16 @@ from jasper_fast.speech.audio import SOUNDS, AudioError
 TEXTS = ("txt", "lab", "trn", "transcript")
 
 
+def seconds_of(file: Path | audio.Memory, report: Callable[[str], None]) -> float | None:
+    """Returns the length of an audio file in seconds, from its header. Returns None, after a report, if the header
+    cannot be read."""
+    try:
+        return round(audio.duration(file), 6)
+    except AudioError as error:
+        report(str(error))
+        return None
+
+
 def named(source: str) -> list[str]:
     """Returns the tars that a source names (a folder, path, pattern or URL), or an empty list if it names none."""
     if not places.is_url(source) and os.path.isdir(source):
@@ -74,11 +84,10 @@ def _entry(
         report(f"{name}: {'no audio' if sound is None else 'no text'} among {', '.join(sorted(parts))}")
         return None
     member, data = parts[sound]
-    try:
-        seconds = audio.duration(audio.Memory(f"{name}.{sound}", data))
-    except AudioError as error:
-        report(str(error))
+    if (seconds := seconds_of(audio.Memory(f"{name}.{sound}", data), report)) is None:
         return None
     speaker = str(metadata.get("speaker") or metadata.get("speaker_id") or "")
-    entry = manifest.entry(member.name, round(seconds, 6), " ".join(text.split()), speaker=speaker)
-    return entry | {"tar_start": member.offset_data, "tar_size": member.size}
+    return manifest.entry(member.name, seconds, " ".join(text.split()), speaker=speaker) | {
+        "tar_start": member.offset_data,
+        "tar_size": member.size,
+    }

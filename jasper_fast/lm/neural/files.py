@@ -15,12 +15,10 @@ def is_neural(path: str | os.PathLike) -> bool:
 def checkpoint_of(path: str | os.PathLike) -> Path:
     """Returns ``path`` itself, or if it is a folder, best.pt or else the newest step_*.pt in it. Raises
     LanguageModelError if a folder has neither."""
+    from jasper_fast.training.runs import Folder
+
     path = Path(path)
-    if not path.is_dir():
-        return path
-    if (path / "best.pt").is_file():
-        return path / "best.pt"
-    steps = [p for p in path.glob("step_*.pt") if p.stem.removeprefix("step_").isdigit()]
-    if not steps:
+    found = [*path.glob("best.pt"), *Folder(path).candidates()] if path.is_dir() else [path]
+    if not found:
         raise LanguageModelError(f"{path}: the folder holds no language model; `jasper-fast lm train-neural` makes one")
-    return max(steps, key=lambda p: int(p.stem.removeprefix("step_")))
+    return found[0]

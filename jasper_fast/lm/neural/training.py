@@ -234,9 +234,8 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[LMRun, Any]:
     console.print(f"{text.fingerprint}; {len(tokens) - 2} {kind}; "
                   f"{sum(p.numel() for p in model.parameters()):,} parameters on {ranks.place}; "
                   f"{schedule.steps_per_epoch} steps per epoch, {schedule.total_steps} in all")  # fmt: skip
-    run = LMRun(args, ranks, console, state, schedule, folder, about, stop, log, state.step, state.step,
-                text=text, val=scorer.rows(val) if val else [], scorer=scorer)  # fmt: skip
-    return run, generators
+    return LMRun(args, ranks, console, state, schedule, folder, about, stop, log, state.step, state.step,
+                 text=text, val=scorer.rows(val) if val else [], scorer=scorer), generators  # fmt: skip
 
 
 def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[LMState], None] | None = None) -> None:
