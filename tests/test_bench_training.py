@@ -9,8 +9,7 @@ from bench_runs import CPU, CUDA, DTYPES, make_run
 from standins import spied
 
 from jasper_fast.bench.cases import full_step, models, train
-from jasper_fast.bench.commands import memory
-from jasper_fast.bench.commands import train as train_command
+from jasper_fast.bench.commands import memory, train as train_command
 from jasper_fast.bench.harness import allocations, correct, limits
 from jasper_fast.bench.rivals import choice
 from jasper_fast.bench.rivals.eager_layouts import ChannelsLast2d

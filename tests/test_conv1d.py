@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jasper_fast.kernels import native
-from jasper_fast.kernels.conv1d import aten_impl, reference
-from jasper_fast.kernels.conv1d import cpu_impl as cpu
+from jasper_fast.kernels.conv1d import aten_impl, cpu_impl as cpu, reference
 from jasper_fast.kernels.layout import mask, ntc
 from jasper_fast.kernels.operands import Geometry, Lengths
 

@@ -17,21 +17,23 @@ import pytest
 import test_bn_relu_dropout as norm_cases
 import torch
 from conftest import assert_raises, raising
-from test_conv1d_cuda import DIRECTIONS, FUSED, Face, check_inference
-from test_conv1d_cuda import functions as conv_functions  # noqa: F401 (a fixture)
+from test_conv1d_cuda import (
+    DIRECTIONS,
+    FUSED,
+    Face,
+    check_inference,
+    functions as conv_functions,  # noqa: F401 (a fixture)
+)
 from test_cuda_emulated import Emulated
-from test_novograd import emulated as emulated_steps
-from test_novograd import make, run, settings
+from test_novograd import emulated as emulated_steps, make, run, settings
 
 from jasper_fast.kernels import native, nvrtc
-from jasper_fast.kernels.bn_relu_dropout import cuda_impl as norms
-from jasper_fast.kernels.bn_relu_dropout import cuda_nvrtc as norms_nvrtc
+from jasper_fast.kernels.bn_relu_dropout import cuda_impl as norms, cuda_nvrtc as norms_nvrtc
 from jasper_fast.kernels.bn_relu_dropout.native_face import NativeFace
 from jasper_fast.kernels.conv1d import cuda_launch, cuda_nvrtc
 from jasper_fast.kernels.conv1d.cuda_args import Args, Launch, WgradArgs
 from jasper_fast.kernels.layout import ntc
-from jasper_fast.kernels.novograd import cuda_impl as novograd
-from jasper_fast.kernels.novograd import cuda_launch as steps
+from jasper_fast.kernels.novograd import cuda_impl as novograd, cuda_launch as steps
 
 THREADS = {"conv_75": 128, "conv_80": 128, "conv_90": 384, "wgrad_75": 128, "wgrad_80": 128, "wgrad_90": 384,
            "merge_kernel": 256, "wgrad_merge_kernel": 128, "pack_kernel": 256}  # fmt: skip

@@ -14,8 +14,7 @@ import torch
 
 from jasper_fast import JasperConfig
 from jasper_fast.data.manifest import read_manifest
-from jasper_fast.demo import __main__ as demo
-from jasper_fast.demo import compare, corpus, espeak, learn, report
+from jasper_fast.demo import __main__ as demo, compare, corpus, espeak, learn, report
 from jasper_fast.nn.loading import load_model
 from jasper_fast.speech import audio
 

@@ -13,8 +13,7 @@ from engines import Replays, batch, block, config, pair, poison, valid
 from standins import spied
 
 from jasper_fast import InferenceEngine
-from jasper_fast.inference import engine as engine_module
-from jasper_fast.inference import graphs
+from jasper_fast.inference import engine as engine_module, graphs
 from jasper_fast.inference.graphs import CudaGraphs, Turns
 from jasper_fast.kernels import precision
 

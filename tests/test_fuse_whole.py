@@ -17,8 +17,7 @@ from test_fuse import KINDS, LENGTHS, MODELS, add, build, call, features, layers
 from torch import nn
 
 from jasper_fast import fuse, unfuse
-from jasper_fast.inference import engine as engine_module
-from jasper_fast.inference import fuse as fuse_module
+from jasper_fast.inference import engine as engine_module, fuse as fuse_module
 from jasper_fast.inference.engine import EncoderEngine
 from jasper_fast.kernels.layout import mask
 from jasper_fast.nn.fuse import STATE

@@ -10,8 +10,7 @@ import test_sync
 import torch
 import worlds
 import yaml
-from speech import CONFIG, beep, records, train_arguments, write_corpus
-from speech import run_train as run
+from speech import CONFIG, beep, records, run_train as run, train_arguments, write_corpus
 
 from jasper_fast.data.batch import Batch
 from jasper_fast.data.batches import BatchSampler

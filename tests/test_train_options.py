@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 import worlds
 import yaml
-from speech import CONFIG, one_thread, records, train_arguments, write_corpus  # noqa: F401
-from speech import run_train as run
+from speech import CONFIG, one_thread, records, run_train as run, train_arguments, write_corpus  # noqa: F401
 
 from jasper_fast import train
 from jasper_fast.data.batches import collate

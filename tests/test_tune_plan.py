@@ -9,8 +9,7 @@ import torch
 from conftest import interpreted
 from standins import spied
 
-from jasper_fast.bench.cases import cells as tune_cases
-from jasper_fast.bench.cases import counts, models
+from jasper_fast.bench.cases import cells as tune_cases, counts, models
 from jasper_fast.dispatch import backends
 from jasper_fast.kernels import launch, tables
 from jasper_fast.kernels.conv1d import cuda_launch, cuda_tiles, triton_tiles

@@ -15,8 +15,7 @@ from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.harness.seeds import seeded, stable_seed
 from jasper_fast.kernels import layout
 from jasper_fast.kernels.layout import mask as masked
-from jasper_fast.nn.architecture import BN_EPS as EPS
-from jasper_fast.nn.architecture import BN_MOMENTUM as MOMENTUM
+from jasper_fast.nn.architecture import BN_EPS as EPS, BN_MOMENTUM as MOMENTUM
 
 P = 0.2  # dropout rate
 MODES = ("both", "forward", "backward")

@@ -13,8 +13,7 @@ from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jasper_fast.bench.cases import models
-from jasper_fast.bench.cases.latency import Models
-from jasper_fast.bench.cases.latency import case as latency_case
+from jasper_fast.bench.cases.latency import Models, case as latency_case
 from jasper_fast.bench.cases.train import case as train_case
 from jasper_fast.bench.harness.case import Case, Contender, Runner
 from jasper_fast.bench.harness.console import console

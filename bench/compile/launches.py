@@ -14,8 +14,7 @@ import torch
 from jasper_fast.bench.cases.layers import Layer, layers
 from jasper_fast.kernels import aot, launch, tables
 from jasper_fast.kernels.bn_relu_dropout import triton_impl as bn
-from jasper_fast.kernels.conv1d import triton_impl as conv1d
-from jasper_fast.kernels.conv1d import triton_tiles
+from jasper_fast.kernels.conv1d import triton_impl as conv1d, triton_tiles
 from jasper_fast.kernels.ctc import triton_impl as ctc
 from jasper_fast.kernels.depthwise import triton_impl as depthwise
 from jasper_fast.kernels.novograd import triton_impl as novograd

@@ -156,8 +156,7 @@ def info(arguments: argparse.Namespace) -> None:
 
 
 def tune(arguments: argparse.Namespace) -> None:
-    from jasper_fast.lm import heat_map, tuned
-    from jasper_fast.lm import tune as tuning
+    from jasper_fast.lm import heat_map, tune as tuning, tuned
     from jasper_fast.lm.saved import Saved
 
     common.check_writable(arguments.out, arguments.report)

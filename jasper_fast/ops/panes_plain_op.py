@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from jasper_fast.dispatch import backends, choose
-from jasper_fast.kernels.layout import empty_ntc, ntc, wide_dtype
-from jasper_fast.kernels.layout import rows as _rows
+from jasper_fast.kernels.layout import empty_ntc, ntc, rows as _rows, wide_dtype
 from jasper_fast.ops import sync
 from jasper_fast.ops.bn_relu_dropout_op import check_lengths, norm_face
 from jasper_fast.ops.panes_op import check_panes, unbiased
