@@ -195,6 +195,13 @@ def test_errors_are_one_line(model, files, tmp_path, capsys):
         assert_refused(run, capsys, name, [case for case in cases if case[0][0] == name])
 
 
+def test_too_little_memory_for_a_checkpoint_is_one_line(model, files, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "load", lambda *_, **__: torch.empty(2**50))
+    assert run("transcribe", files[0], "--checkpoint", model) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"jasper-fast transcribe: error: {model} does not fit into memory")
+
+
 def test_two_outputs_with_one_name_are_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -67,4 +67,4 @@ def _expected() -> tuple[type[BaseException], ...]:
     from jasper_fast.nn.checkpoint import CheckpointError
 
     own = common.UsageError, MissingExtra, CheckpointError, backends.BackendMissing, probe.CannotCheck, tuned.CannotTune
-    return *own, ValueError, OSError
+    return *own, ValueError, OSError, MemoryError
