@@ -85,7 +85,7 @@ bench: install
 	$(PY) -m bench all
 
 mutants: install
-	JASPER_FAST_MUTANTS=all OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 tests/test_conv1d_cuda_mutants.py tests/test_novograd_cuda.py
+	JASPER_FAST_MUTANTS=all OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 tests/test_conv1d_cuda_mutants.py tests/test_novograd.py
 
 sanitize: install
 	$(PY) tests/fuzz/sanitize.py
