@@ -11,7 +11,7 @@ from close import assert_close
 from conftest import make_face, settle
 from engines import block, pair, poison, valid
 from test_checkpoint import same
-from test_hooks import refused
+from test_modules import refused
 
 from jasper_fast import InferenceEngine, Jasper, JasperConfig
 from jasper_fast.inference import export

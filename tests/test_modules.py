@@ -1,11 +1,16 @@
-"""A Jasper reads the weights of its convs and norms, but never calls these modules. So hooks on them are refused,
-because they would not run. Parametrizations work."""
+"""A Jasper reads the weights and settings of its convs and norms, but never calls these modules.
+
+So hooks on them are refused, because they would not run. Parametrizations work, and every batch norm, panes' included,
+obeys its own settings, as nn.BatchNorm1d defines them.
+"""
 
 import copy
 
+import engines
 import pytest
 import torch
 import torch.nn.utils.parametrizations as parametrizations
+from engines import valid
 from test_model import config
 from torch import nn
 from torch.nn.utils import prune
@@ -35,7 +40,7 @@ def model() -> Jasper:
 
 
 def features(model: nn.Module) -> torch.Tensor:
-    return torch.randn(2, model.config.encoder.in_feats, 40)
+    return torch.randn(2, model.config.encoder.in_feats, 40, dtype=next(model.parameters()).dtype)
 
 
 def refused(model: Jasper, what: str) -> None:
@@ -72,22 +77,18 @@ def test_weights_that_a_hook_makes_are_refused(model, place):
     model(features(model), LENGTHS)
 
 
-def test_a_conv_of_another_class_is_refused(model):
+def test_a_conv_with_its_own_forward_is_refused(model):
     class Quantised(nn.Conv1d):
         def forward(self, x):
             return super().forward(x.round())
 
-    old = PLACES["conv"](model)
-    model.encoder.layers[0].conv["0"] = Quantised(old.in_channels, old.out_channels, old.kernel_size, bias=False)
-    refused(model, "its own forward")
-
-
-def test_a_forward_that_was_set_on_a_conv_is_refused(model):
     conv = PLACES["conv"](model)
     conv.forward = lambda x: x
     refused(model, "its own forward")
     del conv.forward
     model(features(model), LENGTHS)
+    model.encoder.layers[0].conv["0"] = Quantised(conv.in_channels, conv.out_channels, conv.kernel_size, bias=False)
+    refused(model, "its own forward")
 
 
 def test_hooks_on_blocks_and_parameters_fire(model):
@@ -114,20 +115,20 @@ def test_parametrizations_work(backend):
     torch.manual_seed(1)
     xs = [features(eager) for _ in range(3)]
     up = torch.randn(2, 20, eager.config.decoder.n_classes)
-    valid = torch.arange(20) < torch.tensor([20, 12])[:, None]
     for model in (eager, fused):
         torch.manual_seed(2)
         chosen = parametrized(model.train())
         optimizer = torch.optim.SGD(chosen, lr=0.01)
         for x in xs[:2]:
             optimizer.zero_grad()
-            (model(x, LENGTHS)[0] * up)[valid].sum().backward()
+            log_probs, lengths = model(x, LENGTHS)
+            valid(log_probs * up, lengths).sum().backward()
             assert all(p.grad is not None for p in chosen)
             optimizer.step()
         with torch.no_grad():
-            results.append(model.eval()(xs[2], LENGTHS)[0][valid])
+            results.append(valid(*model.eval()(xs[2], LENGTHS)))
     torch.testing.assert_close(results[1], results[0], atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(InferenceEngine(fused)(xs[2], LENGTHS)[0][valid], results[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(valid(*InferenceEngine(fused)(xs[2], LENGTHS)), results[1], atol=1e-4, rtol=1e-4)
 
 
 def test_a_parametrized_model_can_be_copied(model):
@@ -135,3 +136,96 @@ def test_a_parametrized_model_can_be_copied(model):
     with torch.no_grad():
         x = features(model)
         assert torch.equal(copy.deepcopy(model)(x, LENGTHS)[0], model(x, LENGTHS)[0])
+
+
+# ---- batch norms with settings of their own ----
+
+
+def norms(model: nn.Module) -> list[nn.BatchNorm1d]:
+    return [m for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
+
+
+def own_eps(bn: nn.BatchNorm1d, i: int) -> None:
+    bn.eps = 10.0 ** -(i % 4)
+
+
+def own_momentum(bn: nn.BatchNorm1d, i: int) -> None:
+    bn.momentum = (None, 0.1, 0.5, 1.0)[i % 4]
+
+
+def frozen(bn: nn.BatchNorm1d, i: int) -> None:
+    bn.train(i % 3 != 0)
+
+
+def untracked(bn: nn.BatchNorm1d, i: int) -> None:
+    if i % 2:
+        bn.track_running_stats, bn.running_mean, bn.running_var, bn.num_batches_tracked = False, None, None, None
+
+
+def counted_or_untracked(bn: nn.BatchNorm1d, i: int) -> None:
+    bn.momentum = None
+    untracked(bn, i)
+
+
+def all_at_once(bn: nn.BatchNorm1d, i: int) -> None:
+    own_eps(bn, i)
+    own_momentum(bn, i // 2)
+    frozen(bn, i // 3)
+    untracked(bn, i // 5)
+
+
+def pair(form: str, change=lambda bn, i: None) -> tuple[EagerJasper, Jasper]:
+    """Returns an eager and a fused model in fp64 with the same weights and the same `change` to their batch norms."""
+    torch.manual_seed(3)
+    eager, fused = (model.double().train() for model in engines.pair(config("dense"), "reference", panes=form))
+    for bn in norms(eager):
+        nn.init.uniform_(bn.weight, 0.5, 1.5)
+    fused.load_state_dict(eager.state_dict())
+    for model in (eager, fused):
+        for i, bn in enumerate(norms(model)):
+            change(bn, i)
+    return eager, fused
+
+
+def assert_equal(eager: EagerJasper, fused: Jasper) -> None:
+    x = features(eager)
+    want, got = (valid(*model(x, LENGTHS)) for model in (eager, fused))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)  # log-probabilities are fp32
+
+
+@pytest.mark.parametrize("form", ["gram", "plain"])
+@pytest.mark.parametrize(
+    "change",
+    [own_eps, own_momentum, frozen, untracked, counted_or_untracked, all_at_once],
+    ids=lambda f: f.__name__,
+)
+def test_a_norm_does_what_its_settings_say(form, change):
+    eager, fused = pair(form, change)
+    for _ in range(2):
+        assert_equal(eager, fused)
+    torch.testing.assert_close(dict(fused.named_buffers()), dict(eager.named_buffers()))
+    x = features(eager)
+    up = torch.randn(2, 20, fused.config.decoder.n_classes, dtype=torch.float64)
+    for model in (eager, fused):
+        log_probs, lengths = model(x, LENGTHS)
+        valid(log_probs * up, lengths).sum().backward()
+    want, got = ({name: p.grad for name, p in model.named_parameters()} for model in (eager, fused))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    eager.eval(), fused.eval()
+    with torch.no_grad():
+        assert_equal(eager, fused)
+
+
+def test_update_bn_recomputes_the_statistics():
+    eager, fused = pair("plain")
+    batches = [features(eager) for _ in range(3)]
+    for model in (eager, fused):
+        model.register_forward_pre_hook(lambda _, given: (*given, LENGTHS))  # update_bn passes one argument
+        torch.optim.swa_utils.update_bn(batches, model)
+    torch.testing.assert_close(dict(fused.named_buffers()), dict(eager.named_buffers()))
+
+
+def test_an_engine_refuses_a_norm_without_running_statistics():
+    _, fused = pair("plain", untracked)
+    with pytest.raises(ValueError, match="without running statistics"):
+        InferenceEngine(fused.eval())
