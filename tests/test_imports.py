@@ -4,15 +4,14 @@ A room is a folder of the package, and a key of LAYERS. Imports inside functions
 """
 
 import ast
-import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
+from bench_runs import ROOT, python
 
-ROOT = Path(__file__).resolve().parents[1]
 MAPPED = ("kernels", "bench")  # folders that setup.py maps into the package
 KERNELS_MAY = {"torch", "triton", "numpy", "cupy", "cupy_backends"} | sys.stdlib_module_names
 
@@ -182,4 +181,4 @@ def test_the_walk_finds_wrong_imports_only(source: str, fault, wrong: set[str]) 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
     code = "import sys, jasper_fast; print(*sorted({'torch', 'triton', 'numpy'} & set(sys.modules)))"
-    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split() == []
+    assert python(code).stdout.split() == []

@@ -2,22 +2,19 @@
 
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from bench_runs import ROOT, python
+from language_models import needs_native
 
 from jasper_fast.kernels import native
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
 def test_importing_loads_no_library() -> None:
     code = "from jasper_fast.kernels import native; print('jasper_fast_cpu.so' in open('/proc/self/maps').read())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert python(code).stdout.strip() == "False"
 
 
 @pytest.mark.parametrize(
@@ -30,7 +27,7 @@ def test_importing_loads_no_library() -> None:
     ],
     ids=["missing", "broken", "torch without CUDA", "no GPU"],
 )
-def test_a_library_that_cannot_be_used_says_why(name, content, cuda, why, monkeypatch, tmp_path: Path) -> None:
+def test_a_library_that_cannot_be_used_says_why(name, content, cuda, why, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if content is not None:
@@ -48,14 +45,14 @@ def test_explain_agrees_with_available() -> None:
     assert (reasons["cuda"] is None) == native.cuda_available()
 
 
-@pytest.mark.skipif(not native.cpu_available(), reason="the native CPU library is not built: run `make install`")
+@needs_native
 def test_an_op_that_an_old_library_lacks_is_named() -> None:
     with pytest.raises(native.Missing, match=r"no op 'no_such_op': it is older than this code; rebuild"):
         native.cpu().no_such_op(torch.ones(1))
     assert native.cpu().bn_stats is native.cpu().bn_stats
 
 
-@pytest.mark.skipif(not native.cpu_available(), reason="the native CPU library is not built: run `make install`")
+@needs_native
 def test_the_library_needs_no_python_and_only_torch_s_stable_symbols() -> None:
     """So one build of the library works with every Python and with later versions of torch."""
     command = ["nm", "-D", "-u", str(native._cpu.path)]
@@ -74,8 +71,8 @@ def test_no_cuda_kernel_spills_registers() -> None:
     logs = sorted((ROOT / "build" / "native" / "cuda").glob("*.o.log"))
     if not logs:
         pytest.skip("the CUDA library was not built here: no nvcc, or JASPER_FAST_CUDA=0")
+    pattern = r"Compiling entry function '(\w+)' for '(\w+)'(?:\n.*?)*?(\d+) bytes spill stores"
     for log in logs:
-        pattern = r"Compiling entry function '(\w+)' for '(\w+)'(?:\n.*?)*?(\d+) bytes spill stores"
         spills = re.findall(pattern, log.read_text())
         least = 2 if log.name.startswith("novograd") else 8
         assert len({kernel for kernel, *_ in spills}) >= least, f"{log} has too few kernels: was the build cut short?"

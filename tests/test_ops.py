@@ -9,7 +9,7 @@ from close import assert_close
 from conftest import assert_raises, check_op, settle
 
 from jasper_fast import ops
-from jasper_fast.dispatch.backends import BackendMissing
+from jasper_fast.dispatch import backends
 from jasper_fast.kernels import philox
 from jasper_fast.kernels.layout import mask
 from jasper_fast.kernels.operands import Geometry
@@ -45,14 +45,8 @@ def test_opcheck_bn_relu_dropout(backend, residual):
     check_op(torch.ops.jasper_fast.bn_stats, (y.detach(), backend))
 
 
-def conv_face_of(backend):
-    return {"reference": "aten"}.get(backend, backend)
-
-
 def packed_by_triton(weight):
-    from jasper_fast.kernels.conv1d import triton_impl
-
-    return triton_impl.pack(weight).data
+    return backends.face("conv1d", "triton").pack(weight).data
 
 
 @pytest.mark.slow
@@ -60,17 +54,24 @@ def packed_by_triton(weight):
 def test_opcheck_conv1d(backend, stats):
     x, w = torch.randn(2, 8, 11, requires_grad=True), torch.randn(5, 8, 3, requires_grad=True)
     pack = packed_by_triton(w) if backend == "triton" and stats else None
-    call = (x, w, torch.tensor([11, 6]), pack, 1, 1, 1, stats, backend, conv_face_of(backend))
+    call = (x, w, torch.tensor([11, 6]), pack, 1, 1, 1, stats, backend, backend.replace("reference", "aten"))
     check_op(torch.ops.jasper_fast.conv1d, call)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_conv1d_gives_the_statistics_of_its_output(backend, stride):
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2)])
+def test_conv1d_and_its_statistics_equal_pytorch(backend, stride, dilation):
     x, w = torch.randn(2, 8, 31) + 3, torch.randn(20, 8, 7)
-    y, (mean, m2) = ops.conv1d(x, w.requires_grad_(), stride=stride, padding=3, backend=backend, stats=True)
-    assert torch.equal(y, ops.conv1d(x, w, stride=stride, padding=3, backend=backend))
-    assert not mean.requires_grad and not m2.requires_grad
-    want, ref = F.conv1d(x, w, None, stride, 3), F.conv1d(x.double(), w.double(), None, stride, 3)
+    how = {"stride": stride, "padding": 3 * dilation, "dilation": dilation}
+    results = []
+    for run in (F.conv1d, functools.partial(ops.conv1d, backend=backend)):
+        leaves = [w.clone().requires_grad_(), x.clone().requires_grad_()][: 2 if stride == 1 else 1]
+        y = run(leaves[1] if stride == 1 else x, leaves[0], **how)
+        torch.manual_seed(1)
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, torch.randn(y.shape))])
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+    y, (mean, m2) = ops.conv1d(x, w.requires_grad_(), **how, backend=backend, stats=True)
+    assert torch.equal(y, results[1][0]) and not mean.requires_grad and not m2.requires_grad
+    want, ref = F.conv1d(x, w, **how), F.conv1d(x.double(), w.double(), **how)
     rows = ref.shape[0] * ref.shape[2]
     assert_close("mean", mean, want.mean((0, 2)), ref.mean((0, 2)))
     assert_close("M2", m2, want.var((0, 2)) * (rows - 1), ref.var((0, 2)) * (rows - 1))
@@ -160,7 +161,7 @@ def test_opcheck_sub_block(backend, stats):
     pack = packed_by_triton(leaves[3]) if backend == "triton" and not stats else None
     lengths, seed = torch.tensor([21, 9]), torch.tensor([5])
     call = (leaves[0], mean, var, *leaves[1:3], lengths, seed, None, leaves[3], pack, 0.25, True, 2, 2, 1, stats, "")
-    check_op(torch.ops.jasper_fast.sub_block, (*call, backend, conv_face_of(backend)))
+    check_op(torch.ops.jasper_fast.sub_block, (*call, backend, backend.replace("reference", "aten")))
 
 
 def test_sub_block_takes_and_gives_statistics(backend):
@@ -323,27 +324,9 @@ def test_errors():
         (lambda: call(mean, var, halo=-1), "halo, the number of frames"),
         (lambda: call(None, None, training=False), "running_mean and running_var"),
     ))  # fmt: skip
-    with pytest.raises(BackendMissing, match="cuda"):
+    with pytest.raises(backends.BackendMissing, match="cuda"):
         call(mean, var, backend="cuda")
     assert torch.equal(mean, before[0]) and torch.equal(var, before[1]), "running statistics changed before the error"
-
-
-@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2)])
-def test_conv1d_equals_pytorch(backend, stride, dilation):
-    x, w = torch.randn(2, 8, 31), torch.randn(20, 8, 7)
-    pad = 3 * dilation
-    need = stride == 1
-    grads = []
-    for run in (
-        lambda x, w: F.conv1d(x, w, None, stride, pad, dilation),
-        lambda x, w: ops.conv1d(x, w, stride=stride, padding=pad, dilation=dilation, backend=backend),
-    ):
-        xs, ws = x.clone().requires_grad_(need), w.clone().requires_grad_()
-        y = run(xs, ws)
-        torch.manual_seed(1)
-        y.backward(torch.randn(y.shape))
-        grads.append([y.detach(), ws.grad] + ([xs.grad] if need else []))
-    torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
 
 
 def test_a_strided_conv_runs_in_aten_only_for_the_gradient_of_x(backend):
