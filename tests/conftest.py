@@ -105,6 +105,12 @@ def face(request: pytest.FixtureRequest) -> Face:
     return make_face(request.param)
 
 
+@pytest.fixture(params=FACES[:3])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Returns the name of each face but the CUDA one in turn, see `settle`."""
+    return settle(request.param)
+
+
 @pytest.fixture
 def run(tmp_path: Path):
     """A run of bench on the CPU, in fp32 and with the reference face, that takes almost no time."""

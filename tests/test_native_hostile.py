@@ -96,9 +96,8 @@ def test_a_conv_without_outputs_does_nothing():
     conv(y=Y[..., :0])
 
 
-@pytest.mark.parametrize("function", [conv, depthwise])
-def test_rows_of_the_result_share_no_memory(function):
-    channels = {conv: 4, depthwise: 3}[function]
+@pytest.mark.parametrize(("function", "channels"), [(conv, 4), (depthwise, 3)])
+def test_rows_of_the_result_share_no_memory(function, channels):
     for y in (torch.zeros(2, 1, channels), torch.zeros(1, 5, channels), torch.zeros(1, 1, channels)):
         with pytest.raises(RuntimeError, match="rows of y share memory"):
             function(y=y.expand(2, 5, channels))

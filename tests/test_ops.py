@@ -16,11 +16,6 @@ from jasper_fast.kernels.operands import Geometry
 from jasper_fast.ops import conv1d_op
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
-def backend(request):
-    return settle(request.param)
-
-
 def assert_equal(wants, gots) -> None:
     """Compares two lists of tensors bit by bit."""
     torch.testing.assert_close(gots, wants, rtol=0, atol=0)
@@ -179,17 +174,17 @@ def test_sub_block_takes_and_gives_statistics(backend):
     torch.testing.assert_close(following, ops.bn_stats(out, backend), atol=1e-5, rtol=1e-5)
 
 
-def grads_of_sub_block(backend, halo, dtype=torch.float32, c=24, t=37, k=7, **how):
+def grads_of_sub_block(backend, halo, dtype):
     """Returns the output and all gradients of a sub-block. Its y is the output of a conv whose input is masked."""
     torch.manual_seed(7)
-    lengths = torch.tensor([t, 11, 1, 0])
-    x = torch.randn(4, 8, t).masked_fill(torch.arange(t) >= lengths[:, None, None], 0).to(dtype)
-    first, weight = torch.randn(c, 8, k) * 0.3, torch.randn(16, c, 5) * 0.1
-    gamma, beta = torch.rand(c) + 0.5, torch.randn(c)
+    lengths = torch.tensor([37, 11, 1, 0])
+    x = mask(torch.randn(4, 8, 37), lengths).to(dtype)
+    first, weight = torch.randn(24, 8, 7) * 0.3, torch.randn(16, 24, 5) * 0.1
+    _, gamma, beta, mean, var = inputs(c=24)
     leaves = [v.requires_grad_() for v in (gamma, beta, weight)]
-    y = ops.conv1d(x, first, lengths=lengths, padding=k // 2, backend=backend).detach().requires_grad_()
-    how = {"lengths": lengths, "p": 0.2, "seed": 5, "backend": backend, "halo": halo, **how}
-    out = ops.sub_block(y, gamma, beta, torch.zeros(c), torch.ones(c), weight, padding=2, **how)
+    y = ops.conv1d(x, first, lengths=lengths, padding=3, backend=backend).detach().requires_grad_()
+    how = {"lengths": lengths, "p": 0.2, "seed": 5, "backend": backend, "halo": halo}
+    out = ops.sub_block(y, gamma, beta, mean, var, weight, padding=2, **how)
     up = torch.randn(out.shape).to(dtype)
     return [out.detach(), *torch.autograd.grad(out, [y, *leaves], up)], (y.detach(), gamma, beta, weight, lengths, up)
 

@@ -6,18 +6,13 @@ import pickle
 
 import pytest
 import torch
-from conftest import assert_raises, settle
+from conftest import assert_raises
 from torch import nn
 
 from jasper_fast.training.optim import EMA, NovoGrad
 from jasper_fast.training.step import update
 
 SHAPES = ((5, 3, 11), (7,), (1,), (4, 5, 1), ())
-
-
-@pytest.fixture(params=["reference", "cpu", "triton"])
-def backend(request):
-    return settle(request.param)
 
 
 def tensors(dtype=torch.float64):
