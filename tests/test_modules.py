@@ -100,8 +100,7 @@ def test_hooks_on_blocks_and_parameters_fire(model):
 
 
 def parametrized(model: nn.Module) -> list[nn.Parameter]:
-    convs = [m for m in model.modules() if isinstance(m, nn.Conv1d)]
-    for i, conv in enumerate(convs):
+    for i, conv in enumerate([m for m in model.modules() if isinstance(m, nn.Conv1d)]):
         (parametrizations.weight_norm if i % 2 else parametrizations.spectral_norm)(conv)
     return [p for name, p in model.named_parameters() if "parametrizations" in name]
 

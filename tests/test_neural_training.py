@@ -126,8 +126,8 @@ def test_steps_go_on_from_the_segment_before():
 def test_a_bad_step_changes_nothing_and_is_named(text, tmp_path, monkeypatch, capfd):
     factors = itertools.chain([1.0, 1.0], itertools.repeat(math.nan))
     wrap(monkeypatch, training.TransformerXL, "log_probs", lambda right, *args: right(*args) * next(factors))
-    options = (*SMALL, "--steps", 9, "--save-every", 2, "--max-bad-steps", 4, "--keep", 9)
-    assert run("train-neural", text, "--out", tmp_path / "out", *options) == 2
+    options = ("--steps", 9, "--save-every", 2, "--max-bad-steps", 4, "--keep", 9)
+    assert run("train-neural", text, "--out", tmp_path / "out", *SMALL, *options) == 2
     error = capfd.readouterr().err
     assert "4 steps in a row were skipped; the last: tokens " in error and "Lower the learning rate" in error
     good, bad = (load(tmp_path / "out" / f"step_0000000{i}.pt") for i in (2, 6))
@@ -160,11 +160,11 @@ def test_a_signal_ends_the_reading_of_texts(text, tmp_path, monkeypatch, capsys)
 def test_many_words_take_the_adaptive_softmax(tmp_path, capsys):
     rng = random.Random(0)
     (tmp_path / "text").write_text("\n".join(f"w{rng.randrange(5000)} w{i}" for i in range(5000)))
-    options = (*SMALL, "--steps", 1, "--vocabulary", 4500)
-    assert run("train-neural", tmp_path / "text", "--out", tmp_path / "out", *options) == 0
-    about = json.loads(printed(run, capsys, "info", tmp_path / "out", "--json"))
+    out = tmp_path / "out"
+    assert run("train-neural", tmp_path / "text", "--out", out, *SMALL, "--steps", 1, "--vocabulary", 4500) == 0
+    about = json.loads(printed(run, capsys, "info", out, "--json"))
     assert (about["cutoffs"], about["vocabulary"]) == ([2000], 4500)
-    assert -40 < scoring.load(tmp_path / "out", "cpu")(["w3 zebra"])[0] < -15
+    assert -40 < scoring.load(out, "cpu")(["w3 zebra"])[0] < -15
 
 
 @pytest.mark.slow
