@@ -1,6 +1,6 @@
 """NTC memory order: a tensor of shape (N, C, T) with strides (T*C, 1, C), the 1D counterpart of channels_last.
 
-This module also has matrix products whose sums are fp32 or wider.
+This module also has the matrix products that several ops share.
 """
 
 import torch

@@ -73,7 +73,7 @@ def lookup(
     rows: int,
     face: str = "triton",
 ) -> Row | None:
-    """Returns the fastest measured configuration of `op` on `face`, or None if this GPU or shape was not measured.
+    """Returns the fastest measured configuration of `op` on `face`, or None if no table for this GPU has the shape.
 
     c_in, c_out: the channels of the conv's weight, also for gradients. rows: N*T' of the conv's output. If its
     rows_log2 was not measured, the row of the nearest rows_log2 that was measured is returned. The tables are read at
@@ -99,7 +99,7 @@ def fastest(
     dilation: int,
     rows: int | None = None,
 ) -> str | None:
-    """Returns the face on which all `ops` together take the least time, or None if no face was measured at all of them.
+    """Returns the face on which all `ops` together take the least time, or None if none was measured for all.
 
     rows: N*T' of the output. None means the largest number that was measured.
     """
@@ -110,9 +110,9 @@ def fastest(
 def times(
     calls: Iterable[tuple[str, tuple[int, ...], int]], device: torch.device, dtype: torch.dtype, rows: int | None
 ) -> dict[str, float] | None:
-    """Returns the total seconds of `calls` for each face that was measured at all of them, or None.
+    """Returns the total seconds of `calls` on each face on which all of them were measured.
 
-    A call is (op, shape, count). The result is None if a call was not measured on any face. `rows` as for `fastest`.
+    A call is (op, shape, count). Returns None if some call was not measured on any face. `rows` as for `fastest`.
     """
     if (index := _index_of(device)) is None:
         return None
@@ -140,7 +140,7 @@ def bucket(rows: int) -> int:
 
 @contextmanager
 def forced(op: str, tile: Mapping[str, int], face: str = "triton") -> Iterator[None]:
-    """A context in which every look-up of `op` returns a row with `tile`, on any device.
+    """A context in which every `lookup` of `op` returns a row with `tile`, on any device.
 
     This changes the whole process: do not use it while other threads launch kernels.
     """

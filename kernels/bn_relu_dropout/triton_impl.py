@@ -22,7 +22,7 @@ from jasper_fast.kernels.layout import empty_fp32, empty_ntc
 from jasper_fast.kernels.operands import Mask, Norm
 from jasper_fast.kernels.triton_dropout import keep
 
-TILE_BYTES = 8192  # bytes of a pointwise tile: 64 per thread and input, so each thread has four 16-byte loads in flight
+TILE_BYTES = 8192  # bytes of forward's tile: 64 per thread and input, so each thread has four 16-byte loads in flight
 LANES = 2048  # elements of a reducing tile: 16 per thread; each element has two fp32 accumulators
 MIN_ROWS = 128  # minimum rows of a reducing program; partial results then add only a few percent to the bytes moved
 MAX_PARTIALS = 256  # maximum partial results per channel; a program of the merge kernel loads all of them together

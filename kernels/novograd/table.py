@@ -14,7 +14,7 @@ from jasper_fast.kernels.novograd.operands import Tensors, Watched
 BLOCK = 1024  # elements that a program processes in one iteration
 # About this many programs. For the largest model, partial sums are then 1 % of what a program reads.
 PROGRAMS = 4096
-SHORTEST = 8192  # elements of a run, at least, unless its tensor ends before; so a program has enough work
+SHORTEST = 8192  # minimum elements of a run that does not end its tensor, so that a program has enough work
 COLUMNS = ("grad", "moment", "param", "mean", "square", "numel", "group", "kind", "first", "end")
 UPDATE, AVERAGE, COPY = 0, 1, 2  # kinds of rows
 
@@ -23,7 +23,7 @@ def keep(
     tensors: Tensors, watched: Watched, device: torch.device, held: dict
 ) -> tuple[Tensor, Tensor, int, int, int, bool]:
     """Returns the table, the runs, the largest number of elements in a run, the number of runs that update parameters,
-    the number of all runs, and whether all tensors are aligned to 16 bytes.
+    the number of all runs, and whether all tensors except the second moments are aligned to 16 bytes.
 
     The table, int64 (tensors, COLUMNS), and the runs, int64 (programs, 2), are on the device. Addresses in the table
     are distances from the first parameter, in fp32 elements. A row of the runs has the index of a tensor and the first

@@ -8,8 +8,8 @@ each block output and shared by every later block):
 
 As soon as a block output exists, `statistics` computes the statistics of all its panes in later blocks together, by
 two products with S. No pane output is stored, forward or backward. x may have a large mean. So its rows are centred
-before the product that makes S. In other products the matrix that multiplies x is rounded first, and then its product
-with the mean is subtracted. Rounding errors are then relative to the deviations from the mean.
+before the product that makes S. In other products the matrix that multiplies x is rounded first, and then the product
+of the rounded matrix and the mean is subtracted. Rounding errors are then relative to the deviations from the mean.
 
 S is symmetric, so only three quarters of it are computed and kept. Cut S into 2 x 2 blocks. L consists of its two
 diagonal blocks and twice the block below the diagonal, in one flat tensor. For any row w of W, w S w^T = w L w^T. Also,
@@ -75,7 +75,7 @@ def _row_product(x):
 
 
 def gram_backward(x: Tensor, mean: Tensor, dmean: Tensor, dcov: Tensor, m: Tensor | int) -> Tensor:
-    """Returns the gradient of `x` (N, C, T) from the gradients of the mean and of L of `m` rows."""
+    """Returns the gradient of `x` (N, C, T), given those of the mean and of L, which were taken over `m` rows."""
     n, c, t = x.shape
     d11, d21, d22, _ = _blocks(dcov, c)
     d = torch.cat([torch.cat([d11 + d11.T, 2 * d21.T], 1), torch.cat([2 * d21, d22 + d22.T], 1)]).div_(m)

@@ -6,8 +6,8 @@ identified by 63-bit hashes, which also show whether the beam has both a prefix 
 last symbol). If it has, the probability of extending the parent by that symbol is added to that of the prefix.
 
 Each candidate has an integer key. Its upper bits hold the distance of its score from the best score, in steps of at
-most 2 ** -39, so closer scores count as equal. Its lower bits hold the candidate's place in the order of reference.py.
-Bisection finds a threshold that exactly `beam` keys do not exceed (or all keys, if there are fewer). The place of such
+most 2 ** -39, so closer scores may count as equal. Its lower bits hold the candidate's place in the order of
+reference.py. Bisection finds a threshold that exactly `beam` keys do not exceed (or all keys, if there are fewer). The place of such
 a key in the new beam is the number of smaller keys. Sorting all keys, or comparing all prefixes in one operation, would
 spill registers.
 
