@@ -36,11 +36,14 @@ def check(precision: str | None) -> str | None:
 def fp32(precision: str | None) -> Iterator[None]:
     """A context with the setting of `set_fp32(precision)`. At its end the earlier setting is restored.
 
-    If another thread enters such a context meanwhile, it waits until this one ends, unless its `precision` is None.
-    Launches of threads that enter none use this setting as well.
+    Contexts of several threads take turns: one waits until the other ends. Launches of threads that are in no context
+    use the setting as well. With None the context does nothing.
     """
+    if precision is None:
+        yield
+        return
     switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    with contextlib.nullcontext() if precision is None else _one_at_a_time:
+    with _one_at_a_time:
         before = [switch.fp32_precision for switch in switches]
         try:
             set_fp32(precision)

@@ -20,8 +20,11 @@ from jasper_fast.kernels import precision
 
 @pytest.fixture(autouse=True)
 def put_back():
-    with precision.fp32(None):
-        yield
+    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = now()
+    yield
+    for switch, value in zip(switches, before, strict=True):
+        switch.fp32_precision = value
 
 
 def now() -> tuple[str, str]:
@@ -103,6 +106,15 @@ def test_those_who_set_it_for_a_while_take_turns():
         assert now() == ("tf32", "tf32") and not found
     thread.join(10)
     assert found == [("ieee", "ieee")] and now() != ("tf32", "tf32")
+
+
+def test_a_context_without_a_precision_restores_nothing():
+    """It may end after a context of another thread, whose setting it would bring back."""
+    before, none = now(), precision.fp32(None)
+    with precision.fp32("ieee" if before[0] != "ieee" else "tf32"):
+        none.__enter__()
+    none.__exit__(None, None, None)
+    assert now() == before
 
 
 def test_the_commands_hand_it_to_the_engine(monkeypatch):

@@ -11,9 +11,7 @@ from jasper_fast.kernels.layout import empty_ntc, mask, ntc
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths
 
 
-def forward(
-    x: Tensor, weight: Tensor, geometry: Geometry, lengths: Lengths = FULL, packed: Tensor | None = None
-) -> Tensor:
+def forward(x: Tensor, weight: Tensor, geometry: Geometry, lengths: Lengths = FULL) -> Tensor:
     """Returns y (N, C, T'), the conv of `x` (N, C, T) with `weight` (C, 1, K).
 
     x counts as zero at t >= `lengths.before`, and y is zero at t >= `lengths.after`.
@@ -39,9 +37,7 @@ def into(out: Tensor, x: Tensor, packed: Tensor, geometry: Geometry, lengths: Le
     out.copy_(forward(x.transpose(1, 2), packed, geometry, lengths if lengths.masked else FULL).transpose(1, 2))
 
 
-def dgrad(
-    dy: Tensor, weight: Tensor, t: int, geometry: Geometry, lengths: Lengths = FULL, packed: Tensor | None = None
-) -> Tensor:
+def dgrad(dy: Tensor, weight: Tensor, t: int, geometry: Geometry, lengths: Lengths = FULL) -> Tensor:
     """Returns the gradient of x, (N, C, T = `t`), from `dy` (N, C, T').
 
     dy counts as zero at t >= `lengths.after`; the result is zero at t >= `lengths.before`.

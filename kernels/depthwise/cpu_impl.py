@@ -26,17 +26,15 @@ def pack_once(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return pack(weight)
 
 
-def forward(
-    x: Tensor, weight: Tensor, geometry: Geometry, lengths: Lengths = FULL, packed: Tensor | None = None
-) -> Tensor:
+def forward(x: Tensor, weight: Tensor, geometry: Geometry, lengths: Lengths = FULL) -> Tensor:
     """Returns y (N, C, T'), the conv of `x` (N, C, T) in NTC memory with `weight` (C, 1, K), masked by `lengths`.
 
-    `packed` is the weight as `pack` returns it; made here if None. Equivalent to
+    Equivalent to
     `F.conv1d(x.masked_fill(t >= lengths.before, 0), weight, None, *geometry, groups=C)`, zero at t >= lengths.after.
     """
     n, c, t = x.shape
     out = torch.empty((n, max(geometry.frames(t, weight.shape[2]), 0), c), dtype=x.dtype)
-    into(out, x.transpose(1, 2), pack(weight) if packed is None else packed, geometry, lengths)
+    into(out, x.transpose(1, 2), pack(weight), geometry, lengths)
     return out.transpose(1, 2)
 
 
@@ -54,9 +52,7 @@ def into(out: Tensor, x: Tensor, packed: Tensor, geometry: Geometry, lengths: Le
     )
 
 
-def dgrad(
-    dy: Tensor, weight: Tensor, t: int, geometry: Geometry, lengths: Lengths = FULL, packed: Tensor | None = None
-) -> Tensor:
+def dgrad(dy: Tensor, weight: Tensor, t: int, geometry: Geometry, lengths: Lengths = FULL) -> Tensor:
     """Returns the gradient of x, (N, C, T = `t`), from `dy` (N, C, T') in NTC memory.
 
     The gradient is a conv of dy with the taps reversed, with `stride - 1` rows of zeros between the rows of dy.

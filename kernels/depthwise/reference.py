@@ -11,13 +11,11 @@ from jasper_fast.kernels.layout import mask, ntc, wide_dtype
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths
 
 
-def forward(
-    x: Tensor, weight: Tensor, geometry: Geometry, lengths: Lengths = FULL, packed: Tensor | None = None
-) -> Tensor:
+def forward(x: Tensor, weight: Tensor, geometry: Geometry, lengths: Lengths = FULL) -> Tensor:
     """Returns y (N, C, T'), the conv of `x` (N, C, T) with `weight` (C, 1, K), in NTC memory.
 
-    Rows of x at t >= `lengths.before` count as zero. Rows of y at t >= `lengths.after` are zero. `packed` is for other
-    faces and is not used. Equivalent to `mask(F.conv1d(mask(x), weight, None, *geometry, groups=C))`.
+    Rows of x at t >= `lengths.before` count as zero. Rows of y at t >= `lengths.after` are zero.
+    Equivalent to `mask(F.conv1d(mask(x), weight, None, *geometry, groups=C))`.
     """
     rows, t_out = padded(x, geometry, lengths.before).to(wide_dtype(x)), geometry.frames(x.shape[2], weight.shape[2])
     y = rows.new_zeros((x.shape[0], max(t_out, 0), x.shape[1]))
@@ -26,9 +24,7 @@ def forward(
     return ntc(mask(y.to(x.dtype).transpose(1, 2), lengths.after))
 
 
-def dgrad(
-    dy: Tensor, weight: Tensor, t: int, geometry: Geometry, lengths: Lengths = FULL, packed: Tensor | None = None
-) -> Tensor:
+def dgrad(dy: Tensor, weight: Tensor, t: int, geometry: Geometry, lengths: Lengths = FULL) -> Tensor:
     """Returns the gradient of x, (N, C, T = `t`) in NTC memory, from `dy` (N, C, T').
 
     dy counts as zero at t >= `lengths.after`; the result is zero at t >= `lengths.before`.

@@ -28,18 +28,15 @@ def pack_once(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty((k, c), dtype=torch.float32, device=weight.device).copy_(weight.detach()[:, 0].t())
 
 
-def forward(
-    x: Tensor, weight: Tensor, geometry: Geometry, lengths: Lengths = FULL, packed: Tensor | None = None
-) -> Tensor:
+def forward(x: Tensor, weight: Tensor, geometry: Geometry, lengths: Lengths = FULL) -> Tensor:
     """Returns y (N, C, T'), the conv of `x` (N, C, T) in NTC memory with `weight` (C, 1, K), masked by `lengths`.
 
-    `packed` is the weight as `pack_once` returns it; made here if None. Equivalent to
+    Equivalent to
     `F.conv1d(x.masked_fill(t >= lengths.before, 0), weight, None, *geometry, groups=C)`, zero at t >= lengths.after.
     """
     n, c, t = x.shape
     y = empty_ntc(n, c, max(geometry.frames(t, weight.shape[2]), 0), like=x)
-    packed = pack_once(weight, x.dtype) if packed is None else packed
-    into(y.transpose(1, 2), x.transpose(1, 2), packed, geometry, lengths)
+    into(y.transpose(1, 2), x.transpose(1, 2), pack_once(weight, x.dtype), geometry, lengths)
     return y
 
 
@@ -52,12 +49,10 @@ def into(out: Tensor, x: Tensor, packed: Tensor, geometry: Geometry, lengths: Le
     _sum(out, x, packed, geometry, lengths, up=1, flipped=False)
 
 
-def dgrad(
-    dy: Tensor, weight: Tensor, t: int, geometry: Geometry, lengths: Lengths = FULL, packed: Tensor | None = None
-) -> Tensor:
+def dgrad(dy: Tensor, weight: Tensor, t: int, geometry: Geometry, lengths: Lengths = FULL) -> Tensor:
     """Returns the gradient of x, (N, C, T = `t`), from `dy` (N, C, T') in NTC memory: a conv with the taps reversed."""
     (stride, padding, dilation), k = geometry, weight.shape[2]
-    dx, w = empty_ntc(dy.shape[0], dy.shape[1], t, like=dy), pack_once(weight, dy.dtype) if packed is None else packed
+    dx, w = empty_ntc(dy.shape[0], dy.shape[1], t, like=dy), pack_once(weight, dy.dtype)
     back, swapped = Geometry(1, dilation * (k - 1) - padding, dilation), Lengths(lengths.after, lengths.before)
     _sum(dx.transpose(1, 2), dy.transpose(1, 2), w, back, swapped, up=stride, flipped=True)
     return dx

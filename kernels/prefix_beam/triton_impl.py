@@ -7,9 +7,9 @@ last symbol). If it has, the probability of extending the parent by that symbol 
 
 Each candidate has an integer key. Its upper bits hold the distance of its score from the best score, in steps of at
 most 2 ** -39, so closer scores may count as equal. Its lower bits hold the candidate's place in the order of
-reference.py. Bisection finds a threshold that exactly `beam` keys do not exceed (or all keys, if there are fewer). The place of such
-a key in the new beam is the number of smaller keys. Sorting all keys, or comparing all prefixes in one operation, would
-spill registers.
+reference.py. Bisection finds a threshold that exactly `beam` keys do not exceed (or all keys, if there are fewer). The
+place of such a key in the new beam is the number of smaller keys. Sorting all keys, or comparing all prefixes in one
+operation, would spill registers.
 
 For each frame and each prefix in the new beam, 4 bytes are stored: the place that the prefix, or the parent that it
 extends, had in the old beam, and the new symbol. At the end these are read from the last frame to the first, which
