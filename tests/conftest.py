@@ -107,7 +107,7 @@ def face(request: pytest.FixtureRequest) -> Face:
 
 @pytest.fixture(params=FACES[:3])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Returns the name of each face but the CUDA one in turn, see `settle`."""
+    """Returns each face in turn, except CUDA, by its name (see `settle`)."""
     return settle(request.param)
 
 

@@ -42,7 +42,7 @@ def test_every_command_of_the_plan_is_one_that_exists(monkeypatch, tmp_path, cal
             assert module in (day.DAY, "pip")
 
 
-def test_a_call_has_nine_minutes_and_its_first_steps_come_first():
+def test_calls_2_and_3_fit_into_nine_minutes_and_call_1_begins_with_its_checks():
     for call in ("2", "3"):
         assert sum(step.limit for step in day.plan(call, "cuda", Path("out"), ROOT)) <= 550
     steps = {step.name: step for step in day.plan("1", "cuda", Path("out"), ROOT)}

@@ -1,6 +1,7 @@
 """A small Jasper compiled by torch.compile and by torch.export, compared with itself uncompiled.
 
-Most tests compile with Inductor. Some use aot_eager, which traces alike but does not fuse, reorder or free anything.
+Most tests compile with Inductor. Some use aot_eager, which traces the model in the same way, but
+does not fuse, reorder or free anything.
 """
 
 import copy
@@ -61,8 +62,8 @@ def step(model: Jasper, run, frames: int, low: torch.dtype | None) -> dict[str, 
     ],
 )  # fmt: skip
 def test_a_compiled_step_equals_an_uncompiled_one_at_every_length(compiler, backend, panes):
-    """In fp32, losses, log-probs, gradients and statistics are equal, and afterwards evaluation is. The second length
-    compiles again; the third and the fourth do not."""
+    """In fp32, losses, log-probs, gradients and statistics are equal, and so are the log-probs of a later evaluation.
+    The second length compiles again; the third and the fourth do not."""
     _, plain = pair(config(dropout=0.2), settle(backend), panes=panes)
     ours, counter = copy.deepcopy(plain), CompileCounterWithBackend(compiler)
     run, graphs = torch.compile(ours, backend=counter, fullgraph=True), []

@@ -114,7 +114,7 @@ def test_a_grad_scaler_skips_overflows_and_changes_no_other_step(betas, lr):
         optimizer = NovoGrad(params, lr=lr, betas=betas, weight_decay=0.1)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=how != "plain")
         for step, overflow in enumerate((True, False, True, False)):
-            if overflow and how == "plain":  # the others skip this step
+            if overflow and how == "plain":  # the runs with a scaler skip this step
                 continue
             optimizer.zero_grad()
             before = copy.deepcopy(params)
