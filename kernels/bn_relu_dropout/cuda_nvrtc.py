@@ -104,7 +104,7 @@ def _gate(z: Tensor | None, seed: Tensor | None) -> str:
 
 
 def _planned(y: Tensor, a: Args, rows: int) -> int:
-    """Plans the launch with `cut`. Returns how many channels a thread loads together.
+    """Plans the launch with `cut`. Returns how many neighbouring channels a thread loads at once.
 
     They fill 16 bytes if all rows and pointers are aligned to 16 bytes. Otherwise a thread loads one channel.
     """
@@ -122,7 +122,7 @@ def _args(
     seed: Tensor | None = None,
     p: float = 0.0,
 ) -> Args:
-    """Returns the kernels' arguments. Raises ValueError or TypeError if a tensor does not fit `y` (N, C, T)."""
+    """Returns the kernels' arguments. Raises ValueError or TypeError for arguments that the kernels do not take."""
     if y.dtype not in DTYPES:
         raise TypeError(f"the cuda face takes fp32, fp16 and bf16, got {y.dtype}; use backend='reference' for others")
     n, c, t = y.shape

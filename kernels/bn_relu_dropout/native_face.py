@@ -1,7 +1,7 @@
-"""The functions of the faces whose kernels are C++: they allocate the results and call ops of the same names.
+"""The functions of faces whose kernels are C++. They allocate the results and call an op (`stats` calls `bn_stats`).
 
 The ops are those of the CPU library, of the CUDA library, or of `cuda_nvrtc.Compiled`. Activations are (N, C, T) in NTC
-memory, fp32, fp16 or bf16, with fp32 arithmetic inside; channel vectors are (C,) fp32. For fp64 use the reference face.
+memory, fp32, fp16 or bf16; channel vectors are (C,) fp32. Arithmetic is fp32, but sums over rows are fp64 on the CPU.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from jasper_fast.kernels.operands import Mask, Norm
 
 
 class NativeFace:
-    """A face that calls the ops of `ops()`. `ops` is called only at use, because loading a library may fail."""
+    """A face that calls the ops of `ops()`. Loading a library may fail, so `ops` is not called before use."""
 
     def __init__(self, ops: Callable[[], Any]) -> None:
         self._ops = ops
@@ -33,7 +33,7 @@ class NativeFace:
         return z
 
     def backward_reduce(self, dz: Tensor, y: Tensor, z: Tensor | None, norm: Norm, mask: Mask) -> tuple[Tensor, Tensor]:
-        """Returns dbeta = sum g and dgamma = sum g*yhat. g is dz/(1-p) where ReLU, dropout and mask pass it, else 0."""
+        """Returns dbeta = sum g and dgamma = sum g*yhat. g is dz/(1-p) where the gradient flows, else 0."""
         dbeta, dgamma = empty_fp32(2, y.shape[1], like=y)
         self._ops().bn_backward_reduce(dz, y, z, *norm, *mask, dbeta, dgamma)
         return dbeta, dgamma

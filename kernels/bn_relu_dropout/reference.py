@@ -1,7 +1,7 @@
 """The definition of bn_relu_dropout in plain PyTorch, for any device, fp64 included.
 
-N batch, C channels, T frames, M = N*T rows. 16-bit inputs are converted to fp32 first. A NaN passes the ReLU and its
-gradient, as in PyTorch. Dropped elements and padding become 0 even if they are NaN.
+N batch, C channels, T frames, M = N*T rows. 16-bit inputs are converted to fp32 first. The ReLU lets a NaN
+pass, and in backward its gradient, as PyTorch does. Dropped elements and padding become 0 even if they are NaN.
 """
 
 import torch

@@ -34,7 +34,7 @@ APPLY_LANES, APPLY_WARPS = 2048, 8  # for backward_apply, which holds three tile
 _SLICES = ("lengths_ptr", "seed_ptr")
 
 
-# ---- what all kernels share: N batch, T frames, C channels, C = c_groups * VEC ----
+# ---- what several kernels share: N batch, T frames, C channels, C = c_groups * VEC ----
 
 
 @triton.jit

@@ -22,7 +22,7 @@ def pack(weight: Tensor, *, flipped: bool = False) -> Tensor:
 
 
 def pack_once(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Packs `weight` (C, 1, K) of any dtype for many calls of `into`, in fp32 for a network in any dtype."""
+    """Packs `weight` (C, 1, K) for many calls of `into`. The pack is fp32, whatever the network's `dtype` is."""
     return pack(weight)
 
 
@@ -42,7 +42,7 @@ def into(out: Tensor, x: Tensor, packed: Tensor, geometry: Geometry, lengths: Le
     """Writes `forward` of `x` (N, T, C) and a pack into `out` (N, T', C).
 
     Both need unit channel stride; their other strides are free. Raises ValueError for `lengths.made` and for
-    `masked=False`, which only GPU faces support.
+    `masked=False`, which this face does not support.
     """
     if lengths.made is not None or not lengths.masked:
         raise ValueError("the cpu face always masks and does not compute output lengths: give it lengths.after")

@@ -1,6 +1,7 @@
 """The definition of the depthwise conv in plain PyTorch, with a hand-written backward, for any device and dtype.
 
-N batch, C channels, T frames, K taps. The conv is a sum of K shifted products, and so is each of its gradients.
+N batch, C channels, T frames, K taps. The conv and the gradient of x are sums of K shifted products. The gradient of a
+tap is one such product of x and dy, summed over N and T.
 """
 
 import torch

@@ -23,7 +23,7 @@ SHARES = 8  # maximum number of shares of a batch, each of which the weight grad
 
 
 def pack_once(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Packs `weight` (C, 1, K) of any dtype in the order that the kernel reads: (K, C) fp32, for any network dtype."""
+    """Returns `weight` (C, 1, K) as the kernel reads it: (K, C), and fp32 whatever the network's `dtype` is."""
     c, _, k = weight.shape
     return torch.empty((k, c), dtype=torch.float32, device=weight.device).copy_(weight.detach()[:, 0].t())
 

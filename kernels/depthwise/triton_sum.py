@@ -2,7 +2,7 @@
 
     y[n, t, c] = sum_k w[k, c] * x[n, (t*STRIDE + k*dilation - padding) / UP, c]
 
-The sum is over those k for which the row of x is a whole number. FLIPPED takes the taps in reverse. In forward UP is 1.
+The sum is over those k for which the row of x is a whole number. FLIPPED reverses the taps. In forward UP is 1.
 In the gradient UP is the stride of the conv, and STRIDE is 1. A program owns BLOCK_T frames of one utterance by BLOCK_C
 channels. It reads x once for each tap, only the first time from memory, and sums in fp32. It leaves out taps at which
 all its inputs lie outside of x.

@@ -9,8 +9,8 @@ from torch import Tensor
 class Tensors(NamedTuple):
     """Lists of equal length. Gradients, moments and averages have the memory order of their parameter, without gaps.
 
-    exp_avg_sqs are one-element tensors, fp32 or wider. `averages` is empty without a moving average. `groups[i]` is the
-    row of the settings, one row per parameter group, that applies to parameter i.
+    exp_avg_sqs are one-element tensors, fp32 or wider. `averages` is empty without a moving average. The settings have
+    one row per parameter group; `groups[i]` is the number of the row that applies to parameter i.
     """
 
     grads: list[Tensor]

@@ -41,7 +41,7 @@ def step(
             mine = [i for i, group in enumerate(tensors.groups) if group == index]
             if mine:
                 part = Tensors(*([of[i] for i in mine] if of else [] for of in tensors))
-                # stacked, because the host would wait for the GPU if it sent a list of indices
+                # not norms[mine]: it would send the list `mine` to the GPU, and the host would wait for that
                 squares = (torch.stack([norms[i] for i in mine]) * clip).square()
                 _update(part, Settings(*row), squares, scale, None if on_cpu else bad)
     average(tensors.params if tensors.averages else [], tensors.averages, rows[0][-1])
@@ -50,7 +50,7 @@ def step(
 
 
 def _update(tensors: Tensors, s: Settings, squares: Tensor, scale: Tensor, bad: Tensor | None) -> None:
-    """Updates the parameters of one group. bad: a tensor that is true if the update is to be skipped, or None."""
+    """Updates the parameters of one group. bad: a tensor that is true if they must not change; None means false."""
     grads, params, exp_avgs, exp_avg_sqs, *_ = tensors
     old = torch.stack([v.reshape(()) for v in exp_avg_sqs]).to(squares)
     new = torch.where((old == 0) | (s.beta2 == 0), squares, s.beta2 * old + s.rest2 * squares)

@@ -14,7 +14,7 @@ from jasper_fast.kernels.novograd.operands import Tensors, Watched
 BLOCK = 1024  # elements that a program processes in one iteration
 # About this many programs. For the largest model, partial sums are then 1 % of what a program reads.
 PROGRAMS = 4096
-SHORTEST = 8192  # minimum elements of a run that does not end its tensor, so that a program has enough work
+SHORTEST = 8192  # minimum elements of a run, so that a program has enough work; a tensor's last run may be shorter
 COLUMNS = ("grad", "moment", "param", "mean", "square", "numel", "group", "kind", "first", "end")
 UPDATE, AVERAGE, COPY = 0, 1, 2  # kinds of rows
 

@@ -8,6 +8,7 @@ score of a prefix, in natural logarithms, is
 
 and at the end alpha * log10 p(end | s) is added. After each frame the `beam` best prefixes are kept. Among prefixes of
 equal score, those already in the beam come first, in the order of the beam. Then come those with a new symbol, ordered
-by the place of their parent and then by the symbol. `ngram.py` defines the arrays of an n-gram, and `words.py` those of
-words. Each face (an implementation: reference, cpu, triton) exports `search`; `reference.py` is its definition.
+by the place of their parent and then by the symbol. `ngram.py` defines the arrays of an n-gram, `words.py` those of
+words, and what words add to the score. Each face (an implementation: reference, cpu, triton) exports `search`;
+`reference.py` is its definition.
 """

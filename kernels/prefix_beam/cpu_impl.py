@@ -1,6 +1,6 @@
 """The CPU face of the search: C++ (csrc/cpu/prefix_beam.cpp), one thread per utterance.
 
-Its results equal those of reference.py in every bit.
+For fp32 log_probs, its results equal those of reference.py in every bit.
 """
 
 import torch

@@ -1,5 +1,5 @@
-"""An n-gram model of symbols as an automaton in flat arrays. A state is a context. An arc is one n-gram of the model: a
-context and the symbol that follows it."""
+"""An n-gram model of symbols or words, as an automaton in flat arrays. A state is a context. An arc is one n-gram of
+the model: a context and the symbol (or word) that follows it."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Ngram(NamedTuple):
-    """A back-off n-gram over classes 0 .. V - 2; class V - 1 (CTC's blank) means the end of the text.
+    """A back-off n-gram over classes 0 .. V - 2; class V - 1 (for symbols, CTC's blank) means the end of the text.
 
         log10 p(c | state) = arc_log10[a]                                  if the state has an arc a for class c
                              back_off[state] + log10 p(c | lower[state])   if it has none

@@ -21,7 +21,7 @@ def search(
     beta: float = 0.0,
     words: Words | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the ``n_best`` prefixes of each utterance: their symbols, lengths and scores.
+    """Returns the ``n_best`` best prefixes of each utterance: their symbols, lengths and scores.
 
     symbols (N, n_best, T) int32, lengths (N, n_best) int32, scores (N, n_best, 2) fp64: the score and log(b + n). For
     missing prefixes, if there are fewer than n_best, the length is -1 and the scores are -inf.

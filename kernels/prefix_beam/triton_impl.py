@@ -31,9 +31,9 @@ from jasper_fast.kernels import launch
 from jasper_fast.kernels.prefix_beam.ngram import Ngram
 from jasper_fast.kernels.prefix_beam.words import Words
 
-BEAM = 128  # places for prefixes; a narrower beam leaves some of them idle, and 256 spill registers in Triton 3.6
+BEAM = 128  # places for prefixes; a narrower beam leaves some of them idle; 256 would spill registers in Triton 3.6
 MOST_CLASSES = 32  # a set of symbols is stored in the bits of an int32
-MOST_TABLE = 4 << 30  # bytes of the n-gram's table
+MOST_TABLE = 4 << 30  # maximum size of the n-gram's table in bytes
 STAY = tl.constexpr(63)  # stored instead of a symbol if the prefix did not change
 NEVER = tl.constexpr(-math.inf)
 PART = tl.constexpr(16)  # each iteration compares every prefix of the beam with this many others
@@ -266,8 +266,8 @@ def search(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Does what `reference.search` does, on the device of log_probs. ``lm`` is on the CPU.
 
-    log_probs are converted to fp32. The table of the newest ``lm`` is kept for later calls. Raises ValueError for a
-    search that ``why_not`` rejects.
+    log_probs are converted to fp32. The newest table is kept for later calls with the same ``lm``, alpha and beta.
+    Raises ValueError for a search that ``why_not`` rejects.
     """
     count, frames, classes = log_probs.shape
     if why := why_not(classes, beam, lm, words):

@@ -10,8 +10,8 @@ from jasper_fast.kernels.prefix_beam.ngram import Ngram
 class Words(NamedTuple):
     """A trie of K words with M nodes. Node 0 is the root, and a child has a higher number than its parent.
 
-    The last of the K words is the unknown word: it stands for all spellings that are not in the trie. A word ends at a
-    space that follows a symbol other than a space, and at the end of the text. There it adds to the score, in natural
+    The last of the K words is the unknown word: it stands for all spellings that are not in the trie. A word ends where
+    a symbol other than a space is followed by a space or by the end of the text. There it adds to the score, in natural
     logarithms,
 
         alpha * log10 p(class of the word | words before it) + extra[word]
