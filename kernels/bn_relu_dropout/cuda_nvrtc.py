@@ -58,8 +58,10 @@ class Compiled:
         self._reduce(y, _args(y, {}), "stats_kernel", "", ROWS, mean, m2)
 
     def bn_forward(self, y, mean, rstd, gamma, beta, residual, lengths, seed, p, z) -> None:
-        names = {"residual": residual, "out": z, "mean": mean, "rstd": rstd, "gamma": gamma, "beta": beta}
-        a = _args(y, names, lengths, seed, p)
+        a = _args(
+            y, {"residual": residual, "out": z, "mean": mean, "rstd": rstd, "gamma": gamma, "beta": beta},
+            lengths, seed, p,
+        )  # fmt: skip
         self._elementwise(y, a, "forward_kernel", f"{BOOL[seed is not None]}, {BOOL[residual is not None]}", ROWS)
 
     def bn_backward_reduce(
@@ -84,8 +86,10 @@ class Compiled:
         partials = torch.empty((a.parts, 2, a.c), dtype=torch.float32, device=y.device)
         a.partials = partials.data_ptr()
         self._launch(y, kernel, f"{width}{', ' if flags else ''}{flags}", a.parts * a.columns, a)
-        results = (ctypes.c_void_p(x.data_ptr()) for x in (first, second))
-        self._launch(y, "merge_kernel", BOOL[kernel == "stats_kernel"], -(-a.c // MERGE_CHANNELS), a, *results)
+        self._launch(
+            y, "merge_kernel", BOOL[kernel == "stats_kernel"], -(-a.c // MERGE_CHANNELS), a,
+            ctypes.c_void_p(first.data_ptr()), ctypes.c_void_p(second.data_ptr()),
+        )  # fmt: skip
 
     def _elementwise(self, y, a, kernel, flags, rows) -> None:
         width = _planned(y, a, rows)
@@ -128,12 +132,13 @@ def _args(
     n, c, t = y.shape
     if n * t >= 1 << 31:
         raise ValueError(f"y has N*T = {n * t} rows, the cuda face takes fewer than 2^31: use a smaller batch")
-    a = Args(y=y.data_ptr(), threshold=philox.threshold(p), scale=1 / (1 - p), n=n, c=c, t=t)
+    a = Args(threshold=philox.threshold(p), scale=1 / (1 - p), n=n, c=c, t=t)
     for name, x in {"y": y, **tensors}.items():
         if x is None:
             continue
         if name in _CHANNELS:
-            _channels(name, x, y)
+            if x.shape != (c,) or x.dtype != torch.float32 or not x.is_contiguous() or x.device != y.device:
+                raise ValueError(f"{name} must be a contiguous fp32 tensor of C = {c} channels on the device of y")
         elif x.shape != y.shape or x.dtype != y.dtype or x.device != y.device or not x.transpose(1, 2).is_contiguous():
             raise ValueError(f"{name} must be {tuple(y.shape)} {y.dtype} on {y.device} in NTC memory (layout.ntc)")
         setattr(a, name, x.data_ptr())
@@ -146,8 +151,3 @@ def _args(
             raise TypeError(f"{name} must be a contiguous int64 tensor of {count} elements on the device of y")
         setattr(a, name, x.data_ptr())
     return a
-
-
-def _channels(name: str, x: Tensor, y: Tensor) -> None:
-    if x.shape != y.shape[1:2] or x.dtype != torch.float32 or not x.is_contiguous() or x.device != y.device:
-        raise ValueError(f"{name} must be a contiguous fp32 tensor of C = {y.shape[1]} channels on the device of y")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jasper_fast.kernels import philox
-from jasper_fast.kernels.layout import ntc, padding
+from jasper_fast.kernels.layout import ntc, padding, wide_dtype
 from jasper_fast.kernels.operands import Mask, Norm
 
 
@@ -18,7 +18,7 @@ def stats(y: Tensor) -> tuple[Tensor, Tensor]:
     y: (N, C, T). Returns two (C,) tensors, fp32 (fp64 for fp64).
     Equivalent to `mean = y.mean((0, 2)); m2 = (y - mean[:, None]).square().sum((0, 2))`.
     """
-    var, mean = torch.var_mean(_wide(y), dim=(0, 2), correction=0)
+    var, mean = torch.var_mean(y.to(wide_dtype(y)), dim=(0, 2), correction=0)
     return mean, var * (y.shape[0] * y.shape[2])
 
 
@@ -26,7 +26,7 @@ def forward(y: Tensor, norm: Norm, residual: Tensor | None, mask: Mask) -> Tenso
     """Returns z = mask(dropout(relu((y - mean)*rstd*gamma + beta [+ residual]))), (N, C, T), in NTC memory."""
     pre = _pre(y, norm)
     if residual is not None:
-        pre = pre + _wide(residual)
+        pre = pre + residual.to(wide_dtype(residual))
     z = torch.relu(pre) * _scale(mask.p)
     return ntc(z.where(_alive(y, mask), 0.0).to(y.dtype))
 
@@ -37,7 +37,7 @@ def backward_reduce(dz: Tensor, y: Tensor, z: Tensor | None, norm: Norm, mask: M
     z: the output of `forward` if there was a residual, else None. Without z, y gives the sign of the ReLU's input.
     """
     open_ = _open(y, z, norm, mask)
-    g = (_wide(dz) * _scale(mask.p)).where(open_, 0.0)
+    g = (dz.to(wide_dtype(dz)) * _scale(mask.p)).where(open_, 0.0)
     yhat = _yhat(y, norm).where(open_, 0.0)
     return g.sum((0, 2)), (g * yhat).sum((0, 2))
 
@@ -61,7 +61,7 @@ def backward_apply(
     """
     if halo is not None and mask.lengths is not None:
         y = y.masked_fill(padding(mask.lengths + halo, y.shape[2]), 0.0)
-    g = (_wide(dz) * _scale(mask.p)).where(_open(y, z, norm, mask), 0.0)
+    g = (dz.to(wide_dtype(dz)) * _scale(mask.p)).where(_open(y, z, norm, mask), 0.0)
     dy = g
     if means is not None:
         mean_g, mean_gy = means
@@ -70,22 +70,18 @@ def backward_apply(
     return ntc(dy.to(y.dtype)), ntc(g.to(y.dtype)) if has_residual else None
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _scale(p: float) -> float:
     philox.threshold(p)  # raises ValueError for a p that no face supports
     return 1.0 / (1.0 - p)
 
 
 def _yhat(y: Tensor, norm: Norm) -> Tensor:
-    return (_wide(y) - norm.mean[:, None]) * norm.rstd[:, None]
+    return (y.to(wide_dtype(y)) - norm.mean[:, None]) * norm.rstd[:, None]
 
 
 def _pre(y: Tensor, norm: Norm) -> Tensor:
     # subtract the mean first: a*y + (beta - a*mean) would cancel if |mean| is far larger than the standard deviation
-    return (_wide(y) - norm.mean[:, None]) * (norm.gamma * norm.rstd)[:, None] + norm.beta[:, None]
+    return (y.to(wide_dtype(y)) - norm.mean[:, None]) * (norm.gamma * norm.rstd)[:, None] + norm.beta[:, None]
 
 
 def _alive(y: Tensor, mask: Mask) -> Tensor:
@@ -100,8 +96,6 @@ def _alive(y: Tensor, mask: Mask) -> Tensor:
 
 def _open(y: Tensor, z: Tensor | None, norm: Norm, mask: Mask) -> Tensor:
     """Returns bool (N, C, T): True for elements through which the gradient flows."""
-    if z is not None:  # z also shows what was dropped: a dropped element is 0
-        passed, mask = ~(z <= 0), Mask(mask.lengths)
-    else:
-        passed = ~(_pre(y, norm) <= 0)
-    return passed & _alive(y, mask)
+    if z is None:
+        return ~(_pre(y, norm) <= 0) & _alive(y, mask)
+    return ~(z <= 0) & _alive(y, Mask(mask.lengths))  # z also shows what was dropped: a dropped element is 0

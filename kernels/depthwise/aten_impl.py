@@ -43,16 +43,16 @@ def dgrad(dy: Tensor, weight: Tensor, t: int, geometry: Geometry, lengths: Lengt
     dy counts as zero at t >= `lengths.after`; the result is zero at t >= `lengths.before`.
     """
     x = empty_ntc(dy.shape[0], dy.shape[1], t, like=dy)  # only its shape and memory format are used
-    masked = ntc(mask(dy, lengths.after))
-    dx = conv2d_backward(masked, x, weight.to(dy.dtype), geometry, (True, False), weight.shape[0])[0]
-    return ntc(mask(dx.squeeze(2), lengths.before))
+    grads = conv2d_backward(
+        ntc(mask(dy, lengths.after)), x, weight.to(dy.dtype), geometry, (True, False), weight.shape[0]
+    )
+    return ntc(mask(grads[0].squeeze(2), lengths.before))
 
 
 def wgrad(
     x: Tensor, dy: Tensor, k: int, geometry: Geometry, lengths: Lengths = FULL, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Returns the gradient of the weight, (C, 1, K = `k`), in `dtype` (default: that of `x`)."""
-    weight = dy.new_empty((x.shape[1], 1, k))
-    masked = ntc(mask(dy, lengths.after)), ntc(mask(x, lengths.before))
-    dw = conv2d_backward(*masked, weight, geometry, (False, True), x.shape[1])[1]
+    dy, x = ntc(mask(dy, lengths.after)), ntc(mask(x, lengths.before))
+    dw = conv2d_backward(dy, x, dy.new_empty((x.shape[1], 1, k)), geometry, (False, True), x.shape[1])[1]
     return dw.squeeze(2).to(dtype or x.dtype)

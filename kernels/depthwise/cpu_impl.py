@@ -46,10 +46,10 @@ def into(out: Tensor, x: Tensor, packed: Tensor, geometry: Geometry, lengths: Le
     """
     if lengths.made is not None or not lengths.masked:
         raise ValueError("the cpu face always masks and does not compute output lengths: give it lengths.after")
-    stride, padding, dilation = geometry
     native.cpu().depthwise_sum(
-        x, packed, packed.shape[1], stride, dilation, padding, 1, lengths.before, lengths.after, out
-    )
+        x, packed, packed.shape[1], geometry.stride, geometry.dilation, geometry.padding, 1,
+        lengths.before, lengths.after, out,
+    )  # fmt: skip
 
 
 def dgrad(dy: Tensor, weight: Tensor, t: int, geometry: Geometry, lengths: Lengths = FULL) -> Tensor:
@@ -74,7 +74,9 @@ def wgrad(
     x counts as zero at t >= `lengths.before`, and dy at t >= `lengths.after`. Sums are fp32; the result is in `dtype`
     (default: that of `x`).
     """
-    dw, (stride, padding, dilation) = torch.empty((x.shape[1], 1, k), dtype=torch.float32), geometry
-    rows, dy_rows = x.transpose(1, 2), dy.transpose(1, 2)
-    native.cpu().depthwise_wgrad(rows, dy_rows, stride, dilation, padding, lengths.before, lengths.after, dw)
+    dw = torch.empty((x.shape[1], 1, k), dtype=torch.float32)
+    native.cpu().depthwise_wgrad(
+        x.transpose(1, 2), dy.transpose(1, 2), geometry.stride, geometry.dilation, geometry.padding,
+        lengths.before, lengths.after, dw,
+    )  # fmt: skip
     return dw.to(dtype or x.dtype)

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from jasper_fast.kernels import launch
+from jasper_fast.kernels import launch, tables
 from jasper_fast.kernels.conv1d.gpu_shared import check_offsets, sizes
 from jasper_fast.kernels.conv1d.triton_tiles import transpose_meta
 from jasper_fast.kernels.conv1d.triton_wgrad import conv1d_wgrad_merge_kernel
@@ -17,7 +17,6 @@ from jasper_fast.kernels.depthwise.triton_wgrad import TAPS, depthwise_wgrad_ker
 from jasper_fast.kernels.layout import empty_ntc
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FEW_ROWS = 4096  # with fewer rows N*T' tiles are smaller, so that there are enough programs to fill a GPU
 SHARES = 8  # maximum number of shares of a batch, each of which the weight gradient sums separately
 
@@ -52,9 +51,12 @@ def into(out: Tensor, x: Tensor, packed: Tensor, geometry: Geometry, lengths: Le
 def dgrad(dy: Tensor, weight: Tensor, t: int, geometry: Geometry, lengths: Lengths = FULL) -> Tensor:
     """Returns the gradient of x, (N, C, T = `t`), from `dy` (N, C, T') in NTC memory: a conv with the taps reversed."""
     (stride, padding, dilation), k = geometry, weight.shape[2]
-    dx, w = empty_ntc(dy.shape[0], dy.shape[1], t, like=dy), pack_once(weight, dy.dtype)
-    back, swapped = Geometry(1, dilation * (k - 1) - padding, dilation), Lengths(lengths.after, lengths.before)
-    _sum(dx.transpose(1, 2), dy.transpose(1, 2), w, back, swapped, up=stride, flipped=True)
+    dx = empty_ntc(dy.shape[0], dy.shape[1], t, like=dy)
+    _sum(
+        dx.transpose(1, 2), dy.transpose(1, 2), pack_once(weight, dy.dtype),
+        Geometry(1, dilation * (k - 1) - padding, dilation), Lengths(lengths.after, lengths.before),
+        up=stride, flipped=True,
+    )  # fmt: skip
     return dx
 
 
@@ -116,7 +118,7 @@ def wgrad(
 
 def _check(x: Tensor, y: Tensor) -> None:
     """Raises TypeError or ValueError for operands (N, T, C) that the kernels do not take."""
-    if x.dtype not in DTYPES or x.dtype != y.dtype:
+    if x.dtype not in tables.DTYPES or x.dtype != y.dtype:
         raise TypeError(f"the triton face takes one of fp32, fp16, bf16 for all, got {x.dtype} and {y.dtype}")
     if (x.shape[0], x.shape[2]) != (y.shape[0], y.shape[2]):
         raise ValueError(f"x and y need equal N and C, got (N, T, C) = {tuple(x.shape)} and {tuple(y.shape)}")

@@ -27,9 +27,8 @@ def step(
     """
     outcome = torch.empty(2)
     ours, others = watched.split((torch.float32,))
-    *lists, groups = tensors
-    groups = torch.tensor(groups, dtype=torch.int64)
-    native.cpu().novograd_step(*lists, groups, *ours, settings, grad_scale, found_inf, clip_norm, guard, outcome)
+    groups = torch.tensor(tensors.groups, dtype=torch.int64)
+    native.cpu().novograd_step(*tensors[:-1], groups, *ours, settings, grad_scale, found_inf, clip_norm, guard, outcome)
     torch.autograd.graph.increment_version([*tensors.params, *tensors.averages, *ours.averages])
     reference.average(*others, settings[0, -1])
     return outcome

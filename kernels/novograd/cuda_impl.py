@@ -33,8 +33,9 @@ def step(
     like = tensors.params[0]
     partial, old, outcome = like.new_empty(partials), like.new_empty(len(rows)), like.new_empty(2)
     scale, found = (x if x is None else x.float() for x in (grad_scale, found_inf))
-    given = rows, runs, like, partial, old, settings, scale, found, outcome
-    places = (None if x is None else x.data_ptr() for x in given)
+    places = (
+        None if x is None else x.data_ptr() for x in (rows, runs, like, partial, old, settings, scale, found, outcome)
+    )
     args = cuda_launch.Args(*places, size, partials, clip_norm or math.inf, guard, bool(tensors.averages))
     functions = cuda_launch.functions()
     with nvrtc.device_of(like) as stream:

@@ -44,7 +44,7 @@ def step(
                 # not norms[mine]: it would send the list `mine` to the GPU, and the host would wait for that
                 squares = (torch.stack([norms[i] for i in mine]) * clip).square()
                 _update(part, Settings(*row), squares, scale, None if on_cpu else bad)
-    average(tensors.params if tensors.averages else [], tensors.averages, rows[0][-1])
+    average(tensors.params, tensors.averages, rows[0][-1])
     average(*watched, rows[0][-1])
     return torch.stack([norm, bad.to(norm)])
 

@@ -38,11 +38,10 @@ def keep(
 
 def rows_of(tensors: Tensors, watched: Watched) -> list[tuple[int, ...]]:
     """Returns the rows of the table without columns "first" and "end", with addresses in bytes."""
-    address = Tensor.data_ptr
-    averages = map(address, tensors.averages) if tensors.averages else [0] * len(tensors.params)
-    lists = (map(address, of) for of in (tensors.grads, tensors.exp_avgs, tensors.params))
-    numbers = (averages, map(address, tensors.exp_avg_sqs), map(Tensor.numel, tensors.params), tensors.groups)
-    rows = [(*row, UPDATE) for row in zip(*lists, *numbers, strict=True)]
+    grads, params, moments, squares = (map(Tensor.data_ptr, of) for of in tensors[:4])
+    averages = map(Tensor.data_ptr, tensors.averages) if tensors.averages else [0] * len(tensors.params)
+    columns = grads, moments, params, averages, squares, map(Tensor.numel, tensors.params), tensors.groups
+    rows = [(*row, UPDATE) for row in zip(*columns, strict=True)]
     for live, average in zip(*watched, strict=True):
         kind, words = (AVERAGE, 1) if average.is_floating_point() else (COPY, average.element_size() // 4)
         rows.append((0, 0, live.data_ptr(), average.data_ptr(), 0, live.numel() * words, 0, kind))
@@ -50,8 +49,7 @@ def rows_of(tensors: Tensors, watched: Watched) -> list[tuple[int, ...]]:
 
 
 def _made(rows: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor, int, int, int, bool]:
-    total = sum(row[5] for row in rows)
-    size = max(SHORTEST, -(-total // (PROGRAMS * BLOCK)) * BLOCK)
+    size = max(SHORTEST, -(-sum(row[5] for row in rows) // (PROGRAMS * BLOCK)) * BLOCK)
     table, runs, partials, anchor = [], [], 0, rows[0][2]
     for i, row in enumerate(rows):
         first = len(runs)

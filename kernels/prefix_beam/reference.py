@@ -126,12 +126,9 @@ def _search(
                     weigh(prefix, symbol)
         best = sorted((p for p in found if score(p) > -inf), key=score, reverse=True)[:beam]  # stable
         kept = {prefix: found[prefix] for prefix in best}
-    ended = []
-    for prefix, (b, n) in kept.items():
-        end = _end(lm, states[prefix], words, spelt.get(prefix, (0, 0)), alpha, blank)
-        if (total := _add(b, n) + bonus[prefix] + end) > -inf:
-            ended.append((prefix, total, _add(b, n)))
-    return sorted(ended, key=lambda item: item[1], reverse=True)
+    ends = {p: _end(lm, states[p], words, spelt.get(p, (0, 0)), alpha, blank) for p in kept}
+    ended = [(p, _add(b, n) + bonus[p] + ends[p], _add(b, n)) for p, (b, n) in kept.items()]
+    return sorted((item for item in ended if item[1] > -inf), key=lambda item: item[1], reverse=True)
 
 
 def _blank(lm: Ngram) -> int:
