@@ -164,7 +164,8 @@ def _spill(job: Job, facts: dict) -> str | None:
 
 def _shared(job: Job, facts: dict) -> str | None:
     limit = SHARED_LIMIT.get(f"sm_{job.arch}", SHARED_LIMIT["sm_90"])
-    return f"{facts['shared']} bytes per block, but the architecture has {limit}" if facts["shared"] > limit else None
+    said = f"{facts['shared']} bytes of shared memory per block, but the architecture has {limit}"
+    return said if facts["shared"] > limit else None
 
 
 def _exact(job: Job) -> bool:

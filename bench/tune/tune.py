@@ -1,4 +1,6 @@
-"""Finds the fastest implementation and tile of each op on this GPU. `--backend auto` chooses from the resulting table.
+"""Finds the fastest implementations of conv1d and bn_relu_dropout, and tiles of Triton's convs, on this GPU.
+
+`--backend auto` chooses from the resulting table.
 
 `python -m bench tune` measures, and `python -m bench tune --install RESULT` puts the result into the committed table of
 its GPU. The same tuner (`jasper_fast.tuning`) runs at first use and in `jasper-fast tune`. In this subcommand it times

@@ -9,7 +9,7 @@
 
 namespace jf {
 
-constexpr int64_t kDepthwiseColumns = 32;  // channels of a block: weights are packed (C / 32, K, 32)
+constexpr int64_t kDepthwiseColumns = 32;  // channels of a block: weights are packed (ceil(C / 32), K, 32)
 constexpr int64_t kDepthwiseRows = 8;      // outputs (in the gradient of the weight: taps) that share a load
 
 enum class DepthwiseDtype { fp32, fp16, bf16 };

@@ -163,7 +163,8 @@ class WordSearch:
         )
 
     def __call__(self, log_probs: np.ndarray) -> list[Found]:
-        """Returns the best texts of log-probs (T, V), fp32, the best first; an empty list if no words fit."""
+        """Returns the best texts of log-probs (T, V), fp32, the best first; an empty list if no sequence
+        of words is possible."""
         frames, classes = log_probs.shape
         emissions = np.full((frames + 1, classes), _NEVER, dtype=np.float32)
         np.maximum(log_probs, _NEVER, out=emissions[:frames])

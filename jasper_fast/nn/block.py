@@ -96,7 +96,7 @@ def reads_gram(bn: nn.Module, source: Tensor, backend: str, form: str) -> bool:
     return (choose.pane_form(backend, source.device, source.dtype) if form == "auto" else form) == "gram"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # Dynamo of torch 2.11 hashes a Pass before it has fields
 class Pass:
     """One forward pass of a block, of this project or of another.
 

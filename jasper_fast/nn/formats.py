@@ -161,7 +161,7 @@ _NEMO = (
 def _named_ours(
     path: Path, kind: str, entries: dict[str, Tensor], rules: Sequence[tuple[str, str]] = (), drop: Sequence[str] = ()
 ) -> Weights:
-    """Renames the entries to this project's names by `rules`, pairs (pattern, replacement). Leaves out entries whose
+    """Renames the entries to this project's names by `rules`: pairs (pattern, replacement). Leaves out entries whose
     names contain a string of `drop`."""
     names, dropped = {}, []
     for name in entries:

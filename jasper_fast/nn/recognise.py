@@ -159,7 +159,7 @@ def _sub_block(group: list[nn.Module]) -> tuple[nn.Module | float, ...]:
     refuse(
         Unfit,
         (taps and not _is_pointwise(_inner(conv)), "it has a depthwise conv without a pointwise one after it"),
-        (not rest, "it has a conv without batch norm"),
+        (len(rest) == 0, "it has a conv without batch norm"),
     )
     norm, *rest = rest
     _check_norm(norm)

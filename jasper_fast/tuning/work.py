@@ -111,7 +111,7 @@ class Tuner:
         return {"rows": list(best.values()), "refused": refused, "timed": timed, "samples": samples}
 
     def _refusal(self, cell: Cell, proposal: Proposal) -> str:
-        """Returns the reason for not timing a contender, or "" if it is correct."""
+        """Returns why a contender is not timed (it spills, fails or is wrong), or "" if it may be timed."""
         if spilled := self._facts.get((cell, proposal.name(cell)), {}).get("spilled"):
             return f"spills {spilled} bytes"
         if proposal.face == LIBRARY[cell.op.split(".")[0]]:

@@ -108,7 +108,7 @@ struct Bulk {  // an incomplete copy_bulk
 
 extern Fiber* current;
 
-// Counts executions of an instruction, one by default.
+// Adds `more` to the count of an instruction: the count of executions, or of bytes for "load" and "store".
 void count(const char* instruction, int64_t more = 1);
 
 // Ends the launch with an error message about the running thread, or about `thread` of `cta`.
