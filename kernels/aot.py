@@ -100,9 +100,10 @@ class Facts:
     """The resources that a compiled kernel uses, its code, and how often it contains some instructions.
 
     registers: per thread. spilled: bytes of stack and local memory per thread. shared: bytes of shared memory. dots:
-    number of matrix products in the source. dot_rows: the fewest rows of any product's result (0 without products).
-    narrow_loads: scalar 16-bit global loads in innermost loops. waiting_loads: wide global loads into registers in
-    innermost loops that also multiply matrices; nothing hides their latency. The other counts: see _COUNTED.
+    number of matrix products (`tt.dot`) in Triton's IR. dot_rows: the fewest rows of any product's result (0 without
+    products). narrow_loads: scalar 16-bit global loads in innermost loops. waiting_loads: wide global loads into
+    registers in innermost loops that also multiply matrices; nothing hides their latency. The other counts: see
+    _COUNTED.
     """
 
     registers: int

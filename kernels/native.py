@@ -1,7 +1,7 @@
 """Loads the two native libraries on first use. Importing this module never fails and loads nothing.
 
-`cpu()` and `cuda()` return the namespaces `torch.ops.jasper_fast_cpu` and `torch.ops.jasper_fast_cuda`, or raise
-`Missing`, which says why the library is missing and how to get it. The environment variable JASPER_FAST_LIB=FOLDER
+`cpu()` and `cuda()` return the ops of `torch.ops.jasper_fast_cpu` and `torch.ops.jasper_fast_cuda`, or raise `Missing`,
+which says why the library is missing and how to get it. The environment variable JASPER_FAST_LIB=FOLDER
 loads the libraries from another folder, such as those built with sanitizers (`make sanitize`).
 """
 

@@ -37,7 +37,7 @@ _SPLIT = ("conv1d.fused", "conv1d.wgrad")  # ops whose reduction several program
 
 
 class TableError(ValueError):
-    """Raised for a faulty table. The message names the file, the row and the fault."""
+    """Raised for a faulty table. The message names the file, the fault, and the row if the fault is in a row."""
 
 
 class Cell(NamedTuple):
@@ -72,8 +72,8 @@ class Row:
     """One measured configuration.
 
     tile: {"t", "n", "k", "num_warps", "num_stages", "splits"} of a Triton conv, None on other faces and ops. time_s:
-    seconds of one call. registers: per thread. shared: bytes per program. spilled: bytes per thread. These three are
-    None if nothing was compiled.
+    seconds of one call. registers (per thread), shared (bytes per program), spilled (bytes per thread): None if nothing
+    was compiled.
     """
 
     op: str
@@ -99,7 +99,7 @@ class Row:
 
     @property
     def shape(self) -> tuple:
-        """The part of the key that must match exactly in a look-up."""
+        """The op, the dtype and the sizes of the conv, which must match exactly in a look-up."""
         return (self.op, self.dtype, self.c_in, self.c_out, self.taps, self.stride, self.dilation)
 
     @property

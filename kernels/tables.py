@@ -6,9 +6,9 @@ algorithm). A call with N*T' rows of output belongs to the smallest rows_log2 wi
 conv has its number of channels as c_in and c_out, and 1 for taps, stride and dilation.
 
 Rows come from three sources: what was tuned on this machine (`lay_over`), the committed table of this GPU, and the
-table of the most similar GPU (`likeness`). For each shape and rows_log2 only the first source that has rows counts,
-because times of two machines are not compared. A table is checked in full when it is read. For a GPU without rows,
-look-ups return None and kernels use their default tiles.
+table of the most similar GPU (`likeness`). For each cell (op, dtype, shape and rows_log2) only the first source that
+has rows counts, because times of two machines are not compared. A table is checked in full when it is read. If no
+source has rows, look-ups return None and kernels use their default tiles.
 """
 
 import functools
@@ -76,7 +76,7 @@ def lookup(
     """Returns the fastest measured configuration of `op` on `face`, or None if no table for this GPU has the shape.
 
     c_in, c_out: the channels of the conv's weight, also for gradients. rows: N*T' of the conv's output. If its
-    rows_log2 was not measured, the row of the nearest rows_log2 that was measured is returned. The tables are read at
+    rows_log2 was not measured, the row of the nearest rows_log2 that was measured is returned. The files are read at
     the first look-up for a GPU, which raises TableError if one of them is faulty.
     """
     if _forced and (row := _forced.get(op)) is not None:
@@ -140,7 +140,7 @@ def bucket(rows: int) -> int:
 
 @contextmanager
 def forced(op: str, tile: Mapping[str, int], face: str = "triton") -> Iterator[None]:
-    """A context in which every `lookup` of `op` returns a row with `tile`, on any device.
+    """A context in which `lookup` of `op` returns a row with `tile`, whatever the device, the shape and the face.
 
     This changes the whole process: do not use it while other threads launch kernels.
     """
@@ -264,7 +264,7 @@ def for_gpu(gpu: str, where: Path | None = None) -> Table | None:
 
 
 def load(path: Path) -> Table:
-    """Returns the table in `path`. Raises TableError, which names the file, the row and the fault."""
+    """Returns the table in `path`. Raises TableError if it is faulty."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -12,7 +12,7 @@ from jasper_fast.kernels.layout import ntc
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Returns whether this face takes activations like `tensors`, which must all have one dtype."""
+    """Returns whether this face takes activations like `tensors`; it takes no mixture of dtypes."""
     dtypes = {t.dtype for t in tensors}
     return dtypes == {torch.float32} or (dtypes == {torch.bfloat16} and native.cpu().conv1d_has_bf16())
 

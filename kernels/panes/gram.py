@@ -6,14 +6,15 @@ each block output and shared by every later block):
     mean_y = W m,   var_y = diag(W S W^T),   a = gamma*(var_y + eps)^-1/2
     out = sum_k x_k (diag(a_k) W_k)^T + (beta_k - a_k mean_y_k)
 
-As soon as a block output exists, `statistics` computes the statistics of all its panes in later blocks together, by
-two products with S. No pane output is stored, forward or backward. x may have a large mean. So its rows are centred
-before the product that makes S. In other products the matrix that multiplies x is rounded first, and then the product
-of the rounded matrix and the mean is subtracted. Rounding errors are then relative to the deviations from the mean.
+As soon as a block output exists, `statistics` computes the statistics of all its panes in later blocks together, with
+one product of the stacked weights and S. No pane output is stored, forward or backward. x may have a large mean, so its
+rows are centred before the product that makes S. In other products a matrix by which x is multiplied is rounded first,
+and what is subtracted for the mean is computed from the rounded matrix. Rounding errors are then relative to the
+deviations from the mean.
 
-S is symmetric, so only three quarters of it are computed and kept. Cut S into 2 x 2 blocks. L consists of its two
-diagonal blocks and twice the block below the diagonal, in one flat tensor. For any row w of W, w S w^T = w L w^T. Also,
-2 S = L + L^T.
+S is symmetric, so only three quarters of it are computed and kept. Cut S into 2 x 2 blocks. L consists of the two
+diagonal blocks of S and twice the block below the diagonal, in one flat tensor. For any row w of W,
+w S w^T = w L w^T. Also, 2 S = L + L^T.
 """
 
 import torch
@@ -65,7 +66,7 @@ def gram(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _row_product(x):
-    """Returns x^T x, in the order of L. On a CPU it sums chunks of rows in fp64, to be as accurate as F.batch_norm."""
+    """Returns x^T x, in the order of L. On a CPU products of 256 rows are added in fp64: as accurate as batch_norm."""
     if x.is_cuda or x.dtype == torch.float64:
         return _lower_product(x, x)
     total = x.new_zeros(kept(x.shape[1]), dtype=torch.float64)
@@ -113,7 +114,7 @@ def statistics(mean: Tensor, cov: Tensor, weights: list[Tensor]) -> tuple[Tensor
 
 
 def statistics_backward(dvar: Tensor, cov: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of L and of the stacked weights (sum of C_out, C), given that of the variances."""
+    """Returns the gradients of L and of the stacked weights (sum of C_out, C), given the gradient of the variances."""
     w, dvar = _stacked(weights, cov.dtype), dvar[:, None]
     return _lower_product(w, dvar * w), _times_twice(w, cov).mul_(dvar)
 
