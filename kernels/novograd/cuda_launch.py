@@ -1,4 +1,4 @@
-"""The functions that launch NovoGrad's CUDA kernels, from the CUDA library or by NVRTC, and their arguments."""
+"""The functions that launch NovoGrad's CUDA kernels (those of the CUDA library or of NVRTC), and their arguments."""
 
 import ctypes
 import functools
@@ -23,7 +23,7 @@ class Args(ctypes.Structure):
 
 
 class Functions:
-    """The C functions of csrc/cuda/novograd.cu; raises `native.Missing` for a library of another version."""
+    """The functions of csrc/cuda/novograd.cu. Raises `native.Missing` if they are missing or take another `Args`."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         try:
@@ -53,5 +53,5 @@ class Compiled:
 
 @functools.cache
 def functions() -> Functions | Compiled:
-    """Returns the functions of the CUDA library, else NVRTC's; raises `native.Missing` if neither can be used."""
+    """Returns the CUDA library's functions, else those that use NVRTC. Raises `native.Missing` if neither works."""
     return nvrtc.either(lambda: Functions(native.cuda_library()), Compiled)

@@ -1,8 +1,8 @@
 """The table of addresses and sizes that NovoGrad's Triton and CUDA kernels read, and the runs that programs own.
 
 A run is a range of elements of one tensor, and each program owns one run. The table and the runs are sent to the GPU
-only when a row of the table, for instance an address, has changed. Runs are long, so that there are only some thousands
-of programs, because each program reads the partial sums of all programs.
+only when a row of the table, for instance an address, has changed. Each program reads the partial sums of all programs.
+Therefore runs are long, so that there are only some thousands of programs.
 """
 
 import torch
@@ -12,7 +12,7 @@ from jasper_fast.kernels import capture
 from jasper_fast.kernels.novograd.operands import Tensors, Watched
 
 BLOCK = 1024  # elements that a program processes in one iteration
-# About this many programs. For the largest model, partial sums are then 1 % of what a program reads.
+# About this many programs. For Jasper 10x5, partial sums are then 1 % of what a program reads.
 PROGRAMS = 4096
 SHORTEST = 8192  # minimum elements of a run, so that a program has enough work; a tensor's last run may be shorter
 COLUMNS = ("grad", "moment", "param", "mean", "square", "numel", "group", "kind", "first", "end")
@@ -22,7 +22,7 @@ UPDATE, AVERAGE, COPY = 0, 1, 2  # kinds of rows
 def keep(
     tensors: Tensors, watched: Watched, device: torch.device, held: dict
 ) -> tuple[Tensor, Tensor, int, int, int, bool]:
-    """Returns the table, the runs, the largest number of elements in a run, the number of runs that update parameters,
+    """Returns the table, the runs, the maximum number of elements in a run, the number of runs that update parameters,
     the number of all runs, and whether all tensors except the second moments are aligned to 16 bytes.
 
     The table, int64 (tensors, COLUMNS), and the runs, int64 (programs, 2), are on the device. Addresses in the table

@@ -167,7 +167,7 @@ def step(
     guard: bool,
     held: dict,
 ) -> Tensor:
-    """Makes one step in place. Returns (2,): the norm of all unscaled gradients before clipping, and 1 if skipped.
+    """Makes one step in place. Returns (2,): the unscaled gradients' norm before clipping, and 1 if skipped, else 0.
 
     All tensors in `tensors` are fp32. held: a dict that the caller keeps between steps; the table is stored in it.
     """

@@ -1,15 +1,15 @@
-"""The search in Triton (NVIDIA sm_80 and later; on a CPU through Triton's interpreter), fp64, in one launch.
+"""The search in Triton (NVIDIA sm_80 and later; on a CPU through Triton's interpreter): one launch, in fp64.
 
 A program owns an utterance and keeps its beam in registers. The candidates of a frame are a matrix [classes, beam].
 Column i has the extensions of prefix i by each symbol, and in the row of the blank the prefix itself. Prefixes are
 identified by 63-bit hashes, which also show whether the beam has both a prefix and its parent (the prefix without its
-last symbol). If it has, the probability of extending the parent by that symbol is added to that of the prefix.
+last symbol). If so, the probability of the parent's paths, extended by that symbol, is added to the prefix's.
 
 Each candidate has an integer key. Its upper bits hold the distance of its score from the best score, in steps of at
-most 2 ** -39, so closer scores may count as equal. Its lower bits hold the candidate's place in the order of
-reference.py. Bisection finds a threshold that exactly `beam` keys do not exceed (or all keys, if there are fewer). The
-place of such a key in the new beam is the number of smaller keys. Sorting all keys, or comparing all prefixes in one
-operation, would spill registers.
+most 2 ** -39, so closer scores may count as equal. So do all scores that are at least 2048 below the best. The lower
+bits hold the candidate's place in the order of reference.py. Bisection finds a threshold that exactly `beam` keys do
+not exceed (or all keys, if there are fewer). The place of such a key in the new beam is the number of smaller keys.
+Sorting all keys, or comparing all prefixes in one operation, would spill registers.
 
 For each frame and each prefix in the new beam, 4 bytes are stored: the place that the prefix, or the parent that it
 extends, had in the old beam, and the new symbol. At the end these are read from the last frame to the first, which
