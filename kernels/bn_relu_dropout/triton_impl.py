@@ -28,7 +28,7 @@ MIN_ROWS = 128  # minimum rows of a reducing program; partial results then add o
 MAX_PARTIALS = 256  # maximum partial results per channel; a program of the merge kernel loads all of them together
 MERGE_C = 16  # channels per program of the merge kernel
 NUM_WARPS = 4
-APPLY_LANES, APPLY_WARPS = 2048, 8  # for backward_apply, which holds three tiles; other sizes spill on some GPUs
+APPLY_LANES, APPLY_WARPS = 2048, 8  # for backward_apply, which holds three tiles and spills on some GPUs at other sizes
 # Lengths and seeds may be slices of int64 tensors, so they are not always aligned to 16 bytes. Specialising kernels on
 # the alignment would compile each one twice.
 _SLICES = ("lengths_ptr", "seed_ptr")
@@ -341,7 +341,7 @@ def forward(y: Tensor, norm: Norm, residual: Tensor | None, mask: Mask) -> Tenso
 def backward_reduce(dz: Tensor, y: Tensor, z: Tensor | None, norm: Norm, mask: Mask) -> tuple[Tensor, Tensor]:
     """Returns dbeta = sum g and dgamma = sum g*yhat, fp32 (C,) each; see `reference.backward_reduce`."""
     rows, c = _rows(y), y.shape[1]
-    seed = mask.seed if z is None else None  # z shows which elements were dropped
+    seed = mask.seed if z is None else None  # z shows what was dropped, so no seed is needed
     dbeta, dgamma = empty_fp32(2, c, like=y)
     chunk, partials = _chunks(rows)
     part_dbeta, part_dgamma = empty_fp32(2, partials, c, like=y)
@@ -374,7 +374,7 @@ def backward_apply(
     """Returns dy and, with a residual, dres, in the shape, dtype and memory of y; see `reference.backward_apply`."""
     n, c, t = y.shape
     rows = _rows(y)
-    seed = mask.seed if z is None else None  # z shows which elements were dropped
+    seed = mask.seed if z is None else None  # z shows what was dropped, so no seed is needed
     dy = empty_ntc(n, c, t, like=y)
     dres = empty_ntc(n, c, t, like=y) if has_residual else None
     block_m, block_c, vec = _blocks(c, APPLY_LANES)
