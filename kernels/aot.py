@@ -62,8 +62,9 @@ def source(launch: Launch, arch: int) -> Source:
     key = (launch.kernel, arch, repr((specialization, options)))
     if key not in _described:
         parsed, *types = kernel._pack_args(backend, launch.meta, bound, specialization, options)
-        warps = {"num_warps": parsed.num_warps, "num_stages": parsed.num_stages}
-        _described[key] = Source(kernel, *types, warps | options)
+        _described[key] = Source(
+            kernel, *types, {"num_warps": parsed.num_warps, "num_stages": parsed.num_stages} | options
+        )
     return _described[key]
 
 
@@ -142,14 +143,10 @@ def compile_for(source: Source, arch: int) -> Facts:
     rows = [int(m) for m in re.findall(r"= tt\.dot .*-> tensor<(\d+)x\d+x", built.asm["ttir"])]
     return Facts(
         usage["REG"], usage["STACK"] + usage["LOCAL"], built.metadata.shared, len(rows), min(rows, default=0), cubin,
-        narrow_loads=sum(_count(r"ld\.global(?:\.[a-z]\w*)*\.[busf]16\b", loop) for loop in loops),
-        waiting_loads=sum(_count(_WIDE.format("ld"), loop) for loop in loops if re.search(_MATRIX, loop)),
-        **{name: _count(pattern, ptx) for name, pattern in _COUNTED.items()},
+        narrow_loads=sum(len(re.findall(r"ld\.global(?:\.[a-z]\w*)*\.[busf]16\b", loop)) for loop in loops),
+        waiting_loads=sum(len(re.findall(_WIDE.format("ld"), loop)) for loop in loops if re.search(_MATRIX, loop)),
+        **{name: len(re.findall(pattern, ptx)) for name, pattern in _COUNTED.items()},
     )  # fmt: skip
-
-
-def _count(pattern: str, code: str) -> int:
-    return len(re.findall(pattern, code))
 
 
 def innermost_loops(ptx: str) -> list[str]:

@@ -82,15 +82,14 @@ def sent(
     inside `put_off` the copy is made at the end of that context, into memory that was allocated before the capture.
     Raises RuntimeError if that memory is too small.
     """
+    waiting = getattr(_local, "waiting", None)
     if out is None:
         shape = len(rows), len(rows[0])
-        room = getattr(_local, "room", None)
-        out = torch.empty(shape, dtype=dtype, device=device) if room is None else _cut(room, shape, dtype)
+        out = torch.empty(shape, dtype=dtype, device=device) if waiting is None else _cut(_local.room, shape, dtype)
 
     def send() -> None:
         out.copy_(torch.tensor(rows, dtype=dtype, pin_memory=device.type == "cuda"), non_blocking=True)
 
-    waiting = getattr(_local, "waiting", None)
     send() if waiting is None else waiting.append(send)
     return out
 

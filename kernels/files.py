@@ -7,10 +7,8 @@ from pathlib import Path
 
 def cache() -> Path:
     """Returns the cache folder: `$JASPER_FAST_CACHE`, or `$XDG_CACHE_HOME/jasper_fast`, or `~/.cache/jasper_fast`."""
-    if own := os.environ.get("JASPER_FAST_CACHE"):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "jasper_fast"
+    own = os.environ.get("JASPER_FAST_CACHE")
+    return Path(own or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "jasper_fast"))
 
 
 def write(path: Path, content: str | bytes) -> None:

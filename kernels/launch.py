@@ -30,12 +30,9 @@ class Launch(NamedTuple):
         return dict(zip(names, self.args, strict=True)) | self.meta
 
 
-class _Recording(NamedTuple):
-    take: Callable[[Launch], object]
-    arch: int | None
-
-
-_recording: _Recording | None = None
+# the arguments of the innermost `recorded`, or None outside of it
+_take: Callable[[Launch], object] | None = None
+_arch: int | None = None
 
 
 def run(kernel: object, grid: Sequence[int], like: Tensor, *args: object, **meta: object) -> None:
@@ -44,8 +41,8 @@ def run(kernel: object, grid: Sequence[int], like: Tensor, *args: object, **meta
     `args` and `meta` are the kernel's arguments. Triton launches on the current device, so the device of `like` is made
     current for the call.
     """
-    if _recording is not None:
-        _recording.take(Launch(kernel, tuple(grid), args, meta))
+    if _take is not None:
+        _take(Launch(kernel, tuple(grid), args, meta))
         return
     elsewhere = like.is_cuda and like.device.index != torch.cuda.current_device()
     with torch.cuda.device(like.device) if elsewhere else contextlib.nullcontext():
@@ -59,12 +56,13 @@ def recorded(take: Callable[[Launch], object], arch: int | None = None) -> Itera
     With `arch` (90 is 9.0) the launches are those for a GPU of that architecture. The tensors may then be on any
     device, even the meta device. This changes the whole process: do not use it while other threads launch kernels.
     """
-    global _recording
-    before, _recording = _recording, _Recording(take, arch)
+    global _take, _arch
+    before = _take, _arch
+    _take, _arch = take, arch
     try:
         yield
     finally:
-        _recording = before
+        _take, _arch = before
 
 
 def architecture(device: torch.device) -> int | None:
@@ -72,7 +70,7 @@ def architecture(device: torch.device) -> int | None:
 
     Returns None if they are interpreted.
     """
-    return _recording.arch if _recording is not None and _recording.arch is not None else _own(device)
+    return _own(device) if _arch is None else _arch
 
 
 @functools.cache

@@ -26,9 +26,7 @@ BOOL = ("false", "true")
 
 def missing() -> str | None:
     """Returns why NVRTC cannot be used, or None if it can."""
-    if importlib.util.find_spec("cupy") is None:
-        return "CuPy is not installed: pip install 'jasper-fast[cuda]'"
-    return None
+    return None if importlib.util.find_spec("cupy") else "CuPy is not installed: pip install 'jasper-fast[cuda]'"
 
 
 def sources() -> Path:
@@ -86,12 +84,11 @@ def compile_kernel(header: str, name: str, arch: str, nvrtc: ModuleType) -> tupl
     program = nvrtc.createProgram(f'#include "{header}"\n', f"{Path(header).stem}.cu", [], [])
     try:
         nvrtc.addNameExpression(program, name)
-        try:
-            nvrtc.compileProgram(program, [f"-arch={arch}", *options()])
-        except nvrtc.NVRTCError as error:
-            log = nvrtc.getProgramLog(program).strip()
-            raise RuntimeError(f"NVRTC {version} does not compile {name} for {arch}: {error}\n{log[:2000]}") from None
+        nvrtc.compileProgram(program, [f"-arch={arch}", *options()])
         code, symbol = bytes(nvrtc.getCUBIN(program)), nvrtc.getLoweredName(program, name)
+    except nvrtc.NVRTCError as error:
+        log = nvrtc.getProgramLog(program).strip()
+        raise RuntimeError(f"NVRTC {version} does not compile {name} for {arch}: {error}\n{log[:2000]}") from None
     finally:
         nvrtc.destroyProgram(program)
     files.write(kept, symbol.encode() + b"\n" + code)

@@ -52,13 +52,10 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor | int, Tensor | in
 def words(start: int, count: int, seed: Tensor | int, device: torch.device | str | None = None) -> Tensor:
     """Returns the 32-bit words at the counters start .. start + count - 1 with the key `seed`: (count, 4) int64.
 
-    seed: an int, or an int64 tensor with one element. The default device is that of the seed.
+    seed: an int of 64 bits with sign, or an int64 tensor with one element. The default device is that of the tensor.
     """
-    if device is None:
-        device = seed.device if isinstance(seed, Tensor) else "cpu"
-    if isinstance(seed, Tensor):
-        seed = seed.reshape(()).to(device)
-    counter = torch.arange(start, start + count, dtype=torch.int64, device=device)
+    seed = torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(())
+    counter = torch.arange(start, start + count, dtype=torch.int64, device=seed.device)
     zero = torch.zeros_like(counter)
     drawn = philox4x32((counter & LOW, (counter >> 32) & LOW, zero, zero), (seed & LOW, (seed >> 32) & LOW))
     return torch.stack(drawn, dim=1)

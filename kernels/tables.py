@@ -84,7 +84,7 @@ def lookup(
     if (index := _index_of(device)) is None:
         return None
     near = index.get((op, DTYPES.get(dtype), c_in, c_out, taps, stride, dilation))
-    return None if near is None else near.nearest(face, rows)
+    return None if near is None or face not in near.rows else near.rows[face][min(bucket(rows), MAX_ROWS_LOG2)]
 
 
 def fastest(
@@ -121,7 +121,7 @@ def times(
         near = index.get((op, DTYPES.get(dtype), *shape))
         if near is None:
             return None
-        found = near.times(MAX_ROWS_LOG2 if rows is None else bucket(rows))
+        found = near.times[MAX_ROWS_LOG2 if rows is None else min(bucket(rows), MAX_ROWS_LOG2)]
         before = dict.fromkeys(found, 0.0) if total is None else total
         total = {face: before[face] + count * found[face] for face in before.keys() & found.keys()}
     return total
@@ -157,24 +157,21 @@ _forced: dict[str, Row] = {}
 
 
 class _Nearest:
-    """The rows of one shape. For any rows_log2 it gives the rows of the nearest rows_log2 that was measured."""
+    """Holds rows and times of one shape for every rows_log2: those of the nearest rows_log2 that was measured.
+
+    own: each rows_log2 that was measured on this model of GPU. rows: by face, then by rows_log2, the row of the fastest
+    algorithm. times: by rows_log2, then by face.
+    """
 
     def __init__(self, rows: Sequence[tuple[Row, bool]]) -> None:
-        self.own = {row.rows_log2 for row, own in rows if own}  # measured on this model of GPU
-        best: dict[str, dict[int, Row]] = {}  # the fastest algorithm's row for each face and rows_log2
+        self.own = {row.rows_log2 for row, own in rows if own}
+        best: dict[str, dict[int, Row]] = {}
         for row, _ in sorted(rows, key=lambda of: of[0].time_s):
             best.setdefault(row.face, {}).setdefault(row.rows_log2, row)
-        self._rows = {face: _spread(found) for face, found in best.items()}
+        self.rows = {face: _spread(found) for face, found in best.items()}
         # Faces are compared only at the same rows_log2.
         measured = {row.rows_log2 for row, _ in rows}
-        self._times = _spread({b: {f: of[b].time_s for f, of in best.items() if b in of} for b in measured})
-
-    def nearest(self, face: str, rows: int) -> Row | None:
-        found = self._rows.get(face)
-        return None if found is None else found[min(bucket(rows), MAX_ROWS_LOG2)]
-
-    def times(self, rows_log2: int) -> dict[str, float]:
-        return self._times[min(rows_log2, MAX_ROWS_LOG2)]
+        self.times = _spread({b: {f: of[b].time_s for f, of in best.items() if b in of} for b in measured})
 
 
 def _spread(measured: dict[int, T]) -> list[T]:
@@ -243,8 +240,7 @@ def forget() -> None:
 
 def folder() -> Path:
     """Returns the folder of the tables: `JASPER_FAST_TABLES` if it is set, else `tables` beside this module."""
-    own = os.environ.get("JASPER_FAST_TABLES")
-    return Path(own) if own else Path(__file__).with_name("tables")
+    return Path(os.environ.get("JASPER_FAST_TABLES") or Path(__file__).with_name("tables"))
 
 
 def slug(gpu: str) -> str:

@@ -49,20 +49,19 @@ def backward(
     low, at = log_probs.new_full((), -math.inf), torch.arange(labels.shape[1], device=log_probs.device)
     b = torch.where(at == target_lengths[:, None], 0.0, low)
     lab = torch.where(at == target_lengths[:, None] - 1, 0.0, low)
+    infinite = (losses == math.inf)[:, None]
     grads = torch.zeros_like(log_probs, memory_format=torch.contiguous_format)
     for i in reversed(range(log_probs.shape[1])):
         row, going = log_probs[:, i], (i < lengths)[:, None]
         of_blanks, of_labels = ((alpha[:, i, k] + x + losses[:, None]).exp() for k, x in ((0, b), (1, lab)))
         posterior = torch.zeros_like(row).scatter_add_(1, labels.clamp(min=0), torch.where(labels >= 0, of_labels, 0.0))
         posterior[:, blank] += torch.where(blanks, of_blanks, 0.0).sum(1)
-        posterior = torch.where((losses == math.inf)[:, None], math.nan, posterior)
-        grads[:, i] = torch.where(going, dlosses[:, None] * (row.exp() - posterior), 0.0)
+        posterior = torch.where(infinite, math.nan, posterior)
+        grads[:, i] = torch.where(going & ~(infinite & zero_infinity), dlosses[:, None] * (row.exp() - posterior), 0.0)
         at_blank, at_label = _emissions(row, labels, blank)
         x, y = b + at_blank, lab + at_label
         later = F.pad(_lse(x, torch.where(differs, y, low))[:, 1:], (0, 1), value=-math.inf)
         b, lab = torch.where(going, _lse(x, y), b), torch.where(going, _lse(y, later), lab)
-    if zero_infinity:
-        grads = torch.where((losses == math.inf)[:, None, None], 0.0, grads)
     return grads
 
 
