@@ -28,8 +28,8 @@ _WIDE = r"{}\.global\S*(?:\.v4\.[bfu]32|\.v2\.[bfu]64|\.v8\.[bfu]32|\.v4\.[bfu]6
 class Source:
     """What Triton's launcher passes to the compiler for one launch of a kernel.
 
-    signature: argument types by name ("*fp16", "i32", "constexpr", ...). constexprs, attrs (alignment): values by the
-    argument's position. options: "num_warps", "num_stages" and other compiler options of the launch.
+    signature: argument types by name ("*fp16", "i32", "constexpr", ...). constexprs: values by the argument's position.
+    attrs: alignment by the argument's position. options: "num_warps", "num_stages" and other options of the compiler.
     """
 
     kernel: triton.JITFunction
@@ -55,7 +55,8 @@ def source(launch: Launch, arch: int) -> Source:
 
     The types and the alignment of the arguments come from their values, so launches that share a compiled kernel have
     the same source. Raises TypeError for a kernel that @triton.jit did not make, such as an autotuner, and for
-    arguments that do not fit the kernel. Raises KeyError for a keyword that neither kernel nor compiler knows.
+    arguments that do not fit the kernel, KeyError for a keyword that neither kernel nor compiler knows, and
+    AssertionError for an option whose value Triton rejects.
     """
     kernel, backend, binder = _binder(launch.kernel, arch)
     bound, specialization, options = binder(*launch.args, **launch.meta)
@@ -73,10 +74,10 @@ _described: dict[tuple, Source] = {}
 
 @functools.cache
 def _binder(kernel: object, arch: int) -> tuple[triton.JITFunction, object, Callable]:
-    if isinstance(kernel, InterpretedFunction):  # the same function as a kernel that can be compiled
+    if isinstance(kernel, InterpretedFunction):  # makes a kernel of the same function that can be compiled
         kernel = triton.JITFunction(kernel.fn, **kernel.kwargs)
     if not isinstance(kernel, triton.JITFunction):
-        raise TypeError(f"{kernel} is not a kernel made by @triton.jit: its launches cannot be recorded")
+        raise TypeError(f"{kernel} is not a kernel made by @triton.jit, so its launches cannot be compiled here")
     backend = make_backend(GPUTarget("cuda", arch, 32))
     return kernel, backend, create_function_from_signature(kernel.signature, kernel.params, backend)
 

@@ -38,15 +38,19 @@ _arch: int | None = None
 def run(kernel: object, grid: Sequence[int], like: Tensor, *args: object, **meta: object) -> None:
     """Launches `kernel` with `grid` programs on the device of `like`.
 
-    `args` and `meta` are the kernel's arguments. Triton launches on the current device, so the device of `like` is made
-    current for the call.
+    `args` and `meta` are the kernel's arguments.
     """
     if _take is not None:
         _take(Launch(kernel, tuple(grid), args, meta))
         return
-    elsewhere = like.is_cuda and like.device.index != torch.cuda.current_device()
-    with torch.cuda.device(like.device) if elsewhere else contextlib.nullcontext():
+    with on_device_of(like):  # Triton launches on the current device
         kernel[tuple(grid)](*args, **meta)
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Returns a context that makes the device of `x` current if it is a GPU."""
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    return torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jasper_fast.kernels import files, native
+from jasper_fast.kernels import files, launch, native
 
 TYPES = ("float", "__half", "__nv_bfloat16")  # fp32, fp16, bf16 in C++
 BOOL = ("false", "true")
@@ -73,7 +73,7 @@ def options() -> list[str]:
 def compile_kernel(header: str, name: str, arch: str, nvrtc: ModuleType) -> tuple[bytes, str]:
     """Returns the machine code of kernel `name` (a C++ expression) in `header` for `arch` ("sm_90a"), and its symbol.
 
-    The result is kept on disk. Raises RuntimeError with the compiler's message.
+    The result is kept on disk. If the kernel does not compile, raises RuntimeError with the compiler's message.
     """
     version = ".".join(map(str, nvrtc.getVersion()))
     key = hashlib.sha256("\0".join((header, name, arch, version, digest())).encode()).hexdigest()[:32]
@@ -101,11 +101,8 @@ def device_of(x: Tensor) -> Iterator[int | None]:
 
     On a CPU the kernels are emulated (csrc/cuda/emulate).
     """
-    if not x.is_cuda:
-        yield None
-        return
-    with contextlib.nullcontext() if x.device.index == torch.cuda.current_device() else torch.cuda.device(x.device):
-        yield torch.cuda.current_stream(x.device).cuda_stream
+    with launch.on_device_of(x):
+        yield torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
 
 
 class Kernels:

@@ -27,7 +27,7 @@ HEADER = (
 )
 SHAPE = ("c_in", "c_out", "taps", "stride", "dilation")
 MAX_ROWS_LOG2 = 40
-NEAR = 1  # a cell counts as measured if one whose rows_log2 differs by at most this was measured
+NEAR = 1  # a cell counts as measured if its shape was measured at a rows_log2 that differs by at most this
 # Bytes of shared memory that one program may use, by compute capability (from CUDA's programming guide). Architectures
 # that are not listed get the largest.
 SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_87": 166912, "sm_89": 101376, "sm_90": 232448, "sm_120": 101376}

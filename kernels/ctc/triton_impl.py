@@ -6,8 +6,8 @@
                product with a 0/1 matrix
 
 The states of a frame depend on the frame before, so latency limits the first two kernels. They therefore keep the
-states in registers, get the state of the neighbouring label by one exchange between threads, and load each frame while
-they compute the one before. Sums are made in a fixed order, so runs are bit-identical.
+states in registers, get the state of the neighbouring label by one exchange between threads, and load the next frame
+while they compute the current one. Sums are made in a fixed order, so runs are bit-identical.
 """
 
 import torch

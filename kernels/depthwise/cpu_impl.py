@@ -29,8 +29,8 @@ def pack_once(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def forward(x: Tensor, weight: Tensor, geometry: Geometry, lengths: Lengths = FULL) -> Tensor:
     """Returns y (N, C, T'), the conv of `x` (N, C, T) in NTC memory with `weight` (C, 1, K), masked by `lengths`.
 
-    Equivalent to
-    `F.conv1d(x.masked_fill(t >= lengths.before, 0), weight, None, *geometry, groups=C)`, zero at t >= lengths.after.
+    Equivalent to `F.conv1d(x.masked_fill(t >= lengths.before, 0), weight, None, *geometry, groups=C)`, with zeros at
+    t >= lengths.after.
     """
     n, c, t = x.shape
     out = torch.empty((n, max(geometry.frames(t, weight.shape[2]), 0), c), dtype=x.dtype)

@@ -18,7 +18,7 @@ from jasper_fast.kernels.layout import empty_ntc
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths
 
 FEW_ROWS = 4096  # with fewer rows N*T' tiles are smaller, so that there are enough programs to fill a GPU
-SHARES = 8  # maximum number of shares of a batch, each of which the weight gradient sums separately
+SHARES = 8  # maximum number of shares into which the weight gradient divides the utterances of a batch
 
 
 def pack_once(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -30,8 +30,8 @@ def pack_once(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def forward(x: Tensor, weight: Tensor, geometry: Geometry, lengths: Lengths = FULL) -> Tensor:
     """Returns y (N, C, T'), the conv of `x` (N, C, T) in NTC memory with `weight` (C, 1, K), masked by `lengths`.
 
-    Equivalent to
-    `F.conv1d(x.masked_fill(t >= lengths.before, 0), weight, None, *geometry, groups=C)`, zero at t >= lengths.after.
+    Equivalent to `F.conv1d(x.masked_fill(t >= lengths.before, 0), weight, None, *geometry, groups=C)`, with zeros at
+    t >= lengths.after.
     """
     n, c, t = x.shape
     y = empty_ntc(n, c, max(geometry.frames(t, weight.shape[2]), 0), like=x)

@@ -1,4 +1,4 @@
-"""CTC prefix beam search with shallow fusion of an n-gram of the model's symbols, or of words.
+"""CTC prefix beam search with shallow fusion of an n-gram of the model's symbols, one of words, or both.
 
 log_probs is (N, T, V), and the blank is class V - 1. A prefix s of symbols has the probability b + n of all paths
 that collapse to it: b is the sum over paths that end in a blank, and n the sum over paths that end in a symbol. The

@@ -91,7 +91,7 @@ def _end(lm: Ngram | None, state: int, words: Words | None, spelt: tuple[int, in
 
 
 def _search(
-    rows: list[list[float]], beam: int, lm: Ngram | None, alpha: float, beta: float, words: Words | None = None
+    rows: list[list[float]], beam: int, lm: Ngram | None, alpha: float, beta: float, words: Words | None
 ) -> list[tuple[Prefix, float, float]]:
     """Returns prefixes with their scores and log(b + n), the best first."""
     kept: dict[Prefix, tuple[float, float]] = {(): (0.0, -inf)}  # the beam: log b and log n of each prefix
