@@ -89,7 +89,7 @@ def parts(block: nn.Module) -> Parts:
         *convs, bn, p = _sub_block(group)
         *taps, conv = map(_inner, convs)
         subs.append(SubBlock(conv, bn, p, *taps))
-        masks += map(_masks, convs)
+        masks += [_masks(conv) for conv in convs]
     panes = []
     for pane in getattr(block, "res", None) or ():
         if len(pane) != 2:
