@@ -25,7 +25,7 @@ def record(graph: torch.cuda.CUDAGraph, launch: Callable[[], Any], pool: Any = N
     gc.disable()
     try:
         if pool is None and torch.cuda.is_available():
-            # After a failure `_end` needs the pool's handle, which a graph whose capture failed does not give.
+            # After a failure `_end` needs the pool's handle, and a graph whose capture failed does not give it.
             pool = torch.cuda.graph_pool_handle()
         # With "thread_local", an allocation by another thread, such as a data loader, does not break the capture.
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")

@@ -49,7 +49,7 @@ def of_header(fields: Mapping[str, str]) -> Traits | None:
 
 
 def distance(a: Traits | None, b: Traits | None) -> float:
-    """Returns how different two GPUs are: 0 if their traits are equal, infinity if they are not alike."""
+    """Returns how different two GPUs are: 0 if their traits are equal, infinity if they are not alike or not known."""
     if a is None or b is None or a.capability != b.capability or not all((a.sms, b.sms, a.bytes_s, b.bytes_s)):
         return math.inf
     sms, bandwidth = abs(math.log(a.sms / b.sms)), abs(math.log(a.bytes_s / b.bytes_s))

@@ -52,7 +52,8 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor | int, Tensor | in
 def words(start: int, count: int, seed: Tensor | int, device: torch.device | str | None = None) -> Tensor:
     """Returns the 32-bit words at the counters start .. start + count - 1 with the key `seed`: (count, 4) int64.
 
-    seed: an int of 64 bits with sign, or an int64 tensor with one element. The default device is that of the tensor.
+    seed: an int in the range of int64, or an int64 tensor with one element. The default device is that of the tensor,
+    or the CPU for an int.
     """
     seed = torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(())
     counter = torch.arange(start, start + count, dtype=torch.int64, device=seed.device)

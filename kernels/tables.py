@@ -1,9 +1,9 @@
 """Tables of measured times, from which dispatch chooses the face and tile of an op.
 
 A table is a JSON file {"header": {...}, "rows": [...]} for one GPU. A row says how fast one face of an op ran at a
-shape with the face's best tile. A row's key is (op, dtype, c_in, c_out, taps, stride, dilation, rows_log2, face,
-algorithm). A call with N*T' rows of output belongs to the smallest rows_log2 with N*T' <= 2**rows_log2. An op without a
-conv has its number of channels as c_in and c_out, and 1 for taps, stride and dilation.
+shape, with its best tile if it has tiles. A row's key is (op, dtype, c_in, c_out, taps, stride, dilation, rows_log2,
+face, algorithm). A call with N*T' rows of output belongs to the smallest rows_log2 with N*T' <= 2**rows_log2. An op
+without a conv has its number of channels as c_in and c_out, and 1 for taps, stride and dilation.
 
 Rows come from three sources: what was tuned on this machine (`lay_over`), the committed table of this GPU, and the
 table of the most similar GPU (`likeness`). For each cell (op, dtype, shape and rows_log2) only the first source that
@@ -73,7 +73,7 @@ def lookup(
     rows: int,
     face: str = "triton",
 ) -> Row | None:
-    """Returns the fastest measured configuration of `op` on `face`, or None if no table for this GPU has the shape.
+    """Returns the fastest configuration of `op` on `face` measured on this GPU or a similar one, or None if none was.
 
     c_in, c_out: the channels of the conv's weight, also for gradients. rows: N*T' of the conv's output. If its
     rows_log2 was not measured, the row of the nearest rows_log2 that was measured is returned. The files are read at
