@@ -251,8 +251,8 @@ class Run(Loop):
         return f"epoch {epoch}, loss {figures['loss']:.3f}"
 
     def judge(self) -> None:
-        """Validates, and saves the model if the WER (that of the moving average, if there is one) is the lowest so
-        far."""
+        """Validates, and saves the state as best.pt if the WER (that of the moving average, if there is one) is the
+        lowest so far."""
         args, val, state, log = self.args, self.val, self.state, self.log
         results = validate_state(
             state, self.ranks, val.frontend, val.batches, val.dataset.vocabulary, AMP_DTYPES[args.amp], args.seed,

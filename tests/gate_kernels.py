@@ -1,4 +1,4 @@
-"""Kernels for tests of the compile gate. Most of them break one of its rules.
+"""Two kernels for tests of the compile gate. Some of their launches break one of its rules.
 
 `python tests/gate_kernels.py` compiles them and prints one JSON object: what the gate measures in each kernel, for the
 ReLUs also the number of maximum instructions in the machine code, and the digests of some launches of `product`.

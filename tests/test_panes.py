@@ -182,8 +182,8 @@ def test_small_gradients_do_not_underflow(form, low):
 
 @pytest.mark.parametrize("low", LOW, ids=str)
 def test_on_a_gpu_dtypes_fit(low):
-    """Checks dtypes and strides on fake GPU tensors, because `torch.mm(..., out_dtype=...)` takes 16 bits only on a
-    GPU."""
+    """Checks dtypes and strides on fake GPU tensors, because `torch.mm(..., out_dtype=...)` accepts 16-bit inputs
+    only on a GPU."""
     from torch._subclasses import FakeTensorMode
 
     with FakeTensorMode():

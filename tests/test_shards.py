@@ -49,7 +49,7 @@ def pack(folder: Path, out: str = "shards", *more: str) -> Path:
 
 @pytest.fixture
 def packed(tmp_path: Path, corpus: Path) -> Path:
-    """Returns the manifest of the corpus in shards."""
+    """Packs the corpus into shards and returns the path of their manifest."""
     return pack(tmp_path)
 
 

@@ -195,8 +195,8 @@ def test_rows_of_two_processes_add_up(tuning):
 
 
 def test_the_budget_is_respected_and_the_rest_is_said(tuning, monkeypatch, capsys):
-    """Each cell has three contenders, and each of them takes a second to prepare. So with a budget of seven seconds
-    the third cell is the last one."""
+    """Each cell has three contenders, and the first call of each takes a second. So with a budget of seven seconds the
+    third cell is the last that begins."""
     session = tune(tuning, CELLS, 7.0)
     assert list(session.done) == CELLS[:3] and set(kept()) == set(CELLS[:3]) and session.out_of_time
     assert tuning.now < 7.0 + 3 + 1

@@ -1,4 +1,5 @@
-"""All benchmarks on a GPU in nine minutes, the most valuable numbers first: `python -m bench gpu`.
+"""The most valuable benchmarks on a GPU in nine minutes: `python -m bench gpu`. Later calls with `--resume` measure the
+rest of the plan.
 
 Each case is written to disk as soon as it is measured, and `--resume` continues after the last one. Every part has its
 own share of the time, so that no part uses up the time of later ones. Time that is left at the end goes to the parts
@@ -31,7 +32,7 @@ BUDGET = 540.0
 CASE = 3.0  # the most seconds for a case, which only slow rounds exceed (see Effort)
 GOOD = 10.0  # a part is started only if at least this many seconds are left
 PATIENCE = 60.0  # a part may last this many seconds longer than its time, because a call into C++ cannot be interrupted
-UNTIL = "BENCH_GPU_UNTIL"  # environment variable of a process that continues a run: the `time.time` of the budget's end
+UNTIL = "BENCH_GPU_UNTIL"  # environment variable: when the budget ends, as a `time.time()`
 
 
 def main(run: Run, budget: float = BUDGET) -> None:

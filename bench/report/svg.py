@@ -32,7 +32,7 @@ class Form:
         return 0.6 * self.font * len(text)
 
     def lines(self, label: str) -> list[str]:
-        """Returns a title split into lines that fit."""
+        """Returns the title `label` split into lines that fit."""
         return textwrap.wrap(label, int((self.width - 8) / self.length("x")), break_on_hyphens=False)
 
     def begins(self, label: str) -> int:

@@ -26,7 +26,7 @@ constexpr int kColumns = 8;      // columns of the settings; kernels/novograd/op
 enum { kLr, kBeta1, kShare, kBeta2, kRest2, kEps, kDecay, kWeight };
 
 // ---- arguments ----
-bool dense(const Tensor& x) {  // whether elements have no gaps between them; their order may be any
+bool dense(const Tensor& x) {  // whether the elements fill their memory without gaps, in any order
   int64_t span = 1;
   for (int64_t i = 0; i < x.dim(); ++i) {
     if (x.size(i) == 0) return true;

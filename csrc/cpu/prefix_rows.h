@@ -161,7 +161,7 @@ struct PlaceHash {
 
 // What each class adds in one state, and the state after it.
 struct Row {
-  std::unique_ptr<double[]> log10, bonus;  // bonus: what a symbol adds to the score
+  std::unique_ptr<double[]> log10, bonus;  // bonus: what a symbol adds to the score, with alpha and beta
   std::unique_ptr<int32_t[]> next;
   double end;  // what the end of the text adds
 };
@@ -171,7 +171,8 @@ class Rows {
   Rows(const Ngram& lm, const Words& words, int64_t classes, double alpha, double beta)
       : lm_(lm), words_(words), classes_(classes), alpha_(alpha), beta_(beta) {}
 
-  // The state of the empty prefix. A state is one of the n-gram of symbols, or with words the number of a Place.
+  // The state of the empty prefix. Without words, a state is a state of the n-gram of symbols. With words, it is the
+  // number of a Place.
   int32_t start() { return words_.there() ? number({lm_.start, words_.lm.start, 0}) : lm_.start; }
 
   // Deletes all rows if they take too much memory. Call it between frames, when no row is in use. With words, the

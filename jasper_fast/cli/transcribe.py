@@ -2,8 +2,8 @@
 
 Writes one line per file to the standard output: the path, a tab, and the text. With --json each line is a JSON object
 that also has the times of the words. Reads all formats of libsndfile (WAV, FLAC, OGG, MP3, ...), at any sample rate
-and with any number of channels. Lines are written in UTF-8, in the order of the files. Bytes of a file name that are
-not UTF-8 are written unchanged (in JSON as \\udcXX).
+from 1 kHz and with any number of channels. Lines are written in UTF-8, in the order of the files. Bytes of a file name
+that are not UTF-8 are written unchanged (in JSON as \\udcXX).
 
 Messages go to the standard error. A file that cannot be used is reported there, with the reason, and left out. If a
 file is shorter than its header says, the available audio is transcribed, with a warning.
@@ -80,7 +80,7 @@ def _run(arguments: argparse.Namespace, share: Ranks) -> int:
         lines = source.decode("utf-8-sig", "surrogateescape").split("\n")
         files += filter(None, (line.strip(" \t\r") for line in lines))
     if not files:
-        raise common.UsageError("no files; name audio files, or a file that lists them with --list")
+        raise common.UsageError("no files; name audio files, or with --list a file that lists them")
     if arguments.workers and (own := _STDIN & set(files)):
         raise common.UsageError(f"--workers: other processes cannot read {min(own)}; leave --workers out")
     if arguments.resume and not arguments.out:

@@ -69,7 +69,8 @@ def supervise(
     while True:
         try:
             fault = _watch(wanted | {"done": list(report.found)}, seconds, report, on_row)
-            after, skipped = "an earlier check ended the process", fault and group_of(fault)
+            after = "the process ended or hung in an earlier check of this op, face and dtype"
+            skipped = fault and group_of(fault)
             if fault is not None:
                 _note(report, fault, on_row)
         except CannotCheck as error:

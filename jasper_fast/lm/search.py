@@ -59,12 +59,13 @@ def beam_search(
     hot word. ``hot_words`` maps a word to a natural logarithm that is added each time the word occurs: 5 makes it 148
     times as likely.
 
-    ``backend``: "cpu" (C++, one thread per utterance), "triton" (on a GPU, up to beam 128 and 32 classes, without
-    words), "reference" (plain Python, the definition) or "auto". For log-probs on a GPU, "auto" takes "triton" if that
-    can do the search and gives the right results on this GPU. Otherwise log-probs are copied to the host for "cpu", or
-    for "reference" if the C++ library is not built. Raises ValueError for wrong shapes or settings, and NotFinite if a
-    valid frame has NaN or no possible class. Equivalent to ``greedy_decode`` at beam 1 without ``lm``, if one path has
-    nearly all the probability.
+    ``backend``: "cpu" (C++, one thread per utterance), "triton" (on a GPU, up to beam 128 and 32 classes, an n-gram
+    table of up to 4 GiB, no words), "reference" (plain Python, the definition) or "auto". For log-probs on a GPU,
+    "auto" takes "triton" if that can do the search and gives the right results on this GPU. In all other cases it takes
+    "cpu", or "reference" if the C++ library is not built, and copies log-probs to the host for it.
+
+    Raises ValueError for wrong shapes or settings, and NotFinite if a valid frame has NaN or no possible class.
+    Equivalent to ``greedy_decode`` at beam 1 without ``lm``, if one path has nearly all the probability.
     """
     check(log_probs, lengths, vocabulary)
     check_weights(beam, alpha, beta, n_best)

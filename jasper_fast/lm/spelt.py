@@ -81,7 +81,7 @@ class SpeltLM:
 def hot_words_alone(hot_words: Mapping[str, float], vocabulary: Vocabulary) -> Words:
     """Returns hot words for a search without a model of words.
 
-    Raises ValueError for an unusable hot word, or if the labels are not characters with a space.
+    Raises ValueError for an unusable hot word, or unless the labels are characters and include the space.
     """
     if vocabulary.of_words or " " not in vocabulary.characters:
         raise ValueError("hot words need labels that are characters and include the space")

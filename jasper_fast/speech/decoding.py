@@ -1,4 +1,5 @@
-"""Greedy CTC decoding. The device of the log-probs computes the argmax, which is copied to the host once per batch.
+"""Greedy CTC decoding. The argmax is computed on the device of the log-probs. It and its probabilities are
+copied to the host once per batch.
 
 Shapes: N utterances, T frames, V classes; the blank is the last class.
 """

@@ -62,7 +62,7 @@ class Loop(ABC):
         """Does what is due when an epoch has ended, before validation and checkpoints."""
 
     def count(self, result: StepResult, lr: float, progress: Callable, watch: Callable | None) -> None:
-        """Counts a step, and then logs, validates and saves checkpoints if they are due."""
+        """Counts a step. Then logs, validates and saves a checkpoint, each if it is due."""
         args, state = self.args, self.state
         state.meter.add(result)
         state.step, state.position = state.step + 1, state.position + 1

@@ -100,10 +100,13 @@ def fused(
     """Returns mask(relu(conv1d(x) + x2 @ packed2 + bias)), (N, T', C_out), for `x` (N, T, C_in), in `out` if given.
 
     panes: x2 (N, T', C2) and packed2, a 1x1 conv packed `direct`; needs stride 1 and T' = T. x, x2 and out need unit
-    channel stride; their other strides are free, so they may be slices of wider buffers. `out` is fp32, or bf16 if the
-    weights are and there is no bias. Rows of x and x2 at t >= `lengths.before` count as zero and are not read. Rows of
-    the result at t >= `lengths.after` are zero. Nothing is multiplied for such a row of the result, nor for one that
-    depends on no row of x and x2.
+    channel stride; their other strides are free, so they may be slices of wider buffers. `out` is fp32. It may also be
+    bf16 if the weights are bf16 and there is no bias.
+
+    Rows of x and x2 at t >= `lengths.before` count as zero and are not read. Rows of the result at t >= `lengths.after`
+    are zero. The kernel skips the products of these rows, and of rows of the result that only rows counted as zero
+    reach.
+
     Raises ValueError for `lengths.made` and for `masked=False`, which only GPU faces support.
     """
     if lengths.made is not None or not lengths.masked:

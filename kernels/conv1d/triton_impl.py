@@ -300,7 +300,7 @@ def fused(
     if log_softmax:
         tile = tile._replace(n=max(16, triton.next_power_of_2(w.c_out)))
     t_blocks, n_blocks = triton.cdiv(t_out, tile.t), triton.cdiv(w.c_out, tile.n)
-    splits = 1 if workspace is None or nct else tile.splits  # the reduction over features is too short to share
+    splits = 1 if workspace is None or nct else tile.splits  # programs share a reduction in the workspace
     part = arrived = None
     if splits > 1:
         tiles = n * t_blocks * n_blocks

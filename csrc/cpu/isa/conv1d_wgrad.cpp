@@ -64,7 +64,7 @@ struct WeightGrad {
 
   int64_t tile_begin(int64_t i) const { return channels * i / tiles; }
   int64_t tile_height(int64_t i) const { return tile_begin(i + 1) - tile_begin(i); }
-  // The number of channels to copy for tile i. It is rounded up to whole vectors if x has that many channels.
+  // The number of channels to copy for tile i: kGradStride, or only the tile's own if x ends before that.
   int64_t copied(int64_t i) const {
     return c_begin + tile_begin(i) + kGradStride <= args.x.channels ? kGradStride : tile_height(i);
   }

@@ -1,5 +1,5 @@
-// The functions that emulate the instructions, without the templates of ptx.h. They are defined in memory.cpp,
-// barriers.cpp, products.cpp and grids.cpp.
+// Plain functions that emulate the PTX instructions. The wrappers in ptx.h call them and pass template parameters as
+// arguments. The functions are defined in memory.cpp, barriers.cpp, products.cpp and grids.cpp.
 #pragma once
 
 #include <cstdint>
