@@ -106,7 +106,8 @@ def cpu_functions() -> ctypes.CDLL:
 
 
 def cuda() -> Any:
-    """Returns `torch.ops.jasper_fast_cuda`. Raises `Missing` if the CUDA library, torch's CUDA or a GPU is missing."""
+    """Returns `torch.ops.jasper_fast_cuda`. Raises `Missing` if the CUDA library is missing or does not load, if
+    torch is built without CUDA, or if there is no GPU."""
     return _cuda.ops()
 
 

@@ -37,7 +37,7 @@ from jasper_fast.dispatch.verdict import OPS
 
 
 def planned(monkeypatch, share: float = 1.0, **parts) -> None:
-    """Replaces the plan by these parts, each with the same share of the time budget."""
+    """Replaces the plan by these parts, each of which may use `share` of the time budget."""
     monkeypatch.setattr(
         agenda,
         "plan",

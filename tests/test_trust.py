@@ -297,7 +297,7 @@ def test_a_block_takes_the_form_that_was_chosen(gpu, form, status, wanted):
 
 
 class Faces(TorchDispatchMode):
-    """Records each call of our ops as (op, the face that runs its norm or statistics)."""
+    """Records each call of our ops as (op, `bn_face`, or `face` for an op without it)."""
 
     def __init__(self):
         super().__init__()

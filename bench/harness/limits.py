@@ -22,7 +22,8 @@ def measure(device: torch.device, quick: bool = False) -> dict:
         "copy_bytes_per_s": copy_bandwidth(device, quick),
         "clocks": machine.clocks(device),  # read just after heavy work, while the clocks are still high
         "launch_s": launch_overhead(device),
-        "method": "best of repeated runs: square matmul, copy of a large buffer; launch: one-element add",
+        "method": "matmul and copy: the best of repeated runs (square matrices; a large buffer). launch: adds of one "
+        "element: host is a mean, round_trip a median, in_graph the best, CuPy's times medians",
     }
     if device.type == "cuda":
         times, found["cupy"] = cupy_launch(device)

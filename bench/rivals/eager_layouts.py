@@ -14,7 +14,8 @@ Model = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def eager(model: nn.Module) -> Model:
-    """Returns eager PyTorch as in NVIDIA's Jasper: NCT memory, a module per step, a mask before each encoder conv."""
+    """Returns `model` as it is: eager PyTorch as in NVIDIA's Jasper, with NCT memory, a module per step, and a mask
+    before each encoder conv."""
     return model
 
 

@@ -119,7 +119,8 @@ class Search {
       worst = std::min(worst, score);
       if (score > kNever) candidates_.push_back({score, int64_t(i)});
     }
-    must_exceed_ = int64_t(stays_.size()) < beam_ ? kNever : worst;  // of equal scores, prefixes that stay win
+    // If the stays fill the beam, an extension must score higher than the worst of them: in a tie the stay is kept.
+    must_exceed_ = int64_t(stays_.size()) < beam_ ? kNever : worst;
     if (!fused_) {
       by_probability_.clear();
       for (int32_t c = 0; c < symbols_; ++c) {

@@ -23,7 +23,8 @@ class Packs:
     def __call__(self, index: int, weight: Tensor, dtype: torch.dtype, face: str) -> Tensor | None:
         """Returns the present `weight` (C_out, C_in, K), packed in `dtype` into the buffer of conv `index`.
 
-        Returns None if `face` packs weights itself, and under torch.compile, which cannot trace these buffers.
+        Returns None if `face` needs no packed copy of this weight, and under torch.compile, which cannot trace these
+        buffers.
         """
         if torch.compiler.is_compiling():
             return None

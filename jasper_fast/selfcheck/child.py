@@ -1,6 +1,7 @@
 """The process that runs kernels: `python -m jasper_fast.selfcheck.child`, which `dispatch.probe` starts and watches.
 
-It prints one line when it begins a check and one line with the result.
+It prints a line with the plan, one line when it begins a check and one with the result, and a last line: `end`, or
+`fatal` instead of a result if a kernel broke the CUDA context.
 """
 
 import json

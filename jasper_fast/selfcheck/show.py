@@ -55,7 +55,8 @@ def main(device: torch.device, *, quick: bool, as_json: bool, cache: bool, dtype
     """Checks `device`, prints the results and, with `cache`, saves the verdicts. Returns 0 if every check passed,
     else 1.
 
-    If it is stopped early, for example by Ctrl-C, it does the same with the results so far.
+    If it is stopped early, for example by Ctrl-C, it prints and saves the results so far, if there are any, and the
+    exception goes on to the caller.
     """
     errors = Console(stderr=True)
     report, finished = Report(), False

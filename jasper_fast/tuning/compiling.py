@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels of all contenders in parallel processes, before the first one is launched.
+"""Compiles the Triton kernels of all contenders in parallel processes, before any of them is launched.
 
 The contenders are called on tensors without data, and their launches are recorded. Workers compile each distinct launch
 once, as Triton's own launcher would, into Triton's cache on disk. The measuring process finds the kernels there.

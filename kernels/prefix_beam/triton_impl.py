@@ -185,7 +185,7 @@ def _prefix_beam_kernel(
         parent = tl.where(alive, parent, -(1 << 40))
         name = tl.where(alive, tl.where(stay, old, mixed), (-1 - at).to(tl.int64))
         tl.store(back_ptr + t * BLOCK_B + at, i * 64 + tl.where(stay, STAY, symbol))
-    # the end of the text, then the symbols of the best prefixes, from the last to the first
+    # Adds what the end of the text adds, ranks again, and traces the best prefixes back from their last symbol.
     end = tl.load(gain_ptr + state.to(tl.int64) * CLASSES + stays)
     score = tl.where(total > NEVER, total + bonus + end, NEVER)
     keys, none = _keys(score[None, :], at[None, :].to(tl.int64), BITS)
