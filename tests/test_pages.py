@@ -28,8 +28,8 @@ ADDRESSES = {"src", "href", "poster", "data", "action", "srcset", "xlink:href"}
 
 
 class Page(HTMLParser):
-    """A parsed page. Raises AssertionError if tags are not closed in order, if there is a script, or if an
-    address leads out of the page."""
+    """A parsed page. Raises AssertionError if the page is not whole (no title, or tags not closed in order), if it has
+    a script or an event handler, or if it loads something from elsewhere."""
 
     def __init__(self, html: str) -> None:
         super().__init__()

@@ -55,7 +55,7 @@ def test_what_is_no_scorer_is_named(scorer, settings, message):
         rescore(LISTS, scorer, **settings)
 
 
-def test_a_decoder_that_cannot_rescore_is_refused():
+def test_a_rescoring_refuses_settings_out_of_range():
     assert_raises((
         (lambda: Rescoring(None, len, Vocabulary(), weight=math.inf), "weight inf"),
         (lambda: Rescoring(None, len, Vocabulary(), n_best=0), "n_best 0"),
