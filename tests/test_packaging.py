@@ -40,8 +40,11 @@ def described() -> dict:
 
 
 def test_every_python_folder_is_packed(described: dict) -> None:
-    roots = ("jasper_fast", "kernels", "bench")
-    folders = {path.parent.relative_to(ROOT) for name in roots for path in (ROOT / name).rglob("*.py")}
+    folders = {
+        path.parent.relative_to(ROOT)
+        for name in ("jasper_fast", "kernels", "bench")
+        for path in (ROOT / name).rglob("*.py")
+    }
     names = {".".join(f.parts if f.parts[0] == "jasper_fast" else ("jasper_fast", *f.parts)) for f in folders}
     assert names - set(described["packages"]) == {"jasper_fast.bench.quick"}  # it has only tests
 
@@ -147,13 +150,13 @@ def test_pins_satisfy_the_declared_ranges() -> None:
     pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
     pins = {name.lower().replace("_", "-"): version for name, version in pairs}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    for wanted in map(Requirement, [*project["dependencies"], *(t for e in INSTALLED for t in extras[e])]):
+    extras = (t for e in INSTALLED for t in project["optional-dependencies"][e])
+    for wanted in map(Requirement, [*project["dependencies"], *extras]):
         if wanted.name == project["name"]:
             assert wanted.extras <= INSTALLED, f"{wanted} is not all that make install brings"
-            continue
-        assert wanted.name in pins, f"{wanted.name} is not pinned in constraints.txt"
-        assert wanted.specifier.contains(pins[wanted.name]), f"{wanted}, but {pins[wanted.name]} is pinned"
+        else:
+            assert wanted.name in pins, f"{wanted.name} is not pinned in constraints.txt"
+            assert wanted.specifier.contains(pins[wanted.name]), f"{wanted}, but {pins[wanted.name]} is pinned"
 
 
 def test_ninja_file_compiles_every_source_and_each_instruction_set() -> None:
@@ -177,8 +180,7 @@ def test_a_build_takes_paths_with_spaces_and_dollars(tmp_path: Path) -> None:
         '#include "one.h"\n#include <two.h>\nint sum() { return ONE + TWO; }\n'
     )
     (root / "cxx").symlink_to(shutil.which("c++"))
-    build = runpy.run_path(str(root / "csrc" / "build.py"))
-    text, _ = build["ninja_file"](root / "torch", str(root / "cxx"), None)
+    text, _ = runpy.run_path(str(root / "csrc" / "build.py"))["ninja_file"](root / "torch", str(root / "cxx"), None)
     (root / "build.ninja").write_text(text)
     ninja = [sys.executable, "-m", "ninja", "-C", str(root), "cpu/sum.o"]
     for said in ("[1/1]", "no work to do"):

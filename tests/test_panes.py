@@ -7,6 +7,8 @@ from close import assert_close
 from conftest import assert_raises, check_op, settle
 from standins import spied
 from test_model import batch, config
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from jasper_fast import Jasper, ops
 from jasper_fast.kernels.layout import ntc
@@ -184,8 +186,6 @@ def test_small_gradients_do_not_underflow(form, low):
 def test_on_a_gpu_dtypes_fit(low):
     """Checks dtypes and strides on fake GPU tensors, because `torch.mm(..., out_dtype=...)` accepts 16-bit inputs
     only on a GPU."""
-    from torch._subclasses import FakeTensorMode
-
     with FakeTensorMode():
         x = torch.empty(2, 9, 24, device="cuda", dtype=low).transpose(1, 2)
         mean, cov = gram.gram(x)
@@ -197,9 +197,6 @@ def test_on_a_gpu_dtypes_fit(low):
 
 def test_the_gram_form_writes_each_activation_once():
     """Lists the ops that write a matrix with all rows. One more would be another pass over the largest tensors."""
-    from torch._subclasses import FakeTensorMode
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     written = []
 
     class Watch(TorchDispatchMode):
@@ -274,12 +271,12 @@ def pass_through(face, case, dtype=torch.float32, activations=None, like=torch.f
     y = torch.full((len(xs), n * t, c), float("nan"), dtype=activations or dtype)
     face.outputs(xs, weights, lengths, y)
     mean, scale, slope, up = randn(len(xs), c), randn(len(xs), c), randn(len(xs), c), active(n * t, c)
-    found = [y, face.forward(y, mean, scale, randn(c)), face.forward(y, mean, scale, randn(n * t, c))]
     before = y.clone()
-    found.append(face.backward_reduce(up, y, mean))
+    outs = face.forward(y, mean, scale, randn(c)), face.forward(y, mean, scale, randn(n * t, c))
+    reduction = face.backward_reduce(up, y, mean)
     dxs, dweights = face.gradients(up, randn(c), y, mean, scale, slope, xs, weights, lengths)
-    assert torch.equal(y, before), "backward writes into what is kept"
-    return [*found, *(dx * live[:, None] for dx in dxs), *dweights]
+    assert torch.equal(y, before), "a pass writes into what is kept"
+    return [y, *outs, reduction, *(dx * live[:, None] for dx in dxs), *dweights]
 
 
 @pytest.mark.parametrize("case", FACE_CASES, ids=str)
@@ -351,8 +348,8 @@ def test_a_cpu_keeps_the_outputs_of_the_newest_panes():
     assert saved(inputs, backend="cpu") == kept * 40 * 6
     assert saved([vs[:2] for vs in inputs], backend="cpu") == 2 * 40 * 6
     assert saved(inputs, backend="reference") == 0
-    low = [[x.detach().half().requires_grad_() for x in inputs[0]], *inputs[1:]]
-    assert saved(low, backend="cpu") == 0  # the C++ face has no fp16
+    # The C++ face has no fp16.
+    assert saved([[x.detach().half().requires_grad_() for x in inputs[0]], *inputs[1:]], backend="cpu") == 0
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2])

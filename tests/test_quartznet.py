@@ -59,11 +59,6 @@ def test_quartznet_15x5_has_the_published_size() -> None:
     assert shapes["encoder.layers.7.res.0.0.weight"] == (512, 256, 1)
 
 
-@pytest.mark.parametrize("masks", [True, False])
-def test_evaluation_and_the_engine_equal_eager(masks: bool, face) -> None:
-    assert_evaluates(config(masks), masks, face)
-
-
 @pytest.mark.slow
 def test_triton_equals_eager() -> None:
     face = make_face("triton")
@@ -87,11 +82,6 @@ def assert_evaluates(cfg: JasperConfig, masks: bool, face) -> None:
             assert got.isfinite().all()
 
 
-@pytest.mark.parametrize("masks", [True, False])
-def test_a_training_step_equals_eager(masks: bool, face) -> None:
-    assert_trains(config(masks), masks, face)
-
-
 def assert_trains(cfg: JasperConfig, masks: bool, face) -> None:
     eager, ours = pair(cfg, settle(face.name), face.device)
     features, lengths = batch(masks, face.device)
@@ -106,6 +96,12 @@ def assert_trains(cfg: JasperConfig, masks: bool, face) -> None:
     got, low, ref = results
     for name in ref:
         assert_close(name, got[name], low[name], ref[name].to(torch.float64), 6.0)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("compare", [assert_evaluates, assert_trains])
+def test_evaluation_the_engine_and_a_training_step_equal_eager(compare, masks: bool, face) -> None:
+    compare(config(masks), masks, face)
 
 
 def test_backward_keeps_less_than_half_of_eagers_bytes() -> None:

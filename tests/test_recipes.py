@@ -49,8 +49,7 @@ def run_chain(folder: Path, spoken: dict[str, tuple[bytes, str]], config: dict, 
     out, clean = folder / "out", folder / "out" / "clean.jsonl"
     run(*corpora.prepare_arguments(folder, str(folder), archives))
     run("check", out / "train-clean-5.jsonl", "--config", folder / "c.yaml", "--clean", clean, "-q")
-    paths = {"config": folder / "c.yaml", "train": clean, "val": None}
-    run_train(train_arguments(paths, folder / "run", **training))
+    run_train(train_arguments({"config": folder / "c.yaml", "train": clean, "val": None}, folder / "run", **training))
     files = ["--manifest", out / "dev-clean-2.jsonl", "--out", folder / "wer.json", "--html", folder / "wer.html"]
     run("evaluate", "--checkpoint", max((folder / "run").glob("step_*.pt")), *files)
     return json.loads((folder / "wer.json").read_text())

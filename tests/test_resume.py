@@ -116,8 +116,7 @@ def test_three_kills_change_nothing(paths, untouched, tmp_path):
 def test_sigterm_saves_and_ends_well(paths, untouched, tmp_path):
     """Shows that the run is saved although the loader's processes get SIGTERM too."""
     arguments = train_arguments(paths, tmp_path, **SETTINGS, num_workers=2)
-    errors = finish(arguments, tmp_path, 0, in_a_step, stop_the_group)
-    assert "stopped by SIGTERM; go on with --resume" in errors
+    assert "stopped by SIGTERM; go on with --resume" in finish(arguments, tmp_path, 0, in_a_step, stop_the_group)
     assert (tmp_path / "step_00000005.pt").exists()
     assert read_log(tmp_path / "log.jsonl")[-1]["step"] == 5
     finish([*arguments, "--resume"], tmp_path, 0)

@@ -145,8 +145,7 @@ def test_the_rate_decays_by_epochs_whatever_their_steps(paths, run, tmp_path):
     how = {"val_manifests": None, "warmup_steps": None, "warmup_epochs": 0, "lr": 0.01, "lr_gamma": 0.5}
     run(paths, tmp_path, batch_size=2, steps=8, **how)
     run(paths, tmp_path, batch_size=8, epochs=3, resume=True, **how)
-    rates = [r["lr"] for r in records(tmp_path, "train")]
-    assert rates == pytest.approx([0.005] * 8 + [0.0025] * 2 + [0.00125] * 2)
+    assert [r["lr"] for r in records(tmp_path, "train")] == pytest.approx([0.005] * 8 + [0.0025] * 2 + [0.00125] * 2)
 
 
 @pytest.mark.slow

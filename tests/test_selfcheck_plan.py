@@ -28,19 +28,15 @@ def test_the_plan_holds_every_function_of_every_face_once(face):
     }  # fmt: skip
     others = {"pack", "pack_once", "packed_shape", "packed_size", "takes_tf32", "has_bf16", "into"}
     for op in ("bn_relu_dropout", "conv1d", "depthwise"):  # the plan has every public function of the face
-        names = {"backward" if n.startswith("backward") else n for n in public(op, face)}
+        module = backends.face(op, face)
+        names = {"backward" if name.startswith("backward") else name for name, thing in vars(module).items()
+                 if not name.startswith("_") and callable(thing) and not isinstance(thing, type)
+                 and getattr(thing, "__module__", "") == module.__name__}  # fmt: skip
         assert names - others <= {f for _, f in functions}
     quick = checks.plan(device, faces=(face,), quick=True)
     if face == "triton":  # a quick check is in bf16, in which there is no optimiser step and no loss
         functions -= {("novograd", "step"), ("ctc", "loss")}
     assert {(c.op, c.function) for c in quick} == functions and len(quick) < len(plan) / 2
-
-
-def public(op: str, face: str) -> set[str]:
-    module = backends.face(op, face)
-    named = {name: thing for name, thing in vars(module).items() if not name.startswith("_")}
-    return {n for n, t in named.items() if callable(t) and getattr(t, "__module__", "") == module.__name__
-            and not isinstance(t, type)}  # fmt: skip
 
 
 def test_the_plan_leaves_out_what_was_not_asked_for():

@@ -242,9 +242,12 @@ def test_shards_of_webdataset_without_a_manifest(tmp_path: Path, capsys) -> None
         ("s3://b/{x,y}__OP_1..2_CL_", ["s3://b/x_1", "s3://b/x_2", "s3://b/y_1", "s3://b/y_2"]),
         ("{odd", ["{odd"]),
         ("an _OP_ alone", ["an _OP_ alone"]),
+        ("a{1,2}", ["a{1,2}"]),  # there is a file of this name
     ],
 )
-def test_patterns(pattern: str, paths: list[str]) -> None:
+def test_patterns(pattern: str, paths: list[str], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a{1,2}").write_text("")
     assert places.expanded(pattern) == paths
 
 
@@ -252,12 +255,6 @@ def test_patterns(pattern: str, paths: list[str]) -> None:
 def test_patterns_without_end_are_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match="more than 1,000,000"):
         places.expanded(pattern)
-
-
-def test_a_file_whose_name_is_a_pattern(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("a{1,2}").write_text("")
-    assert places.expanded("a{1,2}") == ["a{1,2}"]
 
 
 def test_recognition_of_shards_and_files_is_the_same(tmp_path: Path, corpus: Path, packed: Path) -> None:

@@ -61,8 +61,7 @@ def test_the_cpu_face_equals_the_definition(arpa, symbols):
         if kind := case % 4:
             settings = None, alpha, 0.0, lms[kind - 1].words(alpha, beta, hot)
         else:
-            ngram = symbols.ngram if case % 8 else None
-            settings = ngram, alpha, beta, hot_words_alone({"bad": 3.0, "a": 1.0}, V)
+            settings = (symbols.ngram if case % 8 else None), alpha, beta, hot_words_alone({"bad": 3.0, "a": 1.0}, V)
         given = log_probs, lengths, beam, min(beam, 3), *settings
         assert all(map(torch.equal, reference.search(*given), cpu_impl.search(*given))), case
 

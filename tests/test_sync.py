@@ -144,8 +144,7 @@ def test_a_converted_model_alone_is_the_model_itself():
     assert converted.state_dict().keys() == ours.state_dict().keys()
     torch.testing.assert_close(step(converted, *whole_batch()), step(ours, *whole_batch()), atol=0, rtol=0)
     with torch.no_grad():
-        outs = [m.eval()(*whole_batch()[:2])[0] for m in (ours, converted)]
-    assert torch.equal(*outs)
+        assert torch.equal(*(m.eval()(*whole_batch()[:2])[0] for m in (ours, converted)))
 
 
 def test_only_a_converted_norm_has_a_group():
@@ -221,9 +220,8 @@ def test_ranks_with_unlike_frames(form, two_ops):
 
 
 def large_means(rank: int) -> tuple[torch.Tensor, ...]:
-    y, group = _offset().split(FRAMES, 2)[rank], sync.name(dist.group.WORLD)
-    mean, m2 = ops.bn_stats(y.contiguous(), "reference")
-    return torch.ops.jasper_fast.bn_sync_stats(mean, m2, y.shape[2], group)
+    y = _offset().split(FRAMES, 2)[rank].contiguous()
+    return torch.ops.jasper_fast.bn_sync_stats(*ops.bn_stats(y, "reference"), y.shape[2], sync.name(dist.group.WORLD))
 
 
 def _offset() -> torch.Tensor:
