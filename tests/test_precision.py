@@ -20,10 +20,9 @@ from jasper_fast.kernels import precision
 
 @pytest.fixture(autouse=True)
 def put_back():
-    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
     before = now()
     yield
-    for switch, value in zip(switches, before, strict=True):
+    for switch, value in zip((torch.backends.cudnn.conv, torch.backends.cuda.matmul), before, strict=True):
         switch.fp32_precision = value
 
 

@@ -36,9 +36,11 @@ class Plan:
     """The batches of all ranks, with `accumulation` batches per rank in each step."""
 
     def __init__(self, data: Utterances, batch_size, max_seconds, bucketing, world, accumulation) -> None:
-        how = {"shuffle": True, "seed": data.seed, "world_size": world}
         sizes = (data.durations, batch_size, max_seconds, bucketing)
-        self.splits = [Split("t", data, BatchSampler(*sizes, **how, rank=r), None) for r in range(world)]
+        self.splits = [
+            Split("t", data, BatchSampler(*sizes, shuffle=True, seed=data.seed, rank=r, world_size=world), None)
+            for r in range(world)
+        ]
         self.accumulation, self.world = accumulation, world
         self.arguments = {
             "batch_size": batch_size, "batch_seconds": max_seconds, "no_bucketing": not bucketing,

@@ -24,8 +24,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def names(paths):
     """Returns the file names in each of two manifests: of all and of some utterances."""
-    lines = corpora.read_lines(paths["train"])
-    some = corpora.write_lines(paths["train"].with_name("some.jsonl"), lines[:11])
+    some = corpora.write_lines(paths["train"].with_name("some.jsonl"), corpora.read_lines(paths["train"])[:11])
     return {path: {line["audio_filepath"] for line in corpora.read_lines(path)} for path in (paths["train"], some)}
 
 
@@ -50,11 +49,10 @@ def test_a_run_goes_on_under_changing_settings(seed, paths, names, tmp_path):
     for part in range(CHANGES + 1):
         plan = drawn(rng, list(names))
         stop, world = step + int(rng.integers(1, 4)), plan["world"]
-        on_rank = int(rng.integers(world))
         how = {k: v for k, v in plan.items() if k not in ("world", "betas")} | {"val_manifests": None}
         arguments = train_arguments(paths, run, **how, epochs=99, log_every=99, save_every=9999)
         arguments += ["--betas", str(plan["betas"]), "0", *(["--resume"] if part else [])]
-        members = worlds.world(world, arguments, tmp_path / f"{part}", worlds.signal_at, on_rank, stop)
+        members = worlds.world(world, arguments, tmp_path / f"{part}", worlds.signal_at, int(rng.integers(world)), stop)
         told = f"part {part}: {plan}, {[m.said for m in members]}"
         assert [len(m.steps) for m in members] == [stop - step] * world, told
         assert "stopped by" in members[0].said, told

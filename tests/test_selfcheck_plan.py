@@ -9,7 +9,7 @@ from standins import CONV, CPU, GPU, GPU_NAME, imaginary_gpus_table, verdicts_of
 
 from jasper_fast.dispatch import backends, verdict
 from jasper_fast.kernels import tables
-from jasper_fast.kernels.conv1d import cuda_launch, cuda_tiles
+from jasper_fast.kernels.conv1d import cuda_launch, cuda_tiles, triton_tiles
 from jasper_fast.selfcheck import cases, checks
 
 
@@ -69,9 +69,8 @@ def test_every_check_is_made_in_the_dtype_that_is_asked_for(gpu, quick):
     ]
     sixteen = {check for check in same[1] if not check.startswith(("conv1d | cuda |", "conv1d.fused | cuda |"))}
     assert exact and same[1] == same[2] and same[0] == sixteen  # the CUDA convs exist in 16 bits only
-    convs = {(op, face) for op in ("conv1d", "conv1d.fused") for face in ("triton", "cuda")}
-    norms = {("bn_relu_dropout", "triton"), ("bn_relu_dropout", "cuda")}
-    assert {(c.op, c.face) for c in plans["float16"]} == convs | norms | {("panes", "aten"), ("depthwise", "triton")}
+    both = {(op, face) for op in ("conv1d", "conv1d.fused", "bn_relu_dropout") for face in ("triton", "cuda")}
+    assert {(c.op, c.face) for c in plans["float16"]} == both | {("panes", "aten"), ("depthwise", "triton")}
     assert not any(c.face == "cuda" and c.op in ("conv1d", "conv1d.fused") for c in plans["float32"])
     by_default = [plans["bfloat16"]] if quick else plans.values()
     assert {check.id for check in checks.plan(GPU, quick=quick)} == {check.id for plan in by_default for check in plan}
@@ -90,8 +89,6 @@ def test_a_face_is_checked_in_the_dtypes_that_it_has():
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_every_conv_is_checked_once_where_it_fills_the_gpu(gpu, quick):
-    from jasper_fast.kernels.conv1d import triton_tiles
-
     waves = [check for check in checks.plan(GPU, quick=quick, dtypes=("bfloat16",)) if check.variant == checks.WAVE]
     for face in ("triton", "cuda"):
         assert [check.function for check in waves if check.face == face] == [*checks.CONV, "fused"]
@@ -130,12 +127,11 @@ def test_the_plan_of_a_gpu_holds_every_tile_of_its_table(gpu, put_table, monkeyp
              ((16, 1), (32, 1), (64, 1), (128, 4))]  # fmt: skip
     same = {"dtype": "bfloat16", "c_in": 256, "c_out": 384, "taps": 13, "stride": 1, "dilation": 1, "time_s": 1.0}
     ours = {"face": "triton", "algorithm": "direct"}
-    rows = [
-        tables.Row(op="conv1d.forward", rows_log2=b, tile=t, **same, **ours) for b, t in zip((8, 12, 15), tiles[:3])
-    ]
-    rows.append(tables.Row(op="conv1d.fused", rows_log2=7, tile=tiles[3], **same, **ours))
-    rows.append(tables.Row(op="conv1d.forward", rows_log2=8, tile=None, face="aten", algorithm="library", **same))
-    put_table(rows)
+    put_table([
+        *(tables.Row(op="conv1d.forward", rows_log2=b, tile=t, **same, **ours) for b, t in zip((8, 12, 15), tiles[:3])),
+        tables.Row(op="conv1d.fused", rows_log2=7, tile=tiles[3], **same, **ours),
+        tables.Row(op="conv1d.forward", rows_log2=8, tile=None, face="aten", algorithm="library", **same),
+    ])  # fmt: skip
 
     plan = checks.plan(GPU)
     measured = [check for check in plan if check.tile]
@@ -147,8 +143,8 @@ def test_the_plan_of_a_gpu_holds_every_tile_of_its_table(gpu, put_table, monkeyp
     real = {(c.shape.c_in, c.shape.c_out) for c in plan if c.op == "conv1d" and not c.tile}
     assert {(768, 768), (896, 1024), (1024, 29), (64, 256)} <= real
 
-    quick = [check.tile for check in checks.plan(GPU, quick=True) if check.tile]
-    assert quick == tiles, "a quick plan has up to three tiles of each op"
+    # A quick plan has up to three tiles of each op.
+    assert [check.tile for check in checks.plan(GPU, quick=True) if check.tile] == tiles
     monkeypatch.setattr(checks, "QUICK_TILES", 1)
     assert len([check.tile for check in checks.plan(GPU, quick=True) if check.tile]) == 2
 
