@@ -27,8 +27,7 @@ FAST = Effort(seconds=0.05, min_rounds=3, max_rounds=4)
 
 def make_run(tmp_path: Path, backend: str = "reference", device=CPU, dtype=torch.float32, **kwargs) -> Run:
     header = {"command": "kernels", "machine": {"name": "m", "commit": "c", "dirty": False, "device": "cpu"}}
-    results = result_file.Results(tmp_path / "run.json", header)
-    return Run(device, dtype, backend, True, results, FAST, **kwargs)
+    return Run(device, dtype, backend, True, result_file.Results(tmp_path / "run.json", header), FAST, **kwargs)
 
 
 def again(run: Run) -> Run:
@@ -98,7 +97,8 @@ def goal_rows() -> list[dict]:
 
 def python(script: str, *arguments: object) -> subprocess.CompletedProcess:
     """Runs `script` in a new Python process; fails the test if it ends with an error."""
-    argv = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     return done

@@ -222,8 +222,10 @@ def check_barriers(call: Callable, **where) -> None:
 
 
 def check_shuffle(call: Callable, **where) -> None:
-    want = torch.stack([torch.arange(32) ^ 1 << i for i in range(5)])
-    assert torch.equal(run(call, SHUFFLE, (1, 5, 32), **where).out[0], want.float())
+    assert torch.equal(
+        run(call, SHUFFLE, (1, 5, 32), **where).out[0],
+        torch.stack([torch.arange(32) ^ 1 << i for i in range(5)]).float(),
+    )
 
 
 def check_counters(call: Callable, **where) -> None:

@@ -54,8 +54,10 @@ def untarred(content: bytes) -> dict[str, bytes]:
 def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """Returns the configuration and the entries in an archive."""
     members = untarred(path.read_bytes())
-    state = torch.load(io.BytesIO(members["./model_weights.ckpt"]), weights_only=True)
-    return yaml.safe_load(members["./model_config.yaml"]), state
+    return (
+        yaml.safe_load(members["./model_config.yaml"]),
+        torch.load(io.BytesIO(members["./model_weights.ckpt"]), weights_only=True),
+    )
 
 
 def write_halves(folder: Path, model: nn.Module) -> tuple[Path, Path]:

@@ -74,11 +74,12 @@ def train_arguments(paths: dict[str, Path], output: Path, **more) -> list[str]:
         "log_every": 1,
         "warmup_steps": 2,
     }
-    arguments = []
-    for name, value in (options | more).items():
-        if value is not None:
-            arguments += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return arguments
+    return [
+        part
+        for name, value in (options | more).items()
+        if value is not None
+        for part in (f"--{name.replace('_', '-')}", *([] if value is True else [str(value)]))
+    ]
 
 
 def run_train(arguments: list[str]) -> None:

@@ -32,9 +32,11 @@ CONV = Conv(2, 21, 24, 20, 5)  # small inputs for a check
 
 def verdict(op: str = "conv1d", status: str = GOOD, face: str = "triton", **more) -> Verdict:
     """Returns the verdict of a full check in bf16. `more` sets further fields."""
-    failure = "" if status == GOOD else "dgrad (2, 64->48, 37) wrong: 7 %"
-    values = {"dtype": "bfloat16", "quick": False, "checked": 3, "failure": failure} | more
-    return Verdict(op, face, status=status, **values, date="2026-01-01T00:00:00+00:00")
+    values = {
+        "dtype": "bfloat16", "quick": False, "checked": 3,
+        "failure": "" if status == GOOD else "dgrad (2, 64->48, 37) wrong: 7 %",
+    }  # fmt: skip
+    return Verdict(op, face, status=status, **(values | more), date="2026-01-01T00:00:00+00:00")
 
 
 @pytest.fixture(name="own_cache", autouse=True)

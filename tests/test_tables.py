@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from standins import GPU, GPU_NAME, imaginary_gpus_table  # noqa: F401
 
 from jasper_fast.kernels import table_rows, tables
@@ -30,8 +31,9 @@ def row(**changes) -> tables.Row:
 
 
 def library(**changes) -> tables.Row:
-    none = dict.fromkeys(("tile", "registers", "shared", "spilled"))
-    return row(**({"face": "aten", "algorithm": "library"} | none | changes))
+    return row(**({
+        "face": "aten", "algorithm": "library", "tile": None, "registers": None, "shared": None, "spilled": None,
+    } | changes))  # fmt: skip
 
 
 def look(
@@ -291,8 +293,7 @@ def test_launches_do_not_compile_anew_for_every_length_and_batch(descriptors):
     batches = [(2, t) for t in (1, 2, 3, 7, 8, 15, 16, 17, 24, 31, 32, 33, 37, 40)] + [(n, 37) for n in (1, 3, 4, 16)]
     shapes = [(64, 48, 11, 1, 1), (29, 32, 3, 1, 2), (64, 64, 11, 2, 1)]
     kinds = json.dumps({"batches": batches, "shapes": shapes, "calls": [*MOST], "descriptors": descriptors})
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run([sys.executable, "-c", KEYS, root, kinds], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", KEYS, ROOT, kinds], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]  # (call, kernel, conv shape, what it compiles)
     assert min(Counter(call for call, *_ in found).values()) >= 5 * len(batches)

@@ -119,8 +119,9 @@ def test_fine_tuning_with_other_labels(train_here, paths, tmp_path):
 def test_a_frozen_encoder_is_that_of_the_file(train_here, paths, tmp_path):
     train_here(paths, tmp_path / "a", steps=1, val_manifests=None)
     source = next((tmp_path / "a").glob("step_*.pt"))
-    how = {"val_manifests": None, "init_from": source, "freeze_encoder": True, "init_decoder": "keep"}
-    train_here(paths, tmp_path / "b", steps=2, **how)
+    train_here(
+        paths, tmp_path / "b", steps=2, val_manifests=None, init_from=source, freeze_encoder=True, init_decoder="keep"
+    )
     before, after = (checkpoint.load(p)["state_dict"] for p in (source, max((tmp_path / "b").glob("step_*.pt"))))
     for name in before:
         assert torch.equal(before[name], after[name]) == name.startswith("encoder."), name

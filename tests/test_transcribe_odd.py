@@ -146,13 +146,16 @@ def test_names_pass_through_an_ascii_output(tmp_path):
     assert [x.partition(b"\t")[0] for x in printed.split(b"\n")[:-1]] == [*names[:2], b"two\\nlines.wav"]
 
 
-def test_resume_refuses_what_it_did_not_write(tmp_path):
-    (tmp_path / "out").write_text("notes of mine\n")
-    done = transcribe(tmp_path, "a.wav", "--out", "out", "--resume", check=False)
-    assert done.returncode == 2 and b"line 1 is not a name, a tab and a text; the file was not changed" in done.stderr
-    assert (tmp_path / "out").read_text() == "notes of mine\n"
-    (tmp_path / "out").write_text('{"audio_filepath": []}\n')
-    done = transcribe(tmp_path, "a.wav", "--json", "--out", "out", "--resume", check=False)
-    assert done.returncode == 2 and b"line 1 is not a record of --json" in done.stderr
-    done = transcribe(tmp_path, "a.wav", "--resume", check=False)
-    assert done.returncode == 2 and b"give --out too" in done.stderr
+@pytest.mark.parametrize(
+    ("content", "options", "told"),
+    [
+        ("notes of mine\n", ["--out", "out"], b"line 1 is not a name, a tab and a text; the file was not changed"),
+        ('{"audio_filepath": []}\n', ["--json", "--out", "out"], b"line 1 is not a record of --json"),
+        ("", [], b"give --out too"),
+    ],
+)
+def test_resume_refuses_what_it_did_not_write(tmp_path, content, options, told):
+    (tmp_path / "out").write_text(content)
+    done = transcribe(tmp_path, "a.wav", "--resume", *options, check=False)
+    assert done.returncode == 2 and told in done.stderr
+    assert (tmp_path / "out").read_text() == content

@@ -131,8 +131,9 @@ def test_a_face_that_is_wrong_is_a_row_and_never_chosen(tmp_path, monkeypatch, i
     bad = "bn_relu_dropout.forward" if name in ("stats", "forward") else "bn_relu_dropout.backward"
     assert status == {(op, face): "wrong" if (op, face) == (bad, "triton") else "ok"
                       for op in tables.NORM_OPS for face in ("triton", "reference")}  # fmt: skip
-    rows = tables.parse(data["table"], "the result").rows
-    assert {(row.op, row.face) for row in rows} == {key for key, found in status.items() if found == "ok"}
+    assert {(row.op, row.face) for row in tables.parse(data["table"], "the result").rows} == {
+        key for key, found in status.items() if found == "ok"
+    }
 
 
 def test_a_tile_that_spills_is_refused():
@@ -196,8 +197,9 @@ def test_the_library_computes_what_the_kernel_does(function):
 def test_the_librarys_weight_is_cast_and_ordered_once(monkeypatch, function):
     """The weight is cast and reordered before timing, because cuDNN would otherwise copy it in every call."""
     forward = spied(monkeypatch, F, "conv2d", lambda x, weight, *_: weight)
-    aten = backends.face("conv1d", "aten")
-    backward = spied(monkeypatch, aten, "conv2d_backward", lambda dy, x, weight, *_: weight.unsqueeze(2))
+    backward = spied(
+        monkeypatch, backends.face("conv1d", "aten"), "conv2d_backward", lambda dy, x, weight, *_: weight.unsqueeze(2)
+    )
     cell = CELL._replace(op=f"conv1d.{function}", dtype="bfloat16")
     check, inputs = check_of(cell, Proposal("aten")), Held(cell, CPU).case("triton").inputs
     call = library(check, inputs)

@@ -70,8 +70,10 @@ def test_the_contenders_of_a_conv_are_few_and_can_be_rows_of_a_table(gpu, op):
         assert [p.face for p in found] == ["triton"] * (len(found) - 2) + ["cuda", "aten"]
         n, frames = cell.batch
         shape = triton_tiles.Shape(*cell[2:7], n * frames)
-        default = triton_tiles.default(op.removeprefix("conv1d."), DTYPES[cell.dtype], shape, frames)
-        assert found[0].tile == default._asdict()
+        assert (
+            found[0].tile
+            == triton_tiles.default(op.removeprefix("conv1d."), DTYPES[cell.dtype], shape, frames)._asdict()
+        )
         rows = [of.row(cell, 1.0, {}).plain() for of in (found[0], found[-1])]
         tables.parse({"header": dict.fromkeys(tables.HEADER, "x") | {"capability": "sm_90"}, "rows": rows}, "x")
         for proposal in found[:-2]:
@@ -180,8 +182,9 @@ def test_compiling_ahead_ends_when_its_time_is_spent(monkeypatch):
     pool = SimpleNamespace(imap_unordered=lambda *_: SimpleNamespace(next=ready))
     context = SimpleNamespace(Pool=lambda workers: contextlib.nullcontext(pool))
     monkeypatch.setattr(compiling.multiprocessing, "get_context", lambda kind: context)
-    digests = [SimpleNamespace(digest=lambda arch, i=i: str(i)) for i in range(20)]
-    monkeypatch.setattr(compiling, "launches", lambda job: digests)
+    monkeypatch.setattr(
+        compiling, "launches", lambda job: [SimpleNamespace(digest=lambda arch, i=i: str(i)) for i in range(20)]
+    )
     monkeypatch.setattr("jasper_fast.kernels.aot.source", lambda one, arch: one)
     done = []
     job = compiling.Job(Cell("conv1d.forward", "float16", 128, 128, 5, 1, 1, 7), Proposal("triton"), 90)

@@ -55,9 +55,9 @@ def tune(tuning, cells: list[Cell], budget: float = 100.0) -> tuned.Session:
     return tuned.tune(GPU, cells, budget, clock=lambda: tuning.now)
 
 
-def fail(tuning, monkeypatch, error: BaseException) -> None:
-    """Makes the fastest contender raise `error` at its first call."""
-    monkeypatch.setattr(tuning, "warm", lambda call: raising(error)() if call == FAST else None)
+def fail(tuning, monkeypatch, error: BaseException, step: str = "warm") -> None:
+    """Makes the fastest contender raise `error` at its first call, or at the capture if `step` is "prepare"."""
+    wrap(monkeypatch, tuning, step, lambda right, call: raising(error)() if call == FAST else right(call))
 
 
 # ---- what is picked, and what is refused ----
@@ -85,11 +85,17 @@ def test_a_wrong_contender_is_refused_however_fast(tuning):
     assert tune(tuning, CELLS[1:2]).done[CELLS[1]]["refused"] == {FAST: "wrong: y: max error 2.0"}
 
 
-def test_a_contender_that_does_not_run_is_refused(tuning, monkeypatch):
-    fail(tuning, monkeypatch, RuntimeError("out of resource: shared memory\nmore"))
-    refused = tune(tuning, CELLS[:1]).done[CELLS[0]]["refused"]
-    assert refused == {FAST: "RuntimeError: out of resource: shared memory"}
-    assert kept()[CELLS[0]]["triton"] == 2e-3
+@pytest.mark.parametrize(
+    ("step", "message", "told"),
+    [
+        ("warm", "out of resource: shared memory\nmore", "RuntimeError: out of resource: shared memory"),
+        ("prepare", "no capture", "RuntimeError: no capture"),
+    ],
+)
+def test_a_contender_that_does_not_run_or_cannot_be_captured_is_refused(tuning, monkeypatch, step, message, told):
+    fail(tuning, monkeypatch, RuntimeError(message), step)
+    assert tune(tuning, CELLS[:1]).done[CELLS[0]]["refused"] == {FAST: told}
+    assert kept() == {CELLS[0]: {"triton": 2e-3, "aten": 1.5e-3}}
 
 
 @pytest.mark.parametrize("step", ["prepare", "seconds_of"])
@@ -105,12 +111,6 @@ def test_a_contender_that_ends_its_process_later_is_the_one_to_blame(tuning, mon
     wrap(monkeypatch, tuning, step, fatal)
     assert set(tune(tuning, CELLS[:1]).done) == set(CELLS[:1]) and tuning.sessions == [1, 1]
     assert list(tuned._faults(GPU).values()) == [[FAST]]
-
-
-def test_a_contender_that_cannot_be_captured_is_refused(tuning, monkeypatch):
-    monkeypatch.setattr(tuning, "prepare", lambda call: raising(RuntimeError("no capture"))() if call == FAST else call)
-    assert tune(tuning, CELLS[:1]).done[CELLS[0]]["refused"] == {FAST: "RuntimeError: no capture"}
-    assert kept() == {CELLS[0]: {"triton": 2e-3, "aten": 1.5e-3}}
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "7"])
@@ -208,8 +208,9 @@ def test_the_budget_is_respected_and_the_rest_is_said(tuning, monkeypatch, capsy
 
 
 def test_a_process_that_does_not_start_is_one_line_and_the_defaults(tuning, monkeypatch, capsys):
-    ended = children.Ended(False, False, 1, "ended with status 1", ": no GPU left")
-    monkeypatch.setattr(children, "talk", lambda *_: ended)
+    monkeypatch.setattr(
+        children, "talk", lambda *_: children.Ended(False, False, 1, "ended with status 1", ": no GPU left")
+    )
     assert conv_face() == "triton"
     said = capsys.readouterr().err
     assert "not possible (the tuning process ended with status 1: no GPU left)" in said and said.count("\n") == 1
@@ -274,14 +275,13 @@ def test_a_committed_table_needs_no_tuning_and_a_users_lies_over_it(tuning, put_
 def test_of_two_threads_at_the_same_moment_one_tunes(tuning, monkeypatch):
     with tuned.not_now():
         assert conv_face() == "triton", "by estimates"
-    good = tuned.good_moment
 
-    def other_thread_comes_first(device):
-        monkeypatch.setattr(tuned, "good_moment", good)
+    def other_thread_comes_first(good_moment, device):
+        monkeypatch.setattr(tuned, "good_moment", good_moment)
         tuned.catch_up(device)
         return True
 
-    monkeypatch.setattr(tuned, "good_moment", other_thread_comes_first)
+    wrap(monkeypatch, tuned, "good_moment", other_thread_comes_first)
     tuned.catch_up(GPU)
     assert tuning.sessions == [1]
 
@@ -384,8 +384,9 @@ def test_the_cells_of_a_model_are_what_its_step_calls():
     assert {cell.rows_log2 for cell in found} == {tables.bucket(4 * 50)}
     of_convs = [cell for cell in found if cell.op.startswith("conv1d")]
     assert of_convs[0][2:7] == inner and of_convs[-1][2:7] == first, "the most work first"
-    fused = cells(SMALL, 1, 100, torch.float16, "inference")
-    assert {tuple(cell[2:7]) for cell in fused} == {conv.shape for conv in convs(SMALL)}
+    assert {tuple(cell[2:7]) for cell in cells(SMALL, 1, 100, torch.float16, "inference")} == {
+        conv.shape for conv in convs(SMALL)
+    }
     assert cells(SMALL, 1, 100, torch.float64, "training") == []
 
 

@@ -28,8 +28,9 @@ class FakeCuda:
                 return 1e3 * (other.at - self.at - 1)  # milliseconds: one second for each entry in between
 
         self.Event = Event
-        calls = ("capture_begin", "capture_end", "replay")
-        logged = {name: lambda name=name, **_: self.log.append(name) for name in calls}
+        logged = {
+            name: lambda name=name, **_: self.log.append(name) for name in ("capture_begin", "capture_end", "replay")
+        }
         self.CUDAGraph = lambda: SimpleNamespace(**logged)
         self.is_available = lambda: False
 

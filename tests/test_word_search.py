@@ -37,8 +37,9 @@ def posteriors(text: str, sharp: float = 4.0) -> torch.Tensor:
 
 def ctc(log_probs: torch.Tensor, text: str) -> float:
     lengths = torch.tensor([len(log_probs)]), torch.tensor([len(text)])
-    loss = torch.nn.functional.ctc_loss(log_probs[:, None], torch.tensor([V.encode(text)]), *lengths, V.blank, "sum")
-    return -loss.item()
+    return -torch.nn.functional.ctc_loss(
+        log_probs[:, None], torch.tensor([V.encode(text)]), *lengths, V.blank, "sum"
+    ).item()
 
 
 def test_scores_are_in_the_papers_scale(arpa):
@@ -51,8 +52,9 @@ def test_scores_are_in_the_papers_scale(arpa):
         if not alpha:
             assert found[0].text == "the cat sat on a mat" and found[0].log_prob - ctc(log_probs, found[0].text) < 0.7
         for f in found:
-            fused = alpha * model.score(f.text) + beta * len(f.text.split())
-            assert f.score == pytest.approx(f.log_prob + fused, abs=1e-4)
+            assert f.score == pytest.approx(
+                f.log_prob + alpha * model.score(f.text) + beta * len(f.text.split()), abs=1e-4
+            )
             assert f.log_prob > ctc(log_probs, f.text) - 1e-3
         assert [f.score for f in found] == sorted((f.score for f in found), reverse=True)
 
@@ -92,8 +94,7 @@ def test_lexicons_close_the_vocabulary(arpa, tmp_path):
 
 def test_a_model_in_capitals_writes_small_letters(tmp_path):
     arpa = random_arpa(tmp_path / "lm.arpa", [w.upper() for w in WORDS], 2, random.Random(1))
-    search = WordSearch(word_lm(arpa, V), beam=64, alpha=1.0, beta=0.0)
-    assert search(posteriors("a cat sat").numpy())[0].text == "a cat sat"
+    assert WordSearch(word_lm(arpa, V), 64, 1.0, 0.0)(posteriors("a cat sat").numpy())[0].text == "a cat sat"
 
 
 def test_a_decoder_gives_transcripts_with_times(arpa):
@@ -165,9 +166,8 @@ def test_broken_binaries_and_lexicons_are_one_line(arpa, tmp_path):
 
 
 def test_a_python_without_wheels_is_told(arpa, monkeypatch):
-    nothing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
     monkeypatch.setattr(words, "sys", SimpleNamespace(version_info=(3, 13)))
-    monkeypatch.setattr(words, "importlib", nothing)
+    monkeypatch.setattr(words, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None)))
     with pytest.raises(LanguageModelError, match=r"Python 3\.11 and 3\.12; use one"):
         WordSearch(word_lm(arpa, V), 8, 1.0, 0.0)
 

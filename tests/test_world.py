@@ -35,8 +35,13 @@ def ran(paths, tmp_path):
     """Returns a function that trains in `size` processes, see `worlds.world`. The run's folder is `name`."""
 
     def run(size, *prepare, corpus=paths, name="run", status=0, **options):
-        arguments = train_arguments(corpus, tmp_path / name, **options)
-        return worlds.world(size, arguments, tmp_path / f"world {name}", *prepare, status=status)
+        return worlds.world(
+            size,
+            train_arguments(corpus, tmp_path / name, **options),
+            tmp_path / f"world {name}",
+            *prepare,
+            status=status,
+        )
 
     return run
 
@@ -72,9 +77,8 @@ def test_a_step_in_which_one_rank_has_a_nan_is_skipped_by_all(ran, tmp_path):
 
 def test_a_run_that_can_read_nothing_ends_saved(ran, paths, tmp_path):
     flawed = without(paths, "train", range(16), tmp_path)
-    how = {"epochs": 9, "val_manifests": None, "max_bad_steps": 3}
     for size in (1, 2):
-        for member in ran(size, corpus=flawed, name=str(size), status=1, **how):
+        for member in ran(size, corpus=flawed, name=str(size), status=1, epochs=9, val_manifests=None, max_bad_steps=3):
             assert "error: 3 steps in a row were skipped" in member.said and "gone" in member.said
         assert checkpoint.load(tmp_path / str(size) / "step_00000003.pt")["step"] == 3
 
@@ -96,8 +100,9 @@ def test_a_signal_to_one_process_ends_all_within_a_step(ran, tmp_path, on_rank):
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_signal_is_heard_while_a_step_is_loaded(ran, tmp_path, size):
     """The signal comes in the first of the four micro-batches of the second step, which is not taken."""
-    how = {"batch_size": 1, "epochs": 9, "grad_accumulation": 4, "val_manifests": None}
-    members = ran(size, worlds.signal_in, size - 1, "load", **how)
+    members = ran(
+        size, worlds.signal_in, size - 1, "load", batch_size=1, epochs=9, grad_accumulation=4, val_manifests=None
+    )
     assert [len(m.steps) for m in members] == [1] * size
     assert (tmp_path / "run" / "step_00000001.pt").exists()
 

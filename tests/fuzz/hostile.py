@@ -9,6 +9,7 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import nemo_files
 import numpy as np
 import soundfile
 import torch
@@ -119,8 +120,9 @@ def manifests(seed: int) -> None:
 @functools.cache
 def sound(form: str, subtype: str, channels: int) -> bytes:
     file = io.BytesIO()
-    samples = np.random.default_rng(0).uniform(-0.5, 0.5, (400, channels))
-    soundfile.write(file, samples, 8000, format=form, subtype=subtype)
+    soundfile.write(
+        file, np.random.default_rng(0).uniform(-0.5, 0.5, (400, channels)), 8000, format=form, subtype=subtype
+    )
     return file.getvalue()
 
 
@@ -162,9 +164,7 @@ def checkpoints(seed: int) -> None:
         wrong = [None, 1, "x", [tensor], {"a": 1}, {}, {"a": None}, tensor, {"a": {"b": tensor}}, {1: tensor}]
         keys = rng.sample(["format", "state_dict", "ema_state_dict", "config", "labels", "x"], rng.randint(0, 5))
         state = {key: rng.choice(wrong) for key in keys} if rng.random() < 0.8 else rng.choice(wrong)
-        file = io.BytesIO()
-        torch.save(state, file)
-        content = file.getvalue()
+        content = nemo_files.saved(state)
     else:  # half of the time only the first bytes are damaged, because damage to tensor data often has no effect
         form = rng.choice(["jasper_fast", "nvidia", "nemo", "safetensors"])
         content = damage(checkpoint(form), rng, rng.choice([None, 1200]))

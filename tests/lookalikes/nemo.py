@@ -67,8 +67,9 @@ class ConvASREncoder(nn.Module):
     def __init__(self, feat_in, jasper, conv_mask=True):
         super().__init__()
         activation = nn.ReLU(inplace=True)
-        shapes = enumerate(with_panes(jasper, feat_in))
-        self.encoder = nn.Sequential(*(JasperBlock(*shape, conv_mask, activation, i) for i, shape in shapes))
+        self.encoder = nn.Sequential(
+            *(JasperBlock(*shape, conv_mask, activation, i) for i, shape in enumerate(with_panes(jasper, feat_in)))
+        )
 
     def forward(self, audio_signal, length):
         xs, length = self.encoder(([audio_signal], length))

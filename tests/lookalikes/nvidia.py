@@ -54,8 +54,9 @@ class JasperEncoder(nn.Module):
     def __init__(self, in_feats, blocks, use_conv_masks=True, activation=nn.ReLU):
         super().__init__()
         self.use_conv_masks = use_conv_masks
-        shapes = with_panes(blocks, in_feats)
-        self.layers = nn.ModuleList(JasperBlock(*shape, use_conv_masks, activation) for shape in shapes)
+        self.layers = nn.ModuleList(
+            JasperBlock(*shape, use_conv_masks, activation) for shape in with_panes(blocks, in_feats)
+        )
 
     def forward(self, x, x_lens=None):
         xs, lens = [x], x_lens
