@@ -1,7 +1,7 @@
 """Builds CUDA kernels as host C++ with the emulation in csrc/cuda/emulate: libraries, and programs for sanitizers.
 
-Both are written to build/emulated. Their names contain a hash of everything that goes into them, so test files and
-parallel processes share each build.
+Both are written to build/emulated; those of a copy of the sources are written beside the copy. Their names contain a
+hash of everything that goes into them, so test files and parallel processes share each build.
 """
 
 import fcntl

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from jasper_fast.kernels import launch
 
-FORBIDDEN = (*READS, "lift_fresh")  # lift_fresh makes a tensor of a number of the host
+FORBIDDEN = (*READS, "lift_fresh")  # lift_fresh makes a tensor from a number on the host
 MEMORY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 CPU_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 

@@ -1,5 +1,5 @@
-"""Runs training steps on fake tensors of a pretended device, and lists their operations that a CUDA graph could not
-capture. `TRITON_INTERPRET=1 python tests/graph_stand_in.py` prints one JSON object.
+"""Runs training steps on fake tensors of a pretended device, and lists those of their operations that a CUDA graph
+cannot capture. `TRITON_INTERPRET=1 python tests/graph_stand_in.py` prints one JSON object.
 """
 
 import contextlib

@@ -144,7 +144,7 @@ def test_cuda_graphs_without_a_gpu_are_plain_steps(train_here, paths, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_resumes_with_the_same_losses_and_weights(paths, tmp_path):
-    """Shows this for a run that torchrun starts. Its two processes write one log."""
+    """torchrun starts the whole run, and `worlds.world` the resumed one. The two processes of a run write one log."""
     settings = {"grad_accumulation": 2, "batch_size": 2, "ema": 0.9, "val_every": 4, "steps": 4, "save_every": 2}
     worlds.torchrun(corpora.ROOT / "train.py", train_arguments(paths, tmp_path / "whole", **settings))
     (tmp_path / "part").mkdir()
@@ -224,7 +224,7 @@ def test_a_run_whose_batches_do_not_fit_leaves_no_checkpoint(train_here, paths, 
 
 
 def test_a_resumed_run_scans_whole_batches(train_here, paths, tmp_path, monkeypatch):
-    """Four utterances are left in the first epoch, but the next one has batches of eight."""
+    """Four utterances are left in the first epoch, but the next epoch has batches of eight."""
     train_here(paths, tmp_path, steps=3, val_manifests=None)
     scan = mock.Mock(side_effect=RunError("does not fit"))
     monkeypatch.setattr(Ranks, "on_gpu", True)

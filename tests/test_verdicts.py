@@ -22,7 +22,8 @@ from jasper_fast.kernels import files, native
 
 
 def of_conv(check=None, dtype: str = BF16):
-    """Returns the verdict on the conv in Triton. If a check is needed, runs `check`; without one the test fails."""
+    """Returns the verdict on the conv in Triton. If a check is needed, runs `check`; if that is None, fails the
+    test."""
     return verdicts.verdict("conv1d", "triton", CPU, dtype, check or (lambda *_: pytest.fail("checked")))
 
 

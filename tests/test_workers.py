@@ -94,7 +94,7 @@ def test_a_killed_process_is_replaced_and_no_batch_is_lost(data, often, begun) -
 
 
 def test_a_batch_that_always_kills_comes_empty_and_is_named(data, often, begun) -> None:
-    """While it is read again, no other process takes memory."""
+    """While that batch is read again, no other process loads batches and takes memory."""
     data.deadly = 5
     loader = load_batches(data, BatchSampler(data.durations, 2, bucketing=False, shuffle=False), workers=2)
     found, running = zip(*((batch, len(begun())) for batch in loader), strict=True)
@@ -116,7 +116,7 @@ def test_an_error_of_the_program_is_no_death(data, monkeypatch) -> None:
 @pytest.mark.parametrize("unblocks", [False, True])
 def test_sigterm_ends_them_from_their_parent_only(data, begun, unblocks: bool) -> None:
     """torchrun and SLURM send SIGTERM to all processes of a run. Workers ignore it, because the training process ends
-    them when it has saved its state. If other code unblocks SIGTERM, it has no effect."""
+    them when it has saved its state. If other code unblocks SIGTERM, the signal still does not end them."""
     data.unblocks = unblocks
     loader = load_batches(data, BatchSampler(data.durations, 1), workers=1, endless=True)
     take(loader, 1)
@@ -126,7 +126,7 @@ def test_sigterm_ends_them_from_their_parent_only(data, begun, unblocks: bool) -
         take(loader, 1)
     assert process.is_alive()
     if not unblocks:
-        for _ in range(20):  # one that comes while an earlier SIGTERM still waits is lost
+        for _ in range(20):  # a SIGTERM is lost if it comes while an earlier one is still pending
             process.terminate()
             process.join(1)
         assert process.exitcode == 0

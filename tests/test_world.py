@@ -130,7 +130,7 @@ def test_what_keeps_one_process_from_starting_ends_all(ran, name):
 
 
 def other_clock(train, rank: int) -> None:
-    """Lets the clock of rank 1 be ahead, and prints the learning rates."""
+    """Sets the clock of rank 1 ahead of that of rank 0, and prints the learning rates."""
     state, loop = train.TrainingState, train.Loop
     state.minutes, inner = property(lambda state: 0.2 + 0.3 * rank), loop.set_learning_rate
     loop.set_learning_rate = lambda run: print(f"rate {(lr := inner(run))}", file=sys.stderr) or lr
