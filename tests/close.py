@@ -9,8 +9,8 @@ def assert_close(name: str, got: Tensor, low: Tensor, ref: Tensor, factor: float
     """Fails the test if `got` is too far from the fp64 result `ref`. The allowed error is `factor` times the error of
     PyTorch's result `low`, which has the dtype of `got`, plus one eps of that dtype.
 
-    In fp32 on a GPU 16 eps are added instead of one, because a sequential sum of a thousand terms, or a sum on tensor
-    cores (they truncate), has an error of about ten eps, while PyTorch's own sum may by chance be nearly exact.
+    In fp32 on a GPU 16 eps are added instead of one. There a sequential sum of a thousand terms has an error of about
+    ten eps, and so has a sum on tensor cores, because they truncate. PyTorch's own sum may by chance be nearly exact.
     """
     assert got.dtype == low.dtype, f"{name}: {got.dtype}, PyTorch gives {low.dtype}"
     assert got.numel() > 0, f"{name}: nothing to compare"
