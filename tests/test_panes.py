@@ -196,7 +196,8 @@ def test_on_a_gpu_dtypes_fit(low):
 
 
 def test_the_gram_form_writes_each_activation_once():
-    """Lists the ops that write a matrix with all rows. One more would be another pass over the largest tensors."""
+    """Lists the ops that write a matrix with all rows. Each further op would be another pass over the
+    largest tensors."""
     written = []
 
     class Watch(TorchDispatchMode):
@@ -233,7 +234,7 @@ def test_one_row_raises_what_pytorch_raises(form):
 
 
 def test_panes_that_do_not_fit_are_named(form):
-    """Without the check, the plain form returns numbers for block outputs of unequal length."""
+    """Without the check, the plain form would return numbers for block outputs of unequal length."""
     xs, weights, gammas, betas = pane_inputs()
     assert_raises((
         (lambda: form([xs[0], xs[1][:, :, :5]], weights, gammas, betas), "of a pane must have the shapes"),
