@@ -345,7 +345,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _command(args, begin)
     except KeyboardInterrupt:
         say(_kept(begun[0].results) if begun else NOTHING)
-        return 130  # as a shell returns after Ctrl-C
+        return 130  # the exit status that a shell reports after Ctrl-C
 
 
 def _command(args: argparse.Namespace, begin: Callable[[argparse.Namespace], Run]) -> int:

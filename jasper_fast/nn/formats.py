@@ -147,7 +147,7 @@ def jasper10x5dr(n_classes: int = 29) -> dict[str, Any]:
 
 
 _V1 = ((r"^jasper_encoder\.encoder\.", "encoder.layers."), (r"^jasper_decoder\.decoder_layers\.", "decoder.layers."))
-# NVIDIA's QuartzNet names its convs mconv, as NeMo does, but does not wrap them.
+# NVIDIA's QuartzNet names its convs mconv, as NeMo does, but does not wrap them in masked convs.
 _QUARTZNET = ((r"^(encoder\.layers\.\d+)\.mconv\.", r"\1.conv."),)
 _NEMO_DROP = ("preproc", "spec_aug")
 _NEMO = (

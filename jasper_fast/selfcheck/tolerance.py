@@ -15,8 +15,8 @@ class Tolerance:
     rounding in other dtypes. Without a result of plain PyTorch the limit is `relative`.
 
     fp32 has its own floor because sums in two orders can differ by more roundings than plain PyTorch's error shows.
-    The RMS norm of the error must be within the limit. It detects a small error everywhere. The max norm must be
-    within `peak` times the limit. It detects a single wrong element.
+    The RMS norm of the error must be within the limit, which catches an error that is small but in every element. The
+    max norm must be within `peak` times the limit, which catches a single wrong element.
 
     `along` limits the component of the error along the fp64 result, `|<got - ref, ref>| / <ref, ref>`. Roundings
     cancel in it. A wrong scale, a lost term or a skipped utterance do not cancel. For the remaining roundings

@@ -122,8 +122,11 @@ def normalize(text: str, labels: Sequence[str] | Vocabulary | None = None, engli
 def normalize_and_lost(
     text: str, labels: Sequence[str] | Vocabulary | None = None, english: bool | None = None
 ) -> tuple[str, list[str]]:
-    """Returns the text from ``normalize``, and the letters, digits and symbols that were dropped from ``text``, wholly
-    or in part, in lower case: 'hello мир' with Russian labels -> 'мир', ['h', 'e', 'l', 'o']."""
+    """Returns the text from ``normalize``, and the letters, digits and symbols that it lost, in lower case.
+
+    A character is lost if nothing of its ASCII form is kept, or only a part of it. Those of words that ``normalize``
+    inserted count too. 'hello мир' with Russian labels -> 'мир', ['h', 'e', 'l', 'o'].
+    """
     vocabulary = labels if isinstance(labels, Vocabulary) else Vocabulary(labels)
     keep = vocabulary.characters
     letters = [c for c in keep if c.isalpha()]

@@ -24,7 +24,7 @@ class Tuner:
     """Tunes cells on one device within `budget` seconds.
 
     `tell(event, value)` receives progress and results. `without`: by cell, contenders that crashed or hung an
-    earlier process and are not tried again. `seconds`: time to spend on timing one cell. Tests replace `clock`
+    earlier process and are not tried again. `seconds`: time for timing all contenders of a cell. Tests replace `clock`
     (measures the budget), `ticker` (times the calls) and `proposals` (returns the contenders).
     """
 

@@ -278,7 +278,7 @@ def _backward_apply_kernel(
     y = tl.load(y_ptr + m0 * C + offs, mask=needed, other=0.0).to(tl.float32)
     yc = y - mean
     g = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    if tl.max(rows_alive.to(tl.int32)) > 0:  # in a tile of padding every gradient is zero
+    if tl.max(rows_alive.to(tl.int32)) > 0:  # in a tile of padding g is zero (dy may not be)
         beta = tl.load(beta_ptr + offs_c, mask=mask_c, other=0.0)[None, :]
         dz = tl.load(dz_ptr + m0 * C + offs, mask=mask, other=0.0).to(tl.float32)
         z = y
