@@ -22,9 +22,10 @@ from jasper_fast.cli import command, common
 from jasper_fast.data.manifest import Utterance
 from jasper_fast.inference import recognizer
 from jasper_fast.nn import checkpoint
+from jasper_fast.nn.loading import load_model
 from jasper_fast.speech.decoding import NotFinite
 from jasper_fast.speech.metrics import wer
-from jasper_fast.speech.text import LABELS
+from jasper_fast.speech.text import LABELS, Vocabulary
 
 
 def tiny(labels=LABELS, **top):
@@ -193,6 +194,18 @@ def test_errors_are_one_line(model, files, tmp_path, capsys):
         cases.append((("transcribe", files[0], "--checkpoint", model, "--device", "cuda"), "no CUDA GPU"))
     for name in ("transcribe", "evaluate"):
         assert_refused(run, capsys, name, [case for case in cases if case[0][0] == name])
+
+
+def test_a_recognizer_takes_labels_and_counts_what_is_finished(model, files, bad):
+    network = load_model(model, backend="reference")
+    upper = recognizer.Recognizer(network, Vocabulary([label.upper() for label in LABELS]))
+    utterances, finished = [Utterance(path, 0.7, "") for path in (*files, bad)], []
+    heard = upper.recognize(utterances, batch_size=1, progress=finished.append)
+    assert finished == [1] * 4 and heard.transcripts.pop() is None  # the last file is no audio
+    lower = recognizer.Recognizer(network).recognize(utterances, batch_size=1)
+    assert [t.text for t in heard.transcripts] == [t.text.upper() for t in lower.transcripts[:3]]
+    with pytest.raises(ValueError, match="the model has 29 classes, but there are 9 labels"):
+        recognizer.Recognizer(network, Vocabulary(LABELS[:9]))
 
 
 def test_too_little_memory_for_a_checkpoint_is_one_line(model, files, monkeypatch, capsys):

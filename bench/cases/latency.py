@@ -109,7 +109,10 @@ class Models:
 
     def close(self) -> None:
         """Frees all models and inputs now, without waiting for the garbage collector."""
-        self.__dict__.clear()
+        for held in (self.contenders, self.failures, self._held):
+            held.clear()
+        for made in ("state", "plain", "judge"):
+            self.__dict__.pop(made, None)
         gc.collect()
 
     def inputs(self, N: int, seconds: float) -> tuple[Tensor, Tensor]:

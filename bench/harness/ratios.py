@@ -53,10 +53,8 @@ def interval(values: Sequence[float], resamples: int = 2000) -> tuple[float, flo
 def rank_of_interval(n: int) -> int:
     """Returns how many of `n` sorted values can be dropped at each end such that the range of the rest still contains
     the median with CONFIDENCE. For small `n` it returns 0."""
-    outside, rank = (
-        2 * 0.5**n,
-        0,
-    )  # the probability that the median is outside the range without `rank` values at each end
+    # outside: the probability that the median is outside the range without `rank` values at each end
+    outside, rank = 2 * 0.5**n, 0
     while outside + 2 * math.comb(n, rank + 1) * 0.5**n <= 1 - CONFIDENCE:
         rank += 1
         outside += 2 * math.comb(n, rank) * 0.5**n

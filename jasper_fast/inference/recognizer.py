@@ -60,23 +60,30 @@ _AHEAD = 2  # with a decoder: batches that may still be decoded while the model 
 class Recognizer:
     """Audio to text with a Jasper, on one device: ``recognizer(audio (N, S), lengths (N,)) -> list[Transcript]``.
 
-    Features (``input_val``) and labels are those of ``model.config``. If the configuration has no labels and the model
-    has 29 classes, the English alphabet is used. ``dtype`` is the dtype of weights and activations, by default the
-    model's; features and sums are always fp32. ``fp32_precision``: as for ``InferenceEngine``. The transcript of an
-    utterance does not depend on the batch. Decoding is greedy unless the attribute ``decoder`` is set. Raises
-    ValueError if the labels are not known, and if features and model have different numbers of mel bands.
+    Features (``input_val``) and, without a ``vocabulary``, labels are those of ``model.config``. If the configuration
+    has no labels and the model has 29 classes, the English alphabet is used. ``dtype`` is the dtype of weights and
+    activations, by default the model's; features and sums are always fp32. ``fp32_precision``: as for
+    ``InferenceEngine``. The transcript of an utterance does not depend on the batch. Decoding is greedy unless the
+    attribute ``decoder`` is set. Raises ValueError if the labels are not known or do not fit the model's classes, and
+    if features and model have different numbers of mel bands.
     """
 
     def __init__(
         self,
         model: Jasper,
+        vocabulary: Vocabulary | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         fp32_precision: str | None = None,
     ) -> None:
         config = model.config
         self.device = torch.device(device)
-        self.vocabulary = Vocabulary(labels_of(config))
+        self.vocabulary = vocabulary or Vocabulary(labels_of(config))
+        if self.vocabulary.n_classes != config.decoder.n_classes:
+            raise ValueError(
+                f"the model has {config.decoder.n_classes} classes, but there are {len(self.vocabulary)} labels and "
+                "the blank; give the labels with which it was trained"
+            )
         self.audio_settings: dict[str, Any] = (config.input_val or config.input_train).get("audio_dataset") or {}
         bank = {"n_filt": config.encoder.in_feats} | config.filterbank
         self.features = LogMelFeatures.from_config(bank, pad_to_max_duration=False).to(self.device).eval()
@@ -117,14 +124,19 @@ class Recognizer:
         batch_size: int = 16,
         max_seconds: float = 240.0,
         workers: int = 0,
+        progress: Callable[[int], None] | None = None,
     ) -> Recognition:
         """Reads and transcribes utterances in batches of similar length. Unusable utterances are listed in ``skipped``.
         Raises ValueError if there are no utterances, or if all their texts have symbols that are not labels.
 
         A batch has at most ``batch_size`` utterances and ``max_seconds`` of padded audio; a longer utterance is a batch
-        of its own.
+        of its own. After each batch ``progress`` is called with the number of utterances that the batch has finished.
         """
-        *_, result = self.stream(utterances, batch_size, max_seconds, workers)
+        before = 0
+        for result in self.stream(utterances, batch_size, max_seconds, workers):
+            if progress is not None:
+                progress(result.finished - before)
+            before = result.finished
         return result
 
     def stream(
@@ -255,4 +267,4 @@ def load(
         raise ValueError(f"device '{device}' is not available: PyTorch sees no CUDA GPU; use 'cpu' or 'auto'")
     parsed = JasperConfig.from_yaml(config) if config is not None else None
     model = load_model(checkpoint, config=parsed, ema=ema, backend=backend)
-    return Recognizer(model, device, dtype, fp32_precision)
+    return Recognizer(model, device=device, dtype=dtype, fp32_precision=fp32_precision)

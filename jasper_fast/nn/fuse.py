@@ -17,7 +17,6 @@ from jasper_fast.dispatch import backends
 from jasper_fast.kernels.layout import mask, ntc
 from jasper_fast.nn.architecture import frames
 from jasper_fast.nn.block import JasperBlock, Pass, count_batch
-from jasper_fast.nn.config import refuse
 from jasper_fast.nn.packs import Packs
 from jasper_fast.nn.recognise import LOOKED_FOR, Parts, Unfit, candidates, parts
 from jasper_fast.nn.shared import Shared, shared
@@ -149,15 +148,12 @@ def _run(
     found: Parts, backend: str, packs: Packs, xs: list[Tensor], lengths: Tensor | None, known: Shared | None
 ) -> tuple[list[Tensor], Tensor | None]:
     """Returns the outputs and lengths that the original block returns for block outputs `xs` and `lengths` (N,)."""
+    if found.masked and lengths is None and not found.takes_last:  # an EagerBlock masks only if it is given lengths
+        raise ValueError("the convs of this block zero the padding of their inputs, so it needs the lengths")
     steps, passed = counts(found, lengths)
     sources = xs if found.dense else xs[-1:]
-    unfit = len(sources) != len(found.panes) or (len(xs) > len(sources) and not found.takes_last)
-    refuse(
-        ValueError,
-        (found.masked and lengths is None and not found.takes_last,  # an EagerBlock masks only if it is given lengths
-         "the convs of this block zero the padding of their inputs, so it needs the lengths"),
-        (found.panes and unfit, f"a block with {len(found.panes)} residual convs was given {len(xs)} block outputs"),
-    )  # fmt: skip
+    if found.panes and (len(sources) != len(found.panes) or (len(xs) > len(sources) and not found.takes_last)):
+        raise ValueError(f"a block with {len(found.panes)} residual convs was given {len(xs)} block outputs")
     sources = [known.ready(x, steps[0], _clean) if known else _clean(x, steps[0]) for x in sources]
     read = sources if found.panes else []
     grams = [known and known.gram(found, pane, x, backend) for pane, x in enumerate(read)]  # None: plain panes

@@ -146,24 +146,20 @@ class GraphedStep:
 
     def _hindrance(self) -> str | None:
         """Returns why no step can be captured, or None if steps can be captured."""
-        optimizer, device = self.optimizer, self.device
-        ours, rates = isinstance(optimizer, NovoGrad), [group["lr"] for group in optimizer.param_groups]
-        fused = getattr(optimizer, "_step_supports_amp_scaling", False) and "capturable" in optimizer.defaults
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        found = (
-            (several, "graphs do not support the gradients of several processes"),
-            (self.recorder is None and device.type != "cuda",
-             f"CUDA graphs need a GPU, but the model is on {device}"),
-            (not ours and not fused,
-             f"{type(optimizer).__name__} skips steps on the host: use NovoGrad, or AdamW(..., fused=True)"),
-            (ours and device.type == "cuda" and not optimizer.in_kernels(),
-             "NovoGrad's kernels cannot run (they need dense fp32 parameters); no other face can be captured"),
-            (any(isinstance(lr, Tensor) and lr.device != device for lr in rates),
-             f"the learning rate is a tensor on another device: use a number, or move it to {device}"),
-            (not loss_is_capturable(device),
-             "PyTorch's CTC loss reads lengths on the host, and Triton's is not available"),
-        )  # fmt: skip
-        return next((why for hinders, why in found if hinders), None)
+        fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            return "graphs do not support the gradients of several processes"
+        if self.recorder is None and self.device.type != "cuda":
+            return f"CUDA graphs need a GPU, but the model is on {self.device}"
+        if not isinstance(self.optimizer, NovoGrad) and not (fused and "capturable" in self.optimizer.defaults):
+            return f"{type(self.optimizer).__name__} skips steps on the host: use NovoGrad, or AdamW(..., fused=True)"
+        if isinstance(self.optimizer, NovoGrad) and self.device.type == "cuda" and not self.optimizer.in_kernels():
+            return "NovoGrad's kernels cannot run (they need dense fp32 parameters); no other face can be captured"
+        if any(isinstance(g["lr"], Tensor) and g["lr"].device != self.device for g in self.optimizer.param_groups):
+            return f"the learning rate is a tensor on another device: use a number, or move it to {self.device}"
+        if not loss_is_capturable(self.device):
+            return "PyTorch's CTC loss reads lengths on the host, and Triton's is not available"
+        return None
 
     def _plain_from_now(self, why: str | None) -> None:
         self.possible = why is None
