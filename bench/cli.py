@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import datetime
+import os
 import sys
 import time
 from collections import Counter
@@ -330,11 +331,6 @@ def main(arguments: list[str] | None = None) -> int:
     2 if `compile --cuda` finds no nvcc, 4 if the budget of `tune` is used up, and 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    args = parser().parse_args(arguments)
-    if args.command == "train" and (scaling.grouped() or max(args.world or (1,)) > 1):
-        scaling.check_options(args)
-        if not scaling.grouped():
-            return scaling.launch(arguments, max(args.world))
     begun: list[Run] = []
 
     def begin(args: argparse.Namespace) -> Run:
@@ -342,9 +338,15 @@ def main(arguments: list[str] | None = None) -> int:
         return begun[0]
 
     try:
+        args = parser().parse_args(arguments)
+        if args.command == "train" and (scaling.grouped() or max(args.world or (1,)) > 1):
+            scaling.check_options(args)
+            if not scaling.grouped():
+                return scaling.launch(arguments, max(args.world))
         return _command(args, begin)
     except KeyboardInterrupt:
-        say(_kept(begun[0].results) if begun else NOTHING)
+        if os.environ.get("RANK", "0") == "0":  # of several processes, the first says what is saved
+            say(_kept(begun[0].results) if begun else NOTHING)
         return 130  # the exit status that a shell reports after Ctrl-C
 
 

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import runpy
 import signal
 import socket
 from pathlib import Path
@@ -108,11 +109,10 @@ FAILED = ChildFailedError("bench", {1: ProcessFailure(1, 7, 2, "<N/A>")})
     ("ends", "status"),
     [
         (None, 0),
-        (KeyboardInterrupt(), 130),
         (SignalException("Process 1 got signal: 2", signal.SIGINT), 130),
         (FAILED, 2),
     ],
-    ids=["success", "Ctrl-C at the start", "Ctrl-C", "failure"],
+    ids=["success", "Ctrl-C", "failure"],
 )
 def test_processes_end_with_a_status_and_without_a_traceback(ends, status, monkeypatch, capfd) -> None:
     monkeypatch.setattr("torch.distributed.run.main", raising(ends) if ends else lambda arguments: None)
@@ -120,14 +120,18 @@ def test_processes_end_with_a_status_and_without_a_traceback(ends, status, monke
     assert ("exitcode" in capfd.readouterr().err) == (ends is FAILED)
 
 
-def test_only_the_first_process_says_that_it_was_interrupted(monkeypatch) -> None:
-    monkeypatch.setattr(dist, "init_process_group", lambda *args, **more: None)
-    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
-    for rank, raised in (("0", KeyboardInterrupt), ("1", SystemExit)):
-        for name, value in {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}.items():
-            monkeypatch.setenv(name, value)
-        with pytest.raises(raised), scaling.joined(argparse.Namespace(device="cpu", world=None)):
-            raise KeyboardInterrupt
+@pytest.mark.parametrize(("rank", "said"), [("0", f"{cli.NOTHING}\n"), ("1", "")])
+def test_only_the_first_process_says_that_it_was_interrupted(rank, said, monkeypatch, capfd) -> None:
+    """Shows it for Ctrl-C at the start of the processes, and for Ctrl-C during the imports."""
+    monkeypatch.setenv("RANK", rank)
+    interrupted = raising(KeyboardInterrupt())
+    monkeypatch.setattr("torch.distributed.run.main", interrupted)
+    assert cli.main(["train", "--world", "2"]) == 130
+    assert capfd.readouterr().err == said
+    monkeypatch.setattr(cli, "shell", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        runpy.run_module("jasper_fast.bench", run_name="__main__")
+    assert capfd.readouterr().err == said
 
 
 @pytest.mark.parametrize("option", [["--mode", "forward+backward"], ["--rivals", "compile"]])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from bench_runs import ROOT
+from conftest import raising
 from standins import verdicts_of_its_own, wrap  # noqa: F401
 
 from jasper_fast.bench import cli
@@ -92,6 +93,17 @@ def test_a_dry_run_shows_the_steps_and_their_limits(capsys, tmp_path):
     said = capsys.readouterr().out
     assert " 120 s  self-check: " in said and "--quick --dtype fp16 --device cuda" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_after_ctrl_c_the_results_so_far_are_kept(tmp_path, monkeypatch, capsys):
+    steps = [day.Step(name, python("print('all is well')"), 60) for name in ("good", "interrupted")]
+    monkeypatch.setattr(day, "plan", lambda *_: steps)
+    interrupted = raising(KeyboardInterrupt())
+    wrap(monkeypatch, day, "run", lambda run, step, *how: (run if step.name == "good" else interrupted)(step, *how))
+    assert day.main(["2", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.endswith(f"steps that had ended, and all logs, are in {tmp_path}\n")
+    (kept,) = json.loads((tmp_path / "day.json").read_text())["2"]
+    assert (kept["name"], kept["status"]) == ("good", "ok")
 
 
 @pytest.mark.slow

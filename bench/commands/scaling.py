@@ -72,14 +72,14 @@ def check_options(args: argparse.Namespace) -> None:
 
 def launch(arguments: Sequence[str], world: int) -> int:
     """Runs the same command in `world` processes on this machine; returns the exit status of the process that failed
-    first, or 130 after Ctrl-C."""
+    first, or 130 after Ctrl-C. Raises KeyboardInterrupt if Ctrl-C comes before it has started them."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
         run.main(["--standalone", "--nproc-per-node", str(world), "-m", "jasper_fast.bench", *arguments])
-    except (KeyboardInterrupt, SignalException):  # the first process has said what is saved
+    except SignalException:  # the first of the processes has said what is saved
         return 130
     except ChildFailedError as error:
         print(error, file=sys.stderr)
@@ -105,10 +105,6 @@ def joined(args: argparse.Namespace) -> Iterator[Team]:
     try:
         yield Team(rank, wanted)
         dist.barrier()  # the first process serves the group's store, so it must not end before the others
-    except KeyboardInterrupt:
-        if rank == 0:
-            raise
-        raise SystemExit(130) from None  # only the first process says what is saved
     finally:
         dist.destroy_process_group()
 

@@ -215,7 +215,7 @@ def install(out: Path) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status, which is 1 if a step failed."""
+    """Runs the command; returns the exit status, which is 1 if a step failed, and 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
         f"python -m {DAY}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -229,7 +229,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(f"{step.limit:>4.0f} s  {step.name}: {shlex.join(step.argv)}" for step in steps))
         return 0
     options.writable(out)
-    done = carry_out(args.call, steps, out, root, args.limit)
+    try:
+        done = carry_out(args.call, steps, out, root, args.limit)
+    except KeyboardInterrupt:
+        print(f"interrupted: the results of the steps that had ended, and all logs, are in {out}", file=sys.stderr)
+        return 130  # the exit status that a shell reports after Ctrl-C
     print(table(done))
     print(f"logs and results are in {out}")
     return int(any(one["status"] == "failed" for one in done))
