@@ -7,9 +7,10 @@ import pytest
 import torch
 from test_model import config
 
-from jasper_fast import InferenceEngine, Jasper, LogMelFeatures, ops
+from jasper_fast import InferenceEngine, Jasper, LogMelFeatures, fuse, ops
 from jasper_fast.dispatch import backends
 from jasper_fast.kernels.layout import ntc
+from jasper_fast.nn.eager import EagerJasper
 
 LENGTHS = torch.tensor([40, 23])
 
@@ -27,8 +28,11 @@ def test_no_utterances_give_no_results(backend, panes):
     shape = InferenceEngine(model)(features, lengths)[0].shape
     log_probs, lengths = model(features, lengths)
     assert log_probs.shape == shape and len(shape) == 3 and not len(lengths)
-    with pytest.raises(ValueError, match=r"an empty batch \(N = 0\) has no statistics to train with"):
-        model.train()(features, lengths)
+    fused = EagerJasper(config("dense"))
+    fuse(fused, backend)
+    for training in (model.train(), fused.train()):
+        with pytest.raises(ValueError, match=r"an empty batch \(N = 0\) has no statistics to train with"):
+            training(features, lengths)
 
 
 def test_a_conv_of_no_utterances():
@@ -54,7 +58,14 @@ def test_double_precision_takes_the_reference():
             jasper("cpu").double()(features.double(), LENGTHS)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda engine: pickle.loads(pickle.dumps(engine))])
+def copied_under_meta(engine: InferenceEngine) -> InferenceEngine:
+    with torch.device("meta"):
+        return copy.deepcopy(engine)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda engine: pickle.loads(pickle.dumps(engine)), copied_under_meta]
+)
 def test_an_engine_can_be_copied(copied):
     """The copy has its own model, and the settings of the original."""
     model, features = jasper(), torch.randn(2, 8, 40)

@@ -224,6 +224,10 @@ def test_bad_options_are_named():
     assert_raises(
         [
             (partial(make, dtype=torch.int8), "dtype must be a floating-point dtype"),
+            (
+                lambda: InferenceEngine(pair(config(), "reference", "meta")[1]),
+                "on the meta device, so they have no values",
+            ),
             (partial(make, graphs="yes"), "graphs must be 'auto', True or False"),
             (partial(make, graphs=True), "graphs=True needs a CUDA GPU"),
             (partial(make, bucket=0), "at least 1"),

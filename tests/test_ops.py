@@ -309,6 +309,7 @@ def test_errors():
     assert_raises((
         (lambda: ops.bn_relu_dropout(y[:1, :, :1], gamma, beta, mean, var), "more than 1 value per channel"),
         (lambda: ops.bn_relu_dropout(y[:0], gamma, beta, mean, var), "more than 1 value per channel"),
+        (lambda: ops.bn_stats(y[0]), r"y must be \(N, C, T\), got \(13, "),
         (lambda: ops.bn_relu_dropout(y, gamma[:5], beta, mean, var), r"gamma must be \(13,\)"),
         (lambda: call(mean, var, residual=y[:, :, :3]), "residual"),
         (lambda: call(mean, var, lengths=torch.tensor([1])), "lengths"),

@@ -239,6 +239,7 @@ def test_panes_that_do_not_fit_are_named(form):
     assert_raises((
         (lambda: form([xs[0], xs[1][:, :, :5]], weights, gammas, betas), "of a pane must have the shapes"),
         (lambda: form(xs, weights, [gammas[0], gammas[1][:1]], betas), "of a pane must have the shapes"),
+        (lambda: form([], [], [], []), "at least one pane"),
     ))  # fmt: skip
 
 

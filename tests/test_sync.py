@@ -238,22 +238,26 @@ def test_merged_statistics_do_not_cancel(two_ops):
         assert torch.allclose(m2.double(), ref.var((0, 2)) * (sum(FRAMES) - 1), rtol=2e-3)
 
 
-def one_frame_each(rank: int) -> torch.Tensor:
-    y = torch.tensor([[[1.0 + rank]]])
+def few_frames(rank: int, frames: list[list[float]]) -> torch.Tensor:
+    y = torch.tensor([[frames[rank]]])
     running = torch.zeros(1), torch.ones(1)
     how = {"backend": "reference", "group": dist.group.WORLD, "momentum": 1.0}
     ops.bn_relu_dropout(y, torch.ones(1), torch.zeros(1), *running, **how)
     return torch.cat(running)
 
 
+FEW = {"one each": (few_frames, [[1.0], [2.0]]), "none on rank 0": (few_frames, [[], [1.0, 2.0]])}
+
+
 @pytest.fixture(scope="module")
 def two_ops(tmp_path_factory) -> dict:
     """The results of both ranks in the tasks above."""
     forms = {form: (op_step, form) for form in ("gram", "plain")}
-    return spawn(tmp_path_factory.mktemp("ops"), forms | {"means": (large_means,), "frame": (one_frame_each,)})
+    return spawn(tmp_path_factory.mktemp("ops"), forms | {"means": (large_means,)} | FEW)
 
 
 @pytest.mark.slow
-def test_a_rank_with_a_single_frame_is_enough_where_others_have_more(two_ops):
-    for running in two_ops["frame"]:
+@pytest.mark.parametrize("frames", FEW)
+def test_a_rank_may_have_one_frame_or_none_if_others_have_more(frames, two_ops):
+    for running in two_ops[frames]:
         torch.testing.assert_close(running, torch.tensor([1.5, 0.5]))

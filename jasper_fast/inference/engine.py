@@ -93,24 +93,23 @@ class InferenceEngine:
 
     def refresh(self) -> None:
         """Folds and packs the current weights of the model, on their current device."""
-        with self._lock, self._precisely(), torch.no_grad():
+        with self._lock, precision.fp32(self._fp32), torch.no_grad():
             if self._turns is not None:
                 with self._turns.turn():
                     self._turns.finish()  # the old weights and graphs must not be freed while in use
                 self._waits.detach()
             weight = weight_of(self._model)
+            if weight.is_meta:
+                raise ValueError("the weights of the model are on the meta device, so they have no values: load them")
             turns, dtype = Turns(weight.device), self._wanted or weight.dtype
             faces = choose.fused_faces(self._model.backend, weight.device, dtype)
-            with turns.turn():
+            with turns.turn(), weight.device:  # packs are made there, also inside another `with torch.device(...)`
                 runs = {face: self._runner(face, dtype, turns) for face in faces}
             self._turns, self._runs, self._device, self._dtype = turns, runs, weight.device, dtype
             # The allocator does not know which streams use the buffers, so wait for the streams before the buffers are
             # freed.
             self._waits = weakref.finalize(self, turns.finish)
             self._waits.atexit = False
-
-    def _precisely(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self._fp32 is None else precision.fp32(self._fp32)
 
     def __reduce__(self) -> tuple:
         """Copies or pickles only the model and the settings. The copy folds the weights itself, and has its own lock,
@@ -156,7 +155,7 @@ class InferenceEngine:
     def _compute(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         n, _, t = features.shape
         lengths = lengths.to(torch.int64).contiguous()
-        with self._lock, self._precisely():
+        with self._lock, precision.fp32(self._fp32):
             if features.numel() == 0:
                 return self._run.plan.nothing(features, lengths)
             runner = self._chosen(n, t)  # not within the turn, because tuning may synchronise the device

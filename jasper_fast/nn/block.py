@@ -112,7 +112,12 @@ class Pass:
     packs: Packs
 
     def __call__(self, x: Tensor, sources: list[Tensor], grams: list[ops.Gram | None]) -> Tensor:
-        """Returns the output (N, C_out, T') for `x` (N, C_in, T). `sources`, `grams`: see `JasperBlock.forward`."""
+        """Returns the output (N, C_out, T') for `x` (N, C_in, T). `sources`, `grams`: see `JasperBlock.forward`.
+
+        Raises ValueError for N = 0 if the statistics of the batch are needed.
+        """
+        if x.shape[0] == 0 and any(of_the_batch(sub.bn) for sub in self.sub_blocks):
+            raise ValueError("an empty batch (N = 0) has no statistics to train with: leave it out")
         y, stats = self._conv(0, x)
         for i, sub in enumerate(self.sub_blocks[1:]):
             if sub.taps is None and sub.conv.stride != (1,):

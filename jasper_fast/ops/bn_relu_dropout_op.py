@@ -118,8 +118,9 @@ def bn_stats(y: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Returns the mean and M2 (sum of squared deviations) of each channel of `y` (N, C, T) over all N*T rows.
 
     Padding counts too. The two tensors are (C,), fp32 (fp64 for fp64 input). Equivalent to `y.mean((0, 2))` and
-    `y.var((0, 2)) * (M - 1)`.
+    `y.var((0, 2)) * (M - 1)`. Raises ValueError for another number of dimensions.
     """
+    check_dim(y)
     return torch.ops.jasper_fast.bn_stats(y.detach(), norm_face(y, backend, *y.shape[1:]))
 
 
@@ -256,8 +257,7 @@ def _update(running: list[Tensor | None], values: list[Tensor], momentum: float 
 
 def check(y, gamma, beta, running_mean, running_var, stats, residual, lengths, p, halo) -> Tensor | None:
     """Raises ValueError for arguments of `bn_relu_dropout` that do not fit. Returns `lengths`, contiguous."""
-    if y.dim() != 3:
-        raise ValueError(f"y must be (N, C, T), got {tuple(y.shape)}")
+    check_dim(y)
     n, c, _ = y.shape
     vectors = {"gamma": gamma, "beta": beta, "running_mean": running_mean, "running_var": running_var}
     for name, v in (*vectors.items(), *(("each of stats", of) for of in stats or ())):
@@ -270,6 +270,12 @@ def check(y, gamma, beta, running_mean, running_var, stats, residual, lengths, p
     if halo is not None and halo < 0:
         raise ValueError(f"halo, the number of frames that y fills beyond the length, must be at least 0, got {halo}")
     return check_lengths(lengths, n)
+
+
+def check_dim(y: Tensor) -> None:
+    """Raises ValueError unless `y` has three dimensions."""
+    if y.dim() != 3:
+        raise ValueError(f"y must be (N, C, T), got {tuple(y.shape)}")
 
 
 def check_rows(x: Tensor, synced: bool | str) -> None:

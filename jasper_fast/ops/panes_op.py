@@ -229,13 +229,13 @@ def panes(
     `xs`: P block outputs (N, C_k, T) of one dtype, zero in the padding. `grams[k]`: `gram(xs[k])`, or one from
     `pane_stats` with the statistics for `weights[k]`. `weights[k]` (C_out, C_k, 1); `gammas[k]`, `betas[k]` (C_out,).
     The statistics are over all N*T rows, or with grams of a group over the rows of all its ranks. The means and
-    variances are meant for updating the running statistics. Raises ValueError for shapes that do not fit and, without a
-    group, for N*T < 2. Equivalent to
+    variances are meant for updating the running statistics. Raises ValueError for empty lists, for shapes that do not
+    fit and, without a group, for N*T < 2. Equivalent to
     `sum(F.batch_norm(F.conv1d(x, w), None, None, gamma, beta, training=True, eps=eps) for ...)`.
     """
-    wide, rows = wide_dtype(xs[0]), grams[0].rows
+    rows = grams[0].rows if grams else None
     check_panes(xs, weights, gammas, betas, rows is not None)
-    means, how = [g.mean for g in grams], (eps, rows is not None)
+    wide, means, how = wide_dtype(xs[0]), [g.mean for g in grams], (eps, rows is not None)
     norms = [g.to(wide) for g in gammas], [b.to(wide) for b in betas]
     if all(g.stats for g in grams):
         mean, var = zip(*(g.stats for g in grams), strict=True)
@@ -250,7 +250,10 @@ def panes(
 def check_panes(
     xs: list[Tensor], weights: list[Tensor], gammas: list[Tensor], betas: list[Tensor], synced: bool
 ) -> None:
-    """Raises ValueError if the tensors of a pane do not fit those of the first pane, or if `check_rows` raises it."""
+    """Raises ValueError if there is no pane, if the tensors of a pane do not fit those of the first pane, and if
+    `check_rows` raises it."""
+    if not xs or not weights:
+        raise ValueError("a sum of panes needs at least one pane")
     check_rows(xs[0], synced)
     (n, _, t), c_out = xs[0].shape, weights[0].shape[0]
     for x, weight, gamma, beta in zip(xs, weights, gammas, betas, strict=True):

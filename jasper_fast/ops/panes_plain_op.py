@@ -151,9 +151,9 @@ def panes_plain(
     (N,), which must not exceed T. Kernels skip the frames beyond them, and the gradient of the xs is undefined there.
     The other arguments, the errors and the equivalent PyTorch are those of `panes`.
     """
-    wide, name = wide_dtype(xs[0]), sync.name(group)
+    name = sync.name(group)
     check_panes(xs, weights, gammas, betas, bool(name))
-    lengths = check_lengths(lengths, xs[0].shape[0])
+    wide, lengths = wide_dtype(xs[0]), check_lengths(lengths, xs[0].shape[0])
     face = norm_face(xs[0], backend, weights[0].shape[0], xs[0].shape[2])
     keep = KEPT if face == "cpu" and torch.is_grad_enabled() else 0
     out, mean, var, rows, _ = torch.ops.jasper_fast.panes_plain(

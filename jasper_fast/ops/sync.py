@@ -55,6 +55,8 @@ def merge_stats(mean: Tensor, m2: Tensor, count: int, group: str) -> tuple[Tenso
     every rank.
     """
     mine, found = torch.cat([mean, m2, mean.new_full((1,), count)]), _find(group)
+    if count == 0:  # the statistics of no rows are NaN
+        mine.zero_()
     ranks = mine.new_empty(dist.get_world_size(found) * mine.numel())
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.11 has only the latter
     gather(ranks, mine, group=found)
