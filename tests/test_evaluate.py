@@ -113,10 +113,8 @@ def test_transcribe_takes_folders(tmp_path, corpus, model, capsys) -> None:
 def test_several_processes_write_what_one_writes(tmp_path, corpus, model) -> None:
     arguments = ["transcribe", str(tmp_path), "--checkpoint", model, "--batch-size", "1", "--quiet", "--json"]
     assert command.main([*arguments, "--out", str(tmp_path / "one.jsonl")]) == 0
-    one = corpora.read_lines(tmp_path / "one.jsonl")
-    corpora.write_lines(tmp_path / "two.jsonl", one[:3])
-    with open(tmp_path / "two.jsonl", "a") as file:
-        file.write('{"half')
+    begun = "".join((tmp_path / "one.jsonl").read_text().splitlines(keepends=True)[:3])
+    (tmp_path / "two.jsonl").write_text(begun + '{"half')
     worlds.command(2, [*arguments, "--out", tmp_path / "two.jsonl", "--resume"], tmp_path / "w")
-    two = corpora.read_lines(tmp_path / "two.jsonl")
+    one, two = (corpora.read_lines(tmp_path / name) for name in ("one.jsonl", "two.jsonl"))
     assert [(t["audio_filepath"], t["pred_text"]) for t in two] == [(t["audio_filepath"], t["pred_text"]) for t in one]

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, assert_raises
 from torch.nn import functional as F
 
 from jasper_fast.speech import augment
@@ -21,16 +21,7 @@ def noise(*shape, seed=0):
     return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def naive(audio, samples):
-    """Computes the features of one utterance in fp64, with zeros after the audio."""
-    x = F.pad(audio[:samples].double(), (0, 1600))
-    x = torch.cat([x[:1], x[1:] - 0.97 * x[:-1]])
-    power = torch.stft(x, 512, 160, 320, WINDOW, return_complex=True).abs() ** 2
-    y = torch.log(mel_filterbank().double() @ power + 1e-20)[:, : -(-samples // 160)]
-    return (y - y.mean(1, keepdim=True)) / (y.std(1, keepdim=True) + 1e-5)
-
-
-@pytest.mark.parametrize("samples", [161, 255, 257, 12345, 16000, 16001])
+@pytest.mark.parametrize("samples", [161, 255, 257, 321, 801, 12345, 16000, 16001])
 def test_the_lines_in_the_docstring_give_the_features(samples):
     audio = noise(1, samples)
     code = inspect.cleandoc(LogMelFeatures.__doc__).split("Equivalent, ")[1].split("::\n\n")[1]
@@ -51,15 +42,6 @@ def test_gives_the_features_of_nvidias_jasper(batch_invariant):
     torch.testing.assert_close(features, golden["features"], atol=1e-3, rtol=0)
     torch.testing.assert_close(module.mel, golden["mel_filterbank"][0], atol=1e-6, rtol=0)
     assert torch.equal(module.window, golden["window"])
-
-
-@pytest.mark.parametrize("samples", [16000, 12345, 801, 321])
-def test_definition(samples):
-    audio = noise(1, samples)
-    features, lengths = LogMelFeatures(dither=0)(audio, torch.tensor([samples]))
-    expected = naive(audio[0], samples)
-    assert lengths.tolist() == [expected.shape[1]]
-    torch.testing.assert_close(features[0, :, : lengths[0]].double(), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_layout_padding_and_dtype():
@@ -159,8 +141,7 @@ FIXED = {"fixed_mean": [-0.1 * i for i in range(64)], "fixed_std": [1.0 + 0.1 * 
     ],
 )
 def test_bad_arguments(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        wrong()
+    assert_raises([(wrong, message)])
 
 
 def ones(n=200, t=100):
@@ -176,7 +157,7 @@ def test_spec_augment_masks_within_the_length():
     assert frames.any(0)[:58].all() and bands.any(0)[:62].all()  # masks reach nearly every frame and band
     assert bands.sum(1).float().mean().sub(10).abs() < 5 * 6 / 200**0.5  # widths are uniform over 0..20, with mean 10
     for mask in (bands, frames):  # one span per utterance, so at most one step from unmasked to masked
-        assert (torch.nn.functional.pad(mask.int(), (1, 0)).diff(dim=1) == 1).sum(1).max() == 1
+        assert (F.pad(mask.int(), (1, 0)).diff(dim=1) == 1).sum(1).max() == 1
 
 
 def test_spec_augment_ratio_and_short_utterances():
@@ -238,7 +219,7 @@ def nemo(audio, lengths, *, guard=2**-24, guard_type="add", power=2.0, normalize
             mean, std = (torch.tensor(normalize[k]).double()[:, None] for k in ("fixed_mean", "fixed_std"))
             x[i] = (x[i] - mean) / std
         x[i, :, n:] = 0
-    return torch.nn.functional.pad(x, (0, -x.shape[-1] % 16)), frames
+    return F.pad(x, (0, -x.shape[-1] % 16)), frames
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ A room is a key of LAYERS: a folder of the package, or a file such as bench/cli.
 
 import ast
 import sys
-from graphlib import CycleError, TopologicalSorter
+from graphlib import TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -149,12 +149,12 @@ def test_nobody_imports_a_mapped_folder_or_a_script_by_its_own_name() -> None:
     assert faults(others, lambda name: name.split(".")[0] in MAPPED) == set(), "import jasper_fast.kernels instead"
 
 
-def test_wrong_arrows_and_circles_are_found() -> None:
-    assert wrong_arrows({"jasper_fast.dispatch.choose": {"jasper_fast.ops.sync"}}) != []
-    assert wrong_arrows({"jasper_fast.bench.cases.panes": {"jasper_fast.bench.gpu.agenda"}}) != []
-    assert wrong_arrows({"jasper_fast.cli.info": {"jasper_fast.bench.gpu.agenda"}}) != []
-    with pytest.raises(CycleError, match="cycle"):
-        TopologicalSorter({"a": {"b"}, "b": {"c"}, "c": {"b"}}).prepare()
+@pytest.mark.parametrize(
+    ("importer", "imported"),
+    [("dispatch.choose", "ops.sync"), ("bench.cases.panes", "bench.gpu.agenda"), ("cli.info", "bench.gpu.agenda")],
+)
+def test_a_wrong_arrow_is_found(importer: str, imported: str) -> None:
+    assert wrong_arrows({f"jasper_fast.{importer}": {f"jasper_fast.{imported}"}}) != []
 
 
 @pytest.mark.parametrize(
