@@ -77,6 +77,11 @@ def features(dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(3, 8, 61, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
+@torch.no_grad()
+def evaluate(model: nn.Module, x: torch.Tensor | None = None) -> torch.Tensor:
+    return call(model, features() if x is None else x)
+
+
 def gradients_and_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: p.grad for n, p in model.named_parameters()} | dict(model.named_buffers())
 
@@ -141,16 +146,13 @@ def test_every_sub_block_runs_the_fused_op(which, kind, monkeypatch):
 @pytest.mark.parametrize("which", KINDS)
 def test_lengths_and_lists_are_those_of_the_block(which, masks):
     """Without masks NVIDIA's blocks return no lengths, and NeMo's blocks return the lengths that they were given."""
-    results = []
-    for model in twins(which, masks=masks):
-        state = [features()], LENGTHS if masks or which != "eager" else None
-        for layer in layers(model):
-            state = layer(state) if which == "nemo" else layer(*state)
-            results.append((type(state[0]), [x.shape for x in state[0]], state[1]))
-    half = len(results) // 2
-    for (kind, shapes, lengths), (want_kind, want_shapes, want) in zip(results[half:], results[:half], strict=True):
-        assert kind is want_kind and shapes == want_shapes
-        torch.testing.assert_close(lengths, want)
+    lengths = LENGTHS if masks or which != "eager" else None
+    states = [([features()], lengths) for _ in range(2)]
+    for pair in zip(*map(layers, twins(which, masks=masks)), strict=True):
+        states = [layer(s) if which == "nemo" else layer(*s) for layer, s in zip(pair, states, strict=True)]
+        (want, want_lengths), (got, got_lengths) = states
+        assert type(got) is type(want) and [x.shape for x in got] == [x.shape for x in want]
+        torch.testing.assert_close(got_lengths, want_lengths)
 
 
 @pytest.mark.parametrize(("which", "kind"), [*((which, "dense") for which in KINDS), ("nemo", "separable")])
@@ -192,26 +194,24 @@ def test_autocast(which):
 def test_compile():
     _, model = twins("nvidia")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
-        torch.testing.assert_close(call(compiled, features()), call(model, features()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(evaluate(compiled), evaluate(model), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
 def test_dropout_drops_as_often_and_follows_the_modules():
     model = build("nvidia", "none", masks=False, dropout=0.4).train()
     fuse(model)
     first, second = model.encoder.layers[:2]
     x = torch.randn(4, 8, 200)
-    with torch.no_grad():
-        kept, _ = first([x])
-        first.out[1].p = 0.0
-        whole, _ = first([x])
+    kept, _ = first([x])
+    first.out[1].p = 0.0
+    whole, _ = first([x])
     share = (kept[0] > 0).float().mean() / (whole[0] > 0).float().mean()
     assert 0.57 < share < 0.63
     at = kept[0] > 0
     torch.testing.assert_close(kept[0][at], whole[0][at] / 0.6, rtol=1e-4, atol=1e-5)
     second.eval()
-    with torch.no_grad():
-        assert torch.equal(second(whole)[0][0], second(whole)[0][0])
+    assert torch.equal(second(whole)[0][0], second(whole)[0][0])
 
 
 def add_in_place(module, given, out):
@@ -225,12 +225,10 @@ def add(module, given, out):
 @pytest.mark.parametrize(("hook", "training"), [(add, False), (add_in_place, False), (add, True)])
 def test_a_hook_that_changes_a_block_output_is_seen(hook, training):
     """A block masks an input that a hook has changed. It skips the masking of unchanged outputs of fused blocks."""
-    results = []
-    for model in twins("nvidia", "none", backend="reference"):  # a face that reads the padding
+    models = twins("nvidia", "none", backend="reference")  # a face that reads the padding
+    for model in models:
         model.double().train(training).encoder.layers[0].register_forward_hook(hook)
-        with torch.no_grad():
-            results.append(call(model, features(torch.float64)))
-    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*(evaluate(model, features(torch.float64)) for model in models))
 
 
 class QuantConv1d(nn.Conv1d):
@@ -286,11 +284,10 @@ def test_a_block_left_alone_works_among_fused_ones(kind):
 
 
 def test_a_block_of_separable_and_ordinary_convs_is_fused_but_no_engine_runs_its_encoder():
-    plain, fused = build("nemo", "separable").eval(), build("nemo", "separable").eval()
-    for model in (plain, fused):
-        torch.manual_seed(3)
-        layers(model)[1].mconv[0] = nemo.MaskedConv1d(16, 16, 5, padding=2, bias=False)
-        del layers(model)[1].mconv[1]
+    plain = build("nemo", "separable").eval()
+    layers(plain)[1].mconv[0] = nemo.MaskedConv1d(16, 16, 5, padding=2, bias=False)
+    del layers(plain)[1].mconv[1]
+    fused = copy.deepcopy(plain)
     report = fuse(fused)
     assert len(report.fused) == 5 and not report.whole and "different settings" in str(report)
     torch.testing.assert_close(call(fused, features()), call(plain, features()), rtol=1e-4, atol=1e-5)
@@ -322,13 +319,12 @@ def test_masks_without_lengths_are_refused(which):
 
 
 def test_utterances_shorter_than_an_unpadded_conv():
-    blocks_ = []
-    for _ in range(2):
-        one = layers(build("nvidia", "none").eval())[3]
-        one.conv[0].padding = (0,)
-        blocks_.append(one)
-    fuse(blocks_[1])
-    (want, want_lengths), (got, got_lengths) = (b([torch.ones(3, 24, 61)], torch.tensor([61, 40, 2])) for b in blocks_)
+    plain = layers(build("nvidia", "none").eval())[3]
+    plain.conv[0].padding = (0,)
+    fused = copy.deepcopy(plain)
+    fuse(fused)
+    given = [torch.ones(3, 24, 61)], torch.tensor([61, 40, 2])
+    (want, want_lengths), (got, got_lengths) = plain(*given), fused(*given)
     assert torch.equal(got_lengths, want_lengths) and want_lengths[2] < 0
     torch.testing.assert_close(got[0][0], want[0][0], rtol=1e-4, atol=1e-5)
 
@@ -414,9 +410,8 @@ def deep(which: str, masks: bool) -> nn.Module:
         block(b.filters // 16, b.repeat, b.k, b.s, b.d, 0.0, b.residual, b.residual_dense) for b in made.encoder.blocks
     ]
     model = make(which, blocks, masks)
-    with torch.no_grad():
-        for _ in range(8):
-            call(model.train(), features())
+    for _ in range(8):
+        evaluate(model.train())
     return model
 
 
@@ -434,11 +429,8 @@ def test_steps_at_full_depth(which, masks, training):
     assert len(report.fused) == 13 and report.whole == ["encoder"]
     single.load_state_dict(fused.state_dict())
     exact.load_state_dict(single.state_dict())
-    with torch.no_grad():
-        want = call(single.eval(), features())
-        assert_close(
-            "evaluation", call(fused.eval(), features()), want, call(exact.eval(), features(torch.float64)), 4.0
-        )
-        fused.load_state_dict(exact.state_dict())
-        unfuse(fused)
-        assert torch.equal(call(fused, features()), want)
+    want, ref = evaluate(single.eval()), evaluate(exact.eval(), features(torch.float64))
+    assert_close("evaluation", evaluate(fused.eval()), want, ref, 4.0)
+    fused.load_state_dict(exact.state_dict())
+    unfuse(fused)
+    assert torch.equal(evaluate(fused), want)

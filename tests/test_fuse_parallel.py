@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from test_fuse import LENGTHS, build, call, gradients_and_buffers
+from test_fuse import LENGTHS, build, evaluate, gradients_and_buffers
 from test_sync import spawn
 from torch import nn
 
@@ -45,8 +45,8 @@ def _in_parallel(rank: int) -> dict[tuple, dict[str, torch.Tensor]]:
             dist.all_reduce(p.grad)
             p.grad /= 2
         found[when, synced] = gradients_and_buffers(model)
-        with torch.no_grad():  # DDP evaluates with the buffers of rank 0
-            found[when, synced] |= {"evaluation": call(run.eval(), _share(0)[0])}
+        # DDP evaluates with the buffers of rank 0.
+        found[when, synced] |= {"evaluation": evaluate(run.eval(), _share(0)[0])}
     return found
 
 
@@ -59,8 +59,7 @@ def test_in_parallel(tmp_path):
     xs, lengths = zip(*map(_share, range(2)), strict=True)
     _step(whole, torch.cat(xs), torch.cat(lengths))
     one = gradients_and_buffers(whole)
-    with torch.no_grad():
-        one["evaluation"] = call(whole.eval(), _share(0)[0])
+    one["evaluation"] = evaluate(whole.eval(), _share(0)[0])
     for found in spawn(tmp_path, {"fused": (_in_parallel,)})["fused"]:
         for (when, synced), got in found.items():
             want = one if synced else found["never", False]

@@ -13,7 +13,7 @@ from conftest import settle
 from engines import Replays, block, poison
 from lookalikes import nvidia
 from standins import spied
-from test_fuse import KINDS, LENGTHS, MODELS, add, build, call, features, layers, make, twins
+from test_fuse import KINDS, LENGTHS, MODELS, add, build, call, evaluate, features, layers, make, twins
 from torch import nn
 
 from jasper_fast import fuse, unfuse
@@ -33,13 +33,9 @@ def runs(monkeypatch) -> list[EncoderEngine]:
     return spied(monkeypatch, EncoderEngine, "__call__", lambda self, *of: self)
 
 
-def evaluate(model: nn.Module, x: torch.Tensor | None = None) -> torch.Tensor:
-    with torch.no_grad():
-        return call(model, features() if x is None else x)
-
-
 @pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize(("which", "kind"), MODELS)
+@torch.no_grad()
 def test_an_engine_gives_what_the_model_gives(which, kind, masks, runs):
     """The engine gives the model's outputs, also after a weight has changed."""
     exact, single = build(which, kind, masks).double().eval(), build(which, kind, masks).eval()
@@ -51,26 +47,25 @@ def test_an_engine_gives_what_the_model_gives(which, kind, masks, runs):
         want = evaluate(exact, x)
         torch.testing.assert_close(evaluate(doubles, x), want, rtol=1e-9, atol=1e-11)
         assert_close("outputs", evaluate(fused), evaluate(single), want, factor=4.0)
-        with torch.no_grad():
-            for model in (exact, doubles, single, fused):
-                next(layers(model)[1].parameters()).mul_(-1.5)
+        for model in (exact, doubles, single, fused):
+            next(layers(model)[1].parameters()).mul_(-1.5)
     assert len(runs) == 4
 
 
 @pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("which", ["nvidia", "nemo"])
+@torch.no_grad()
 def test_an_encoder_returns_what_it_did(which, masks, runs):
     """The encoder's outputs and lengths stay the same, also for a length greater than the number of frames."""
     lengths = torch.tensor([200, 40, 0], dtype=torch.int32)
     results = []
     for model in twins(which, masks=masks):
-        with torch.no_grad():
-            if which == "nvidia":
-                xs, out = model.encoder(features(), lengths)
-                assert type(xs) is list and len(xs) == 1
-                results.append((xs[0], out))
-            else:
-                results.append(model.encoder(audio_signal=features(), length=lengths))
+        if which == "nvidia":
+            xs, out = model.encoder(features(), lengths)
+            assert type(xs) is list and len(xs) == 1
+            results.append((xs[0], out))
+        else:
+            results.append(model.encoder(audio_signal=features(), length=lengths))
     (want, want_lengths), (got, got_lengths) = results
     assert got.shape == want.shape and len(runs) == 1
     torch.testing.assert_close(got_lengths, want_lengths)
@@ -78,10 +73,10 @@ def test_an_encoder_returns_what_it_did(which, masks, runs):
     torch.testing.assert_close(got.transpose(1, 2)[valid], want.transpose(1, 2)[valid], **CLOSE)
 
 
+@torch.no_grad()
 def test_without_masks_nvidias_encoder_needs_no_lengths(runs):
     plain, fused = twins("nvidia", masks=False)
-    with torch.no_grad():
-        torch.testing.assert_close(fused(features()), plain(features()), **CLOSE)
+    torch.testing.assert_close(fused(features()), plain(features()), **CLOSE)
     assert len(runs) == 1
 
 
@@ -157,6 +152,7 @@ def test_new_memory_never_lies_where_the_folded_weight_lay():
         assert watch._held[0].data_ptr() == at != conv.weight.data_ptr() and not watch.same()
 
 
+@torch.no_grad()
 def test_a_parametrised_weight_is_folded_as_it_is_computed(runs):
     model, plain = build("nvidia").eval(), build("nvidia").eval()
     results = []
@@ -165,8 +161,7 @@ def test_a_parametrised_weight_is_folded_as_it_is_computed(runs):
     assert fuse(model, strict=True).whole == ["encoder"]
     for m in (model, plain):
         results.append([evaluate(m)])
-        with torch.no_grad():
-            m.encoder.layers[1].conv[0].parametrizations.weight.original0.mul_(1.5)
+        m.encoder.layers[1].conv[0].parametrizations.weight.original0.mul_(1.5)
         results[-1].append(evaluate(m))
     torch.testing.assert_close(*results, **CLOSE)
     assert len(runs) == 2 and not torch.allclose(*results[0], **CLOSE)
@@ -273,6 +268,7 @@ FEW = [block(16, k=5, s=2), block(16, 1, 3, residual=True, dense=True), block(16
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("blocks", "graphs"), [(FEW, True), (FEW, False), ([block(16, k=3)], True)])
+@torch.no_grad()
 def test_as_triton_launches(blocks, graphs, runs, monkeypatch):
     """With Triton the outputs are right, with and without graphs, and the next call does not overwrite them."""
     settle("triton")
@@ -280,16 +276,15 @@ def test_as_triton_launches(blocks, graphs, runs, monkeypatch):
     plain = make("nvidia", blocks)
     fused = copy.deepcopy(plain.eval())
     fuse(fused, backend="triton", graphs=graphs)
-    with torch.no_grad():
-        results = []
-        for t in (29, 20):
-            (want,), want_lengths = plain.encoder(features()[:, :, :t], torch.tensor([t, 13, 0]))
-            (got,), lengths = fused.encoder(features()[:, :, :t], torch.tensor([t, 13, 0]))
-            assert torch.equal(lengths, want_lengths) and got.shape == want.shape
-            poison(runs[-1])
-            results.append((got, mask(want, lengths)))
-        for got, want in results:
-            torch.testing.assert_close(got, want, **CLOSE)
+    results = []
+    for t in (29, 20):
+        (want,), want_lengths = plain.encoder(features()[:, :, :t], torch.tensor([t, 13, 0]))
+        (got,), lengths = fused.encoder(features()[:, :, :t], torch.tensor([t, 13, 0]))
+        assert torch.equal(lengths, want_lengths) and got.shape == want.shape
+        poison(runs[-1])
+        results.append((got, mask(want, lengths)))
+    for got, want in results:
+        torch.testing.assert_close(got, want, **CLOSE)
     assert len(runs) == 2
 
 
@@ -313,8 +308,7 @@ def test_copies_are_fused_and_independent(which, copied, runs):
     assert type(layers(other)[0]) is type(layers(model)[0])
     for _ in range(2):
         assert torch.equal(evaluate(other), want) and torch.equal(call(other, features()), by_blocks)
-        with torch.no_grad():
-            next(model.parameters()).zero_()
+        nn.init.zeros_(next(model.parameters()))
     assert runs[0] is not runs[1] and other.report == model.report
     other.report.refresh()
     assert torch.equal(evaluate(other), want) and runs[-1] is not runs[1]
@@ -331,12 +325,12 @@ def test_inference_mode_and_after_it(runs):
     assert torch.equal(evaluate(model), want) and runs[0] is runs[1]
 
 
+@torch.no_grad()
 def test_threads_share_a_fused_encoder():
     model = build("nvidia").eval()
     fuse(model)
     want = evaluate(model)
-    with torch.no_grad():
-        weight_of(model).add_(0)  # all threads find the folded weights out of date
+    weight_of(model).add_(0)  # all threads find the folded weights out of date
     with ThreadPoolExecutor(4) as threads:
         assert all(torch.equal(x, want) for x in threads.map(evaluate, [model] * 4))
 
@@ -368,14 +362,14 @@ def test_an_encoder_that_no_engine_computes_is_left_with_a_reason():
     assert "other channels than those of a Jasper" in fuse(model).left[0][1]
 
 
+@torch.no_grad()
 def test_a_last_block_whose_list_is_wanted(runs):
     dense = {"residual": True, "dense": True}
     plain = make("nvidia", [block(16, k=5), block(16, 2, 3, **dense), block(24, 1, 3, **dense)]).eval()
     fused = copy.deepcopy(plain)
     report = fuse(fused)
     assert report.whole == [] and "outputs of all blocks" in report.left[0][1]
-    with torch.no_grad():
-        torch.testing.assert_close(*(m.encoder(features(), torch.tensor([61] * 3))[0] for m in (fused, plain)), **CLOSE)
+    torch.testing.assert_close(*(m.encoder(features(), torch.tensor([61] * 3))[0] for m in (fused, plain)), **CLOSE)
     assert not runs
 
 

@@ -71,13 +71,13 @@ def which(request):
     return request.param
 
 
+@torch.no_grad()
 def test_evaluation(golden, which):
     config, tensors = golden
     model = _build(which, config, tensors).eval()
     features, lengths = tensors["features"][1:, :, :121], tensors["feature_lengths"][1:]  # not the longest utterance
     for forward in [model, InferenceEngine(model)] if isinstance(model, Jasper) else [model]:
-        with torch.no_grad():
-            log_probs, out_lengths = forward(features, lengths)
+        log_probs, out_lengths = forward(features, lengths)
         assert torch.equal(out_lengths, tensors["eval.lengths"][1:])
         want = tensors["eval.log_probs"][1:, : log_probs.shape[1]]
         assert valid(log_probs - want, out_lengths).abs().max() <= 1e-4

@@ -98,30 +98,30 @@ def test_a_compiled_step_under_autocast_is_as_good_as_an_uncompiled_one(backend)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
+@torch.no_grad()
 def test_compiled_inference_equals_uncompiled(backend):
     _, ours = pair(config(), backend)
     counter = CompileCounterWithBackend("inductor")
     run = torch.compile(ours.eval(), backend=counter, fullgraph=True)
-    with torch.no_grad():
-        for frames in (61, 75, 90):
-            given = drawn(frames)
-            (want, want_out), (got, out) = ours(*given), run(*given)
-            assert torch.equal(out, want_out)
-            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    for frames in (61, 75, 90):
+        given = drawn(frames)
+        (want, want_out), (got, out) = ours(*given), run(*given)
+        assert torch.equal(out, want_out)
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     assert counter.frame_count == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
+@torch.no_grad()
 def test_an_exported_model_serves_other_batches_and_lengths(backend, tmp_path):
     """The exported program is saved and loaded first, because a loaded program finds its ops by name."""
     _, ours = pair(config(), backend)
     n, t = torch.export.Dim("n", min=2, max=64), torch.export.Dim("t", min=32, max=4096)
     shapes = {"features": {0: n, 2: t}, "lengths": {0: n}}
-    with torch.no_grad():
-        torch.export.save(torch.export.export(ours.eval(), batch(), dynamic_shapes=shapes), tmp_path / "jasper.pt2")
-        served = torch.export.load(tmp_path / "jasper.pt2").module()
-        for features, lengths in (batch(), (torch.randn(2, 8, 90), torch.tensor([90, 7]))):
-            (want, want_out), (got, out) = ours(features, lengths), served(features, lengths)
-            assert torch.equal(out, want_out)
-            torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+    torch.export.save(torch.export.export(ours.eval(), batch(), dynamic_shapes=shapes), tmp_path / "jasper.pt2")
+    served = torch.export.load(tmp_path / "jasper.pt2").module()
+    for features, lengths in (batch(), (torch.randn(2, 8, 90), torch.tensor([90, 7]))):
+        (want, want_out), (got, out) = ours(features, lengths), served(features, lengths)
+        assert torch.equal(out, want_out)
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)

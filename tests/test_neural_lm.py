@@ -18,13 +18,13 @@ from jasper_fast.lm.texts import TextFile
 SMALL = {"layers": 2, "width": 16, "heads": 2, "inner": 24, "dropout": 0.1, "memory": 64}
 
 
+@torch.no_grad()
 def model(**settings):
     """Returns a small model in fp64 with large random weights."""
     torch.manual_seed(0)
     made = TransformerXL(LMConfig(**({"vocabulary": 12, **SMALL} | settings))).double().eval()
-    with torch.no_grad():
-        for p in made.parameters():
-            p.add_(0.3 * torch.randn_like(p))
+    for p in made.parameters():
+        p.add_(0.3 * torch.randn_like(p))
     return made
 
 

@@ -157,15 +157,15 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize("warmup", [False, True])
+@torch.no_grad()
 def test_ema_averages_weights_and_statistics(warmup):
     model = Net()
     ema = EMA(model, decay=0.9, warmup=warmup)
     expected = {k: v.double().clone() for k, v in model.state_dict().items()}
     for t in range(1, 5):
         model(torch.randn(4, 2, 5))
-        with torch.no_grad():
-            for p in model.parameters():
-                p += torch.randn_like(p)
+        for p in model.parameters():
+            p += torch.randn_like(p)
         ema.update(model)
         decay = min(0.9, (1 + t) / (10 + t)) if warmup else 0.9
         for k, v in model.state_dict().items():
@@ -174,11 +174,11 @@ def test_ema_averages_weights_and_statistics(warmup):
     assert ema.average["bn.num_batches_tracked"] == 4
 
 
+@torch.no_grad()
 def test_ema_context_gives_the_weights_back():
     model = Net()
     ema = EMA(model, decay=0.5)
-    with torch.no_grad():
-        model.conv.weight += 1
+    model.conv.weight += 1
     live, average = copy.deepcopy(model.state_dict()), copy.deepcopy(ema.average)
     version = model.conv.weight._version
     with pytest.raises(KeyboardInterrupt), ema.applied_to(model):
