@@ -54,8 +54,10 @@ def test_saved_log_probs_give_what_evaluate_gave(folder, tmp_path, capsys):
     greedy = evaluate(folder, tmp_path)
     assert report["decoding"]["beam"] == 20 and greedy["decoding"]["beam"] is None
     assert [r["pred_text"] for r in greedy["utterances_list"]] != [r["pred_text"] for r in report["utterances_list"]]
-    assert run(folder, "evaluate", "--save-log-probs", tmp_path / "saved") == 2
-    assert "not an empty folder" in capsys.readouterr().err
+    for at, said in ((tmp_path / "saved", "not an empty folder"), (tmp_path / "new", "has the same name")):
+        options = ("--save-log-probs", at, "--html", tmp_path / "new", "--manifest", folder / "absent.jsonl")
+        assert run(folder, "evaluate", *options) == 2, "refused before the manifest is read"
+        assert said in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 def test_lists_are_rescored(folder, tmp_path):

@@ -80,6 +80,15 @@ def test_ctc_loss_is_the_negative_log_likelihood_of_each_utterance():
     assert ctc_loss(log_probs.bfloat16(), lengths, targets, target_lengths).dtype == torch.float32
 
 
+@pytest.mark.parametrize("target", [-1, 2, 3])
+def test_targets_of_another_vocabulary_are_refused(target):
+    log_probs, lengths, targets = torch.randn(2, 4, 3), torch.tensor([4, 4]), torch.tensor([[0, 1], [target, target]])
+    assert len(ctc_loss(log_probs, lengths, targets, torch.tensor([2, 0]))) == 2, "beyond the length, any number may be"
+    for given in (targets, targets.flatten()):
+        with pytest.raises(ValueError, match=f"target {target} is not one of the model's 2 labels"):
+            ctc_loss(log_probs, lengths, given, torch.tensor([2, 2]))
+
+
 def test_one_bad_utterance_makes_the_whole_gradient_nan():
     log_probs = torch.randn(2, 4, 3, requires_grad=True)
     targets = torch.tensor([[0, 0, 0], [0, 1, 0]])  # the labels 0 0 0 need five frames

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jasper_fast.cli import common
@@ -73,10 +74,14 @@ def _run(arguments: argparse.Namespace, share: Ranks) -> int:
     from jasper_fast.speech.metrics import character_errors, word_errors
 
     common.check_writable(arguments.out, arguments.html)
+    if arguments.save_log_probs:
+        if share.world > 1:
+            raise common.UsageError("--save-log-probs writes one folder: run it in one process")
+        files = {Path(name).resolve() for name in (arguments.out, arguments.html) if name}
+        if Saved.check(arguments.save_log_probs).resolve() in files:
+            raise common.UsageError(f"--save-log-probs {arguments.save_log_probs}: a file to write has the same name")
     common.any_name()
     utterances = [u for path in arguments.manifest for u in manifest.read_manifest(path, arguments.data_dir)]
-    if arguments.save_log_probs and share.world > 1:
-        raise common.UsageError("--save-log-probs writes one folder: run it in one process")
     recognizer, total = common.load(arguments), len(utterances)
     places = common.share([u.seconds for u in utterances], share.rank, share.world)
     utterances = [utterances[i] for i in places]

@@ -29,6 +29,23 @@ def joined(root: str, name: str) -> str:
     return f"{root.rstrip('/')}/{name}" if is_url(root) else str(Path(root) / name)
 
 
+def absolute(file: str | os.PathLike) -> str:
+    """Returns the absolute path of a file. Symbolic links stay in it, unless its folder has a "..", which means the
+    folder above a link's target."""
+    folder, name = os.path.split(file)
+    return os.path.join(os.path.realpath(folder), name) if ".." in Path(folder).parts else os.path.abspath(file)
+
+
+def placed(file: str, manifest: Path) -> str:
+    """Returns the path by which a manifest names a file. It is relative to the manifest's folder if the file is below
+    that folder, also by way of symbolic links, and absolute otherwise."""
+    path = absolute(file)
+    names = path, os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    roots = os.path.dirname(absolute(manifest)), os.path.realpath(manifest.parent)
+    below = (os.path.relpath(n, root) for n in names for root in roots if Path(n).is_relative_to(root))
+    return next(below, path)
+
+
 def parent(place: str) -> str:
     """Returns the folder of a file."""
     return place.rpartition("/")[0] if is_url(place) else str(Path(place).parent)

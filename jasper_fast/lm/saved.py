@@ -25,12 +25,18 @@ class Saved:
         self.places: list[int] = []
         self.utterances: list[dict[str, str]] = []
 
-    @classmethod
-    def begin(cls, folder: str | os.PathLike, recognizer: Any) -> Self:
-        """Creates a folder to fill from a recogniser. Raises ValueError if it exists and is not an empty folder."""
+    @staticmethod
+    def check(folder: str | os.PathLike) -> Path:
+        """Returns the folder's path. Raises ValueError if it exists and is not an empty folder."""
         path = Path(folder)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ValueError(f"--save-log-probs {folder} already exists and is not an empty folder; name another")
+        return path
+
+    @classmethod
+    def begin(cls, folder: str | os.PathLike, recognizer: Any) -> Self:
+        """Creates a folder to fill from a recogniser. Raises ValueError if it exists and is not an empty folder."""
+        path = cls.check(folder)
         path.mkdir(parents=True, exist_ok=True)
         return cls(path, recognizer.vocabulary, recognizer.frame_seconds)
 

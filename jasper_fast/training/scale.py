@@ -49,8 +49,8 @@ def _fits(model: nn.Module, frontend: Frontend, n: int, samples: int, device: to
         features, frames, on_host = frontend(audio, lengths)
         with torch.autocast(device.type, amp_dtype or torch.float32, enabled=amp_dtype is not None):
             log_probs, _ = model(features, frames)
-        targets = torch.zeros(n, 1, dtype=torch.int64, device=device)
-        ctc_loss(log_probs, model.out_lengths(on_host), targets, torch.ones(n, dtype=torch.int64)).mean().backward()
+        targets, counts = torch.zeros(n, 1, dtype=torch.int64), torch.ones(n, dtype=torch.int64)
+        ctc_loss(log_probs, model.out_lengths(on_host), targets, counts).mean().backward()
     except torch.OutOfMemoryError:
         return False
     finally:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,17 +30,28 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths
 
     `log_probs` (N, T, V) with the blank last, `lengths` (N,) frames, `targets` (N, U) or concatenated, `target_lengths`
     (N,). The loss is infinite if the target does not fit into the frames. If `loss_is_capturable(device)` and the
-    targets are (N, U), this calls `ops.ctc_loss` and moves lengths and targets to the device. Otherwise it calls
-    PyTorch's loss, which waits for the device unless the lengths are on the host. Semantics: NVIDIA's `CTCLossNM`.
-    Equivalent to `F.ctc_loss(log_probs.transpose(0, 1), ..., blank=V - 1, reduction="none")` in fp32.
+    targets are (N, U), this calls `ops.ctc_loss` and moves the lengths to the device. Otherwise it calls PyTorch's
+    loss, which waits for the device unless the lengths are on the host. The targets are moved to the device in both
+    cases. Raises ValueError for a target that is no label of the model. Targets that are already on a GPU are not
+    checked, because that would wait for the GPU. Semantics: NVIDIA's `CTCLossNM`. Equivalent to
+    `F.ctc_loss(log_probs.transpose(0, 1), ..., blank=V - 1, reduction="none")` in fp32.
     """
+    blank = log_probs.shape[2] - 1
+    if targets.is_cpu and target_lengths.is_cpu:
+        used = targets.numpy()
+        if used.ndim == 2:  # numbers beyond the lengths do not matter
+            used = used[np.arange(used.shape[1]) < target_lengths.numpy()[:, None]]
+        if len(wrong := used[(used < 0) | (used >= blank)]):
+            raise ValueError(
+                f"target {wrong[0]} is not one of the model's {blank} labels; encode texts with the model's Vocabulary"
+            )
     with torch.autocast(log_probs.device.type, enabled=False):
         rows = log_probs.float()
         if targets.dim() == 2 and loss_is_capturable(rows.device):
             given = (x.to(rows.device, torch.int64, non_blocking=True) for x in (lengths, targets, target_lengths))
             return ops.ctc_loss(rows, *given)
-        rows = rows.transpose(0, 1)
-        return F.ctc_loss(rows, targets, lengths, target_lengths, blank=rows.shape[2] - 1, reduction="none")
+        targets = targets.to(rows.device, non_blocking=True)
+        return F.ctc_loss(rows.transpose(0, 1), targets, lengths, target_lengths, blank, "none")
 
 
 def loss_is_capturable(device: torch.device) -> bool:
@@ -167,15 +179,14 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     losses, heard, names, on_device = [], [], [], loss_is_capturable(device)
     for i, batch in enumerate(batches):
-        audio, targets = (t.to(device, non_blocking=True) for t in (batch.audio, batch.targets))
         unsynced = model.no_sync() if hasattr(model, "no_sync") and i + 1 < len(batches) else nullcontext()
         with unsynced:
             samples = batch.audio_lengths.to(device, non_blocking=True) if on_device else batch.audio_lengths
-            features, lengths, frames = frontend(audio, samples)
+            features, lengths, frames = frontend(batch.audio.to(device, non_blocking=True), samples)
             with torch.autocast(device.type, amp_dtype or torch.float32, enabled=amp_dtype is not None):
                 log_probs, out_lengths = model(features, lengths)
             frames = out_lengths if on_device else core.out_lengths(frames)
-            each = ctc_loss(log_probs, frames, targets, batch.target_lengths)
+            each = ctc_loss(log_probs, frames, batch.targets, batch.target_lengths)
             loss = batch_loss(each)
             # If no utterance has a frame, the loss is NaN, but its gradient is 0. Adding 0 * loss makes it NaN.
             log_probs.register_hook(functools.partial(torch.add, other=loss.detach(), alpha=0))

@@ -69,8 +69,7 @@ def validate(
             features, lengths, frames = frontend(batch.audio.to(device, non_blocking=True), batch.audio_lengths)
             with torch.autocast(device.type, amp_dtype or torch.float32, enabled=amp_dtype is not None):
                 log_probs, out_lengths = model(features, lengths)
-            targets, kept = batch.targets.to(device), model.out_lengths(frames)
-            values = ctc_loss(log_probs, kept, targets, batch.target_lengths).tolist()
+            values = ctc_loss(log_probs, model.out_lengths(frames), batch.targets, batch.target_lengths).tolist()
             losses += filter(math.isfinite, values)
             bad += [f"{n}: its loss is {v}" for n, v in zip(batch.names, values, strict=True) if not math.isfinite(v)]
             texts = heard(log_probs, out_lengths, vocabulary)

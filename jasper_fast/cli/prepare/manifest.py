@@ -17,7 +17,6 @@ itself; `jasper-fast check` does.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -50,19 +49,11 @@ def run(arguments: argparse.Namespace) -> int:
     kind = sources.kind_of(source) if arguments.kind == "auto" else arguments.kind
     left: list[str] = []
     audio_dir = Path(arguments.audio_dir) if arguments.audio_dir else None
-    root = out.resolve().parent
-
-    def placed(entry: dict) -> dict:
-        what = "tar" if "tar" in entry else "audio_filepath"
-        if places.is_url(entry[what]):
-            return entry
-        path = Path(os.path.abspath(entry[what]))
-        return entry | {what: str(path.relative_to(root) if path.is_relative_to(root) else path)}
-
     with common.bars(arguments.quiet) as progress:
         found = []
         for number, entry in enumerate(sources.entries(source, kind, audio_dir, left.append), 1):
-            found.append(placed(entry))
+            what = "tar" if "tar" in entry else "audio_filepath"
+            found.append(entry if places.is_url(entry[what]) else entry | {what: places.placed(entry[what], out)})
             progress(f"{Path(source).name}: utterances", number, None)
     for line in left[:_SHOWN] if not arguments.quiet else ():
         print(f"left out: {line}", file=sys.stderr)

@@ -163,11 +163,11 @@ def clean_entries(
     """Yields the entries of the clean manifest ``target``. Paths in them become absolute if ``target`` is in another
     folder than ``manifest``, or if ``data_dir`` is given."""
     root = os.fspath(data_dir or places.parent(manifest))
-    same = os.path.realpath(places.parent(manifest)) == str(target.resolve().parent) and data_dir is None
+    same = os.path.realpath(places.parent(manifest)) == os.path.realpath(target.parent) and data_dir is None
 
     def place(name: str) -> str:
         full = places.joined(root, name)
-        return name if same else full if places.is_url(full) else os.path.abspath(full)
+        return name if same else full if places.is_url(full) else places.absolute(full)
 
     for found in results:
         if found.utterance is None or not found.good(strict):
@@ -179,7 +179,7 @@ def clean_entries(
             entry["original_duration"] = round(found.seconds, 6)
         if "shard_id" in entry and not same:
             tar = found.utterance.packed.tar
-            entry["tar"] = tar if places.is_url(tar) else os.path.abspath(tar)
+            entry["tar"] = tar if places.is_url(tar) else places.absolute(tar)
             entry["duration"] = round(found.seconds, 6)
         elif "audio_filepath" in entry:
             entry |= {"audio_filepath": place(entry["audio_filepath"]), "duration": round(found.seconds, 6)}
