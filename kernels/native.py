@@ -9,6 +9,7 @@ import ctypes
 import os
 import platform
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,19 @@ def cuda_library() -> ctypes.CDLL:
     """Returns the CUDA library for its plain C functions. Raises `Missing` like `cuda()`."""
     _cuda.ops()
     return ctypes.CDLL(str(_cuda.path))
+
+
+def typed(library: ctypes.CDLL, fits: bool, signatures: Mapping[str, tuple[type, ...]]) -> ctypes.CDLL:
+    """Returns `library` after telling ctypes the argument types of its C functions, which return an error text or NULL.
+
+    fits: whether the library's structs of arguments have the same sizes as ours. If not, raises `Missing`.
+    """
+    if not fits:
+        raise Missing(f"{library._name} was built from another version of this code; {BUILD}")
+    for name, arguments in signatures.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, ctypes.c_char_p
+    return library
 
 
 def cpu_available() -> bool:

@@ -41,9 +41,9 @@ class Geometry(NamedTuple):
 class Lengths(NamedTuple):
     """The frames of each utterance `before` a conv and `after` it, (N,) int64. None: every utterance fills the tensor.
 
-    made: a tensor into which the kernel writes the output lengths, computed from `before` clamped to [0, T]. `after` is
-    then not used. masked: if False, nothing is masked. `made` and `masked` are for inference on a GPU, where the host
-    does not compute lengths between kernels.
+    made: a tensor into which the kernel writes the output lengths, computed from `before` clamped to [0, T]. It takes
+    the place of `after`: with `made`, `before` must be given and `after` must be None. masked: if False, nothing is
+    masked. `made` and `masked` are for inference on a GPU, where the host does not compute lengths between kernels.
     """
 
     before: Tensor | None = None

@@ -27,14 +27,14 @@ def emulation() -> ctypes.CDLL:
 
 
 @pytest.fixture(scope="module")
-def functions() -> cuda_launch.Functions:
-    return cuda_launch.Functions(emulation())
+def functions() -> ctypes.CDLL:
+    return cuda_launch.bind(emulation())
 
 
 class Face:
     """The CUDA face on an emulated GPU."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, functions: cuda_launch.Functions) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, functions: ctypes.CDLL) -> None:
         self._patch = monkeypatch
         monkeypatch.setattr(cuda_launch, "functions", lambda: functions)
 
@@ -43,7 +43,7 @@ class Face:
 
 
 @pytest.fixture
-def face(monkeypatch: pytest.MonkeyPatch, functions: cuda_launch.Functions) -> Face:
+def face(monkeypatch: pytest.MonkeyPatch, functions: ctypes.CDLL) -> Face:
     return Face(monkeypatch, functions)
 
 

@@ -21,7 +21,7 @@ def convs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
 
     An entry has the name of the launched function, and whether the launch may begin before the previous one ends.
     """
-    Face(monkeypatch, cuda_launch.Functions(emulation())).on(request.param, 4)
+    Face(monkeypatch, cuda_launch.bind(emulation())).on(request.param, 4)
 
     def chosen(backend, device, dtype, strided_dx, calls, shape, rows_log2, off) -> str:
         return "cuda" if dtype == HALF and not strided_dx else "aten"

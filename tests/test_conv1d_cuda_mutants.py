@@ -37,7 +37,7 @@ def checked(
 
     With direction "forward" it also checks inference, and except in loop 75 early launches of the layers `chained`.
     """
-    functions = cuda_launch.Functions(loaded := ctypes.CDLL(str(library)))
+    functions = cuda_launch.bind(loaded := ctypes.CDLL(str(library)))
     loaded.jf_emulation(ctypes.c_int(1), ctypes.c_uint64(seed))
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:

@@ -200,6 +200,17 @@ def test_without_library_and_without_cupy_both_ways_are_told(monkeypatch: pytest
             way.__wrapped__()
 
 
+@pytest.mark.parametrize("launches", [cuda_launch, steps])
+@pytest.mark.parametrize("functions", [{}, {"jf_conv1d_sizes": lambda *_: None, "jf_novograd_size": lambda: 8}])
+def test_a_library_of_another_version_is_refused(launches, functions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library has none of the kernels, or kernels with other arguments, and CuPy is not installed."""
+    monkeypatch.setattr(native, "cuda_library", lambda: SimpleNamespace(_name="libjasper_fast_cuda.so", **functions))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(nvrtc, "missing", lambda: "CuPy is not installed")
+    with pytest.raises(native.Missing, match=r"libjasper_fast_cuda.so was built from another .*CuPy is not installed"):
+        launches.functions.__wrapped__()
+
+
 # ---- batch norms ---------------------------------------------------------------------------------------------------
 
 

@@ -151,6 +151,9 @@ def test_the_output_lengths_are_made_and_may_mask_nothing(name: str) -> None:
         same(out.transpose(1, 2), impl.forward(x, weight, geometry, masks if masked else Lengths()))
     impl.into(out, x.transpose(1, 2), impl.pack_once(weight, x.dtype), geometry, masks._replace(masked=False))
     same(out.transpose(1, 2), impl.forward(x, weight, geometry))
+    for wrong in (Lengths(None, None, made), Lengths(given, given, made)):
+        with pytest.raises(ValueError, match=r"made needs lengths\.before"):
+            impl.into(out, x.transpose(1, 2), impl.pack_once(weight, x.dtype), geometry, wrong)
 
 
 def test_any_number_of_threads_and_any_batch_give_the_same_bits() -> None:

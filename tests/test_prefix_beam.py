@@ -80,6 +80,19 @@ def test_the_triton_face_equals_the_definition(models):
     assert all((x[:, 1:] == nothing).all() for x, nothing in zip(missing, (-1, -math.inf), strict=True))
 
 
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+def test_a_nan_counts_as_an_impossible_class(name):
+    """Two of three prefixes in the beam have a NaN, so that extensions of the third one take their places."""
+    face, log_probs = make_face(name), torch.randn(1, 5, 4).log_softmax(-1)
+    given = torch.tensor([5]), 3, 3
+    broken = torch.zeros(1, 5, 4, dtype=torch.bool).index_fill(1, torch.tensor([1, 3]), True)
+    broken[..., 0] = False
+    want = reference.search(log_probs.masked_fill(broken, -math.inf), *given)
+    got = face.load("prefix_beam").search(log_probs.masked_fill(broken, math.nan).to(face.device), *given)
+    for w, g in zip(want, got, strict=True):
+        torch.testing.assert_close(g.cpu(), w, rtol=0, atol=1e-9)
+
+
 def test_the_triton_face_says_what_it_cannot_do():
     triton_impl = pytest.importorskip("jasper_fast.kernels.prefix_beam.triton_impl")
     log_probs, lengths = torch.zeros(1, 3, 29).log_softmax(-1), torch.tensor([3])

@@ -20,33 +20,31 @@ _SIGNATURES = {
 }
 
 
-class Functions:
-    """The C functions of csrc/cuda/conv1d.cu in a compiled library."""
+def bind(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Returns `library` with the argument types of the functions of csrc/cuda/conv1d.cu.
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        sizes = Int(), Int()
-        library.jf_conv1d_sizes(*(ctypes.byref(size) for size in sizes))
-        if (sizes[0].value, sizes[1].value) != (ctypes.sizeof(Args), ctypes.sizeof(WgradArgs)):
-            raise native.Missing(f"{library._name} was built from another version of this code; {native.BUILD}")
-        for name, arguments in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = (ctypes.POINTER(Launch), *arguments), ctypes.c_char_p
-            setattr(self, name, function)
+    Raises `native.Missing` if the functions are missing or take other structs.
+    """
+    sizes = Int(), Int()
+    if hasattr(library, "jf_conv1d_sizes"):  # else the library is older than these kernels
+        library.jf_conv1d_sizes(*map(ctypes.byref, sizes))
+    fits = [size.value for size in sizes] == [ctypes.sizeof(Args), ctypes.sizeof(WgradArgs)]
+    return native.typed(library, fits, {name: (ctypes.POINTER(Launch), *of) for name, of in _SIGNATURES.items()})
 
 
 @functools.cache
-def functions() -> Functions | cuda_nvrtc.Compiled:
+def functions() -> ctypes.CDLL | cuda_nvrtc.Compiled:
     """Returns the functions of the CUDA library, or if it cannot be used, the same functions compiled by NVRTC.
 
     Raises `native.Missing` if neither can be used.
     """
-    return nvrtc.either(lambda: Functions(native.cuda_library()), cuda_nvrtc.Compiled)
+    return nvrtc.either(lambda: bind(native.cuda_library()), cuda_nvrtc.Compiled)
 
 
 def way() -> str | None:
     """Returns where the kernels come from: "library", "NVRTC", or None if neither can be used."""
     try:
-        return "library" if isinstance(functions(), Functions) else "NVRTC"
+        return "NVRTC" if isinstance(functions(), cuda_nvrtc.Compiled) else "library"
     except native.Missing:
         return None
 

@@ -7,7 +7,7 @@ from jasper_fast.kernels.nvrtc import BOOL, TYPES, Kernels
 
 
 class Compiled:
-    """The same functions as `cuda_launch.Functions`. CuPy cannot launch with attributes, so `early` has no effect."""
+    """The functions of csrc/cuda/conv1d.cu. CuPy cannot launch with attributes, so `early` has no effect."""
 
     def __init__(self, nvrtc: ModuleType | None = None, driver: ModuleType | None = None) -> None:
         self._kernels = Kernels("conv1d_launch.cuh", nvrtc, driver)

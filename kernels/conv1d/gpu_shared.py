@@ -140,8 +140,7 @@ def fused_out(
     """
     n, t, c_in = x.shape
     t_out = frames_of(t, c_in, w, geometry)
-    if lengths.made is not None and (lengths.before is None or lengths.after is not None):
-        raise ValueError("lengths.made needs lengths.before and replaces lengths.after: leave the latter out")
+    check_made(lengths)
     if out is not None and masked and (lengths.made is not None or lengths.after is not None):
         t_out = max(t_out, out.shape[1])
     if log_softmax and w.c_out > SOFTMAX_MAX:
@@ -157,6 +156,12 @@ def fused_out(
     if out.shape != shape or out.dtype != dtype:
         raise ValueError(f"out is {tuple(out.shape)} {out.dtype}, the conv gives {shape} {dtype}")
     return out
+
+
+def check_made(lengths: Lengths) -> None:
+    """Raises ValueError for `lengths.made` without `lengths.before` or with `lengths.after`."""
+    if lengths.made is not None and (lengths.before is None or lengths.after is not None):
+        raise ValueError("lengths.made needs lengths.before and replaces lengths.after: leave the latter out")
 
 
 def check_sub_block(y: Tensor, z: Tensor, like: Tensor) -> None:

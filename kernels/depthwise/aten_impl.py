@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from jasper_fast.kernels.conv1d.aten_impl import conv2d, conv2d_backward
+from jasper_fast.kernels.conv1d.gpu_shared import check_made
 from jasper_fast.kernels.layout import empty_ntc, mask, ntc
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths
 
@@ -28,11 +29,12 @@ def pack_once(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def into(out: Tensor, x: Tensor, packed: Tensor, geometry: Geometry, lengths: Lengths = FULL) -> None:
     """Writes `forward` of `x` (N, T, C) and a weight from `pack_once` into `out` (N, T', C).
 
-    `lengths.made` receives the output lengths and is then used instead of `lengths.after`.
+    `lengths.made` receives the output lengths and takes the place of `lengths.after`. Raises ValueError for `made`
+    without `before` or with `after`.
     """
+    check_made(lengths)
     if lengths.made is not None:
-        frames = geometry.frames(lengths.before.clamp(0, x.shape[1]), packed.shape[2])
-        lengths.made.copy_(frames.clamp_(min=0))
+        lengths.made.copy_(geometry.frames(lengths.before.clamp(0, x.shape[1]), packed.shape[2])).clamp_(min=0)
         lengths = lengths._replace(after=lengths.made)
     out.copy_(forward(x.transpose(1, 2), packed, geometry, lengths if lengths.masked else FULL).transpose(1, 2))
 

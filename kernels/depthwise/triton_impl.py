@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from jasper_fast.kernels import launch, tables
-from jasper_fast.kernels.conv1d.gpu_shared import check_offsets, sizes
+from jasper_fast.kernels.conv1d.gpu_shared import check_made, check_offsets, sizes
 from jasper_fast.kernels.conv1d.triton_tiles import transpose_meta
 from jasper_fast.kernels.conv1d.triton_wgrad import conv1d_wgrad_merge_kernel
 from jasper_fast.kernels.depthwise.triton_sum import depthwise_sum_kernel
@@ -42,9 +42,10 @@ def forward(x: Tensor, weight: Tensor, geometry: Geometry, lengths: Lengths = FU
 def into(out: Tensor, x: Tensor, packed: Tensor, geometry: Geometry, lengths: Lengths = FULL) -> None:
     """Writes `forward` of `x` (N, T, C) and a pack into `out` (N, T', C).
 
-    Both need unit channel stride; their other strides are free. `lengths.made` receives the output lengths and is then
-    used instead of `lengths.after`.
+    Both need unit channel stride; their other strides are free. `lengths.made` receives the output lengths and takes
+    the place of `lengths.after`. Raises ValueError for `made` without `before` or with `after`.
     """
+    check_made(lengths)
     _sum(out, x, packed, geometry, lengths, up=1, flipped=False)
 
 

@@ -22,24 +22,20 @@ class Args(ctypes.Structure):
     ]
 
 
-class Functions:
-    """The functions of csrc/cuda/novograd.cu. Raises `native.Missing` if they are missing or take another `Args`."""
+def bind(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Returns `library` with the argument types of the functions of csrc/cuda/novograd.cu.
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        try:
-            size = library.jf_novograd_size()
-        except AttributeError:  # the library is older than these kernels
-            size = 0
-        if size != ctypes.sizeof(Args):
-            raise native.Missing(f"{library._name} is of another version than this code; {native.BUILD}")
-        for name in ("jf_novograd_squares", "jf_novograd_update"):
-            function = getattr(library, name)
-            function.argtypes, function.restype = (Pointer, Int, ctypes.POINTER(Args)), ctypes.c_char_p
-            setattr(self, name, function)
+    Raises `native.Missing` if the functions are missing or take another `Args`.
+    """
+    size = library.jf_novograd_size() if hasattr(library, "jf_novograd_size") else 0  # 0: older than these kernels
+    arguments = Pointer, Int, ctypes.POINTER(Args)
+    return native.typed(
+        library, size == ctypes.sizeof(Args), {"jf_novograd_squares": arguments, "jf_novograd_update": arguments}
+    )
 
 
 class Compiled:
-    """The same functions as in `Functions`, for machines without the CUDA library: NVRTC compiles the kernels."""
+    """The same functions for machines without the CUDA library: NVRTC compiles the kernels."""
 
     def __init__(self, nvrtc_: ModuleType | None = None, driver: ModuleType | None = None) -> None:
         self._kernels = nvrtc.Kernels("novograd.cuh", nvrtc_, driver)
@@ -52,6 +48,6 @@ class Compiled:
 
 
 @functools.cache
-def functions() -> Functions | Compiled:
+def functions() -> ctypes.CDLL | Compiled:
     """Returns the CUDA library's functions, else those that use NVRTC. Raises `native.Missing` if neither works."""
-    return nvrtc.either(lambda: Functions(native.cuda_library()), Compiled)
+    return nvrtc.either(lambda: bind(native.cuda_library()), Compiled)

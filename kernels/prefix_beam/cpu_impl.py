@@ -3,6 +3,8 @@
 For fp32 log_probs, its results equal those of reference.py in every bit.
 """
 
+from math import inf
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def search(
     words: Words | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Does what `reference.search` does. log_probs are converted to fp32 and need not be contiguous."""
-    log_probs, lengths = log_probs.float().contiguous(), lengths.long().contiguous()
+    log_probs, lengths = log_probs.float().nan_to_num(-inf, inf, -inf).contiguous(), lengths.long().contiguous()
     count, frames, _ = log_probs.shape
     symbols = torch.zeros(count, n_best, frames, dtype=torch.int32)
     counts = torch.empty(count, n_best, dtype=torch.int32)

@@ -24,13 +24,15 @@ def search(
     """Returns the ``n_best`` best prefixes of each utterance: their symbols, lengths and scores.
 
     symbols (N, n_best, T) int32, lengths (N, n_best) int32, scores (N, n_best, 2) fp64: the score and log(b + n). For
-    missing prefixes, if there are fewer than n_best, the length is -1 and the scores are -inf.
+    missing prefixes, if there are fewer than n_best, the length is -1 and the scores are -inf. A NaN in
+    log_probs counts as -inf.
     """
     count, frames, _ = log_probs.shape
     symbols = torch.zeros(count, n_best, frames, dtype=torch.int32)
     counts = torch.full((count, n_best), -1, dtype=torch.int32)
     scores = torch.full((count, n_best, 2), -inf, dtype=torch.float64)
-    for i, (rows, length) in enumerate(zip(log_probs.tolist(), lengths.tolist(), strict=True)):
+    utterances = zip(log_probs.nan_to_num(-inf, inf, -inf).tolist(), lengths.tolist(), strict=True)
+    for i, (rows, length) in enumerate(utterances):
         for k, (prefix, score, acoustic) in enumerate(_search(rows[:length], beam, lm, alpha, beta, words)[:n_best]):
             symbols[i, k, : len(prefix)] = torch.tensor(prefix, dtype=torch.int32)
             counts[i, k] = len(prefix)

@@ -20,7 +20,7 @@ follows.
 """
 
 import functools
-import math
+from math import inf
 
 import torch
 import triton
@@ -35,7 +35,7 @@ BEAM = 128  # places for prefixes; a narrower beam leaves some of them idle; 256
 MOST_CLASSES = 32  # a set of symbols is stored in the bits of an int32
 MOST_TABLE = 4 << 30  # maximum size of the n-gram's table in bytes
 STAY = tl.constexpr(63)  # stored instead of a symbol if the prefix did not change
-NEVER = tl.constexpr(-math.inf)
+NEVER = tl.constexpr(-inf)
 PART = tl.constexpr(16)  # each iteration compares every prefix of the beam with this many others
 # The hash of the empty prefix, and the factor by which hashes are mixed: bits of pi and of the golden ratio.
 FIRST, SPREAD = tl.constexpr(0x243F6A8885A308D3), tl.constexpr(-0x61C8864680B583EB)
@@ -272,12 +272,12 @@ def search(
     count, frames, classes = log_probs.shape
     if why := why_not(classes, beam, lm, words):
         raise ValueError(f"prefix_beam (triton): {why}")
-    log_probs, device = log_probs.float().contiguous(), log_probs.device
+    log_probs, device = log_probs.float().nan_to_num(-inf, inf, -inf).contiguous(), log_probs.device
     gain, after, start = table(lm, classes, alpha, beta, device)
     block_v = triton.next_power_of_2(classes)
     symbols = torch.zeros(count, n_best, frames, dtype=torch.int32, device=device)
     counts = torch.full((count, n_best), -1, dtype=torch.int32, device=device)
-    scores = torch.full((count, n_best, 2), -math.inf, dtype=torch.float64, device=device)
+    scores = torch.full((count, n_best, 2), -inf, dtype=torch.float64, device=device)
     back = torch.empty(count, frames, BEAM, dtype=torch.int32, device=device)
     scratch = torch.empty(count, 6, BEAM, dtype=torch.int64, device=device)
     launch.run(
