@@ -62,8 +62,10 @@ def softplus_case(contenders: dict, op: str = "softplus", **more) -> Case:
     )
 
 
-def measured(op):
-    def part(run):
+def measured(op: str):
+    """Returns a subcommand, or a part of a run, that times one case."""
+
+    def part(run: Run, *_: object) -> None:
         run.cases("test", [softplus_case({"eager": F.softplus}, op)])
 
     return part

@@ -110,10 +110,9 @@ def prepare_arguments(folder: Path, source: str, archives: dict[str, bytes], *mo
     sums that the command names."""
     sums = folder / "md5sum.txt"
     sums.write_text("".join(f"{md5(content)}  {name}\n" for name, content in archives.items()))
-    sets = [name.removesuffix(".tar.gz") for name in archives]
     return [
         "prepare", "librispeech", "--out", str(folder / "out"), "--source", source, "--checksums", str(sums),
-        "--sets", *sets, "-q", *more,
+        "--sets", *(name.removesuffix(".tar.gz") for name in archives), "-q", *more,
     ]  # fmt: skip
 
 
@@ -171,8 +170,8 @@ class Server(ThreadingHTTPServer):
             return
         request.send_response(206 if first else 200)
         if first:
-            stated = f"{first + (fault == 'shift')}-{len(content) - 1}/{len(content)}"
-            request.send_header("Content-Range", f"bytes {stated}")
+            stated = first + (fault == "shift")
+            request.send_header("Content-Range", f"bytes {stated}-{len(content) - 1}/{len(content)}")
         request.send_header("Content-Length", str(len(content) - first))
         request.end_headers()
         body = bytearray(content[first:])

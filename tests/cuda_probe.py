@@ -133,11 +133,9 @@ def wgmma(
     return Result(whole, result.clocks)
 
 
-def wgmma_expected(image: Tensor, a: Placed, b: Placed, n: int, dtype: torch.dtype, before=None, anchor=0) -> Tensor:
-    left = get(image, a.addresses(64), dtype).double()
-    right = get(image, b.addresses(n, anchor), dtype).double()
-    product = PRODUCTS * left @ right.transpose(1, 2)
-    return (product if before is None else product + before.double()).float()
+def wgmma_expected(image: Tensor, a: Placed, b: Placed, n: int, dtype: torch.dtype, anchor: int = 0) -> Tensor:
+    left, right = get(image, a.addresses(64), dtype), get(image, b.addresses(n, anchor), dtype)
+    return (PRODUCTS * left.double() @ right.double().transpose(1, 2)).float()
 
 
 A = Placed(0, 1024, 128, 0)  # the left operand to use with `row_shifts` and `overlaps`

@@ -5,8 +5,7 @@ import json
 
 import pytest
 import torch
-import torch.nn.functional as F
-from bench_runs import LIMITS, softplus_case
+from bench_runs import LIMITS, measured
 from conftest import raising
 
 from jasper_fast.bench import cli
@@ -156,17 +155,6 @@ def test_fixed_rivals_may_be_named(at_once, tmp_path, monkeypatch):
 # ------------------------------------------------------------------ exit status
 
 
-def measured(outcome: dict[str, tuple[str, str]]):
-    """Returns a subcommand that times one case. `outcome` has the (status, reason) of contenders that fail."""
-
-    def run(run: Run, op: str, mode: str | None = None) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(result_file.Results, "fatal", lambda *_: dict(outcome))
-            run.cases("test", [softplus_case({"eager": F.softplus})])
-
-    return run
-
-
 QUICK = ["--device", "cpu", "--quick", "--seconds", "0.05"]
 
 
@@ -175,7 +163,8 @@ QUICK = ["--device", "cpu", "--quick", "--seconds", "0.05"]
     [*(("jasper_fast", status) for status in ("wrong", "failed", "refused", "absent")), ("eager", "wrong")],
 )
 def test_ours_without_a_number_fails_the_command(contender, status, capsys, at_once, tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels, "main", measured({contender: (status, "why not")}))
+    monkeypatch.setattr(kernels, "main", measured("softplus"))
+    monkeypatch.setattr(result_file.Results, "fatal", lambda *_: {contender: (status, "why not")})
     assert cli.main(["kernels", *QUICK, "--out", str(tmp_path)]) == (contender == "jasper_fast")
     line = f"jasper_fast has no number (1 {status}) in test op=softplus\n"
     assert capsys.readouterr().err.endswith(line) == (contender == "jasper_fast")
@@ -211,7 +200,7 @@ def test_a_lost_device_fails_the_command(capsys, at_once, tmp_path, monkeypatch)
 
 def test_an_interrupted_run_says_what_it_keeps_and_goes_on(capsys, at_once, tmp_path, monkeypatch):
     def interrupted(run: Run, op: str, mode: str | None) -> None:
-        measured({})(run, op, mode)
+        measured("softplus")(run)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(kernels, "main", interrupted)

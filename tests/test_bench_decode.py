@@ -51,7 +51,6 @@ def test_a_wrong_answer_has_no_number(short, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_share_of_the_search_is_told(tmp_path):
     run = make_run(tmp_path, "auto")
-    shared = latency.Models(run, "small")
-    rows = run.cases("decode", [decode.whole_case(shared, run, "small", 2.0, 16, "symbols")])
+    rows = run.cases("decode", [decode.whole_case(latency.Models(run, "small"), run, "small", 2.0, 16, "symbols")])
     assert [(row["contender"], row["status"]) for row in rows] == [("jasper_fast", "ok"), ("greedy", "ok")]
     assert rows[1]["ratio"]["median"] > 0

@@ -128,7 +128,7 @@ def test_a_lost_device_costs_its_part_and_not_the_run(tmp_path, context, monkeyp
     assert data["parts"] == {"breaking": "failed: ValueError: nothing works", "other": "finished"}
 
 
-def test_a_fault_that_nobody_noticed_ends_its_own_part(tmp_path, context, monkeypatch):
+def test_a_fault_that_nobody_noticed_ends_its_own_part(tmp_path, context):
     part = agenda.Part("quiet", 10.0, lambda run: context.break_it(torch.zeros(1)))
     how, gone = gpu._measure(make_run(tmp_path, device=CUDA), part, 10.0)
     assert gone and how.startswith("failed: ") and "illegal memory access" in how

@@ -15,7 +15,7 @@ import pytest
 import torch
 from bench_runs import FAST, ROOT, again, make_run, measured, python, written
 from conftest import raising
-from standins import verdicts_of_its_own, wrap  # noqa: F401
+from standins import spied, verdicts_of_its_own, wrap  # noqa: F401
 
 from jasper_fast.bench.cases import bn_relu_dropout, common
 from jasper_fast.bench.cases.layers import layers
@@ -54,12 +54,15 @@ def test_every_part_of_the_plan_for_a_gpu_makes_its_cases_and_has_time_for_them(
         return cases(run, title, made)
 
     wrap(monkeypatch, warm.Collector, "cases", cases_of)
-    monkeypatch.setattr(self_check, "selfcheck", lambda run, **which: None)
-    monkeypatch.setattr(checks, "plan", lambda device: [])
-    monkeypatch.setattr(ahead, "compilers", lambda run, titles: contextlib.nullcontext(asked.extend(titles)))
-    monkeypatch.setattr(memory_command, "measure", lambda run, case, *_: run.cases("memory", [case]))
-    for name in ("tests", "tune"):
-        monkeypatch.setattr(first, name, lambda run: None)
+    for owner, name, stand_in in (
+        (self_check, "selfcheck", lambda run, **which: None),
+        (checks, "plan", lambda device: []),
+        (ahead, "compilers", lambda run, titles: contextlib.nullcontext(asked.extend(titles))),
+        (memory_command, "measure", lambda run, case, *_: run.cases("memory", [case])),
+        (first, "tests", lambda run: None),
+        (first, "tune", lambda run: None),
+    ):
+        monkeypatch.setattr(owner, name, stand_in)
     run = dataclasses.replace(collector, effort=Effort().at_most(gpu.CASE))
     found: dict[str, list[Case]] = {}
     for part in agenda.plan(run):
@@ -158,13 +161,7 @@ def test_the_full_self_check_keeps_the_verdicts_that_it_reached(run, monkeypatch
 
 
 def test_other_processes_run_ours_once_and_end_with_the_time(tmp_path, monkeypatch):
-    ran: list[tuple[int, ...]] = []
-
-    def counted(right, backend, y, *more):
-        ran.append(tuple(y.shape))
-        return right(backend, y, *more)
-
-    wrap(monkeypatch, bn_relu_dropout, "fused", counted)
+    ran = spied(monkeypatch, bn_relu_dropout, "fused", lambda backend, y, *_: tuple(y.shape))
     monkeypatch.setattr(common, "eager_chain", lambda *a: pytest.fail("no rival has to be compiled"))
     warm.main("cpu", "float32", "reference", "1", "2", "bn_relu_dropout")
     assert ran == [(2, 96, 100)]

@@ -257,23 +257,23 @@ class Session:
 
     bind_output = bind_input
 
+    @torch.no_grad()
     def run_with_iobinding(self, binding) -> None:
-        with torch.no_grad():
-            found = self.model(binding.bound["features"].float(), binding.bound["lengths"])
+        found = self.model(binding.bound["features"].float(), binding.bound["lengths"])
         for name, t in zip(("log_probs", "out_lengths"), found, strict=True):
             assert t.shape == binding.bound[name].shape
             binding.bound[name].copy_(t)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@torch.no_grad()
 def test_onnx_runtime_is_given_tensors_where_they_are(dtype, run):
     shared = latency.Models(run, "small")
     call = runtimes.bound(Session(shared.plain), shared.plain)
     x, lengths = models.features(shared.cfg, 2, 63, CPU, 1, ragged=True)
     x = x.to(dtype)
     first, out = call(x.transpose(1, 2).contiguous().transpose(1, 2), lengths)  # the input is in another memory order
-    with torch.no_grad():
-        want, out_lengths = shared.plain(x.float(), lengths)
+    want, out_lengths = shared.plain(x.float(), lengths)
     assert torch.equal(first, want) and torch.equal(out, out_lengths)
     call(torch.zeros_like(x), lengths)
     assert torch.equal(first, want), "the next call overwrote the answer"

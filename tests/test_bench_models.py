@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_runs import CPU, CUDA, make_run
+from conftest import assert_raises
 from standins import spied
 
 from jasper_fast.bench.cases import by_layer, latency, models, sub_blocks, train
@@ -21,10 +22,13 @@ def test_networks_are_made_where_they_run_and_only_once(monkeypatch):
     monkeypatch.setattr(models, "EagerJasper", made)
     monkeypatch.setattr(models, "Jasper", made)
     config = models.config("small")
-    with pytest.raises(RuntimeError, match="made on meta"):
-        models._weights(config, torch.device("meta"), 64)
-    with pytest.raises(RuntimeError, match="made on meta"):
-        models.fused(config, {}, "reference")
+    assert_raises(
+        [
+            (lambda: models._weights(config, torch.device("meta"), 64), "made on meta"),
+            (lambda: models.fused(config, {}, "reference"), "made on meta"),
+        ],
+        RuntimeError,
+    )
 
 
 def test_weights_are_shared_and_models_are_copies():

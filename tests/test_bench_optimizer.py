@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 from bench_runs import CPU
+from standins import spied
 
 from jasper_fast.bench.cases import optimizer
 
@@ -31,13 +32,10 @@ def test_a_step_is_right_and_one_without_decay_is_not(case, name, monkeypatch):
 
 
 def test_our_step_runs_on_the_run_s_backend(run, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        optimizer, "NovoGrad", lambda *a, right=optimizer.NovoGrad, **k: seen.append(k) or right(*a, **k)
-    )
+    seen = spied(monkeypatch, optimizer, "NovoGrad", lambda *of, **how: how["backend"])
     for backend in ("reference", "auto"):
         optimizer.case(dataclasses.replace(run, backend=backend), "small").contenders[0].build()
-    assert [given["backend"] for given in seen] == ["reference", "auto"]
+    assert seen == ["reference", "auto"]
 
 
 def test_the_copy_moves_half_of_the_bytes_twice(case):
@@ -50,8 +48,6 @@ def test_the_copy_moves_half_of_the_bytes_twice(case):
 
 
 def test_both_forms_move_the_same_tensors(case):
-    made = runners(case)
     before = case.low()
-    made["foreach"].run()
-    after = case.low()
-    assert all(not torch.equal(before[key], after[key]) for key in before)
+    runners(case)["foreach"].run()
+    assert not any(torch.equal(before[key], after) for key, after in case.low().items())

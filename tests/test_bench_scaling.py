@@ -8,6 +8,7 @@ import re
 import runpy
 import signal
 import socket
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
 from bench_runs import LIMITS
-from conftest import raising
+from conftest import assert_raises, raising
 from speech import CONFIG
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -86,9 +87,10 @@ def test_two_processes_measure_steps_and_their_communication(tmp_path: Path) -> 
 
 def test_numbers_of_processes() -> None:
     assert scaling.sizes("4,2") == (1, 2, 4) and scaling.sizes("1") == (1,)
-    for text in ("", "0", "two", "2,-1"):
-        with pytest.raises(argparse.ArgumentTypeError, match="numbers of processes"):
-            scaling.sizes(text)
+    assert_raises(
+        [(partial(scaling.sizes, text), "numbers of processes") for text in ("", "0", "two", "2,-1")],
+        argparse.ArgumentTypeError,
+    )
 
 
 def test_processes_are_begun_unless_torchrun_did(monkeypatch) -> None:

@@ -56,12 +56,15 @@ def device(monkeypatch) -> Gpu:
         def elapsed_time(self, end: "Event") -> float:
             return 1e3 * (end.at - self.at)
 
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "_sleep", made.sleep)
-    monkeypatch.setattr(torch.cuda, "synchronize", made.wait)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=20 << 20))
-    monkeypatch.setattr(clocks, "cycles_per_second", lambda _: made.rate)
-    monkeypatch.setattr(clocks, "time", SimpleNamespace(perf_counter=lambda: made.now, monotonic=time.monotonic))
+    for owner, name, stand_in in (
+        (torch.cuda, "Event", Event),
+        (torch.cuda, "_sleep", made.sleep),
+        (torch.cuda, "synchronize", made.wait),
+        (torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=20 << 20)),
+        (clocks, "cycles_per_second", lambda _: made.rate),
+        (clocks, "time", SimpleNamespace(perf_counter=lambda: made.now, monotonic=time.monotonic)),
+    ):
+        monkeypatch.setattr(owner, name, stand_in)
     wrap(monkeypatch, torch, "empty", lambda empty, *shape, device=None, **more: empty(*shape, **more))
     return made
 

@@ -190,9 +190,7 @@ def test_eager_without_masks_is_wrong_where_utterances_are_padded(tmp_path, monk
 
 
 def test_the_full_step_of_our_model_has_an_optimiser_on_the_model_s_backend(monkeypatch):
-    seen = []
-    right = full_step.NovoGrad
-    monkeypatch.setattr(full_step, "NovoGrad", lambda *of, **how: seen.append(how["backend"]) or right(*of, **how))
+    seen = spied(monkeypatch, full_step, "NovoGrad", lambda *of, **how: how["backend"])
     config, state, _ = setting()
     batch = train.Batch(config, 2, 32, CPU)
     for backend in ("reference", "auto"):

@@ -106,8 +106,8 @@ def assert_statistics(stats, y: Tensor, mean: float, m2: float) -> None:
     """Compares the statistics of y with fp64. mean, m2: the allowed relative errors."""
     found = [x.double() for x in stats(y)]
     var64, mean64 = torch.var_mean(y.double(), (0, 2), correction=0)
-    assert torch.allclose(found[0], mean64, rtol=mean)
-    assert torch.allclose(found[1], var64 * (y.shape[0] * y.shape[2]), rtol=m2)
+    assert torch.allclose(found[0], mean64, rtol=mean, atol=0)
+    assert torch.allclose(found[1], var64 * (y.shape[0] * y.shape[2]), rtol=m2, atol=0)
 
 
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
@@ -157,27 +157,29 @@ SHAPES = [
     (2, 256, 21, [21, 5]),
     (3, 136, 50, [50, 2, 0]),
 ]
+# utterances of which many lie in the rows of one program of a reduction
+SHORT = [(300 // t, 24, t, [7 * i % (t + 1) for i in range(300 // t)]) for t in (1, 2, 5, 40)]
 
 
-@pytest.mark.slow
 @dtypes
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s[:3])))
+@pytest.mark.parametrize(
+    "shape",
+    [*(pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES), *SHORT],
+    ids=lambda s: "x".join(map(str, s[:3])),
+)
 def test_training_forward_and_every_gradient(face, shape, dtype):
     n, c, t, lengths = shape
     # half of the cases have a residual: some of each shape and of each dtype
-    residual = (SHAPES.index(shape) + DTYPES.index(dtype)) % 2 == 1
+    residual = ((SHAPES + SHORT).index(shape) + DTYPES.index(dtype)) % 2 == 1
     check(face, make(n, c, t, dtype=dtype, device=face.device, residual=residual, lengths=lengths, p=0.2))
 
 
 @dtypes
-@residuals
-def test_evaluation_statistics(face, residual, dtype):
-    check(face, make(2, 40, 23, dtype=dtype, device=face.device, residual=residual, lengths=[23, 9]), training=False)
-
-
-@dtypes
-def test_without_dropout_and_lengths(face, dtype):
-    check(face, make(2, 24, 31, dtype=dtype, device=face.device))
+@pytest.mark.parametrize(
+    ("training", "residual", "lengths"), [(False, False, [23, 9]), (False, True, [23, 9]), (True, False, None)]
+)
+def test_without_dropout(face, training, residual, lengths, dtype):
+    check(face, make(2, 40, 23, dtype=dtype, device=face.device, residual=residual, lengths=lengths), training)
 
 
 def test_statistics_do_not_cancel_under_a_large_offset(face):
@@ -282,13 +284,6 @@ def test_dropped_nan_is_zero(face):
     assert (z[~keep] == 0).all()
 
 
-@pytest.mark.slow
-def test_two_runs_give_the_same_bits(face):
-    op = face.load("bn_relu_dropout")
-    case = make(3, 72, 150, dtype=torch.float16, device=face.device, residual=True, lengths=[150, 90, 1], p=0.2)
-    assert_same(run(op, case, training=True), run(op, case, training=True))
-
-
 def test_p_out_of_range_is_refused(face):
     y, seed = ntc(torch.ones(1, 8, 2, device=face.device)), torch.tensor([1], device=face.device)
     with pytest.raises((ValueError, RuntimeError), match=r"\bp\b"):
@@ -346,12 +341,3 @@ def test_triton_finds_utterance_and_frame_of_a_row(frames, m0):
     row = torch.arange(m0, m0 + 16)
     assert torch.equal(n.cpu(), row // frames)
     assert torch.equal(t.cpu(), row % frames)
-
-
-@dtypes
-@pytest.mark.parametrize("t", [1, 2, 5, 40])
-def test_utterances_shorter_than_a_tile(face, t, dtype):
-    """A reduction is also right if the rows of one program cover many utterances of different lengths."""
-    n = 300 // t
-    lengths = [(7 * i) % (t + 1) for i in range(n)]
-    check(face, make(n, 24, t, dtype=dtype, device=face.device, residual=t == 5, lengths=lengths, p=0.2))

@@ -44,21 +44,24 @@ def trained_model():
 
 def own_document(model, **more):
     """Returns the content of a checkpoint that this project writes for `model`. `more`: entries to add or replace."""
-    document = {"format": checkpoint.FORMAT, "config": model.config.to_dict(), "labels": LABELS}
-    return document | {"state_dict": model.state_dict()} | more
+    return {
+        "format": checkpoint.FORMAT, "config": model.config.to_dict(), "labels": LABELS,
+        "state_dict": model.state_dict(),
+    } | more  # fmt: skip
 
 
+@torch.no_grad()
 def outputs(model):
-    with torch.no_grad():
-        return model(torch.linspace(-1, 1, 2 * 6 * 32).view(2, 6, 32), torch.tensor([32, 20]))[0]
+    return model(torch.linspace(-1, 1, 2 * 6 * 32).view(2, 6, 32), torch.tensor([32, 20]))[0]
 
 
 def same(got: dict, want: dict) -> bool:
     """Returns whether two state dicts have the same names, dtypes, shapes and bits."""
-    got, want = dict(sorted(got.items())), dict(sorted(want.items()))
-    bits = [[t.reshape(-1).view(torch.uint8) for t in state.values()] for state in (got, want)]
-    types = [[(name, t.dtype, t.shape) for name, t in state.items()] for state in (got, want)]
-    return types[0] == types[1] and all(map(torch.equal, *bits))
+    found, wanted = (
+        {name: (t.dtype, t.shape, t.reshape(-1).view(torch.uint8).tolist()) for name, t in state.items()}
+        for state in (got, want)
+    )
+    return found == wanted
 
 
 class Bomb:
@@ -188,12 +191,10 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
 def test_the_last_few_the_best_and_the_milestones_are_kept(tmp_path):
     folder = Folder(tmp_path, keep=2)
     for step in range(1, 7):
-        state = run_state(step)
-        folder.save(state)
+        folder.save(run_state(step))
         if step == 3:
-            folder.save(state | {"best_wer": 0.5}, "best")
-        if step == 4:
-            folder.save(state, "milestone_epoch_0002")
+            folder.save(run_state(step, best_wer=0.5), "best")
+            folder.save(run_state(step), "milestone_epoch_0002")
     assert sorted(os.listdir(tmp_path)) == [
         "best.pt", "milestone_epoch_0002.pt", "step_00000005.pt", "step_00000006.pt",
     ]  # fmt: skip

@@ -1,5 +1,6 @@
 """Random small Jaspers, compared with their eager twins: a training step, evaluation and the inference engine."""
 
+import itertools
 import random
 
 import torch
@@ -61,11 +62,8 @@ def copy_settings(source: nn.Module, target: nn.Module) -> None:
 
 def frames(config: JasperConfig, t: int) -> int:
     """Returns the smallest number of output frames of any conv if the input has `t` frames."""
-    counts = [t]
-    for b in config.encoder.blocks:
-        for _ in range(b.repeat):
-            counts.append(b.out_length(counts[-1]))
-    return min(counts)
+    convs = (block for block in config.encoder.blocks for _ in range(block.repeat))
+    return min(itertools.accumulate(convs, lambda count, block: block.out_length(count), initial=t))
 
 
 def step(model: nn.Module, features, lengths, seed: int) -> dict[str, torch.Tensor]:
@@ -84,9 +82,9 @@ def step(model: nn.Module, features, lengths, seed: int) -> dict[str, torch.Tens
     }
 
 
+@torch.no_grad()
 def evaluate(call, features, lengths) -> dict[str, torch.Tensor]:
-    with torch.no_grad():
-        log_probs, out = call(features, lengths)
+    log_probs, out = call(features, lengths)
     return {"log_probs": valid(log_probs, out), "lengths": out}
 
 
