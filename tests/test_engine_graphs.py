@@ -39,8 +39,8 @@ def captured(engine) -> int:
 
 @pytest.mark.slow
 def test_graphs_and_buckets_change_no_bit(device):
-    """Results have the same bits as without graphs, also after longer or larger batches and with NaN in the buffers.
-    Later calls do not change them."""
+    """Results have the same bits as without graphs, also after longer or larger batches, for which the buffers grow,
+    and with NaN in the buffers. Later calls do not change them."""
     _, ours = pair(config(), "triton", device)
     plain = InferenceEngine(ours, graphs=False, bucket=1)
     engine = InferenceEngine(ours, graphs=True, bucket=8, graph_limit=3)
@@ -53,7 +53,7 @@ def test_graphs_and_buckets_change_no_bit(device):
         batch([1], device=device),
     ]
     wanted = [plain(*b) for b in batches]
-    order = (0, 3, 0, 1, 5, 4, 2, 5, 1)
+    order = (1, 0, 3, 0, 1, 5, 4, 2, 5, 1)
     found = []
     for i in order:
         poison(engine)
@@ -82,6 +82,8 @@ def test_without_masks_each_length_has_its_graph(device):
     [
         ("jasper", (9, 16, 12), [(1, 16)]),  # one bucket: with stride 2, 16 frames of features give 8 frames
         ("jasper", (17, 16), [(1, 32), (1, 16)]),
+        # A longer input makes the buffers grow. This drops every graph, because a graph would keep the old buffers.
+        ("jasper", (16, 17), [(1, 32)]),
         ("plain residual", (24, 8, 24, 16), [(1, 24), (1, 16)]),  # the largest first, so that the buffers never grow
     ],
 )
@@ -90,21 +92,6 @@ def test_lengths_of_a_bucket_share_a_graph_and_the_one_used_longest_ago_goes_fir
     for t in frames:
         engine(*batch([t], device=device))
     assert list(engine._run.shapes.held) == held
-
-
-@pytest.mark.slow
-def test_growth_drops_every_graph(device):
-    """Every graph is dropped if the buffers grow, because a graph would keep the old buffers alive."""
-    _, ours = pair(config(), "triton", device)
-    plain = InferenceEngine(ours, graphs=False, bucket=8)
-    engine = InferenceEngine(ours, graphs=True, bucket=8)
-    small, large = batch([10], device=device), batch([40, 21], device=device)
-    engine(*small)
-    engine(*large)
-    assert list(engine._run.shapes.held) == [(2, 48)]
-    for given in (small, large):
-        poison(engine)
-        assert torch.equal(engine(*given)[0], plain(*given)[0])
 
 
 @pytest.mark.slow
@@ -177,15 +164,6 @@ def test_impossible_lengths_are_clamped_by_the_kernels(kind, device):
         poison(engine)
         got, out = engine._run.run(features, torch.tensor([1000, -4, 5], device=device))
     assert torch.equal(out, want_out) and torch.equal(got, want)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_graphs_need_a_gpu():
-    make_face("triton")
-    _, ours = pair(config(), "triton")
-    with pytest.raises(ValueError, match="graphs=True needs a CUDA GPU"):
-        InferenceEngine(ours, graphs=True)
-    assert InferenceEngine(ours)._run.shapes.graphs is None
 
 
 @pytest.mark.parametrize("kind", ["jasper", "dense first", "lengths change twice"])
