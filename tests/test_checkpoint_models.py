@@ -79,8 +79,8 @@ def nemo_archive(path, model, *, masked=True, compression="", encoder=None, fron
         "encoder": {"feat_in": 6, "activation": "relu", "conv_mask": masked, "jasper": jasper} | (encoder or {}),
         "decoder": {"feat_in": 12, "num_classes": len(LABELS), "vocabulary": "${labels}"},
     } | (more or {})
-    state = {"preprocessor.featurizer.fb": torch.ones(1, 6, 9)} | nemo_files.entries(model, masked)
-    nemo_files.write(path, document, state, compression)
+    features = {"preprocessor.featurizer.fb": torch.ones(1, 6, 9)}
+    nemo_files.write(path, document, features | nemo_files.entries(model, masked), compression)
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -193,12 +193,6 @@ def test_warm_start_of_a_decoder_with_another_width(tmp_path, labels):
         load_model(tmp_path / "a.pt", config=JasperConfig.from_dict(document), strict=False, backend="reference")
 
 
-def test_a_warm_start_refuses_a_configuration_that_is_not_a_jaspers(tmp_path):
-    save(tmp_path / "a.pt", own_document(trained_model(), config={"input_train": [1]}))
-    with pytest.raises(CheckpointError, match=r"a\.pt: its configuration is not a Jasper's"):
-        load_model(tmp_path / "a.pt", config=config(), strict=False, backend="reference")
-
-
 def test_labels_of_a_warm_start_that_start_from_others(tmp_path):
     model, labels = trained_model(), [*LABELS[:3], "ä", "="]
     save(tmp_path / "a.pt", own_document(model))
@@ -298,7 +292,15 @@ def test_a_frozen_encoder_stays_as_it_is():
     assert changed == {"decoder.layers.0.weight", "decoder.layers.0.bias"}
 
 
-def test_warm_start_from_something_else_is_an_error(tmp_path):
-    torch.save({"state_dict": {"encoder.layers.0.other": torch.ones(2)}}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match="none of its weights fits"):
-        load_model(tmp_path / "a.pt", config=config(), strict=False)
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"state_dict": {"encoder.layers.0.other": torch.ones(2)}}, "none of its weights fits"),
+        (own_document(trained_model(), config={"input_train": [1]}), r"a\.pt: its configuration is not a Jasper's"),
+    ],
+    ids=["another model", "another configuration"],
+)
+def test_warm_start_from_something_else_is_an_error(tmp_path, document, message):
+    torch.save(document, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=message):
+        load_model(tmp_path / "a.pt", config=config(), strict=False, backend="reference")

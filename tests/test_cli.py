@@ -14,8 +14,9 @@ import soundfile
 import torch
 from conftest import raising
 from engines import block
-from language_models import assert_refused
+from language_models import assert_refused, printed
 from standins import spied, wrap
+from test_checkpoint import own_document
 
 from jasper_fast import Jasper, JasperConfig
 from jasper_fast.cli import command, common
@@ -48,8 +49,7 @@ def write_checkpoint(path, config=None):
     model = Jasper(config, backend="reference")
     with torch.no_grad():
         model.decoder.layers[0].weight.mul_(8)  # so that transcripts are not empty
-    state = {"format": checkpoint.FORMAT, "state_dict": model.state_dict(), "config": config.to_dict()}
-    checkpoint.save(path, state | {"labels": None if config.labels is None else list(config.labels)})
+    checkpoint.save(path, own_document(model, labels=None if config.labels is None else list(config.labels)))
     return str(path)
 
 
@@ -76,9 +76,8 @@ def files(tmp_path):
 
 @pytest.fixture
 def bad(tmp_path):
-    path = tmp_path / "bad.wav"
-    path.write_text("no audio")
-    return str(path)
+    (tmp_path / "bad.wav").write_text("no audio")
+    return str(tmp_path / "bad.wav")
 
 
 def run(name, *argv):
@@ -168,16 +167,14 @@ def test_evaluate(model, files, bad, tmp_path, capsys):
 
 
 def test_errors_are_one_line(model, files, tmp_path, capsys):
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text('{"audio_filepath": "a.wav", "duration": 1, "text": "x"}\n{"audio')
-    garbage = tmp_path / "garbage.pt"
-    garbage.write_bytes(b"x" * 100)
+    (tmp_path / "broken.jsonl").write_text('{"audio_filepath": "a.wav", "duration": 1, "text": "x"}\n{"audio')
+    (tmp_path / "garbage.pt").write_bytes(b"x" * 100)
     other = write_checkpoint(
         tmp_path / "other.pt", JasperConfig.from_dict(tiny(LABELS[:9]).to_dict() | {"labels": None})
     )
     cases = [
         (("transcribe", files[0], "--checkpoint", "nowhere.pt"), "nowhere.pt: no such file"),
-        (("transcribe", files[0], "--checkpoint", garbage), "garbage.pt is not a complete PyTorch checkpoint"),
+        (("transcribe", files[0], "--checkpoint", tmp_path / "garbage.pt"), "is not a complete PyTorch checkpoint"),
         (("transcribe", files[0], "--checkpoint", other), "has the labels of the 10 classes"),
         (("transcribe", "--checkpoint", model), "no files"),
         (("transcribe", "--list", "nolist", "--checkpoint", model), "nolist"),
@@ -187,7 +184,7 @@ def test_errors_are_one_line(model, files, tmp_path, capsys):
         (("transcribe", files[0], "--checkpoint", model, "--workers", -1), "--workers -1"),
         (("transcribe", files[0], "--checkpoint", model, "--backend", "metal"), "backend 'metal' is not one of"),
         (("transcribe", "/dev/stdin", "--checkpoint", model, "--workers", 1), "other processes cannot read /dev/stdin"),
-        (("evaluate", "--manifest", broken, "--checkpoint", model), "broken.jsonl, line 2: not valid JSON"),
+        (("evaluate", "--manifest", tmp_path / "broken.jsonl", "--checkpoint", model), "line 2: not valid JSON"),
         (("evaluate", "--manifest", "no.jsonl", "--checkpoint", model), "no.jsonl: cannot read the manifest"),
     ]
     if not torch.cuda.is_available():
@@ -210,9 +207,8 @@ def test_a_recognizer_takes_labels_and_counts_what_is_finished(model, files, bad
 
 def test_too_little_memory_for_a_checkpoint_is_one_line(model, files, monkeypatch, capsys):
     monkeypatch.setattr(torch, "load", lambda *_, **__: torch.empty(2**50))
-    assert run("transcribe", files[0], "--checkpoint", model) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"jasper-fast transcribe: error: {model} does not fit into memory")
+    case = ("transcribe", files[0], "--checkpoint", model), f"error: {model} does not fit into memory"
+    assert_refused(run, capsys, "transcribe", [case])
 
 
 def test_two_outputs_with_one_name_are_refused(tmp_path, monkeypatch, capsys):
@@ -241,8 +237,7 @@ def test_two_outputs_with_one_name_are_refused(tmp_path, monkeypatch, capsys):
 )
 def test_commands_with_options_of_their_own(command_, module, function, monkeypatch):
     given = []
-    made = types.ModuleType(module)
-    setattr(made, function, lambda argv: given.append(argv) or 7)
+    made = types.SimpleNamespace(**{function: lambda argv: given.append(argv) or 7})
     monkeypatch.setitem(sys.modules, f"jasper_fast.{module}", made)
     assert command.main([command_, "--help", "--steps", "3"]) == 7
     assert given == [["--help", "--steps", "3"]]
@@ -266,8 +261,7 @@ def test_usage(argv, status, capsys):
 
 
 def test_info(capsys):
-    assert run("info", "--json") == 0
-    report = json.loads(capsys.readouterr().out)
+    report = json.loads(printed(run, capsys, "info", "--json"))
     assert report["packages"]["torch"]["version"] == metadata.version("torch")
     assert set(report["backends"]) == {"reference", "cpu", "triton", "cuda"}
     assert report["backends"]["reference"]["available"]
@@ -275,8 +269,7 @@ def test_info(capsys):
         assert backend["available"] != bool(backend["missing"]), name
     for package in report["packages"].values():
         assert package["version"] or package["get"]
-    assert run("info") == 0
-    assert "backend" in capsys.readouterr().out
+    assert "backend" in printed(run, capsys, "info")
 
 
 @pytest.mark.slow
