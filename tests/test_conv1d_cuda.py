@@ -1,6 +1,9 @@
 """The CUDA C++ face of conv1d, run on the CPU with its PTX instructions emulated (tests/cuda_host.py)."""
 
+import contextlib
 import ctypes
+import functools
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import conv_cases
@@ -31,20 +34,16 @@ def functions() -> ctypes.CDLL:
     return cuda_launch.bind(emulation())
 
 
-class Face:
-    """The CUDA face on an emulated GPU."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, functions: ctypes.CDLL) -> None:
-        self._patch = monkeypatch
-        monkeypatch.setattr(cuda_launch, "functions", lambda: functions)
-
-    def on(self, loop: int, sms: int = 3) -> None:
-        self._patch.setattr(cuda_launch, "gpu", lambda device: cuda_tiles.Gpu(loop, sms, SHARED[loop]))
+def emulate(patch: pytest.MonkeyPatch, functions: ctypes.CDLL, loop: int, sms: int = 3) -> None:
+    """Makes the CUDA face launch `functions`, as on a GPU with the main loop `loop` and `sms` multiprocessors."""
+    patch.setattr(cuda_launch, "functions", lambda: functions)
+    patch.setattr(cuda_launch, "gpu", lambda device: cuda_tiles.Gpu(loop, sms, SHARED[loop]))
 
 
 @pytest.fixture
-def face(monkeypatch: pytest.MonkeyPatch, functions: ctypes.CDLL) -> Face:
-    return Face(monkeypatch, functions)
+def gpu(monkeypatch: pytest.MonkeyPatch, functions: ctypes.CDLL) -> Callable[..., None]:
+    """Returns `emulate` without its first two arguments."""
+    return functools.partial(emulate, monkeypatch, functions)
 
 
 def poisoned(x: Tensor, lengths: Tensor | None) -> Tensor:
@@ -101,11 +100,11 @@ DIRECTIONS = {"forward": check_forward, "x": check_gradient_of_x, "weight": chec
 @pytest.mark.parametrize(("loop", "dtype"), LOOPS, ids=str)
 @pytest.mark.parametrize("name", conv_cases.LAYERS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_layers(face: Face, direction: str, name: str, loop: int, dtype: torch.dtype) -> None:
+def test_layers(gpu: Callable, direction: str, name: str, loop: int, dtype: torch.dtype) -> None:
     layer = conv_cases.LAYERS[name]
     if direction == "x" and layer[5] != 1:
         pytest.skip("the gradient of x at a stride is ATen's")
-    face.on(loop)
+    gpu(loop)
     DIRECTIONS[direction](layer, dtype)
 
 
@@ -122,9 +121,9 @@ FUSED = {
 
 @pytest.mark.parametrize(("loop", "dtype"), LOOPS, ids=str)
 @pytest.mark.parametrize("name", FUSED)
-def test_inference(face: Face, name: str, loop: int, dtype: torch.dtype) -> None:
+def test_inference(gpu: Callable, name: str, loop: int, dtype: torch.dtype) -> None:
     layer, c2, split, features, log_softmax = FUSED[name]
-    face.on(loop, 64 if split else 2)
+    gpu(loop, 64 if split else 2)
     check_inference(conv_cases.LAYERS[layer], c2, split, features, log_softmax, dtype)
 
 
@@ -198,11 +197,11 @@ TILES = [(loop, block) for loop, blocks in cuda_tiles.BLOCKS.items() for block i
 @pytest.mark.parametrize(("loop", "block"), TILES, ids=str)
 @pytest.mark.parametrize("layer", WIDE, ids=str)
 def test_every_tile(
-    face: Face, monkeypatch: pytest.MonkeyPatch, layer: conv_cases.Layer, loop: int, block: int
+    gpu: Callable, monkeypatch: pytest.MonkeyPatch, layer: conv_cases.Layer, loop: int, block: int
 ) -> None:
     monkeypatch.setattr(cuda_tiles, "BLOCKS", {loop: (block,)})
     monkeypatch.setattr(cuda_tiles, "plan", cuda_tiles.plan.__wrapped__)
-    face.on(loop, 2)
+    gpu(loop, 2)
     for direction, check in DIRECTIONS.items():
         fits = loop != 75 or layer[5:7] in ((1, 1), (1, 2))  # the other layers do not fit into Turing's shared memory
         if fits and (direction != "x" or layer[5] == 1):
@@ -239,16 +238,16 @@ CHAINED = {
 }
 
 
-def depends(library: ctypes.CDLL, *tensors: Tensor) -> None:
-    """Adds the memory of `tensors` to what an early launch must not touch before its wait.
-
-    Called without tensors, it clears that list.
-    """
-    for x in tensors:
-        storage = x.untyped_storage()
-        library.jf_emulation_depends(ctypes.c_void_p(storage.data_ptr()), ctypes.c_int64(storage.nbytes()))
-    if not tensors:
-        library.jf_emulation_depends(None, ctypes.c_int64(0))
+@contextlib.contextmanager
+def untouched(library: ctypes.CDLL, *tensors: Tensor) -> Iterator[None]:
+    """While this context is open, an early launch finds NaN in the memory of `tensors` until it waits."""
+    try:
+        for x in tensors:
+            storage = x.untyped_storage()
+            library.jf_emulation_depends(ctypes.c_void_p(storage.data_ptr()), ctypes.c_int64(storage.nbytes()))
+        yield
+    finally:
+        library.jf_emulation_depends(None, ctypes.c_int64(0))  # clears the list
 
 
 def check_early(library: ctypes.CDLL, layer: conv_cases.Layer, c2: int, shared: bool, dtype: torch.dtype) -> None:
@@ -271,20 +270,17 @@ def check_early(library: ctypes.CDLL, layer: conv_cases.Layer, c2: int, shared: 
         return out.clone(), made.clone()
 
     want = run(Chain())
-    try:
-        scratch = (space.part, space.arrived) if shared else ()
-        depends(library, rows, lengths, made, out, *scratch, *(panes or ())[:1])
+    scratch = (space.part, space.arrived) if shared else ()
+    with untouched(library, rows, lengths, made, out, *scratch, *(panes or ())[:1]):
         got = run(Chain(True, (packed.data, packed.data)))
-    finally:
-        depends(library)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("loop", [80, 90])
 @pytest.mark.parametrize("name", CHAINED)
-def test_an_early_launch_touches_weights_alone_before_it_waits(face: Face, name: str, loop: int) -> None:
+def test_an_early_launch_touches_weights_alone_before_it_waits(gpu: Callable, name: str, loop: int) -> None:
     layer, c2, shared = CHAINED[name]
-    face.on(loop, 64 if shared else 2)
+    gpu(loop, 64 if shared else 2)
     library = emulation()
     check_early(library, layer, c2, shared, torch.float16)
     packed = torch.empty(cuda_impl.packed_shape(torch.empty(layer[2], layer[1], layer[4]))[:3])

@@ -5,7 +5,7 @@ import torch
 from close import assert_close
 from engines import valid
 from standins import spied
-from test_conv1d_cuda import Face, depends, emulation
+from test_conv1d_cuda import emulate, emulation, untouched
 from test_golden import _build, _loss, golden  # noqa: F401 (a fixture)
 
 from jasper_fast import InferenceEngine, ops
@@ -21,7 +21,7 @@ def convs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
 
     An entry has the name of the launched function, and whether the launch may begin before the previous one ends.
     """
-    Face(monkeypatch, cuda_launch.bind(emulation())).on(request.param, 4)
+    emulate(monkeypatch, cuda_launch.bind(emulation()), request.param, 4)
 
     def chosen(backend, device, dtype, strided_dx, calls, shape, rows_log2, off) -> str:
         return "cuda" if dtype == HALF and not strided_dx else "aten"
@@ -47,12 +47,8 @@ def test_launches_of_the_engine_overlap_safely(convs, golden) -> None:  # noqa: 
     want = engine(*given)
     runner = engine._run
     convs.clear()
-    library = emulation()
-    try:
-        depends(library, *runner.buffers.held.values(), *runner.lengths.held.values(), *runner._scratch())
+    with untouched(emulation(), *runner.buffers.held.values(), *runner.lengths.held.values(), *runner._scratch()):
         got = engine(*given)
-    finally:
-        depends(library)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     # Three launches are not early: the first of the call, the first of its graph, and the last of the call.
     early = [False, False, *[True] * (len(convs) - 3), False]

@@ -10,7 +10,7 @@ import mutant_rig
 import pytest
 import torch
 from cuda_mutants import MUTANTS, WGMMA, WGRAD, WGRAD90
-from test_conv1d_cuda import CHAINED, DIRECTIONS, FUSED, Face, check_early, check_inference
+from test_conv1d_cuda import CHAINED, DIRECTIONS, FUSED, check_early, check_inference, emulate
 
 from jasper_fast.kernels.conv1d import cuda_launch, cuda_tiles
 
@@ -43,14 +43,13 @@ def checked(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_tiles, "BLOCKS", {75: (64,), 80: (64,), 90: (64,)})
         patch.setattr(cuda_tiles, "plan", cuda_tiles.plan.__wrapped__)
-        face = Face(patch, functions)
         for layer in map(LAYERS.get, layers):
-            face.on(loop, 2)
+            emulate(patch, functions, loop, 2)
             for direction in directions:
                 if direction != "x" or layer[5] == 1:
                     DIRECTIONS[direction](layer, torch.float16)
         if "forward" in directions:
-            face.on(loop, 64)
+            emulate(patch, functions, loop, 64)
             check_inference(LAYERS["wide"], 88, True, False, False, torch.float16)
             check_inference(conv_cases.LAYERS["prologue"], *FUSED["features"][1:], torch.float16)
             for layer, c2, shared in map(CHAINED.get, chained) if loop != 75 else ():

@@ -20,8 +20,8 @@ from conftest import assert_raises, raising
 from test_conv1d_cuda import (
     DIRECTIONS,
     FUSED,
-    Face,
     check_inference,
+    emulate,
     functions as conv_functions,  # noqa: F401 (a fixture)
 )
 from test_cuda_emulated import Emulated
@@ -166,20 +166,20 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_launches_through_the_driver(monkeypatch, conv_functions, cache: Path, loop: int) -> None:  # noqa: F811
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(loop, 10))
     compiler, driver = Nvrtc(), Driver(conv_functions)
-    face = Face(monkeypatch, cuda_nvrtc.Compiled(compiler, driver))
+    compiled = cuda_nvrtc.Compiled(compiler, driver)
     for name in ("k11", "prologue"):
-        face.on(loop, 3)
+        emulate(monkeypatch, compiled, loop)
         for direction, check in DIRECTIONS.items():
             if direction != "x" or name == "k11":
                 check(conv_cases.LAYERS[name], torch.float16)
-    face.on(loop, 64)
+    emulate(monkeypatch, compiled, loop, 64)
     check_inference(conv_cases.LAYERS["k25"], *FUSED["shared"][1:], torch.float16)
     assert driver.cooperative
     assert {options for _, options in compiler.compiled} == {f"-arch=sm_{loop}{'a' if loop == 90 else ''}"}
     assert len(set(compiler.compiled)) == len(compiler.compiled) == len(list(cache.iterdir()))
 
     again = Nvrtc()  # as in a new process: the code is found on disk
-    Face(monkeypatch, cuda_nvrtc.Compiled(again, Driver(conv_functions))).on(loop, 3)
+    emulate(monkeypatch, cuda_nvrtc.Compiled(again, Driver(conv_functions)), loop)
     DIRECTIONS["forward"](conv_cases.LAYERS["k11"], torch.float16)
     assert again.compiled == []
 
