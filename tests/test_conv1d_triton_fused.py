@@ -31,14 +31,13 @@ def test_fused_with_panes_over_a_history_buffer(layer, width, dtype, device):
     panes, out = history[:, :, :width], history[:, :, width : width + c_out]
     w2, bias = (torch.randn(c_out, width, 1) / width**0.5).to(device, dtype), torch.randn(c_out, device=device)
     given = {"lengths": Lengths(lengths, lengths), "relu": True}
-
-    def plain(dtype):
-        return reference.fused(
-            x.transpose(1, 2).to(dtype), weight.to(dtype), shape, bias=bias.to(dtype),
-            panes=(panes.to(dtype), w2.to(dtype)), **given,
-        )  # fmt: skip
-
-    low, ref = plain(dtype), plain(torch.float64)
+    low, ref = (
+        reference.fused(
+            x.transpose(1, 2).to(kind), weight.to(kind), shape, bias=bias.to(kind),
+            panes=(panes.to(kind), w2.to(kind)), **given,
+        )
+        for kind in (dtype, torch.float64)
+    )  # fmt: skip
     got = triton_impl.fused(
         x.transpose(1, 2), triton_impl.pack(weight), shape, bias=bias, panes=(panes, triton_impl.pack(w2)), out=out,
         **given,
@@ -56,9 +55,8 @@ def test_the_first_conv_reads_features_as_they_are(dtype, masked, descriptors, d
     """Shows that the kernel takes fp32 (N, C, T) features, masks them itself and computes the output lengths."""
     monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", descriptors)
     _, weight, *_ = make(LAYERS["prologue"], dtype, device)
-    features, lengths = torch.randn(3, 64, 45, device=device), torch.tensor([45, 20, 0], device=device)
-    if masked:
-        features = mask(features, lengths, torch.nan)
+    lengths = torch.tensor([45, 20, 0], device=device)
+    features = mask(torch.randn(3, 64, 45, device=device), lengths if masked else None, torch.nan)
     made = torch.full((3,), -1, device=device)
     bias = torch.randn(32, device=device)
     # with masks, the output has room for more frames than the conv computes, as in an engine's bucket

@@ -86,17 +86,15 @@ class Emulated(NativeFace):
         )  # fmt: skip
 
     def bn_backward_reduce(self, dz, y, z, mean, rstd, gamma, beta, lengths, seed, p, dbeta, dgamma):
-        seed = seed if z is None else None  # as in bn_relu_dropout.cu
         self.run(
             REDUCE, y, p, dbeta, dgamma, mean=mean, rstd=rstd, gamma=gamma, beta=beta, dz=dz, z=z, lengths=lengths,
-            seed=seed,
+            seed=seed if z is None else None,  # as in bn_relu_dropout.cu
         )  # fmt: skip
 
     def bn_backward_apply(self, dz, y, z, mean, rstd, gamma, beta, mean_g, mean_gy, lengths, seed, p, dy, dres):
-        seed = seed if z is None else None
         self.run(
             APPLY, y, p, mean=mean, rstd=rstd, gamma=gamma, beta=beta, mean_g=mean_g, mean_gy=mean_gy, dz=dz, z=z,
-            lengths=lengths, seed=seed, out=dy, dres=dres,
+            lengths=lengths, seed=seed if z is None else None, out=dy, dres=dres,
         )  # fmt: skip
 
 

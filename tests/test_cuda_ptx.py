@@ -42,9 +42,13 @@ def one_hots(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
 # ---- fragments -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_ldmatrix(call: Callable, transposed: bool) -> None:
-    probe.check_ldmatrix(call, transposed)
+@pytest.mark.parametrize(
+    ("check", "argument"),
+    [(probe.check_ldmatrix, False), (probe.check_ldmatrix, True), *((probe.check_wgmma, i) for i in probe.INSTANCES)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_ldmatrix_and_wgmma(call: Callable, check: Callable, argument: object) -> None:
+    check(call, argument)
 
 
 @pytest.mark.parametrize(("k", "dtype"), [(8, torch.float16), (16, torch.float16), (16, torch.bfloat16)], ids=str)
@@ -53,11 +57,6 @@ def test_mma(call: Callable, k: int, dtype: torch.dtype) -> None:
         grid = max(len(x) for x in (a, b) if x.ndim == 3)
         a, b, d = (x.expand(grid, *x.shape[-2:]).to(dtype) for x in (a, b, probe.integers(grid, 16, 8)))
         assert torch.equal(probe.mma(call, a, b, d).out, a.float() @ b.float() + d.float())
-
-
-@pytest.mark.parametrize("instance", probe.INSTANCES, ids=str)
-def test_wgmma(call: Callable, instance) -> None:
-    probe.check_wgmma(call, instance)
 
 
 @pytest.mark.parametrize(("a_mn", "b_mn"), [(0, 0), (0, 1), (1, 0), (1, 1)])

@@ -18,17 +18,17 @@ def face(request):
     return make_face(request.param)
 
 
-def engine_of(face, cfg=None, **options):
+def case(face, frames=(31, 17), cfg=None, **options):
+    """Returns (eager, engine, features, lengths): two models with the same parameters, and a batch."""
     eager, ours = pair(cfg or config(), face.name, face.device)
-    return eager, InferenceEngine(ours, **options)
+    return eager, InferenceEngine(ours, **options), *batch(frames, device=face.device)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_every_kind_of_block_equals_eager_in_fp64(kind, masks, face):
-    eager, engine = engine_of(face, config(kind, masks))
-    features, lengths = batch([31, 17, 1, 0] if masks else [31, 31], device=face.device)
+    eager, engine, features, lengths = case(face, [31, 17, 1, 0] if masks else [31, 31], config(kind, masks))
     low, want_lengths = eager(features, lengths)
     ref, _ = eager.double()(features.double(), lengths)
     poison(engine)
@@ -45,8 +45,7 @@ VOCABULARIES = [("one conv", classes, [19, 4]) for classes in (2, 29, 128, 129, 
 
 @pytest.mark.parametrize(("kind", "classes", "frames"), SHORT + VOCABULARIES)
 def test_audio_shorter_than_the_taps_and_vocabularies_of_every_size(kind, classes, frames, face):
-    eager, engine = engine_of(face, config(kind, classes=classes))
-    features, lengths = batch(frames, device=face.device)
+    eager, engine, features, lengths = case(face, frames, config(kind, classes=classes))
     want, want_lengths = eager(features, lengths)
     got, got_lengths = engine(features, lengths)
     assert torch.equal(got_lengths, want_lengths)
@@ -55,15 +54,14 @@ def test_audio_shorter_than_the_taps_and_vocabularies_of_every_size(kind, classe
 
 @pytest.mark.parametrize(("n", "t"), [(0, 20), (2, 0)])
 def test_nothing_in_gives_nothing_out(n, t, face):
-    _, engine = engine_of(face)
+    _, engine, *_ = case(face)
     lengths = torch.full((n,), t, device=face.device)
     log_probs, out = engine(torch.zeros(n, FEATS, t, device=face.device), lengths)
     assert log_probs.shape == (n, t // 2, 7) and torch.equal(out, lengths // 2)
 
 
 def test_without_lengths_all_frames_count(face):
-    _, engine = engine_of(face)
-    features, lengths = batch([23, 23], device=face.device)
+    _, engine, features, lengths = case(face, [23, 23])
     got, want = engine(features), engine(features, lengths)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
@@ -71,8 +69,7 @@ def test_without_lengths_all_frames_count(face):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jasper", "dense first"])
 def test_layout_and_dtype_of_the_arguments_do_not_matter(kind, face):
-    _, engine = engine_of(face, config(kind))
-    features, lengths = batch([29, 12], device=face.device)
+    _, engine, features, lengths = case(face, [29, 12], config(kind))
     features = features.half().float()  # values that every dtype below can represent
     want, out = engine(features, lengths)
     forms = {
@@ -92,8 +89,7 @@ def test_layout_and_dtype_of_the_arguments_do_not_matter(kind, face):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_is_as_good_as_pytorchs(dtype, face):
-    eager, engine = engine_of(face, dtype=dtype)
-    features, lengths = batch([31, 17], device=face.device)
+    eager, engine, features, lengths = case(face, dtype=dtype)
     ref, out = eager.double()(features.double(), lengths)
     low, _ = eager.to(dtype)(features.nan_to_num().to(dtype), lengths)
     got, _ = engine(features, lengths)
@@ -129,8 +125,7 @@ def test_a_model_of_another_dtype_runs_in_the_wanted_one(held, face):
 
 @pytest.mark.slow
 def test_a_nan_in_a_valid_frame_reaches_its_own_utterance_only(face):
-    _, engine = engine_of(face)
-    features, lengths = batch([31, 31], device=face.device)
+    _, engine, features, lengths = case(face, [31, 31])
     clean, _ = engine(features, lengths)
     features[1, 3, 15] = float("nan")
     got, _ = engine(features, lengths)
@@ -141,8 +136,7 @@ def test_a_nan_in_a_valid_frame_reaches_its_own_utterance_only(face):
 @pytest.mark.parametrize("kind", ["jasper", "plain residual"])
 def test_results_are_memory_of_their_own(kind, face):
     """A later call changes no earlier result, and a write to the returned lengths changes no argument."""
-    _, engine = engine_of(face, config(kind))
-    first = batch([31, 17], device=face.device)
+    _, engine, *first = case(face, cfg=config(kind))
     log_probs, out = engine(*first)
     kept, kept_out, given = log_probs.clone(), out.clone(), first[1].clone()
     out_again = engine(*batch([25, 30], device=face.device))[1]
@@ -180,8 +174,7 @@ def test_weights_are_copies_until_refresh(face, graphs, monkeypatch):
 
 @pytest.mark.slow
 def test_inference_mode_may_come_and_go(face):
-    _, engine = engine_of(face)
-    features, lengths = batch([31, 17], device=face.device)
+    _, engine, features, lengths = case(face)
     with torch.inference_mode():
         want, _ = engine(features, lengths)
     assert torch.equal(engine(features, lengths)[0], want)
@@ -191,7 +184,7 @@ def test_inference_mode_may_come_and_go(face):
 
 @pytest.mark.slow
 def test_threads_share_an_engine(face):
-    _, engine = engine_of(face, bucket=8)
+    _, engine, *_ = case(face, bucket=8)
     batches = [batch(lengths, device=face.device) for lengths in ([31, 17], [9], [40, 2, 5])]
     wanted = [engine(*b)[0] for b in batches]
 
@@ -203,8 +196,7 @@ def test_threads_share_an_engine(face):
 
 
 def test_bad_input_is_named(face):
-    _, engine = engine_of(face)
-    features, lengths = batch([31, 17], device=face.device)
+    _, engine, features, lengths = case(face)
     wrong = [
         (features[:, 1:], lengths, rf"features must be \(N, {FEATS}, T\)"),
         (features.nan_to_num().long(), lengths, "features must be floating point"),
