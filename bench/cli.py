@@ -459,10 +459,11 @@ def start(args: argparse.Namespace, arguments: Sequence[str]) -> Run:
         effort = dataclasses.replace(effort, seconds=args.seconds)
     header = result_file.header(device, vars(args), effort)
     header |= {"command": args.command, "cudnn_benchmark": torch.backends.cudnn.benchmark}
-    path = _resumable(args, header) if args.resume else None
-    if path is None:
-        name, commit = tables.slug(header["machine"]["name"]), header["machine"]["commit"] or "nogit"
-        path = args.out / f"{args.command}_{name}_{datetime.datetime.now():%Y%m%d-%H%M%S}_{commit}.json"
+    name, commit = tables.slug(header["machine"]["name"]), header["machine"]["commit"] or "nogit"
+    path = args.out / f"{args.command}_{name}_{datetime.datetime.now():%Y%m%d-%H%M%S}_{commit}.json"
+    if args.resume:  # the newest unfinished result of the same subcommand, machine, commit and ALIKE arguments
+        earlier = sorted(args.out.glob(f"{args.command}_{name}_*.json"), reverse=True)
+        path = next((old for old in earlier if result_file.unfinished(old, header)), path)
     load, cores = header["machine"]["load_average"], header["machine"]["cpu"]["cores"]
     if load and load[0] > 0.5 * cores:
         console.print(
@@ -476,13 +477,6 @@ def start(args: argparse.Namespace, arguments: Sequence[str]) -> Run:
             results.data["limits"] = limits.measure(device, args.quick)
         results.write()
     return run
-
-
-def _resumable(args: argparse.Namespace, header: dict) -> Path | None:
-    """Returns the path of the newest unfinished result of the same subcommand, machine, commit and ALIKE arguments, or
-    None."""
-    results = sorted(args.out.glob(f"{args.command}_{tables.slug(header['machine']['name'])}_*.json"), reverse=True)
-    return next((path for path in results if result_file.unfinished(path, header)), None)
 
 
 def _relative(path: Path) -> Path:

@@ -67,8 +67,10 @@ def full_step(
     optimizer = kind(learning, lr=LR, weight_decay=WEIGHT_DECAY)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     called = wrap(trained)
-    how = {"optimizer": optimizer, "scaler": scaler, "guard": BufferGuard(trained), "ema": ema}
-    how |= {"device": device, "amp_dtype": None if dtype is torch.float32 else dtype}
+    how = {
+        "optimizer": optimizer, "scaler": scaler, "guard": BufferGuard(trained), "ema": ema, "device": device,
+        "amp_dtype": None if dtype is torch.float32 else dtype,
+    }  # fmt: skip
     frontend = lambda x, lengths: (x, lengths.to(device, non_blocking=True), lengths)  # noqa: E731
     step = functools.partial(train_step, called, frontend, **how)
     if graphs:

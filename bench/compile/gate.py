@@ -43,7 +43,7 @@ TABLE = Table(
     },
     order=lambda key: (key[0], DTYPES.index(key[1]), *key[2:]),
 )  # fmt: skip
-COLD = re.compile(r"merge|pack")  # kernels that process little data, so that spills and narrow accesses cost little
+COLD = ("merge|pack", "they process little data, so that spills and narrow accesses cost little")
 
 
 @dataclass(frozen=True)
@@ -157,9 +157,9 @@ class Rule:
         return None if exempt else self.broken(job, facts)
 
 
-def _spill(job: Job, facts: dict) -> str | None:
-    hot = not COLD.search(job.kernel)
-    return f"{facts['spilled']} bytes of stack and local memory per thread" if facts["spilled"] and hot else None
+def _none(fact: str, what: str) -> Callable[[Job, dict], str | None]:
+    """Returns the `broken` of a rule by which `fact` must be 0. The complaint is the number and `what`."""
+    return lambda job, facts: f"{facts[fact]} {what}" if facts[fact] else None
 
 
 def _shared(job: Job, facts: dict) -> str | None:
@@ -201,34 +201,28 @@ def _asynchronous(job: Job, facts: dict) -> str | None:
     return f"{waiting} wide loads into registers in a loop of products, where cp.async is expected" if waiting else None
 
 
-def _narrow(job: Job, facts: dict) -> str | None:
-    narrow = facts["narrow_loads"] if job.dtype != "float32" else 0
-    return f"{narrow} scalar 16-bit loads in an innermost loop" if narrow else None
-
-
 def _wide(job: Job, facts: dict) -> str | None:
-    if COLD.search(job.kernel):
-        return None
     if not facts["dots"] and not facts["wide_loads"]:
         return "no 16-byte loads"
     return None if facts["wide_stores"] else "no 16-byte stores"
 
 
-def _nan(job: Job, facts: dict) -> str | None:
-    return f"{facts['nan_eaters']} max.f32 instructions, which drop a NaN" if facts["nan_eaters"] else None
-
-
 RULES = (
-    Rule("no spill", _spill),
+    Rule("no spill", _none("spilled", "bytes of stack and local memory per thread"), (COLD,)),
     Rule("shared memory fits", _shared),
     Rule("tensor cores", _tensor_cores),
     Rule("exact fp32", _exact_products),
     Rule("asynchronous copies", _asynchronous),
-    Rule("no 16-bit scalar loads", _narrow),
+    Rule(
+        "no 16-bit scalar loads",
+        _none("narrow_loads", "scalar 16-bit loads in an innermost loop"),
+        ((" float32 ", "its elements have 32 bits"),),
+    ),
     Rule(
         "16-byte accesses",
         _wide,
         (  # kernels that are exempt, and why
+            COLD,
             ("bn_relu_dropout (stats|backward_reduce)", "they write one number per channel"),
             ("conv1d last", "rows of 29 symbols are not aligned"),
             ("conv1d wgrad direct", "the elements of one tap of dw are not contiguous"),
@@ -241,7 +235,7 @@ RULES = (
     ),
     Rule(
         "a NaN passes",
-        _nan,
+        _none("nan_eaters", "max.f32 instructions, which drop a NaN"),
         (("conv1d last", "the maximum in log-softmax drops a NaN, but the sum of exponentials keeps it"),),
     ),
 )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from jasper_fast.bench.cases.layers import Layer, layers
-from jasper_fast.kernels import aot, launch, tables
+from jasper_fast.kernels import aot, launch, precision, tables
 from jasper_fast.kernels.bn_relu_dropout import triton_impl as bn
 from jasper_fast.kernels.conv1d import triton_impl as conv1d, triton_tiles
 from jasper_fast.kernels.ctc import triton_impl as ctc
@@ -212,14 +212,10 @@ def _sources(
     If `tile` is given, the conv op `op` uses it in place of the tile that dispatch would choose.
     """
     found: list[tuple[str, aot.Source]] = []
-    conv = torch.backends.cudnn.conv
-    before, conv.fp32_precision = conv.fp32_precision, "ieee" if exact else "tf32"
     recording = launch.recorded(lambda one: found.append((called(one, exact), aot.source(one, arch))), arch)
-    try:
-        with recording, tables.forced(f"conv1d.{op}", tile) if tile else contextlib.nullcontext():
-            call()
-    finally:
-        conv.fp32_precision = before
+    forced = tables.forced(f"conv1d.{op}", tile) if tile else contextlib.nullcontext()
+    with precision.fp32("ieee" if exact else "tf32"), recording, forced:
+        call()
     return found
 
 

@@ -53,7 +53,8 @@ class CudaClock:
         size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
         self.flush = torch.empty(max(size, 32 << 20) // 4, dtype=torch.float32, device=device)
         self.sink = torch.empty((), dtype=torch.float32, device=device)
-        self.hosts: dict[int, float] = {}
+        # The seconds until a run returns to the host. They are measured once per run.
+        self.host = functools.cache(functools.partial(host_seconds, device=device))
 
     def sample(self, run: Callable[[], object], inner: int) -> float:
         """Returns the seconds of one run, as the mean of `inner` runs."""
@@ -64,12 +65,6 @@ class CudaClock:
             torch.cuda._sleep(cycles)
             total += device_seconds(run)
         return total / inner
-
-    def host(self, run: Callable[[], object]) -> float:
-        """Returns the seconds until `run` returns to the host. They are measured only once."""
-        if id(run) not in self.hosts:
-            self.hosts[id(run)] = host_seconds(run, self.device)
-        return self.hosts[id(run)]
 
 
 def device_seconds(run: Callable[[], object]) -> float:

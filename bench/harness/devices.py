@@ -25,8 +25,7 @@ def tidy(device: torch.device) -> None:
         if trees := sys.modules.get("torch._inductor.cudagraph_trees"):
             trees.reset_cudagraph_trees()
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # does nothing if no GPU is in use
 
 
 def synchronize(device: torch.device) -> None:

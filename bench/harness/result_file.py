@@ -125,10 +125,8 @@ def unfinished(path: Path, header: dict) -> bool:
         old = read(path)
     except ValueError as error:
         raise SystemExit(f"--resume: {error}; delete it, or run without --resume") from None
-    if old["schema"] != SCHEMA:
+    if (old["schema"], old["command"]) != (SCHEMA, header["command"]) or old["finished"]:
         return False
-    same = old["command"] == header["command"] and all(
-        old["machine"][k] == header["machine"][k] for k in ("name", "commit", "dirty")
-    )
+    here = all(old["machine"][k] == header["machine"][k] for k in ("name", "commit", "dirty"))
     before, now = (data.get("arguments", {}) for data in (old, header))
-    return same and all(before.get(k) == now.get(k) for k in ALIKE) and not old["finished"]
+    return here and all(before.get(k) == now.get(k) for k in ALIKE)

@@ -103,11 +103,9 @@ class Run:
         With such a fault jasper_fast is not timed.
         """
         face = {"cpu": "cpu", "cuda": "triton"}.get(self.device.type, "") if self.backend == "auto" else self.backend
-        for found in self.results.data.get("selfcheck", {}).get("verdicts", ()):
-            ours = found["face"] in (face, "aten") and found["dtype"] == self.dtype_name and found["op"] in needs
-            if ours and found["status"] == "bad":
-                return f"self-check: {found['failure']}"
-        return ""
+        verdicts = self.results.data.get("selfcheck", {}).get("verdicts", ())
+        ours = (v for v in verdicts if v["face"] in (face, "aten") and v["dtype"] == self.dtype_name)
+        return next((f"self-check: {v['failure']}" for v in ours if v["op"] in needs and v["status"] == "bad"), "")
 
     def close(self, release: Callable[[], None]) -> None:
         """Calls `release`, which frees what the cases so far share. With `revisits`, `revisit` calls it after the

@@ -61,13 +61,9 @@ def put_table(run: Run) -> None:
 
 def winners(rows: list[dict]) -> list[tables.Row]:
     """Returns the fastest correct configuration for each key of the table."""
-    best: dict[tuple, tables.Row] = {}
-    for row in rows:
-        if row["status"] == "ok":
-            made = tables.Row(**row["tune"], time_s=row["time_s"]["median"])
-            if made.key not in best or made.time_s < best[made.key].time_s:
-                best[made.key] = made
-    return list(best.values())
+    timed = [tables.Row(**row["tune"], time_s=row["time_s"]["median"]) for row in rows if row["status"] == "ok"]
+    best = {row.key: row for row in sorted(timed, key=lambda row: row.time_s, reverse=True)}
+    return [best[key] for key in dict.fromkeys(row.key for row in timed)]
 
 
 def table_header(data: dict) -> dict[str, str]:
