@@ -123,7 +123,7 @@ def measure_all(run: Run, _: argparse.Namespace) -> None:
 
     Kernels, training and inference each get those of the rivals in `--rivals` that they have.
     """
-    run.brief, run.revisits, run.deadline = True, True, run.started + ALL_SECONDS
+    run.brief, run.deadline = True, run.started + ALL_SECONDS
     run.effort = dataclasses.replace(run.effort.at_most(3.0), min_rounds=4)
     training, inference = (
         dataclasses.replace(run, rivals=choice.only(kind, run.rivals, choice.OF_KERNELS))
@@ -338,20 +338,18 @@ def main(arguments: list[str] | None = None) -> int:
         return begun[0]
 
     try:
-        args = parser().parse_args(arguments)
-        if args.command == "train" and (scaling.grouped() or max(args.world or (1,)) > 1):
-            scaling.check_options(args)
-            if not scaling.grouped():
-                return scaling.launch(arguments, max(args.world))
-        return _command(args, begin)
+        return _command(parser().parse_args(arguments), begin, arguments)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":  # of several processes, the first says what is saved
             say(_kept(begun[0].results) if begun else NOTHING)
         return 130  # the exit status that a shell reports after Ctrl-C
 
 
-def _command(args: argparse.Namespace, begin: Callable[[argparse.Namespace], Run]) -> int:
-    """Runs the subcommand and returns the exit status. `begin` makes the `Run` of a subcommand that measures rows."""
+def _command(args: argparse.Namespace, begin: Callable[[argparse.Namespace], Run], arguments: Sequence[str]) -> int:
+    """Runs the subcommand and returns the exit status. `begin` makes the `Run` of a subcommand that measures rows.
+
+    `arguments` are those from which `args` were read, for processes that run the same command.
+    """
     if args.command == "report":
         return html_page.main(args.results, args.html, args.readme)
     if args.command == "data":
@@ -370,7 +368,10 @@ def _command(args: argparse.Namespace, begin: Callable[[argparse.Namespace], Run
         )
     if args.command == "optimizer" and args.dtype not in (None, "fp32"):
         raise SystemExit(f"--dtype {args.dtype}: the optimiser's step is always in fp32")
-    if args.command == "train" and scaling.grouped():
+    if args.command == "train" and (scaling.grouped() or max(args.world or (1,)) > 1):
+        scaling.check_options(args)
+        if not scaling.grouped():
+            return scaling.launch(arguments, max(args.world))
         with scaling.joined(args) as team:
             if team.rank:
                 scaling.main(team, args.model or (), *prepared(args), args.backend, None)

@@ -37,7 +37,7 @@ def test_a_second_visit_widens_the_interval_to_what_both_would_have_said():
 
 
 def test_a_run_comes_back_to_its_cases(tmp_path):
-    run = make_run(tmp_path, revisits=True)
+    run = make_run(tmp_path, brief=True)
     released, broken = [], []
     later = lambda x: F.softplus(x) * (1.001 if broken else 1.0)  # noqa: E731
     cases = [softplus_case({"twin": F.softplus}), softplus_case({"scaled later": later}, "again")]
@@ -59,7 +59,7 @@ def test_a_run_comes_back_to_its_cases(tmp_path):
 
 
 def test_backward_alone_is_timed_in_both_visits(tmp_path):
-    run = make_run(tmp_path, revisits=True)
+    run = make_run(tmp_path, brief=True)
     run.cases("test", [bn_relu_dropout.case(run, (2, 8, 16), "backward", False, False)])
     run.revisit()
     found = run.results.data["rows"]
@@ -68,7 +68,7 @@ def test_backward_alone_is_timed_in_both_visits(tmp_path):
 
 
 def test_a_case_takes_its_own_rounds_and_share_in_both_visits(tmp_path):
-    run = make_run(tmp_path, revisits=True)
+    run = make_run(tmp_path, brief=True)
     # With so wide a target, a case ends after `min_rounds` rounds.
     run.effort = Effort(seconds=60.0, min_rounds=4, max_rounds=20, target=1e9)
     changes = {"softplus": {}, "more": {"rounds": 12}, "less": {"share": 1e-9}}
@@ -110,7 +110,7 @@ def test_convs_in_fp16_on_a_cpu_are_one_utterance_checked_once_before(run):
         ("cuda", torch.float16, (32, 832), (1, 2)),
     ):
         of = dataclasses.replace(run, device=torch.device(device), dtype=dtype)
-        (case,), *_ = by_layer.cases("conv1d")(of, "forward")
+        (case,), *_ = by_layer.cases("conv1d", of, "forward")
         assert common.size(of) == size and case.seeds == seeds
         assert case.key["shape"].startswith(f"({size[0]}, ") and case.key["shape"].endswith(f", {size[1]})")
 

@@ -20,17 +20,12 @@ def layer_cases(run: Run, op: str, N: int, T: int, layer: Layer, modes: tuple[st
     ]
 
 
-def cases(op: str) -> common.Cases:
-    """Returns a function that makes the cases of one layer after another, so that only one layer's tensors are in
-    memory.
+def cases(op: str, run: Run, mode: str | None = None) -> Iterator[list[Case]]:
+    """Yields the cases of one layer after another, so that only one layer's tensors are in memory.
 
     Each layer has one case per mode. `sub_block` also has the mode "inference". If the run is `quick` or `brief`, there
     are only two layers.
     """
     every = (*common.MODES, "inference") if op == "sub_block" else common.MODES
-
-    def make(run: Run, mode: str | None) -> Iterator[list[Case]]:
-        for layer in (Layer(768, 768, 25), Layer(256, 256, 11)) if run.quick or run.brief else layers():
-            yield layer_cases(run, op, *common.batch(run, layer), layer, common.chosen(run, mode, every))
-
-    return make
+    for layer in (Layer(768, 768, 25), Layer(256, 256, 11)) if run.quick or run.brief else layers():
+        yield layer_cases(run, op, *common.batch(run, layer), layer, common.chosen(run, mode, every))

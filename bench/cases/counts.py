@@ -56,11 +56,6 @@ class Conv:
         """Parameters of the convolution without its norm."""
         return self.C_out * self.C_in // self.groups * self.K + (self.C_out if self.bias else 0)
 
-    @property
-    def parameters(self) -> int:
-        """Parameters of the convolution and its batch norm."""
-        return self.weights + (2 * self.C_out if self.batch_norm else 0)
-
     def nbytes(self, itemsize: int) -> int:
         """Returns the bytes of the input, the weights and the output, each counted once."""
         return itemsize * (self.input + self.weights + self.output)
@@ -97,7 +92,7 @@ def convs(config: JasperConfig, N: int, T: int) -> Iterator[Conv]:
 
 def parameters(config) -> int:
     """Returns the number of parameters of the network."""
-    return sum(conv.parameters for conv in convs(config, 1, 2))
+    return sum(conv.weights + (2 * conv.C_out if conv.batch_norm else 0) for conv in convs(config, 1, 2))
 
 
 def forward_flops(config, N: int, T: int) -> int:

@@ -38,15 +38,14 @@ def step(module: nn.Module, batch: Batch, dtype: torch.dtype, device: torch.devi
         found["peak_bytes"] = allocations.peak(counted, "cpu", parameters)
     else:
         counted()
-    module.zero_grad(set_to_none=True)
-    if device.type == "cuda":
+        module.zero_grad(set_to_none=True)
         torch.cuda.synchronize(device)
         start = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         forward().backward()
         torch.cuda.synchronize(device)
         found["allocator_peak_bytes"] = torch.cuda.max_memory_allocated(device) - start
-        module.zero_grad(set_to_none=True)
+    module.zero_grad(set_to_none=True)
     return found
 
 

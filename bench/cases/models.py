@@ -97,8 +97,7 @@ def _weights(cfg: JasperConfig, device: torch.device, frames: int) -> dict[str, 
         torch.manual_seed(stable_seed("weights", repr(cfg.encoder)))
         model = EagerJasper(cfg)
     g = seeded(stable_seed("norms"), device)
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
-    for norm in norms:
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm1d)):
         norm.weight.copy_(torch.rand(norm.num_features, generator=g, device=device) + 0.5)
         norm.bias.copy_(torch.randn(norm.num_features, generator=g, device=device) * 0.1)
         norm.momentum = 1.0

@@ -5,6 +5,8 @@ The shapes are those of Jasper's layers, and for depthwise convs those of Quartz
 `python -m bench kernels --op bn_relu_dropout`
 """
 
+import functools
+
 from jasper_fast.bench.cases import bn_relu_dropout, by_layer, common, depthwise, panes
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.rivals import choice
@@ -14,25 +16,20 @@ def operations() -> dict[str, common.Cases]:
     """Returns, for each op that `--op` may name, the function that makes its cases."""
     return {
         "bn_relu_dropout": lambda run, mode: [bn_relu_dropout.cases(run, mode)],
-        "sub_block": by_layer.cases("sub_block"),
-        "conv1d": by_layer.cases("conv1d"),
+        "sub_block": functools.partial(by_layer.cases, "sub_block"),
+        "conv1d": functools.partial(by_layer.cases, "conv1d"),
         "panes": panes.cases,
         "depthwise": depthwise.cases,
     }
 
 
-def check_rivals(run: Run) -> None:
-    """Raises UnknownRival for a name in `--rivals` that no op has. `python -m bench all` also accepts the rivals of
-    models."""
-    models = (name for kind in choice.KINDS.values() for name in kind if run.brief)
-    known = dict.fromkeys((*choice.OF_KERNELS, *models))
-    if run.rivals not in ("default", "all") and (unknown := [n for n in run.rivals.split(",") if n not in known]):
-        raise choice.UnknownRival(f"no rival {unknown[0]!r} for kernels; known: {', '.join(known)}")
-
-
 def main(run: Run, op: str = "all", mode: str | None = None) -> list[dict]:
-    """Measures one op or all ops, in one mode or in all modes of the op; returns the rows."""
-    check_rivals(run)
+    """Measures one op or all ops, in one mode or in all modes of the op; returns the rows.
+
+    Raises UnknownRival for a name in `--rivals` that no op has. A `brief` run also accepts the rivals of models.
+    """
+    models = (name for kind in choice.KINDS.values() for name in kind if run.brief)
+    choice.check(run.rivals, dict.fromkeys((*choice.OF_KERNELS, *models)), " for kernels")
     known = operations()
     if run.brief:
         known.pop("conv1d")  # sub_block includes the same convs

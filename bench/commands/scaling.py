@@ -40,12 +40,6 @@ class Team:
     rank: int
     sizes: tuple[int, ...]
 
-    def from_first(self, value: Any) -> Any:
-        """Returns the value of the first process, on every process."""
-        values = [value]
-        dist.broadcast_object_list(values, 0)
-        return values[0]
-
 
 def grouped() -> bool:
     """Whether torchrun started this process together with others."""
@@ -123,14 +117,15 @@ def main(
     """
     grid = grid or (train.GPU_GRID[:1] if device.type == "cuda" else train.CPU_GRID[:1])
     groups = {w: dist.new_group(list(range(w))) for w in team.sizes if w > 1}
-    seconds = team.from_first(run and run.effort.seconds)
+    seconds = _all(dist.group.WORLD, run and run.effort.seconds)[0]  # those of the first process
     for model, N, T in grid:
         for contender in (scaling.OURS, scaling.EAGER):
             at = scaling.Setting(model, N, T, device, dtype, backend)
             alone = 0.0
             for world in team.sizes:
                 row = _begin_row(at, contender, world)
-                if team.from_first(run and run.results.has(row["id"].rsplit(" / ", 1)[0], (contender,))):
+                measured = run and run.results.has(row["id"].rsplit(" / ", 1)[0], (contender,))
+                if _all(dist.group.WORLD, measured)[0]:
                     kept = run.results.data["rows"] if run else ()
                     alone = alone or next((r.get("items_per_s", 0.0) for r in kept if r["id"] == row["id"]), 0.0)
                     continue

@@ -38,10 +38,8 @@ def interval(values: Sequence[float], resamples: int = 2000) -> tuple[float, flo
     block = max(1, round(n ** (1 / 3)))
     medians = []
     for _ in range(resamples):
-        drawn: list[float] = []
-        while len(drawn) < n:
-            start = rng.randrange(n)
-            drawn += [values[(start + i) % n] for i in range(block)]
+        starts = (rng.randrange(n) for _ in range(math.ceil(n / block)))
+        drawn = [values[(start + i) % n] for start in starts for i in range(block)]
         medians.append(statistics.median(drawn[:n]))
     medians.sort()
     low, high = (medians[min(resamples - 1, int(q * resamples))] for q in ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))

@@ -23,8 +23,7 @@ class Run:
     """What every subcommand gets: device, precision, effort, result file.
 
     The run stops at the time `deadline` of `time.monotonic`. With `brief`, for the subcommand `all`, it measures fewer
-    cases. With `revisits` it keeps the measured cases in `kept`, for `revisit`. `arguments` are those of the command
-    line.
+    cases, and keeps the measured ones in `kept`, for `revisit`. `arguments` are those of the command line.
     """
 
     device: torch.device
@@ -36,7 +35,6 @@ class Run:
     deadline: float | None = None
     rivals: str = "default"
     brief: bool = False
-    revisits: bool = False
     arguments: tuple[str, ...] = ()
     kept: list[Measurement] = field(default_factory=list)
     at_end: list[Callable[[], None]] = field(default_factory=list)
@@ -72,10 +70,9 @@ class Run:
                     show("check and warm up", 0.0)
                     checking.prepare(m)
                     made = timing.measure(m, self.effort, lambda share, show=show: show("time", 1.0 + share))
-                if self.revisits:
+                if self.brief:
                     self.kept.append(m)
-                else:
-                    m.runners.clear()
+                self.close(m.runners.clear)
                 self.results.add(made)
                 done += made
         return done
@@ -108,9 +105,9 @@ class Run:
         return next((f"self-check: {v['failure']}" for v in ours if v["op"] in needs and v["status"] == "bad"), "")
 
     def close(self, release: Callable[[], None]) -> None:
-        """Calls `release`, which frees what the cases so far share. With `revisits`, `revisit` calls it after the
-        second timing of the cases."""
-        if self.revisits:
+        """Calls `release`, which frees a case or what cases share. With `brief`, `revisit` calls it after the second
+        timing of the cases."""
+        if self.brief:
             self.at_end.append(release)
         else:
             release()
@@ -125,8 +122,6 @@ class Run:
                     break
                 progress.update(task, description=f"again: {m.case.bench} {m.case.label()}", completed=i)
                 self.results.add(timing.measure(m, self.effort))
-        for m in self.kept:
-            m.runners.clear()
         for release in self.at_end:
             release()
         self.kept.clear()

@@ -36,10 +36,9 @@ def chosen_goals(results: Sequence[dict]) -> list[tuple[dict, dict]]:
     --quick. `results` must be sorted by date.
     """
     order = dict.fromkeys(goal["name"] for result in reversed(results) for goal in result["goals"])
-    chosen = {}
     # Quick results come first, so that full ones replace them.
-    for result in sorted(results, key=lambda r: r.get("arguments", {}).get("quick") != "True"):
-        chosen |= {goal["name"]: (goal, result) for goal in result["goals"]}
+    by_effort = sorted(results, key=lambda r: r.get("arguments", {}).get("quick") != "True")
+    chosen = {goal["name"]: (goal, result) for result in by_effort for goal in result["goals"]}
     return [chosen[name] for name in order]
 
 

@@ -160,10 +160,9 @@ def launch_columns(rows: Sequence[dict]) -> list[Column]:
 PROFILE = ("time", "share", "calls")  # the columns after the name
 
 
-def profiled(records: Sequence[dict], limit: int) -> list[tuple[str, list[tuple[str, ...]]]]:
-    """Returns (title, lines) for each kind of record in a profile, with at most `limit` lines. A line is a name and the
+def profiled(records: Sequence[dict], limit: int) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+    """Yields (title, lines) for each kind of record in a profile, with at most `limit` lines. A line is a name and the
     cells of the columns PROFILE."""
-    found = []
     for kind, title in (("layer", "layer, forward"), ("backward", "layer, backward"), ("op", "op, its own time")):
         mine = [r for r in records if r["kind"] == kind]
         whole = sum(r["seconds"] for r in mine)
@@ -171,8 +170,8 @@ def profiled(records: Sequence[dict], limit: int) -> list[tuple[str, list[tuple[
             (r["name"], duration(r["seconds"]), f"{100 * r['seconds'] / whole:.1f} %", str(r["calls"]))
             for r in mine[:limit]
         ]
-        found += [(title, lines)] if lines else []
-    return found
+        if lines:
+            yield title, lines
 
 
 def _mib(kind: str) -> Callable[[dict], str]:

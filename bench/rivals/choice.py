@@ -40,6 +40,13 @@ class UnknownRival(ValueError):
     """`--rivals` names an unknown rival. The message lists the known ones."""
 
 
+def check(wanted: str, known: Iterable[str], what: str = "") -> None:
+    """Raises UnknownRival for a name in `wanted`, the value of `--rivals`, that is not in `known`. `what` says in the
+    message whose rivals these are."""
+    if wanted not in ("default", "all") and (unknown := [name for name in wanted.split(",") if name not in known]):
+        raise UnknownRival(f"no rival {unknown[0]!r}{what}; known: {', '.join(known)}")
+
+
 def choose(kind: str, device: torch.device, wanted: str) -> dict[str, Callable[[nn.Module], Model]]:
     """Returns the builders of the rivals for `kind` ("inference" or "training"), by name.
 
@@ -47,11 +54,10 @@ def choose(kind: str, device: torch.device, wanted: str) -> dict[str, Callable[[
     that is no rival of this kind.
     """
     known = KINDS[kind]
+    check(wanted, known, f" for {kind}")
     if wanted == "all":
         return known
     names = DEFAULT[kind, device.type] if wanted == "default" else dict.fromkeys(("eager", *wanted.split(",")))
-    if unknown := [n for n in names if n not in known]:
-        raise UnknownRival(f"no rival {unknown[0]!r} for {kind}; known: {', '.join(known)}")
     return {n: known[n] for n in names}
 
 
@@ -61,12 +67,10 @@ def only(kind: str, wanted: str, others: Iterable[str] = ()) -> str:
 
     So one option can name rivals of both kinds, and the names `others`. Raises UnknownRival for any other name.
     """
+    check(wanted, sorted({name for rivals in (*KINDS.values(), others) for name in rivals}))
     if wanted in ("default", "all"):
         return wanted
-    names, known = wanted.split(","), {name for rivals in (*KINDS.values(), others) for name in rivals}
-    if unknown := [n for n in names if n not in known]:
-        raise UnknownRival(f"no rival {unknown[0]!r}; known: {', '.join(sorted(known))}")
-    return ",".join(n for n in names if n in KINDS[kind]) or "eager"
+    return ",".join(n for n in wanted.split(",") if n in KINDS[kind]) or "eager"
 
 
 CUDA_FACE = "jasper_fast_cuda"  # our ops with backend="cuda", whatever the backend of the run is
