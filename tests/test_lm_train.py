@@ -5,6 +5,7 @@ import math
 import random
 
 import pytest
+from conftest import assert_raises
 from kneser_ney import KneserNey
 from language_models import needs_native
 
@@ -119,7 +120,5 @@ def test_characters_and_gzip_and_several_files(tmp_path):
 )
 def test_what_cannot_be_trained_is_one_line(content, settings, message, tmp_path):
     (tmp_path / "text").write_bytes(content)
-    with pytest.raises(ValueError, match=message) as error:
-        train([tmp_path / "text"], tmp_path / "lm.arpa", **({"order": 3} | settings))
-    assert "\n" not in str(error.value)
+    assert_raises([(lambda: train([tmp_path / "text"], tmp_path / "lm.arpa", **({"order": 3} | settings)), message)])
     assert [p.name for p in tmp_path.iterdir()] == ["text"]

@@ -6,6 +6,7 @@ import subprocess
 import pytest
 import torch
 from bench_runs import ROOT, python
+from conftest import assert_raises
 from language_models import needs_native
 
 from jasper_fast.kernels import native
@@ -33,9 +34,7 @@ def test_a_library_that_cannot_be_used_says_why(name, content, cuda, why, monkey
     if content is not None:
         (tmp_path / f"libjasper_fast_{name}.so").write_bytes(content)
     library = native.Library(name, tmp_path)
-    for _ in range(2):
-        with pytest.raises(native.Missing, match=why):
-            library.ops()
+    assert_raises([(library.ops, why)] * 2, native.Missing)
     assert re.search(why, library.why_not())
 
 

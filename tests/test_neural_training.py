@@ -10,7 +10,7 @@ import signal
 
 import pytest
 import torch
-from conftest import raising
+from conftest import assert_raises, raising
 from language_models import assert_refused, printed, random_neural
 from standins import wrap
 
@@ -107,7 +107,6 @@ def test_a_resumed_run_ends_bit_equal(optimizer, text, tmp_path, monkeypatch):
 
 
 def test_steps_go_on_from_the_segment_before():
-    torch.manual_seed(0)
     config = LMConfig(12, layers=2, width=16, heads=2, inner=24, dropout=0.0, memory=20)
     model, held = training.TransformerXL(config), training.Held(config, 3)
     optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.0), torch.amp.GradScaler("cpu", enabled=False)
@@ -241,6 +240,4 @@ def test_hostile_checkpoints_are_one_line(change, message, tmp_path):
     state = load(file)
     change(state)
     torch.save(state, file)
-    with pytest.raises(LanguageModelError, match=message) as caught:
-        scoring.load(file, "cpu")
-    assert "\n" not in str(caught.value) and "lm.pt" in str(caught.value)
+    assert_raises([(lambda: scoring.load(file, "cpu"), rf"lm\.pt.*{message}")], LanguageModelError)

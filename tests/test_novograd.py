@@ -13,7 +13,7 @@ import torch
 from close import assert_close
 from conftest import Face, make_face
 from cuda_mutants import NOVOGRAD
-from standins import GPU, verdict, verdicts_of_its_own  # noqa: F401
+from standins import GPU, spied, verdict, verdicts_of_its_own, wrap  # noqa: F401
 from torch import Tensor
 
 from jasper_fast import NovoGrad
@@ -321,16 +321,13 @@ def test_it_moves_32_bytes_a_parameter(averages, monkeypatch):
     functions = cuda_launch.bind(loaded)
     loaded.jf_emulation_count.restype = ctypes.c_int64
 
-    def counted(function):
-        def call(*arguments):
-            error = function(*arguments)
-            moved.append(tuple(loaded.jf_emulation_count(name) for name in (b"load", b"store")))
-            return error
-
-        return call
+    def counted(launch, *arguments):
+        error = launch(*arguments)
+        moved.append(tuple(loaded.jf_emulation_count(name) for name in (b"load", b"store")))
+        return error
 
     for name in ("jf_novograd_squares", "jf_novograd_update"):
-        setattr(functions, name, counted(getattr(functions, name)))
+        wrap(monkeypatch, functions, name, counted)
     monkeypatch.setattr(cuda_launch, "functions", lambda: functions)
     tensors, _ = make(CUDA.device, averages=averages)
     run(cuda_impl.step, tensors, Watched([], []), [settings()])
@@ -353,17 +350,11 @@ def test_a_launch_that_fails_is_told(monkeypatch):
 def turing(monkeypatch):
     """Simulates a built CUDA library and a GPU that is too old for Triton. Returns a list; each requested verdict is
     appended to it."""
-    asked = []
-
-    def check(device, op, face, dtype):
-        asked.append((op, face, dtype))
-        return verdict(op, quick=True)
-
     monkeypatch.setattr(backends, "why_missing", lambda name, _: {"triton": "too old", "cpu": "a CPU's"}.get(name))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    monkeypatch.setattr(verdicts, "_check_now", check)
     monkeypatch.setattr(verdicts, "key", lambda device: {"device": "NVIDIA Imaginary 75", "driver": "580"})
-    return asked
+    monkeypatch.setattr(verdicts, "_check_now", lambda device, op, *_: verdict(op, quick=True))
+    return spied(monkeypatch, verdicts, "_check_now", lambda device, *of: of)
 
 
 def test_below_sm_80_novograd_steps_in_cuda_and_can_be_graphed(turing):
