@@ -22,15 +22,18 @@ def machine(monkeypatch, tmp_path):
     has = SimpleNamespace(cc="/usr/bin/gcc", disk=50 * gib, free=70 * gib, clocks={"sm_mhz": 1980}, cuda="13.0")
     (tmp_path / "Python.h").touch()
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(shutil, "which", lambda name: has.cc)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=has.disk))
-    monkeypatch.setattr(preflight.sysconfig, "get_path", lambda name: str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (has.free, 80 * gib))
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(nvml, "cuda_driver", lambda: has.cuda)
-    monkeypatch.setattr(nvml, "read", lambda device: has.clocks)
-    monkeypatch.setattr(native, "explain", lambda: {"cuda": None})
+    for owner, name, stand_in in (
+        (shutil, "which", lambda name: has.cc),
+        (shutil, "disk_usage", lambda path: SimpleNamespace(free=has.disk)),
+        (preflight.sysconfig, "get_path", lambda name: str(tmp_path)),
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "mem_get_info", lambda device: (has.free, 80 * gib)),
+        (torch.version, "cuda", "13.0"),
+        (nvml, "cuda_driver", lambda: has.cuda),
+        (nvml, "read", lambda device: has.clocks),
+        (native, "explain", lambda: {"cuda": None}),
+    ):
+        monkeypatch.setattr(owner, name, stand_in)
     return has
 
 

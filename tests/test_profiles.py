@@ -71,10 +71,9 @@ def test_layers_have_ranges_and_backward_s_nodes_belong_to_the_layer_that_made_t
     assert not any("forward" in vars(layer) for layer in model.encoder.layers), "the ranges are gone"
     nodes = names(records, "backward")
     assert nodes.pop(profile.HEAD) == 1
-    wanted = {"encoder.layers.0": 4, "encoder.layers.4": 5}
-    for i in (1, 2, 3):  # block i has i panes (1x1 convs of earlier outputs), each with mask, conv, norm and sum
-        wanted[f"encoder.layers.{i}"] = 5 * config.encoder.blocks[i].repeat + 4 * i
-    assert nodes == wanted
+    # block i of the middle three has i panes (1x1 convs of earlier outputs), each with mask, conv, norm and sum
+    middle = {f"encoder.layers.{i}": 5 * config.encoder.blocks[i].repeat + 4 * i for i in (1, 2, 3)}
+    assert nodes == {"encoder.layers.0": 4, **middle, "encoder.layers.4": 5}
 
 
 @pytest.mark.slow

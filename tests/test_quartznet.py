@@ -42,11 +42,6 @@ def batch(masks: bool, device: torch.device | str = "cpu"):
 SMALL = [block(16, k=3, s=2) | {"separable": True}, block(16, 2, 3, residual=True) | {"separable": True}]
 
 
-@pytest.fixture(params=["reference", "cpu"])
-def face(request):
-    return make_face(request.param)
-
-
 def test_quartznet_15x5_has_the_published_size() -> None:
     with torch.device("meta"):
         model = Jasper(JasperConfig.from_yaml(CONFIGS / "quartznet15x5.yaml"))
@@ -99,6 +94,7 @@ def assert_trains(cfg: JasperConfig, masks: bool, face) -> None:
 
 
 @pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("face", ["reference", "cpu"], indirect=True)
 @pytest.mark.parametrize("compare", [assert_evaluates, assert_trains])
 def test_evaluation_the_engine_and_a_training_step_equal_eager(compare, masks: bool, face) -> None:
     compare(config(masks), masks, face)

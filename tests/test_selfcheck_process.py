@@ -192,13 +192,12 @@ def spy_on_ends(monkeypatch) -> list[tuple[float, int | None]]:
 
 
 def rows_of(*statuses: tuple[str, str]) -> tuple[list[dict], dict[str, dict]]:
-    planned, found = [], {}
-    for number, (op, status) in enumerate(statuses):
-        check = Check(op, "triton", "forward", f"{number}", CONV, "float16").plain()
-        planned.append(check)
-        if status:
-            found[check["id"]] = check | {"status": status, "detail": "dx", "share": 0.5, "ours": 0.0, "theirs": 0.0}
-    return planned, found
+    """Returns the fields `planned` and `found` of a Report on checks of these ops. A check whose status is "" was not
+    made."""
+    planned = [Check(op, "triton", "forward", f"{i}", CONV, "float16").plain() for i, (op, _) in enumerate(statuses)]
+    rest = {"detail": "dx", "share": 0.5, "ours": 0.0, "theirs": 0.0}
+    pairs = zip(planned, statuses, strict=True)
+    return planned, {check["id"]: check | {"status": status} | rest for check, (_, status) in pairs if status}
 
 
 def test_what_was_found_is_a_verdict_where_nothing_can_change_it():

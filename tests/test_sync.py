@@ -163,30 +163,22 @@ def op_inputs() -> dict[str, torch.Tensor]:
     t, wide = sum(FRAMES), {"dtype": torch.float64}
     y, residual, up = (torch.randn(1, 5, t, **wide) for _ in range(3))
     xs = [torch.randn(1, c, t, **wide).relu() for c in (3, 4)]
-    made = {
-        "y": y,
-        "residual": residual,
-        "up": up,
-        "gamma": torch.rand(5, **wide) + 0.5,
-        "beta": torch.randn(5, **wide),
-    }
-    for i, x in enumerate(xs):
-        made |= {f"x{i}": x, f"w{i}": torch.randn(5, x.shape[1], 1, **wide)}
-        made |= {f"g{i}": torch.rand(5, **wide) + 0.5, f"b{i}": torch.randn(5, **wide)}
-    return made
+    weights = {f"w{i}": torch.randn(5, x.shape[1], 1, **wide) for i, x in enumerate(xs)}
+    gammas = {name: torch.rand(5, **wide) + 0.5 for name in ("gamma", "g0", "g1")}
+    betas = {name: torch.randn(5, **wide) for name in ("beta", "b0", "b1")}
+    return {"y": y, "residual": residual, "up": up, "x0": xs[0], "x1": xs[1]} | weights | gammas | betas
 
 
-PARTS = ("y", "residual", "x0", "x1")  # these are split over the ranks
+PARTS = ("y", "residual", "up", "x0", "x1")  # these are split over the ranks
 
 
 def op_step(rank: int | None, form: str) -> dict[str, torch.Tensor]:
     """Runs two panes, a bn_relu_dropout with their sum in its residual, and a sub_block. With `rank` they get that
     rank's frames, and with None all frames."""
     v, group = op_inputs(), None if rank is None else dist.group.WORLD
-    up = v.pop("up")
     if rank is not None:
         v |= {k: v[k].split(FRAMES, 2)[rank] for k in PARTS}
-        up = up.split(FRAMES, 2)[rank]
+    up = v.pop("up")
     v = {k: t.contiguous().requires_grad_() for k, t in v.items()}
     xs, weights, gammas, betas = ([v[f"{k}{i}"] for i in (0, 1)] for k in "xwgb")
     if form == "gram":

@@ -160,13 +160,12 @@ def one_rank_goes_wrong(train, rank: int, folder: str) -> None:
 
     train.validate_state = judged([0.5, *repeat(0.6, 20)])
     batches.collate = spoiled({3, 4} if rank == 1 else set())
-    back = TrainingState.go_back
 
-    def noted(state, saved):
+    def noted(back, state, saved):
         back(state, saved)
         torch.save([state.step, state.model.state_dict()], Path(folder) / f"{rank}.pt")
 
-    TrainingState.go_back = noted
+    worlds.wrap(TrainingState, "go_back", noted)
 
 
 @pytest.mark.slow

@@ -16,11 +16,14 @@ from jasper_fast.selfcheck import checks
 @pytest.fixture
 def turing(gpu, monkeypatch):
     """Pretends that the GPU is an sm_75 with the CUDA library: 40 multiprocessors, 64 KB of shared memory per block."""
-    monkeypatch.setattr(cuda_launch, "gpu", lambda device: cuda_tiles.Gpu(75, 40, 65536))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    monkeypatch.setattr(backends, "why_missing", WHY_MISSING)
-    monkeypatch.setattr(native, "cuda_available", lambda: True)
+    for owner, name, stand_in in (
+        (cuda_launch, "gpu", lambda device: cuda_tiles.Gpu(75, 40, 65536)),
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "get_device_capability", lambda device=None: (7, 5)),
+        (backends, "why_missing", WHY_MISSING),
+        (native, "cuda_available", lambda: True),
+    ):
+        monkeypatch.setattr(owner, name, stand_in)
     return gpu
 
 

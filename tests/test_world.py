@@ -131,9 +131,9 @@ def test_what_keeps_one_process_from_starting_ends_all(ran, name):
 
 def other_clock(train, rank: int) -> None:
     """Sets the clock of rank 1 ahead of that of rank 0, and prints the learning rates."""
-    state, loop = train.TrainingState, train.Loop
-    state.minutes, inner = property(lambda state: 0.2 + 0.3 * rank), loop.set_learning_rate
-    loop.set_learning_rate = lambda run: print(f"rate {(lr := inner(run))}", file=sys.stderr) or lr
+    train.TrainingState.minutes = property(lambda state: 0.2 + 0.3 * rank)
+    told = lambda inner, run: print(f"rate {(lr := inner(run))}", file=sys.stderr) or lr  # noqa: E731
+    worlds.wrap(train.Loop, "set_learning_rate", told)
 
 
 def test_the_learning_rates_of_all_ranks_follow_the_same_clock(ran):

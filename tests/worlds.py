@@ -111,13 +111,12 @@ def _train(rank: int, arguments: list[str], folder: Path, prepare: Callable | No
     from jasper_fast import train
 
     heard: list[list[tuple[int, str]]] = []
-    step = train.train_step
 
-    def recorded(model, frontend, batches, *more, **how):
+    def recorded(step, model, frontend, batches, *more, **how):
         heard.append([(batch.epoch, name) for batch in batches for name in batch.names])
         return step(model, frontend, batches, *more, **how)
 
-    train.train_step = recorded
+    wrap(train, "train_step", recorded)
     if prepare:
         prepare(train, rank, *args)
     status = train.command(arguments)
@@ -125,58 +124,52 @@ def _train(rank: int, arguments: list[str], folder: Path, prepare: Callable | No
     return status
 
 
+def wrap(owner: object, name: str, around: Callable) -> None:
+    """Replaces `owner.name`, for the rest of this process, by a function that calls `around` with the original function
+    and the arguments."""
+    real = getattr(owner, name)
+    setattr(owner, name, lambda *args, **how: around(real, *args, **how))
+
+
 def signal_at(train, rank: int, on_rank: int, step: int) -> None:
     """Sends SIGTERM to the process of rank `on_rank` after step `step`."""
-    main = train.main
 
-    def watched(args, stop):
-        def watch(state):
-            if state.step == step and rank == on_rank:
-                os.kill(os.getpid(), signal.SIGTERM)
+    def watch(state):
+        if state.step == step and rank == on_rank:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-        main(args, stop, watch)
-
-    train.main = watched
+    wrap(train, "main", lambda main, args, stop: main(args, stop, watch))
 
 
 def signal_in(train, rank: int, on_rank: int, where: str) -> None:
     """Sends SIGTERM to the process of rank `on_rank` while it loads its fifth batch (`where` is "load") or decodes its
     first batch of validation ("validate")."""
-    from jasper_fast.training import split, validate
+    from jasper_fast.data import batches
+    from jasper_fast.training import validate
 
-    module, name, call = (split, "load_batches", 5) if where == "load" else (validate, "heard", 1)
-    real, calls = getattr(module, name), itertools.count(1)
+    module, name, call = (batches, "_recorded", 5) if where == "load" else (validate, "heard", 1)
+    calls = itertools.count(1)
 
-    def struck():
+    def struck(real, *args):
         if next(calls) == call and rank == on_rank:
             os.kill(os.getpid(), signal.SIGTERM)
-
-    def loading(*args, **how):
-        for batch in real(*args, **how):
-            struck()
-            yield batch
-
-    def hearing(*args):
-        struck()
         return real(*args)
 
-    setattr(module, name, loading if where == "load" else hearing)
+    wrap(module, name, struck)
 
 
 def nan_in(train, rank: int, name: str) -> None:
     """Fills with NaN the audio of the file whose path ends with `name`."""
     from jasper_fast.data import batches
 
-    real = batches.collate
-
-    def collate(items):
-        batch = real(items)
+    def spoilt(collate, items):
+        batch = collate(items)
         for i, each in enumerate(batch.names):
             if each.endswith(name):
                 batch.audio[i] = float("nan")
         return batch
 
-    batches.collate = collate
+    wrap(batches, "collate", spoilt)
 
 
 def other_manifest(train, rank: int, name: str) -> None:
