@@ -46,8 +46,10 @@ def test_settings_out_of_range_are_named(settings, word):
 def described(policy: str, steps_per_epoch: int, extra: int = 0, **given) -> Schedule:
     """Returns the schedule of a run of 20 epochs, with two of warm-up, then one at the peak rate. `given` replaces
     these options."""
-    settings = {"lr": 0.1, "min_lr": 0.0, "lr_power": 2.0, "lr_gamma": 0.9, "epochs": 20, "steps": None}
-    settings |= {"warmup_epochs": 2.0, "warmup_steps": None, "hold_epochs": 1.0, "hold_steps": None}
+    settings = {
+        "lr": 0.1, "min_lr": 0.0, "lr_power": 2.0, "lr_gamma": 0.9, "epochs": 20, "steps": None,
+        "warmup_epochs": 2.0, "warmup_steps": None, "hold_epochs": 1.0, "hold_steps": None,
+    }  # fmt: skip
     return options.make_schedule(argparse.Namespace(lr_policy=policy, **(settings | given)), steps_per_epoch, extra)
 
 

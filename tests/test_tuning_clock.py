@@ -9,59 +9,50 @@ import torch
 from jasper_fast.tuning import timing
 
 
-class FakeCuda:
-    """A stand-in for torch.cuda. `log` lists what happens, in order; each entry counts as one second."""
+def fake_cuda(log: list[str]) -> SimpleNamespace:
+    """Returns a stand-in for torch.cuda, which adds to `log` what happens. Each entry counts as one second."""
 
-    def __init__(self) -> None:
-        self.log: list[str] = []
-        fake = self
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = None
 
-        class Event:
-            def __init__(self, enable_timing):
-                self.at = None
+        def record(self):
+            self.at = len(log)
+            log.append("event")
 
-            def record(self):
-                self.at = len(fake.log)
-                fake.log.append("event")
-
-            def elapsed_time(self, other):
-                return 1e3 * (other.at - self.at - 1)  # milliseconds: one second for each entry in between
-
-        self.Event = Event
-        logged = {
-            name: lambda name=name, **_: self.log.append(name) for name in ("capture_begin", "capture_end", "replay")
-        }
-        self.CUDAGraph = lambda: SimpleNamespace(**logged)
-        self.is_available = lambda: False
-
-    def Stream(self, device):
-        return SimpleNamespace(wait_stream=lambda other: None)
-
-    current_stream = Stream
+        def elapsed_time(self, other):
+            return 1e3 * (other.at - self.at - 1)  # milliseconds: one second for each entry in between
 
     @contextlib.contextmanager
-    def stream(self, stream):
-        self.log.append("side")
+    def stream(stream):
+        log.append("side")
         yield
 
-    def synchronize(self, device):
-        self.log.append("wait")
-
-    def get_device_properties(self, device):
-        return SimpleNamespace(L2_cache_size=1 << 10)
+    new_stream = lambda device: SimpleNamespace(wait_stream=lambda other: None)  # noqa: E731
+    of_graph = ("capture_begin", "capture_end", "replay")
+    return SimpleNamespace(
+        Event=Event,
+        CUDAGraph=lambda: SimpleNamespace(**{name: lambda name=name, **_: log.append(name) for name in of_graph}),
+        Stream=new_stream,
+        current_stream=new_stream,
+        stream=stream,
+        synchronize=lambda device: log.append("wait"),
+        get_device_properties=lambda device: SimpleNamespace(L2_cache_size=1 << 10),
+        is_available=lambda: False,
+    )
 
 
 def test_a_gpus_clock_times_a_captured_call_and_not_what_empties_the_cache(monkeypatch):
-    fake = FakeCuda()
-    monkeypatch.setattr(timing.torch, "cuda", fake)
+    log: list[str] = []
+    monkeypatch.setattr(timing.torch, "cuda", fake_cuda(log))
     ticker = timing.Events(torch.device("cpu"))
     assert ticker._other.numel() == 1 << 25
-    ticker._other = SimpleNamespace(zero_=lambda: fake.log.append("flush"))
-    run = ticker.prepare(lambda: fake.log.append("call"))
-    assert fake.log == ["side", "call", "wait", "capture_begin", "call", "capture_end", "replay", "wait"]
-    fake.log.clear()
+    ticker._other = SimpleNamespace(zero_=lambda: log.append("flush"))
+    run = ticker.prepare(lambda: log.append("call"))
+    assert log == ["side", "call", "wait", "capture_begin", "call", "capture_end", "replay", "wait"]
+    log.clear()
     assert ticker.seconds(run, 2) == pytest.approx(2.0)
-    assert fake.log == ["flush", "event", "replay", "event"] * 2 + ["wait"]
+    assert log == ["flush", "event", "replay", "event"] * 2 + ["wait"]
 
 
 def test_the_slow_are_timed_once_and_the_rest_in_turns():

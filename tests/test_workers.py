@@ -12,6 +12,7 @@ from pathlib import Path
 import corpora
 import pytest
 import torch
+from conftest import raising
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from jasper_fast.data.batches import BatchSampler, load_batches
@@ -104,10 +105,7 @@ def test_a_batch_that_always_kills_comes_empty_and_is_named(data, often, begun) 
 
 
 def test_an_error_of_the_program_is_no_death(data, monkeypatch) -> None:
-    def broken(*_) -> None:
-        raise OSError("of the test")
-
-    monkeypatch.setattr(Watched, "__getitem__", broken)
+    monkeypatch.setattr(Watched, "__getitem__", raising(OSError("of the test")))
     for workers in (0, 1):
         with pytest.raises(OSError, match="of the test"):
             next(load_batches(data, BatchSampler(data.durations, 2), workers=workers))
