@@ -8,7 +8,7 @@ import pytest
 import torch
 from bench_runs import CPU, CUDA, make_run, row
 from conftest import assert_raises
-from test_tuning_clock import FakeCuda
+from test_tuning_clock import fake_cuda
 
 from jasper_fast.bench import cli
 from jasper_fast.bench.cases import (
@@ -211,7 +211,7 @@ def test_a_frozen_sub_block_never_runs_in_eager(graphs_run):
 
 
 def test_a_capture_is_warmed_up_on_a_side_stream_and_nothing_is_collected_in_it(monkeypatch):
-    fake = FakeCuda()
+    fake = fake_cuda()
     stream = SimpleNamespace(wait_stream=lambda other: fake.log.append("the other stream"))
     fake.Stream = fake.current_stream = lambda device: stream
     monkeypatch.setattr(torch, "cuda", fake)

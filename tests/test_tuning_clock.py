@@ -9,8 +9,9 @@ import torch
 from jasper_fast.tuning import timing
 
 
-def fake_cuda(log: list[str]) -> SimpleNamespace:
-    """Returns a stand-in for torch.cuda, which adds to `log` what happens. Each entry counts as one second."""
+def fake_cuda() -> SimpleNamespace:
+    """Returns a stand-in for torch.cuda. Its `log` lists what happens, in order; each entry counts as one second."""
+    log: list[str] = []
 
     class Event:
         def __init__(self, enable_timing):
@@ -31,6 +32,7 @@ def fake_cuda(log: list[str]) -> SimpleNamespace:
     new_stream = lambda device: SimpleNamespace(wait_stream=lambda other: None)  # noqa: E731
     of_graph = ("capture_begin", "capture_end", "replay")
     return SimpleNamespace(
+        log=log,
         Event=Event,
         CUDAGraph=lambda: SimpleNamespace(**{name: lambda name=name, **_: log.append(name) for name in of_graph}),
         Stream=new_stream,
@@ -43,16 +45,16 @@ def fake_cuda(log: list[str]) -> SimpleNamespace:
 
 
 def test_a_gpus_clock_times_a_captured_call_and_not_what_empties_the_cache(monkeypatch):
-    log: list[str] = []
-    monkeypatch.setattr(timing.torch, "cuda", fake_cuda(log))
+    fake = fake_cuda()
+    monkeypatch.setattr(timing.torch, "cuda", fake)
     ticker = timing.Events(torch.device("cpu"))
     assert ticker._other.numel() == 1 << 25
-    ticker._other = SimpleNamespace(zero_=lambda: log.append("flush"))
-    run = ticker.prepare(lambda: log.append("call"))
-    assert log == ["side", "call", "wait", "capture_begin", "call", "capture_end", "replay", "wait"]
-    log.clear()
+    ticker._other = SimpleNamespace(zero_=lambda: fake.log.append("flush"))
+    run = ticker.prepare(lambda: fake.log.append("call"))
+    assert fake.log == ["side", "call", "wait", "capture_begin", "call", "capture_end", "replay", "wait"]
+    fake.log.clear()
     assert ticker.seconds(run, 2) == pytest.approx(2.0)
-    assert log == ["flush", "event", "replay", "event"] * 2 + ["wait"]
+    assert fake.log == ["flush", "event", "replay", "event"] * 2 + ["wait"]
 
 
 def test_the_slow_are_timed_once_and_the_rest_in_turns():
