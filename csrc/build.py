@@ -68,8 +68,7 @@ def gpu_archs() -> list[str]:
 
 def cuda_archs(nvcc: str) -> list[str]:
     """Returns the architectures to build for: those asked for, or those of this machine's GPUs, or WITHOUT_GPU."""
-    asked = os.environ.get("JASPER_FAST_CUDA_ARCHS", "").replace(".", "").replace(",", ";").split(";")
-    asked = [a.strip() for a in asked if a.strip()]
+    asked = re.findall(r"[^;,\s]+", os.environ.get("JASPER_FAST_CUDA_ARCHS", "").replace(".", ""))
     if asked and asked != ["all"]:
         return asked
     known = subprocess.check_output([nvcc, "--list-gpu-arch"], text=True).split()
@@ -106,14 +105,13 @@ def ninja_file(torch: Path, cxx: str, nvcc: str | None, sanitize: str | None = N
         f"rule link\n  command = {cxx} -shared{checks} -Wl,--no-undefined $in {link} -o $out",
         "  description = link $out",
     ]
-    objects = []
-    for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-        objects.append(f"cpu/{source.stem}.o")
-        text.append(f"build {objects[-1]}: cxx {path(source)}")
-    for source in sorted((ROOT / "csrc/cpu/isa").glob("*.cpp")):
-        for isa, flags in ISAS.items():
-            objects.append(f"cpu/{source.stem}.{isa}.o")
-            text.append(f"build {objects[-1]}: cxx {path(source)}\n  isa = -DJF_ISA={isa} {flags}")
+    objects = {f"cpu/{source.stem}.o": path(source) for source in sorted((ROOT / "csrc/cpu").glob("*.cpp"))}
+    objects |= {
+        f"cpu/{source.stem}.{isa}.o": f"{path(source)}\n  isa = -DJF_ISA={isa} {flags}"
+        for source in sorted((ROOT / "csrc/cpu/isa").glob("*.cpp"))
+        for isa, flags in ISAS.items()
+    }
+    text += [f"build {name}: cxx {source}" for name, source in objects.items()]
     libraries = ["libjasper_fast_cpu.so"]
     text.append(f"build {libraries[0]}: link {' '.join(objects)}")
     cuda = sorted((ROOT / "csrc/cuda").glob("*.cu")) if nvcc else []

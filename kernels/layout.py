@@ -42,8 +42,7 @@ def mask(x: Tensor, lengths: Tensor | None, value: float = 0.0) -> Tensor:
 
 def rows(x: Tensor) -> Tensor:
     """Returns the matrix view (N*T, C) of an NTC tensor (N, C, T): one row per frame."""
-    n, c, t = x.shape
-    return x.transpose(1, 2).reshape(n * t, c)
+    return x.transpose(1, 2).flatten(0, 1)
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

@@ -52,10 +52,8 @@ def either(library: Callable[[], Any], compiled: Callable[[], Any]) -> Any:
 @functools.cache
 def digest() -> str:
     """Returns a hash of the kernels' sources."""
-    found = hashlib.sha256()
-    for path in sorted(sources().glob("*.cuh")):
-        found.update(path.name.encode() + b"\0" + path.read_bytes())
-    return found.hexdigest()[:16]
+    content = b"".join(path.name.encode() + b"\0" + path.read_bytes() for path in sorted(sources().glob("*.cuh")))
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def options() -> list[str]:

@@ -215,11 +215,9 @@ def _layers(gpu: str, where: Path, device: int) -> Iterator[tuple[Sequence[Row],
         yield others[min(near)[1]].rows, False
 
 
-def _nothing(device: int) -> Sequence[Row]:
+def _over(device: int) -> Sequence[Row]:
+    """The first source of rows, which `lay_over` replaces."""
     return ()
-
-
-_over: Callable[[int], Sequence[Row]] = _nothing
 
 
 def lay_over(rows_of: Callable[[int], Sequence[Row]]) -> None:

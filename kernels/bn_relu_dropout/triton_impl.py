@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jasper_fast.kernels import launch, philox
+from jasper_fast.kernels.conv1d.triton_dgrad import conv1d_sums_merge_kernel
 from jasper_fast.kernels.layout import empty_fp32, empty_ntc
 from jasper_fast.kernels.operands import Mask, Norm
 from jasper_fast.kernels.triton_dropout import keep
@@ -231,19 +232,6 @@ def _backward_reduce_kernel(
     tl.store(dgamma_ptr + part * C + offs_c, tl.sum(sum_gy, 0) * rstd, mask=mask_c)
 
 
-@triton.jit(do_not_specialize=["partials", "C"])
-def _sum_merge_kernel(
-    part_a_ptr, part_b_ptr, a_ptr, b_ptr, partials, C,
-    BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    offs_g, offs_c = tl.arange(0, BLOCK_G), tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
-    mask = (offs_g < partials)[:, None] & mask_c[None, :]
-    offs = offs_g[:, None] * C + offs_c[None, :]
-    tl.store(a_ptr + offs_c, tl.sum(tl.load(part_a_ptr + offs, mask=mask, other=0.0), 0), mask=mask_c)
-    tl.store(b_ptr + offs_c, tl.sum(tl.load(part_b_ptr + offs, mask=mask, other=0.0), 0), mask=mask_c)
-
-
 @triton.jit(do_not_specialize=["rows", "frames", "halo", "c_groups", "threshold", *_SLICES])
 def _backward_apply_kernel(
     dz_ptr, y_ptr, z_ptr, dy_ptr, dres_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, mean_g_ptr, mean_gy_ptr,
@@ -341,20 +329,20 @@ def forward(y: Tensor, norm: Norm, residual: Tensor | None, mask: Mask) -> Tenso
 def backward_reduce(dz: Tensor, y: Tensor, z: Tensor | None, norm: Norm, mask: Mask) -> tuple[Tensor, Tensor]:
     """Returns dbeta = sum g and dgamma = sum g*yhat, fp32 (C,) each; see `reference.backward_reduce`."""
     rows, c = _rows(y), y.shape[1]
-    seed = mask.seed if z is None else None  # z shows what was dropped, so no seed is needed
     dbeta, dgamma = empty_fp32(2, c, like=y)
     chunk, partials = _chunks(rows)
     part_dbeta, part_dgamma = empty_fp32(2, partials, c, like=y)
     block_m, block_c, vec = _blocks(c, LANES)
     launch.run(
         _backward_reduce_kernel, (partials * triton.cdiv(c, block_c),), y,
-        dz, y, z, *norm, mask.lengths, seed, part_dbeta, part_dgamma,
+        dz, y, z, *norm, mask.lengths, None if z is not None else mask.seed,  # z shows what was dropped
+        part_dbeta, part_dgamma,
         rows, y.shape[2], chunk, c // vec, *philox.signed_threshold(mask.p),
         HAS_Z=z is not None, HAS_LENGTHS=mask.lengths is not None, HAS_DROPOUT=mask.p > 0 and z is None,
         BLOCK_M=block_m, BLOCK_C=block_c, VEC=vec, num_warps=NUM_WARPS,
     )  # fmt: skip
     launch.run(
-        _sum_merge_kernel, (triton.cdiv(c, MERGE_C),), y,
+        conv1d_sums_merge_kernel, (triton.cdiv(c, MERGE_C),), y,
         part_dbeta, part_dgamma, dbeta, dgamma, partials, c,
         BLOCK_G=MAX_PARTIALS, BLOCK_C=MERGE_C, num_warps=NUM_WARPS,
     )  # fmt: skip
@@ -374,14 +362,14 @@ def backward_apply(
     """Returns dy and, with a residual, dres, in the shape, dtype and memory of y; see `reference.backward_apply`."""
     n, c, t = y.shape
     rows = _rows(y)
-    seed = mask.seed if z is None else None  # z shows what was dropped, so no seed is needed
     dy = empty_ntc(n, c, t, like=y)
     dres = empty_ntc(n, c, t, like=y) if has_residual else None
     block_m, block_c, vec = _blocks(c, APPLY_LANES)
     launch.run(
         _backward_apply_kernel, (triton.cdiv(rows, block_m) * triton.cdiv(c, block_c),), y,
         dz, y, z, dy, dres, *norm, *(means or (None, None)),
-        mask.lengths, seed, rows, t, halo or 0, c // vec, *philox.signed_threshold(mask.p),
+        mask.lengths, None if z is not None else mask.seed,  # z shows what was dropped
+        rows, t, halo or 0, c // vec, *philox.signed_threshold(mask.p),
         HAS_Z=z is not None, HAS_RESIDUAL=has_residual, HAS_BATCH_STATS=means is not None,
         HAS_LENGTHS=mask.lengths is not None,
         HAS_HALO=not (halo is None or mask.lengths is None or means is None), HAS_DROPOUT=mask.p > 0 and z is None,

@@ -63,9 +63,7 @@ def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None
     write into, which a module may keep from call to call. Raises TypeError for other dtypes, so an fp32 weight needs
     `dtype` or `out`.
     """
-    w, out = pack_buffer(weight, packed_shape(weight), dtype, out)
-    if w.dtype not in DTYPES or out.dtype not in SIXTEEN:
-        raise TypeError(f"the cuda face packs fp32, fp16 or bf16 into fp16 or bf16, got {w.dtype} into {out.dtype}")
+    w, out = pack_buffer("cuda", SIXTEEN, weight, packed_shape(weight), dtype, out)
     cuda_launch.run(
         "jf_conv1d_pack", w, out.shape[1] * out.shape[2], 0, DTYPES[w.dtype], DTYPES[out.dtype], address(w),
         address(out), *w.shape,
@@ -160,8 +158,7 @@ def _dgrad(dy, weight, t, geometry, lengths, packed, sub_block=None):
     flipped = Geometry(1, dgrad_padding("cuda", dy, w, t, geometry), geometry.dilation)
     g = empty_ntc(n, w.c_in, t, like=dy)
     work = Work(n, t, c_out, w.c_in, 0, w.taps, 1, flipped.dilation)
-    source = Operand.of(dy.transpose(1, 2), w.data, w.c_in, c_out)
-    args = _args(source, g.transpose(1, 2), t_dy, w.taps, flipped)
+    args = _args(Operand.of(dy.transpose(1, 2), w.data, w.c_in, c_out), g.transpose(1, 2), t_dy, w.taps, flipped)
     args.out_lengths = _checked(lengths)
     if sub_block is None:
         return g, *_launch(args, dy, w, work, PLAIN, True)
@@ -237,7 +234,14 @@ def fused(
     w, (n, t, c_in) = packed, x.shape
     x2, w2 = panes or (None, None)
     masked = lengths.masked and (lengths.before is not None or lengths.after is not None)
-    out = _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, workspace)
+    if x.dtype not in (w.data.dtype, torch.float32):
+        raise TypeError(
+            "the cuda face takes x in fp32 or in the dtype of the weights, "
+            f"got x in {x.dtype} and weights in {w.data.dtype}"
+        )
+    if panes is not None and not x2.dtype == w2.data.dtype == w.data.dtype:
+        raise TypeError(f"x2 and both packs must have one dtype, got {x2.dtype}, {w2.data.dtype}, {w.data.dtype}")
+    out = fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, workspace)
     t_out = out.shape[1]
     args = _args(Operand.of(x, w.data, c_in, w.c_out), out, t, w.taps, geometry)
     if x2 is not None:
@@ -250,20 +254,6 @@ def fused(
     _fetch_ahead(args, cuda_launch.gpu(x.device), chain.ahead)
     _launch(args, x, w, work, LOG_SOFTMAX if log_softmax else PLAIN, False, workspace, chain.early)
     return out
-
-
-def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, workspace) -> Tensor:
-    """Returns `out`, or a new tensor if it is None. Raises ValueError or TypeError if the operands do not fit."""
-    if x.dtype not in (w.data.dtype, torch.float32):
-        raise TypeError(
-            "the cuda face takes x in fp32 or in the dtype of the weights, "
-            f"got x in {x.dtype} and weights in {w.data.dtype}"
-        )
-    if panes is not None and not panes[0].dtype == panes[1].data.dtype == w.data.dtype:
-        raise TypeError(
-            f"x2 and both packs must have one dtype, got {panes[0].dtype}, {panes[1].data.dtype}, {w.data.dtype}"
-        )
-    return fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, workspace)
 
 
 def takes_tf32() -> bool:

@@ -140,22 +140,16 @@ def _too_large(gpu: Gpu, work: Work) -> str:
 def _plan(gpu: Gpu, work: Work, block: int, may_split: bool) -> Plan | None:
     t_blocks, o_blocks = -(-work.frames // block), -(-work.c_out // OUT)
     tiles = work.batch * t_blocks * o_blocks
-    splits = 1
-    if may_split and tiles:
-        splits = max(1, min(gpu.sms // tiles, work.steps // MIN_STEPS, 4 * -(-block // SLAB)))
+    splits = max(1, min(gpu.sms // tiles, work.steps // MIN_STEPS, 4 * -(-block // SLAB))) if may_split and tiles else 1
     stages, panels = 0, min(2, sum(work.chunks))
     if gpu.loop == 90:
         panels = MAX_PANELS if work.taps == 1 else 2
         fitting = (s for s in range(MAX_STAGES, 1, -1) if shared_bytes(90, block, work, panels, s) <= gpu.shared)
-        stages = next(fitting, 0)
-        if stages == 0:
-            return None
+        stages = next(fitting, MAX_STAGES)  # if none fits, MAX_STAGES does not fit below
     shared = shared_bytes(gpu.loop, block, work, panels, stages)
     if shared > gpu.shared:
         return None
-    grid = tiles * splits
-    if gpu.loop == 90:
-        grid = min(grid, gpu.sms)  # a persistent CTA computes several tiles
+    grid = min(tiles * splits, gpu.sms) if gpu.loop == 90 else tiles * splits  # loop 90: a CTA computes several tiles
     return Plan(block, t_blocks, o_blocks, splits, grid, shared, panels, stages)
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from jasper_fast.kernels import tables
 from jasper_fast.kernels.operands import Geometry, Lengths
 
 
@@ -105,11 +106,17 @@ def packed_weight(weight: Tensor, data: Tensor, shape: tuple[int, ...]) -> Packe
 
 
 def pack_buffer(
-    weight: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, out: Tensor | None
+    face: str,
+    dtypes: Sequence[torch.dtype],
+    weight: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None,
+    out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the contiguous `weight` and the buffer for its pack: `out`, or a new one in `dtype`.
 
-    A new buffer has by default the dtype of the weight. Raises ValueError if `out` does not fit.
+    A new buffer has by default the dtype of the weight. Raises ValueError if `out` does not fit, and TypeError for a
+    weight that is not fp32, fp16 or bf16, and for a buffer in none of `dtypes`.
     """
     w = weight.detach().contiguous()
     if out is None:
@@ -118,6 +125,10 @@ def pack_buffer(
         raise ValueError(
             f"out must be contiguous {shape} {dtype or out.dtype}, "
             f"got {tuple(out.shape)} {out.dtype}, strides {out.stride()}"
+        )
+    if w.dtype not in tables.DTYPES or out.dtype not in dtypes:
+        raise TypeError(
+            f"the {face} face packs fp32, fp16 or bf16 into one of {dtypes}, got {w.dtype} into {out.dtype}"
         )
     return w, out
 

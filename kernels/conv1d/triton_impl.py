@@ -48,10 +48,8 @@ def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None
     The default dtype is that of `out`, or without `out` that of `weight`. out: a buffer of `packed_shape(weight)` to
     write into, which a module may keep from call to call. Raises TypeError for other dtypes.
     """
-    w, out = pack_buffer(weight, packed_shape(weight), dtype, out)
+    w, out = pack_buffer("triton", DTYPES, weight, packed_shape(weight), dtype, out)
     c_out, c_in, taps = w.shape
-    if w.dtype not in DTYPES or out.dtype not in DTYPES:
-        raise TypeError(f"the triton face packs fp32, fp16 or bf16 into one of these, got {w.dtype} into {out.dtype}")
     meta = transpose_meta(taps)
     launch.run(
         conv1d_pack_kernel, _transpose_grid(c_in, out.shape[2], meta), w, w, out, taps, c_in, c_out,
@@ -312,10 +310,7 @@ def fused(
         x_desc = None
     whole = x_desc is not None and (clean or not masked or lengths.before is None)
     by_descriptor = x_desc is not None or (nct and x2 is None and _has_tma(w.data))
-    if nct:
-        vec_in, x_sizes, x_chan = 1, (c_in, 0, x.stride(0)), x.stride(2)
-    else:
-        (vec_in, x_sizes), x_chan = sizes(x), 1
+    vec_in, x_sizes, x_chan = (1, (c_in, 0, x.stride(0)), x.stride(2)) if nct else (*sizes(x), 1)
     vec_2, x2_sizes = (1, (0, 0, 0)) if x2 is None else sizes(x2)
     vec_out, (_, z_row, z_item) = sizes(out)
     launch.run(

@@ -9,6 +9,8 @@ from jasper_fast.kernels.prefix_beam.ngram import Ngram
 from jasper_fast.kernels.prefix_beam.words import Words
 
 Prefix = tuple[int, ...]
+# what language models and beta add to the score of a prefix, and the states of the n-gram and of the words after it
+Weighed = tuple[float, int, tuple[int, int]]
 
 
 def search(
@@ -83,7 +85,7 @@ def _spell(words: Words, state: tuple[int, int], symbol: int, alpha: float) -> t
     return float(words.ahead[after]) - float(words.ahead[state[1]]), (state[0], after)
 
 
-def _end(lm: Ngram | None, state: int, words: Words | None, spelt: tuple[int, int], alpha: float, blank: int) -> float:
+def _end(lm: Ngram | None, state: int, spelt: tuple[int, int], words: Words | None, alpha: float, blank: int) -> float:
     """Returns what the end of the text adds to the score."""
     end = alpha * _arc(lm, state, blank)[0] if lm else 0.0
     if words:
@@ -97,21 +99,16 @@ def _search(
 ) -> list[tuple[Prefix, float, float]]:
     """Returns prefixes with their scores and log(b + n), the best first."""
     kept: dict[Prefix, tuple[float, float]] = {(): (0.0, -inf)}  # the beam: log b and log n of each prefix
-    bonus: dict[Prefix, float] = {(): 0.0}  # what language models and beta add to the score of a prefix
-    states: dict[Prefix, int] = {(): lm.start if lm else 0}
-    spelt: dict[Prefix, tuple[int, int]] = {(): (words.lm.start if words else 0, 0)}
+    weighed: dict[Prefix, Weighed] = {(): (0.0, lm.start if lm else 0, (words.lm.start if words else 0, 0))}
 
     def score(prefix: Prefix) -> float:
-        return _add(*found[prefix]) + bonus[prefix]
+        return _add(*found[prefix]) + weighed[prefix][0]
 
-    def weigh(prefix: Prefix, symbol: int) -> None:
-        longer = (*prefix, symbol)
-        gain, states[longer] = _arc(lm, states[prefix], symbol) if lm else (0.0, 0)
-        bonus[longer] = alpha * gain + beta
-        if words:
-            by_words, spelt[longer] = _spell(words, spelt[prefix], symbol, alpha)
-            bonus[longer] += by_words
-        bonus[longer] += bonus[prefix]
+    def weigh(prefix: Prefix, symbol: int) -> Weighed:
+        bonus, state, spelt = weighed[prefix]
+        gain, state = _arc(lm, state, symbol) if lm else (0.0, 0)
+        by_words, spelt = _spell(words, spelt, symbol, alpha) if words else (0.0, spelt)
+        return alpha * gain + beta + by_words + bonus, state, spelt
 
     blank = len(rows[0]) - 1 if rows else _blank(lm) if lm else 0
     for row in rows:
@@ -124,12 +121,12 @@ def _search(
                 longer = (*prefix, symbol)
                 b_before, n_before = found.get(longer, (-inf, -inf))
                 found[longer] = (b_before, _add(n_before, paths + row[symbol]))
-                if longer not in bonus:
-                    weigh(prefix, symbol)
+                if longer not in weighed:
+                    weighed[longer] = weigh(prefix, symbol)
         best = sorted((p for p in found if score(p) > -inf), key=score, reverse=True)[:beam]  # stable
         kept = {prefix: found[prefix] for prefix in best}
-    ends = {p: _end(lm, states[p], words, spelt.get(p, (0, 0)), alpha, blank) for p in kept}
-    ended = [(p, _add(b, n) + bonus[p] + ends[p], _add(b, n)) for p, (b, n) in kept.items()]
+    ends = {p: _end(lm, *weighed[p][1:], words, alpha, blank) for p in kept}
+    ended = [(p, _add(b, n) + weighed[p][0] + ends[p], _add(b, n)) for p, (b, n) in kept.items()]
     return sorted((item for item in ended if item[1] > -inf), key=lambda item: item[1], reverse=True)
 
 
