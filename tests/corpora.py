@@ -117,13 +117,42 @@ def prepare_arguments(folder: Path, source: str, archives: dict[str, bytes], *mo
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Passes each request to ``Server.answer``."""
+    """Answers the requests to a `Server`."""
 
     def log_message(self, *_) -> None:
         pass
 
     def do_GET(self) -> None:
-        self.server.answer(self)
+        server, wanted = self.server, self.headers.get("Range")
+        fault = server.faults.pop(0) if server.faults else ""
+        server.asked.append((self.path, wanted))
+        content = server.files.get(self.path.rpartition("/")[2])
+        if content is None or fault == "busy":
+            self.send_error(404 if content is None else 503)
+            return
+        if fault == "empty":
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        first = int(wanted[6:-1]) if wanted and fault != "whole" else 0
+        if first >= len(content):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(content)}")
+            self.end_headers()
+            return
+        self.send_response(206 if first else 200)
+        if first:
+            stated = first + (fault == "shift")
+            self.send_header("Content-Range", f"bytes {stated}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - first))
+        self.end_headers()
+        body = bytearray(content[first:])
+        if fault == "corrupt":
+            body[len(body) // 2] ^= 1
+        end = len(body) // 2 if fault == "break" else len(body)
+        for at in range(0, end, 4096):
+            self.wfile.write(body[at : min(at + 4096, end)])
+            if server.slow:
+                time.sleep(server.slow)
 
 
 class Server(ThreadingHTTPServer):
@@ -151,37 +180,6 @@ class Server(ThreadingHTTPServer):
     def __exit__(self, *_) -> None:
         self.shutdown()
         self.server_close()
-
-    def answer(self, request: BaseHTTPRequestHandler) -> None:
-        wanted, fault = request.headers.get("Range"), self.faults.pop(0) if self.faults else ""
-        self.asked.append((request.path, wanted))
-        content = self.files.get(request.path.rpartition("/")[2])
-        if content is None or fault == "busy":
-            request.send_error(404 if content is None else 503)
-            return
-        if fault == "empty":
-            request.connection.shutdown(socket.SHUT_RDWR)
-            return
-        first = int(wanted[6:-1]) if wanted and fault != "whole" else 0
-        if first >= len(content):
-            request.send_response(416)
-            request.send_header("Content-Range", f"bytes */{len(content)}")
-            request.end_headers()
-            return
-        request.send_response(206 if first else 200)
-        if first:
-            stated = first + (fault == "shift")
-            request.send_header("Content-Range", f"bytes {stated}-{len(content) - 1}/{len(content)}")
-        request.send_header("Content-Length", str(len(content) - first))
-        request.end_headers()
-        body = bytearray(content[first:])
-        if fault == "corrupt":
-            body[len(body) // 2] ^= 1
-        end = len(body) // 2 if fault == "break" else len(body)
-        for at in range(0, end, 4096):
-            request.wfile.write(body[at : min(at + 4096, end)])
-            if self.slow:
-                time.sleep(self.slow)
 
 
 def tree(folder: Path) -> dict[str, str]:

@@ -25,8 +25,7 @@ PROSE = re.compile(r"(?:[A-Za-z`][\w`',.:;()-]* +){3}[A-Za-z`]")
 
 def files() -> list[Path]:
     """Returns all files that contain prose, sorted by path."""
-    rooms = [ROOT / name for name in ROOMS]
-    paths = [*rooms, *(path for room in rooms for path in room.rglob("*"))]
+    paths = (path for name in ROOMS for path in (ROOT / name, *(ROOT / name).rglob("*")))
     return sorted(path for path in paths if path.is_file() and path.suffix in SUFFIXES)
 
 
