@@ -81,7 +81,7 @@ def build(
     sanitize = sanitize or os.environ.get("JASPER_FAST_SANITIZE") or None
     native = ["-march=native"] if platform.machine().lower() in ("x86_64", "amd64") else []
     checks = [*sanitizers[sanitize].split(), "-g1", "-fno-omit-frame-pointer"] if sanitize else []
-    # ThreadSanitizer must see only the accesses that the emulation reports to it (csrc/cuda/emulate/sanitizers.h).
+    # Of the engine, ThreadSanitizer must see only what the engine reports itself (csrc/cuda/emulate/sanitizers.h).
     seen = ["-DJF_TSAN", "-g1"] if sanitize == "thread" else checks
     engine = [*FLAGS, "-O1" if sanitize else "-O3", *native, *seen]
     kernels = [*FLAGS, "-O1", "-DJF_EMULATE", *checks, *defines]

@@ -55,7 +55,7 @@ def printed(run, capsys, *argv) -> str:
 def hear(
     vocabulary: Vocabulary, text: str, sharp: float = 4.0, seed: int = 0, times: int = 1, noise: float = 1.0
 ) -> torch.Tensor:
-    """Returns noisy log-probs (T, V). Without the noise, each symbol of ``text`` fills ``times`` frames of the best
+    """Returns noisy log-probs (T, V). Without the noise, each symbol of `text` fills `times` frames of the best
     path, and a blank follows it."""
     ids = [i for c in vocabulary.encode(text) for i in ([c] * times + [vocabulary.blank])]
     log_probs = noise * torch.randn(len(ids), vocabulary.n_classes, generator=torch.Generator().manual_seed(seed))

@@ -16,7 +16,7 @@ from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.report import html_page
 from jasper_fast.kernels import tables
 
-MEASURING = ("kernels", "gpu")  # two of the subcommands that measure rows; all share their options and their start
+MEASURING = ("kernels", "gpu")  # two of the subcommands that measure rows; --out and --resume work alike in all of them
 RUNS = ("kernels", "tune")
 
 

@@ -261,7 +261,7 @@ def test_published_tables_are_whole():
     for gpu, batch, count, full_rate, amp in published.TRAINING:
         assert 0.75 <= amp / (count * one_gpu[gpu, batch]) <= 1  # efficiency
         assert full_rate is None or 1.4 < amp / full_rate < 2.95
-    # spot checks: one value per table and per column
+    # spot checks of each table
     assert published.latency("float32")["V100 16GB (DGX-1)"][8, 7.0] == (129.82, 130.65, 131.09, 132.91)
     assert published.latency("bfloat16")["V100 32GB (DGX-2)"][16, 16.7] == (124.33, 125.57, 125.92, 128.78)
     assert ("V100 32GB (DGX-2)", 1, 43.86) in published.training(64, "float16")

@@ -124,7 +124,7 @@ def test_processes_end_with_a_status_and_without_a_traceback(ends, status, monke
 
 @pytest.mark.parametrize(("rank", "said"), [("0", f"{cli.NOTHING}\n"), ("1", "")])
 def test_only_the_first_process_says_that_it_was_interrupted(rank, said, monkeypatch, capfd) -> None:
-    """Shows it for Ctrl-C at the start of the processes, and for Ctrl-C during the imports."""
+    """Ctrl-C comes once at the start of the processes and once during the imports."""
     monkeypatch.setenv("RANK", rank)
     interrupted = raising(KeyboardInterrupt())
     monkeypatch.setattr("torch.distributed.run.main", interrupted)

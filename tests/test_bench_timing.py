@@ -1,5 +1,5 @@
-"""Timing on a simulated GPU: by events, by the wall clock, on the host, the flush of the cache, and sleeps while the
-clock rate rises."""
+"""Timing on a simulated GPU, by events, by the wall clock and on the host. Also tests the flush of the cache, and
+sleeps while the clock rate rises."""
 
 import dataclasses
 import time
