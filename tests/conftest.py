@@ -147,9 +147,6 @@ def poisoned_memory():
     """Fills uninitialised memory with NaN or the largest integer. If a kernel forgets to write an element, the test
     fails."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)  # PyTorch fills new memory only in deterministic mode
-    torch.utils.deterministic.fill_uninitialized_memory = True
     yield
-    torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
