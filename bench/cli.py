@@ -473,7 +473,7 @@ def start(args: argparse.Namespace, arguments: Sequence[str]) -> Run:
     results = result_file.Results(path, header, args.resume)
     run = Run(device, dtype, args.backend, args.quick, results, effort, rivals=args.rivals, arguments=tuple(arguments))
     results.data["clocks"] = {"start": machine.clocks(device)}
-    if not results.limits:
+    if not results.data["limits"]:
         with console.status("measuring the machine's limits"):
             results.data["limits"] = limits.measure(device, args.quick)
         results.write()

@@ -52,11 +52,6 @@ class Results:
             self.data |= {k: old[k] for k in kept if k in old}
             self.data |= {"resumed": old.get("resumed", 0) + 1, "parts": parts}
 
-    @property
-    def limits(self) -> dict:
-        """The measured ceilings of the machine."""
-        return self.data["limits"]
-
     def has(self, case_id: str, contenders: Iterable[str]) -> bool:
         """Whether the file has rows for all these contenders of a case."""
         return {f"{case_id} / {name}" for name in contenders} <= {row["id"] for row in self.data["rows"]}
@@ -70,10 +65,10 @@ class Results:
         """Adds rows, which replace those with the same id, and writes the file."""
         new = {row["id"]: row for row in rows}
         for row in new.values():
-            against_limits(row, self.limits)
+            against_limits(row, self.data["limits"])
             row["at_s"] = round(time.monotonic() - self.started, 1)
         self.data["rows"] = [r for r in self.data["rows"] if r["id"] not in new] + list(new.values())
-        mark_throttled(self.data["rows"], self.limits)
+        mark_throttled(self.data["rows"], self.data["limits"])
         self.write()
 
     def write(self) -> None:
