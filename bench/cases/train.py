@@ -57,7 +57,7 @@ def tolerance(dtype: torch.dtype, cfg=None) -> correct.Tolerance:
     separable = cfg is not None and any(b.separable for b in cfg.encoder.blocks)
     along, along_usual = ALONG[dtype] * (8 if separable else 1), ALONG_USUAL[dtype] * (3 if separable else 1)
     fp32, eps = dtype is torch.float32, torch.finfo(dtype).eps
-    one = eps / torch.finfo(torch.float32).eps  # how many eps of fp32 one of `dtype` is; gradients are in fp32
+    one = eps / torch.finfo(torch.float32).eps  # the eps of `dtype` in units of the eps of fp32; gradients are in fp32
     usual = correct.Tolerance(
         2.0,
         0.03 / eps if fp32 else 8 * one,

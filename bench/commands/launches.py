@@ -44,8 +44,8 @@ class Ops(TorchDispatchMode):
 
 
 def count(runner: Runner, device: torch.device) -> dict[str, int]:
-    """Returns the number of ops that one run dispatches, and on a GPU the numbers of its kernels and copies and of the
-    host's launches."""
+    """Returns how many ops one run dispatches, and on a GPU also how many kernels and copies it runs there, and how
+    many launches the host makes."""
     for _ in range(2):  # an engine captures its CUDA graph in the second call
         runner.run()
     with Ops() as ops:

@@ -70,8 +70,8 @@ def ranges(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def conv_in_range(name: str, conv: FoldedConv, device: torch.device) -> FoldedConv:
-    """Returns a copy of an engine's conv whose every call is in a range, see `in_range`. Its class is a subclass of the
-    conv's class, by which the engine decides how to launch it."""
+    """Returns a copy of an engine's conv whose every call is in a range, see `in_range`. The class of the
+    copy is a subclass of the conv's class, because the engine decides by the class how to launch a conv."""
     made, kind = copy.copy(conv), type(conv)
     made.__class__ = type(kind.__name__, (kind,), {"__call__": in_range(name, kind.__call__, device)})
     return made

@@ -15,9 +15,9 @@ MODES = ("forward+backward", "step")
 def main(run: Run, grid: tuple = (), mode: str | None = None) -> list[dict]:
     """Measures `grid` or the default grid of the device; returns the rows.
 
-    Without `mode` it measures all MODES. With `--quick`, and for models other than "small" in `all`, it measures only
-    forward + backward. If eager_no_masks is a rival, forward + backward is then also measured on a batch without
-    padding, for the first entry of the grid.
+    Without `mode` it measures all MODES, but with `--quick`, and in `all` for models other than "small", only forward +
+    backward. If in addition eager_no_masks is a rival, it also measures forward + backward on a batch without padding,
+    for the first entry of the grid.
     """
     grid = grid or (GPU_GRID if run.device.type == "cuda" else CPU_GRID[: 1 if run.quick else None])
     found = []

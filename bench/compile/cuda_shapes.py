@@ -3,7 +3,7 @@
 For each of GPUS the command prints a line for each shape of Jasper 10x5's convs, at N = 32 utterances of 16.7 s
 (T' = 835). The columns are:
 
-    frames                  the planned tile
+    frames                  frames of the planned tile
     regs                    registers per thread, from nvcc
     CTAs                    how many thread blocks fit on a multiprocessor, by their shared memory and registers
     KiB/step                KiB that a step (128 output channels, 64 input channels, one tap) reads from L2

@@ -43,7 +43,7 @@ TABLE = Table(
     },
     order=lambda key: (key[0], DTYPES.index(key[1]), *key[2:]),
 )  # fmt: skip
-COLD = ("merge|pack", "they process little data, so that spills and narrow accesses cost little")
+COLD = ("merge|pack", "they process little data, so that spills and narrow accesses cost little")  # see Rule.exempt
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Rule:
 
 
 def _none(fact: str, what: str) -> Callable[[Job, dict], str | None]:
-    """Returns the `broken` of a rule by which `fact` must be 0. The complaint is the number and `what`."""
+    """Returns the function `broken` of a rule by which `fact` must be 0. Its complaint is the number and `what`."""
     return lambda job, facts: f"{facts[fact]} {what}" if facts[fact] else None
 
 

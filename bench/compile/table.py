@@ -1,6 +1,7 @@
 """The table of a compile gate: that of the Triton kernels or that of the CUDA kernels.
 
-The rows are printed and compared with the committed table. Options write them to that table or to another file.
+The rows are printed and compared with the committed table. `--update` writes them to that table, and `--out` to
+another file.
 """
 
 import argparse

@@ -7,8 +7,9 @@
 
 Every step has its own time limit and log. Its result is written to day.json as soon as it ends, and at the end all
 results are printed as a table. If a step fails or is cut off, the later steps still run. An exception is the self-check
-of call 1: if it does not succeed, the later steps would fail for the same reason, so they are skipped. With `--device
-cpu` the steps are small stand-ins, and those that need a GPU are left out. `--dry-run` shows the steps.
+of call 1: if it does not succeed, the later steps would fail for the same reason, so they are skipped. Ctrl-C ends the
+call and keeps the results so far. With `--device cpu` the steps are small stand-ins, and those that need a GPU are left
+out. `--dry-run` shows the steps.
 """
 
 import argparse

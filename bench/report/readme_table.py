@@ -73,7 +73,7 @@ def table(results: Sequence[dict]) -> str:
 
 
 def source(result: dict) -> str:
-    """Returns the command (without its --out), the versions and the file of a result, as text."""
+    """Returns as text how a result was made (command without its --out, threads, torch, commit, load), and its file."""
     m, path = result["machine"], result["path"]
     file = f"[result](bench/results/{path.name})" if path.parent == COMMITTED else path.name
     command = re.sub(r" --out \S+", "", m["command"])
