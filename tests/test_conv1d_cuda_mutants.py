@@ -1,4 +1,4 @@
-"""Mistakes in the sources of the CUDA conv, listed in tests/cuda_mutants.py, each make a check of the conv fail."""
+"""Each mistake of tests/cuda_mutants.py, made in the sources of the CUDA conv, makes a check of the conv fail."""
 
 import ctypes
 from collections.abc import Iterable
@@ -62,8 +62,9 @@ def outcome(library: Path, loop: int, directions: tuple[str, ...]) -> str | None
 
 
 def library(folder: Path, loop: int, sanitize: str | None = None) -> Path:
-    sources = [folder / "cuda" / "emulate" / "conv1d.cpp"]
-    return cuda_host.build(sources, [f"-DJF_FEW={loop}", "-Wno-error"], sanitize, folder=folder)
+    return cuda_host.build(
+        [folder / "cuda/emulate/conv1d.cpp"], [f"-DJF_FEW={loop}", "-Wno-error"], sanitize, folder=folder
+    )
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from bench_runs import CPU, make_run
 from conftest import interpreted
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -239,8 +240,7 @@ def pytorchs_flops(call: Callable[[], torch.Tensor]) -> dict[str, int]:
 def conv_flops(layer) -> dict[str, int]:
     x = torch.empty(N, layer.C_in, T, device="meta", requires_grad=not layer.first)
     weight = torch.empty(layer.C_out, layer.C_in, layer.K, device="meta", requires_grad=True)
-    geometry = layer.stride, layer.padding, layer.dilation
-    return pytorchs_flops(lambda: torch.nn.functional.conv1d(x, weight, None, *geometry))
+    return pytorchs_flops(lambda: F.conv1d(x, weight, None, layer.stride, layer.padding, layer.dilation))
 
 
 @pytest.mark.parametrize("op", ["conv1d", "sub_block"])

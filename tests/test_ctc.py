@@ -76,7 +76,7 @@ def test_it_is_pytorchs(face, blank, zero_infinity):
 
 def test_it_is_right_through_a_softmax():
     """The gradient through a log-softmax equals numerical differences in fp64. Without a log-softmax it would not,
-    because the loss leaves out a term that a log-softmax cancels."""
+    because the gradient of log_probs has the additional term exp(log_probs), which a log-softmax cancels."""
     x = torch.randn(3, 4, 3, dtype=torch.float64, requires_grad=True)
     given = torch.tensor([4, 2, 3]), torch.tensor([[0, 0], [1, 0], [1, 0]]), torch.tensor([2, 2, 1])
     assert torch.autograd.gradcheck(lambda x: ops.ctc_loss(x.log_softmax(2), *given), x)
@@ -144,8 +144,11 @@ def test_the_op_is_registered_well(face):
     losses, alpha = torch.ops.jasper_fast.ctc_loss(log_probs, *given, V - 1, True, face.name)
     saved = torch.rand(N, device=face.device), log_probs, *given, losses, alpha
     for op, args in (("ctc_loss", (log_probs, *given)), ("ctc_loss_backward", saved)):
-        checked = getattr(torch.ops.jasper_fast, op).default
-        torch.library.opcheck(checked, (*args, V - 1, True, face.name), test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            getattr(torch.ops.jasper_fast, op).default,
+            (*args, V - 1, True, face.name),
+            test_utils=("test_schema", "test_faketensor"),
+        )
 
 
 def test_a_step_uses_the_loss_that_a_graph_can_capture(monkeypatch):

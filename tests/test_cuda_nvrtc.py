@@ -282,8 +282,7 @@ def test_a_step_through_the_driver(monkeypatch, cache) -> None:
         outcome = run(novograd.step, tensors, watched, [settings(beta2=0.5)], scale=4.0, clip=1.0)
         results.append([outcome, *tensors.params, *tensors.exp_avgs, *tensors.averages, *watched.averages])
     assert all(map(torch.equal, *results)) and outcome[1] == 0
-    names = [f"jf::novograd::{name}_kernel" for name in ("squares", "update")]
-    assert compiler.compiled == [(name, "-arch=sm_75") for name in names]
+    assert compiler.compiled == [(f"jf::novograd::{name}_kernel", "-arch=sm_75") for name in ("squares", "update")]
 
 
 @pytest.mark.slow

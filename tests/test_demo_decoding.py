@@ -86,8 +86,12 @@ def test_the_lines_of_a_comparison(tmp_path, monkeypatch):
 @needs_native
 def test_the_lines_of_a_rescoring(tmp_path):
     saved, texts = spoken(tmp_path, 0.5, 5.5)
-    scorer = lambda found: [0.0 if text in texts else -2000.0 for text in found]  # noqa: E731
-    lines = rescoring.compare(saved, scorer, [("no language model", None)], 64)
+    lines = rescoring.compare(
+        saved,
+        lambda found: [0.0 if text in texts else -2000.0 for text in found],
+        [("no language model", None)],
+        64,
+    )
     first, second = (float(x) for x in re.findall(r"([\d.]+) % \(", lines[0]))
     assert len(lines) == 1 and second == 0.0 < first and "100.0 % [100.0, 100.0] fewer errors" in lines[0]
 

@@ -82,7 +82,7 @@ def test_without_masks_each_length_has_its_graph(device):
     [
         ("jasper", (9, 16, 12), [(1, 16)]),  # one bucket: with stride 2, 16 frames of features give 8 frames
         ("jasper", (17, 16), [(1, 32), (1, 16)]),
-        # A longer input makes the buffers grow. This drops every graph, because a graph would keep the old buffers.
+        # The longer input makes the buffers grow. Every graph is then dropped, because it would keep the old buffers.
         ("jasper", (16, 17), [(1, 32)]),
         ("plain residual", (24, 8, 24, 16), [(1, 24), (1, 16)]),  # the largest first, so that the buffers never grow
     ],
