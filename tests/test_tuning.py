@@ -285,7 +285,7 @@ def test_of_two_threads_at_the_same_moment_one_tunes(tuning, monkeypatch):
 
 def test_nothing_is_tuned_in_a_capture_and_all_at_the_next_good_moment(tuning, monkeypatch):
     capturing = [True]
-    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: capturing[0], raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     tuning.seconds[LIBRARY] = 1e-4

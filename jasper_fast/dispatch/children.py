@@ -57,9 +57,8 @@ def talk(argv: Sequence[str], wanted: object, hear: Callable[[str, Any], bool], 
     The process may be silent for at most `seconds` between messages, and for START_SECONDS before the first message.
     Any exception in this function kills the process and its descendants immediately.
     """
-    env = dict(os.environ)
     home = str(Path(__file__).resolve().parents[2])
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [home, env.get("PYTHONPATH")]))
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))}
     # The task is a file, because writing a long task to a pipe would wait for a process that does not read it.
     temporary = functools.partial(tempfile.TemporaryFile, "w+", encoding="utf-8", errors="replace")
     with temporary() as task, temporary() as errors:

@@ -257,11 +257,6 @@ def pane_form(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     backend="auto" its verdict must be good, else it is "plain"; fp64 needs no verdict. On a CPU it is "plain", which is
     faster there.
     """
-    return _pane_form(backend, device, dtype)
-
-
-@functools.cache
-def _pane_form(backend, device, dtype) -> str:
     if device.type != "cuda":
         return "plain"
     if backend != "auto" or dtype not in tables.DTYPES:
@@ -293,7 +288,7 @@ def _warn(text: str) -> None:
 def forget() -> None:
     """Drops all choices, verdicts and times that this process has cached. Call this after one of them has changed."""
     _drop()
-    for cached in (_resolve, _pane_form, fused_faces, _warn):
+    for cached in (_resolve, fused_faces, _warn):
         cached.cache_clear()
     verdicts.forget()
     tables.forget()

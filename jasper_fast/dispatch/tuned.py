@@ -214,17 +214,15 @@ not_now = functools.partial(_more, "not_now")
 
 def good_moment(device: torch.device) -> bool:
     """Returns whether tuning may run now: nothing is being captured or traced, and no `not_now()` is open."""
-    not_now = (
+    busy = (
         getattr(_local, "not_now", 0),
         torch.compiler.is_compiling(),
         torch.jit.is_tracing(),
         torch._guards.TracingContext.try_get() is not None,  # in torch 2.11 is_compiling() is False here while tracing
         torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None,
+        torch.cuda.is_available() and torch.cuda.is_current_stream_capturing(),
     )
-    if any(not_now):
-        return False
-    capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)  # None if PyTorch was built without CUDA
-    return capturing is None or not torch.cuda.is_available() or not capturing()
+    return not any(busy)
 
 
 def want(device: torch.device, cells: Iterable[Cell], what: str) -> None:

@@ -105,12 +105,9 @@ def read(device: torch.device) -> dict[tuple[str, str, str], Verdict]:
         return _parse(json.loads(file.read_text(encoding="utf-8")), device)
     except FileNotFoundError:
         return {}
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        why = f"cannot read {file} ({error})"
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        why = f"{file} has no valid verdicts ({type(error).__name__}: {error})"
-    say(f"{why}: checking again")
-    return {}
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        say(f"cannot use {file} ({type(error).__name__}: {error}): checking again")
+        return {}
 
 
 def _parse(data: dict, device: torch.device) -> dict[tuple[str, str, str], Verdict]:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from jasper_fast.extras import need
 from jasper_fast.inference.engine import InferenceEngine
+from jasper_fast.kernels.layout import padding
 from jasper_fast.nn.architecture import out_lengths
 from jasper_fast.nn.block import JasperBlock, fold
 from jasper_fast.nn.config import BlockConfig
@@ -92,8 +93,7 @@ class PlainJasper(nn.Module):
     def _masked(self, x: Tensor, lengths: Tensor) -> Tensor:
         if not self.config.encoder.use_conv_masks:
             return x
-        t = torch.arange(x.shape[3], device=x.device)
-        return x.masked_fill((t >= lengths[:, None])[:, None, None], 0)
+        return x.masked_fill(padding(lengths, x.shape[3])[:, None], 0)
 
 
 def example(model: nn.Module) -> tuple[Tensor, Tensor]:

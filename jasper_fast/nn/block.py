@@ -15,6 +15,7 @@ from jasper_fast.nn.config import BlockConfig
 from jasper_fast.nn.packs import Packs
 from jasper_fast.nn.recognise import SubBlock, hook_of
 from jasper_fast.ops import sync
+from jasper_fast.ops.bn_relu_dropout_op import update_running
 from jasper_fast.ops.conv1d_op import autocast
 
 PANE_FORMS = ("auto", "gram", "plain")
@@ -211,16 +212,12 @@ def _batch_sum(xs, grams, weights, bns, lengths: Tensor | None, backend: str) ->
     else:
         how = {"lengths": lengths, "eps": eps, "backend": backend, "group": sync.group_of(bns[0])}
         out, mean, var = ops.panes_plain(xs, weights, gammas, betas, **how)
-    with torch.no_grad():
+    if bns[0].momentum is not None:
         buffers = [bn.running_mean for bn in bns] + [bn.running_var for bn in bns]
-        stats = zip((*bns, *bns), buffers, (*mean, *var), strict=True)
-        tracked = [(bn, buffer, stat.to(buffer.dtype)) for bn, buffer, stat in stats if buffer is not None]
-        if tracked and bns[0].momentum is not None:
-            _, buffers, values = map(list, zip(*tracked, strict=True))
-            torch._foreach_lerp_(buffers, values, bns[0].momentum)
-        else:
-            for bn, buffer, stat in tracked:
-                buffer.lerp_(stat, momentum_of(bn).to(stat.dtype))
+        update_running(buffers, (*mean, *var), bns[0].momentum)
+    else:  # each norm has a counter of its own
+        for bn, *stats in zip(bns, mean, var, strict=True):
+            update_running([bn.running_mean, bn.running_var], stats, momentum_of(bn))
     return out
 
 

@@ -257,12 +257,11 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
 
 def _check_keys(given: dict[str, Any], known: Collection[str], needed: Collection[str], where: str = "") -> None:
     """Raises ConfigError for a key that is not `known`, and for a `needed` one that is missing."""
-    for key in given:
-        if key not in known:
-            raise ConfigError(f"unknown key {where}{key}; known keys: {', '.join(known)}")
-    for key in needed:
-        if key not in given:
-            raise ConfigError(f"the key {where}{key} is missing")
+    refuse(
+        ConfigError,
+        *((key not in known, f"unknown key {where}{key}; known keys: {', '.join(known)}") for key in given),
+        *((key not in given, f"the key {where}{key} is missing") for key in needed),
+    )
 
 
 def _build(cls, values: dict[str, Any], where: str):

@@ -4,19 +4,16 @@ It works in NCT memory with one module per step: masked_fill, Conv1d, BatchNorm1
 that the fused model must return, and benchmarks compare with it.
 """
 
-import torch
 from torch import Tensor, nn
 
+from jasper_fast.kernels.layout import mask
 from jasper_fast.nn.architecture import add_layers, block_shapes, convs_and_norm, frames, out_lengths
 from jasper_fast.nn.config import BlockConfig, JasperConfig
 
 
 class MaskedConv1d(nn.Conv1d):
     def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        if lengths is not None:
-            t = torch.arange(x.shape[-1], device=x.device)
-            x = x.masked_fill((t >= lengths[:, None]).unsqueeze(1), 0)
-        return super().forward(x)
+        return super().forward(mask(x, lengths))
 
 
 class EagerBlock(nn.Module):

@@ -6,7 +6,7 @@ import operator
 import re
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
@@ -158,6 +158,11 @@ _NEMO = (
 )
 
 
+def renamed(name: str, rules: Iterable[tuple[str, str]]) -> str:
+    """Returns `name` after the substitutions of `rules`, pairs (pattern, replacement), in order."""
+    return functools.reduce(lambda name, rule: re.sub(*rule, name), rules, name)
+
+
 def _named_ours(
     path: Path, kind: str, entries: dict[str, Tensor], rules: Sequence[tuple[str, str]] = (), drop: Sequence[str] = ()
 ) -> Weights:
@@ -169,8 +174,7 @@ def _named_ours(
         if any(part in ours for part in drop):
             dropped.append(name)
             continue
-        for pattern, replacement in rules:
-            ours = re.sub(pattern, replacement, ours)
+        ours = renamed(ours, rules)
         if ours in names:
             raise CheckpointError(f"{path}: its entries {names[ours]} and {name} both mean {ours}")
         names[ours] = name

@@ -1,7 +1,6 @@
 """Weights as a `.nemo` archive: a tar with NeMo's configuration, and with the weights under NeMo's names."""
 
 import io
-import re
 import tarfile
 import tempfile
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from jasper_fast.nn.checkpoint import CheckpointError
 from jasper_fast.nn.config import JasperConfig, as_dict
-from jasper_fast.nn.formats import NEMO_FEATURES, NEMO_TARGET
+from jasper_fast.nn.formats import NEMO_FEATURES, NEMO_TARGET, renamed
 
 _MODULES = "nemo.collections.asr.modules"
 _RULES = (
@@ -27,9 +26,7 @@ def names(entries: dict[str, Tensor], masked: bool) -> dict[str, str]:
     such convs."""
     found = {}
     for name, tensor in entries.items():
-        theirs = name
-        for pattern, replacement in _RULES:
-            theirs = re.sub(pattern, replacement, theirs)
+        theirs = renamed(name, _RULES)
         if masked and name.startswith("encoder.") and tensor.dim() == 3:
             theirs = theirs.removesuffix("weight") + "conv.weight"
         found[name] = theirs

@@ -1,6 +1,7 @@
 """Batch norm, residual sum, ReLU, dropout and the mask of the next conv as one op."""
 
 import operator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -223,7 +224,7 @@ def normaliser(
             var, unbiased = m2 / m, m2 / (m - 1)
         else:  # both divisions in one launch
             var, unbiased = torch._foreach_div([m2, m2], [m, m - 1])
-        _update([running_mean, running_var], [mean, unbiased], momentum)
+        update_running([running_mean, running_var], [mean, unbiased], momentum)
     elif running_mean is None or running_var is None:
         raise ValueError("running_mean and running_var are needed unless the statistics of the batch are used")
     else:
@@ -245,8 +246,9 @@ def dropout_seed(p: float, seed: Tensor | int | None, device: torch.device) -> t
 
 
 @torch.no_grad()
-def _update(running: list[Tensor | None], values: list[Tensor], momentum: float | Tensor) -> None:
-    """Moves the running statistics towards `values` by `momentum`, in one launch if momentum is a number."""
+def update_running(running: list[Tensor | None], values: Iterable[Tensor], momentum: float | Tensor) -> None:
+    """Moves the running statistics that are not None towards `values` by `momentum`, in one launch if momentum is a
+    number."""
     pairs = [(of, to.to(of.dtype)) for of, to in zip(running, values, strict=True) if of is not None]
     if isinstance(momentum, Tensor):
         for of, to in pairs:

@@ -52,7 +52,7 @@ class _Draw:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, seed: int, timed: bool, busy: bool = False) -> None:
         self.device, self.dtype, self.timed, self.busy = device, dtype, timed, busy
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, generator=self.generator, device=self.device) * scale).to(dtype or self.dtype)

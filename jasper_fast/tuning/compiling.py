@@ -13,13 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from jasper_fast.dispatch import backends
-from jasper_fast.kernels import launch, tables
-from jasper_fast.kernels.operands import Geometry, Lengths, Mask, Norm
+from jasper_fast.kernels import launch
 from jasper_fast.kernels.tables import Cell
-from jasper_fast.selfcheck.checks import DTYPES
 from jasper_fast.tuning.faces import Proposal
-from jasper_fast.tuning.held import NORM_FUNCTIONS, is_decoder
+from jasper_fast.tuning.held import Held
 
 META = torch.device("meta")
 SILENCE = 60.0  # seconds to wait for the next compiled kernel before giving up
@@ -36,46 +33,11 @@ class Job(NamedTuple):
 
 
 def launches(job: Job) -> list[launch.Launch]:
-    """Returns the kernel launches of a contender on the job's architecture."""
+    """Returns the kernel launches of a contender on the job's architecture, and those that pack its inputs."""
     found: list[launch.Launch] = []
-    tile, op = job.proposal.tile, job.cell.op
-    forced = tables.forced(op, tile, job.proposal.face) if tile else contextlib.nullcontext()
-    with launch.recorded(found.append, job.arch), forced:
-        _call(job.cell)
+    with launch.recorded(found.append, job.arch):
+        Held(job.cell, META).call(job.proposal)()
     return found
-
-
-def _call(cell: Cell) -> None:
-    """Calls the cell's op on tensors without data, with the arguments that `Held` uses."""
-    (n, frames), dtype = cell.batch, DTYPES[cell.dtype]
-    t, lengths = frames * cell.stride, torch.empty(n, dtype=torch.int64, device=META)
-    ntc = lambda c, t: torch.empty(n, t, c, dtype=dtype, device=META).transpose(1, 2)  # noqa: E731
-    norm = Norm(*(torch.empty(cell.c_in, device=META) for _ in range(4)))
-    zeroed = Mask(lengths, lengths[:1], 0.2)
-    if cell.op in NORM_FUNCTIONS:
-        bn, y = backends.face("bn_relu_dropout", "triton"), ntc(cell.c_in, frames)
-        if NORM_FUNCTIONS[cell.op] == "backward":
-            bn.backward_reduce(y, y, None, norm, zeroed)
-            bn.backward_apply(y, y, None, norm, norm[:2], zeroed, False, 2)
-        else:
-            bn.stats(y)
-            bn.forward(y, norm, None, zeroed)
-        return
-    conv = backends.face("conv1d", "triton")
-    how = Geometry(cell.stride, (cell.taps // 2) * cell.dilation, cell.dilation)
-    x, weight = ntc(cell.c_in, t), torch.empty(cell.c_out, cell.c_in, cell.taps, device=META)
-    dy = ntc(cell.c_out, how.frames(t, cell.taps))
-    if cell.op == "conv1d.fused":
-        more = {"log_softmax": True} if is_decoder(cell) else {"workspace": conv.Workspace(META)}
-        more |= {"bias": torch.empty(cell.c_out, device=META), "relu": not is_decoder(cell), "clean": True}
-        conv.fused(x.transpose(1, 2), conv.pack(weight, dtype), how, lengths=Lengths(lengths, lengths), **more)
-        return
-    arguments = {
-        "conv1d.dgrad": (dy, weight, t, how, lengths),
-        "conv1d.dgrad_bn": (dy, weight, how, x, x, norm, zeroed),
-        "conv1d.wgrad": (x, dy, cell.taps, how, lengths, torch.float32, True),
-    }
-    getattr(conv, cell.op.removeprefix("conv1d."))(*arguments.get(cell.op, (x, weight, how, lengths, None, True)))
 
 
 def build(what: tuple[str, Job, int]) -> tuple[str, Facts]:
