@@ -36,7 +36,7 @@ def config(masks=True):
 
 
 def trained(kind=Jasper, masks=True):
-    """Returns a model with random statistics and clearly different log-probabilities."""
+    """Returns a model whose random statistics, gammas and biases make its log-probabilities vary clearly."""
     torch.manual_seed(1)
     model = kind(config(masks))
     for name, tensor in model.state_dict().items():

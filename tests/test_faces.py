@@ -39,7 +39,8 @@ def test_signatures_equal_the_reference(op, face):
 
 
 def test_faces_with_packed_weights_fuse_alike():
-    """`fused` begins with the same parameters on every face. The faces for GPUs have further parameters after them."""
+    """On the faces that take packed weights, `fused` begins with the same parameters. The faces for GPUs have further
+    parameters after them."""
     cpu, triton, cuda = (public("conv1d", f"{face}_impl") for face in ("cpu", "triton", "cuda"))
     assert cuda["fused"] == triton["fused"]
     assert triton["fused"].startswith(cpu["fused"].removesuffix(") -> Tensor"))

@@ -331,7 +331,8 @@ def test_utterances_shorter_than_an_unpadded_conv():
 
 @pytest.mark.parametrize("which", KINDS)
 def test_torch_export(which):
-    """NVIDIA's and NeMo's blocks use one ReLU at several places, where torch.export puts an instance of a subclass."""
+    """NVIDIA's and NeMo's blocks use one ReLU in several places. While torch.export traces them, it replaces such a
+    module by an instance of a subclass, which must still count as a ReLU."""
     plain, fused = twins(which)
     exported = torch.export.export(fused, (features(), LENGTHS)).module()
     torch.testing.assert_close(call(exported, features()), call(plain, features()), rtol=1e-4, atol=1e-5)

@@ -102,7 +102,7 @@ def average(model: nn.Module) -> None:
 
 
 def by_transposing(model: nn.Module) -> None:
-    weight = model.encoder.layers[1].conv[4].weight  # (16, 16, 5): the same memory in another order
+    weight = model.encoder.layers[1].conv[4].weight  # (16, 16, 5), so its transpose has the same shape
     weight.data = weight.detach().transpose(0, 1)
 
 

@@ -75,7 +75,7 @@ def which(request):
 def test_evaluation(golden, which):
     config, tensors = golden
     model = _build(which, config, tensors).eval()
-    features, lengths = tensors["features"][1:, :, :121], tensors["feature_lengths"][1:]  # not the longest utterance
+    features, lengths = tensors["features"][1:, :, :121], tensors["feature_lengths"][1:]  # the batch without its longest utterance
     for forward in [model, InferenceEngine(model)] if isinstance(model, Jasper) else [model]:
         log_probs, out_lengths = forward(features, lengths)
         assert torch.equal(out_lengths, tensors["eval.lengths"][1:])
@@ -104,7 +104,7 @@ def test_first_training_step(golden, which):
         assert _relative(parameter.grad, want[name]) <= 1e-3, name
 
 
-# the first step of the others is tested above
+# test_first_training_step covers the first step of the other models
 @pytest.mark.parametrize("which", ["eager", "reference", "cpu"], indirect=True)
 def test_four_novograd_steps(golden, which):
     config, tensors = golden

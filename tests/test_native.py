@@ -52,7 +52,7 @@ def test_an_op_that_an_old_library_lacks_is_named() -> None:
 
 @needs_native
 def test_the_library_needs_no_python_and_only_torch_s_stable_symbols() -> None:
-    """So one build of the library works with every Python and with later versions of torch."""
+    """A library that needs nothing else works with every Python and with later versions of torch."""
     command = ["nm", "-D", "-u", str(native._cpu.path)]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -142,7 +142,7 @@ def test_a_symbol_that_is_nan_does_not_hide_others():
 
 
 def test_a_sorted_file_that_cannot_be_read_is_an_error(tmp_path):
-    """Without the error, its n-grams would be missing from the model."""
+    """Without the error, the n-grams in the file would be missing from the model."""
     with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
         trainer = train._Trainer(1, folder, 0, [0])
         words = np.arange(3, 5003, dtype=np.int32)
