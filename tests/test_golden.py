@@ -75,7 +75,8 @@ def which(request):
 def test_evaluation(golden, which):
     config, tensors = golden
     model = _build(which, config, tensors).eval()
-    features, lengths = tensors["features"][1:, :, :121], tensors["feature_lengths"][1:]  # the batch without its longest utterance
+    # all utterances but the longest
+    features, lengths = tensors["features"][1:, :, :121], tensors["feature_lengths"][1:]
     for forward in [model, InferenceEngine(model)] if isinstance(model, Jasper) else [model]:
         log_probs, out_lengths = forward(features, lengths)
         assert torch.equal(out_lengths, tensors["eval.lengths"][1:])
