@@ -213,16 +213,29 @@ def test_sub_block_against_fp64(backend, dtype):
         assert_close(name, g.to(low.dtype), low, ref)
 
 
-def test_public_function_equals_pytorch(backend):
+@pytest.mark.parametrize("layout", ["nct", "ntc", "sliced", "expanded"])
+def test_public_function_equals_pytorch_for_any_strides(backend, layout):
     y, gamma, beta, mean, var = inputs()
+    y = {
+        "nct": y,
+        "ntc": y.transpose(1, 2).contiguous().transpose(1, 2),
+        "sliced": torch.cat([y, y], 1)[:, ::2][:, :13],
+        "expanded": y[:1].expand(2, 13, 9),
+    }[layout]
+    leaf = y.detach().clone().requires_grad_()
+    strided = y.detach().requires_grad_()
     residual, lengths = torch.randn(y.shape), torch.tensor([9, 4])
     want_mean, want_var = mean.clone(), var.clone()
-    want = F.relu(F.batch_norm(y, want_mean, want_var, gamma, beta, True, 0.1, 1e-3) + residual)
+    want = F.relu(F.batch_norm(leaf, want_mean, want_var, gamma, beta, True, 0.1, 1e-3) + residual)
     want = want.masked_fill(torch.arange(9) >= lengths[:, None, None], 0)
-    got = ops.bn_relu_dropout(y, gamma, beta, mean, var, residual=residual, lengths=lengths, backend=backend)
+    got = ops.bn_relu_dropout(strided, gamma, beta, mean, var, residual=residual, lengths=lengths, backend=backend)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close((mean, var), (want_mean, want_var))
     assert got.stride() == (9 * 13, 1, 13)
+    up = torch.randn(want.shape)
+    want.backward(up)
+    (dy,) = torch.autograd.grad(got, strided, up.transpose(1, 2).contiguous().transpose(1, 2))
+    torch.testing.assert_close(dy, leaf.grad, atol=1e-5, rtol=1e-5)
 
 
 def test_given_statistics_are_used(backend):
@@ -247,26 +260,6 @@ def test_modes(backend):
     keep = philox.keep_mask(2, 13, 9, 0.5, torch.tensor([3]), y.device)
     torch.testing.assert_close(frozen, want * keep * 2, atol=1e-6, rtol=1e-5)
     assert_equal((mean, var), before)
-
-
-@pytest.mark.parametrize("layout", ["nct", "ntc", "sliced", "expanded"])
-def test_any_strides(backend, layout):
-    y, gamma, beta, mean, var = inputs()
-    y = {
-        "nct": y,
-        "ntc": y.transpose(1, 2).contiguous().transpose(1, 2),
-        "sliced": torch.cat([y, y], 1)[:, ::2][:, :13],
-        "expanded": y[:1].expand(2, 13, 9),
-    }[layout]
-    leaf = y.detach().clone().requires_grad_()
-    strided = y.detach().requires_grad_()
-    want = F.relu(F.batch_norm(leaf, None, None, gamma, beta, True, 0.1, 1e-3))
-    got = ops.bn_relu_dropout(strided, gamma, beta, mean, var, backend=backend)
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
-    up = torch.randn(want.shape)
-    want.backward(up)
-    (dy,) = torch.autograd.grad(got, strided, up.transpose(1, 2).contiguous().transpose(1, 2))
-    torch.testing.assert_close(dy, leaf.grad, atol=1e-5, rtol=1e-5)
 
 
 def test_lengths_and_vectors_may_be_strided(backend):
@@ -335,16 +328,17 @@ def test_a_strided_conv_runs_in_aten_only_for_the_gradient_of_x(backend):
 
 def test_a_conv_names_what_does_not_fit(backend):
     x, weight, one = torch.zeros(2, 16, 9), torch.zeros(8, 32, 3), torch.ones(16)
+    conv = functools.partial(ops.conv1d, x, weight[:, :16], backend=backend)
     assert_raises((
         (lambda: ops.conv1d(x, weight, backend=backend), r"do not fit: \(2, 16, 9\), \(8, 32, 3\)"),
         (lambda: ops.sub_block(x, one, one, None, None, weight, backend=backend), "do not fit"),
-        (lambda: ops.conv1d(x, weight[:, :16], dilation=8, backend=backend), "x has 9 frames, too few"),
         (lambda: ops.sub_block(x, one, one, None, None, weight[:, :16], dilation=8, backend=backend), "y has 9 frames"),
-        (lambda: ops.conv1d(x, weight[:, :16], stride=0, backend=backend), "at least 1"),
+        (lambda: conv(dilation=8), "x has 9 frames, too few"),
+        (lambda: conv(stride=0), "at least 1"),
+        (lambda: conv(lengths=torch.tensor([9])), r"lengths must be \(2,\) int64"),
+        (lambda: conv(lengths=torch.tensor([9.0, 9.0])), r"lengths must be \(2,\) int64"),
+        (lambda: conv(lengths=torch.tensor([9, 9], dtype=torch.int32)), r"lengths must be \(2,\) int64"),
     ))  # fmt: skip
-    for lengths in (torch.tensor([9]), torch.tensor([9.0, 9.0]), torch.tensor([9, 9], dtype=torch.int32)):
-        with pytest.raises(ValueError, match=r"lengths must be \(2,\) int64"):
-            ops.conv1d(x, weight[:, :16], lengths=lengths, backend=backend)
 
 
 def twice_differentiable() -> dict:
