@@ -226,19 +226,14 @@ STEP = (
 
 @dataclasses.dataclass
 class Run(Loop):
-    """A run that trains Jasper."""
+    """A run that trains Jasper. `val` is the validation split or None."""
 
     train: Split
-    val: Split | None
 
     best, best_text = "best_wer", "WER {:.2%}"
 
     def epoch_steps(self) -> int:
         return self.train.steps(self.state.epoch, self.args.grad_accumulation)
-
-    @property
-    def validates(self) -> bool:
-        return self.val is not None
 
     def tell_step(self, result: StepResult, lr: float, epoch: int, epochs: float) -> str:
         """Logs the figures since the last call, and returns the progress bar's text."""

@@ -57,8 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     for reason, count in figures["faults"].items():
         print(f"{count:7} {reason}: {check.REASONS[reason]}")
-        culprits = [(f.name, fault.detail) for f in results for fault in f.faults if fault.reason == reason]
-        for name, detail in culprits[: max(arguments.worst, 0)]:
+        for name, detail, _ in check.culprits(results, reason)[: max(arguments.worst, 0)]:
             print(f"          {f'{name}: ' if name else ''}{detail}")
     if clean := arguments.clean and Path(arguments.clean):
         kept = check.clean_entries(results, arguments.manifest, clean, arguments.data_dir, rules.strict)

@@ -66,5 +66,7 @@ def _expected() -> tuple[type[BaseException], ...]:
     from jasper_fast.dispatch import backends, probe, tuned
     from jasper_fast.nn.checkpoint import CheckpointError
 
-    own = common.UsageError, MissingExtra, CheckpointError, backends.BackendMissing, probe.CannotCheck, tuned.CannotTune
-    return *own, ValueError, OSError, MemoryError
+    return (
+        common.UsageError, MissingExtra, CheckpointError, backends.BackendMissing, probe.CannotCheck, tuned.CannotTune,
+        ValueError, OSError, MemoryError,
+    )  # fmt: skip

@@ -31,8 +31,10 @@ class UsageError(Exception):
 
 def subcommand(commands: Any, name: str, run: Callable, options: dict, help: str, description: str, end: str) -> None:
     """Adds a subcommand that calls `run`."""
-    texts = {"help": help, "description": description, "epilog": f"Defaults are in parentheses.\n\n{end}"}
-    parser = commands.add_parser(name, **texts, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commands.add_parser(
+        name, help=help, description=description, epilog=f"Defaults are in parentheses.\n\n{end}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     add(parser, options)
     parser.set_defaults(run=run)
 
@@ -188,8 +190,9 @@ def decoder(arguments: argparse.Namespace, vocabulary: Any) -> Any:
     """Returns the beam search that the options of DECODING ask for, or None for greedy decoding."""
     from jasper_fast.lm import decoders, spelt, tuned
 
-    asked = {name: getattr(arguments, name) for name in ("beam", "alpha", "beta", "n_best")}
-    asked |= {"hot_words": _hot_words(arguments) or None}
+    asked = {name: getattr(arguments, name) for name in ("beam", "alpha", "beta", "n_best")} | {
+        "hot_words": _hot_words(arguments) or None
+    }
     file, lexicon, model, weight = (getattr(arguments, n) for n in ("lm", "lexicon", "rescore", "rescore_weight"))
     unknown = arguments.unknown_score
     if arguments.open_vocabulary and unknown is None:
@@ -278,14 +281,13 @@ def load(arguments: argparse.Namespace) -> Recognizer:
         raise UsageError(f"--workers {arguments.workers} is negative")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    dtype = None if arguments.dtype is None else getattr(torch, DTYPES[arguments.dtype])
     made = recognizer.load(
         arguments.checkpoint,
         arguments.config,
         arguments.ema,
         device_of(arguments.device),
         arguments.backend,
-        dtype,
+        None if arguments.dtype is None else getattr(torch, DTYPES[arguments.dtype]),
         arguments.fp32_precision,
     )
     made.decoder = decoder(arguments, made.vocabulary)

@@ -121,8 +121,9 @@ def _run(arguments: argparse.Namespace, share: Ranks) -> int:
         print("no utterance could be used", file=sys.stderr)
     if not (share.first and rows):
         return status
-    figures = _figures(arguments, recognizer, result, rows) | evaluation.by_parts(rows)
-    figures |= {"utterances_per_s": len(rows) / max(result.wall_seconds, 1e-9), "processes": share.world}
+    figures = _figures(arguments, recognizer, result, rows) | evaluation.by_parts(rows) | {
+        "utterances_per_s": len(rows) / max(result.wall_seconds, 1e-9), "processes": share.world
+    }  # fmt: skip
     if arguments.html:
         common.write(arguments.html, evaluation.html(figures, rows, arguments.worst))
     if arguments.out:

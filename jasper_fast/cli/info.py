@@ -52,13 +52,6 @@ def run(arguments: argparse.Namespace) -> None:
     print(json.dumps(report, indent=1) if arguments.json else render(report))
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _backends() -> dict[str, dict[str, Any]]:
     import torch
 
@@ -100,7 +93,7 @@ def collect() -> dict[str, Any]:
     ]
     packages = {}
     for name, purpose, extra in _PACKAGES:
-        version = _version(name)
+        version = next((found.version for found in metadata.distributions(name=name)), None)
         packages[name] = {"version": version, "for": purpose, "optional": bool(extra) or name == "triton"}
         if version is None:
             packages[name]["get"] = f"pip install '{f'jasper-fast[{extra}]' if extra else name}'"
@@ -150,11 +143,11 @@ def render(report: dict[str, Any]) -> str:
         f"CPU  {cpu['name']}: {cpu['cores']} cores, {cpu['threads']} threads, {cpu['memory_gib']} GiB; torch "
         f"runs {cpu['torch_isa']}, {native}",
     ]
-    for i, gpu in enumerate(cuda["gpus"]):
-        lines.append(
-            f"GPU {i}  {gpu['name']}: sm_{gpu['capability'].replace('.', '')}, {gpu['memory_gib']} GiB, "
-            f"{gpu['multiprocessors']} multiprocessors (torch for CUDA {cuda['torch_built_for']})"
-        )
+    lines += [
+        f"GPU {i}  {gpu['name']}: sm_{gpu['capability'].replace('.', '')}, {gpu['memory_gib']} GiB, "
+        f"{gpu['multiprocessors']} multiprocessors (torch for CUDA {cuda['torch_built_for']})"
+        for i, gpu in enumerate(cuda["gpus"])
+    ]
     if not cuda["gpus"]:
         built = f"built for CUDA {cuda['torch_built_for']}" if cuda["torch_built_for"] else "a CPU build"
         lines.append(f"GPU  torch sees none (torch is {built})")
@@ -171,8 +164,7 @@ def render(report: dict[str, Any]) -> str:
         lines.append(f"self-check of {what}: {found}{failure}")
     if not report["verdicts"]:
         lines.append("self-check: not run with these versions; `jasper-fast selfcheck` runs it")
-    for found in report["tuned"]:
-        lines.append(f"tuned on {found['device']}: {found['shapes']} shapes, in {found['file']}")
+    lines += [f"tuned on {of['device']}: {of['shapes']} shapes, in {of['file']}" for of in report["tuned"]]
     rows = [("package", "version", "for", "how to get it")]
     for name, package in report["packages"].items():
         version = package["version"] or ("- (optional)" if package["optional"] else "missing")

@@ -77,8 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.budget,
             on_cell=lambda session, doing: progress(len(session.done), doing or "tuning"),
         )
-    refused = sum(len(of["refused"]) for of in session.done.values())
-    print(f"{len(session.done)} measured in {time.monotonic() - started:.0f} s, {refused} contenders refused")
+    print(f"{len(session.done)} measured in {time.monotonic() - started:.0f} s, "
+          f"{sum(len(of['refused']) for of in session.done.values())} contenders refused")  # fmt: skip
     if session.out_of_time:
         print(f"the budget is spent, {len(todo) - len(session.done)} shapes are left: the same command continues")
     return OUT_OF_TIME if session.out_of_time else 0
@@ -92,5 +92,6 @@ def cells_of(arguments: argparse.Namespace, dtype: Any) -> list[Any]:
     default = importlib.resources.files("jasper_fast.configs") / "jasper10x5dr.yaml"
     config = JasperConfig.from_yaml(arguments.model or default)
     modes = ("training", "inference") if arguments.mode == "both" else (arguments.mode,)
-    found = [cell for n, t in arguments.batches for mode in modes for cell in cells(config, n, t, dtype, mode)]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(
+        cell for n, t in arguments.batches for mode in modes for cell in cells(config, n, t, dtype, mode)
+    ))  # fmt: skip

@@ -132,8 +132,8 @@ class BatchSampler:
         for part in self._parts(order, rng):
             batches = self._cut([i for i in part.tolist() if i not in left_out], seconds)
             self._even_out(batches)
-            steps = len(batches) // self.world_size
-            mine += [batches[step * self.world_size + self.rank] for step in rng.permutation(steps)]
+            own = batches[self.rank :: self.world_size]
+            mine += [own[step] for step in rng.permutation(len(own))]
         return mine
 
     def _parts(self, order: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
@@ -161,8 +161,9 @@ class BatchSampler:
         longest = 0.0
         for index in order:
             grown = max(longest, seconds[index])
-            full = self.batch_size is not None and len(current) == self.batch_size
-            full |= self.max_seconds is not None and grown * (len(current) + 1) > self.max_seconds
+            full = len(current) == self.batch_size or (
+                self.max_seconds is not None and grown * (len(current) + 1) > self.max_seconds
+            )
             if current and full:
                 batches.append(current)
                 current, grown = [], seconds[index]
@@ -229,8 +230,10 @@ def _alone(dataset: SpeechDataset, items: list[int], epoch: int, pin_memory: boo
         except processes.WorkerDied as error:
             why = str(error)  # the error itself would keep the iterator and its processes
     batch = collate([])
-    for name in (dataset.utterances[i % len(dataset.utterances)].name for i in items):
-        batch.skipped.append(Skipped(name, "worker_died", f"{name}: its batch could not be read: {why}"))
+    batch.skipped = [
+        Skipped(name, "worker_died", f"{name}: its batch could not be read: {why}")
+        for name in (dataset.utterances[i % len(dataset.utterances)].name for i in items)
+    ]
     return batch
 
 

@@ -87,8 +87,9 @@ class SpeechDataset(Dataset):
         self.skipped = SkipReport()
         usable = []
         for place, utterance in enumerate(utterances):
-            text = utterance.text
-            text, lost = normalize_and_lost(text, vocabulary) if settings.normalize_text else (text, [])
+            text, lost = (
+                normalize_and_lost(utterance.text, vocabulary) if settings.normalize_text else (utterance.text, [])
+            )
             if lost:
                 self.skipped.lose(utterance.manifest, lost)
             try:
@@ -143,9 +144,8 @@ class SpeechDataset(Dataset):
         ):
             if holds:
                 return Skipped(name, reason, f"{name}: {detail}")
-        if bounds.join is None:
-            return self._too_short_for_ctc(name, round(seconds * bounds.sample_rate), target)
-        return None  # silence is added to a joined item until it has enough frames for CTC
+        # Silence is added to a joined item until it has enough frames for CTC.
+        return None if bounds.join else self._too_short_for_ctc(name, round(seconds * bounds.sample_rate), target)
 
     def _too_short_for_ctc(self, name: str, samples: int, target: list[int]) -> Skipped | None:
         frames, needed = -(-samples // self.frame_samples), ctc_frames(target)
@@ -157,7 +157,7 @@ class SpeechDataset(Dataset):
 
     def durations(self, epoch: int = 0) -> list[float]:
         """Returns the seconds of every item in an epoch, after joining and perturbation, by the manifest."""
-        if self.settings.join is None and self.settings.perturb.keeps_length:
+        if not (self.settings.join or self.settings.perturb.speed or self.settings.perturb.tempo):
             return list(self._seconds)
         draws = (self._draw(epoch, i) for i in range(len(self)))
         return [clips.seconds(self._seconds) / (change.speed * change.tempo) for clips, change in draws]
@@ -175,8 +175,8 @@ class SpeechDataset(Dataset):
         own, join = index % len(self.utterances), self.settings.join
         clips = Clips((own,))
         if join is not None:
-            everyone = range(len(self.utterances))
-            pool = self._by_speaker[self.utterances[own].speaker] if join.same_speaker else everyone
+            speaker = self.utterances[own].speaker
+            pool = self._by_speaker[speaker] if join.same_speaker else range(len(self.utterances))
             clips = join.draw(own, pool, self._seconds, self.settings.max_duration, rng)
         return clips, self.settings.perturb.draw(rng)
 

@@ -105,10 +105,6 @@ class Perturb:
     noise: Chance | None = None
     tempo: Chance | None = None
 
-    @property
-    def keeps_length(self) -> bool:
-        return self.speed is None and self.tempo is None
-
     def draw(self, rng: np.random.Generator) -> Change:
         """Draws the Change of one utterance. The order of the draws must not change: a seed must always give the same
         data."""

@@ -49,12 +49,16 @@ class AudioSettings:
         """Makes the settings from an ``audio_dataset`` of NVIDIA's Jasper. The dict may also have the keys
         ``noise_perturbation``, ``tempo_perturbation``, ``join`` and ``preload``. Raises ValueError, which names an
         unknown key or a setting out of range."""
-        left, parts = dict(audio_dataset or {}), {}
-        for name, (default, keys) in _PERTURBATIONS.items():
-            parts[name] = _built(default, left.pop(f"{name}_perturbation", None), keys, f"{name}_perturbation")
-        join = _built(Join(), left.pop("join", None), {f.name: f.name for f in fields(Join)}, "join")
-        offline = not left.pop("ignore_offline_speed_perturbation", True)
-        settings = cls(perturb=Perturb(**parts), join=join, offline_speeds=offline)
+        left = dict(audio_dataset or {})
+        parts = {
+            name: _built(default, left.pop(f"{name}_perturbation", None), keys, f"{name}_perturbation")
+            for name, (default, keys) in _PERTURBATIONS.items()
+        }
+        settings = cls(
+            perturb=Perturb(**parts),
+            join=_built(Join(), left.pop("join", None), {f.name: f.name for f in fields(Join)}, "join"),
+            offline_speeds=not left.pop("ignore_offline_speed_perturbation", True),
+        )
         return _built(settings, {k: v for k, v in left.items() if k not in _ELSEWHERE}, _PLAIN, "audio_dataset")
 
 

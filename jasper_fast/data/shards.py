@@ -54,8 +54,9 @@ def fetch(packed: Iterable[Packed]) -> dict[Packed, bytes]:
         groups[files][each] = path
     found: dict[Packed, bytes] = {}
     for files, mine in groups.items():
-        ends = [p.start + p.size for p in mine]
-        data = files.cat_ranges([*mine.values()], [p.start for p in mine], ends, on_error="return")
+        data = files.cat_ranges(
+            [*mine.values()], [p.start for p in mine], [p.start + p.size for p in mine], on_error="return"
+        )
         found |= {p: d for p, d in zip(mine, data, strict=True) if isinstance(d, bytes) and len(d) == p.size}
     return found
 

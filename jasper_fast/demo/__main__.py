@@ -111,8 +111,10 @@ def main(argv: list[str] | None = None) -> int:
     console.print(
         f"{last['step']} steps: [bold]WER {last['wer']:.1%} on {voices['test']} voices that were not in training[/]"
     )
-    state = {"config": model.config.to_dict(), "labels": list(model.config.labels), "state_dict": model.state_dict()}
-    checkpoint.save(out / "model.pt", {"format": checkpoint.FORMAT} | state)
+    checkpoint.save(out / "model.pt", {
+        "format": checkpoint.FORMAT, "config": model.config.to_dict(), "labels": list(model.config.labels),
+        "state_dict": model.state_dict(),
+    })  # fmt: skip
     paths, examples = listen(model, unheard, device, args.seed)
     for path, example in zip(paths, examples, strict=True):
         example["file"] = str(path.relative_to(out))

@@ -38,9 +38,9 @@ def _measure(
 ) -> dict[str, Any]:
     """Runs `jasper-fast bench COMMAND` and returns the rows of its result, by the keys "fused" and "eager"."""
     out = folder / command
-    common = ["--device", str(device), "--dtype", "fp32", "--quick", "--seconds", str(seconds), "--out", str(out)]
-    bench = need("jasper_fast.bench.cli", "bench")
-    if status := bench.main([command, "--model", model, *common, "--rivals", "eager", *more]):
+    argv = [command, "--model", model, "--device", str(device), "--dtype", "fp32", "--quick", "--seconds", str(seconds),
+            "--out", str(out), "--rivals", "eager", *more]  # fmt: skip
+    if status := need("jasper_fast.bench.cli", "bench").main(argv):
         raise SystemExit(status)  # the benchmark has said why; results in `out` may be of an earlier run
     newest = max(out.glob("*.json"), key=lambda path: path.stat().st_mtime)
     return {"fused" if row["ours"] else "eager": row for row in json.loads(newest.read_text())["rows"]}

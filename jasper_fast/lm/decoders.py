@@ -116,9 +116,7 @@ class WordDecoder:
 
         def finish() -> list[Transcript]:
             return [
-                transcript_of(
-                    item, [Hypothesis(*text) for text in found] or [NOTHING], path, self._vocabulary, frame_seconds
-                )
+                transcript_of(item, found or [NOTHING], path, self._vocabulary, frame_seconds)
                 for item, (found, path) in zip(items, answers(), strict=True)
             ]
 

@@ -13,9 +13,10 @@ import numpy as np
 
 from jasper_fast.lm.align import best_path
 from jasper_fast.lm.arpa import LanguageModelError
-from jasper_fast.lm.words import Found, WordLM, WordSearch
+from jasper_fast.lm.words import WordLM, WordSearch
+from jasper_fast.speech.text import Hypothesis
 
-Answer = tuple[list[Found], np.ndarray | None]  # the texts found, and the best CTC path of the first of them
+Answer = tuple[list[Hypothesis], np.ndarray | None]  # the texts found, and the best CTC path of the first of them
 
 _settings: tuple[WordLM, dict[str, Any]]
 

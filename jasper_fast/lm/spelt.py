@@ -130,8 +130,7 @@ def _words(
     for i in np.flatnonzero(boosted).tolist():
         node = node_of[i]
         for spelt in range(len(spellings[i]), 0, -1):
-            share = boosted[i] * spelt / len(spellings[i])
-            ahead[node] = max(ahead[node], alone[i] - boosted[i] + share)
+            ahead[node] = max(ahead[node], alone[i] - boosted[i] + boosted[i] * spelt / len(spellings[i]))
             node = parents[node]
     ahead[0] = 0.0
     return Words(

@@ -82,7 +82,6 @@ def automaton(arpa: Arpa, listed_tokens: Sequence[str]) -> Ngram:
             context = context[1:]
         return state_of[context]
 
-    lower = [0, *(longest(context[1:]) for context in list(state_of)[1:])]
     missing = sorted(set(range(end)) - listed)
     arcs: dict[tuple[int, int], tuple[float, int]] = {(0, i): (MISSING, 0) for i in missing}
     for source, i, log10 in grams:
@@ -99,7 +98,7 @@ def automaton(arpa: Arpa, listed_tokens: Sequence[str]) -> Ngram:
         torch.from_numpy(keys[:, 1].astype(np.int32)),
         torch.tensor([following for _, following in sorted_arcs], dtype=torch.int32),
         torch.tensor([log10 for log10, _ in sorted_arcs], dtype=torch.float32),
-        torch.tensor(lower, dtype=torch.int32),
+        torch.tensor([0, *(longest(context[1:]) for context in list(state_of)[1:])], dtype=torch.int32),
         torch.tensor(back_off, dtype=torch.float32),
         longest(chr(begin)),
     )

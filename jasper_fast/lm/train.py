@@ -50,9 +50,10 @@ class _Trainer:
         self._library = native.cpu_functions()
         self._library.jf_ngram_new.restype = ctypes.c_void_p
         self._library.jf_ngram_error.restype = ctypes.c_char_p
-        counts = (ctypes.c_int64 * order)(*prune)
         self._handle = ctypes.c_void_p(
-            self._library.jf_ngram_new(order, os.fsencode(folder), ctypes.c_int64(memory), counts)
+            self._library.jf_ngram_new(
+                order, os.fsencode(folder), ctypes.c_int64(memory), (ctypes.c_int64 * order)(*prune)
+            )
         )
 
     def call(self, name: str, *arguments: object) -> None:

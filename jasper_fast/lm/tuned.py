@@ -31,10 +31,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     for name, value in found.items():
         if name in _KINDS and (not isinstance(value, _KINDS[name]) or isinstance(value, bool)):
             raise LanguageModelError(f"{path}: {name}: {value!r} has the wrong type")
-    for name in _PATHS:
-        if found.get(name):
-            found[name] = str(Path(path).parent / found[name])
-    return found
+    return found | {name: str(Path(path).parent / found[name]) for name in _PATHS if found.get(name)}
 
 
 def write(path: str | os.PathLike, settings: dict[str, Any]) -> None:

@@ -10,13 +10,12 @@ import sys
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from jasper_fast.extras import need
 from jasper_fast.lm.arpa import SPECIAL, Arpa, LanguageModelError, begins_with
-from jasper_fast.speech.text import Vocabulary
+from jasper_fast.speech.text import Hypothesis, Vocabulary
 
 _TOKENS = 40  # only the 40 likeliest symbols of a frame may extend a hypothesis, as in the paper's decoder
 _THRESHOLD = 50.0  # a hypothesis is dropped if its score is more than this below the best one
@@ -42,15 +41,6 @@ class WordLM:
     entries: tuple[Entry, ...]
     labels: tuple[str, ...]
     left_out: tuple[str, ...] = ()  # words that the labels cannot spell
-
-
-class Found(NamedTuple):
-    """A text that a search found, its score and log p_CTC (natural logarithms), and its symbols as classes."""
-
-    text: str
-    score: float
-    log_prob: float
-    symbols: tuple[int, ...]
 
 
 def has_wheels() -> bool:
@@ -162,20 +152,20 @@ class WordSearch:
             options, self._trie, self._model, self._space, len(self._labels), self._unknown, [], False
         )
 
-    def __call__(self, log_probs: np.ndarray) -> list[Found]:
+    def __call__(self, log_probs: np.ndarray) -> list[Hypothesis]:
         """Returns the best texts of log-probs (T, V), fp32, the best first; an empty list if no sequence
         of words is possible."""
         frames, classes = log_probs.shape
         emissions = np.full((frames + 1, classes), _NEVER, dtype=np.float32)
         np.maximum(log_probs, _NEVER, out=emissions[:frames])
         emissions[frames, self._space] = 0.0  # a space after the last frame ends the last word
-        best: dict[str, Found] = {}
+        best: dict[str, Hypothesis] = {}
         for result in self._decoder.decode(emissions.ctypes.data, frames + 1, classes):
             words = [self._texts[w] for w in result.words if w >= 0]
             text = " ".join(words)
             log_prob = result.score - self.alpha * result.lmScore - self.beta * len(words)
             if text not in best and result.score > _NEVER / 2:
-                best[text] = Found(text, result.score, log_prob, tuple(map(self._labels.index, text)))
+                best[text] = Hypothesis(text, result.score, log_prob, tuple(map(self._labels.index, text)))
             if len(best) == self.n_best:
                 break
         return [*best.values()]

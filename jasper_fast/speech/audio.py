@@ -241,8 +241,7 @@ def change_tempo(samples: np.ndarray, tempo: float, sample_rate: int) -> np.ndar
         out[i * half : (i + 2) * half] += padded[start : start + 2 * half] * window
         wanted = padded[start + half : start + 2 * half]  # how the next window would begin at the old tempo
         lowest = min(round((i + 1) * half * tempo), len(samples))
-        match = np.correlate(padded[lowest : lowest + half + 2 * reach], wanted, "valid")
-        start = lowest + int(match.argmax())
+        start = lowest + int(np.correlate(padded[lowest : lowest + half + 2 * reach], wanted, "valid").argmax())
     return out[:size]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jasper_fast.speech.text import Vocabulary
+from jasper_fast.speech.text import Hypothesis, Vocabulary
 
 
 class NotFinite(ValueError):
@@ -28,17 +28,6 @@ class Word:
     start: float
     end: float
     confidence: float
-
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """A text that a beam search found. ``score`` is the number by which the search ranked it, ``log_prob`` the natural
-    logarithm of the text's CTC probability, and ``symbols`` the classes of its symbols."""
-
-    text: str
-    score: float
-    log_prob: float
-    symbols: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -82,9 +71,8 @@ def _best_path(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> tu
     beyond = torch.arange(ids.shape[1], device=ids.device) >= lengths.to(ids.device)[:, None]
     # fp32 represents class numbers exactly, so both arrays can be copied in one transfer.
     packed = torch.stack((ids.masked_fill(beyond, -1).float(), best.float().masked_fill(beyond, 0))).cpu().numpy()
-    broken = np.isnan(packed[1]).any(1).nonzero()[0]
-    if broken.size:
-        raise NotFinite(f"log_probs contain NaN in valid frames of batch items {broken.tolist()}")
+    if broken := np.isnan(packed[1]).any(1).nonzero()[0].tolist():
+        raise NotFinite(f"log_probs contain NaN in valid frames of batch items {broken}")
     return packed[0].astype(np.int64), np.exp(packed[1])
 
 

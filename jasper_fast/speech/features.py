@@ -151,7 +151,6 @@ class LogMelFeatures(nn.Module):
             and all(isinstance(values, Sized) and len(values) == n_mels for values in normalize.values())
             and all(float(std) > 0 for std in normalize["fixed_std"])
         )
-        guarded = convention not in LOG_GUARDS or (isinstance(self.log_guard, Real) and self.log_guard >= 0)
         for fits, wrong in (
             (window in _WINDOWS, f"window={window!r} is unknown; choose one of {', '.join(_WINDOWS)}"),
             (convention in LOG_GUARDS, f"{convention=} is unknown; choose one of {', '.join(LOG_GUARDS)}"),
@@ -161,7 +160,10 @@ class LogMelFeatures(nn.Module):
                 f"normalize={normalize!r} is unknown; choose one of {', '.join(map(repr, known))}, or give fixed_mean "
                 f"and fixed_std, {n_mels} numbers each, those of fixed_std positive",
             ),
-            (guarded, f"{log_guard=} must be a number that is not negative"),
+            (
+                isinstance(self.log_guard, Real) and self.log_guard >= 0,
+                f"{log_guard=} must be a number that is not negative",
+            ),
             ((pad_to_multiple or 0) >= 0, f"{pad_to_multiple=} must not be negative"),
             (dither >= 0, f"dither={dither} must not be negative"),
             (n_mels > 0, f"{n_mels=} must be positive"),

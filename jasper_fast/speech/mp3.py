@@ -24,12 +24,6 @@ def _size(header: bytes) -> int:
     return samples * _KBITS[version][bits - 1] // _RATES[version][rate] + (header[2] >> 1 & 1)
 
 
-def _side(header: bytes) -> int:
-    """Returns the offset in the frame at which a Xing header begins."""
-    mono, first = header[3] >> 6 == 3, header[1] >> 3 & 3 == 3
-    return 4 + ((17 if mono else 32) if first else (9 if mono else 17))
-
-
 def with_length(data: bytes | mmap.mmap) -> bytes | None:
     """Returns the MP3 file with a Xing header in front that states its number of frames. Returns None if its first
     frame already has a header (Xing, Info or VBRI), or if the file does not begin with frames of layer III."""
@@ -54,5 +48,7 @@ def with_length(data: bytes | mmap.mmap) -> bytes | None:
         return None
     # The first frame's header, without a checksum, and with a bit rate at which the frame has room for a Xing header.
     head = bytes((header[0], header[1] | 1, header[2] & 0x0D | 0x90, header[3]))
+    mono, first = head[3] >> 6 == 3, head[1] >> 3 & 3 == 3  # whether it has one channel, and is of MPEG-1
+    gap = (17 if mono else 32) if first else (9 if mono else 17)  # bytes between the frame's header and the Xing header
     table = b"Xing" + (1).to_bytes(4, "big") + count.to_bytes(4, "big")
-    return (head + bytes(_side(head) - 4) + table).ljust(_size(head), b"\0") + data[start:]
+    return (head + bytes(gap) + table).ljust(_size(head), b"\0") + data[start:]

@@ -1,14 +1,27 @@
-"""Vocabularies, which convert text to class indices and back, and the normalisation of text."""
+"""Vocabularies, which convert text to class indices and back, the texts that a beam search finds, and the normalisation
+of text."""
 
 import re
 import string
 import unicodedata
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from jasper_fast.extras import need
 from jasper_fast.speech.numbers import expand_numbers
 
 LABELS = [" ", *string.ascii_lowercase, "'"]  # the alphabet of NVIDIA's Jasper; the blank comes after it
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A text that a beam search found. ``score`` is the number by which the search ranked it, ``log_prob`` the natural
+    logarithm of the text's CTC probability, and ``symbols`` the classes of its symbols."""
+
+    text: str
+    score: float
+    log_prob: float
+    symbols: tuple[int, ...]
 
 
 class UnknownSymbolError(ValueError):

@@ -64,9 +64,8 @@ class SpeakerWarp(nn.Module):
         n, bands, frames = features.shape
         x = features.transpose(1, 2)  # (N, T, F), the memory order
         if self.max_warp > 1:
-            exponent = 2 * torch.rand(n, device=x.device) - 1
-            matrices = self.matrices(torch.exp(exponent * math.log(self.max_warp)), bands).to(x.dtype)
-            x = x @ matrices.transpose(1, 2)
+            factors = torch.exp((2 * torch.rand(n, device=x.device) - 1) * math.log(self.max_warp))
+            x = x @ self.matrices(factors, bands).to(x.dtype).transpose(1, 2)
         if self.equalize:
             angle = torch.linspace(0, math.pi, bands, device=x.device)
             waves = torch.stack([torch.cos(j * angle) / math.sqrt(j) for j in range(1, 5)])

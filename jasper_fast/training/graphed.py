@@ -192,9 +192,11 @@ class GraphedStep:
         found = []
         for i, (audio, labels) in enumerate(shapes):
             n = audio[0]
-            how = {"audio": audio, "audio_lengths": (n,), "targets": (n, labels), "target_lengths": (n,)}
-            made = {name: self._view(i, name, shape) for name, shape in how.items()}
-            found.append(Batch(**made, texts=[], names=[], indices=[]))
+            found.append(Batch(
+                audio=self._view(i, "audio", audio), audio_lengths=self._view(i, "audio_lengths", (n,)),
+                targets=self._view(i, "targets", (n, labels)), target_lengths=self._view(i, "target_lengths", (n,)),
+                texts=[], names=[], indices=[],
+            ))  # fmt: skip
         return found
 
     def _view(self, i: int, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -227,8 +229,8 @@ class GraphedStep:
             self.optimizer.zero_grad(set_to_none=True)  # frees the gradients' memory for the next graph
             for ema, count in zip(averages, updates, strict=True):
                 ema.updates = count
-        packs = [m.packs for m in self.model.modules() if isinstance(getattr(m, "packs", None), Packs)]
-        alive = [tensor for pack in packs for tensor in pack.tensors()]
+        packs = (getattr(module, "packs", None) for module in self.model.modules())
+        alive = [tensor for pack in packs if isinstance(pack, Packs) for tensor in pack.tensors()]
         self.graphs[shapes] = Captured(inputs, result, replay, held, alive)
         return self.graphs[shapes]
 
@@ -256,9 +258,11 @@ class GraphedStep:
         if self.ema is not None and not self._carried:
             self.ema.update(getattr(self.model, "module", self.model))
         result = graph.result  # the next replay of any graph may overwrite it
-        copies = {name: getattr(result, name).clone() for name in ("grad_norm", "log_probs", "lengths")}
-        lists = {name: [x.clone() for x in getattr(result, name)] for name in ("losses", "heard")}
-        return StepResult(**copies, **lists, names=[], texts=[])
+        return StepResult(
+            losses=[x.clone() for x in result.losses], heard=[x.clone() for x in result.heard], names=[],
+            grad_norm=result.grad_norm.clone(), log_probs=result.log_probs.clone(), lengths=result.lengths.clone(),
+            texts=[],
+        )  # fmt: skip
 
     def _finish(self) -> None:
         if self.graphs and self.device.type == "cuda":

@@ -33,6 +33,7 @@ class Loop(ABC):
     log: RunLog
     judged: int  # the step of the last validation, at first the step where the run starts
     kept: int  # the step of the last checkpoint
+    val: Any  # the data to validate on; None or empty if there are none
 
     # the step of the weights that the run went back to last, and how many times in a row it went back to them
     returned: tuple[int, int] = field(default=(-1, 0), init=False)
@@ -43,11 +44,6 @@ class Loop(ABC):
     @abstractmethod
     def epoch_steps(self) -> int:
         """Returns the number of steps in the current epoch."""
-
-    @property
-    @abstractmethod
-    def validates(self) -> bool:
-        """Whether the run has data to validate on."""
 
     @abstractmethod
     def judge(self) -> None:
@@ -72,7 +68,7 @@ class Loop(ABC):
         epoch, steps = state.epoch + 1, self.epoch_steps()
         over, epochs = state.position == steps, state.epoch + state.position / steps
         log = state.step % args.log_every == 0 or state.step == self.schedule.total_steps
-        validation = self.validates and (state.step % args.val_every == 0 if args.val_every else over)
+        validation = self.val and (state.step % args.val_every == 0 if args.val_every else over)
         save = state.step % args.save_every == 0 if args.save_every else over
         if over:
             state.next_epoch()
@@ -186,7 +182,7 @@ class Loop(ABC):
 
         A run that a signal has `stopped` is not validated.
         """
-        if self.validates and not stopped and self.judged != self.state.step:
+        if self.val and not stopped and self.judged != self.state.step:
             self.judge()
         if self.kept != self.state.step:
             self.save(None)
@@ -194,5 +190,6 @@ class Loop(ABC):
         best = f", best {self.best_text.format(figure)}" if figure < math.inf else ""
         signal = self.stop.signal or "a signal to another process"
         how = f"stopped by {signal}; go on with --resume" if stopped else "done"
-        spent = f"step {self.state.step}, {self.state.minutes:.1f} minutes"
-        self.console.print(f"{how}: {spent}{best}, checkpoints in {self.folder.path}")
+        self.console.print(
+            f"{how}: step {self.state.step}, {self.state.minutes:.1f} minutes{best}, checkpoints in {self.folder.path}"
+        )

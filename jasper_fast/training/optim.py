@@ -139,8 +139,9 @@ class NovoGrad(torch.optim.Optimizer):
         )
         self.ema, self.backend = ema, backends.check(backend)
         self._held: dict[torch.device, dict] = {}
-        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults | {"grad_averaging": grad_averaging})
+        super().__init__(params, {
+            "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "grad_averaging": grad_averaging
+        })  # fmt: skip
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -201,7 +202,7 @@ class NovoGrad(torch.optim.Optimizer):
             moved = (x if x is None else x.to(device, non_blocking=True) for x in (grad_scale, found_inf))
             step = backends.face("novograd", self._face(device, [p for p, _ in mine])).step
             settings, held = self._settings(device), self._held.setdefault(device, {})
-            found.append(step(tensors, watched.pop(device, NOTHING), settings, *moved, clip_norm, guard, held))
+            found.append(step(tensors, watched.pop(device, Watched([], [])), settings, *moved, clip_norm, guard, held))
         if watched:  # averages on devices where no parameter has a gradient
             self.ema.take(watched.values())
         return found
@@ -225,9 +226,8 @@ class NovoGrad(torch.optim.Optimizer):
         new = [p for p in params if not self.state[p]]
         for dtype in dict.fromkeys(p.dtype for p in new):
             of = [p for p in new if p.dtype == dtype]
-            wide = torch.promote_types(dtype, torch.float32)
             # views of one tensor, so that one kernel fills all of them
-            squares = torch.zeros(len(of), dtype=wide, device=of[0].device).unbind()
+            squares = of[0].new_zeros(len(of), dtype=torch.promote_types(dtype, torch.float32)).unbind()
             for p, square in zip(of, squares, strict=True):
                 self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=square)
         states = [self.state[p] for p in params]
@@ -287,9 +287,6 @@ class NovoGrad(torch.optim.Optimizer):
             if "exp_avg_sq" in state_dict["state"].get(i, {}):
                 wide = torch.promote_types(p.dtype, torch.float32)
                 self.state[p]["exp_avg_sq"] = state_dict["state"][i]["exp_avg_sq"].to(p.device, wide, copy=True)
-
-
-NOTHING = Watched([], [])
 
 
 def _dense(p: Tensor) -> bool:

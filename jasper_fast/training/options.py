@@ -25,9 +25,11 @@ OUTPUT = [
     option("--keep", type=int, default=2, metavar="N", help="number of latest checkpoints to keep (2)"),
 ]
 # the lowest value of each option, if it is given
-LEAST = dict.fromkeys(("epochs", "steps", "log_every", "val_every", "save_every", "keep", "max_bad_steps"), 1)
-LEAST |= dict.fromkeys(("lr", "min_lr", "lr_power", "weight_decay", "clip_norm", "reload_best", "seed"), 0)
-LEAST |= dict.fromkeys(("warmup_epochs", "warmup_steps", "hold_epochs", "hold_steps", "num_workers"), 0)
+LEAST = {
+    **dict.fromkeys(("epochs", "steps", "log_every", "val_every", "save_every", "keep", "max_bad_steps"), 1),
+    **dict.fromkeys(("lr", "min_lr", "lr_power", "weight_decay", "clip_norm", "reload_best", "seed", "num_workers"), 0),
+    **dict.fromkeys(("warmup_epochs", "warmup_steps", "hold_epochs", "hold_steps"), 0),
+}
 # Options whose values must be below 2**63. PyTorch takes no seed from 2**64 on, and an infinite number is no number of
 # steps.
 LIMITED = ("seed", "epochs", "steps", "warmup_epochs", "warmup_steps", "hold_epochs", "hold_steps")

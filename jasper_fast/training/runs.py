@@ -75,9 +75,7 @@ class Ranks:
     @property
     def place(self) -> str:
         """The device in words: the GPU's name, or the number of CPU threads."""
-        if self.on_gpu:
-            return torch.cuda.get_device_name(self.device)
-        return f"{torch.get_num_threads()} CPU threads"
+        return torch.cuda.get_device_name(self.device) if self.on_gpu else f"{torch.get_num_threads()} CPU threads"
 
     def vote(self, *flags: bool) -> tuple[bool, ...]:
         """Returns for each flag whether it is true on any rank. All ranks must call this. Does not wait for a GPU."""

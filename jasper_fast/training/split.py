@@ -64,8 +64,7 @@ class Split:
                 manifests, Vocabulary(config.labels), settings.get("audio_dataset"), data_dir,
                 training=training, seed=seed, frame_samples=features.hop_length * config.encoder.stride,
             )  # fmt: skip
-            sampling["shards"] = dataset.shards
-            sampler = BatchSampler(dataset.durations, shuffle=training, seed=seed, **sampling)
+            sampler = BatchSampler(dataset.durations, shuffle=training, seed=seed, shards=dataset.shards, **sampling)
             frontend = Frontend(features, augment.from_config(settings) if training else None)
         except ValueError as error:
             raise RunError(f"{name} data: {error}") from error

@@ -133,9 +133,9 @@ class TrainingState:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as a dict. Model and moving average have the keys that NVIDIA's checkpoints use."""
-        state = {name: getattr(self, name).state_dict() for name in ("optimizer", "scaler", *self._PARTS)}
-        state |= {name: getattr(self, name) for name in (*self._PLACES, "minutes")}
-        return state | {
+        return {
+            **{name: getattr(self, name).state_dict() for name in ("optimizer", "scaler", *self._PARTS)},
+            **{name: getattr(self, name) for name in (*self._PLACES, "minutes")},
             "state_dict": self.model.state_dict(),
             "ema_state_dict": self.ema.state_dict() if self.ema else None,
             "ema_updates": self.ema.updates if self.ema else 0,

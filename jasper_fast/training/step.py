@@ -179,8 +179,7 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     losses, heard, names, on_device = [], [], [], loss_is_capturable(device)
     for i, batch in enumerate(batches):
-        unsynced = model.no_sync() if hasattr(model, "no_sync") and i + 1 < len(batches) else nullcontext()
-        with unsynced:
+        with model.no_sync() if hasattr(model, "no_sync") and i + 1 < len(batches) else nullcontext():
             samples = batch.audio_lengths.to(device, non_blocking=True) if on_device else batch.audio_lengths
             features, lengths, frames = frontend(batch.audio.to(device, non_blocking=True), samples)
             with torch.autocast(device.type, amp_dtype or torch.float32, enabled=amp_dtype is not None):

@@ -141,14 +141,13 @@ def check(
 ) -> list[Found]:
     """Checks every entry of a manifest, and returns what was found. Raises ManifestError if the file itself cannot be
     read."""
-    entries = list(each_utterance(manifest, data_dir))
 
     def work(entry: Any) -> Found:
         if isinstance(entry, ManifestError):
             return Found(None, None, [Fault("bad_entry", str(entry))])
         return look(*entry, rules)
 
-    results = list(in_parallel(work, entries, jobs, "check", progress))
+    results = list(in_parallel(work, list(each_utterance(manifest, data_dir)), jobs, "check", progress))
     first: dict[bytes, Found] = {}
     for found in results:
         original = first.setdefault(found.print_of_samples, found)
@@ -199,6 +198,12 @@ def figures(results: Sequence[Found], strict: bool) -> dict[str, Any]:
     }
 
 
+def culprits(results: Sequence[Found], reason: str) -> list[tuple[str, str, str]]:
+    """Returns the name, the details and the beginning of the text of each utterance that has this fault."""
+    faults = ((found, fault) for found in results for fault in found.faults if fault.reason == reason)
+    return [(of.name, fault.detail, of.utterance.text[:200] if of.utterance else "") for of, fault in faults]
+
+
 def html(manifest: str, results: Sequence[Found], rules: Rules, most: int = 200) -> str:
     """Returns an HTML page with histograms and at most ``most`` faulty utterances per kind of fault."""
     heard = [f for f in results if f.seconds]
@@ -208,15 +213,11 @@ def html(manifest: str, results: Sequence[Found], rules: Rules, most: int = 200)
         "peak, dB of full scale": page.histogram([f.peak_db for f in heard]),
         "symbols a second": page.histogram([f.symbols / f.seconds for f in heard]),
     }
-    culprits: dict[str, list[tuple[str, str, str]]] = {}
-    for found in results:
-        for fault in found.faults:
-            text = found.utterance.text[:200] if found.utterance else ""
-            culprits.setdefault(fault.reason, []).append((found.name, fault.detail, text))
     summary = figures(results, rules.strict)
     return page.render(
         Path(__file__).parent, "check.html.j2", manifest=manifest, summary=summary, reasons=REASONS, most=most,
-        histograms=histograms, culprits={r: culprits[r] for r in summary["faults"]}, rules=rules, warnings=_WARNINGS,
+        histograms=histograms, culprits={reason: culprits(results, reason) for reason in summary["faults"]},
+        rules=rules, warnings=_WARNINGS,
     )  # fmt: skip
 
 

@@ -48,8 +48,9 @@ WAV_SIZE = 1.9  # size of a WAV file relative to its FLAC file
 
 def _published(name: str) -> Published:
     if name not in _KNOWN:
-        known = ", ".join(_KNOWN)
-        raise PrepareError(f"there is no set {name!r}; known: {known}; for others give --source and --checksums")
+        raise PrepareError(
+            f"there is no set {name!r}; known: {', '.join(_KNOWN)}; for others give --source and --checksums"
+        )
     return _KNOWN[name]
 
 
@@ -73,8 +74,7 @@ class Corpus:
 
     def forms(self) -> list[Copy]:
         """Returns the kinds of copy of every utterance, speed 1 first."""
-        suffix = ".wav" if self.wav else ".flac"
-        return [Copy(speed, suffix) for speed in (1.0, *sorted(set(self.speeds) - {1.0}))]
+        return [Copy(s, ".wav" if self.wav else ".flac") for s in (1.0, *sorted(set(self.speeds) - {1.0}))]
 
     def md5(self, name: str) -> str:
         """Returns the MD5 of a set's archive. Raises PrepareError if it is not known."""
@@ -115,7 +115,6 @@ def read_checksums(path: Path) -> dict[str, str]:
 def needed(corpus: Corpus) -> tuple[int, int]:
     """Returns the bytes still to be downloaded, and the largest additional disk space needed at any time."""
     fetched, kept, largest = 0, 0, 0
-    suffix_size = WAV_SIZE if corpus.wav else 1.0
     for name in corpus.sets:
         url, archive = corpus.place(name)
         size = archive.stat().st_size if archive.exists() else _KNOWN[name].size if name in _KNOWN else 0
@@ -128,7 +127,7 @@ def needed(corpus: Corpus) -> tuple[int, int]:
         kept += 0 if there else size
         original = sum(f.stat().st_size for f in corpus.folder(name).rglob("*.flac")) if there else size
         kept += sum(
-            int(original * suffix_size / form.speed)
+            int(original * (WAV_SIZE if corpus.wav else 1.0) / form.speed)
             for form in corpus.forms()
             if not form.plain and not form.folder(corpus.folder(name)).is_dir()
         )

@@ -197,8 +197,7 @@ def _csv(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Entry
     quoting = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
     rows = csv.DictReader(lines(), **quoting)
     try:
-        header = [(name or "").strip() for name in rows.fieldnames or []]
-        rows.fieldnames = header
+        rows.fieldnames = header = [(name or "").strip() for name in rows.fieldnames or []]
         sound, text, speaker = (
             next((name for name in names if name in header), None)
             for names in (_AUDIO_COLUMNS, _TEXT_COLUMNS, _SPEAKER_COLUMNS)

@@ -54,8 +54,7 @@ def entries(source: str, report: Callable[[str], None]) -> Iterator[dict[str, An
 
 def _of_tar(tar: str, shard: int, file: BinaryIO, report: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     with tarfile.open(fileobj=file, mode="r|") as opened:
-        members = (m for m in opened if m.isreg())
-        for key, sample in itertools.groupby(members, lambda m: _split(m.name)[0]):
+        for key, sample in itertools.groupby((m for m in opened if m.isreg()), lambda m: _split(m.name)[0]):
             parts = {_split(m.name)[1]: (m, opened.extractfile(m).read()) for m in sample}
             if (entry := _entry(f"{tar}/{key}", parts, report)) is not None:
                 yield entry | {"shard_id": shard, "tar": tar}

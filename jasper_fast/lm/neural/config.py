@@ -5,6 +5,8 @@ import itertools
 from dataclasses import dataclass
 from typing import Any, Self
 
+from jasper_fast.nn.config import refuse
+
 _SPLITS = (2000, 20000)  # cutoffs of the adaptive softmax for large vocabularies
 
 
@@ -30,17 +32,19 @@ class LMConfig:
     cutoffs: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, most in (("layers", 64), ("width", 1 << 16), ("heads", 1 << 10), ("inner", 1 << 18)):
-            if not 1 <= getattr(self, name) <= most:
-                raise ValueError(f"{name} {getattr(self, name)} is not from 1 to {most}")
-        if not 3 <= self.vocabulary <= 1 << 24 or not 0 <= self.memory <= 1 << 16:
-            raise ValueError(f"vocabulary {self.vocabulary} or memory {self.memory} is too small or too large")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
-        if self.width % (2 * self.heads):
-            raise ValueError(f"width {self.width} must be an even multiple of the number of heads, {self.heads}")
-        if any(a >= b for a, b in itertools.pairwise((1, *self.cutoffs, self.vocabulary))):
-            raise ValueError(f"cutoffs {self.cutoffs} must rise from at least 2 to below {self.vocabulary}")
+        most = {"layers": 64, "width": 1 << 16, "heads": 1 << 10, "inner": 1 << 18}
+        sizes = {name: getattr(self, name) for name in most}
+        rising = all(a < b for a, b in itertools.pairwise((1, *self.cutoffs, self.vocabulary)))
+        refuse(
+            ValueError,
+            *((not 1 <= n <= most[name], f"{name} {n} is not from 1 to {most[name]}") for name, n in sizes.items()),
+            (not 3 <= self.vocabulary <= 1 << 24 or not 0 <= self.memory <= 1 << 16,
+             f"vocabulary {self.vocabulary} or memory {self.memory} is too small or too large"),
+            (not 0 <= self.dropout < 1, f"dropout {self.dropout} is not in [0, 1)"),
+            (not self.heads or self.width % (2 * self.heads),
+             f"width {self.width} must be an even multiple of the number of heads, {self.heads}"),
+            (not rising, f"cutoffs {self.cutoffs} must rise from at least 2 to below {self.vocabulary}"),
+        )  # fmt: skip
 
     @classmethod
     def of(cls, saved: Any) -> Self:

@@ -1,9 +1,8 @@
 """The words or characters of a neural language model, and their ids."""
 
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Self
+from typing import Self
 
 from jasper_fast.lm.arpa import LanguageModelError
 from jasper_fast.lm.neural.model import UNKNOWN
@@ -59,5 +58,5 @@ class Tokens:
         """Returns the words or characters of one line."""
         return pieces(text, self.characters, self.lower_case)
 
-    def encode(self, pieces: Iterable[str]) -> Any:
-        return array("i", [self._number.get(piece, UNKNOWN) for piece in pieces])
+    def encode(self, pieces: Iterable[str]) -> list[int]:
+        return [self._number.get(piece, UNKNOWN) for piece in pieces]

@@ -55,20 +55,15 @@ class LMState(TrainingState):
 
 @dataclass
 class LMRun(Loop):
-    """A training run of a language model."""
+    """A training run of a language model. ``val`` has the token rows of the validation text."""
 
     text: Stream
-    val: list[Any]  # token rows of the validation text
     scorer: NeuralLM
 
     best, best_text = "best_perplexity", "perplexity {:.2f}"
 
     def epoch_steps(self) -> int:
         return self.text.steps
-
-    @property
-    def validates(self) -> bool:
-        return bool(self.val)
 
     def end_epoch(self) -> None:
         self.state.memory.forget()
