@@ -39,8 +39,8 @@ def test_the_cuda_face_gets_no_pack_of_another_face(convs) -> None:
 
 @pytest.mark.slow
 def test_launches_of_the_engine_overlap_safely(convs, golden) -> None:  # noqa: F811
-    """Shows that the engine's launches may overlap. Whatever a launch writes is NaN for the next launch until that one
-    waits. No launch waits for weights, which are packed before the call."""
+    """Shows that the engine's launches may overlap. Before a launch waits, it finds NaN in whatever an earlier launch
+    writes. No launch waits for weights, which are packed before the call."""
     config, tensors = golden
     engine = InferenceEngine(_build("reference", config, tensors).eval(), dtype=HALF)
     given = tensors["features"], tensors["feature_lengths"]
@@ -76,10 +76,9 @@ def test_a_training_step_gives_the_reference_systems_gradients(convs, golden) ->
     config, tensors = golden
 
     def step(which: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        model = _build(which, config, tensors).train()
-        given = dict(tensors)
-        if dtype == torch.float64:
-            model, given["features"] = model.double(), tensors["features"].double()
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        model = _build(which, config, tensors).train().to(wide)
+        given = tensors | {"features": tensors["features"].to(wide)}
         with torch.autocast("cpu", dtype=HALF, enabled=dtype == HALF):
             log_probs, lengths, loss = _loss(model, given)
         loss.backward()
