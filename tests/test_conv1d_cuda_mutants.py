@@ -35,7 +35,7 @@ def checked(
 ) -> None:
     """Checks these directions on `layers`; raises AssertionError if a result is wrong. `seed` orders the threads.
 
-    With direction "forward" it also checks inference, and except in loop 75 early launches of the layers `chained`.
+    With direction "forward" it also checks inference and, except in loop 75, early launches of the layers `chained`.
     """
     functions = cuda_launch.bind(loaded := ctypes.CDLL(str(library)))
     loaded.jf_emulation(ctypes.c_int(1), ctypes.c_uint64(seed))

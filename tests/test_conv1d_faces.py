@@ -61,8 +61,8 @@ def assert_right(name: str, shape: Conv, dtype: str, functions: tuple[str, ...] 
     for function, check in drawn.items():
         found = case(check, face.device, 1)
         got, low, ref = found.ours(), found.low(), found.reference()
-        # PyTorch's error in fp32 may by chance be small, hence 4. The CPU face's `fused` multiplies sums of four
-        # operands, which adds rounding errors.
+        # PyTorch's error in fp32 may by chance be small, so the factor is 4 there. The CPU face's `fused` multiplies
+        # sums of four operands, which adds rounding errors.
         factor = 6.0 if (name, function) == ("cpu", "fused") else 4.0 if dtype == "float32" else 2.0
         for key in ref:
             # PyTorch 2.13's own bf16 weight gradient is wrong at one frame and stride 2: it reads uninitialised memory

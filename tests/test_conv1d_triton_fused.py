@@ -94,7 +94,7 @@ def test_the_last_conv_ends_in_log_softmax(dtype, device):
 @pytest.mark.slow
 @pytest.mark.parametrize(("splits", "dtype"), [(2, torch.float32), (3, torch.float16), (7, torch.float32)], ids=str)
 def test_a_shared_reduction_gives_the_same_and_repeats(splits, dtype, device, monkeypatch):
-    """Shows that several programs give one tile's result with the same bits in each run, and reset their counters."""
+    """Shows that programs that share a tile give it the same bits in each run, and reset their counters."""
     x, weight, shape, lengths = make(LAYERS["k13"], dtype, device)
     n, _, t = x.shape
     panes = torch.randn(n, t, 40, device=device).to(dtype)

@@ -157,7 +157,7 @@ def test_training_bytes_are_what_a_step_of_jasper_10x5_moves(jasper10x5, hollow,
     log_probs.sum().backward()
     names = [name for name, _ in launches]
     assert names.count("conv1d_forward") == names.count("conv1d_wgrad") == 53 and names.count("stats") == 0
-    # `moved` leaves out the merge kernel. The gradients that it writes count instead of the shares that wgrad writes.
+    # `moved` leaves out the merge kernel. The gradients that this kernel writes count, not the shares that it reads.
     gradients = sum(t.numel() for name, ts in launches if name == "conv1d_wgrad_merge" for t in ts)
     main = moved(launches) + gradients
 

@@ -144,7 +144,7 @@ def test_both_ways(face, shape, dtype, residual, p, padded) -> None:
 
 @pytest.mark.slow
 def test_results_do_not_depend_on_the_cut(emulated: Emulated) -> None:
-    """The number of multiprocessors changes no bit of elementwise results, and reductions only by rounding."""
+    """The number of multiprocessors changes no bit of elementwise results. It changes reductions only by rounding."""
     case = make(2, 40, 500, dtype=torch.float16, device="cpu", lengths=[500, 123], p=0.5)
     results = []
     for emulated.sms in (1, 3, 132):

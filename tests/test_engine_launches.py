@@ -1,4 +1,4 @@
-"""An engine call on the triton face launches one kernel per sub-block and one for the decoder.
+"""An engine call of a Jasper on the triton face launches one kernel per sub-block and one for the decoder.
 
 Apart from views and allocations, Jasper 10x5 calls no ATen op; `test_what_aten_still_does_is_what_the_docstring_says`
 lists the models that do.
