@@ -18,11 +18,6 @@ from jasper_fast.selfcheck import checks, perform
 from jasper_fast.selfcheck.checks import Check, Conv, Norm
 
 
-@pytest.fixture(params=["cpu", "triton"])
-def face(request) -> str:
-    return make_face(request.param).name
-
-
 def conv_check(face: str, function: str = "forward", **more) -> Check:
     return Check("conv1d", face, function, "default", CONV, "float32", **more)
 
@@ -43,6 +38,7 @@ def assert_is(status: str, check: Check) -> dict:
 @pytest.mark.parametrize(("function", "variant"), [
     ("stats", "batch"), *itertools.product(("forward", "backward"), checks.NORM_VARIANTS),
 ])  # fmt: skip
+@pytest.mark.parametrize("face", ["cpu", "triton"])
 def test_a_right_norm_passes(face, function, variant):
     assert_is("ok", norm_check(face, function, variant))
 
@@ -193,8 +189,9 @@ def test_a_wrong_kernel_of_the_plain_panes_is_caught(function, monkeypatch):
 
 
 @pytest.mark.parametrize("variant", checks.STEP_VARIANTS)
+@pytest.mark.parametrize("face", ["cpu", "triton"])
 def test_a_wrong_step_is_caught(face, variant, monkeypatch):
-    impl, check = backends.face("novograd", face), Check("novograd", face, "step", "default", CONV, "float32", variant)
+    impl, check = make_face(face).load("novograd"), Check("novograd", face, "step", "default", CONV, "float32", variant)
     right, faults = impl.step, [lambda t, out: t.exp_avgs[1].view(-1)[-1].add_(1e-3), lambda t, out: out[1].sub_(1.0)]
     faults += [] if variant == "plain" else [lambda t, out: t.averages[2].mul_(1.001)]
     assert_is("ok", check)

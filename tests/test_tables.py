@@ -23,11 +23,10 @@ SHAPE = {"c_in": 768, "c_out": 768, "taps": 25, "stride": 1, "dilation": 1}
 
 
 def row(**changes) -> tables.Row:
-    values = {
+    return tables.Row(**({
         "op": "conv1d.forward", "dtype": "bfloat16", **SHAPE, "rows_log2": 12, "face": "triton", "algorithm": "direct",
         "tile": TILE, "time_s": 1e-3, "registers": 200, "shared": 98304, "spilled": 0,
-    }  # fmt: skip
-    return tables.Row(**(values | changes))
+    } | changes))  # fmt: skip
 
 
 def library(**changes) -> tables.Row:

@@ -107,18 +107,21 @@ def test_a_nan_loss_is_named_and_training_goes_on(train_here, paths, tmp_path, m
     assert all(torch.isfinite(t).all() for t in state["state_dict"].values())
 
 
-def test_fine_tuning_with_other_labels(train_here, paths, tmp_path):
+@pytest.fixture
+def source(train_here, paths, tmp_path):
+    """Returns the checkpoint of a run of one step."""
     train_here(paths, tmp_path / "a", steps=1, val_manifests=None)
+    return tmp_path / "a" / "step_00000001.pt"
+
+
+def test_fine_tuning_with_other_labels(train_here, paths, source, tmp_path):
     other = changed(paths["config"], "- d\n", "- d\n- e\n")
-    source = next((tmp_path / "a").glob("step_*.pt"))
     with pytest.warns(UserWarning, match="the decoder is initialised anew"):
         train_here({**paths, "config": other}, tmp_path / "b", steps=1, val_manifests=None, init_from=source)
     assert len(checkpoint.load(next((tmp_path / "b").glob("step_*.pt")))["labels"]) == 5
 
 
-def test_a_frozen_encoder_is_that_of_the_file(train_here, paths, tmp_path):
-    train_here(paths, tmp_path / "a", steps=1, val_manifests=None)
-    source = next((tmp_path / "a").glob("step_*.pt"))
+def test_a_frozen_encoder_is_that_of_the_file(train_here, paths, source, tmp_path):
     train_here(
         paths, tmp_path / "b", steps=2, val_manifests=None, init_from=source, freeze_encoder=True, init_decoder="keep"
     )

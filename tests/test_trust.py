@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from jasper_fast import ops
 from jasper_fast.dispatch import backends, choose, rules, verdicts
-from jasper_fast.dispatch.verdict import BAD, GOOD, UNCHECKED, Verdict
+from jasper_fast.dispatch.verdict import BAD, GOOD, UNCHECKED
 from jasper_fast.kernels import tables
 from jasper_fast.nn.block import JasperBlock
 from jasper_fast.nn.config import JasperConfig
@@ -48,17 +48,16 @@ def silent() -> warnings.catch_warnings:
 def gpu(monkeypatch):
     """Pretends that there is a GPU. `found` sets the verdict that a check gives, by op, (op, face) or (op, face,
     dtype); all other verdicts are good. `checked` lists the checks that were made."""
-    found: dict[str | tuple[str, ...], Verdict] = {}
-    checked: list[tuple] = []
+    made = SimpleNamespace(found={}, checked=[])
 
     def check(device, op, face, dtype):
-        checked.append((device, op, face, dtype))
-        known = found.get((op, face, dtype)) or found.get((op, face)) or found.get(op) or verdict(op, quick=True)
-        return dataclasses.replace(known, face=face, dtype=dtype)
+        made.checked.append((device, op, face, dtype))
+        known = next((made.found[key] for key in ((op, face, dtype), (op, face), op) if key in made.found), None)
+        return dataclasses.replace(known or verdict(op, quick=True), face=face, dtype=dtype)
 
     pretend_a_gpu(monkeypatch, traits=None)
     monkeypatch.setattr(verdicts, "_check_now", check)
-    return SimpleNamespace(found=found, checked=checked)
+    return made
 
 
 CONVS = ("conv1d", "conv1d.fused")

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import interpreted
-from standins import spied
+from standins import pretend_a_gpu, spied
 
 from jasper_fast.bench.cases import cells as tune_cases, counts, models
 from jasper_fast.dispatch import backends
 from jasper_fast.kernels import launch, tables
-from jasper_fast.kernels.conv1d import cuda_launch, cuda_tiles, triton_tiles
+from jasper_fast.kernels.conv1d import triton_tiles
 from jasper_fast.kernels.operands import Mask
 from jasper_fast.kernels.tables import Cell
 from jasper_fast.selfcheck.checks import DTYPES
@@ -32,9 +32,8 @@ def in_the_interpreter():
 @pytest.fixture
 def gpu(monkeypatch):
     """Pretends that there is a GPU on which every face can be proposed."""
-    monkeypatch.setattr(backends, "why_missing", lambda face, device: None)
+    pretend_a_gpu(monkeypatch, traits=None)
     monkeypatch.setattr(launch, "architecture", lambda device: 90)
-    monkeypatch.setattr(cuda_launch, "gpu", lambda device: cuda_tiles.Gpu(90, 132, 232448))
 
 
 def test_every_conv_and_norm_of_the_network_is_tuned_for_training_and_inference():
@@ -143,13 +142,6 @@ def test_a_norm_is_called_as_a_training_step_calls_it(monkeypatch, op, wanted):
             assert args[4] is not None and args[7] == 2  # means of the batch, halo
 
 
-def kinds(found: list[launch.Launch]) -> set:
-    """Returns the distinct kernels that the launches compile."""
-    from jasper_fast.kernels import aot
-
-    return {aot.source(one, 90) for one in found}
-
-
 @pytest.mark.parametrize("cell", [
     *(Cell(f"conv1d.{op}", "float16", 128, 128, 5, 1, 1, 7) for op in tune_cases.CONV_OPS),
     Cell("conv1d.fused", "float16", 128, 29, 1, 1, 1, 7),
@@ -157,6 +149,8 @@ def kinds(found: list[launch.Launch]) -> set:
 ], ids=lambda cell: f"{cell.op} {cell.c_out}")  # fmt: skip
 def test_what_is_compiled_ahead_is_what_is_launched(cell):
     """Each kernel that the real inputs launch was also compiled ahead, from tensors without values."""
+    from jasper_fast.kernels import aot
+
     tile = None
     if cell.op.startswith("conv1d"):
         tile = triton_tiles.default(cell.op[7:], torch.float16, triton_tiles.Shape(*cell[2:7], 96), 96)._asdict()
@@ -164,7 +158,8 @@ def test_what_is_compiled_ahead_is_what_is_launched(cell):
     call = Held(cell, CPU).call(proposal)
     with launch.recorded(seen.append, 90):
         call()
-    launched, compiled = kinds(seen), kinds(compiling.launches(compiling.Job(cell, proposal, 90)))
+    ahead = compiling.launches(compiling.Job(cell, proposal, 90))
+    launched, compiled = ({aot.source(one, 90) for one in found} for found in (seen, ahead))
     assert launched <= compiled, f"{len(launched - compiled)} of {len(launched)} kernels are not compiled ahead"
 
 

@@ -18,6 +18,9 @@ from pathlib import Path
 import corpora
 import torch
 
+from jasper_fast.data import batches
+from jasper_fast.training import validate
+
 HANG = 300  # seconds, far more than these runs take
 _PRELOAD = [
     "torch", "torch.nn.parallel", "torch.distributed", "torch.utils.tensorboard", "torch.utils.data",
@@ -52,11 +55,13 @@ def command(size: int, arguments: list[str], folder: Path) -> list[Member]:
 def torchrun(program: Path, arguments: list[str], *options: str) -> None:
     """Runs `program` with `arguments` in two processes that torchrun starts with `options`. Raises AssertionError if
     it fails."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+    argv = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options,
+        str(program), *arguments,
+    ]  # fmt: skip
     # Without TORCH_DISABLE_SHARE_RDZV_TCP_STORE torchrun gives restarted processes old addresses (pytorch#135712).
     more = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONPATH": str(corpora.ROOT)}
-    argv, env = [*launch, str(program), *arguments], os.environ | more
-    done = subprocess.run(argv, cwd=corpora.ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(argv, cwd=corpora.ROOT, env=os.environ | more, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -144,9 +149,6 @@ def signal_at(train, rank: int, on_rank: int, step: int) -> None:
 def signal_in(train, rank: int, on_rank: int, where: str) -> None:
     """Sends SIGTERM to the process of rank `on_rank` while it loads its fifth batch (`where` is "load") or decodes its
     first batch of validation ("validate")."""
-    from jasper_fast.data import batches
-    from jasper_fast.training import validate
-
     module, name, call = (batches, "_recorded", 5) if where == "load" else (validate, "heard", 1)
     calls = itertools.count(1)
 
@@ -160,7 +162,6 @@ def signal_in(train, rank: int, on_rank: int, where: str) -> None:
 
 def nan_in(train, rank: int, name: str) -> None:
     """Fills with NaN the audio of the file whose path ends with `name`."""
-    from jasper_fast.data import batches
 
     def spoilt(collate, items):
         batch = collate(items)
