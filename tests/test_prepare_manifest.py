@@ -50,7 +50,7 @@ def test_a_folder_with_texts_beside_its_audio(tmp_path: Path, capsys) -> None:
         ("far/real", "link/m.jsonl", "{}.flac"),
         ("link/../next", "link/m.jsonl", "{root}/far/next/{}.flac"),
         ("link/../next", "m.jsonl", "far/next/{}.flac"),
-        ("far/real", "far/real/old.jsonl", "{}.flac"),  # a link to a file in another folder, which is replaced
+        ("far/real", "far/real/old.jsonl", "{}.flac"),  # old.jsonl links to another folder; the link is replaced
     ],
 )
 def test_audio_beyond_links_is_found(tmp_path: Path, source: str, out: str, written: str) -> None:

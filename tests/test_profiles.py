@@ -56,7 +56,7 @@ def test_both_contenders_have_tables_of_all_layers(mode, run, tmp_path):
 
 def test_layers_have_ranges_and_backward_s_nodes_belong_to_the_layer_that_made_them(tmp_path):
     """Shows that eager's backward nodes are assigned to their layers. Mask, conv, norm, ReLU and dropout have one node
-    each, except the first layer's mask, because the features need no gradient."""
+    each. Only the first layer's mask has none, because the features need no gradient."""
     config = models.config("small")
     model, (x, lengths) = EagerJasper(config).train(), models.features(config, 2, T, CPU, 0, ragged=True)
 

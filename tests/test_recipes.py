@@ -36,8 +36,8 @@ def test_the_page_has_its_commands() -> None:
 
 
 def run_chain(folder: Path, spoken: dict[str, tuple[bytes, str]], config: dict, **training) -> dict:
-    """Makes manifests of archives, checks them, trains and evaluates. Returns the figures of the evaluation. The sets
-    for training and testing are the same."""
+    """Makes manifests from two archives, checks the training manifest, trains and evaluates. Returns the figures of the
+    evaluation. Both archives hold the utterances in `spoken`."""
 
     def run(*words: object) -> None:
         assert command.main(list(map(str, words))) == 0

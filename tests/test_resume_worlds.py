@@ -23,7 +23,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def names(paths):
-    """Returns the file names in each of two manifests: of all and of some utterances."""
+    """Returns the file names in two manifests, by the manifest's path. One manifest has all utterances, the other the
+    first 11."""
     some = corpora.write_lines(paths["train"].with_name("some.jsonl"), corpora.read_lines(paths["train"])[:11])
     return {path: {line["audio_filepath"] for line in corpora.read_lines(path)} for path in (paths["train"], some)}
 

@@ -1,4 +1,5 @@
-"""The size of a step: accumulation to a global batch, the memory of the largest batches; restarts by torchrun."""
+"""The size of a step (accumulation to a global batch, the memory of the largest batches), restarts by torchrun, two
+processes against one, and learning without and with each augmentation."""
 
 import copy
 from pathlib import Path
@@ -62,7 +63,7 @@ def split(paths) -> Split:
 
 @pytest.fixture
 def model(paths):
-    """Gives the test a model, and fails the test if its state has changed at the end."""
+    """Gives the test a model, and fails the test if the model's state has changed at the end."""
     made = Jasper(JasperConfig.from_yaml(paths["config"]), backend="reference").train()
     before = {k: v.clone() for k, v in made.state_dict().items()}
     yield made
@@ -121,7 +122,7 @@ def learnt(rank: int, world: int) -> dict[str, torch.Tensor]:
     frontend = Frontend(LogMelFeatures(n_mels=32, dither=0.0))
     optimizer = NovoGrad(core.parameters(), lr=0.005, betas=(0.95, 0.0))
     guard, scaler, rng = BufferGuard(core), torch.amp.GradScaler("cpu", enabled=False), np.random.default_rng(0)
-    for _ in range(6):  # after more steps, a rounding error may have switched a ReLU
+    for _ in range(6):  # no more steps, because a rounding error may then switch a ReLU
         audio = torch.from_numpy(np.stack([beep("abcd", rng) for _ in range(4)]))
         targets = torch.tensor([[0, 1, 2, 3]] * 4)
         lengths, target_lengths = torch.tensor([audio.shape[1]] * 4), torch.tensor([4] * 4)

@@ -44,8 +44,8 @@ def test_settings_out_of_range_are_named(settings, word):
 
 
 def described(policy: str, steps_per_epoch: int, extra: int = 0, **given) -> Schedule:
-    """Returns the schedule of a run of 20 epochs, with two of warm-up, then one at the peak rate. `given` replaces
-    these options."""
+    """Returns the schedule of a run of 20 epochs: two of warm-up, one at the peak rate, and 17 of decay. `given`
+    replaces options."""
     settings = {
         "lr": 0.1, "min_lr": 0.0, "lr_power": 2.0, "lr_gamma": 0.9, "epochs": 20, "steps": None,
         "warmup_epochs": 2.0, "warmup_steps": None, "hold_epochs": 1.0, "hold_steps": None,

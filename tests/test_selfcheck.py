@@ -64,8 +64,8 @@ def test_a_right_conv_passes_in_every_form(face, function, variant):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Returns a function that returns the flags of the conv kernels launched so far. Convs use tensor descriptors where
-    they do so on sm_90."""
+    """Lets convs use tensor descriptors as on sm_90. Returns a function that returns the flags of each conv kernel
+    launched so far."""
     seen = spied(monkeypatch, launch, "run", lambda *_, **flags: flags)
     monkeypatch.setattr(backends.face("conv1d", make_face("triton").name), "INTERPRET_DESCRIPTORS", True)
     return lambda: [flags for flags in seen if "HAS_DESCRIPTORS" in flags]

@@ -31,7 +31,7 @@ from jasper_fast.speech.text import Vocabulary
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     """Writes a manifest of files in several folders, and returns its path. Some files have the same name. The last line
-    is a part of the last file."""
+    names a part of the last file."""
     spoken = [
         {"audio_filepath": f"s{i % 3}/a.{i // 6}.{i // 3}.flac", "duration": 0.4 + 0.05 * i, "text": f"text {'i' * i}",
          "speaker": f"s{i % 3}"} for i in range(12)
@@ -54,7 +54,8 @@ def packed(tmp_path: Path, corpus: Path) -> Path:
 
 
 def without_places(path: Path, out: Path) -> tuple[Path, list[dict]]:
-    """Writes a manifest without the byte ranges in tars, as NeMo does, and returns its path and entries."""
+    """Writes the manifest at `path` to `out` without the byte ranges in tars, which NeMo's manifests lack. Returns the
+    path and the entries of the copy."""
     entries = [{k: v for k, v in e.items() if not k.startswith("tar")} for e in corpora.read_lines(path)]
     return corpora.write_lines(out, entries), entries
 
@@ -105,8 +106,8 @@ URL = "memory://bucket/shards"
 
 @pytest.fixture
 def store(tmp_path: Path, corpus: Path, monkeypatch):
-    """Copies the shards to an object store (fsspec's in memory). Yields its filesystem as `files`, and a list `asked`.
-    Each later request appends to it the number of byte ranges that it asks for."""
+    """Copies the shards to an object store (fsspec's in memory). Yields its filesystem as `files`, and as `asked` a
+    list of the number of byte ranges in each later request."""
     files = pytest.importorskip("fsspec").filesystem("memory")
     pack(tmp_path, "shards", "--url", f"{URL}/")
     files.store.clear()

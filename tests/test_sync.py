@@ -243,7 +243,7 @@ FEW = {"one each": (few_frames, [[1.0], [2.0]]), "none on rank 0": (few_frames, 
 
 @pytest.fixture(scope="module")
 def two_ops(tmp_path_factory) -> dict:
-    """The results of both ranks in the tasks above."""
+    """The results of both ranks: of `op_step` by form, of `large_means` as "means", of `one_frame_each` as "frame"."""
     forms = {form: (op_step, form) for form in ("gram", "plain")}
     return spawn(tmp_path_factory.mktemp("ops"), forms | {"means": (large_means,)} | FEW)
 

@@ -216,7 +216,7 @@ def test_committed_tables_hold_what_they_must():
     assert (where / "README.md").is_file()
 
 
-# Prints, for each launch of the faces' functions, what Triton compiles for it. No kernel runs.
+# Prints, for each launch by the Triton faces of conv1d and bn_relu_dropout, what Triton compiles. No kernel runs.
 KEYS = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
@@ -279,8 +279,8 @@ with launch.recorded(take, arch):
 """
 
 
-# The most variants of a kernel per conv shape. For convs: the flags used here times the two default tiles for T up to
-# 40.
+# The largest number of variants of a kernel per conv shape. A conv kernel has one for each combination of the flags
+# used here and of the two default tiles for T up to 40.
 MOST = {"conv": 4, "bn": 1, "fused": 8}
 
 
@@ -288,7 +288,7 @@ MOST = {"conv": 4, "bn": 1, "fused": 8}
 @pytest.mark.parametrize("descriptors", [False, True])
 def test_launches_do_not_compile_anew_for_every_length_and_batch(descriptors):
     pytest.importorskip("triton")
-    # T: 1, odd and even, multiples of 8 and 16, on both sides of the tiles' sizes
+    # T is 1, odd, even, or a multiple of 8 or 16, and lies below or above the sizes of the tiles
     batches = [(2, t) for t in (1, 2, 3, 7, 8, 15, 16, 17, 24, 31, 32, 33, 37, 40)] + [(n, 37) for n in (1, 3, 4, 16)]
     shapes = [(64, 48, 11, 1, 1), (29, 32, 3, 1, 2), (64, 64, 11, 2, 1)]
     kinds = json.dumps({"batches": batches, "shapes": shapes, "calls": [*MOST], "descriptors": descriptors})

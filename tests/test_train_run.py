@@ -96,7 +96,7 @@ def test_files_that_cannot_be_read_are_reported_and_left_out(train_here, paths, 
 
 
 def test_a_nan_loss_is_named_and_training_goes_on(train_here, paths, tmp_path, monkeypatch):
-    monkeypatch.setattr(batches, "collate", batches.collate)  # restores the function that `nan_in` replaces
+    monkeypatch.setattr(batches, "collate", batches.collate)  # so that what `nan_in` does is undone
     worlds.nan_in(None, 0, "train7.wav")
     said = train_here(paths, tmp_path, epochs=2, val_manifests=None)
     assert "step skipped: " in said and "train7.wav: its features are not finite" in said

@@ -174,8 +174,9 @@ def test_the_cpu_is_neither_checked_nor_looked_up(gpu, norm_table, monkeypatch):
 
 
 def test_without_a_table_arithmetic_chooses(gpu):
-    """Without a table 16-bit convs run in Triton, which skips padding, and fp32 convs in the library, whose matrix
-    products are faster. With few rows fp32 convs run in Triton too, because memory traffic and launches decide."""
+    """Without a table 16-bit convs run in Triton, which skips padding, and fp32 convs in the library, whose fp32 matrix
+    products are faster. With few rows fp32 convs run in Triton too, because then memory traffic and launches take most
+    of the time."""
     step = choose.conv_calls(stats=True, dx=True, dw=True, norm=True)
     assert conv_face(calls=step, rows_log2=15) == conv_face(calls=step, rows_log2=None) == "triton"
     assert conv_face(torch.float32, calls=step, rows_log2=15) == "aten"
@@ -296,7 +297,8 @@ def test_a_block_takes_the_form_that_was_chosen(gpu, form, status, wanted):
 
 
 class Faces(TorchDispatchMode):
-    """Records each call of our ops as (op, `bn_face`, or `face` for an op without it)."""
+    """Records each call of our ops as (op, face). The face is the argument `bn_face`, or `face` if the op has no
+    `bn_face`."""
 
     def __init__(self):
         super().__init__()

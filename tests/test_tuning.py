@@ -170,7 +170,7 @@ def test_a_kill_at_twenty_random_points_loses_nothing(tuning, monkeypatch):
 
 
 def test_one_of_two_processes_tunes_and_the_other_reads(tuning, own_cache):
-    """If two processes need the same convs, one tunes each conv while the other waits, and the other reads its rows."""
+    """If two processes need the same conv, one of them tunes it. The other waits, and then reads the saved rows."""
     log = own_cache.parent / "log"
 
     def rank():

@@ -82,7 +82,7 @@ def test_noise_has_the_level_and_colour_asked_for(slope):
     assert noisy.dtype == np.float32 and noisy.shape == speech.shape
     assert 10 * np.log10(np.mean(speech**2) / np.mean(noise**2)) == pytest.approx(20.0, abs=0.01)
     power = np.abs(np.fft.rfft(noise)) ** 2
-    # the frequencies are about a factor of 8 apart: 10 * log10(8) = 9
+    # the frequencies of the second band are about 8 times those of the first, and 10 * log10(8) = 9
     assert 10 * np.log10(power[500:1000].mean() / power[5000:7500].mean()) == pytest.approx(-slope * 9.0, abs=1.0)
     assert np.array_equal(noisy, add_noise(speech, 20.0, slope, seed=3))
     for begin in (speech[5:6], speech[5:7]):

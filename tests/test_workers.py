@@ -23,8 +23,8 @@ from jasper_fast.speech.text import Vocabulary
 
 
 class Watched(SpeechDataset):
-    """Sets an item's ``start`` to the id of the process that reads the item. The item ``deadly`` kills this process.
-    If ``unblocks`` is true, each reading unblocks SIGTERM."""
+    """Sets an item's `start` to the id of the process that reads the item. To read the item with index `deadly` kills
+    the process. If `unblocks` is true, each reading unblocks SIGTERM."""
 
     deadly = -1
     unblocks = False

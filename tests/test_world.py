@@ -23,7 +23,8 @@ pytestmark = [
 
 
 def without(paths, which: str, gone, tmp_path) -> dict:
-    """Returns `paths` with a copy of the manifest `which`, in which the lines in `gone` name missing files."""
+    """Returns `paths` with a copy of the manifest `which`, in which the lines with numbers in `gone` name missing
+    files."""
     lines = corpora.read_lines(paths[which])
     for i, line in enumerate(lines):
         line["audio_filepath"] = f"gone{i}.wav" if i in gone else str(paths[which].parent / line["audio_filepath"])
@@ -47,7 +48,7 @@ def ran(paths, tmp_path):
 
 
 def no_substitutes(train, rank: int) -> None:
-    """Keeps the dataset from replacing utterances that cannot be read by others."""
+    """Keeps the dataset from putting other utterances in the place of those that cannot be read."""
     from jasper_fast.data import dataset
 
     dataset._SUBSTITUTES = 0
@@ -99,7 +100,7 @@ def test_a_signal_to_one_process_ends_all_within_a_step(ran, tmp_path, on_rank):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_signal_is_heard_while_a_step_is_loaded(ran, tmp_path, size):
-    """The signal comes in the first of the four micro-batches of the second step, which is not taken."""
+    """The signal comes while the second step loads the first of its four micro-batches. That step is not taken."""
     members = ran(
         size, worlds.signal_in, size - 1, "load", batch_size=1, epochs=9, grad_accumulation=4, val_manifests=None
     )
