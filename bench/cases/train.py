@@ -174,9 +174,8 @@ def answer(
     found = {"log_probs": models.valid(log_probs.detach(), lengths)}
     found |= {} if batch.clear else {"loss": loss.detach()}
     kind = "clear grad" if batch.clear else "grad"
-    for name, p in module.named_parameters():
-        if p.grad is not None:
-            found[f"{kind} {original(name)}"] = p.grad.reshape(state[original(name)].shape) / scale
+    gradients = {original(name): p.grad for name, p in module.named_parameters() if p.grad is not None}
+    found |= {f"{kind} {name}": grad.reshape(state[name].shape) / scale for name, grad in gradients.items()}
     found |= {original(name): b.clone() for name, b in module.named_buffers() if "running" in name}
     module.zero_grad(set_to_none=True)
     if batch.clear:

@@ -53,15 +53,20 @@ def recorded(arch: int, dtype: str) -> Recorded:
             for op, call in conv_calls(a, a.stride * T - odd, number, masks).items():
                 for tile in _tiles(op, a, T, number, exact):
                     yield from ((kernel, name, source) for kernel, source in _sources(arch, call, op, tile, exact))
-    calls: list[tuple[str, Callable[[], object]]] = []
-    for T, K, stride, masks in TAPS:
-        name = f"C{TAPS_C} K{K} T{T}" + f" s{stride}" * (stride > 1)
-        calls.append((name, functools.partial(taps_calls, K, stride, stride * T, number, masks)))
+    calls: list[tuple[str, Callable[[], object]]] = [
+        (
+            f"C{TAPS_C} K{K} T{T}" + f" s{stride}" * (stride > 1),
+            functools.partial(taps_calls, K, stride, stride * T, number, masks),
+        )
+        for T, K, stride, masks in TAPS
+    ]
     channels = sorted({a.C_in for a in wide if not a.first}, reverse=True)
     calls += [(f"C{C}", functools.partial(norm_calls, C, number)) for C in channels]
     if dtype == "float32":
-        for averages, aligned in itertools.product((True, False), (True, False)):
-            calls.append(("all" + " unaligned" * (not aligned), functools.partial(step, aligned, averages)))
+        calls += [
+            ("all" + " unaligned" * (not aligned), functools.partial(step, aligned, averages))
+            for averages, aligned in itertools.product((True, False), repeat=2)
+        ]
         calls += [*((f"U{U}", functools.partial(loss, U)) for U in LABELS), ("any", prefixes)]
     for name, call in calls:
         for kernel, source in _sources(arch, call):

@@ -35,10 +35,12 @@ def complaints(
 ) -> list[str]:
     """Returns what is wrong with `got`, one line per tensor. The list is empty if all is right."""
     wrong = [f"{name}: missing" for name in ref if name not in got]
-    for name in (n for n in ref if n in got):
-        found = tolerance.compare(got[name], None if low is None else low[name], ref[name], tol.of(name))
-        wrong += [] if found.right else [f"{name}: {found.detail}"]
-    return wrong
+    found = (
+        (name, tolerance.compare(got[name], None if low is None else low[name], ref[name], tol.of(name)))
+        for name in ref
+        if name in got
+    )
+    return wrong + [f"{name}: {compared.detail}" for name, compared in found if not compared.right]
 
 
 def keep_rate_complaints(kept: int, of: int, p: float) -> list[str]:

@@ -62,14 +62,13 @@ class Run:
                 if self.out_of_time():
                     console.print(f"{title}: out of time, {len(todo) - i} cases left; --resume continues")
                     break
-
-                def show(what: str, share: float, i: int = i, case: Case = case) -> None:
-                    progress.update(task, description=f"{title}: {what} {case.label()}", completed=2 * i + share)
-
                 with self.begun(case) as m:
-                    show("check and warm up", 0.0)
+                    progress.update(task, description=f"{title}: check and warm up {case.label()}", completed=2 * i)
                     checking.prepare(m)
-                    made = timing.measure(m, self.effort, lambda share, show=show: show("time", 1.0 + share))
+                    progress.update(task, description=f"{title}: time {case.label()}")
+                    made = timing.measure(
+                        m, self.effort, lambda share, i=i: progress.update(task, completed=2 * i + 1 + share)
+                    )
                 if self.brief:
                     self.kept.append(m)
                 self.close(m.runners.clear)
