@@ -214,9 +214,3 @@ def test_an_interrupted_run_says_what_it_keeps_and_goes_on(capsys, at_once, tmp_
     assert cli.main([*command, "--resume"]) == 0
     after = json.loads(path.read_text())
     assert list(tmp_path.glob("*.json")) == [path] and len(after["rows"]) == 2 and after["finished"]
-
-
-def test_interrupted_before_anything_is_measured(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(limits, "measure", raising(KeyboardInterrupt()))
-    assert cli.main(["kernels", *QUICK, "--out", str(tmp_path)]) == 130
-    assert capsys.readouterr().err.strip().splitlines()[-1] == "interrupted: nothing was measured yet"

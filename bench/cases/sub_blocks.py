@@ -34,9 +34,10 @@ class Inputs(common.Held):
     def __init__(self, N: int, T: int, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(N, dtype, device, x=(layer.C_in, T), dy=(layer.C_out, layer.frames(T)))
         self.layer = layer
-        master = torch.promote_types(dtype, torch.float32)
-        shape = (layer.C_out, layer.C_in, layer.K)
-        self.weight = torch.empty(shape, dtype=master, device=device, requires_grad=True)
+        self.weight = torch.empty(
+            layer.C_out, layer.C_in, layer.K, dtype=torch.promote_types(dtype, torch.float32), device=device,
+            requires_grad=True,
+        )  # fmt: skip
         self.weight_last = layout.ntc(self.weight.detach()).requires_grad_()
         self.gamma, self.beta = (torch.empty(layer.C_in, device=device, requires_grad=True) for _ in range(2))
         for memory in (self.nct, self.ntc):

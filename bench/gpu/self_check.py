@@ -30,8 +30,7 @@ def keep_verdicts(run: Run, rows: Sequence[dict], quick: bool, seconds: float) -
     bad = [verdict.failure_of(row) for row in rows if row["status"] != "ok"]
     kept = run.results.data.setdefault("selfcheck", {"seconds": 0.0, "verdicts": [], "failures": []})
     kept["seconds"] = round(kept["seconds"] + seconds, 1)
-    latest = {group(v): v for v in [*kept["verdicts"], *map(vars, found)]}
-    kept["verdicts"] = list(latest.values())
+    kept["verdicts"] = list({group(v): v for v in [*kept["verdicts"], *map(vars, found)]}.values())  # the latest ones
     kept["failures"] += [line for line in bad if line not in kept["failures"]]
     for line in bad[:5]:
         console.print(f"self-check: {line}", style="red")

@@ -54,8 +54,7 @@ def matmul_rates(device: torch.device, quick: bool = False) -> dict[str, float]:
 def float32_mode(device: torch.device) -> str:
     """Returns the precision of the products in convolutions of fp32 tensors, "TF32" or "IEEE". By default PyTorch lets
     cuDNN's convolutions use TF32 on a GPU, and then ours use it too."""
-    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
-    return "TF32" if device.type == "cuda" and tf32 else "IEEE"
+    return "TF32" if device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32" else "IEEE"
 
 
 def _matmul_rate(device: torch.device, dtype: str, size: int) -> float:

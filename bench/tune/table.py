@@ -42,9 +42,10 @@ def rows_of(cell: Cell, found: dict) -> list[dict]:
         rates = {f"{kind}_per_s": row[kind] / spent["median"] for kind in ("flops", "bytes") if row[kind]}
         tuned = {k: v for k, v in choice.items() if k != "time_s"}
         made.append({"contender": name, "ours": name == best, "status": "ok", "time_s": spent, "tune": tuned} | rates)
-    for name, why in found["refused"].items():
-        status = "wrong" if why.startswith("wrong") else "failed"
-        made.append({"contender": name, "ours": False, "status": status, "why": why})
+    made += [
+        {"contender": name, "ours": False, "status": "wrong" if why.startswith("wrong") else "failed", "why": why}
+        for name, why in found["refused"].items()
+    ]
     return [row | {"id": f"{case_id(cell)} / {of['contender']}"} | of for of in made]
 
 
