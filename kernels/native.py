@@ -19,7 +19,7 @@ BUILD = "run `make install`, or `python setup.py build_native` in a checkout"
 
 
 class Missing(RuntimeError):
-    """Raised if a native library or one of its ops is missing on this machine. The message says why and what to do."""
+    """Raised if a native library is missing, or does not fit this machine or code. The message says what to do."""
 
 
 def _library_dir() -> Path:

@@ -1,8 +1,8 @@
 """The CPU face of conv1d: threaded C++ kernels (csrc/cpu/isa/conv1d_*.cpp), one set per instruction set.
 
-In `fused`, x, weights and result are fp32. On a CPU with AVX512-BF16 the weights may be bf16. Then x may be bf16 too,
-and without a bias also the result. The functions for training take 16-bit tensors as well. They multiply bf16 tensors
-in bf16 if the CPU can, and all others in fp32.
+In `fused`, x, weights and result are fp32. On a CPU with AVX512-BF16 the weights may be bf16. With bf16 weights x may
+be bf16 too, and so may the result if there is no bias. The functions for training take 16-bit tensors as well. They
+multiply bf16 tensors in bf16 if the CPU can, and all others in fp32.
 
 The functions for training choose the algorithm by the shape. `forward` and `dgrad` pack the weight in every call and do
 not use `packed`. Results are bit-identical for any number of threads. The result of `fused` for an utterance does not
@@ -104,8 +104,8 @@ def fused(
     bf16 if the weights are bf16 and there is no bias.
 
     Rows of x and x2 at t >= `lengths.before` count as zero and are not read. Rows of the result at t >= `lengths.after`
-    are zero. The kernel skips the products of these rows, and of rows of the result that only rows counted as zero
-    reach.
+    are zero. The kernel computes no products for these rows, nor for rows of the result all of whose inputs count as
+    zero.
 
     Raises ValueError for `lengths.made` and for `masked=False`, which only GPU faces support.
     """

@@ -145,7 +145,7 @@ def _plan(gpu: Gpu, work: Work, block: int, may_split: bool) -> Plan | None:
     if gpu.loop == 90:
         panels = MAX_PANELS if work.taps == 1 else 2
         fitting = (s for s in range(MAX_STAGES, 1, -1) if shared_bytes(90, block, work, panels, s) <= gpu.shared)
-        stages = next(fitting, MAX_STAGES)  # if none fits, MAX_STAGES does not fit below
+        stages = next(fitting, MAX_STAGES)  # if none fits, `shared` below is too large
     shared = shared_bytes(gpu.loop, block, work, panels, stages)
     if shared > gpu.shared:
         return None
@@ -201,7 +201,9 @@ def _plan_wgrad(gpu: Gpu, work: Work, loop: int, taps: int) -> Wgrad | None:
     wanted = gpu.sms if wide else 2 * gpu.sms
     share = -(-everything // max(1, min(wanted // tiles, everything)))
     shares = -(-everything // share)
-    x = _panel_bytes(FRAMES, taps, work.dilation, 1 if taps == 1 else work.stride)  # one tap reads one residue
+    x = _panel_bytes(
+        FRAMES, taps, work.dilation, 1 if taps == 1 else work.stride
+    )  # with one tap, only every stride-th frame
     stage = 2 * _panel_bytes(FRAMES, 1, 1, 1) + (2 * x + 16 if wide else x)
     stages = min(6, gpu.shared // stage) if wide else STAGES[loop]
     if stages < (3 if wide else 2) or stages * stage > gpu.shared:  # the kernels deadlock with fewer stages

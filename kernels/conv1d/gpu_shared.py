@@ -1,4 +1,4 @@
-"""Types and helpers that the GPU faces of conv1d and depthwise share."""
+"""Types and helpers that faces of conv1d and depthwise share on a GPU."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -14,7 +14,7 @@ import torch
 from jasper_fast.kernels import tables
 
 # WAVE, FLOP_S, BYTES_S and L2_S describe an H100. Defaults are computed from them, so they are the same on every GPU.
-WAVE = 132  # multiprocessors. One program on each fills the GPU once; of wgrad with one tap, two programs on each do
+WAVE = 132  # multiprocessors. A wave of programs is one on each multiprocessor, or two if a wgrad program has one tap
 FLOP_S = 660e12  # FLOP/s of 16-bit matrix products that these tiles reach at best
 BYTES_S = 3e12  # bytes per second of the GPU's memory
 L2_S = 5.5e12  # bytes per second from L2 to all multiprocessors
