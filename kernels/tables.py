@@ -170,8 +170,9 @@ class _Nearest:
             best.setdefault(row.face, {}).setdefault(row.rows_log2, row)
         self.rows = {face: _spread(found) for face, found in best.items()}
         # Faces are compared only at the same rows_log2.
-        measured = {row.rows_log2 for row, _ in rows}
-        self.times = _spread({b: {f: of[b].time_s for f, of in best.items() if b in of} for b in measured})
+        self.times = _spread(
+            {b: {f: of[b].time_s for f, of in best.items() if b in of} for b in {row.rows_log2 for row, _ in rows}}
+        )
 
 
 def _spread(measured: dict[int, T]) -> list[T]:

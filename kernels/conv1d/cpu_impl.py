@@ -186,9 +186,11 @@ def wgrad(
     stride, padding, dilation = geometry
     dw = torch.empty((dy.shape[1], x.shape[1], k), dtype=torch.float32)
     how = _how(dw, x.dtype, dy.shape[0] * dy.shape[2], stride)
-    algorithm, bf16 = ALGORITHMS[how["algorithm"]], how["dtype"] == torch.bfloat16
     rows, dy_rows = (v.transpose(1, 2).to(how["dtype"]) for v in (x, dy))
-    native.cpu().conv1d_wgrad(rows, dy_rows, lengths, stride, dilation, padding, algorithm, bf16, dw)
+    native.cpu().conv1d_wgrad(
+        rows, dy_rows, lengths, stride, dilation, padding, ALGORITHMS[how["algorithm"]],
+        how["dtype"] == torch.bfloat16, dw,
+    )  # fmt: skip
     return dw.to(dtype or x.dtype)
 
 

@@ -242,7 +242,6 @@ def fused(
     if panes is not None and not x2.dtype == w2.data.dtype == w.data.dtype:
         raise TypeError(f"x2 and both packs must have one dtype, got {x2.dtype}, {w2.data.dtype}, {w.data.dtype}")
     out = fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, workspace)
-    t_out = out.shape[1]
     args = _args(Operand.of(x, w.data, c_in, w.c_out), out, t, w.taps, geometry)
     if x2 is not None:
         args.panes = Operand.of(x2, w2.data, w2.c_in, w2.c_out)
@@ -250,7 +249,7 @@ def fused(
     args.masked, args.bias, args.relu = masked, _checked(bias, *_VECTOR), relu
     if not masked:
         args.out_lengths = None
-    work = Work(n, t_out, c_in, w.c_out, 0 if x2 is None else w2.c_in, w.taps, geometry.stride, geometry.dilation)
+    work = Work(n, out.shape[1], c_in, w.c_out, w2.c_in if panes else 0, w.taps, geometry.stride, geometry.dilation)
     _fetch_ahead(args, cuda_launch.gpu(x.device), chain.ahead)
     _launch(args, x, w, work, LOG_SOFTMAX if log_softmax else PLAIN, False, workspace, chain.early)
     return out

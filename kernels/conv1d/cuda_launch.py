@@ -91,6 +91,5 @@ def run(
         raise RuntimeError(f"{name} needs {shared} bytes of shared memory, but a block of this GPU has {on.shared}")
     with nvrtc.device_of(like) as stream:
         launch = Launch(loop, grid, shared, cooperative, early, stream)
-        error = getattr(functions(), name)(launch, *args)
-        if error is not None:
+        if (error := getattr(functions(), name)(launch, *args)) is not None:
             raise RuntimeError(f"{name}: {error.decode()}")

@@ -201,9 +201,8 @@ def _plan_wgrad(gpu: Gpu, work: Work, loop: int, taps: int) -> Wgrad | None:
     wanted = gpu.sms if wide else 2 * gpu.sms
     share = -(-everything // max(1, min(wanted // tiles, everything)))
     shares = -(-everything // share)
-    x = _panel_bytes(
-        FRAMES, taps, work.dilation, 1 if taps == 1 else work.stride
-    )  # with one tap, only every stride-th frame
+    # with one tap, only every stride-th frame is read
+    x = _panel_bytes(FRAMES, taps, work.dilation, 1 if taps == 1 else work.stride)
     stage = 2 * _panel_bytes(FRAMES, 1, 1, 1) + (2 * x + 16 if wide else x)
     stages = min(6, gpu.shared // stage) if wide else STAGES[loop]
     if stages < (3 if wide else 2) or stages * stage > gpu.shared:  # the kernels deadlock with fewer stages

@@ -1,6 +1,6 @@
 """Types and helpers that faces of conv1d and depthwise share on a GPU."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -87,7 +87,7 @@ def dgrad_padding(face: str, dy: Tensor, w: Packed, t: int, geometry: Geometry) 
     return reach - padding
 
 
-def check_operands(face: str, dtypes: Sequence[torch.dtype], x: Tensor, other: Tensor) -> None:
+def check_operands(face: str, dtypes: Collection[torch.dtype], x: Tensor, other: Tensor) -> None:
     """Raises TypeError unless `x` and `other` have one dtype, one of `dtypes`, and ValueError if `x` is empty."""
     if x.dtype not in dtypes or x.dtype != other.dtype:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -107,7 +107,7 @@ def packed_weight(weight: Tensor, data: Tensor, shape: tuple[int, ...]) -> Packe
 
 def pack_buffer(
     face: str,
-    dtypes: Sequence[torch.dtype],
+    dtypes: Collection[torch.dtype],
     weight: Tensor,
     shape: tuple[int, ...],
     dtype: torch.dtype | None,
@@ -128,7 +128,7 @@ def pack_buffer(
         )
     if w.dtype not in tables.DTYPES or out.dtype not in dtypes:
         raise TypeError(
-            f"the {face} face packs fp32, fp16 or bf16 into one of {dtypes}, got {w.dtype} into {out.dtype}"
+            f"the {face} face packs fp32, fp16 or bf16 into one of {list(dtypes)}, got {w.dtype} into {out.dtype}"
         )
     return w, out
 
@@ -185,13 +185,13 @@ def check_sub_block(y: Tensor, z: Tensor, like: Tensor) -> None:
             )
 
 
-def check_offsets(*tensors: Tensor | None) -> None:
+def check_offsets(*tensors: Tensor) -> None:
     """Raises ValueError if an utterance of a tensor (N, T, C) spans 2^31 elements or more.
 
     The Triton kernels count offsets within an utterance in 32 bits.
     """
     for x in tensors:
-        if x is not None and sum((s - 1) * d for s, d in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 1 << 31:
+        if sum((s - 1) * d for s, d in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 1 << 31:
             raise ValueError(
                 f"one utterance of shape {tuple(x.shape[1:])}, strides {x.stride()[1:]} exceeds 32-bit offsets: "
                 "cut it into shorter ones"

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from jasper_fast.kernels import launch
+from jasper_fast.kernels import launch, tables
 from jasper_fast.kernels.conv1d import triton_tiles
 from jasper_fast.kernels.conv1d.gpu_shared import (
     ALONE,
@@ -39,7 +39,6 @@ from jasper_fast.kernels.layout import empty_fp32, empty_ntc
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths, Mask, Norm
 
 INTERPRET_DESCRIPTORS = False  # tests set it to run the descriptor loops in the interpreter
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Packed:
@@ -48,7 +47,7 @@ def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None
     The default dtype is that of `out`, or without `out` that of `weight`. out: a buffer of `packed_shape(weight)` to
     write into, which a module may keep from call to call. Raises TypeError for other dtypes.
     """
-    w, out = pack_buffer("triton", DTYPES, weight, packed_shape(weight), dtype, out)
+    w, out = pack_buffer("triton", tables.DTYPES, weight, packed_shape(weight), dtype, out)
     c_out, c_in, taps = w.shape
     meta = transpose_meta(taps)
     launch.run(
@@ -386,7 +385,7 @@ def _weights(packed: Packed | None, block_rows: int, block_cols: int, wanted: bo
 
 
 def _check(x: Tensor, other: Tensor) -> None:
-    check_operands("triton", DTYPES, x, other)
+    check_operands("triton", tables.DTYPES, x, other)
     check_offsets(x)
 
 

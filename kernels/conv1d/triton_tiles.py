@@ -96,8 +96,10 @@ def candidates(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> list[T
         sizes = [(64, 128, 128, 8), (64, 128, 128, 4), (32, 128, 256, 8), (64, 64, 128, 4), (64, 256, 128, 8)]
         most_t, most_n, most_k = 64, shape.c_in, shape.c_out
     else:
-        sizes = [(128, 128, 64, 8), (128, 256, 64, 8), (64, 128, 64, 4), (64, 256, 64, 8), (128, 64, 64, 4)]
-        sizes += [(64, 64, 64, 4), (128, 128, 64, 4), (128, 128, 128, 8), (256, 128, 64, 8)]
+        sizes = [
+            (128, 128, 64, 8), (128, 256, 64, 8), (64, 128, 64, 4), (64, 256, 64, 8), (128, 64, 64, 4),
+            (64, 64, 64, 4), (128, 128, 64, 4), (128, 128, 128, 8), (256, 128, 64, 8),
+        ]  # fmt: skip
         most_k, most_n = (shape.c_out, shape.c_in) if op.startswith("dgrad") else (shape.c_in, shape.c_out)
         most_t = max(32, 2 * frames)
     fits = [
@@ -118,8 +120,7 @@ def shortlist(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> list[Ti
     first, *others = candidates(op, dtype, shape, frames)
     twins = [tile for tile in others if tile[:4] == first[:4]][:1]
     others = [tile for tile in others if tile not in twins]
-    others.sort(key=lambda tile: (tile.num_stages, _seconds(op, dtype, tile, shape)))
-    return [first, *twins, *others]
+    return [first, *twins, *sorted(others, key=lambda tile: (tile.num_stages, _seconds(op, dtype, tile, shape)))]
 
 
 def _seconds(op: str, dtype: torch.dtype, tile: Tile, shape: Shape) -> float:

@@ -24,10 +24,9 @@ def step(
 
     The host never waits for a GPU. held: not used.
     """
-    grads = tensors.grads
-    wide = functools.reduce(torch.promote_types, (g.dtype for g in grads), torch.float32)
+    wide = functools.reduce(torch.promote_types, (g.dtype for g in tensors.grads), torch.float32)
     device, settings = settings.device, settings.to(wide)
-    norms = torch.stack(torch._foreach_norm(grads, 2, dtype=wide))
+    norms = torch.stack(torch._foreach_norm(tensors.grads, 2, dtype=wide))
     norms = norms if grad_scale is None else norms / grad_scale.to(norms)
     norm = torch.linalg.vector_norm(norms)
     bad = torch.zeros((), dtype=torch.bool, device=device) if found_inf is None else found_inf.reshape(()) != 0

@@ -57,5 +57,4 @@ def _made(rows: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Te
         table.append((*((address - anchor) // 4 for address in row[:5]), *row[5:], first, len(runs)))
         partials = len(runs) if row[7] == UPDATE else partials
     aligned = all(address % 16 == 0 for row in rows for address in row[:4])
-    sent = (capture.sent(numbers, torch.int64, device) for numbers in (table, runs))
-    return *sent, size, partials, len(runs), aligned
+    return *(capture.sent(of, torch.int64, device) for of in (table, runs)), size, partials, len(runs), aligned

@@ -112,9 +112,7 @@ def _search(
 
     blank = len(rows[0]) - 1 if rows else _blank(lm) if lm else 0
     for row in rows:
-        found = {}
-        for prefix, (b, n) in kept.items():
-            found[prefix] = (_add(b, n) + row[blank], n + row[prefix[-1]] if prefix else -inf)
+        found = {p: (_add(b, n) + row[blank], n + row[p[-1]] if p else -inf) for p, (b, n) in kept.items()}
         for prefix, (b, n) in kept.items():
             for symbol in range(blank):
                 paths = b if prefix and symbol == prefix[-1] else _add(b, n)  # a repeated symbol needs a blank between
@@ -125,8 +123,10 @@ def _search(
                     weighed[longer] = weigh(prefix, symbol)
         best = sorted((p for p in found if score(p) > -inf), key=score, reverse=True)[:beam]  # stable
         kept = {prefix: found[prefix] for prefix in best}
-    ends = {p: _end(lm, *weighed[p][1:], words, alpha, blank) for p in kept}
-    ended = [(p, _add(b, n) + weighed[p][0] + ends[p], _add(b, n)) for p, (b, n) in kept.items()]
+    ended = [
+        (p, _add(b, n) + weighed[p][0] + _end(lm, *weighed[p][1:], words, alpha, blank), _add(b, n))
+        for p, (b, n) in kept.items()
+    ]
     return sorted((item for item in ended if item[1] > -inf), key=lambda item: item[1], reverse=True)
 
 
