@@ -19,12 +19,6 @@ from jasper_fast.bench.harness.errors import Absent
 from jasper_fast.bench.rivals import compiler
 
 
-def skipped_row(x):
-    y = torch.empty_like(x)
-    y[:-1] = F.softplus(x[:-1])  # the last row is not written
-    return y
-
-
 def stale_after(calls: int):
     """Returns a function that gives `calls` right answers, and then repeats the last of them."""
     seen = []
@@ -40,7 +34,7 @@ def stale_after(calls: int):
 WRONG = {
     "scaled": lambda: lambda x: F.softplus(x) * 1.001,
     "one element": lambda: lambda x: F.softplus(x).index_fill(0, torch.tensor([3]), 0.5),
-    "skipped row": lambda: skipped_row,
+    "skipped row": lambda: lambda x: torch.cat([F.softplus(x[:-1]), torch.empty_like(x[-1:])]),
     "stale buffer": lambda: stale_after(1),
     "stale after the check": lambda: stale_after(3),
     "NaN": lambda: lambda x: F.softplus(x).masked_fill(x == x.max(), math.nan),

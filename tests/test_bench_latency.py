@@ -28,30 +28,27 @@ def norms(state: dict) -> list[str]:
     return [k.removesuffix(".running_mean") for k in state if k.endswith(".running_mean")]
 
 
-def scaled(state: dict, factor: float) -> dict:
-    """Returns `state` with the output of one sub-block scaled by `factor`."""
-    norm = [n for n in norms(state) if ".conv." in n][-3]
-    return state | {f"{norm}.{k}": state[f"{norm}.{k}"] * factor for k in ("weight", "bias")}
+def scaled(state: dict, names: list[str], factor: float, entries: tuple[str, ...] = ("weight", "bias")) -> dict:
+    """Returns `state` with these entries of the batch norms `names` multiplied by `factor`."""
+    return state | {f"{n}.{k}": state[f"{n}.{k}"] * factor for n in names for k in entries}
 
 
-def no_bias(state: dict) -> dict:
-    """Returns `state` with one sub-block whose folded bias is zero."""
-    norm = norms(state)[0]
-    return state | {f"{norm}.{k}": torch.zeros_like(state[f"{norm}.{k}"]) for k in ("bias", "running_mean")}
+def a_layer(state: dict) -> list[str]:
+    """Returns a list of one name: the batch norm of the third last sub-block."""
+    return [n for n in norms(state) if ".conv." in n][-3:-2]
 
 
-def no_panes(state: dict) -> dict:
-    """Returns `state` with the panes of the last dense block set to zero."""
-    last = [n for n in norms(state) if ".res." in n][-1].split(".res.")[0]
-    panes = [n for n in norms(state) if n.startswith(f"{last}.res.")]
-    return state | {f"{n}.{k}": torch.zeros_like(state[f"{n}.{k}"]) for n in panes for k in ("weight", "bias")}
+def last_panes(state: dict) -> list[str]:
+    """Returns the names of the batch norms in the panes of the last dense block."""
+    panes = [n for n in norms(state) if ".res." in n]
+    return [n for n in panes if n.split(".res.")[0] == panes[-1].split(".res.")[0]]
 
 
 WEIGHTS = {
-    "a layer scaled by 1.01": lambda state: scaled(state, 1.01),
-    "a layer scaled by 1.15": lambda state: scaled(state, 1.15),
-    "no bias": no_bias,
-    "no panes": no_panes,
+    "a layer scaled by 1.01": lambda state: scaled(state, a_layer(state), 1.01),
+    "a layer scaled by 1.15": lambda state: scaled(state, a_layer(state), 1.15),
+    "no bias": lambda state: scaled(state, norms(state)[:1], 0.0, ("bias", "running_mean")),
+    "no panes": lambda state: scaled(state, last_panes(state), 0.0),
 }
 
 

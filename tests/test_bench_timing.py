@@ -119,8 +119,10 @@ def test_waiting_time_is_of_one_run_at_a_time(device):
 def test_rows_carry_the_host_s_time_and_still_make_a_table(device, capsys):
     case = softplus_case({"eager": F.softplus})
     runs = {"jasper_fast": (1e-3, 10e-6), "eager": (2e-3, 40e-6)}
-    runners = (dataclasses.replace(c.build(), run=small_op(device, 1, *runs[c.name])) for c in case.contenders)
-    contenders = [Contender(name, lambda runner=runner: runner) for name, runner in zip(runs, runners, strict=True)]
+    contenders = [
+        Contender(c.name, lambda c=c: dataclasses.replace(c.build(), run=small_op(device, 1, *runs[c.name])))
+        for c in case.contenders
+    ]
     m = Measurement(dataclasses.replace(case, contenders=contenders), CUDA)
     checking.prepare(m)
     rows = timing.measure(m, FAST)
