@@ -22,18 +22,17 @@ ROOT = Path(__file__).parents[1]
 LIMITS = {"matmul_flops_per_s": {"float32": 1e12}, "copy_bytes_per_s": 1e12, "launch_s": {"host": 1e-6}}
 SAMPLES = [0.010 + 0.0001 * i for i in range(100)]
 RATIO = {"median": 1.5, "low": 1.4, "high": 1.6, "confidence": 0.95, "pairs": 100}
+HEADER = {"command": "kernels", "machine": {"name": "m", "commit": "c", "dirty": False, "device": "cpu"}}
 FAST = Effort(seconds=0.05, min_rounds=3, max_rounds=4)
 
 
 def make_run(tmp_path: Path, backend: str = "reference", device=CPU, dtype=torch.float32, **kwargs) -> Run:
-    header = {"command": "kernels", "machine": {"name": "m", "commit": "c", "dirty": False, "device": "cpu"}}
-    return Run(device, dtype, backend, True, result_file.Results(tmp_path / "run.json", header), FAST, **kwargs)
+    return Run(device, dtype, backend, True, result_file.Results(tmp_path / "run.json", HEADER), FAST, **kwargs)
 
 
 def again(run: Run) -> Run:
     """Returns a run that continues `run`, as a new process would."""
-    header = {k: run.results.data[k] for k in ("command", "machine")}
-    results = result_file.Results(run.results.path, header, resume=True)
+    results = result_file.Results(run.results.path, HEADER, resume=True)
     return dataclasses.replace(run, results=results, started=time.monotonic())
 
 

@@ -38,9 +38,10 @@ BLOCKS = {
 def config(kind: str | list[dict] = "jasper", masks=True, classes=7, feats=FEATS):
     """Returns the configuration of a small model. `kind`: its blocks, or their name in BLOCKS."""
     blocks = BLOCKS[kind] if isinstance(kind, str) else kind
-    last = blocks[-1]["filters"]
     encoder = {"in_feats": feats, "activation": "relu", "use_conv_masks": masks, "blocks": blocks}
-    return JasperConfig.from_dict({"encoder": encoder, "decoder": {"in_feats": last, "n_classes": classes}})
+    return JasperConfig.from_dict(
+        {"encoder": encoder, "decoder": {"in_feats": blocks[-1]["filters"], "n_classes": classes}}
+    )
 
 
 def draw_statistics(model: nn.Module) -> nn.Module:

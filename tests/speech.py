@@ -44,11 +44,11 @@ def beep(text: str, rng: np.random.Generator) -> np.ndarray:
     return (np.concatenate(tones) + 0.01 * rng.standard_normal(3200 * len(text))).astype(np.float32)
 
 
-def write_corpus(folder: Path, train: int = 16, val: int = 4) -> dict[str, Path]:
+def write_corpus(folder: Path, train: int = 16) -> dict[str, Path]:
     """Writes WAV files, two manifests and a configuration; returns their paths as "train", "val" and "config"."""
     rng = np.random.default_rng(0)
     paths = {}
-    for split, count in (("train", train), ("val", val)):
+    for split, count in (("train", train), ("val", 4)):
         lines = []
         for i in range(count):
             text = "".join(rng.choice(list(TONES), rng.integers(2, 6)))

@@ -22,12 +22,11 @@ class Driver:
     UUID = b"GPU-12345678-0000"
 
     def __init__(self) -> None:
-        values = {
-            "nvmlDeviceGetTemperature": 61,
-            "nvmlDeviceGetCurrentClocksThrottleReasons": 0x1 | 0x4 | 0x40,
-            "nvmlSystemGetCudaDriverVersion_v2": 13020,
-        }
-        for name, value in values.items():
+        for name, value in (
+            ("nvmlDeviceGetTemperature", 61),
+            ("nvmlDeviceGetCurrentClocksThrottleReasons", 0x1 | 0x4 | 0x40),
+            ("nvmlSystemGetCudaDriverVersion_v2", 13020),
+        ):
             setattr(self, name, lambda *args, value=value: self.write(args[-1], value))
         self.nvmlInitWithFlags = lambda flags: 0
         self.nvmlDeviceGetPowerUsage = lambda *args: 3  # not supported

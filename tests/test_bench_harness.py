@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_runs import CPU, CUDA, FAST, again, make_run, softplus_case, written
+from bench_runs import CPU, CUDA, FAST, HEADER, again, make_run, softplus_case, written
 from conftest import raising
 from standins import spied
 
@@ -138,11 +138,10 @@ def test_run_cut_off_keeps_its_rows_and_resumes(run):
     assert {r["key"]["op"] for r in written(run)["rows"]} == {"softplus0", "softplus1", "softplus2"}
     run.results.data["arguments"] = {"backend": "reference", "dtype": "None"}
     run.results.write()
-    header = {k: on_disk[k] for k in ("command", "machine")}
     for other in (
-        header | {"machine": header["machine"] | {"commit": "another"}},
-        header | {"arguments": {"backend": "cpu", "dtype": "None"}},
-        header | {"arguments": {"backend": "reference", "dtype": "None", "fp32_precision": "ieee"}},
+        HEADER | {"machine": HEADER["machine"] | {"commit": "another"}},
+        HEADER | {"arguments": {"backend": "cpu", "dtype": "None"}},
+        HEADER | {"arguments": {"backend": "reference", "dtype": "None", "fp32_precision": "ieee"}},
     ):
         assert not result_file.unfinished(run.results.path, other)
         assert not result_file.Results(run.results.path, other, resume=True).data["rows"]
