@@ -60,9 +60,7 @@ def test_alone_as_in_a_batch_with_garbage(training, window_size):
     module = LogMelFeatures(dither=0 if training else 1e-5, window_size=window_size).train(training)
     samples = [12345, 20011, 500]
     audio = noise(3, 20011)
-    garbage = audio.clone()
-    for row, count in zip(garbage, samples, strict=True):
-        row[count:] = float("nan")
+    garbage = audio.masked_fill(torch.arange(20011) >= torch.tensor(samples)[:, None], float("nan"))
     batch, lengths = module(garbage, torch.tensor(samples))
     for i, count in enumerate(samples):
         alone, [frames] = module(audio[i : i + 1, :count], torch.tensor([count]))
