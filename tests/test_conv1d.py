@@ -74,7 +74,7 @@ def test_reference_is_conv1d(case: Case) -> None:
 
 # The fast algorithms multiply rounded sums of two or four operands, so their errors are larger.
 FACTOR = {"direct": 2.0, "fast_fir_1": 4.0, "fast_fir_2": 6.0}
-# A NaN may spread this many rows beyond those that the taps reach.
+# A NaN or an infinity may spread this many rows beyond those that the taps reach.
 REACH = {"direct": 0, "fast_fir_1": 1, "fast_fir_2": 3}
 
 
@@ -134,30 +134,45 @@ def test_fused_epilogue_on_history_slices(relu: bool, has_mask: bool, algorithm:
     torch.testing.assert_close(history[:, :, :c2], before[:, :, :c2], rtol=0, atol=0, equal_nan=True)
 
 
-@needs_native
-def test_nan_in_a_valid_frame_comes_out(algorithm: str) -> None:
-    x, packed, reach = torch.randn(1, 60, 40), cpu.pack(torch.randn(33, 40, 11), algorithm=algorithm), REACH[algorithm]
-    x[0, 30, 3] = float("nan")
-    for relu in (False, True):
-        bad = cpu.fused(x, packed, PADDED, relu=relu).isnan().any(2)[0]
-        assert bad[25:36].all() and not bad[: 25 - reach].any() and not bad[36 + reach :].any()
+@pytest.fixture(params=[*FACTOR, "bf16"])
+def packing(request) -> dict:
+    """Returns arguments of `pack`: each algorithm in fp32, and bf16."""
+    if request.param == "bf16" and not cpu.has_bf16():
+        pytest.skip("this process' instruction set does not multiply bf16 (AVX512-BF16)")
+    return {"dtype": torch.bfloat16} if request.param == "bf16" else {"algorithm": request.param}
 
 
 @needs_native
-def test_an_item_is_the_same_bits_in_any_batch_and_with_any_threads(algorithm: str) -> None:
+@pytest.mark.parametrize(("value", "relu"), [(torch.nan, False), (torch.nan, True), (torch.inf, False)])
+@pytest.mark.parametrize("channel", [3, 40])  # the last of 41 channels forms no pair in bf16
+def test_what_is_not_finite_comes_out_of_its_rows_only(packing: dict, value: float, relu: bool, channel: int) -> None:
+    x, packed = torch.randn(1, 60, 41), cpu.pack(torch.randn(33, 41, 11), **packing)
+    x[0, 30, channel] = value
+    bad, reach = ~cpu.fused(x, packed, PADDED, relu=relu).isfinite().all(2)[0], REACH[packed.algorithm]
+    assert bad[25:36].all() and not bad[: 25 - reach].any() and not bad[36 + reach :].any()
+
+
+@needs_native
+def test_an_item_is_the_same_bits_in_any_batch_and_with_any_threads(packing: dict) -> None:
     lengths = torch.tensor([300, 171, 40])
     x, weight = torch.randn(3, 300, 96), torch.randn(70, 96, 11)
-    dy = torch.randn(3, 70, 300)
-    packed = cpu.pack(weight, algorithm=algorithm)
+    packed = cpu.pack(weight, **packing)
     whole = cpu.fused(x, packed, PADDED, lengths=Lengths(lengths, lengths))
     for i, length in enumerate(lengths):
         assert torch.equal(cpu.fused(x[i : i + 1, :length].clone(), packed, PADDED)[0], whole[i, :length])
-    dw = cpu.wgrad(x.transpose(1, 2), ntc(dy), 11, PADDED, lengths)
     for count in (1, 3, 7):
         torch.set_num_threads(count)
-        assert torch.equal(packed.data, cpu.pack(weight, algorithm=algorithm).data)
+        assert torch.equal(packed.data, cpu.pack(weight, **packing).data)
         assert torch.equal(whole, cpu.fused(x, packed, PADDED, lengths=Lengths(lengths, lengths)))
-        assert torch.equal(dw, cpu.wgrad(x.transpose(1, 2), ntc(dy), 11, PADDED, lengths))
+
+
+@needs_native
+def test_the_gradient_of_the_weight_is_the_same_bits_with_any_threads(algorithm: str) -> None:
+    given = ntc(torch.randn(3, 96, 300)), ntc(torch.randn(3, 70, 300)), 11, PADDED, torch.tensor([300, 171, 40])
+    dw = cpu.wgrad(*given)
+    for count in (1, 3, 7):
+        torch.set_num_threads(count)
+        assert torch.equal(dw, cpu.wgrad(*given))
 
 
 @needs_native

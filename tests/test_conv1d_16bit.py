@@ -105,26 +105,6 @@ def test_the_transposed_pack_gives_the_gradient_of_x(cpu) -> None:
     assert_close("dx", got, low, ref)
 
 
-def test_a_nan_and_an_infinity_come_out_of_their_rows_only(cpu) -> None:
-    weight = torch.randn(33, 41, 11)
-    for value in (float("nan"), float("inf")):
-        x = torch.randn(1, 60, 41)
-        x[0, 30, 40] = value  # the last of 41 channels, which forms no pair
-        bad = ~cpu.fused(x, cpu.pack(weight, dtype=BF16), PADDED).isfinite().all(2)[0]
-        assert bad[25:36].all() and not bad[:25].any() and not bad[36:].any()
-
-
-def test_an_item_is_the_same_bits_in_any_batch_and_with_any_threads(cpu) -> None:
-    lengths = torch.tensor([300, 171, 40])
-    x, packed = torch.randn(3, 300, 96), cpu.pack(torch.randn(70, 96, 11), dtype=BF16)
-    whole = cpu.fused(x, packed, PADDED, lengths=Lengths(lengths, lengths))
-    for i, length in enumerate(lengths):
-        assert torch.equal(cpu.fused(x[i : i + 1, :length].clone(), packed, PADDED)[0], whole[i, :length])
-    for count in (1, 3, 7):
-        torch.set_num_threads(count)
-        assert torch.equal(whole, cpu.fused(x, packed, PADDED, lengths=Lengths(lengths, lengths)))
-
-
 def test_wrong_packs_are_named(cpu) -> None:
     weight, x = torch.randn(33, 24, 11), torch.zeros(2, 50, 24)
     packed, panes = cpu.pack(weight, dtype=BF16), (torch.zeros(2, 50, 4), cpu.pack(torch.randn(33, 4, 1)))
