@@ -147,7 +147,7 @@ COMMANDS = {
             option(
                 "--op",
                 default="all",
-                choices=("all", *kernels.operations()),
+                choices=("all", *kernels.OPERATIONS),
                 help="op to measure (default: all)",
             ),
             option(

@@ -11,16 +11,13 @@ from jasper_fast.bench.cases import bn_relu_dropout, by_layer, common, depthwise
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.rivals import choice
 
-
-def operations() -> dict[str, common.Cases]:
-    """Returns, for each op that `--op` may name, the function that makes its cases."""
-    return {
-        "bn_relu_dropout": lambda run, mode: [bn_relu_dropout.cases(run, mode)],
-        "sub_block": functools.partial(by_layer.cases, "sub_block"),
-        "conv1d": functools.partial(by_layer.cases, "conv1d"),
-        "panes": panes.cases,
-        "depthwise": depthwise.cases,
-    }
+OPERATIONS: dict[str, common.Cases] = {  # for each op that `--op` may name, the function that makes its cases
+    "bn_relu_dropout": lambda run, mode: [bn_relu_dropout.cases(run, mode)],
+    "sub_block": functools.partial(by_layer.cases, "sub_block"),
+    "conv1d": functools.partial(by_layer.cases, "conv1d"),
+    "panes": panes.cases,
+    "depthwise": depthwise.cases,
+}
 
 
 def main(run: Run, op: str = "all", mode: str | None = None) -> list[dict]:
@@ -30,8 +27,6 @@ def main(run: Run, op: str = "all", mode: str | None = None) -> list[dict]:
     """
     models = (name for kind in choice.KINDS.values() for name in kind if run.brief)
     choice.check(run.rivals, dict.fromkeys((*choice.OF_KERNELS, *models)), " for kernels")
-    known = operations()
-    if run.brief:
-        known.pop("conv1d")  # sub_block includes the same convs
-    groups = ((name, group) for name in (known if op == "all" else (op,)) for group in known[name](run, mode))
+    every = [name for name in OPERATIONS if not (run.brief and name == "conv1d")]  # sub_block includes the same convs
+    groups = ((name, group) for name in (every if op == "all" else (op,)) for group in OPERATIONS[name](run, mode))
     return [row for name, group in groups for row in run.cases(f"kernels {name}", group)]
