@@ -121,9 +121,10 @@ def cuda_library() -> ctypes.CDLL:
 def typed(library: ctypes.CDLL, fits: bool, signatures: Mapping[str, tuple[type, ...]]) -> ctypes.CDLL:
     """Returns `library` after telling ctypes the argument types of its C functions, which return an error text or NULL.
 
-    fits: whether the library's structs of arguments have the same sizes as ours. If not, raises `Missing`.
+    fits: whether the library's structs of arguments have the same sizes as ours. If not, or if one of the functions is
+    missing, raises `Missing`.
     """
-    if not fits:
+    if not (fits and all(hasattr(library, name) for name in signatures)):
         raise Missing(f"{library._name} was built from another version of this code; {BUILD}")
     for name, arguments in signatures.items():
         function = getattr(library, name)

@@ -200,10 +200,22 @@ def test_without_library_and_without_cupy_both_ways_are_told(monkeypatch: pytest
             way.__wrapped__()
 
 
+def tell_sizes(args, wgrad_args) -> None:
+    args._obj.value, wgrad_args._obj.value = ctypes.sizeof(Args), ctypes.sizeof(WgradArgs)
+
+
 @pytest.mark.parametrize("launches", [cuda_launch, steps])
-@pytest.mark.parametrize("functions", [{}, {"jf_conv1d_sizes": lambda *_: None, "jf_novograd_size": lambda: 8}])
+@pytest.mark.parametrize(
+    "functions",
+    [
+        {},
+        {"jf_conv1d_sizes": lambda *_: None, "jf_novograd_size": lambda: 8},
+        {"jf_conv1d_sizes": tell_sizes, "jf_novograd_size": lambda: ctypes.sizeof(steps.Args)},
+    ],
+)
 def test_a_library_of_another_version_is_refused(launches, functions, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library has none of the kernels, or kernels with other arguments, and CuPy is not installed."""
+    """The library has none of the kernels, kernels with other arguments, or only the functions that tell the sizes of
+    the arguments, and CuPy is not installed."""
     monkeypatch.setattr(native, "cuda_library", lambda: SimpleNamespace(_name="libjasper_fast_cuda.so", **functions))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(nvrtc, "missing", lambda: "CuPy is not installed")
