@@ -38,8 +38,9 @@ _arch: int | None = None
 def run(kernel: object, grid: Sequence[int], like: Tensor, *args: object, **meta: object) -> None:
     """Launches `kernel` with `grid` programs on the device of `like`.
 
-    `args` and `meta` are the kernel's arguments.
+    `args` and `meta` are the kernel's arguments. `meta` may also have options of Triton's compiler.
     """
+    meta["enable_fp_fusion"] = True  # a * b + c is one instruction; Triton 3.10 will not do this by default
     if _take is not None:
         _take(Launch(kernel, tuple(grid), args, meta))
         return
