@@ -152,8 +152,10 @@ def test_packs_are_in_no_state_dict_and_no_copy(launches, copied):
     assert {p.data_ptr() for p in packs(twin).values()}.isdisjoint(p.data_ptr() for p in packs(ours).values())
 
 
-def test_packs_made_in_inference_mode_serve_training():
-    ours = Jasper(config("dense"), backend="reference")
+def test_plain_convs_have_packs_in_16_bits_only_and_those_made_in_inference_mode_serve_training():
+    ours = Jasper(config("dense"), backend="reference").train()
+    ours(*batch())
+    assert not packs(ours), "convs in fp32 need none"
     with torch.autocast("cpu", torch.bfloat16):
         with torch.inference_mode():
             ours.eval()(*batch())
@@ -182,12 +184,6 @@ def test_plain_convs_cast_and_turn_a_weight_once_a_step(form, monkeypatch):
     assert with_packs <= without - (CONVS - BLOCKS), (with_packs, without)
     for x, y in zip(a, b, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-2, atol=1e-2 * y.abs().max().item())
-
-
-def test_fp32_convs_of_a_cpu_have_no_packs():
-    ours = Jasper(config("dense"), backend="reference").train()
-    ours(*batch())
-    assert not packs(ours)
 
 
 @pytest.mark.slow

@@ -42,11 +42,8 @@ def test_the_folder_is_the_users_and_can_be_chosen(monkeypatch, tmp_path):
 
 
 def test_threads_may_write_the_same_file(tmp_path: Path) -> None:
-    def write(number: int) -> None:
-        files.write(tmp_path / "file", str(number) * 100_000)
-
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(write, [*range(10)] * 20))
+        list(pool.map(lambda number: files.write(tmp_path / "file", str(number) * 100_000), [*range(10)] * 20))
     text = (tmp_path / "file").read_text()
     assert len(text) == 100_000 and len({*text}) == 1
     with pytest.raises(IsADirectoryError):
