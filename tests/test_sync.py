@@ -147,12 +147,6 @@ def test_a_converted_model_alone_is_the_model_itself():
         assert torch.equal(*(m.eval()(*whole_batch()[:2])[0] for m in (ours, converted)))
 
 
-def test_only_a_converted_norm_has_a_group():
-    assert sync.group_of(nn.BatchNorm1d(3)) is None
-    assert sync.group_of(nn.SyncBatchNorm(3)) is None
-    assert sync.name(None) == ""
-
-
 # ---- the ops, with different T, in fp64 ----
 
 FRAMES = (7, 12)

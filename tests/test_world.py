@@ -90,14 +90,6 @@ def test_without_a_readable_validation_file_all_ranks_end_saved(ran, paths, tmp_
     assert (tmp_path / "run" / "step_00000002.pt").exists()
 
 
-@pytest.mark.parametrize("on_rank", [0, 1])
-def test_a_signal_to_one_process_ends_all_within_a_step(ran, tmp_path, on_rank):
-    members = ran(2, worlds.signal_at, on_rank, 3, batch_size=1, epochs=9, log_every=100, save_every=100)
-    assert [len(m.steps) for m in members] == [3, 3]
-    assert "stopped by" in members[0].said
-    assert (tmp_path / "run" / "step_00000003.pt").exists()
-
-
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_signal_is_heard_while_a_step_is_loaded(ran, tmp_path, size):
     """The signal comes while the second step loads the first of its four micro-batches. That step is not taken."""
