@@ -1,4 +1,4 @@
-"""Chooses the face of an op from `backend=`, op, device, dtype and shape. Choices are cached until `forget`.
+"""Chooses the face of an op from `backend=`, op, device, dtype and shape. `forget` drops all cached choices.
 
 A face is one implementation of an op: "reference" (plain PyTorch), "cpu", "triton", "cuda", or "aten" (PyTorch's own
 kernel, in place of "reference" for convs). A verdict is the result of checking a kernel on this machine.

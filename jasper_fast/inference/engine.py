@@ -29,6 +29,7 @@ class InferenceEngine:
     a GPU they are clamped, because a check would have to wait for the GPU. No gradient flows through the engine.
 
     The constructor copies, folds (in fp32 or wider) and packs the model's weights. Call `refresh()` after they change.
+    Both raise ValueError for weights on the meta device.
     dtype: that of weights and activations, by default the model's; sums are in fp32 or wider. On a CPU with AVX512-BF16
     or AMX, bf16 is fastest. On most CPUs an engine in fp16 computes in fp32, which is faster.
 

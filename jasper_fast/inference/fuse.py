@@ -332,7 +332,8 @@ def fuse(model: nn.Module, backend: str = "auto", strict: bool = False, *, graph
     one by one.
 
     Raises ValueError for a model without such blocks, and BackendMissing for a backend that cannot run here. Equivalent
-    to the model itself, up to rounding and to the choice of the elements that dropout drops.
+    to the model itself, up to rounding and to the choice of the elements that dropout drops, but an empty batch in
+    training raises ValueError.
     """
     if graphs not in ("auto", True, False):
         raise ValueError(f"graphs must be 'auto', True or False, not {graphs!r}")

@@ -27,7 +27,8 @@ class Jasper(nn.Module):
 
     `panes`: how training computes the batch statistics of the residual panes. "gram" takes them from the Gram matrices
     of the block outputs, without computing a pane's output. "plain" takes them from the output of each pane. "auto" is
-    "gram" on a GPU whose self-check of this form did not fail, and "plain" elsewhere.
+    "gram" on a GPU and "plain" elsewhere. With `backend="auto"` it is also "plain" if the self-check of the Gram form
+    did not pass.
 
     After `torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)`, training on several ranks takes batch statistics over
     all ranks (for torch.compile see `jasper_fast.ops.sync`).

@@ -281,7 +281,7 @@ def check_dim(y: Tensor) -> None:
 
 
 def check_rows(x: Tensor, synced: bool | str) -> None:
-    """Raises ValueError if `x` (N, C, T) has fewer than two rows, unless `synced`: then other ranks have rows."""
+    """Raises ValueError if `x` (N, C, T) has fewer than two rows, unless `synced`: other ranks may then have rows."""
     if not synced and x.shape[0] * x.shape[2] < 2:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
 

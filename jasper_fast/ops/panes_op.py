@@ -228,7 +228,7 @@ def panes(
 
     `xs`: P block outputs (N, C_k, T) of one dtype, zero in the padding. `grams[k]`: `gram(xs[k])`, or one from
     `pane_stats` with the statistics for `weights[k]`. `weights[k]` (C_out, C_k, 1); `gammas[k]`, `betas[k]` (C_out,).
-    The statistics are over all N*T rows, or with grams of a group over the rows of all its ranks. The means and
+    The statistics are over all N*T rows or, if the grams are of a group, over the rows of all its ranks. The means and
     variances are meant for updating the running statistics. Raises ValueError for empty lists, for shapes that do not
     fit and, without a group, for N*T < 2. Equivalent to
     `sum(F.batch_norm(F.conv1d(x, w), None, None, gamma, beta, training=True, eps=eps) for ...)`.

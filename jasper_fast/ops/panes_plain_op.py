@@ -1,9 +1,10 @@
 """The sum of dense-residual panes (1x1 conv + batch norm) as PyTorch computes it: one GEMM and statistics per pane.
 
-This is the plain form; panes_op.py has the Gram form. A pane's output is freed once it is added, and backward computes
-it again. Only the block outputs are kept, which other layers keep anyway. The C++ face saves the outputs of the last
-KEPT panes, whose inputs are the newest block outputs, because computing them again is slow on a CPU. With y = x W^T,
-yhat = (y - mean)*rstd and g the gradient of the sum, which is the same for every pane:
+This is the plain form; panes_op.py has the Gram form. On most faces a pane's output is freed once it is added, and
+backward computes it again. Only the block outputs are then kept for backward, and other layers keep them anyway. The
+C++ face also saves the outputs of the last KEPT panes, because on a CPU it is slow to compute them again.
+
+With y = x W^T, yhat = (y - mean)*rstd and g the gradient of the sum, which is the same for every pane:
     dgamma = sum g*yhat,   dbeta = sum g,   dy = gamma*rstd*(g - dbeta/M - yhat*dgamma/M),   dW = dy^T x,   dx = dy W
 """
 
@@ -17,7 +18,7 @@ from jasper_fast.ops.bn_relu_dropout_op import check_lengths, norm_face
 from jasper_fast.ops.panes_op import check_panes, unbiased
 from jasper_fast.ops.registration import lib, op, register_autograd
 
-KEPT = 7  # how many pane outputs a block saves on a CPU, at most: those of the last panes, with the widest inputs
+KEPT = 7  # A block saves at most this many pane outputs on a CPU: those of its last panes, with the widest inputs.
 
 
 def _impl_name(face: str, weights: list[Tensor], *activations: Tensor) -> str:
@@ -34,9 +35,9 @@ def _impl_name(face: str, weights: list[Tensor], *activations: Tensor) -> str:
 
 
 def _saved(keep: int, face: str, xs: list[Tensor], weights: list[Tensor]) -> int:
-    """Returns how many of at most `keep` pane outputs are saved: only the C++ face saves any.
+    """Returns how many pane outputs are saved: at most `keep` on the C++ face, and none on another face.
 
-    The op decides this, because torch.compile cannot trace the import of a face.
+    The op calls this, and not `panes_plain`, because torch.compile cannot trace the import of a face.
     """
     return min(keep, len(xs)) if _impl_name(face, weights, *xs) == "cpu" else 0
 

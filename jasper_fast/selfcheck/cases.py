@@ -48,7 +48,8 @@ def case(check: Check, device: torch.device, seed: int, *, timed: bool = False) 
 
 
 class _Draw:
-    """Draws random tensors on a device. The same seed always draws the same tensors."""
+    """Draws random tensors on a device. The same seed always draws the same tensors. On the meta device they have no
+    values."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, seed: int, timed: bool, busy: bool = False) -> None:
         self.device, self.dtype, self.timed, self.busy = device, dtype, timed, busy
