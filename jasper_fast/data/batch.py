@@ -1,4 +1,4 @@
-"""The utterances of one training step. This file imports no audio library, because benchmarks run without one.
+"""A batch of utterances. This file imports no audio library, because benchmarks run without one.
 
 Shapes: N utterances, S samples, U target symbols.
 """
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Batch:
-    """Utterances of one step: audio (N, S) fp32, zero beyond audio_lengths (N,) in samples; targets (N, U) int64,
-    0 beyond target_lengths (N,); texts, names, indices in the dataset, and ``starts``, the seconds trimmed from the
-    beginning of each utterance. N is 0 if no utterance could be read.
+    """Utterances that the model reads together: audio (N, S) fp32, zero beyond audio_lengths (N,) in samples; targets
+    (N, U) int64, 0 beyond target_lengths (N,); texts, names, indices in the dataset, and ``starts``, the seconds
+    trimmed from the beginning of each utterance. N is 0 if no utterance could be read.
 
     ``skipped`` lists utterances that were left out, and ``warned`` utterances that are used although something is wrong
     with them. ``step`` is the number of the batch in its ``epoch``, from 0 on.

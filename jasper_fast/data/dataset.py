@@ -1,7 +1,7 @@
 """Datasets: utterances with their audio and targets, filtered, perturbed and joined.
 
 Everything random is a function of (seed, epoch, index), so a resumed run draws the same numbers as an uninterrupted
-one. Unusable utterances are skipped, counted by reason and listed in ``SpeechDataset.skipped``; they never end a run.
+one. Unusable utterances are skipped, counted by reason and listed in ``SpeechDataset.skipped``.
 """
 
 import itertools

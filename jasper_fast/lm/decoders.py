@@ -1,7 +1,8 @@
 """Beam search for a recogniser. The search of one batch runs while the model computes the next batch.
 
-``begin`` of a decoder starts a search and returns a function that waits for the transcripts. Until then the caller must
-not change the log-probs and lengths. ``weights`` are the alpha and beta of the next search.
+``begin`` of a decoder starts a search, and returns a function that waits for the transcripts and returns them. Until
+that function returns, the caller must not change the log-probs and lengths. ``weights`` are the alpha and beta of the
+next search.
 """
 
 import math
@@ -141,10 +142,9 @@ def decoder(
 
     With a word model, flashlight searches in separate processes; ``processes`` is their number (default: one per core).
     Without a word model, with hot words or an open vocabulary, or on a Python without flashlight wheels,
-    ``beam_search`` runs in a thread. ``alpha`` and
-    ``beta`` default to the paper's 2.0 and -0.2 with a word model, and to 1.0 and 0.0 otherwise. Raises ValueError for
-    settings that no search can use, LanguageModelError if the model cannot be loaded, and MissingExtra if flashlight is
-    to search and the extra `lm` is missing.
+    ``beam_search`` runs in a thread. ``alpha`` and ``beta`` default to the paper's 2.0 and -0.2 with a word model, and
+    to 1.0 and 0.0 otherwise. Raises ValueError for settings that no search can use, LanguageModelError if the model
+    cannot be loaded, and MissingExtra if flashlight is to search and the extra `lm` is missing.
     """
     default = PAPER if isinstance(lm, (WordLM, SpeltLM)) else SYMBOLS
     if isinstance(lm, WordLM) and (hot_words or not has_wheels()):

@@ -1,4 +1,4 @@
-"""Greedy CTC decoding. The argmax is computed on the device of the log-probs. It and its probabilities are
+"""Greedy CTC decoding. The best class of each frame and its log-prob are found on the device of the log-probs, and
 copied to the host once per batch.
 
 Shapes: N utterances, T frames, V classes; the blank is the last class.

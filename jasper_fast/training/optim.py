@@ -213,8 +213,8 @@ class NovoGrad(torch.optim.Optimizer):
         return all(self._face(p.device, [p]) != "reference" for p in params)
 
     def _face(self, device: torch.device, params: list[Tensor]) -> str:
-        """Returns the face that updates `params`: "reference" unless all are dense fp32;
-        otherwise the face that dispatch chooses."""
+        """Returns the face that updates `params`: the one that dispatch chooses if all are dense fp32, else
+        "reference"."""
         if not all(p.dtype == torch.float32 and _dense(p) for p in params):
             return "reference"
         return choose.resolve(self.backend, device, backends.NOVOGRAD, torch.float32)
