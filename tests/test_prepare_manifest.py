@@ -44,31 +44,29 @@ def test_a_folder_with_texts_beside_its_audio(tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("source", "out", "written"),
     [
-        ("link", "m.jsonl", "link/{}.flac"),
-        ("link", "link/m.jsonl", "{}.flac"),
-        ("link", "far/real/m.jsonl", "{}.flac"),
-        ("far/real", "link/m.jsonl", "{}.flac"),
-        ("link/../next", "link/m.jsonl", "{root}/far/next/{}.flac"),
-        ("link/../next", "m.jsonl", "far/next/{}.flac"),
-        ("far/real", "far/real/old.jsonl", "{}.flac"),  # old.jsonl links to another folder; the link is replaced
+        ("link", "m.jsonl", "link/1.flac"),
+        ("link", "link/m.jsonl", "1.flac"),
+        ("link", "far/real/m.jsonl", "1.flac"),
+        ("far/real", "link/m.jsonl", "1.flac"),
+        ("link/../next", "link/m.jsonl", "{}/far/next/1.flac"),
+        ("link/../next", "m.jsonl", "far/next/1.flac"),
+        ("far/real", "far/real/old.jsonl", "1.flac"),  # old.jsonl links to another folder; the link is replaced
     ],
 )
 def test_audio_beyond_links_is_found(tmp_path: Path, source: str, out: str, written: str) -> None:
-    write(tmp_path, "far/real/1.flac", "far/next/1.flac", "far/2.flac")
-    for path in tmp_path.rglob("1.flac"):
-        path.with_suffix(".txt").write_text("one")
-        path.with_name("2.flac").symlink_to(tmp_path / "far" / "2.flac")
-        path.with_name("2.txt").write_text("two")
-    (tmp_path / "link").symlink_to(tmp_path / "far" / "real")
-    (tmp_path / "far" / "m.jsonl").touch()
-    (tmp_path / "far" / "real" / "old.jsonl").symlink_to(tmp_path / "far" / "m.jsonl")
-    found = manifest_of(tmp_path / source, tmp_path / out)
-    assert [e["audio_filepath"] for e in found] == [written.format(i, root=tmp_path) for i in (1, 2)]
-    files = [(tmp_path / source / f"{i}.flac").resolve() for i in (1, 2)]
-    assert [Path(u.path).resolve() for u in read_manifest(tmp_path / out)] == files
-    clean = tmp_path / "link" / ".." / "c.jsonl"
-    assert main(["check", str(tmp_path / out), "--data-dir", str((tmp_path / out).parent), "--clean", str(clean)]) == 0
-    assert [Path(u.path).resolve() for u in read_manifest(clean)] == files
+    write(tmp_path, "far/1.flac")
+    for folder in (tmp_path / "far" / "real", tmp_path / "far" / "next"):
+        folder.mkdir()
+        (folder / "1.flac").symlink_to("../1.flac")
+        (folder / "1.txt").write_text("one")
+    (tmp_path / "link").symlink_to("far/real")
+    (tmp_path / "far" / "real" / "old.jsonl").symlink_to("../m.jsonl")
+    out, clean = tmp_path / out, tmp_path / "link" / ".." / "c.jsonl"
+    assert manifest_of(tmp_path / source, out)[0]["audio_filepath"] == written.format(tmp_path)
+    assert main(["check", str(out), "--data-dir", str(out.parent), "--clean", str(clean)]) == 0
+    for [utterance] in (read_manifest(out), read_manifest(clean)):
+        assert Path(utterance.path).is_file()
+        assert Path(utterance.path).parent.resolve() == (tmp_path / source).resolve()
 
 
 @pytest.mark.parametrize("segments", [False, True])

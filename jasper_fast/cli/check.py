@@ -33,7 +33,7 @@ OPTIONS = {
         option("--min-duration", type=float, metavar="S",
                help="shortest good utterance in seconds (the configuration's, or 0.1)"),
         option("--strict", action="store_true",
-               help="utterances that clip or have unknown symbols are bad, too; without it they get a warning"),
+               help="utterances that clip or have unknown symbols are bad, too; without --strict they get a warning"),
         option("--jobs", type=common.positive(int), default=0, metavar="N", help="threads (one per core)"),
         option("--worst", type=int, default=5, metavar="N", help="utterances to print for each kind of fault (5)"),
         option("-q", "--quiet", action="store_true", help="show no progress bar"),

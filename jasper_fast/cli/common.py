@@ -166,7 +166,7 @@ DECODING = {  # the options of `decoder`
             "--beta",
             type=float,
             metavar="B",
-            help="score added for each word (-0.2), or with a model of symbols for each symbol (0.0)",
+            help="score added for each word with a model of words (-0.2), otherwise for each symbol (0.0)",
         ),
         option("--n-best", type=positive(int), metavar="K", help="keep the K best texts of each utterance"),
         option(

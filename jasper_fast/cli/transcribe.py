@@ -167,7 +167,7 @@ def _output(arguments: argparse.Namespace, share: Ranks) -> contextlib.AbstractC
 
 
 def _name(file: str, json: bool = False) -> str:
-    """Returns the name as it appears in the output, without line breaks."""
+    """Returns the name as it is written: in plain text, a line break becomes \\n."""
     return file if json else file.replace("\n", "\\n")
 
 

@@ -52,8 +52,8 @@ def ctc_frames(target: Sequence[int]) -> int:
 
 
 class SpeechDataset(Dataset):
-    """Utterances with their targets. They are filtered by the manifest when the dataset is made, and by their audio
-    when they are read.
+    """Utterances with their targets. They are filtered by their manifest entries when the dataset is made, and by their
+    audio when they are read.
 
     Indexed by ``index`` or ``(epoch, index)``; returns Items for ``collate``. For training, the dataset leaves out
     utterances whose duration in the manifest (before any perturbation) is unknown or outside the settings' bounds,
@@ -156,7 +156,8 @@ class SpeechDataset(Dataset):
         return (self.settings.join and self.settings.join.items) or len(self.utterances)
 
     def durations(self, epoch: int = 0) -> list[float]:
-        """Returns the seconds of every item in an epoch, after joining and perturbation, by the manifest."""
+        """Returns the seconds of every item in an epoch, after joining and perturbation, from the utterances'
+        durations."""
         if not (self.settings.join or self.settings.perturb.speed or self.settings.perturb.tempo):
             return list(self._seconds)
         draws = (self._draw(epoch, i) for i in range(len(self)))

@@ -27,7 +27,8 @@ class Clips:
 
 @dataclass(frozen=True)
 class Join:
-    """Joins min_clips..max_clips utterances into one, with silences of min_gap..max_gap seconds around and between.
+    """Joins min_clips..max_clips utterances into one, with silences of min_gap..max_gap seconds around and between
+    them.
 
     Item i contains utterance i (modulo the number of utterances) and random ones. With ``same_speaker`` all are of one
     speaker, if the manifest names speakers. ``noise_db`` (low, high) fills the silences with white noise of a random

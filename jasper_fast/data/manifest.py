@@ -17,12 +17,13 @@ _SHOWN = 40  # a message about lost symbols lists at most this many of them
 
 
 class ManifestError(ValueError):
-    """A manifest cannot be read; the message names the file, the line or entry, and what is wrong."""
+    """A manifest cannot be read. The message says what is wrong in which file and, if one is at fault, in which line or
+    entry."""
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """One line of a manifest: the text of ``duration`` seconds of the file at ``path``, from ``offset`` seconds on.
+    """One entry of a manifest: the text of ``duration`` seconds of the file at ``path``, from ``offset`` seconds on.
 
     ``alternatives``: files of the same utterance at several speeds, from which training picks one at random;
     ``manifest``: the manifest that lists the utterance; ``packed``: the place of the file in a shard, or None if it is

@@ -24,7 +24,7 @@ from jasper_fast.speech.text import UnknownSymbolError, Vocabulary, normalize_an
 SILENT_DB = -60.0  # dB of full scale; an utterance without a sample above this level counts as silent
 CLIPPED = 0.001  # an utterance with more than this fraction of its samples at full scale counts as clipped
 _FULL = 0.9995  # a sample of at least this absolute value counts as at full scale
-_WARNINGS = {"clipped", "out_of_alphabet"}  # an utterance that has only these faults is reported but kept
+_WARNINGS = {"clipped", "out_of_alphabet"}  # without `strict`, an utterance that has only these faults is kept
 REASONS = {
     "bad_entry": "the line is not a valid utterance",
     "unreadable": "the audio cannot be read",
