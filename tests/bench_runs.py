@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from jasper_fast.bench.harness import ratios, result_file
+from jasper_fast.bench.harness import checking, ratios, result_file, timing
 from jasper_fast.bench.harness.case import Case, Contender, Effort, Runner
+from jasper_fast.bench.harness.measurement import Measurement, Row
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.harness.seeds import seeded
 from jasper_fast.bench.report import goals
@@ -59,6 +60,13 @@ def softplus_case(contenders: dict, op: str = "softplus", **more) -> Case:
         nbytes=1.0,
         **more,
     )
+
+
+def timed(case: Case, device: torch.device = CPU) -> tuple[Measurement, list[Row]]:
+    """Checks and times a case without a run. Returns its measurement and its rows."""
+    m = Measurement(case, device)
+    checking.prepare(m)
+    return m, timing.measure(m, FAST)
 
 
 def measured(op: str):

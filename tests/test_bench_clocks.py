@@ -9,11 +9,10 @@ import pynvml
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_runs import CPU, CUDA, FAST, softplus_case
+from bench_runs import CPU, CUDA, softplus_case, timed
 from conftest import raising
 
-from jasper_fast.bench.harness import checking, clocks, limits, machine, nvml, ratios, timing
-from jasper_fast.bench.harness.measurement import Measurement
+from jasper_fast.bench.harness import clocks, limits, machine, nvml, ratios
 
 
 class Driver:
@@ -107,9 +106,7 @@ def test_a_cpu_is_told_by_its_fastest_core_and_its_load():
 def test_clocks_are_read_seldom_but_never_not_at_all(monkeypatch):
     readings = itertools.count(1)
     monkeypatch.setattr(machine, "clocks", lambda _: {"sm_mhz": next(readings)})
-    m = Measurement(softplus_case({"eager": F.softplus}), CPU)
-    checking.prepare(m)
-    timing.measure(m, FAST)
+    m, _ = timed(softplus_case({"eager": F.softplus}))
     assert [r["sm_mhz"] for r in m.readings] == [1, 2]  # after the first of the few rounds, and at the end
 
 

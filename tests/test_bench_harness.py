@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_runs import CPU, CUDA, FAST, HEADER, again, make_run, softplus_case, written
+from bench_runs import CPU, CUDA, HEADER, again, make_run, softplus_case, timed, written
 from conftest import raising
 from standins import spied
 
@@ -177,9 +177,7 @@ def test_contenders_are_searched_for_and_answers_are_not(searching):
 
     case = softplus_case({"eager": spy("theirs", F.softplus)})
     answers = {name: spy("answers", getattr(case, name)) for name in ("reference", "low")}
-    m = Measurement(dataclasses.replace(case, **answers), CPU)
-    checking.prepare(m)
-    timing.measure(m, FAST)
+    timed(dataclasses.replace(case, **answers))
     assert seen == {"theirs": {True}, "answers": {False}} and searches()
 
 

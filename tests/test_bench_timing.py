@@ -8,12 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_runs import CPU, CUDA, FAST, softplus_case
+from bench_runs import CPU, CUDA, softplus_case, timed
 from standins import spied, wrap
 
-from jasper_fast.bench.harness import checking, clocks, timing
+from jasper_fast.bench.harness import clocks
 from jasper_fast.bench.harness.case import Contender
-from jasper_fast.bench.harness.measurement import Measurement
 from jasper_fast.bench.report import terminal
 
 measured_rate = clocks.cycles_per_second.__wrapped__  # the original, which the fixture `device` replaces
@@ -123,9 +122,7 @@ def test_rows_carry_the_host_s_time_and_still_make_a_table(device, capsys):
         Contender(c.name, lambda c=c: dataclasses.replace(c.build(), run=small_op(device, 1, *runs[c.name])))
         for c in case.contenders
     ]
-    m = Measurement(dataclasses.replace(case, contenders=contenders), CUDA)
-    checking.prepare(m)
-    rows = timing.measure(m, FAST)
+    _, rows = timed(dataclasses.replace(case, contenders=contenders), CUDA)
     assert [r["host_s"] for r in rows] == pytest.approx([1e-3, 2e-3])
     assert [r["time_s"]["median"] for r in rows] == pytest.approx([10e-6, 40e-6]) and rows[0]["clock"] == "events"
     assert rows[1]["ratio"]["median"] == pytest.approx(4.0)
