@@ -71,30 +71,6 @@ def test_a_result_in_bf16_is_the_fp32_one_rounded(case, cpu) -> None:
         cpu.fused(*given, out=want, bias=torch.zeros(case.c_out), lengths=Lengths(lengths))
 
 
-def test_panes_and_history_slices(cpu) -> None:
-    n, t, c_in, c2, c_out, k = 3, 150, 63, 531, 96, 11
-    lengths = torch.tensor([150, 31, 0])
-    history = torch.randn(n, t, c2 + c_out)
-    before = history.clone()
-    x2, out, x = history[:, :, :c2], history[:, :, c2:], history[:, :, 7 : 7 + c_in]
-    weight, weight2, bias = torch.randn(c_out, c_in, k) / 26, torch.randn(c_out, c2, 1) / 17, torch.randn(c_out)
-    options = {"lengths": Lengths(lengths, lengths), "relu": True, "bias": bias}
-    rounded = [v.to(BF16) for v in (x, weight, x2, weight2)]
-    low, ref = (
-        reference.fused(*wide[:2], PADDED, panes=wide[2:], **options)
-        for wide in ([v.to(d) for v in rounded] for d in (torch.float32, torch.float64))
-    )
-    packed, packed2 = cpu.pack(weight, dtype=BF16), cpu.pack(weight2, dtype=BF16)
-    assert packed.data.dtype == BF16
-    cpu.fused(x, packed, PADDED, panes=(x2, packed2), out=out, **options)
-    assert_close("y", out.clone(), low, ref)
-    assert torch.equal(history[:, :, :c2], before[:, :, :c2])
-    got = out.clone()
-    history = history.to(BF16)  # its slice from channel 7 on has pairs of channels that are not aligned
-    cpu.fused(history[:, :, 7 : 7 + c_in], packed, PADDED, panes=(history[:, :, :c2], packed2), out=out, **options)
-    assert torch.equal(out, got)
-
-
 def test_the_transposed_pack_gives_the_gradient_of_x(cpu) -> None:
     dy, weight = torch.randn(2, 50, 45), torch.randn(45, 38, 5) / 15
     got = cpu.fused(dy, cpu.pack(weight, transposed=True, dtype=BF16), Geometry(1, 2))
