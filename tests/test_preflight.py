@@ -1,4 +1,4 @@
-"""What `python -m bench gpu` checks before it measures, and its messages about what is missing."""
+"""What `python -m bench gpu` does before it measures: it tells what is missing, runs tests, and tunes."""
 
 import shutil
 from types import SimpleNamespace

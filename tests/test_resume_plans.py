@@ -1,4 +1,5 @@
-"""A run resumed with other batches, data or settings continues its epoch, or ends with one line about the reason."""
+"""A run resumed with other batches or settings continues its epoch; with other data it begins the epoch anew. If a run
+cannot be resumed, it ends with one line about the reason."""
 
 import functools
 from types import SimpleNamespace

@@ -110,8 +110,8 @@ def test_a_kernel_that_never_ends_is_named():
 
 @pytest.mark.slow
 def test_a_kernel_that_ruins_the_context_is_named():
-    """After such a kernel the next synchronisation raises an error, and so does every later CUDA call. Here a
-    replaced `synchronize` raises it."""
+    """After a kernel that ruins the CUDA context, the next synchronisation raises an error, and so does every later
+    CUDA call. Here a replaced `synchronize` raises it."""
     rows = run_child("""
 import jasper_fast.kernels.philox  # its annotations use torch.device, which the next lines replace
 device_of = torch.device

@@ -298,7 +298,7 @@ def test_launches_do_not_compile_anew_for_every_length_and_batch(descriptors):
     assert min(Counter(call for call, *_ in found).values()) >= 5 * len(batches)
     by_launch: dict[tuple, set[str]] = defaultdict(set)
     for call, name, shape, values in found:
-        # what may vary besides the types: flags, alignment, tile and compiler settings
+        # flags, alignment, tile and compiler settings: launches that agree in these must compile the same kernel
         chosen = {k: v for k, v in values.items() if "constexpr" in v or k.startswith("num_")}
         by_launch[call, name, *shape, *sorted(chosen.items())].add(json.dumps(values, sort_keys=True))
     many = {key: len(keys) for key, keys in by_launch.items() if len(keys) > 1}

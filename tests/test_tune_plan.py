@@ -139,7 +139,7 @@ def test_a_norm_is_called_as_a_training_step_calls_it(monkeypatch, op, wanted):
         lengths, seed, p = next(arg for arg in args if isinstance(arg, Mask))
         assert lengths.tolist() == [cell.batch[1]] and seed.numel() == 1 and p == 0.2
         if name == "backward_apply":
-            assert args[4] is not None and args[7] == 2  # means of the batch, halo
+            assert args[4] is not None and args[7] == 2  # args[4] has the batch's means, args[7] is the halo
 
 
 @pytest.mark.parametrize("cell", [

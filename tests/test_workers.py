@@ -95,7 +95,7 @@ def test_a_killed_process_is_replaced_and_no_batch_is_lost(data, often, begun) -
 
 
 def test_a_batch_that_always_kills_comes_empty_and_is_named(data, often, begun) -> None:
-    """While that batch is read again, no other process loads batches and takes memory."""
+    """While such a batch is read again, no other process loads batches, which would take memory."""
     data.deadly = 5
     loader = load_batches(data, BatchSampler(data.durations, 2, bucketing=False, shuffle=False), workers=2)
     found, running = zip(*((batch, len(begun())) for batch in loader), strict=True)
