@@ -102,8 +102,8 @@ def train_step(
     amp_dtype: torch.dtype | None = None,
     clip_norm: float = 0.0,
 ) -> StepResult:
-    """Makes one update on tokens (N, L + 1), which follow those that ``state.memory`` holds. If a gradient is NaN or
-    infinite, neither the weights nor the memory change."""
+    """Makes one update on tokens (N, L + 1), which follow those that ``state.memory`` holds. If the gradient has a NaN
+    or an infinity, the weights do not change. If a loss is NaN or infinite, the memory does not change either."""
     model, held = state.model, state.memory
     guard.remember()
     state.optimizer.zero_grad(set_to_none=True)
