@@ -22,8 +22,9 @@ def _ordinal(match: re.Match[str]) -> str:
 
 
 def _number(match: re.Match[str]) -> str:
-    """Writes a number in words. Years, which are 1001 to 2999 without 2000 to 2009, become two pairs of digits. Numbers
-    with a leading zero, and those above a billion that are no multiple of 10,000, are written digit by digit."""
+    """Writes a number in words. Years, which are 1001 to 2999 without 2000 to 2009, become two pairs of digits, or
+    hundreds if they end in 00. Numbers with a leading zero, those above a billion that are no multiple of 10,000, and
+    those of more than 21 digits are written digit by digit."""
     n = int(match[0][: _LONGEST + 1])
     if len(match[0]) > _LONGEST or match[0][0] == "0" or (n > 10**9 and n % 10**4):
         return _words(match[0], group=1)
