@@ -95,13 +95,13 @@ class InferenceEngine:
     def refresh(self) -> None:
         """Folds and packs the current weights of the model, on their current device."""
         with self._lock, precision.fp32(self._fp32), torch.no_grad():
+            weight = weight_of(self._model)
+            if weight.is_meta:
+                raise ValueError("the weights of the model are on the meta device, so they have no values: load them")
             if self._turns is not None:
                 with self._turns.turn():
                     self._turns.finish()  # the old weights and graphs must not be freed while in use
                 self._waits.detach()
-            weight = weight_of(self._model)
-            if weight.is_meta:
-                raise ValueError("the weights of the model are on the meta device, so they have no values: load them")
             turns, dtype = Turns(weight.device), self._wanted or weight.dtype
             faces = choose.fused_faces(self._model.backend, weight.device, dtype)
             with turns.turn(), weight.device:  # packs are made there, also inside another `with torch.device(...)`
