@@ -99,11 +99,6 @@ def _faults(device: torch.device) -> dict[str, list[str]]:
         return {}
 
 
-def _keep_faults(device: torch.device, faults: dict[str, list[str]]) -> None:
-    with contextlib.suppress(OSError):  # keep() reports a folder that cannot be written
-        files.write(path(device).with_suffix(".faults"), json.dumps(faults, indent=1))
-
-
 def rows(index: int) -> Sequence[Row]:
     """Returns the tuned rows for the CUDA device `index`. In `tables` they take precedence over the package's files."""
     return read(torch.device("cuda", index)) if torch.cuda.is_available() else ()
@@ -177,7 +172,8 @@ def tune(
             raise CannotTune(f"the tuning process {ended.how}{ended.last}")
         cell, contender = current
         faults.setdefault(" ".join(map(str, cell)), []).append(contender)
-        _keep_faults(device, faults)
+        with contextlib.suppress(OSError):  # keep() reports a folder that cannot be written
+            files.write(path(device).with_suffix(".faults"), json.dumps(faults, indent=1))
 
 
 # ------------------------------------------------------------------------------------------------------- first use
