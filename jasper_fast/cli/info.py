@@ -165,8 +165,8 @@ def render(report: dict[str, Any]) -> str:
     if not report["verdicts"]:
         lines.append("self-check: not run with these versions; `jasper-fast selfcheck` runs it")
     lines += [f"tuned on {of['device']}: {of['shapes']} shapes, in {of['file']}" for of in report["tuned"]]
-    rows = [("package", "version", "for", "how to get it")]
-    for name, package in report["packages"].items():
-        version = package["version"] or ("- (optional)" if package["optional"] else "missing")
-        rows.append((name, version, package["for"], package.get("get", "")))
+    rows = [("package", "version", "for", "how to get it")] + [
+        (name, of["version"] or ("- (optional)" if of["optional"] else "missing"), of["for"], of.get("get", ""))
+        for name, of in report["packages"].items()
+    ]
     return "\n".join([*lines, _table(rows)])

@@ -189,15 +189,14 @@ class GraphedStep:
 
     def _inputs(self, shapes: Shapes) -> list[Batch]:
         """Returns the memory that micro-batches are copied to. It is shared by all shapes that fit into it."""
-        found = []
-        for i, (audio, labels) in enumerate(shapes):
-            n = audio[0]
-            found.append(Batch(
-                audio=self._view(i, "audio", audio), audio_lengths=self._view(i, "audio_lengths", (n,)),
-                targets=self._view(i, "targets", (n, labels)), target_lengths=self._view(i, "target_lengths", (n,)),
-                texts=[], names=[], indices=[],
-            ))  # fmt: skip
-        return found
+        return [
+            Batch(
+                audio=self._view(i, "audio", audio), audio_lengths=self._view(i, "audio_lengths", audio[:1]),
+                targets=self._view(i, "targets", (audio[0], labels)),
+                target_lengths=self._view(i, "target_lengths", audio[:1]), texts=[], names=[], indices=[],
+            )
+            for i, (audio, labels) in enumerate(shapes)
+        ]  # fmt: skip
 
     def _view(self, i: int, name: str, shape: tuple[int, ...]) -> Tensor:
         count, room = torch.Size(shape).numel(), self._room.get((i, name))
