@@ -22,9 +22,10 @@ from jasper_fast.selfcheck.checks import EXACT, WAVE, Check
 from jasper_fast.selfcheck.tolerance import Compared, Tolerance, compare
 
 FLOOR = 40.0  # in fp32 roundings: sums of 10,000 products in two orders differ by about 20 of them
-# The floor (relative error) for fp32 convs where PyTorch may use TF32. Our kernels truncate to TF32, so an input is off
-# by up to one TF32 unit, and about two thirds of that is a bias of the same sign everywhere, which does not average
-# out. PyTorch's error cannot set the limit, because cuDNN may choose a kernel without TF32.
+# The floor (relative error) for fp32 convs where PyTorch may use TF32. Our kernels truncate inputs to TF32, so each is
+# too small by up to one unit of TF32 (2**-10). A product of two inputs is too small by about 0.7 units on average, and
+# this bias does not average out in a sum. PyTorch's error cannot set the limit, because cuDNN may choose a kernel
+# without TF32.
 TF32 = 4 * 2.0**-10
 
 
