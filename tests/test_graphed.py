@@ -88,7 +88,7 @@ class Taped:
 
     def __getitem__(self, grid: tuple[int, str]):
         self.launched += 1
-        return lambda args, *given: getattr(self._functions, grid[1])(None, grid[0], args)
+        return lambda args, *given, **options: getattr(self._functions, grid[1])(None, grid[0], args)
 
     def jf_novograd_squares(self, stream, grid, args) -> None:
         launch.run(self, (grid, "jf_novograd_squares"), torch.empty(0), args, *self._given)
