@@ -166,12 +166,12 @@ def op_inputs() -> dict[str, torch.Tensor]:
 PARTS = ("y", "residual", "up", "x0", "x1")  # these are split over the ranks
 
 
-def op_step(rank: int | None, form: str) -> dict[str, torch.Tensor]:
-    """Runs two panes, a bn_relu_dropout with their sum in its residual, and a sub_block. With `rank` they get that
-    rank's frames, and with None all frames."""
+def op_step(rank: int | None, form: str, frames: tuple[int, int] = FRAMES) -> dict[str, torch.Tensor]:
+    """Runs two panes, a bn_relu_dropout with their sum in its residual, and a sub_block unless a rank has no frames.
+    With `rank` they get that rank's frames, and with None all frames."""
     v, group = op_inputs(), None if rank is None else dist.group.WORLD
     if rank is not None:
-        v |= {k: v[k].split(FRAMES, 2)[rank] for k in PARTS}
+        v |= {k: v[k].split(frames, 2)[rank] for k in PARTS}
     up = v.pop("up")
     v = {k: t.contiguous().requires_grad_() for k, t in v.items()}
     xs, weights, gammas, betas = ([v[f"{k}{i}"] for i in (0, 1)] for k in "xwgb")
@@ -182,18 +182,21 @@ def op_step(rank: int | None, form: str) -> dict[str, torch.Tensor]:
     running = torch.zeros(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
     end = {"residual": panes[0] + v["residual"], "backend": "reference", "group": group}
     z = ops.bn_relu_dropout(v["y"], v["gamma"], v["beta"], *running, **end)
-    # a conv with one tap, so that splitting the frames splits its output
-    one = torch.eye(5, dtype=torch.float64)[:, :, None]
-    out = ops.sub_block(z, v["gamma"], v["beta"], None, None, one, backend="reference", group=group)
+    if 0 in frames:  # PyTorch refuses a conv of no frames
+        out = z
+    else:  # a conv with one tap, so that splitting the frames splits its output
+        one = torch.eye(5, dtype=torch.float64)[:, :, None]
+        out = ops.sub_block(z, v["gamma"], v["beta"], None, None, one, backend="reference", group=group)
     gradients = dict(zip(v, torch.autograd.grad(out, list(v.values()), up), strict=True))
     return {"out": out.detach(), "mean": panes[1], "var": panes[2], "running": torch.stack(running), **gradients}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("frames", [FRAMES, (0, 19)], ids=str)
 @pytest.mark.parametrize("form", ["gram", "plain"])
-def test_ranks_with_unlike_frames(form, two_ops):
-    """Ranks with 7 and 12 frames together give the results of one process with all 19."""
-    want, ranks = op_step(None, form), two_ops[form]
+def test_ranks_with_unlike_frames(form, frames, two_ops):
+    """Ranks with 7 and 12 frames, or 0 and 19, together give the results of one process with all 19."""
+    want, ranks = op_step(None, form, frames), two_ops[form, frames]
     for name, value in want.items():
         if name == "out" or name in PARTS:
             got = torch.cat([r[name] for r in ranks], 2)
@@ -237,8 +240,8 @@ FEW = {"one each": (few_frames, [[1.0], [2.0]]), "none on rank 0": (few_frames, 
 
 @pytest.fixture(scope="module")
 def two_ops(tmp_path_factory) -> dict:
-    """The results of both ranks: of `op_step` by form, of `large_means` as "means", of `one_frame_each` as "frame"."""
-    forms = {form: (op_step, form) for form in ("gram", "plain")}
+    """The results of both ranks: of `op_step` by form and frames, of `large_means` as "means", and of FEW."""
+    forms = {(form, frames): (op_step, form, frames) for form in ("gram", "plain") for frames in (FRAMES, (0, 19))}
     return spawn(tmp_path_factory.mktemp("ops"), forms | {"means": (large_means,)} | FEW)
 
 

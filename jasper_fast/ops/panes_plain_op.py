@@ -64,14 +64,14 @@ def _forward(xs, weights, gamma, beta, lengths, eps, keep, group, face):
     means, variances = [], []
     for panes, ys in _groups(xs, kept):
         impl.outputs(xs[panes], weights[panes], lengths, ys)
-        means_m2s = zip(*(bn.stats(y.view(n, t, -1).transpose(1, 2)) for y in ys), strict=True)
+        means_m2s = zip(*(bn.stats(y.unflatten(0, (n, t)).transpose(1, 2)) for y in ys), strict=True)
         mean, m2 = (torch.cat(stats).to(out.dtype) for stats in means_m2s)
         if group:
             mean, m2, total = sync.merge_stats(mean, m2, n * t, group)
         means.append(mean.view(len(ys), -1))
         variances.append(m2.view(len(ys), -1) / (total if group else n * t))
         out = impl.forward(ys, means[-1], gamma[panes] * (variances[-1] + eps).rsqrt(), out)
-    out = out.to(xs[0].dtype).view(n, t, -1).transpose(1, 2)
+    out = out.to(xs[0].dtype).unflatten(0, (n, t)).transpose(1, 2)
     return out, torch.cat(means), torch.cat(variances), total, kept
 
 

@@ -75,6 +75,8 @@ def merge_covariance(
 
     form: turns a symmetric matrix (C, C) into the form in which `cov` is stored.
     """
+    if count == 0:  # the statistics of no rows are NaN
+        mean, cov = torch.zeros_like(mean), torch.zeros_like(cov)
     sums = all_reduce(torch.cat([mean * count, mean.new_full((1,), count)]), group)
     total = sums[-1]
     merged = sums[:-1] / total

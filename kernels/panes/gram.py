@@ -141,7 +141,7 @@ def forward(
     out = torch.addmm(shift.to(xs[0].dtype), rows(ntc(xs[0])), scaled[0].T)  # adds the shift of all panes
     for x, weight in zip(xs[1:], scaled[1:], strict=True):
         out.addmm_(rows(ntc(x)), weight.T)
-    return out.view(n, t, -1).transpose(1, 2)
+    return out.unflatten(0, (n, t)).transpose(1, 2)
 
 
 def _scaled(weights, a, dtype):
@@ -184,7 +184,7 @@ def backward(
     given = total @ torch.cat(scaled, 1).to(wide)
     shift = torch.zeros_like(given, dtype=g.dtype) if synced else (given / -g.shape[0]).to(g.dtype)
     parts = zip(shift.split(sizes), scaled, strict=True)
-    dxs = [torch.addmm(by, g, weight).view(n, t, -1).transpose(1, 2) for by, weight in parts]
+    dxs = [torch.addmm(by, g, weight).unflatten(0, (n, t)).transpose(1, 2) for by, weight in parts]
     dmeans = -given - shift.to(wide) * g.shape[0]
     shaped = [dw.to(w.dtype).view(w.shape) for dw, w in zip(dweights, weights, strict=True)]
     return dxs, dmeans, dvar, shaped, dgamma, total.repeat(len(xs), 1)
