@@ -163,6 +163,17 @@ def test_what_is_compiled_ahead_is_what_is_launched(cell):
     assert launched <= compiled, f"{len(launched - compiled)} of {len(launched)} kernels are not compiled ahead"
 
 
+def test_contenders_that_are_compiled_ahead_share_the_inputs_of_their_cell(monkeypatch):
+    """The inputs are made once, and the launches that pack them belong to each contender."""
+    made = []
+    monkeypatch.setattr(compiling, "Held", lambda *of: made.append(of) or Held(*of))
+    compiling._held.cache_clear()
+    job = compiling.Job(Cell("conv1d.forward", "float16", 128, 128, 5, 1, 1, 7), Proposal("triton"), 90)
+    first, again = compiling.launches(job), compiling.launches(job)
+    assert len(made) == 1
+    assert [one.kernel for one in first] == [one.kernel for one in again] and len(first) > 1
+
+
 def test_compiling_ahead_ends_when_its_time_is_spent(monkeypatch):
     """A kernel is ready every 50 ms, so there is time for four of the twenty."""
     now = 0.0

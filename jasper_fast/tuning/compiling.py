@@ -6,6 +6,7 @@ Workers need no GPU.
 """
 
 import contextlib
+import functools
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable
@@ -34,10 +35,21 @@ class Job(NamedTuple):
 
 def launches(job: Job) -> list[launch.Launch]:
     """Returns the kernel launches of a contender on the job's architecture, and those that pack its inputs."""
-    found: list[launch.Launch] = []
+    held, packing = _held(job.cell, job.proposal.face, job.arch)
+    found = [*packing]
     with launch.recorded(found.append, job.arch):
-        Held(job.cell, META).call(job.proposal)()
+        held.call(job.proposal)()
     return found
+
+
+@functools.cache
+def _held(cell: Cell, face: str, arch: int) -> tuple[Held, list[launch.Launch]]:
+    """Returns a cell's inputs for a face, without data, and the launches that pack them. The contenders of a cell share
+    them, because making them takes much longer than recording a contender."""
+    held, packing = Held(cell, META), []
+    with launch.recorded(packing.append, arch):
+        held.case(face)
+    return held, packing
 
 
 def build(what: tuple[str, Job, int]) -> tuple[str, Facts]:
