@@ -130,6 +130,7 @@ FIXED = {"fixed_mean": [-0.1 * i for i in range(64)], "fixed_std": [1.0 + 0.1 * 
         (partial(LogMelFeatures.from_config, {"log_zero_guard_value": "tiny"}), "log_guard='tiny' must be"),
         (partial(LogMelFeatures.from_config, {"pad_align": -16}), "pad_to_multiple=-16"),
         (partial(LogMelFeatures, normalize=FIXED | {"fixed_std": [1.0] * 63 + [0.0]}), "fixed_std positive"),
+        (partial(LogMelFeatures, normalize=FIXED | {"fixed_std": [1.0] * 63 + [None]}), "fixed_std positive"),
         (partial(LogMelFeatures, normalize=FIXED, n_mels=80), "fixed_mean"),
         (partial(LogMelFeatures, normalize={"mean": 1.0}), "fixed_mean"),
         (partial(LogMelFeatures.from_config, {"n_filters": 64}), "n_filters is unknown"),

@@ -149,7 +149,7 @@ class LogMelFeatures(nn.Module):
             isinstance(normalize, dict)
             and normalize.keys() == {"fixed_mean", "fixed_std"}
             and all(isinstance(values, Sized) and len(values) == n_mels for values in normalize.values())
-            and all(float(std) > 0 for std in normalize["fixed_std"])
+            and all(isinstance(std, Real) and std > 0 for std in normalize["fixed_std"])
         )
         for fits, wrong in (
             (window in _WINDOWS, f"window={window!r} is unknown; choose one of {', '.join(_WINDOWS)}"),
