@@ -1,9 +1,9 @@
 """Runs other projects' Jaspers on fused ops, and runs whole encoders on one engine in evaluation without gradients.
 
 A fused encoder keeps its modules, parameters and buffers, as fused blocks do (`nn.fuse`). Its new forward calls the
-engine if that gives the same result. Otherwise it calls the original forward: in training, with gradients, while a
-compiler traces it, and if its blocks have hooks. Before each call it checks whether the weights have changed since they
-were folded.
+engine if that gives the same result. Otherwise it calls the original forward, for example in training, with gradients,
+while a compiler traces it, and if its blocks have hooks. Before the engine is called, the encoder checks whether the
+weights have changed since they were folded.
 """
 
 from __future__ import annotations
@@ -331,9 +331,9 @@ def fuse(model: nn.Module, backend: str = "auto", strict: bool = False, *, graph
     changes that cannot be noticed see `Report.refresh`. Hooks on blocks, torch.compile and tracing make the blocks run
     one by one.
 
-    Raises ValueError for a model without such blocks, and BackendMissing for a backend that cannot run here. Equivalent
-    to the model itself, up to rounding and to the choice of the elements that dropout drops, but an empty batch in
-    training raises ValueError.
+    Raises ValueError for a model without such blocks and for other values of `graphs`, and BackendMissing for a backend
+    that cannot run here. Equivalent to the model itself, up to rounding and to the choice of the elements that dropout
+    drops, but an empty batch in training raises ValueError.
     """
     if graphs not in ("auto", True, False):
         raise ValueError(f"graphs must be 'auto', True or False, not {graphs!r}")

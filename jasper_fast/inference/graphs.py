@@ -104,7 +104,7 @@ class Bound(ABC):
 
     called: bool = False
     replay: Callable[[], None] | None = None
-    made_with: tuple[object, ...] = ()  # other objects on which the graph depends, kept alive as long as the graph
+    made_with: tuple[object, ...] = ()  # what the graph depends on besides the buffers; kept alive as long as the graph
 
     @abstractmethod
     def launch(self) -> None:

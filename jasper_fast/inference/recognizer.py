@@ -31,7 +31,7 @@ class Recognition:
 
     ``audio_seconds`` is the length of the transcribed audio; ``compute_seconds`` is the time from samples to text;
     ``wall_seconds`` also includes reading files. While ``Recognizer.stream`` runs, ``finished`` is the number of
-    utterances that have their final result, and ``done`` the number of those before the first one that has none.
+    utterances that have their final result, and all of the first ``done`` utterances of the list have theirs.
     """
 
     transcripts: list[Transcript | None]
@@ -197,8 +197,8 @@ class Recognizer:
             yield finish()
 
     def _heard(self, batch: Batch, skipped: manifest.SkipReport, places: list[int], keep: Keep | None) -> Heard:
-        """Runs a batch, and returns a function that waits for its transcripts. If the model fails on the batch, each
-        utterance is run by itself. An utterance on which the model fails has the transcript None."""
+        """Runs a batch, and returns a function that waits for its transcripts. If the output has a NaN or memory does
+        not suffice, each utterance is run by itself, and one that fails again has the transcript None."""
         if not places:
             return list
 

@@ -43,8 +43,8 @@ def load(path: str | os.PathLike) -> Any:
 
 def perplexity(path: str | os.PathLike, text: str | os.PathLike, lower_case: bool = False) -> Perplexity:
     """Returns the perplexity of a text with one sentence per line. An n-gram model scores characters if it lists
-    <space>, otherwise words. Raises LanguageModelError if either file cannot be read or the text has no words, and
-    MissingExtra for an n-gram without the extra `lm`."""
+    <space>, otherwise words. Raises LanguageModelError (CheckpointError for some neural models) if either file cannot
+    be read or the text has no words, and MissingExtra for an n-gram without the extra `lm`."""
     if is_neural(path):
         from jasper_fast.lm.neural import scoring
 
@@ -69,8 +69,8 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
     """Describes a model: its form, size and order, and for an ARPA file the n-grams per order and whether it is one of
     words or characters. A neural model is described by ``neural.scoring.describe``.
 
-    Reads all of an ARPA file. Raises LanguageModelError if the model cannot be read, and MissingExtra for a KenLM
-    binary without the extra `lm`.
+    Reads all of an ARPA file. Raises LanguageModelError (CheckpointError for some neural models) if the model cannot be
+    read, and MissingExtra for a KenLM binary without the extra `lm`.
     """
     if is_neural(path):
         from jasper_fast.lm.neural import scoring

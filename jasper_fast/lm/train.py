@@ -99,7 +99,7 @@ def train(
     ``prune``: one number per order, the last one also for higher orders; n-grams that occur at most this often are left
     out. ``memory``: bytes for sorting. A longer text needs more disk space in the folder of ``out``, and more memory
     only for its distinct words. Raises ValueError for an unusable order or unusable thresholds, LanguageModelError for
-    a text that cannot be read or is empty, and OSError if the disk is full.
+    a text that cannot be read or contains a reserved word and if there are no words, and OSError if the disk is full.
     """
     files = [TextFile(path, characters, lower_case) for path in texts]
     if not 1 <= order <= MOST_WORDS:

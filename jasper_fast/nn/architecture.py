@@ -30,7 +30,8 @@ def block_shapes(config: JasperConfig) -> list[tuple[int, BlockConfig, list[int]
 
 
 def frames(conv: nn.Conv1d, lengths: Tensor | int | None) -> Tensor | int | None:
-    """Returns the frames of the output of `conv` for inputs of `lengths` frames; `lengths` itself if both are equal."""
+    """Returns the number of output frames of `conv` for inputs of `lengths` frames: `lengths` itself if the conv does
+    not change it."""
     (k,), (s,), (d,), (p,) = conv.kernel_size, conv.stride, conv.dilation, conv.padding
     if lengths is None or (s == 1 and 2 * p == d * (k - 1)):
         return lengths

@@ -73,8 +73,8 @@ class JasperBlock(nn.Module):
         padding.
 
         `sources`: the block outputs that the panes read. `grams`: in training, the Gram matrix of each source (None for
-        the plain form). `lengths`: frames at the input of each sub-block and at the end, R + 1 tensors (N,); None
-        without masks. `seeds`: R int64 numbers.
+        the plain form). `lengths`: the numbers of valid frames at the input of each sub-block and at the end, R + 1
+        tensors (N,); None without masks. `seeds`: R int64 numbers.
         """
         steps = lengths or [None] * (self.b.repeat + 1)
         return Pass(self.sub_blocks, self.panes, steps, seeds, self.backend, self.packs)(autocast(x), sources, grams)
@@ -101,8 +101,8 @@ def reads_gram(bn: nn.Module, source: Tensor, backend: str, form: str) -> bool:
 class Pass:
     """One forward pass of a block, of this project or of another.
 
-    `steps`: frames at the input of each sub-block and at the end, R + 1 tensors (N,), or None for each without masks.
-    `seeds`: R int64 numbers; None draws them.
+    `steps`: the numbers of valid frames at the input of each sub-block and at the end, R + 1 tensors (N,); without
+    masks each is None. `seeds`: R int64 numbers; None draws them.
     """
 
     sub_blocks: list[SubBlock]

@@ -85,7 +85,7 @@ class BlockConfig:
         return self.residual and self.residual_dense
 
     def out_length(self, length):
-        """Returns the output frames for `length` input frames (an int or an integer tensor)."""
+        """Returns the number of output frames for `length` input frames (an int or an integer tensor)."""
         return (length + 2 * self.padding - self.d * (self.k - 1) - 1) // self.s + 1
 
 

@@ -29,7 +29,7 @@ class Weights:
     state_dict: dict[str, Tensor]
     config: dict[str, Any] | None = None
     labels: list[str] | None = None
-    average: dict[str, Tensor] | None = None  # the moving average, if the file has one and `ema` was false
+    average: dict[str, Tensor] | None = None  # the file's moving average, unless `state_dict` is the average itself
     names: dict[str, str] = field(default_factory=dict)  # this project's names -> names of the entries in the file
     left_out: list[str] = field(default_factory=list)  # names of the other contents of the file
 

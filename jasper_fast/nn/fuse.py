@@ -39,7 +39,8 @@ class Report:
     left: list[tuple[str, str]] = field(default_factory=list)
     _wholes: list[weakref.ref] = field(default_factory=list, repr=False, compare=False)  # `refresh` drops their engines
 
-    # A model may keep its report: the report of a copy or a pickle of the model is about the copy.
+    # A model may have its report as an attribute. In a copy of the model, this report then refers to the copy's own
+    # encoders.
     def __getstate__(self) -> dict[str, list]:
         return vars(self) | {"_wholes": [whole for ref in self._wholes if (whole := ref()) is not None]}
 
@@ -148,7 +149,8 @@ def _run(
     found: Parts, backend: str, packs: Packs, xs: list[Tensor], lengths: Tensor | None, known: Shared | None
 ) -> tuple[list[Tensor], Tensor | None]:
     """Returns the outputs and lengths that the original block returns for block outputs `xs` and `lengths` (N,)."""
-    if found.masked and lengths is None and not found.takes_last:  # an EagerBlock masks only if it is given lengths
+    # Only an EagerBlock has `takes_last`. It masks only if it is given lengths, so it does not need them.
+    if found.masked and lengths is None and not found.takes_last:
         raise ValueError("the convs of this block zero the padding of their inputs, so it needs the lengths")
     steps, passed = counts(found, lengths)
     sources = xs if found.dense else xs[-1:]
@@ -166,8 +168,8 @@ def _run(
 
 
 def counts(found: Parts, lengths: Tensor | None) -> tuple[list[Tensor | None], Tensor | None]:
-    """Returns (counts, passed) for a block that is given `lengths`. counts: the frames at the input of each sub-block
-    and at the end, each None without masks. passed: the lengths that the original block returns."""
+    """Returns (counts, passed) for a block that is given `lengths`. counts: the numbers of valid frames at the input of
+    each sub-block and at the end, each None without masks. passed: the lengths that the original block returns."""
     steps = [lengths if found.masked else None]
     for sub in found.sub_blocks:
         steps.append(frames(sub.in_time, steps[-1]))
@@ -175,8 +177,8 @@ def counts(found: Parts, lengths: Tensor | None) -> tuple[list[Tensor | None], T
 
 
 def _within(found: Parts, lengths: Tensor | None, t: int) -> list[Tensor | None]:
-    """Returns the frames at the input of each sub-block and at the end, on the device of the weights, if the input has
-    `t` frames. `lengths`: the frames of each utterance, which may be more than `t`; None without masks."""
+    """Returns the numbers of valid frames at the input of each sub-block and at the end, on the device of the weights,
+    for an input of `t` frames. `lengths`: those of the utterances, which may exceed `t`; None without masks."""
     if lengths is not None:
         lengths = lengths.to(found.sub_blocks[0].conv.weight.device, torch.int64).clamp(0, t)
     within = [lengths]

@@ -211,7 +211,8 @@ def load_model(
 
     `config`: the model to build, by default that of the file (see `config_of`). `strict=False` makes a warm start, for
     example with a `config` for other labels (see `load_weights`). Raises CheckpointError if the file cannot be read or
-    does not fit.
+    does not fit, MissingExtra for a safetensors file without that package, and BackendMissing for a backend that cannot
+    run here.
     """
     weights = read_weights(path, ema=ema)
     config = config or config_of(weights)

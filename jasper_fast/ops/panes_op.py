@@ -205,10 +205,11 @@ def gram(x: Tensor, group: torch.distributed.ProcessGroup | None = None) -> Gram
 
 
 def pane_stats(gram: Gram, weights: list[Tensor]) -> list[Gram]:
-    """Returns one copy of `gram` for each pane that reads this block output, with the statistics of the pane's output.
+    """Returns for each pane a copy of `gram` to which the statistics of the pane's output are added.
 
-    `weights`: (C_out, C, 1) of each pane. The statistics of all panes are computed together. They equal the mean and
-    the biased variance over the rows of `x.transpose(1, 2).reshape(-1, C) @ weight[:, :, 0].T`, per pane.
+    All panes read x, the block output of which `gram` is the Gram matrix. `weights`: (C_out, C, 1) of each pane. The
+    statistics of all panes are computed together. They equal the mean and the biased variance over the rows of
+    `x.transpose(1, 2).reshape(-1, C) @ weight[:, :, 0].T`, per pane.
     """
     sizes = [w.shape[0] for w in weights]
     mean, var = torch.ops.jasper_fast.pane_stats(gram.mean, gram.cov, list(weights))

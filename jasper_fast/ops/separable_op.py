@@ -90,7 +90,8 @@ def _(
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.packed, out_lengths = inputs[:12]  # not with save_for_backward: conv1d_op says why
+    # The pack is not saved with save_for_backward: conv1d_op says why.
+    *tensors, ctx.packed, out_lengths = inputs[:12]
     ctx.save_for_backward(*tensors, out_lengths)
     *ctx.before, _, group, bn_face, taps_face, face = inputs[12:]
     ctx.after = group, bn_face, taps_face, face

@@ -113,9 +113,9 @@ def sub_block(
 
     `y` is the output of the conv before. Returns (N, C_out, T') in NTC memory and in the dtype of `y`. With
     `next_stats` returns this tensor and (mean, M2), as `conv1d` does with `stats`. `weight` (C_out, C, K) is cast
-    inside. `packed` is as for `conv1d`. The other arguments and the errors are those of `bn_relu_dropout`. For
-    backward, `y` is kept and the input of the conv is not. Equivalent to `F.conv1d(bn_relu_dropout(y, ...), weight,
-    None, 1, padding, dilation)`.
+    inside. `packed` is as for `conv1d`. The other arguments are those of `bn_relu_dropout`, and the errors are those of
+    both. For backward, `y` is kept and the input of the conv is not. Equivalent to
+    `F.conv1d(bn_relu_dropout(y, ...), weight, None, 1, padding, dilation)`.
     """
     lengths = check(y, gamma, beta, running_mean, running_var, stats, None, lengths, p, halo)
     geometry = Geometry(1, padding, dilation)

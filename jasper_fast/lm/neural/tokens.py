@@ -36,7 +36,7 @@ class Tokens:
         """Counts the words (or characters) of texts and keeps the most frequent ones, at most ``most``.
 
         Beyond five million distinct words, rare words may be lost. Raises LanguageModelError for a text that cannot be
-        read or has no words.
+        read or contains a reserved word, and if there are no words.
         """
         counts: Counter[str] = Counter()
         bytes_before = 0

@@ -78,8 +78,8 @@ class LMRun(Loop):
         return f"epoch {epoch}, perplexity {perplexity:.2f}"
 
     def judge(self) -> None:
-        """Measures the perplexity of the validation text, also with the moving average if there is one. The last result
-        counts for best.pt."""
+        """Measures the perplexity of the validation text with the weights and, if there is one, with their moving
+        average. The average's perplexity then decides about best.pt."""
         state, results = self.state, {}
         for weights in ("live", "ema") if state.ema else ("live",):
             averaged = state.ema.applied_to(state.model) if weights == "ema" else contextlib.nullcontext()
