@@ -302,7 +302,7 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[nn.Module, Run
     with ranks.together():
         if ranks.on_gpu and state.step < schedule.total_steps:
             # if memory is too small, fail now and not in the middle of an epoch
-            epoch = state.epoch + 1  # a resumed run leaves nothing out of the epoch after the present one
+            epoch = state.epoch + 1  # always a whole epoch; a resumed run may have only the rest of the present one
             largest = largest_batches(train.sampler, train.dataset.durations(epoch), epoch)
             console.print(scan_memory(called, train.frontend, largest, ranks.device, AMP_DTYPES[args.amp]))
         log = RunLog(folder.path, state.step, enabled=ranks.first)

@@ -97,8 +97,8 @@ QUICK_DEPTHWISE = (Conv(2, 37, 64, 64, 33), Conv(2, 200, 256, 256, 63))
 FUSED_VARIANTS = ("plain", "panes", "panes splits", "features", "log-softmax", "splits")
 STEP_VARIANTS = ("plain", "all", "not finite")
 SMALL_CTC, REAL_CTC = (Speech(5, 23, 7, 6), Speech(4, 9, 40, 3)), (Speech(8, 420, 29, 150), Speech(4, 840, 129, 300))
-# the variant in which the padding of x is NaN and must not be read, as in an engine's first conv and in direct calls of
-# a face
+# The variant without the promise `clean`, as in an engine's first conv and in direct calls of a face. The padding of x
+# is NaN and must not be read.
 UNCLEAN = "unclean"
 CLEAN_FUNCTIONS = ("forward", "forward_stats", "wgrad", "fused")  # functions of Triton's conv with the argument `clean`
 # Channels of a pane, the second input of a fused conv. 40 channels are no multiple of a tile's step (BLOCK_K), so the
@@ -183,7 +183,7 @@ def _dtypes(face: str, device: torch.device, quick: bool, wanted: tuple[str, ...
     return ("bfloat16",) if quick else ("bfloat16", "float16", "float32")
 
 
-# Each of these functions yields the checks of an op on a face in a dtype.
+# Each function in _PLANS (below) yields the checks of an op on a face in a dtype.
 
 
 def _panes(op: str, face: str, dtype: str, quick: bool, large: bool, device: torch.device) -> Iterator[Check]:

@@ -34,8 +34,8 @@ def perform(check: Check, device: torch.device) -> dict[str, Any]:
 
     The status is "ok", "wrong", "failed", "no memory" or "environment". "environment" means that this machine
     lacks something that the kernel needs, and `detail` says what to do. `ours` and `theirs` are the relative errors of
-    our and plain PyTorch's result in the tensor that came nearest to its limit. `share` is our error divided by that
-    limit.
+    our and plain PyTorch's result in the tensor that came nearest to its limit (if the status is "wrong", in the first
+    wrong tensor). `share` is our error divided by that limit.
     """
     started = time.perf_counter()
     row = check.plain() | {"status": "ok", "ours": None, "theirs": None, "share": None, "detail": ""}

@@ -17,7 +17,7 @@ from jasper_fast.dispatch.verdict import BAD, GOOD, Verdict, failure_of, judge
 
 
 def show(rows: Sequence[dict[str, Any]], found: Sequence[Verdict], device: torch.device, console: Console) -> None:
-    """Prints three parts to `console`, a rich console: a table, in which the variants of a check share a row; the
+    """Prints to `console`, a rich console: the device; a table, in which the variants of a check share a row; the
     failed checks; and the verdicts."""
     described = ", ".join(
         f"{k} {v}" for k, v in verdicts.key(device).items() if v and k not in ("device", "interpreted")

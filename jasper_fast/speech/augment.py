@@ -126,7 +126,7 @@ class Augment(nn.Module):
 
 def from_config(input_train: dict[str, Any]) -> Augment:
     """Builds the augmentations for which ``input_train`` has a key: spec_augment, cutout_augment or speaker_warp, at
-    the top level or in filterbank_features. Raises ValueError, which names an unknown setting."""
+    the top level or in filterbank_features. Raises ValueError for a wrong or unknown setting."""
     places = (input_train, input_train.get("filterbank_features") or {})
     kinds, built = {"cutout_augment": SpecCutout, "spec_augment": SpecAugment, "speaker_warp": SpeakerWarp}, []
     for name, kind in kinds.items():

@@ -235,7 +235,7 @@ class LogMelFeatures(nn.Module):
         lengths = lengths.clamp(max=samples)
         beyond = torch.arange(samples, device=audio.device) >= lengths[:, None]
         audio = audio.masked_fill(beyond, 0)
-        # After these zeros no window of a valid frame reaches the reflection at the end (see batch_invariant).
+        # With these zeros no window of a valid frame reaches the reflection at the end (see batch_invariant).
         zeros = -samples % self.hop_length + max(0, (self.win_length + 1) // 2 - self.hop_length)
         extend = max(zeros if self.batch_invariant else 0, self.n_fft // 2 + 1 - samples)
         audio = F.pad(audio, (0, extend))

@@ -1,4 +1,4 @@
-"""Vocabularies, which convert text to class indices and back, the texts that a beam search finds, and the normalisation
+"""Vocabularies (they convert text to class indices and back), the texts that a beam search finds, and the normalisation
 of text."""
 
 import re
@@ -33,8 +33,8 @@ class Vocabulary:
 
     Either every label is one character, or every label is a word of two or more characters. A model for a few words
     (digits, commands) cannot misspell them if they are its labels. ``labels`` defaults to space, a-z, apostrophe.
-    Raises ValueError if there are no labels, if two of them are equal after Unicode composition, or if characters and
-    words are mixed.
+    Raises ValueError if there are no labels, if two of them are equal after Unicode composition, if characters and
+    words are mixed, or if a word contains white space or "<".
     """
 
     def __init__(self, labels: Iterable[str] | None = None) -> None:
@@ -137,8 +137,8 @@ def normalize_and_lost(
 ) -> tuple[str, list[str]]:
     """Returns the text from ``normalize``, and the letters, digits and symbols that it lost, in lower case.
 
-    A character is lost if nothing of its ASCII form is kept, or only a part of it. Those of words that ``normalize``
-    inserted count too. 'hello мир' with Russian labels -> 'мир', ['h', 'e', 'l', 'o'].
+    A character is lost if nothing of its ASCII form is kept, or only a part of it. Characters of words that
+    ``normalize`` inserted can be lost too. 'hello мир' with Russian labels -> 'мир', ['h', 'e', 'l', 'o'].
     """
     vocabulary = labels if isinstance(labels, Vocabulary) else Vocabulary(labels)
     keep = vocabulary.characters

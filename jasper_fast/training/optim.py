@@ -107,8 +107,8 @@ class NovoGrad(torch.optim.Optimizer):
     runs the step, see `jasper_fast.dispatch`. The state of a parameter is `exp_avg` (of its shape and dtype) and
     `exp_avg_sq` (a scalar, fp32 or fp64). Gradients are not changed. Nothing waits for the device. If a `GradScaler`
     has found an infinity (`found_inf`, read on the device), parameters and state do not change.
-    Raises ValueError for settings out of range and RuntimeError for sparse gradients. Equivalent, for one parameter `p`
-    with gradient `g`:
+    Raises ValueError for settings out of range. A step raises RuntimeError for sparse gradients, and ValueError if
+    `ema` was made of another model. Equivalent, for one parameter `p` with gradient `g`:
 
         v = (g * g).sum() if v == 0 else beta2 * v + (1 - beta2) * (g * g).sum()
         u = g / (v.sqrt() + eps) + weight_decay * p

@@ -22,8 +22,8 @@ class Schedule:
     - "cosine": `lr * (1 + cos(pi * progress)) / 2`, with the same progress.
     The rate never falls below `min_lr` (or `lr`, if that is less). Raises ValueError, which names an invalid setting.
 
-    `warmup_from` and `decay_from` are not 0 if earlier epochs had batches of other sizes: warm-up and hold are counted
-    from step `warmup_from`, and the epochs or the progress of the decay from step `decay_from`.
+    Warm-up and hold are counted from step `warmup_from`, and the epochs or the progress of the decay from step
+    `decay_from`. Both are 0 unless earlier epochs had batches of other sizes.
     """
 
     lr: float

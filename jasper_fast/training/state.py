@@ -49,10 +49,10 @@ class Meter:
     def read(self) -> list[str]:
         """Waits for the device and returns lines about the steps that were skipped since the last call.
 
-        A rank that could read no file gives one line, and an overflow gives none. For a bad loss, the lines name the
-        utterances whose features are not finite. The losses do not show which utterance is bad, because batch norm
-        spreads a NaN over the whole batch. If all features are finite, the lines name the utterances whose loss is not
-        finite. After `max_bad` skipped steps in a row, raises an error that names the last cause: RunError if files
+        A step in which a rank could read no file gives one line, and an overflow gives none. For a bad loss, the lines
+        name the utterances whose features are not finite. The losses do not show which utterance is bad, because batch
+        norm spreads a NaN over the whole batch. If all features are finite, the lines name the utterances whose loss is
+        not finite. After `max_bad` skipped steps in a row, raises an error that names the last cause: RunError if files
         could not be read, else Diverged.
         """
         if not self._pending:

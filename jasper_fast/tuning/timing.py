@@ -72,9 +72,10 @@ def fastest_first(
 ) -> dict[str, list[float]]:
     """Times the prepared `runs` and returns their samples (seconds per call), ordered by their medians, fastest first.
 
-    Contenders take turns for ROUNDS rounds, or for fewer, but at least three, if these take longer than `seconds`. A
-    contender whose time in the first round is over SLOW times the shortest one gets no second sample. `begin(name)` is
-    called before each sample, so that a crash or a hang is blamed on the right contender.
+    Contenders take turns for ROUNDS rounds. If the calls have taken more than `seconds` by the end of the third round
+    or a later one, that round is the last. A contender whose time in the first round is over SLOW times the shortest
+    one gets no second sample. `begin(name)` is called before each sample, so that a crash or a hang is blamed on the
+    right contender.
     """
 
     def sample(name: str, times: int) -> float:

@@ -1,7 +1,8 @@
 """The definition of bn_relu_dropout in plain PyTorch, for any device, fp64 included.
 
-N batch, C channels, T frames, M = N*T rows. 16-bit inputs are converted to fp32 first. The ReLU lets a NaN
-pass, and in backward its gradient, as PyTorch does. Dropped elements and padding become 0 even if they are NaN.
+N batch, C channels, T frames, M = N*T rows. 16-bit inputs are converted to fp32 first. As in PyTorch, the
+ReLU lets a NaN pass, and in backward the gradient of that element. Dropped elements and padding become 0 even if they
+are NaN.
 """
 
 import torch
@@ -55,9 +56,9 @@ def backward_apply(
     """Returns dy = gamma*rstd*(g - mean_g - yhat*mean_gy), and dres = g with a residual, else None.
 
     Both have NTC memory and the dtype of y. means: mean_g = dbeta/M and mean_gy = dgamma/M, (C,) each. With evaluation
-    statistics it is None, and dy = gamma*rstd*g. halo: a promise that y is zero at t >= length + halo, so that a face
-    need not read it there. This is true if y is the output of a conv and the padding of the conv's input is zero. With
-    halo None, the padding of y may hold anything.
+    statistics `means` is None, and dy = gamma*rstd*g. halo: a promise that y is zero at t >= length + halo, so that a
+    face need not read it there. This is true if y is the output of a conv and the padding of the conv's input is zero.
+    With halo None, the padding of y may hold anything.
     """
     if halo is not None and mask.lengths is not None:
         y = y.masked_fill(padding(mask.lengths + halo, y.shape[2]), 0.0)

@@ -195,7 +195,7 @@ def wgrad(
 
 
 def _how(weight: Tensor, dtype: torch.dtype, rows: int, stride: int) -> dict[str, Any]:
-    """Returns the algorithm and the dtype of products with `rows` rows in `dtype`, as keyword arguments of `pack`."""
+    """Returns the algorithm for a conv of `rows` rows in `dtype`, and the dtype of its products, for `pack`."""
     if dtype == torch.bfloat16 and has_bf16():
         return {"algorithm": "direct", "dtype": torch.bfloat16}
     fast = stride == 1 and weight.shape[2] >= _FAST_TAPS and rows >= _FAST_ROWS
