@@ -121,7 +121,7 @@ class Command:
 def measure_all(run: Run, _: argparse.Namespace) -> None:
     """Measures the cases of `all`: those that are timed, then these again while there is time, then memory.
 
-    Kernels, training and inference each get those of the rivals in `--rivals` that they have.
+    Of the rivals that `--rivals` names, kernels, training and inference each measure those that they have.
     """
     run.brief, run.deadline = True, run.started + ALL_SECONDS
     run.effort = dataclasses.replace(run.effort.at_most(3.0), min_rounds=4)
@@ -134,7 +134,8 @@ def measure_all(run: Run, _: argparse.Namespace) -> None:
     latency.main(inference, "jasper10x5")
     train.main(training, (("quartznet_small", 8, 400),), train.MODES[0])
     latency.main(inference, "quartznet15x5", grid=((1, 2.0),))
-    dataclasses.replace(run, deadline=run.deadline - MEMORY_SECONDS).revisit()  # the copy has run's lists of kept cases
+    # All copies of `run` share its list `kept`, so this one times the cases of `training` and `inference` again too.
+    dataclasses.replace(run, deadline=run.deadline - MEMORY_SECONDS).revisit()
     memory.main(run)
     memory.main(run, (("quartznet15x5", 2, 400),))
 
@@ -259,7 +260,7 @@ DATA = (
         "--length",
         type=options.seconds,
         default=16.7,
-        help="seconds of audio per utterance of --rate (default: 16.7)",
+        help="seconds of audio of each utterance that --rate counts (default: 16.7)",
     ),
     options.OUT,
 )
@@ -304,8 +305,8 @@ def parser() -> argparse.ArgumentParser:
         add(sub.add_parser(name, help=about, description=about + more), {"": their_options})
     tuning = sub.add_parser(
         "tune",
-        help="time the implementations of each op and their tile sizes on this GPU, and write the table for --backend "
-        "auto",
+        help="time the implementations of conv1d and bn_relu_dropout, and tiles of Triton's convs, on this GPU, and "
+        "write the table by which the backend auto chooses",
         description=tune.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -462,7 +463,7 @@ def start(args: argparse.Namespace, arguments: Sequence[str]) -> Run:
     header |= {"command": args.command, "cudnn_benchmark": torch.backends.cudnn.benchmark}
     name, commit = tables.slug(header["machine"]["name"]), header["machine"]["commit"] or "nogit"
     path = args.out / f"{args.command}_{name}_{datetime.datetime.now():%Y%m%d-%H%M%S}_{commit}.json"
-    if args.resume:  # the newest unfinished result of the same subcommand, machine, commit and ALIKE arguments
+    if args.resume:  # the newest result that this run may continue, see `result_file.unfinished`
         earlier = sorted(args.out.glob(f"{args.command}_{name}_*.json"), reverse=True)
         path = next((old for old in earlier if result_file.unfinished(old, header)), path)
     load, cores = header["machine"]["load_average"], header["machine"]["cpu"]["cores"]

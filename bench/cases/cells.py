@@ -1,6 +1,6 @@
 """What `python -m bench tune` tunes: the cells of Jasper 10x5 at the batches of BATCHES.
 
-A cell is an op at a shape, a dtype and a number of rows, for which a table has measured times.
+A cell is an op at one shape, in one dtype, with one number of rows. A table has the measured times of each cell.
 """
 
 import torch
@@ -30,7 +30,7 @@ STAND_IN = [
 
 def plan(device: torch.device, dtype: torch.dtype, ops: tuple[str, ...] = OPS) -> list[Cell]:
     """Returns the cells, the most valuable first: by the order of BATCHES, and in a batch those with the most work
-    first."""
+    first. On a CPU these are the cells of STAND_IN."""
     wanted = {op if op in tables.NORM_OPS else f"conv1d.{op}" for op in ops}
     if device.type == "cpu":
         found = [Cell(op, tables.DTYPES[dtype], *shape, 5) for op, shape in STAND_IN]

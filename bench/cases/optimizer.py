@@ -90,8 +90,8 @@ def named(inputs: Inputs, *lists: list[Tensor]) -> dict[str, Tensor]:
 
 
 def stepping(inputs: Inputs, backend: str | None) -> Runner:
-    """Returns the runner of our optimiser with this backend. If it is None, the runner has the foreach form, followed
-    by `EMA.update`."""
+    """Returns the runner of our optimiser with this backend. If `backend` is None, it is the runner of the foreach
+    optimiser followed by `EMA.update`."""
     model, params = inputs.model, list(inputs.params.values())
     if backend is not None:
         optimizer = NovoGrad(params, LR, (BETA1, 0.0), EPS, WEIGHT_DECAY, ema=inputs.ema, backend=backend)

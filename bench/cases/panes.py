@@ -215,7 +215,7 @@ def runner(function: PaneSum, i: Inputs, memory: str, mode: str, *, amp: bool = 
 def answer(i: Inputs, dtype: torch.dtype, mode: str) -> dict[str, Tensor]:
     """Returns the sum, running statistics and gradients of plain PyTorch in `dtype` (for 16 bits, under autocast).
 
-    The answer is computed once per seed.
+    The answer is computed once per seed and dtype.
     """
     key = (i.seed, dtype)
     if key not in i.answers:

@@ -178,8 +178,8 @@ def runner(
 def answer(op: str, i: Inputs, dtype: torch.dtype, mode: str) -> dict[str, Tensor]:
     """Returns the output and gradients of plain PyTorch in `dtype` (for 16 bits, under autocast).
 
-    An answer is computed once per seed. The gradients, which are twice the work, are computed only if a mode needs
-    them.
+    The answer for an op, a seed and a dtype is kept. Its gradients, which are twice the work, are computed only for a
+    mode that needs them.
     """
     every = (op, i.seed, dtype)
     key = every if every in i.answers or mode != "forward" else (*every, mode)

@@ -22,8 +22,8 @@ from jasper_fast.bench.rivals.eager_layouts import ChannelsLast2d, Model
 FULL = ", all lengths full"  # added to the name of a mode whose utterances have no padding
 TRAINS = ("bn_relu_dropout", "conv1d", "panes")  # the ops of a training step, by their names in the self-check
 # If rounding moves the input of a single ReLU across zero, some gradients change by a per cent, in eager PyTorch as in
-# any kernel. So with its usual weights the gradients of a network have loose bounds. On the inputs of CLEAR_SEED the
-# network has other weights, with which no ReLU has an input near zero (models.clear). There the bounds are tight.
+# any kernel. So the bounds are loose for the gradients of a network with its usual weights. On the inputs of CLEAR_SEED
+# the network has other weights, with which no ReLU has an input near zero (models.clear). There the bounds are tight.
 #
 # The bounds come from the largest errors of right contenders on a CPU, relative to the fp64 gradient. The table has
 # these errors in the RMS norm, in the max norm, and along the fp64 gradient (see Tolerance). They were measured with
@@ -83,7 +83,8 @@ def precision(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 class Batch:
     """Features, lengths and transcripts, which are refilled in place.
 
-    If `clear` is true, the answer to this batch is computed with weights with which no ReLU has an input near zero.
+    If `clear` is true, the answer to this batch is computed with the weights of `models.clear`, which keep the
+    inputs of all ReLUs away from zero.
     """
 
     def __init__(self, cfg, N: int, T: int, device: torch.device, ragged: bool = True) -> None:

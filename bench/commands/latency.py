@@ -19,7 +19,8 @@ CPU_GRID = ((1, 2.0), (1, 7.0), (4, 2.0), (2, 2.0))  # all of GRID would take an
 def grids(run: Run, full: bool, grid: tuple) -> tuple[tuple, tuple]:
     """Returns the (N, seconds) to measure: those for the acoustic model, and those from sound to text.
 
-    An empty `grid` means the default grid of the device.
+    An empty `grid` means the default grid of the device. From sound to text, a `quick` run measures nothing. On a CPU
+    without `full`, any other run measures only the first one or two of CPU_GRID from sound to text.
     """
     everything = full or run.device.type == "cuda"
     alone = grid or (GRID if everything else CPU_GRID[: 1 if run.quick else 3 if run.brief else None])
@@ -29,7 +30,7 @@ def grids(run: Run, full: bool, grid: tuple) -> tuple[tuple, tuple]:
 
 
 def main(run: Run, model: str = "jasper10x5", full: bool = False, grid: tuple = ()) -> list[dict]:
-    """Measures `grid` or the device's default grid, for the acoustic model and then from sound to text.
+    """Measures the acoustic model, and then the way from sound to text, at the sizes that `grids` returns.
 
     With `full` the default grid of a CPU is GRID, as on a GPU. Returns the rows.
     """

@@ -16,8 +16,8 @@ def main(run: Run, grid: tuple = (), mode: str | None = None) -> list[dict]:
     """Measures `grid` or the default grid of the device; returns the rows.
 
     Without `mode` it measures all MODES, but with `--quick`, and in `all` for models other than "small", only forward +
-    backward. If in addition eager_no_masks is a rival, it also measures forward + backward on a batch without padding,
-    for the first entry of the grid.
+    backward. If eager_no_masks is a rival and `mode` is None, it also measures forward + backward on a batch without
+    padding, for the first entry of the grid.
     """
     grid = grid or (GPU_GRID if run.device.type == "cuda" else CPU_GRID[: 1 if run.quick else None])
     found = []

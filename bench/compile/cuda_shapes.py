@@ -21,8 +21,8 @@ SHAPES = (
     (512, 512, 17, 1, 1), (512, 640, 21, 1, 1), (640, 640, 21, 1, 1), (640, 768, 25, 1, 1), (768, 768, 25, 1, 1),
     (768, 896, 29, 1, 2), (896, 1024, 1, 1, 1), (1024, 29, 1, 1, 1),
 )  # fmt: skip
-# By architecture, the name of one GPU, its inner loop, its number of multiprocessors, and the bytes of shared memory
-# that a thread block may have.
+# By architecture, the name of one GPU and its properties: inner loop, number of multiprocessors, bytes of shared memory
+# that a thread block may have, and, if the peak is not that of the loop, 16-bit multiply-adds per clock (`products`).
 GPUS = {
     "75": ("T4", cuda_tiles.Gpu(75, 40, 65536)), "80": ("A100", cuda_tiles.Gpu(80, 108, 166912)),
     "86": ("A10", cuda_tiles.Gpu(80, 72, 101376, products=512)),
@@ -36,7 +36,8 @@ FRAMES, BATCH = 835, 32
 
 
 def show(rows: Iterable[dict]) -> None:
-    """Prints a line for each shape and each architecture of `rows`, the rows of the gate, which have the registers."""
+    """Prints a line for each shape on each of GPUS whose architecture `rows` contains. `rows` are those of the
+    gate, which have the registers of each kernel."""
     registers = {(row["arch"], row["kernel"]): row["registers"] for row in rows}
     print(f"N = {BATCH}, T' = {FRAMES}, fp16, forward with statistics")
     print(f"{'GPU':>5} {'conv':<22}{'frames':>7}{'regs':>6}{'CTAs':>6}{'KiB/step':>9}{'tensor':>8}{'port':>6}{'L2':>6}")

@@ -301,7 +301,7 @@ OPTIONS = (
 def main(args: argparse.Namespace) -> int:
     """Compiles the kernels, prints and checks them; returns the exit status.
 
-    The exit status is that of `Table.judge`.
+    The exit status is that of `Table.judge`, or with `--cuda` that of `cuda.main`.
     """
     if args.update and args.table is None:
         paths.checkout("--update without --table")

@@ -82,8 +82,8 @@ class Table:
 
         The exit status is 1 if a rule is broken or, without --update, if the table differs or does not exist.
 
-        With --update it writes the table, and with --out a file of the rows. It compares and replaces only rows whose
-        key `asked` accepts.
+        With --update it writes the table, and with --out a file of the rows, except if there is no table to compare
+        with and no --update. It compares and replaces only rows whose key `asked` accepts.
         """
         compiler = f"{self.compiler} {version}"
         file = f"{self.compiler.lower()}-{version}.json"

@@ -70,11 +70,12 @@ class Effort:
 class Case:
     """A computation that several contenders do.
 
-    `refill(seed)` writes new values into the inputs in place. `reference()` returns the fp64 answer to the current
-    inputs. `low()` returns the answer of plain PyTorch at the precision under test. If `low` is None, errors are judged
-    by `tolerance.relative`. `flops` are the operations by the definition of the computation. `nbytes` are the bytes
-    that our best kernels move. `items` is the number of things that one run completes (for instance utterances), for
-    the throughput. With `wall` the case is timed by the wall clock also on a GPU.
+    `refill(seed)` writes new values into the inputs in place. `reference()` returns the answer to the current inputs
+    in fp64 (for a large network on a CPU, in fp32). `low()` returns the answer of plain PyTorch at the precision under
+    test. If `low` is None, errors are judged by `tolerance.relative`. `flops` are the operations by the definition of
+    the computation. `nbytes` are the bytes that our best kernels move. `items` is the number of things that one run
+    completes (for instance utterances), for the throughput. With `wall` the case is timed by the wall clock also on a
+    GPU.
 
     `seeds` are the seeds of the inputs on which contenders are compared before the timing. One is enough if an answer
     takes seconds, because contenders are compared on another input after the timing. `needs` are the ops that

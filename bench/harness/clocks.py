@@ -53,7 +53,7 @@ class CudaClock:
         size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
         self.flush = torch.empty(max(size, 32 << 20) // 4, dtype=torch.float32, device=device)
         self.sink = torch.empty((), dtype=torch.float32, device=device)
-        # The seconds until a run returns to the host. They are measured once per run.
+        # `host(run)` returns the seconds until `run` returns to the host. It measures only once for each `run`.
         self.host = functools.cache(functools.partial(host_seconds, device=device))
 
     def sample(self, run: Callable[[], object], inner: int) -> float:
