@@ -34,12 +34,12 @@ class Geometry(NamedTuple):
     dilation: int = 1
 
     def frames(self, t: int | Tensor, taps: int) -> int | Tensor:
-        """Returns the output frames of a conv with `taps` taps for `t` input frames. `t` may be a tensor of lengths."""
+        """Returns the number of output frames of a conv with `taps` taps for `t` input frames. `t` may be a tensor."""
         return (t + 2 * self.padding - self.dilation * (taps - 1) - 1) // self.stride + 1
 
 
 class Lengths(NamedTuple):
-    """The frames of each utterance `before` a conv and `after` it, (N,) int64. None: every utterance fills the tensor.
+    """The lengths of the utterances `before` a conv and `after` it, (N,) int64, in frames. None: each fills the tensor.
 
     made: a tensor into which the kernel writes the output lengths, computed from `before` clamped to [0, T]. It takes
     the place of `after`: with `made`, `before` must be given and `after` must be None. masked: if False, nothing is

@@ -1,7 +1,7 @@
 """Sets the precision of products of fp32 tensors on a GPU: one switch for the convs and matrix products of all faces.
 
-It sets PyTorch's own switches, so it also changes plain PyTorch in the same process. By default PyTorch lets convs
-round to TF32, which includes the convs of this project, and computes matrix products in full fp32.
+It sets PyTorch's own switches, so it also changes plain PyTorch in the same process. By PyTorch's defaults
+convs may round to TF32, also those of this project, and matrix products keep full fp32.
 """
 
 import contextlib

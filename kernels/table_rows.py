@@ -59,8 +59,8 @@ class Cell(NamedTuple):
     def batch(self) -> tuple[int, int]:
         """The numbers of utterances and of output frames T' with which the cell is timed.
 
-        These are about 0.75 * 2**rows_log2 rows: utterances of at least 800 frames, or a single shorter one if there
-        are fewer rows than that.
+        Their product is about 0.75 * 2**rows_log2. The utterances have at least 800 frames, or there is a single
+        shorter one if the product is below 800.
         """
         rows = max(3 << self.rows_log2 >> 2, (1 << self.rows_log2 >> 1) + 1)
         n = max(1, rows // 800)

@@ -3,8 +3,9 @@
     python tests/passages.py                 the draw of the committed seed
     python tests/passages.py --seed 2        another draw
 
-A passage is a paragraph of a docstring, a comment, a paragraph or table row of a README, or a message. Comments and
-messages are shown with their line of code. At most 3 of 60 should need a second reading.
+A passage is a paragraph of a docstring, a comment, a message, or a paragraph, list item or table row of a README.
+Messages, and comments at the end of a line of code, are shown with that line. At most 3 of 60 should need a second
+reading.
 """
 
 import argparse

@@ -22,7 +22,7 @@ RUNS = ("kernels", "tune")
 
 @pytest.fixture
 def at_once(monkeypatch):
-    """Runs neither measure the machine's limits nor write the HTML page."""
+    """Makes runs skip the measurement of the machine's limits and the HTML page."""
     monkeypatch.setattr(limits, "measure", lambda *_: dict(LIMITS))
     monkeypatch.setattr(html_page, "main", lambda *_: 0)
 

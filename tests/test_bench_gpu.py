@@ -242,8 +242,8 @@ gpu.end_compilers(); pool.process.wait(300); assert not a._pool_set
 
 
 def refused(run: Run, op: str) -> None:
-    """Gives `run` the verdicts of a self-check: `op` is wrong on the run's own face and in its dtype. On another face
-    and in another dtype it is wrong for another reason."""
+    """Gives `run` the verdicts of a self-check: `op` is wrong on the run's own face and in its dtype. On another face,
+    or in another dtype, it is wrong for another reason."""
     verdict = {
         "op": op, "face": run.backend, "dtype": "float32", "status": "bad", "quick": True,
         "failure": "stats wrong: error 2.0",

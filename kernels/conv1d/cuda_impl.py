@@ -61,7 +61,7 @@ def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None
 
     The default dtype is that of `out`, or without `out` that of `weight`. out: a buffer of `packed_shape(weight)` to
     write into, which a module may keep from call to call. Raises TypeError for other dtypes, so an fp32 weight needs
-    `dtype` or `out`.
+    `dtype` or `out`, and ValueError if `out` does not fit.
     """
     w, out = pack_buffer("cuda", SIXTEEN, weight, packed_shape(weight), dtype, out)
     cuda_launch.run(
@@ -228,8 +228,8 @@ def fused(
     more rows than the conv produces. `bias` is fp32 (C_out,).
 
     log_softmax: ends with a log-softmax over C_out, at most 128; `out` is then fp32. workspace: lets several CTAs share
-    the reduction of a tile. clean: not used. chain: the launches before and after this one, which may overlap with it
-    on sm_90 and later. Raises ValueError for shapes that do not fit and TypeError for dtypes.
+    the reduction of a tile. clean: not used. chain: whether this launch may begin early (on sm_90 and later), and the
+    weights that it fetches for the next launch. Raises ValueError for shapes that do not fit and TypeError for dtypes.
     """
     w, (n, t, c_in) = packed, x.shape
     x2, w2 = panes or (None, None)

@@ -41,7 +41,8 @@ class Gpu(NamedTuple):
 class Plan(NamedTuple):
     """How a conv is divided: frames per tile, tiles along T and C_out, splits of a tile's reduction, CTAs.
 
-    shared: bytes of shared memory. panels, stages: buffers for panels of activations and for weights.
+    shared: bytes of shared memory. panels, stages: numbers of buffers for panels of activations and for weights (stages
+    is 0 except for loop 90; see STAGES).
     """
 
     block: int

@@ -64,7 +64,7 @@ def out_frames(t: int, taps: int, geometry: Geometry) -> int:
 
 
 def frames_of(t: int, c_in: int, w: Packed, geometry: Geometry) -> int:
-    """Returns `out_frames` for the taps of `w`. Raises ValueError if `w` takes another number of channels than c_in."""
+    """Returns `out_frames` for the taps of `w`. Also raises ValueError if `w` does not take `c_in` channels."""
     if c_in != w.c_in:
         raise ValueError(f"x has {c_in} channels, the weight takes {w.c_in}")
     return out_frames(t, w.taps, geometry)

@@ -1,6 +1,7 @@
 """The definition of conv1d in plain PyTorch, with a hand-written backward, for any device and dtype, fp64 included.
 
-N batch, C channels, T frames, K taps. A conv is a sum of K shifted matrix products, and so is each of its gradients.
+N batch, C channels, T frames, K taps. A conv is a sum of K shifted matrix products, and so is the gradient of its
+input. The gradient of the weight is K such products, one for each tap.
 """
 
 import torch

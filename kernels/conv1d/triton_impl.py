@@ -45,7 +45,8 @@ def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None
     """Packs `weight` (C_out, C_in, K) for the functions here, in `dtype`. Both are fp32, fp16 or bf16.
 
     The default dtype is that of `out`, or without `out` that of `weight`. out: a buffer of `packed_shape(weight)` to
-    write into, which a module may keep from call to call. Raises TypeError for other dtypes.
+    write into, which a module may keep from call to call. Raises TypeError for other dtypes, and ValueError if `out`
+    does not fit.
     """
     w, out = pack_buffer("triton", tables.DTYPES, weight, packed_shape(weight), dtype, out)
     c_out, c_in, taps = w.shape

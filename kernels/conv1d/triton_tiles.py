@@ -87,7 +87,8 @@ def narrower(tile: Tile, dtype: torch.dtype) -> list[Tile]:
 def candidates(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> list[Tile]:
     """Returns the tiles that tuning may time for `op`: the default, other sizes with 3 stages, then all with 4.
 
-    fp32 has only the default size, with 3, 4 and 2 stages. `splits` is the number that the estimate prefers.
+    fp32 has only the default size, with 3, 4 and 2 stages. In 16 bits, all tiles after the default have the `splits`
+    that the estimate prefers.
     """
     first = default(op, dtype, shape, frames)
     if dtype.itemsize != 2:
@@ -165,7 +166,7 @@ def _shares(tile: Tile, shape: Shape, frames: int) -> int:
     """Returns the number of shares: the groups into which wgrad splits the utterances.
 
     More shares leave less of the last wave idle, but write more partial results. A single share counts as writing none,
-    although that of a conv with one tap does.
+    although it does write one if the conv has one tap.
     """
     batch = max(1, shape.rows // frames)
     taps = wgrad_taps(tile, shape.taps)

@@ -18,7 +18,7 @@ from torch import Tensor
 from jasper_fast.kernels import launch
 
 FRAMES, STATES, SYMBOLS = 16, 32, 32  # tile of the gradient kernel
-EACH = 2  # a thread has so many blanks and as many labels, or more of both where this would take more than 8 warps
+EACH = 2  # blanks of a thread, and also its labels; it has more if the program would otherwise need more than 8 warps
 NONE = tl.constexpr(float("-inf"))
 
 

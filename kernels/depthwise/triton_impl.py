@@ -17,7 +17,7 @@ from jasper_fast.kernels.depthwise.triton_wgrad import TAPS, depthwise_wgrad_ker
 from jasper_fast.kernels.layout import empty_ntc
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths
 
-FEW_ROWS = 4096  # with fewer rows N*T' tiles are smaller, so that there are enough programs to fill a GPU
+FEW_ROWS = 4096  # with fewer rows N*T', tiles are smaller, so that there are enough programs to fill a GPU
 SHARES = 8  # maximum number of shares into which the weight gradient divides the utterances of a batch
 
 

@@ -1,8 +1,8 @@
 """The table of addresses and sizes that NovoGrad's Triton and CUDA kernels read, and the runs that programs own.
 
 A run is a range of elements of one tensor, and each program owns one run. The table and the runs are sent to the GPU
-only when a row of the table, for instance an address, has changed. Each program reads the partial sums of all programs.
-Therefore runs are long, so that there are only some thousands of programs.
+only when a row of the table, for instance an address, has changed. In the second launch of a step, each program reads
+all partial sums. Therefore runs are long, so that there are only some thousands of them.
 """
 
 import torch

@@ -4,8 +4,8 @@
     dy_p = scale_p*(g - mean_g - (y_p - mean_p)*slope_p),   dx_p = dy_p W_p,   dW_p = dy_p^T x_p
 
 x_p: logical (N, C_p, T), memory N, T, C_p, zero at t >= lengths; W_p: (C, C_p, 1); y: (P, N*T, C), the outputs of P
-panes; g, out: (N*T, C); start: (N*T, C) or (C,); mean, scale, and slope = rstd^2 * mean(g*(y - mean)): (P, C); mean_g:
-(C,). Vectors are fp32 if activations have 16 bits.
+panes; out and its gradient g: (N*T, C); start: (N*T, C) or (C,); mean, scale, and slope = rstd^2 * mean(g*(y - mean)):
+(P, C); mean_g: (C,). Vectors are fp32 if activations have 16 bits.
 Each face (an implementation: reference, cpu) exports `outputs`, `forward`, `backward_reduce` and `gradients`;
 `reference.py` is their definition. `gram.py` is the Gram form of the same sum: it stores no conv outputs and uses
 ATen's matrix products on every device.

@@ -44,7 +44,10 @@ def norms(model: nn.Module) -> list[nn.BatchNorm1d]:
 
 
 def draw_settings(model: nn.Module, rng: random.Random) -> None:
-    """Gives every batch norm its own eps, momentum, weight, bias and statistics. `step` freezes some statistics."""
+    """Gives every batch norm its own eps, momentum, weight, bias and statistics.
+
+    In some models, some batch norms are marked as `frozen`: `step` does not update their statistics.
+    """
     some = rng.random() < 0.3
     for bn in norms(model):
         bn.eps, bn.momentum = rng.choice([1e-5, 1e-3, 0.1]), rng.choice([None, 0.01, 0.1, 0.9, 1.0])
