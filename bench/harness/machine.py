@@ -71,7 +71,7 @@ def commit() -> str | None:
 
 
 def clocks(device: torch.device) -> dict:
-    """Returns those of the clock rates, temperature, power and load that this machine reports."""
+    """Returns the clock rates, temperature, power and load, as far as this machine reports them."""
     if device.type == "cuda":
         return nvml.read(device)
     mhz = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _read("/proc/cpuinfo"), re.MULTILINE)

@@ -123,8 +123,8 @@ class Measurement:
     def rows(self, inner: Mapping[str, int], host: Mapping[str, float]) -> list[Row]:
         """Returns one row per contender, in the order of the case, from its samples in all visits.
 
-        The row of a contender that failed has the reason instead. `inner` are the runs per sample. `host` are the
-        seconds for which a run occupies the host; on a CPU it is empty.
+        The row of a contender that failed has the reason instead of times. `inner` has the number of runs per sample of
+        each contender. `host` has the seconds for which a run occupies the host; on a CPU it is empty.
         """
         case, made = self.case, []
         timed_by = "events" if self.device.type == "cuda" and not case.wall else "wall"

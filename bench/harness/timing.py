@@ -30,7 +30,8 @@ def measure(m: Measurement, effort: Effort, on_round: Callable[[float], None] = 
 
 
 def _inner_runs(m: Measurement, ticker: Clock) -> tuple[dict[str, int], dict[str, float]]:
-    """Returns the runs per sample of each contender and, on a GPU, the seconds for which a run occupies the host."""
+    """Returns, for each contender, the number of runs per sample and, on a GPU, the seconds for which a run occupies
+    the host."""
     inner, host = {}, {}
     for name in list(m.runners):
         with m.caught(name):

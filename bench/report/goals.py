@@ -62,9 +62,11 @@ class NeverSlower(Goal):
     """A goal for all cases that match: the best rival must take at least `goal` times our time."""
 
     def judge(self, rows: list[dict]) -> Iterable[dict]:
-        """Yields one result, for the row with the smallest ratio among all matching cases and their rivals.
+        """Yields one verdict, for the row with the smallest ratio among all matching cases and their rivals.
 
-        If a case has no number of ours, the result is that case's, and the goal is not met.
+        Our own CUDA face does not count as a rival here. If no row has a ratio, there is no verdict.
+
+        If a case has no number of ours, the verdict is about that case: the goal is not met.
         """
         mine = [row for row in rows if self.matches(row)]
         for row in mine:

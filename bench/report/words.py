@@ -93,8 +93,8 @@ def lines(
 ) -> Iterator[tuple[dict, list[str]]]:
     """Yields each row with the cells of its line in a table: case, contender, and the columns `shown`.
 
-    The case is shown only where it changes; `label` returns its text. A row without a number has the text that
-    `missing` returns instead of the columns.
+    The case is shown only where it changes; `label` returns its text. A row without a number has a single cell instead
+    of the columns, with the text that `missing` returns.
     """
     last = None
     for row in rows:
@@ -105,7 +105,7 @@ def lines(
 
 
 def waited(rows: Iterable[dict]) -> bool:
-    """Whether the table of these rows shows percentiles of the time to wait."""
+    """Whether the table of these rows shows P50 to P99, because they are about the time until a call returns."""
     return any(row["bench"] in ("latency", "launches") for row in rows)
 
 

@@ -65,7 +65,8 @@ def only(kind: str, wanted: str, others: Iterable[str] = ()) -> str:
     """Returns the names in `wanted` that are rivals of `kind`, or "eager" if none is. "default" and "all" are returned
     unchanged.
 
-    So one option can name rivals of both kinds, and the names `others`. Raises UnknownRival for any other name.
+    So one `--rivals` can name rivals of both kinds. It can also have the names `others`, which are not returned. Raises
+    UnknownRival for any other name.
     """
     check(wanted, sorted({name for rivals in (*KINDS.values(), others) for name in rivals}))
     if wanted in ("default", "all"):

@@ -69,8 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, start: Callable[[argparse.Namespace], Run]) -> int:
     """Runs the subcommand and returns the exit status.
 
-    The exit status is 0 if all is measured, 1 if the result of --install is unusable or the tuning process fails, and 4
-    if the budget is used up.
+    The exit status is 0 if all is measured or installed, 1 if the result of --install is unusable or the tuning process
+    fails, and 4 if the budget is used up.
     """
     if args.install:
         return install(args.install)

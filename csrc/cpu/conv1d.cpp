@@ -17,7 +17,8 @@ namespace {
 using torch::stable::Tensor;
 using namespace jf;
 
-// Maximum rows of a task, which share a window of x in L2. The fast algorithm takes twice as many.
+// A task has at most this number of rows, which share a window of x in L2. With the fast algorithm it has at most twice
+// this number, rounded up to a multiple of `unit` (row_groups).
 constexpr int64_t kGroupRows = 128;
 
 int64_t checked_level(int64_t fir_level, int64_t taps, int64_t stride) {
@@ -201,7 +202,7 @@ void conv1d_fwd(const Tensor& x, const Tensor& packed, int64_t c_out, int64_t ta
   const std::vector<ConvRowGroup> groups = row_groups(args);
   const int64_t blocks = div_up(c_out, JF_DISPATCH(conv1d_columns)());
   const int64_t n_groups = groups.size(), threads = torch::stable::get_num_threads();
-  int64_t blocks_per_task = std::max<int64_t>(1, blocks);  // no channels, no blocks
+  int64_t blocks_per_task = std::max<int64_t>(1, blocks);  // `blocks` is 0 if C_out is 0
   if (threads > 1) {
     blocks_per_task = std::clamp<int64_t>(n_groups * blocks / (threads * kTasksPerThread), 1, blocks_per_task);
   }

@@ -15,7 +15,8 @@ namespace {
 // A product has a number in base 3 with one digit per level, the outermost level first: S is 0, A is 1, B is 2.
 constexpr int power(int base, int exponent) { return exponent == 0 ? 1 : base * power(base, exponent - 1); }
 
-// Computes the inputs of all products in one step from the rows x[0 .. 2^(LEVEL+1) - 2].
+// Computes the inputs of all products for one step s (2^LEVEL rows of the output) from the rows
+// x[0 .. 2^(LEVEL+1) - 2].
 template <int LEVEL>
 inline void fir_inputs(const Vec* x, Vec* out) {
   if constexpr (LEVEL == 0) {
@@ -34,7 +35,8 @@ inline void fir_inputs(const Vec* x, Vec* out) {
   }
 }
 
-// Computes the gradient of each product from those of 2^LEVEL rows: the transpose of y[2s] = A + S, y[2s+1] = B + S.
+// Computes the gradient of each product from the gradients of 2^LEVEL rows of y: the transpose of y[2s] = A + S,
+// y[2s+1] = B + S.
 template <int LEVEL>
 inline void fir_gradients(const Vec* dy, Vec* out) {
   if constexpr (LEVEL == 0) {

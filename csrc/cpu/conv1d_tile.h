@@ -42,12 +42,12 @@ constexpr int kTargets = 1 << kMaxFirLevel;  // maximum number of output rows th
 constexpr int kVectors = 2;
 constexpr int kColumns = kVector * kVectors;
 constexpr int64_t kLine = 16;             // floats in a cache line
-constexpr int64_t kLongChunk = 64;        // units of a chunk with many taps: the rows that a tile reads fit L1
-constexpr int64_t kShortChunk = 256;      // units of a chunk with few taps: enough that the epilogue costs little
+constexpr int64_t kLongChunk = 64;        // units of a chunk if K > kFewTaps: the rows that a tile reads fit L1
+constexpr int64_t kShortChunk = 256;      // units of a chunk if K <= kFewTaps: enough that the epilogue costs little
 constexpr int64_t kFewTaps = 4;
-constexpr int kLongStride = 80;           // floats between window rows: 5 cache lines
-constexpr int kShortStride = 272;         // the same with short chunks: 17 cache lines
-constexpr int64_t kChain = 128;           // units added in registers before the sum goes to memory: at least one tap
+constexpr int kLongStride = 80;           // floats from a window row to the next if K > kFewTaps: 5 cache lines
+constexpr int kShortStride = 272;         // the same if K <= kFewTaps: 17 cache lines
+constexpr int64_t kChain = 128;           // units added in registers before the sum goes to memory; at least one tap's
 static_assert(kLongStride / kLine % 2 == 1 && kShortStride / kLine % 2 == 1);
 
 inline Vec load(const float* p) { return (Vec) * reinterpret_cast<const VecUnaligned*>(p); }

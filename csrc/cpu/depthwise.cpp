@@ -18,8 +18,12 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using namespace jf;
 
-constexpr int64_t kTaskRows = 128, kLeastRows = 32;  // maximum and minimum number of output rows of a task
-constexpr int64_t kShares = 8;  // the gradient of the weight sums up to 8 shares of the rows and adds them in order
+// A task has up to kTaskRows output rows. In depthwise_sum this number is halved, down to kLeastRows, until there are
+// enough tasks for all threads.
+constexpr int64_t kTaskRows = 128, kLeastRows = 32;
+// For the gradient of the weight, the rows are divided into up to 8 shares. Each share is summed, then the sums are
+// added in order.
+constexpr int64_t kShares = 8;
 
 DepthwiseDtype dtype_of(const Tensor& t) {
   const ScalarType type = t.scalar_type();
@@ -77,7 +81,7 @@ float* scratch_of(int64_t floats) {
   return reinterpret_cast<float*>((address + 63) / 64 * 64);
 }
 
-// Packs weight (C, 1, K) into (C / 32, K, 32), with zeros for missing channels. flipped: reverses the taps.
+// Packs weight (C, 1, K) into (ceil(C / 32), K, 32), with zeros for missing channels. flipped: reverses the taps.
 void depthwise_pack(const Tensor& weight, bool flipped, Tensor packed) {
   STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == ScalarType::Float && weight.dim() == 3 &&
                       weight.size(1) == 1 && weight.is_contiguous(),

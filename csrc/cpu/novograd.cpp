@@ -21,7 +21,7 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kRun = 65536;  // maximum elements of a task; the tasks' sums of squares are merged in a fixed order
+constexpr int64_t kRun = 65536;  // maximum number of elements of a task; the sums of tasks are merged in a fixed order
 constexpr int kColumns = 8;      // columns of the settings; kernels/novograd/operands.py names them
 enum { kLr, kBeta1, kShare, kBeta2, kRest2, kEps, kDecay, kWeight };
 

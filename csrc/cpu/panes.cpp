@@ -1,6 +1,7 @@
 // Panes (a sum of 1x1 convs, each with batch norm) in training on the CPU. This file checks arguments, starts threads
-// and merges sums. Activations and their gradients are fp32, or bf16 if the CPU multiplies it; weights and vectors are
-// fp32. Matrix products are convs with one tap (isa/conv1d_*.cpp). The passes over pane outputs are in isa/panes.cpp.
+// and merges sums. xs, y and all gradients of activations are fp32, or bf16 if the CPU multiplies it. The rest is fp32:
+// the sum of the panes, weights and vectors. Matrix products are convs with one tap (isa/conv1d_*.cpp). The passes over
+// pane outputs are in isa/panes.cpp.
 #include "panes.h"
 
 #include <torch/csrc/stable/library.h>
@@ -25,7 +26,7 @@ using OptionalTensor = std::optional<Tensor>;
 using torch::headeronly::ScalarType;
 
 constexpr int64_t kChunkRows = 64;   // rows per task of a pass over y; the tasks' sums are merged in a fixed order
-constexpr int64_t kGroupRows = 256;  // rows per task of a matrix product; a task has rows of one utterance only
+constexpr int64_t kGroupRows = 256;  // maximum rows per task of a matrix product; they are of one item (see Batch)
 
 // ---- arguments ----
 // The data of `x`, which must be bf16 if `bf16`, else fp32.

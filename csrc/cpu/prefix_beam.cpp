@@ -15,7 +15,7 @@ namespace jf {
 namespace {
 
 constexpr int64_t kMostBeam = int64_t(1) << 31;  // a beam never fills up to this: its entries are counted in 32 bits
-constexpr size_t kNodes = size_t(1) << 14;  // with fewer nodes, prefixes that are no longer needed are not removed
+constexpr size_t kNodes = size_t(1) << 14;  // only a larger tree is cleared of prefixes that are no longer needed
 
 // ---- prefixes, as a tree: the prefix of a node is one symbol longer than that of its parent ----
 struct Node {
@@ -79,7 +79,8 @@ class Search {
   }
 
  private:
-  // Computes the beam's prefixes after this frame, including paths that come from their parents.
+  // For each prefix in the beam, computes its probabilities after this frame. They include the paths that come from its
+  // parent, if the parent is in the beam too.
   void stay(const float* row) {
     const size_t count = entries_.size();
     stays_.clear();

@@ -13,7 +13,7 @@
 
 namespace jf::conv {
 
-constexpr int kChunk = 64;                           // channels of a panel; an image has as many rows and columns
+constexpr int kChunk = 64;                           // channels of a panel, rows of an image, and columns of an image
 constexpr int kCells = kChunk / 8;                   // cells of 16 bytes in a row of a panel or an image
 constexpr int kImage = kChunk * kChunk;              // elements of an image, which are 8 KB
 constexpr int kOut = 128;                            // output channels of a tile: two images
@@ -93,7 +93,7 @@ struct Tile {
   int n, t0, o0, split;
   int limit, limit_panes, end;  // inputs, inputs of the panes, and outputs are zero from these frames on
   int stop;                     // the frame after the tile's last
-  int main_steps, begin, count;  // steps of the conv; this split's first step and number of steps
+  int main_steps, begin, count;  // number of steps of the conv; this split's first step and number of steps
 
   // told: whether lengths may be read yet. If not, the tile gets the steps that it would have without padding.
   __device__ __forceinline__ Tile(const Args& a, int block, int id, bool told = true) {

@@ -21,7 +21,7 @@ constexpr int kStagingBytes = kSlab * kPitchMma * 4;
 
 template <class T, int MODE, int THREADS, int PITCH>
 class Epilogue {
-  // kLanes: frames of a slab that the threads handle at the same time. kRows: frames of a slab per thread.
+  // kLanes: number of frames that the threads handle at the same time. kRows: number of frames of a slab per thread.
   static constexpr int kLanes = THREADS / 16, kRows = kSlab / kLanes;
   static constexpr bool kBiased = MODE == kPlain || MODE == kLogSoftmax;
   static_assert((16 * (THREADS + 4) + kLanes) * 4 <= kSlab * PITCH * 4);

@@ -23,7 +23,7 @@ struct WgradArgs {
   float* parts;            // (shares, taps, C_out, C_in)
   int batch, frames, frames_out, taps, stride, padding, dilation;
   int in_blocks, out_blocks, tap_groups, shares;
-  int segments, share;  // segments of an utterance, segments of a share
+  int segments, share;  // number of segments of an utterance, and of a share
   int stages;           // number of buffers that copies fill in turn, in loop 90 only
 };
 

@@ -8,8 +8,8 @@
 // The reduction is cut into chunks of channels. For each chunk a window of x is copied once into a buffer: the input
 // rows that the group reads, with zeros where x has no row. The row stride of the buffer is an odd number of cache
 // lines, because a power of two would put all rows into the same few sets of L1. In the direct algorithm all taps read
-// the same window, shifted, and all column blocks reuse it. conv1d_pack.cpp has the order of the packed weights. The
-// panel of one block and chunk fits L2 and is prefetched while the panel before it is in use.
+// the same window, shifted, and all column blocks reuse it. conv1d_pack.cpp has the order of the packed weights. A panel
+// has those of one block and chunk. It fits L2 and is prefetched while the panel before it is in use.
 //
 // Every output element is a sum of short sums, of at most 256 units each, which keeps the rounding error of fp32 small.
 // The order of summation does not depend on the tiling or the number of threads. With bf16 weights, x is rounded to
@@ -169,9 +169,9 @@ struct Forward {
     return item_of<T>(x, group.n, 0, args.in_lengths != nullptr ? args.in_lengths[group.n] : args.t_in);
   }
 
-  // The chunk of `depth` of the `units` units, from unit `at` on. first: whether the chunk overwrites y instead of
-  // adding to it. ends: whether nothing is added to y after all `units` (they belong to the panes, or there are no
-  // panes).
+  // Returns the chunk of units [at, at + depth). `units` is the number of units of its operand: x, or x2 for the panes.
+  // first: whether the chunk overwrites y instead of adding to it. ends: whether the operand is the last one, so that
+  // after its last chunk nothing more is added to y.
   Chunk chunk_at(const float* packed, int64_t units, int64_t taps, int64_t at, int64_t depth, bool first,
                  bool ends) const {
     Chunk chunk;

@@ -46,7 +46,7 @@ struct WeightGrad {
   const int64_t columns = std::min<int64_t>(kColumns, args.dy.channels - block * kColumns);
   // one sum for each tap of all filters into which the fast algorithm splits the conv (level 0: the conv's own taps)
   const int64_t slots = conv1d_packed_taps(args.taps, args.fir_level);
-  const int64_t unit = args.dilation * power(2, kMaxFirLevel);  // at least the rows of one step of the fast algorithm
+  const int64_t unit = args.dilation * power(2, kMaxFirLevel);  // as in row_groups of conv1d.cpp, for the highest level
   const int64_t segment = std::max(kGradRows / unit, int64_t{1}) * unit;
   float *sums = nullptr, *spare = nullptr, *dy_rows = nullptr, *x_rows = nullptr;
 
@@ -160,8 +160,8 @@ struct WeightGrad {
   }
 #endif
 
-  // Adds to the filter gradient of each product of the fast algorithm: the product's inputs times its part of dy,
-  // summed over every 2^LEVEL-th row.
+  // For each product of the fast algorithm, adds the product's inputs times its gradient, summed over the steps, to the
+  // gradient of its filter. A step has 2^LEVEL rows of dy.
   template <int LEVEL>
   void add_fast_fir(int64_t n, int64_t length, int64_t t0, int64_t t1) const {
     constexpr int phases = power(2, LEVEL), sources = 2 * phases - 1;

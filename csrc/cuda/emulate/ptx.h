@@ -65,8 +65,8 @@ inline void grid_dependency_wait() { twin::grid_dependency(true); }
 inline void grid_launch_dependents() { twin::grid_dependency(false); }
 
 // Bits 0-13 of a descriptor are the start address, bits 16-29 the leading dimension byte offset, bits 32-45 the stride
-// dimension byte offset. Each field has bits 4-17 of the number of bytes. Bits 49-51 (base offset) and 62-63 (swizzle)
-// stay 0.
+// dimension byte offset. Each field has bits 4-17 of that address or offset. Bits 49-51 (base offset) and 62-63
+// (swizzle) stay 0.
 inline uint64_t wgmma_operand(uint32_t start, uint32_t lbo, uint32_t sbo) {
   return uint64_t{start % 262144u / 16} + (uint64_t{lbo % 262144u / 16} << 16) + (uint64_t{sbo % 262144u / 16} << 32);
 }
