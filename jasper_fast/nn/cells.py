@@ -22,7 +22,7 @@ PRODUCTS_OF_NORM = 800
 
 
 class Conv(NamedTuple):
-    """A conv of the network: `shape` (c_in, c_out, taps, stride, dilation) and the frames of its output.
+    """A conv of the network: `shape` (c_in, c_out, taps, stride, dilation), and how many `frames` its output has.
 
     `place`: "first" (of the network), "opening" (the first of a later block, or another conv with a stride), "inner" (a
     later conv of a block) or "decoder". The conv of a separable sub-block is always "opening".

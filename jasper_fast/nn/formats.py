@@ -141,7 +141,7 @@ def published_labels() -> list[str]:
 
 
 def jasper10x5dr(n_classes: int = 29) -> dict[str, Any]:
-    """Returns the published dense-residual Jasper 10x5 (332,632,349 parameters at 29 classes), as a dictionary."""
+    """Returns the configuration of the published dense-residual Jasper 10x5 (332,632,349 parameters at 29 classes)."""
     encoder = JasperConfig.from_yaml(files("jasper_fast.configs") / "jasper10x5dr.yaml").to_dict()["jasper"]["encoder"]
     return {"encoder": encoder, "decoder": {"in_feats": 1024, "n_classes": n_classes}}
 
