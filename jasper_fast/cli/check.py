@@ -1,10 +1,10 @@
 """`jasper-fast check`: find what is wrong with a manifest's utterances.
 
-Reads the audio and text of every utterance and reports those that are invalid, unreadable, shorter than the file or the
-manifest says, silent, clipped, without text, too long, too short, too short for CTC, or duplicates, and those that have
-symbols outside the alphabet. --clean writes a manifest of the good utterances. Without --strict it also contains
-clipped utterances, and those whose text loses symbols in normalisation. With --config, the alphabet, the bounds and the
-frame rate are those of a model.
+Reads the audio and text of every utterance and reports those that are invalid, unreadable, shorter than the file's
+header or the manifest says, silent, clipped, without text, too long, too short, too short for CTC, or duplicates, and
+those that have symbols outside the alphabet. --clean writes a manifest of the good utterances. Without --strict it also
+contains clipped utterances, and those whose text loses symbols in normalisation. With --config, the alphabet, the
+bounds and the frame rate are those of a model.
 """
 
 import argparse

@@ -175,7 +175,7 @@ DECODING = {  # the options of `decoder`
             help="neural language model (`lm train-neural`) that rescores the best texts of the search: 64, or "
             "--n-best if that is more",
         ),
-        option("--rescore-weight", type=float, metavar="W", help="weight of that model's natural log p (1.0)"),
+        option("--rescore-weight", type=float, metavar="W", help="weight of the neural model's natural log p (1.0)"),
         option(
             "--decode-processes",
             type=positive(int),
@@ -340,7 +340,8 @@ def share(sizes: Sequence[float], rank: int, world: int) -> list[int]:
 def joined(arguments: argparse.Namespace) -> Iterator[Ranks]:
     """A context in which this process belongs to the group that torchrun made, if any. Yields its place in the group.
 
-    In ``arguments`` it sets the device to this process's GPU, and ``quiet`` in all processes except the first.
+    In the group, a device "auto" or "cuda" in ``arguments`` becomes this process's GPU, if there are GPUs, and
+    ``quiet`` is set in all processes except the first.
     """
     import torch
 
@@ -391,10 +392,11 @@ def write(path: str, text: str) -> None:
 
 def check_writable(*paths: str | None, folder: bool = False) -> None:
     """Raises UsageError for an output that cannot be made, because the folder that would contain it does not exist or
-    because it is a folder itself, and for two outputs with one name. With ``folder`` the outputs are folders, and may
-    exist."""
+    because it is a folder itself, and for two outputs with one name. With ``folder`` the outputs are folders: an
+    existing folder is accepted, and an existing file is not."""
     named = [Path(path) for path in paths if path]
-    places = [path.resolve() for path in named if path.is_file() or not path.exists()]  # several may be one device
+    # Devices are left out, because several outputs may go to one.
+    places = [path.resolve() for path in named if path.is_file() or not path.exists()]
     if len(set(places)) < len(places):
         raise UsageError(f"each file to write needs its own name, got {', '.join(map(str, named))}")
     for path in named:

@@ -63,7 +63,10 @@ _TUNE = {
         option("--beta", type=numbers, metavar="A,B,..", help="values of --beta to try (-1,-0.5,0,0.5,1)"),
         option("--rescore", metavar="MODEL", help="neural language model that rescores the best texts of the search"),
         option(
-            "--rescore-weight", type=numbers, metavar="A,B,..", help="MODEL's weights to try (0,0.25,0.5,0.75,1,1.5,2)"
+            "--rescore-weight",
+            type=numbers,
+            metavar="A,B,..",
+            help="values of --rescore-weight to try (0,0.25,0.5,0.75,1,1.5,2)",
         ),
         option("--device", default="auto", help="device of the neural language model (a GPU if there is one)"),
         option(

@@ -1,15 +1,16 @@
 """`jasper-fast selfcheck`: compare every kernel with fp64 on this machine.
 
 Runs every kernel and compares the results with fp64. The check covers every configuration that dispatch can choose on
-the device (the defaults, and the tiles that were tuned or are in its tables), in forward, backward and inference, on
+the device (the default tiles, and those that were tuned or are in a table), in forward, backward and inference, on
 small shapes and on those of Jasper 10x5. The error may be twice that of plain PyTorch at the same precision, plus an
 allowance for rounding. The kernels run in a separate process, so a kernel that crashes or hangs gets a bad verdict and
 the check continues.
 
-Verdicts are saved per dtype, GPU, driver and versions. On a GPU, backend="auto" uses only kernels with a good verdict.
-If the machine lacks something that a check needs (a compiler, memory), the command reports it and saves no verdict. If
-the command is interrupted, for example by Ctrl-C, the verdicts so far are saved. On a CPU it checks the kernels of the
-cpu backend, and with TRITON_INTERPRET=1 also those of the triton backend, in Triton's interpreter.
+A verdict is saved for each op, face and dtype. It is valid for one GPU, driver and versions. On a GPU, backend="auto"
+uses only kernels with a good verdict. If the machine lacks something that a check needs (a compiler, memory), the
+command reports it and saves no verdict. If the command is interrupted, for example by Ctrl-C, the verdicts so far are
+saved. On a CPU it checks the kernels of the cpu backend, and with TRITON_INTERPRET=1 also those of the triton backend,
+in Triton's interpreter.
 """
 
 import argparse
@@ -27,7 +28,9 @@ example: jasper-fast selfcheck --device cuda:0 --quick --dtype fp16"""
 OPTIONS = {
     "": [
         common.DEVICE,
-        option("--quick", action="store_true", help="check few shapes, frequent tiles and one dtype only (seconds)"),
+        option(
+            "--quick", action="store_true", help="check only few shapes, frequent tiles and one dtype; takes seconds"
+        ),
         option(
             "--dtype",
             action="append",

@@ -115,8 +115,9 @@ def _run(arguments: argparse.Namespace, share: Ranks) -> int:
 def _heard(
     arguments: argparse.Namespace, share: Ranks, recognizer: Recognizer, utterances: Sequence[Utterance]
 ) -> Iterator[tuple[list[tuple[int, Any, float]], str]]:
-    """Yields the results of each group of files, on every process: a list of (index, transcript, seconds) in the order
-    of the utterances, and a line with the speed so far. The transcript of a skipped utterance is None."""
+    """Yields new results after each batch (with several processes: after each group of files, on every process): a list
+    of (index, transcript, seconds) in the order of the utterances, and a line with the speed so far. The transcript of
+    a skipped utterance is None."""
     if share.world == 1:
         done = 0
         for result in common.recognize(arguments, recognizer, utterances, _WINDOW * arguments.batch_size):

@@ -121,9 +121,9 @@ class SpeechDataset(Dataset):
         data_dir: str | os.PathLike | None = None,
         **others: Any,
     ) -> Self:
-        """Reads manifests, with settings from a dict with the keys of ``audio_dataset`` of NVIDIA's Jasper (see
-        ``AudioSettings.from_config``). ``others`` are arguments of this class. Raises ValueError for bad settings, and
-        ManifestError for a bad manifest."""
+        """Makes a dataset from manifests. The settings are a dict with the keys of NVIDIA's ``audio_dataset`` (see
+        ``AudioSettings.from_config``). ``others`` are arguments of this class. Raises ValueError for bad settings or if
+        no utterance can be used, and ManifestError for a bad manifest."""
         settings = AudioSettings.from_config(audio_dataset)
         paths = [manifests] if isinstance(manifests, (str, os.PathLike)) else manifests
         utterances = [u for path in paths for u in read_manifest(path, data_dir, settings.offline_speeds)]

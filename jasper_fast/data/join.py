@@ -59,8 +59,8 @@ class Join:
     def draw(
         self, own: int, pool: Sequence[int], durations: Sequence[float], longest: float, rng: np.random.Generator
     ) -> Clips:
-        """Returns utterance ``own`` among random others of ``pool``. Drops clips beyond ``min_clips`` that do not fit
-        into ``longest`` seconds."""
+        """Returns utterance ``own`` among random others of ``pool``. Drops others until the item fits into ``longest``
+        seconds or has only ``min_clips`` utterances."""
         count = int(rng.integers(self.min_clips, self.max_clips + 1))
         indices = [pool[i] for i in rng.integers(0, len(pool), count)]
         indices[int(rng.integers(0, count))] = own

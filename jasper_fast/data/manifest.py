@@ -23,7 +23,8 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class Utterance:
-    """One entry of a manifest: the text of ``duration`` seconds of the file at ``path``, from ``offset`` seconds on.
+    """One entry of a manifest: ``text`` is spoken in ``duration`` seconds of the file at ``path``, from ``offset``
+    seconds on.
 
     ``alternatives``: files of the same utterance at several speeds, from which training picks one at random;
     ``manifest``: the manifest that lists the utterance; ``packed``: the place of the file in a shard, or None if it is

@@ -30,8 +30,8 @@ def joined(root: str, name: str) -> str:
 
 
 def absolute(file: str | os.PathLike) -> str:
-    """Returns the absolute path of a file. Symbolic links stay in it, unless its folder has a "..": after a link, that
-    means the folder above the link's target."""
+    """Returns the absolute path of a file. Symbolic links in it are kept, but those in its folder are resolved if the
+    folder's path contains "..", because ".." after a link means the folder above the link's target."""
     folder, name = os.path.split(file)
     return os.path.join(os.path.realpath(folder), name) if ".." in Path(folder).parts else os.path.abspath(file)
 

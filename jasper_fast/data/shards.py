@@ -45,7 +45,8 @@ class Packed(NamedTuple):
 def fetch(packed: Iterable[Packed]) -> dict[Packed, bytes]:
     """Returns the bytes of those files that lie in object stores, requested from each store all at the same time. Files
     that cannot be read are left out; ``Packed.read`` then raises the error."""
-    groups: dict[Any, dict[Packed, str]] = defaultdict(dict)  # the paths of the files by file system
+    # by file system: the files in it, and the path there of the shard of each
+    groups: dict[Any, dict[Packed, str]] = defaultdict(dict)
     for each in dict.fromkeys(p for p in packed if places.is_url(p.tar)):
         try:
             files, path = places.files_of(each.tar)
@@ -65,10 +66,10 @@ def locate(entry: dict[str, Any], root: str) -> tuple[str, Packed]:
     """Returns the name of a manifest entry that has ``shard_id``, and its place in its shard.
 
     The shard is the entry's ``tar``, if it has one. Otherwise it is audio_N.tar in the folder ``root``, where N is
-    ``shard_id``, or, if ``root`` is a pattern (audio__OP_0..127_CL_.tar), path number N (from 0 on) of it. The file is
-    ``tar_size`` bytes from byte ``tar_start`` on, as `prepare shards` writes them. Without these keys, as in NeMo's
-    manifests, the file is looked up in the shard by its name. Raises KeyError, TypeError, ValueError or OSError for an
-    invalid entry.
+    ``shard_id``, or, if ``root`` is a pattern (audio__OP_0..127_CL_.tar), the pattern's path number N (from 0 on). The
+    file is ``tar_size`` bytes from byte ``tar_start`` on, as `prepare shards` writes them. Without these keys, as in
+    NeMo's manifests, the file is looked up in the shard by its name. Raises KeyError, TypeError, ValueError or OSError
+    for an invalid entry.
     """
     member, shard = str(entry["audio_filepath"]), entry["shard_id"]
     tars, folder = _tars(root)

@@ -120,7 +120,8 @@ def _norm_face(backend, device, dtype, channels, rows_log2, off) -> str:
 
 
 def rows_log2(rows: int) -> int | None:
-    """Returns the bucket of measured times for `rows`, or None in a traced graph, whose batches have no fixed size."""
+    """Returns the exponent of the power of two under which times for `rows` are kept, or None in a traced graph, whose
+    batches have no fixed size."""
     return None if torch.compiler.is_compiling() else tables.bucket(rows)
 
 
@@ -153,9 +154,10 @@ def conv_face(
 
     On a GPU "auto" compares our faces with cuDNN in channels-last memory. It takes the one on which `calls` together
     take the least time at `shape` (c_in, c_out, taps, stride, dilation) and 2**rows_log2 rows (None: the largest
-    measured number). The times are those tuned on this GPU (now, at the first use: see `tuned`), else those in the
-    tables of this GPU or a similar one, else estimates by `rules`. Our faces are used only if their verdict is good. If
-    Triton cannot run, "auto" takes the CUDA face without comparing times; otherwise it takes "aten" if `shape` is None.
+    measured number). The times are those tuned on this GPU (now, if this is the first use: see `tuned`), else those in
+    the tables of this GPU or a similar one, else estimates by `rules`. Our faces are used only if their verdict is
+    good. If Triton cannot run, "auto" takes the CUDA face without comparing times; otherwise it takes "aten" if `shape`
+    is None.
     """
     if backend == "auto":
         tuned.catch_up(device)
@@ -215,7 +217,8 @@ def fused_face(
     faces: tuple[str, ...],
 ) -> str:
     """Returns which of `faces` runs all `convs` of a network fastest on a GPU at 2**rows_log2 rows N*T' (T': frames
-    after the strided conv). The times are measured (now, at the first use: see `tuned`) or estimated by `rules`.
+    after the strided conv). The times are measured (now, if this is the first use: see `tuned`) or estimated by
+    `rules`.
 
     `convs`: pairs of a shape (c_in, c_out, taps, stride, dilation) and the number of convs with that shape.
     """

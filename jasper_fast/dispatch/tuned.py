@@ -120,7 +120,7 @@ class Session:
 
     @property
     def out_of_time(self) -> bool:
-        """Whether cells were left when `tune` returned, which ends early only if its time runs out."""
+        """Whether cells were left when `tune` returned. (It returns early only if its time runs out.)"""
         return len(self.done) < len(self.cells)
 
 
@@ -179,7 +179,7 @@ def tune(
 # ------------------------------------------------------------------------------------------------------- first use
 
 changed: list[Callable[[], None]] = []  # called after tables have new rows, to drop cached choices
-_waiting: dict[torch.device, dict[Cell, str]] = {}  # by device, cells to tune once that is allowed: {cell: `what`}
+_waiting: dict[torch.device, dict[Cell, str]] = {}  # for each device: {cell to tune when allowed: `what`, see `want`}
 _asked: set[tuple[torch.device, Cell]] = set()  # cells already tried in this process, with or without a result
 _local = threading.local()
 

@@ -112,7 +112,7 @@ def read(device: torch.device) -> dict[tuple[str, str, str], Verdict]:
 
 def _parse(data: dict, device: torch.device) -> dict[tuple[str, str, str], Verdict]:
     if data["schema"] != SCHEMA or data["key"] != key(device):
-        raise ValueError("they are of another machine or version")
+        raise ValueError("its verdicts are of another machine or version")
     found = {}
     for values in data["verdicts"]:
         verdict = Verdict(**values)

@@ -1,5 +1,5 @@
-"""Inference: batch norms are folded into the convs, and weights are packed once. In our kernels each sub-block is one
-fused conv (two if it is separable). The panes of a block (the 1x1 convs of its residual connections) read all their
+"""Inference: batch norms are folded into the convs, and weights are packed once. With our kernels each sub-block is
+one kernel (two if it is separable). The panes of a block (the 1x1 convs of its residual connections) read all their
 block outputs from one buffer.
 
 `engine` has the class for users. `plan` folds the model and decides which buffers each sub-block reads and writes.

@@ -79,8 +79,8 @@ def convert(
 
     Raises ConvertError if `to` is unknown, if `out` is a folder, if `out` exists and `force` is false, and if the file
     and `config` have different labels. Raises CheckpointError for a file that cannot be read or does not fit its
-    configuration. NeMo's format needs labels and valid settings of the features (otherwise ValueError) and odd kernels
-    (CheckpointError).
+    configuration. For NeMo's format, raises ValueError if the labels are not known (unless the classes fit the English
+    alphabet) or the settings of the features are not valid, and CheckpointError for kernels of even size.
     """
     if to not in WRITERS:
         raise ConvertError(f"--to {to} is unknown; choose one of {', '.join(WRITERS)}")

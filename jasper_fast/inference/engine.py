@@ -29,7 +29,8 @@ class InferenceEngine:
     a GPU they are clamped, because a check would have to wait for the GPU. No gradient flows through the engine.
 
     The constructor copies, folds (in fp32 or wider) and packs the model's weights. Call `refresh()` after they change.
-    Both raise ValueError for weights on the meta device.
+    The constructor and `refresh()` raise ValueError for weights on the meta device.
+
     dtype: that of weights and activations, by default the model's; sums are in fp32 or wider. On a CPU with AVX512-BF16
     or AMX, bf16 is fastest. On most CPUs an engine in fp16 computes in fp32, which is faster.
 
@@ -40,8 +41,8 @@ class InferenceEngine:
 
     On the triton and cuda faces a call runs one kernel per sub-block (two if it is separable) and one for the decoder.
     ATen does the log-softmax of a vocabulary of more than 128 symbols, and copies the features if the first block's
-    panes or a depthwise conv read them. On the aten face a sub-block runs up to four kernels, one of which is cuDNN's
-    conv.
+    panes or a depthwise conv read them. On the aten face a sub-block runs up to four kernels (more if it is separable),
+    one of which is cuDNN's conv.
 
     The kernels between the first and the last are captured in a CUDA graph per shape. With conv masks T' is rounded up
     to a multiple of `bucket` frames, so that few shapes occur. The `graph_limit` most recently used graphs are kept.

@@ -17,7 +17,7 @@ from jasper_fast.speech.audio import AudioError, ShortAudio
 from jasper_fast.speech.metrics import alignment
 
 Row = dict[str, Any]  # an utterance: text, pred_text, duration, word_errors, words, character_errors, characters, ...
-LENGTHS = (2.0, 5.0, 10.0, 15.0)  # the bounds, in seconds, between the classes of utterances by length
+LENGTHS = (2.0, 5.0, 10.0, 15.0)  # seconds: the bounds between the classes of `length_of`
 
 
 def length_of(row: Row) -> str:

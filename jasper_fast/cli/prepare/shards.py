@@ -3,8 +3,8 @@
 Shuffles the utterances of manifests, packs them into DIR/audio_N.tar and writes DIR/tarred_audio_manifest.json.
 train.py, evaluate and check read this like any other manifest, and NeMo and WebDataset read the shards. A few large
 files suit network drives and object stores better than many small ones. Training takes its batches from a few shards at
-a time. The order of the batches depends only on the seed, so a run can resume at any step. If the shards will be read
-from another place, such as s3://..., name it with --url (read by fsspec).
+a time. The order of the batches depends only on the seed and the epoch, so a run can resume at any step. If the shards
+will be read from another place, such as s3://..., name it with --url (fsspec reads URLs).
 """
 
 import argparse

@@ -52,7 +52,7 @@ class Rules:
     frame_samples: int = 320
     sample_rate: int = 16000
     normalize_text: bool = True
-    strict: bool = False  # also leave out utterances that would only be reported
+    strict: bool = False  # also leave out utterances that are otherwise only reported
 
 
 class Fault(NamedTuple):

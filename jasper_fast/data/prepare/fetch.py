@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jasper_fast.data.prepare.writing import PrepareError, Progress, move, writing
 
-TRIES = 8  # give up after this many failures in a row, of which only the first may have received data
+TRIES = 8  # give up after this many failures in a row; an attempt that received data counts as the first
 PAUSE = 1.0  # seconds before the second attempt; doubled before each further one
 LONGEST_PAUSE = 60.0  # seconds
 TIMEOUT = 60.0  # seconds without data after which a connection counts as broken
@@ -37,8 +37,8 @@ def fetch(url: str, target: Path, md5: str, progress: Progress) -> None:
 
     A ``target.part`` from an earlier run is continued. If the connection breaks or is silent for a minute, or if the
     server answers with status 408, 425, 429 or 5xx, the download is tried again. Raises PrepareError after ``TRIES``
-    failures in a row, of which only the first may have received data. Also raises it for other errors of the server,
-    and for a wrong MD5, after which ``target.part`` is deleted.
+    failures in a row, where a failed attempt that received data counts as the first. Also raises it for other errors of
+    the server, for errors of the disk, and for a wrong MD5, after which ``target.part`` is deleted.
     """
     part = target.with_name(f"{target.name}.part")
     with writing(part):
@@ -68,8 +68,8 @@ def fetch(url: str, target: Path, md5: str, progress: Progress) -> None:
 
 
 def _receive(url: str, part: Path, progress: Progress) -> None:
-    """Appends to ``part`` the bytes of ``url`` that are missing in it. Raises OSError or HTTPException if the
-    connection breaks."""
+    """Appends to ``part`` the bytes of ``url`` that are missing in it. Raises OSError or HTTPException for errors of
+    the connection or the server, and PrepareError if ``part`` cannot be written."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:

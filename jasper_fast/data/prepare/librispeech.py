@@ -140,8 +140,8 @@ def prepare(corpus: Corpus, jobs: int, say: Callable[[str], None], progress: Pro
 
     First calls ``say`` with a line on what will be downloaded and written. Copies are made by ``jobs`` threads (0: one
     per core). Complete audio files are never made again, so the same call continues an interrupted run, with the same
-    result. Raises PrepareError for a wrong MD5, a damaged or hostile archive, too little disk space, or a server that
-    does not answer.
+    result. Raises PrepareError for whatever stops the work, such as a wrong MD5, a damaged or hostile archive, too
+    little disk space, or a server that does not answer.
     """
     for name in corpus.sets:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):

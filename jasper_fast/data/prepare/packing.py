@@ -70,8 +70,8 @@ def _size(utterance: Utterance) -> int:
 
 
 def _stem(utterance: Utterance, taken: set[str]) -> str:
-    """Returns a file name without suffix that is not in ``taken``. It has no dot, because WebDataset splits names at
-    the first dot."""
+    """Returns a file name without suffix that is not in ``taken``, and adds it to ``taken``. The name has no dot,
+    because WebDataset splits names at the first dot."""
     first = re.sub(r"[^A-Za-z0-9_-]", "_", Path(utterance.path).stem)[:80] or "utterance"
     more = (f"{first}_{number}" for number in itertools.count(1))
     stem = next(name for name in itertools.chain([first], more) if name not in taken)

@@ -164,8 +164,8 @@ def _kaldi(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Ent
 
 
 def _kaldi_path(place: str, source: Path, audio_dir: Path | None) -> Path | None:
-    """Returns the file that ``place``, the value in a line of wav.scp, names. It may be in a command `flac ... FILE |`
-    or `cat FILE |`; returns None for any other command."""
+    """Returns the file that ``place``, the value in a line of wav.scp, names. The file may be in a command `flac ...
+    FILE |` or `cat FILE |`. Returns None for any other command."""
     if place.endswith("|"):
         words = place.rstrip("| ").split()
         files = [word for word in words if Path(word).suffix.lower() in SOUNDS]
@@ -231,7 +231,8 @@ def _beside(name: str, source: Path, audio_dir: Path | None) -> Path:
 
 
 def _manifest(source: str, audio_dir: Path | None, report: Report) -> Iterator[Entry]:
-    """Reads NeMo's JSON lines, or the JSON array of NVIDIA's Jasper, of which only the files at speed 1 are used."""
+    """Reads NeMo's JSON lines, or the JSON array of NVIDIA's Jasper. Of each entry's files one is used, at speed 1 if
+    there is one."""
     try:
         utterances = read_manifest(source, audio_dir)
     except ManifestError as error:

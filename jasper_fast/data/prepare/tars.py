@@ -38,8 +38,8 @@ def entries(source: str, report: Callable[[str], None]) -> Iterator[dict[str, An
     """Yields a manifest entry for each sample with audio and text. The entry has the byte range of the audio in the
     tar.
 
-    ``report`` is called with a message for each sample that is left out. Raises PrepareError, which names a file that
-    is not a tar.
+    ``report`` is called with a message for each sample that is left out. Raises PrepareError if ``source`` names
+    no tar, and for a file that is not a complete, uncompressed tar.
     """
     tars = named(source)
     if not tars:
