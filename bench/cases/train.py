@@ -228,7 +228,7 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
 
         def outputs() -> dict[str, Tensor]:
             # With the timed batch this may be the first call, in which cuDNN must time its algorithms. With another
-            # batch its heuristics choose, because timing takes long.
+            # batch cuDNN's heuristics choose, because timing the algorithms takes long.
             with cudnn_search.off() if judged is not batch else contextlib.nullcontext():
                 return answer(module, call, judged(), state(), run.dtype)
 

@@ -14,8 +14,9 @@ BEAM = 128  # the beam that every run measures
 
 
 def main(run: Run, model: str) -> list[dict]:
-    """Measures the search of one utterance for each kind of posteriors, beam and language model. Then it measures the
-    search of several utterances on all cores (if there are several), and the acoustic model together with the search.
+    """Measures the search of one utterance for each kind of posteriors, beam and language model. On a machine with
+    several cores, it then measures the search of several utterances on all cores. At the end it measures the acoustic
+    model together with the search.
     """
     beams = (BEAM,) if run.quick else (16, BEAM, 512)
     cores = os.cpu_count() or 1

@@ -180,6 +180,6 @@ def slow_rivals(run: Run) -> None:
     cuDNN's fused patterns are measured at all layers before torch.compile's max-autotune, which takes longer.
     """
     absent = importlib.util.find_spec("cudnn") is None
-    if not absent:  # otherwise the pass below reports cudnn as absent
+    if not absent:  # if it is absent, the last call of `all_layers` reports that
         all_layers(run, "cudnn", "sub_block", ("forward", "inference"))
     all_layers(run, f"cudnn,{SLOW}" if absent else SLOW, "sub_block", ("forward", "inference", "backward"))
