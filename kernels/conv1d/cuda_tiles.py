@@ -102,8 +102,8 @@ class Work(NamedTuple):
 def _panel_bytes(block: int, taps: int, dilation: int, stride: int) -> int:
     """Returns the bytes of a panel.
 
-    For each residue of t modulo the stride it has an odd number of rows, so that the cells of a row lie in different
-    banks.
+    A panel has one part for each residue of t modulo the stride. A part has an odd number of rows, so that the cells of
+    a row lie in different banks.
     """
     return ((block + (taps - 1) * dilation // stride) | 1) * stride * CHUNK * 2
 

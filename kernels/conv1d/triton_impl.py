@@ -224,7 +224,7 @@ def wgrad(
     share = triton.cdiv(n, min(n, tile.splits))
     shares = triton.cdiv(n, share)
     dw = torch.empty((c_out, c_in, k), dtype=dtype or x.dtype, device=x.device)
-    direct = shares == 1 and k > 1  # with one tap, the merge kernel is used, because its stores have 16 bytes
+    direct = shares == 1 and k > 1  # with one tap, the merge kernel writes dw, because it stores 16 bytes at a time
     to = dw if direct else torch.empty((shares, k, c_in, c_out), dtype=torch.float32, device=x.device)
     (vec_in, (groups_in, _, _)), (vec_out, (groups_out, _, _)) = (sizes(v.transpose(1, 2)) for v in (x, dy))
     x_desc = _activations(x.transpose(1, 2), stride, tile.t, tile.n)
@@ -298,7 +298,7 @@ def fused(
     if log_softmax:
         tile = tile._replace(n=max(16, triton.next_power_of_2(w.c_out)))
     t_blocks, n_blocks = triton.cdiv(t_out, tile.t), triton.cdiv(w.c_out, tile.n)
-    splits = 1 if workspace is None or nct else tile.splits  # programs share a reduction in the workspace
+    splits = 1 if workspace is None or nct else tile.splits  # sharing a reduction needs a workspace
     part = arrived = None
     if splits > 1:
         tiles = n * t_blocks * n_blocks

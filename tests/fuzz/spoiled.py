@@ -1,4 +1,4 @@
-"""Runs the command line on damaged corpora: each must end with a report, never with a traceback."""
+"""Runs the command line on damaged corpora: each run must end with a report, never with a traceback."""
 
 import contextlib
 import io
