@@ -1,6 +1,6 @@
 """Renders reports as HTML pages. A page is a single file and adapts to light and dark mode and to small screens.
 
-Each template extends page.html.j2, which has the style, tables and histograms.
+page.html.j2 here has the style, tables and histograms. The templates of `evaluate` and of the manifest check extend it.
 """
 
 import math
