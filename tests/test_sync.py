@@ -230,7 +230,7 @@ def test_merged_statistics_do_not_cancel(two_ops):
 def few_frames(rank: int, frames: list[list[float]]) -> torch.Tensor:
     y = torch.tensor([[frames[rank]]])
     running = torch.zeros(1), torch.ones(1)
-    how = {"backend": "reference", "group": dist.group.WORLD, "momentum": 1.0}
+    how = {"backend": "auto", "group": dist.group.WORLD, "momentum": 1.0}
     ops.bn_relu_dropout(y, torch.ones(1), torch.zeros(1), *running, **how)
     return torch.cat(running)
 

@@ -216,7 +216,7 @@ def normaliser(
     if batch_stats:
         check_rows(y, name)
         m = y.shape[0] * y.shape[2]
-        mean, m2 = bn_stats(y, backend) if stats is None else (s.detach() for s in stats)
+        mean, m2 = bn_stats(y, backend if m else "reference") if stats is None else (s.detach() for s in stats)
         if name:
             mean, m2, rows = torch.ops.jasper_fast.bn_sync_stats(mean, m2, m, name)
             m = rows
