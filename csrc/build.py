@@ -7,8 +7,8 @@
 JASPER_FAST_CUDA=0 skips the CUDA library. JASPER_FAST_CUDA_ARCHS="80;90a" chooses its architectures. The default is
 those of the GPUs in this machine, or 75, 80 and 90a if there is no GPU; "all" means all of CUDA_ARCHS that nvcc knows.
 CXX names the C++ compiler. The CPU library needs a C++20 compiler and torch's headers. The CUDA library also needs
-nvcc, but neither a GPU nor a torch with CUDA. No Python headers are used, so one build serves every Python, and every
-torch from 2.11 on.
+nvcc, but neither a GPU nor a torch with CUDA. One build serves every Python, because no Python headers are used, and
+every torch from 2.11 on.
 """
 
 import argparse

@@ -73,7 +73,7 @@ def table(results: Sequence[dict]) -> str:
 
 
 def source(result: dict) -> str:
-    """Returns as text how a result was made (command without its --out, threads, torch, commit, load), and its file."""
+    """Returns as text how a result was made (threads, torch, commit, load, command without --out), and its file."""
     m, path = result["machine"], result["path"]
     file = f"[result](bench/results/{path.name})" if path.parent == COMMITTED else path.name
     command = re.sub(r" --out \S+", "", m["command"])

@@ -22,8 +22,9 @@ struct DepthwiseRows {  // one (N, T, C) activation; rows at t >= lengths[n] are
   int64_t length(int64_t n) const { return lengths != nullptr ? lengths[n] : t; }
 };
 
-// y[t] = sum_k w[k] * x[(t*stride + k*dilation - padding) / up], over the taps at which that is a whole number and a
-// row of x. `up` is 1, or the stride of the conv whose gradient is taken. Rows of y at t >= its length are set to zero.
+// y[t] = sum_k w[k] * x[(t*stride + k*dilation - padding) / up], over the taps whose index into x is a whole number
+// and a row of x. `up` is 1, or the stride of the conv whose gradient is taken. Rows of y at t >= its length are set to
+// zero.
 struct DepthwiseSum {
   DepthwiseDtype dtype = DepthwiseDtype::fp32;
   DepthwiseRows x, y;

@@ -32,7 +32,7 @@ struct Entry {
 
 struct Candidate {
   double score;
-  int64_t order;  // of equal scores, the lower order wins: first the beam's entries, then symbol c after entry i
+  int64_t order;  // i for entry i of the beam; extensions follow. Of equal scores, the lower order wins
 };
 
 bool better(const Candidate& x, const Candidate& y) {

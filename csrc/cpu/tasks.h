@@ -1,5 +1,5 @@
-// Threads for the files outside isa/, and checks that several of these files make. In run_tasks, threads take tasks from
-// a counter, so a thread that loses its core delays only one task.
+// Threads for the files outside isa/, and checks that several of these files make. In run_tasks, threads take tasks
+// from a counter, so a thread that loses its core delays only one task.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -204,8 +204,8 @@ __device__ __forceinline__ void load_panel(const Operand& x, uint32_t to, int n,
     }
 }
 
-// Returns where the pack has image `half` of the two (64 output channels each) that step `s` of the tile needs. With
-// TRANSPOSED, for the gradient of x, the reduction is over C_out and the taps are in reverse.
+// Returns the address of one of the two images that step `s` of the tile needs: of the lower (`half` 0) or upper (1) 64
+// output channels. With TRANSPOSED, for the gradient of x, the reduction is over C_out and the taps are in reverse.
 template <class T, bool TRANSPOSED>
 __device__ __forceinline__ const T* image(const Args& a, const Tile& tile, const Step& s, int half) {
   const Operand& x = s.panes ? a.panes : a.main;

@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(32) ldmatrix_kernel(Case c) {
   if (lane == 0) c.clocks[blockIdx.x] = clock64() - start;
 }
 
-// The image has the registers of a, [lane][4], then those of b, [lane][4]. With option 1 they are bf16.
+// The image has the registers of a, [lane][4], then those of b, [lane][4]. They hold fp16, or with K = 16 and option 1
+// bf16.
 template <int K>
 __global__ void __launch_bounds__(32) mma_kernel(Case c) {
 #if JF_SM80

@@ -8,8 +8,8 @@
 // The reduction is cut into chunks of channels. For each chunk a window of x is copied once into a buffer: the input
 // rows that the group reads, with zeros where x has no row. The row stride of the buffer is an odd number of cache
 // lines, because a power of two would put all rows into the same few sets of L1. In the direct algorithm all taps read
-// the same window, shifted, and all column blocks reuse it. conv1d_pack.cpp has the order of the packed weights. A panel
-// has those of one block and chunk. It fits L2 and is prefetched while the panel before it is in use.
+// the same window, shifted, and all column blocks reuse it. conv1d_pack.cpp has the order of the packed weights. Those
+// of one block and chunk are a panel. It fits L2 and is prefetched while the panel before it is in use.
 //
 // Every output element is a sum of short sums, of at most 256 units each, which keeps the rounding error of fp32 small.
 // The order of summation does not depend on the tiling or the number of threads. With bf16 weights, x is rounded to

@@ -22,7 +22,8 @@ constexpr int kGradStride = (kRows + 7) / 8 * 8;  // floats between rows of x pa
 constexpr int64_t kGradRows = 256;
 
 // Turns the gradients of the sub-filters into that of the filter: dw[2k] = dS[k] + dA[k] and dw[2k+1] = dS[k] + dB[k],
-// in rows of `size` floats. `sums` has the gradients of the products in order. Returns the end of those that it used.
+// in rows of `size` floats. `sums` has the gradients of the sub-filters in order. Returns the end of the part of `sums`
+// that it used.
 const float* take_filters(int64_t level, const float* sums, int64_t taps, float* spare, float* to, int64_t size) {
   if (level == 0) {
     copy_row(to, sums, taps * size);
@@ -64,7 +65,7 @@ struct WeightGrad {
 
   int64_t tile_begin(int64_t i) const { return channels * i / tiles; }
   int64_t tile_height(int64_t i) const { return tile_begin(i + 1) - tile_begin(i); }
-  // The number of channels to copy for tile i: kGradStride, or only the tile's own if x ends before that.
+  // The number of channels to copy for tile i: kGradStride, or only the tile's own if fewer are left in x.
   int64_t copied(int64_t i) const {
     return c_begin + tile_begin(i) + kGradStride <= args.x.channels ? kGradStride : tile_height(i);
   }

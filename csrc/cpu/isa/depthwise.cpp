@@ -83,7 +83,7 @@ JF_INLINE void sum(const DepthwiseSum& a, const DepthwiseTask& task, float* scra
   const int channels = (int)min64(kColumns, a.c - task.block * kColumns);
   const int64_t rows = a.x.length(task.n), length = rows > 0 ? (rows - 1) * a.up + 1 : 0;
   const int64_t end = max64(task.begin, min64(task.end, a.y.length(task.n)));
-  const int64_t more = (kRows - 1) * a.stride;  // most rows of zeros that a group reads at either end of x
+  const int64_t more = (kRows - 1) * a.stride;  // most rows of zeros that sum_rows reads at either end of x
   int64_t t = task.begin;
   if (length > 0 && t < end) {
     const int64_t first = max64(-more, t * a.stride - a.padding);

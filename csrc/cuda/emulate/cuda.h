@@ -37,8 +37,8 @@ struct Index {
 extern Index threadIdx, blockIdx, blockDim, gridDim;
 
 // Runs the kernel for every thread of every CTA. `resident` CTAs run at once (0: the whole grid), each with `shared`
-// bytes of dynamic shared memory. Throws std::runtime_error with one line about the error, which names the thread if only
-// one is concerned.
+// bytes of dynamic shared memory. Throws std::runtime_error with one line about the error, which names the thread if
+// only one is concerned.
 void launch_emulated(int64_t grid, int block, size_t shared, int resident, const std::function<void()>& kernel);
 
 // Returns the `resident` that JF_LAUNCH_DYNAMIC uses.
