@@ -43,7 +43,7 @@ class CudaRecorder:
         """
         current, graph = torch.cuda.current_stream(self._stream.device), torch.cuda.CUDAGraph()
         gc.collect()  # an autograd graph of an earlier step, kept by a reference cycle, would break the capture
-        torch.cuda.empty_cache()  # the pool cannot use cached memory of plain steps, so free it
+        torch.cuda.empty_cache()  # frees the memory cached by plain steps, which the pool cannot use
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             # without other graphs the old pool no longer exists: a pool is freed together with its last graph
@@ -222,7 +222,7 @@ class GraphedStep:
                 result, replay = self.recorder.capture(step, alone=not self.graphs)
         except RuntimeError:
             if self.scaler.is_enabled():
-                self.scaler._per_optimizer_states.clear()  # the scaler must not expect the rest of this step
+                self.scaler._per_optimizer_states.clear()  # forgets that gradients were unscaled
             raise
         finally:
             self.optimizer.zero_grad(set_to_none=True)  # frees the gradients' memory for the next graph

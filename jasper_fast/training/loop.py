@@ -32,7 +32,7 @@ class Loop(ABC):
     stop: StopRequest
     log: RunLog
     judged: int  # the step of the last validation, at first the step where the run starts
-    kept: int  # the step of the last checkpoint
+    kept: int  # the step of the last checkpoint that is named by its step, at first the step where the run starts
     val: Any  # the data to validate on; None or empty if there are none
 
     # the step of the weights that the run went back to last, and how many times in a row it went back to them

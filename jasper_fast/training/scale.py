@@ -13,8 +13,8 @@ def accumulation_for(wanted: int, sampler: BatchSampler, utterances: int) -> tup
     """Returns how many micro-batches per process make a step of ``wanted`` utterances, and a message about it.
 
     The number is rounded to the nearest integer. A micro-batch has ``batch_size`` utterances. If its size is a limit in
-    seconds, the mean number in the first epoch is used, which has ``utterances`` utterances in all. Raises RunError if
-    one micro-batch per process is already more than 1.5 times ``wanted``.
+    seconds, the mean over the first epoch is used instead. That epoch has ``utterances`` utterances in all. Raises
+    RunError if one micro-batch per process is already more than 1.5 times ``wanted``.
     """
     world = sampler.world_size
     mean = utterances / max(sampler.steps(0) * world, 1)

@@ -27,7 +27,7 @@ class Validation:
     wer: float
     cer: float
     bad: list[str] = field(default_factory=list)  # utterances whose loss is NaN or infinite
-    examples: list[tuple[str, str]] = field(default_factory=list)  # (reference, hypothesis) of the first two
+    examples: list[tuple[str, str]] = field(default_factory=list)  # (reference, hypothesis) of the first two utterances
 
 
 def heard(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> list[str]:

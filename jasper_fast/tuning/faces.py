@@ -18,8 +18,8 @@ from jasper_fast.kernels.tables import Cell, Row
 from jasper_fast.selfcheck.checks import DTYPES
 
 LIBRARY = {"conv1d": "aten", "bn_relu_dropout": "reference"}  # for each op the face that is plain PyTorch
-MOST = 5  # tiles that the Triton face proposes for a cell
-ON_CPU = 2  # tiles that the Triton face proposes in Triton's interpreter, where trying a tile takes a second
+MOST = 5  # tiles that the Triton face proposes for a cell, at most
+ON_CPU = 2  # the same in Triton's interpreter, where trying a tile takes a second
 
 
 @dataclass(frozen=True)

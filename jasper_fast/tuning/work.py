@@ -115,7 +115,7 @@ class Tuner:
         if spilled := self._facts.get((cell, proposal.name(cell)), {}).get("spilled"):
             return f"spills {spilled} bytes"
         if proposal.face == LIBRARY[cell.op.split(".")[0]]:
-            return ""  # plain PyTorch is what the others are compared with
+            return ""  # plain PyTorch needs no check
         kind = (cell.op, cell.dtype, proposal.face, str(proposal.tile), cell.stride, cell.dilation, cell.taps == 1)
         kind += tuple(c % 64 for c in (cell.c_in, cell.c_out))
         if kind not in self._checked:

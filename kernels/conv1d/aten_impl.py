@@ -75,7 +75,10 @@ def wgrad(
     dtype: torch.dtype | None = None,
     clean: bool = False,
 ) -> Tensor:
-    """Returns the gradient of the weight, (C_out, C_in, K), in `dtype` (default: that of `x`)."""
+    """Returns the gradient of the weight, (C_out, C_in, K), in `dtype` (default: that of `x`).
+
+    As in `forward`, the caller ensures that `x` is zero at t >= `lengths`.
+    """
     weight = dy.new_empty(()).expand(dy.shape[1], x.shape[1], k)  # only its shape is used
     dw = conv2d_backward(dy, x, weight, geometry, (False, True))[1]
     return dw.squeeze(2).contiguous().to(dtype or x.dtype)
