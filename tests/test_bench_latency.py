@@ -84,7 +84,7 @@ def short(monkeypatch):
 
 
 def engine(change=dict, dtype=torch.float32, around=lambda engine: engine):
-    """Returns a replacement of our engine, for `rows_of`, with the weights `change(state)`, wrapped in `around`."""
+    """Returns a function for `rows_of` that makes an engine with the weights `change(state)`, wrapped by `around`."""
 
     def build(shared: latency.Models) -> Model:
         fused = models.fused(shared.cfg, change(shared.state), "reference").eval()
@@ -94,7 +94,7 @@ def engine(change=dict, dtype=torch.float32, around=lambda engine: engine):
 
 
 def rows_of(tmp_path, case_of, dtype=torch.float32, engine=None) -> dict[str, dict]:
-    """Measures a case of the small model and returns its rows by contender; `engine` replaces our engine."""
+    """Measures a case of the small model and returns its rows by contender. `engine` makes what replaces our engine."""
     run = make_run(tmp_path, dtype=dtype, rivals="eager,eager_2d_channels_last")
     shared = latency.Models(run, "small")
     if engine is not None:

@@ -370,7 +370,7 @@ def test_brackets_in_the_name_of_a_file_are_told(capsys):
 
 
 def of(samples: int, pairs: int) -> dict:
-    """Returns the result of `full` with only so many samples and pairs."""
+    """Returns the result of `full` with only this many samples and pairs."""
     result = full()
     for r in result["rows"]:
         if "time_s" in r:

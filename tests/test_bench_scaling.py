@@ -39,8 +39,8 @@ class Deaf(torch.nn.parallel.DistributedDataParallel):
 
 
 def one_of_two(rank: int, folder: str, port: int) -> None:
-    """Runs in each of two processes, in place of torchrun. Writes what the check finds wrong, first with gradients
-    that are not averaged and then with averaged ones, and runs the command."""
+    """Runs in each of two processes. Sets the environment as torchrun does, writes what the check finds wrong, first
+    with gradients that are not averaged and then with averaged ones, and runs the command."""
     torch.set_num_threads(1)
     places = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {k: str(v) for k, v in places.items()}

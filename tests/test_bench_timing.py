@@ -1,5 +1,5 @@
-"""Timing on a simulated GPU, by events, by the wall clock and on the host. Also tests the flush of the cache, and
-sleeps while the clock rate rises."""
+"""Timing on a simulated GPU, by events, by the wall clock and on the host. Also tests that the flush of the
+cache only reads, and how sleeps are counted while the clock rate rises."""
 
 import dataclasses
 import time
@@ -19,7 +19,7 @@ measured_rate = clocks.cycles_per_second.__wrapped__  # the original, which the 
 
 
 class Gpu:
-    """A simulated device with a queue, and a host clock, which only the simulated actions move."""
+    """A simulated device with a queue. Only the simulated actions advance the host clock, `now`."""
 
     rate = 1e9  # cycles of a sleep per second
 

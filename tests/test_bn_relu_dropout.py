@@ -156,7 +156,7 @@ SHAPES = [
     (2, 256, 21, [21, 5]),
     (3, 136, 50, [50, 2, 0]),
 ]
-# utterances so short that one program of a reduction reads rows of many
+# utterances so short that one program of a reduction reads rows of several utterances
 SHORT = [(300 // t, 24, t, [7 * i % (t + 1) for i in range(300 // t)]) for t in (1, 2, 5, 40)]
 
 

@@ -244,7 +244,8 @@ def test_warm_start_from_a_file_that_may_not_say_its_labels(tmp_path, kind):
 
 
 def test_when_a_file_without_labels_is_assumed_to_have_the_published_ones(tmp_path):
-    """Without labels, the published ones are assumed if the model has them or `like` names old labels for new ones."""
+    """For a file without labels the published ones are assumed if the model has them, or if `like` names old labels for
+    new ones."""
     model, labels = Jasper(config(published_labels()), backend="reference"), [" ", "b", "ä"]
     torch.save({"state_dict": model.state_dict()}, tmp_path / "a.pt")
     with pytest.warns(UserWarning, match="does not name its labels"):

@@ -58,7 +58,7 @@ BN, LAST = "bn_relu_dropout forward", GOOD | {"nan_eaters": 9, "wide_stores": 0}
         (set(), job(80, kernel=BN), POINTWISE),
         (set(), job(90, **ROUNDED), GOOD | SMALL),
         (set(), job(80, **EXACT), AMPERE | {"mma_sync": 0, "cp_async": 0}),
-        # The merge of the statistics and the last conv are exempt from some rules. The first conv is not.
+        # Two kernels are exempt from some rules: the merge of the statistics, and the last conv. The first conv is not.
         (set(), job(80, kernel="conv1d stats merge"), POINTWISE | {"spilled": 8, "wide_stores": 0}),
         (set(), job(kernel="conv1d last"), LAST),
         ({"a NaN passes", "16-byte accesses"}, job(kernel="conv1d first"), LAST),

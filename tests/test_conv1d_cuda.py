@@ -226,8 +226,8 @@ def test_plans_know_the_rate_of_the_gpu(monkeypatch: pytest.MonkeyPatch, capabil
 # ---- launches that may begin while the previous launch still runs ----
 
 # Such a launch touches only weights before it waits for the end of the previous launch. The emulation begins it with
-# NaN in all memory that the previous launch may read or write. The memory is restored only when no thread can go on
-# before it has waited (csrc/cuda/emulate/grids.cpp).
+# NaN in all memory that the previous launch may read or write. The memory is restored, and the wait ends, only when
+# no thread can go on otherwise (csrc/cuda/emulate/grids.cpp).
 CHAINED = {
     # layer, channels of the panes, whether several CTAs share a tile
     "a tile in the padding": ((2, 72, 40, 150, 3, 1, 1, [150, 30]), 0, False),

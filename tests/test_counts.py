@@ -219,7 +219,8 @@ def test_bytes_of_sub_blocks_are_what_their_kernels_move(layer, statistics, laun
     assert count("forward") == 4 * moved(launches)
     out.backward(torch.zeros_like(out))
     assert "stats" not in {name for name, _ in launches}
-    merges = sum(name == "conv1d_wgrad_merge" for name, _ in launches)  # the shares of a weight count as one gradient
+    # each merge writes one gradient of the weight; the shares that it reads do not count
+    merges = sum(name == "conv1d_wgrad_merge" for name, _ in launches)
     assert count("backward") == 4 * (moved(launches) + merges * weight.numel())
     assert count("both") == count("forward") + count("backward")
     if layer.C_in == layer.C_out and not statistics:  # kernels/README.md: 4s and 11s, without weights
@@ -282,7 +283,7 @@ def test_flops_of_panes_are_pytorchs(block, tmp_path):
 class Products(TorchDispatchMode):
     """Collects the operands and results of matrix products over all rows.
 
-    Among the products for weight gradients, and among all others, a tensor that is used again counts once.
+    A tensor that is used again counts once among the products for weight gradients, and once among all others.
     """
 
     def __init__(self, rows: int) -> None:
@@ -328,7 +329,7 @@ def test_bytes_of_panes_are_what_their_products_read_and_write(block, tmp_path):
 
 
 class Arithmetic(TorchDispatchMode):
-    """Counts the arithmetic operations per element on tensors of one shape. A sum over a tensor counts as one."""
+    """Counts the arithmetic operations per element on tensors of one shape. A sum counts as one per element."""
 
     COUNTED = ("add", "sub", "mul", "relu", "sum")
 

@@ -19,7 +19,7 @@ pytestmark = [
 ]
 LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
 FILES = ("bn_cpu", "bn_relu_dropout", "conv1d", "conv1d_16bit", "depthwise", "panes")
-# Selects tests of the CPU face's results. Tests of autograd and of arguments would run no other kernels.
+# Selects tests of the CPU face's results. Tests of autograd and of arguments are left out: they run no other kernels.
 WORDS = "(bn_cpu or conv1d or cpu) and not (is_conv1d or librarys or arguments or engine or aten or opcheck or triton)"
 CHILD = """
 import sys

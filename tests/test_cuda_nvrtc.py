@@ -215,7 +215,7 @@ def tell_sizes(args, wgrad_args) -> None:
 )
 def test_a_library_of_another_version_is_refused(launches, functions, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library has none of the kernels, kernels with other arguments, or only the functions that tell the sizes of
-    the arguments, and CuPy is not installed."""
+    the arguments. CuPy is not installed."""
     monkeypatch.setattr(native, "cuda_library", lambda: SimpleNamespace(_name="libjasper_fast_cuda.so", **functions))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(nvrtc, "missing", lambda: "CuPy is not installed")

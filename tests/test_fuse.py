@@ -130,7 +130,7 @@ def equal_steps(single: nn.Module, training: bool, number: int = 2, rtol: float 
 @pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize(("which", "kind"), MODELS)
 def test_steps_equal_those_without_fusion(which, kind, masks, training, monkeypatch):
-    """Each sub-block of the two fused models runs the fused op in both steps."""
+    """In both steps, one fused op leads from each conv of a block to the next, in each of the two fused models."""
     ran = spied(monkeypatch, ops, "separable_sub_block" if kind == "separable" else "sub_block")
     equal_steps(build(which, kind, masks), training, factor=6.0 if kind == "separable" else 4.0)
     assert len(ran) == 2 * 2 * sum(b["repeat"] - 1 for b in blocks(kind))

@@ -43,7 +43,8 @@ def test_a_gram_matrix_serves_all_blocks_that_read_it(counted):
 
 
 def test_nothing_of_a_forward_pass_remains(counted, monkeypatch):
-    """What blocks share does not outlive a forward pass, even if no backward pass follows or an error ends it."""
+    """What blocks share does not outlive a forward pass, even if no backward pass follows, or an error ends the
+    forward pass."""
     made = spied(monkeypatch, Shared, "__init__", lambda self, *of: weakref.ref(self))
     model = build("nemo").train()
     fuse(model)

@@ -39,9 +39,9 @@ def loss_on_the_device(monkeypatch):
 def both(
     ours: Rig, made: GraphedStep, plain: Rig, seed: int, batches: list[Batch], pad: bool = True
 ) -> list[StepResult]:
-    """Makes a graphed step, and a plain step over the same batches, padded if `pad`, from one seed. The learning rate
-    changes with the seed. Returns both results. Asserts that the states of both rigs and of the random generator are
-    equal bit by bit."""
+    """Makes a graphed and a plain step over the same batches from one seed. The plain step gets the batches padded if
+    `pad` is true. The learning rate changes with the seed. Returns both results. Asserts that the states of both rigs
+    and of the random generator are equal bit by bit."""
     for rig in (ours, plain):
         rig.optimizer.param_groups[0]["lr"] = 2.0 ** -(7 + seed % 3)  # exact in fp32, in which a graph may read it
     results, states = [], []

@@ -1,4 +1,4 @@
-"""A small Jasper compiled by torch.compile and by torch.export, compared with itself uncompiled.
+"""A small Jasper, compiled by torch.compile or exported by torch.export, compared with the same model in eager mode.
 
 Most tests compile with Inductor. Some use aot_eager, which traces the model in the same way, but
 does not fuse, reorder or free anything.

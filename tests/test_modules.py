@@ -1,6 +1,6 @@
 """A Jasper reads the weights and settings of its convs and norms, but never calls these modules.
 
-So hooks on them are refused, because they would not run. Parametrizations work, and every batch norm, panes' included,
+Hooks on them would not run, so they are refused. Parametrizations work, and every batch norm, panes' included,
 obeys its own settings, as nn.BatchNorm1d defines them.
 """
 

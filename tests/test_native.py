@@ -54,7 +54,7 @@ def test_an_op_that_an_old_library_lacks_is_named() -> None:
 @needs_native
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")
 def test_the_library_needs_no_python_and_only_torch_s_stable_symbols() -> None:
-    """A library that needs nothing else works with every Python and with later versions of torch."""
+    """A library that needs no other symbols works with every Python and with later versions of torch."""
     command = ["nm", "-D", "-u", str(native._cpu.path)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     needed = [line.split()[-1] for line in lines.splitlines() if line.strip()]

@@ -101,7 +101,7 @@ def test_rows_of_the_result_share_no_memory(function, channels):
     for y in (torch.zeros(2, 1, channels), torch.zeros(1, 5, channels), torch.zeros(1, 1, channels)):
         with pytest.raises(RuntimeError, match="rows of y share memory"):
             function(y=y.expand(2, 5, channels))
-    wide = torch.full((5, 2, 9), 7.0)  # rows of a wider buffer, with items closer than rows
+    wide = torch.full((5, 2, 9), 7.0)  # rows of a wider buffer, in which utterances are closer together than frames
     function(y=wide[..., 1 : 1 + channels].transpose(0, 1))
     assert (wide == 0).sum() == 2 * 5 * channels
 

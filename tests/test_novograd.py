@@ -22,7 +22,7 @@ from jasper_fast.kernels.novograd import cuda_impl, cuda_launch, reference, tabl
 from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
 from jasper_fast.selfcheck import checks
 
-# The last is longer than the run of a Triton program or CUDA block, and no multiple of it.
+# The last has more elements than a run, which one Triton program or CTA handles, and not a multiple of that number.
 SHAPES = ((5, 3, 11), (7,), (1,), (4, 5, 1), (), (0, 3), (3, 1025), (8192 + 1024 + 5,))
 CUDA = Face("cuda", torch.device("cpu"))
 SOURCE = cuda_host.CSRC / "cuda/emulate/novograd.cpp"

@@ -20,8 +20,8 @@ LOW = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def ahead(xs, weights, gammas, betas):
-    """Returns the sum of the panes in the Gram form. Each pane's statistics come from a call of `pane_stats` that has
-    another pane of the same input too."""
+    """Returns the sum of the panes in the Gram form. Each pane's statistics come from a call of `pane_stats` for
+    two panes of the same input."""
     others = [torch.ones_like(w)[:3] for w in weights]
     grams = [ops.pane_stats(ops.gram(x), pair)[1] for x, *pair in zip(xs, others, weights, strict=True)]
     return ops.panes(xs, grams, weights, gammas, betas)
@@ -66,7 +66,7 @@ def test_opcheck_gram_form():
 
 
 def test_statistics_of_all_readers_of_a_source_are_taken_at_once(monkeypatch):
-    """Shows that a dense Jasper computes each source's statistics once; gradients equal those of separate calls."""
+    """Shows that one call computes the statistics of all panes of a source. Gradients equal those of separate calls."""
     once = ops.pane_stats
     calls = spied(monkeypatch, ops, "pane_stats", lambda gram, weights: len(weights))
     model = Jasper(config("dense"), backend="reference", panes="gram").train().double()

@@ -108,8 +108,8 @@ def test_those_who_set_it_for_a_while_take_turns():
 
 
 def test_a_context_without_a_precision_restores_nothing():
-    """Such a context may end after one of another thread. If it restored what it found, it would bring back the setting
-    of that thread."""
+    """Such a context may begin within another thread's context and end after it. If it restored the setting that it
+    found, it would bring back that of the other thread."""
     before, none = now(), precision.fp32(None)
     with precision.fp32("ieee" if before[0] != "ieee" else "tf32"):
         none.__enter__()

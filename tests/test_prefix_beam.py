@@ -76,13 +76,14 @@ def test_the_triton_face_equals_the_definition(models):
         got = [found.cpu() for found in face.load("prefix_beam").search(log_probs.to(face.device), *settings)]
         assert torch.equal(want[0], got[0]) and torch.equal(want[1], got[1]), (case, want, got)
         torch.testing.assert_close(got[2], want[2], rtol=0, atol=1e-9)
-    missing = face.load("prefix_beam").search(log_probs.to(face.device), settings[0], 1, 200)[1:]  # it has 128 places
+    # 200 results are requested, more than the 128 prefixes that the face has places for
+    missing = face.load("prefix_beam").search(log_probs.to(face.device), settings[0], 1, 200)[1:]
     assert all((x[:, 1:] == nothing).all() for x, nothing in zip(missing, (-1, -math.inf), strict=True))
 
 
 @pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
 def test_a_nan_counts_as_an_impossible_class(name):
-    """Two of three prefixes in the beam have a NaN, so that extensions of the third one take their places."""
+    """In two of five frames all classes but one are NaN. The results equal those with -inf in place of NaN."""
     face, log_probs = make_face(name), torch.randn(1, 5, 4).log_softmax(-1)
     given = torch.tensor([5]), 3, 3
     broken = torch.zeros(1, 5, 4, dtype=torch.bool).index_fill(1, torch.tensor([1, 3]), True)

@@ -106,8 +106,8 @@ URL = "memory://bucket/shards"
 
 @pytest.fixture
 def store(tmp_path: Path, corpus: Path, monkeypatch):
-    """Copies the shards to an object store (fsspec's in memory). Yields its filesystem as `files`, and as `asked` a
-    list of the number of byte ranges in each later request."""
+    """Copies the shards to an object store (fsspec's in memory). Yields `files`, its filesystem, and `asked`, a list
+    of the numbers of byte ranges in the later requests."""
     files = pytest.importorskip("fsspec").filesystem("memory")
     pack(tmp_path, "shards", "--url", f"{URL}/")
     files.store.clear()

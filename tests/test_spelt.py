@@ -68,7 +68,7 @@ def test_the_cpu_face_equals_the_definition(arpa, symbols):
 
 @needs_native
 def test_states_whose_rows_take_much_memory_are_computed_again(arpa):
-    """The C++ face keeps a row of numbers, one for each symbol, for each state of the language model. It deletes all
+    """For each state of the language model, the C++ face keeps a row with one number for each symbol. It deletes all
     rows when they take 64 MiB. With 60,000 more symbols that is after about 50 states. The added symbols are
     impossible, so they change no result."""
     log_probs, impossible = torch.randn(1, 40, 6).log_softmax(-1), torch.full((1, 40, 60_000), -math.inf)

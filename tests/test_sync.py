@@ -122,7 +122,7 @@ def compiled_step(rank: int, backend: str, form: str, state: dict) -> tuple[int,
 
 @pytest.mark.slow
 def test_two_compiled_ranks_equal_themselves_uncompiled(tmp_path, eager):
-    """Each rank compiles one graph, although its batch differs, and gets the results of the uncompiled step."""
+    """Each rank compiles one graph, although the ranks' batches differ, and gets the results of the uncompiled step."""
     make_face("cpu")
     tasks = {of: (compiled_step, *of, eager.state_dict()) for of in (("reference", "gram"), ("cpu", "plain"))}
     for ranks in spawn(tmp_path, tasks).values():

@@ -279,8 +279,8 @@ with launch.recorded(take, arch):
 """
 
 
-# The largest number of variants of a kernel per conv shape. A conv kernel has one for each combination of the flags
-# used here and of the two default tiles for T up to 40.
+# The largest number of variants of a kernel per conv shape. A conv kernel has two for each combination of the flags
+# used here, because there are two default tiles for T up to 40.
 MOST = {"conv": 4, "bn": 1, "fused": 8}
 
 

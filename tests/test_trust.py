@@ -325,7 +325,7 @@ def test_the_ops_run_on_the_face_that_was_chosen(gpu, norm_table, channels, want
 
 
 def test_a_convs_statistics_come_from_the_face_of_the_norm_after_it(gpu, norm_table, monkeypatch):
-    """The verdict on that face is needed only if the conv computes statistics with backend="auto"."""
+    """The verdict on the norm's face is needed only if the conv computes statistics with backend="auto"."""
     monkeypatch.setattr(rules, "fastest", lambda *_: "aten")
     with FakeTensorMode(), Faces() as faces:
         x = torch.empty(4, 1000, 96, dtype=torch.bfloat16, device=GPU).transpose(1, 2)

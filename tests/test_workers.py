@@ -23,8 +23,8 @@ from jasper_fast.speech.text import Vocabulary
 
 
 class Watched(SpeechDataset):
-    """Sets an item's `start` to the id of the process that reads the item. To read the item with index `deadly` kills
-    the process. If `unblocks` is true, each reading unblocks SIGTERM."""
+    """Sets an item's `start` to the id of the process that reads the item. Reading the item with index `deadly` kills
+    the process. If `unblocks` is true, reading an item unblocks SIGTERM."""
 
     deadly = -1
     unblocks = False
@@ -95,7 +95,7 @@ def test_a_killed_process_is_replaced_and_no_batch_is_lost(data, often, begun) -
 
 
 def test_a_batch_that_always_kills_comes_empty_and_is_named(data, often, begun) -> None:
-    """While such a batch is read again, no other process loads batches, which would take memory."""
+    """While a batch that killed its process is read again, no other process loads batches, which would take memory."""
     data.deadly = 5
     loader = load_batches(data, BatchSampler(data.durations, 2, bucketing=False, shuffle=False), workers=2)
     found, running = zip(*((batch, len(begun())) for batch in loader), strict=True)
