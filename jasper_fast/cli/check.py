@@ -17,7 +17,8 @@ from jasper_fast.cli import common
 from jasper_fast.options import option
 
 END = """\
-exit status: 0 if every utterance is good, 1 if some are not or there are none, 2 for a manifest that cannot be read.
+exit status: 0 if every utterance is good, 1 if some are not or there are none, 2 for a wrong command or a
+manifest that cannot be read.
 
 example: jasper-fast check train.jsonl --clean train_clean.jsonl --html train.html"""
 OPTIONS = {

@@ -20,7 +20,7 @@ from jasper_fast.extras import need
 from jasper_fast.options import option
 
 END = """\
-exit status: 0 if every check passed, 1 otherwise, 2 for a wrong command.
+exit status: 0 if every check passed, 1 otherwise, 2 for a wrong command or if nothing could be checked.
 
 example: jasper-fast selfcheck --device cuda:0 --quick --dtype fp16"""
 

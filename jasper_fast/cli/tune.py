@@ -17,7 +17,7 @@ from jasper_fast.cli import common
 from jasper_fast.options import option
 
 END = """\
-exit status: 0 if all shapes are measured, 4 if the budget ran out first, 2 for a wrong command.
+exit status: 0 if all shapes are measured, 4 if the budget ran out first, 2 for a wrong command or if tuning failed.
 
 example: jasper-fast tune --dtype bf16 --batches 1:2 1:16.7 32:16.7 --for inference --budget 120"""
 BATCHES = ["32:16.7", "1:2", "1:16.7", "8:16.7", "16:16.7"]

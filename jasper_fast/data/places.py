@@ -38,7 +38,7 @@ def absolute(file: str | os.PathLike) -> str:
 
 def placed(file: str, manifest: Path) -> str:
     """Returns the path by which a manifest names a file. It is relative to the manifest's folder if the file is below
-    that folder, also by way of symbolic links, and absolute otherwise."""
+    that folder, before or after symbolic links are resolved, and absolute otherwise."""
     path = absolute(file)
     names = path, os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
     roots = os.path.dirname(absolute(manifest)), os.path.realpath(manifest.parent)

@@ -136,10 +136,10 @@ def tune(
 ) -> Session:
     """Measures `cells` in a child process for at most `budget` seconds. Saves each finished cell if `keeps`.
 
-    `seconds`: the time that measuring one cell may take (None: the tuner's default). If a contender crashes or hangs
-    the child, the fault is saved, the contender is not tried again, and a new child continues. `on_cell(session,
-    activity)` is called at each message of the child but the last. Raises CannotTune if a child ends outside any
-    measurement, or by a signal from outside.
+    `seconds`: the time for timing all contenders of one cell, after their checks (None: the tuner's default). If a
+    contender crashes or hangs the child, the fault is saved, the contender is not tried again, and a new child
+    continues. `on_cell(session, activity)` is called at each message of the child but the last. Raises CannotTune if a
+    child ends outside any measurement, or by a signal from outside.
     """
     session, end, faults = Session(list(dict.fromkeys(cells))), clock() + budget, _faults(device)
     while True:

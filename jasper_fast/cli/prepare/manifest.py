@@ -24,7 +24,7 @@ from jasper_fast.cli import common
 from jasper_fast.options import option
 
 END = """\
-exit status: 0 for success, 1 if no utterance is left, 2 for a source that cannot be read.
+exit status: 0 for success, 1 if no utterance is left, 2 for a wrong command or a source that cannot be read.
 
 example: jasper-fast prepare manifest corpora/cv/en/train.tsv --out corpora/cv/train.jsonl"""
 KINDS = ("auto", "folder", "kaldi", "csv", "lines", "lhotse", "shards")
