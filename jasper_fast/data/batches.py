@@ -196,8 +196,8 @@ def load_batches(
             while (batch := next(source, None)) is not None:
                 yield _recorded(dataset, batch, ahead.popleft()[0])
             return
-        # The next batch is missing. The loop's iterator is gone, and with it all other processes. A process of its own
-        # reads the batch, and new processes read all later batches.
+        # The next batch is missing. The iterator above has ended, and with it all loading processes. A new process
+        # reads only this batch, and then others read all later batches.
         place, items = ahead.popleft()
         yield _recorded(dataset, _alone(dataset, items, place[0], pin_memory), place)
         place = place[0], place[1] + 1

@@ -57,7 +57,7 @@ class SpeechDataset(Dataset):
 
     Indexed by ``index`` or ``(epoch, index)``; returns Items for ``collate``. For training, the dataset leaves out
     utterances whose duration in the manifest (before any perturbation) is unknown or outside the settings' bounds,
-    whose text is empty after normalisation, or (unless utterances are joined) which have fewer output frames than CTC
+    whose text is empty after normalisation, or which (unless utterances are joined) have fewer output frames than CTC
     needs. ``frame_samples`` is the number of samples per output frame, the hop times the model's stride. An utterance
     whose audio cannot be used is replaced by one of similar length, or, if utterances are joined, only left out.
 
