@@ -9,7 +9,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <new>
 #include <optional>
+#include <stdexcept>
 #include <vector>
 
 namespace {
@@ -76,7 +78,11 @@ int64_t packed_size(int64_t channels, int64_t taps) {
 // Returns the scratch memory of the calling thread, aligned to 64 bytes. The next call may move it.
 float* scratch_of(int64_t floats) {
   thread_local std::vector<float> held;
-  if (int64_t(held.size()) < floats + 16) held.resize(floats + 16);
+  try {
+    if (int64_t(held.size()) < floats + 16) held.resize(floats + 16);
+  } catch (const std::bad_alloc&) {
+    throw std::runtime_error("depthwise: not enough memory for this K, stride and dilation");
+  }
   const auto address = reinterpret_cast<uintptr_t>(held.data());
   return reinterpret_cast<float*>((address + 63) / 64 * 64);
 }
