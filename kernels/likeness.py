@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import torch
 
-SPREAD = 1.25  # largest ratio of bandwidths; H100 and H100 NVL are alike, H100 and H200 are not
-SM_SPREAD = 1.1  # largest ratio of multiprocessors; cards with the same chip may have some of them disabled
+# Largest ratio of the bandwidths of GPUs that are alike. H100 and H100 NVL are alike, H100 and H200 are not.
+SPREAD = 1.25
+# Largest ratio of their numbers of multiprocessors. Cards with the same chip may have some of them disabled.
+SM_SPREAD = 1.1
 
 
 class Traits(NamedTuple):

@@ -182,7 +182,8 @@ def check_wgmma(call: Callable, instance: tuple, **where) -> None:
 
 
 def check_operands(call: Callable, left, right, a: Placed, b: Placed, before: Tensor | None, **where) -> None:
-    """Checks the product of `left` (grid, 64, 16) and `right` (grid, n, 16), placed as `a` and `b`."""
+    """Checks the product of `left` (grid, 64, 16) and `right` (grid, n, 16), placed as `a` and `b`, added to `before`
+    if it is given."""
     n, dtype, grid = right.shape[1], left.dtype, len(left)
     size = max(int(placed.addresses(rows).max()) for placed, rows in ((a, 64), (b, n))) + 2
     image = torch.full((grid, -(-size // 16) * 16), 0xFF, dtype=torch.uint8)  # NaN outside the operands

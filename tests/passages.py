@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SEED, COUNT = 11, 60
 ROOMS = ("README.md", "train.py", "jasper_fast", "kernels", "csrc", "bench", "tests")
 SUFFIXES = (".py", ".md", ".cpp", ".h", ".cu", ".cuh")
-# Four words in a row. Signatures and formulas do not match.
+# Four words in a row. Most formulas do not match; signatures with several arguments do.
 PROSE = re.compile(r"(?:[A-Za-z`][\w`',.:;()-]* +){3}[A-Za-z`]")
 
 

@@ -91,7 +91,7 @@ CHARGED = {
 
 @pytest.mark.parametrize("mode", common.MODES)
 def test_a_run_pays_for_the_newest_matrix_and_adds_the_gradients_of_the_older(mode):
-    """Four gradients are added: those of the means and covariances of two older inputs."""
+    """Four gradients are added to their sums: those of the mean and the covariance of each of the two older inputs."""
     i = panes.Inputs(2, 40, BLOCK, torch.float32, CPU)
     runner = panes.runner(functools.partial(panes.fused, "gram", "auto"), i, "ntc", mode, gram=True)
     runner.run()  # computes the Gram matrices of the older inputs, and the graph for backward

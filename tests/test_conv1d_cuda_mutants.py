@@ -33,7 +33,8 @@ def checked(
     layers: Iterable[str] = LAYERS,
     chained: Iterable[str] = CHAINED,
 ) -> None:
-    """Checks these directions on `layers`; raises AssertionError if a result is wrong. `seed` orders the threads.
+    """Checks the `directions` of the convs `layers`; raises AssertionError if a result is wrong. `seed` sets the order
+    of the threads.
 
     With direction "forward" it also checks inference and, except in loop 75, early launches of the layers `chained`.
     """

@@ -215,7 +215,7 @@ def learn(backend, together, warmup=True):
     for factor in (1.0, 1.0, torch.nan, 1.0, 1.0):
         optimizer.zero_grad()
         with torch.no_grad():
-            model.still += 1  # the optimiser does not change this one
+            model.still += 1  # the optimiser does not change this parameter, but its average must follow it
         (model(torch.randn(4, 2, 5)) * torch.randn(4, 3, 5)).sum().mul(factor).backward()
         outcomes.append(optimizer.guarded_step())
         if not together:

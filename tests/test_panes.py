@@ -226,7 +226,7 @@ def test_one_row_raises_what_pytorch_raises(form):
 
 
 def test_panes_that_do_not_fit_are_named(form):
-    """Without the check, the plain form would return numbers for block outputs of unequal length."""
+    """Without the check, the reference face of the plain form would return numbers for outputs of unequal length."""
     xs, weights, gammas, betas = pane_inputs()
     assert_raises((
         (lambda: form([xs[0], xs[1][:, :, :5]], weights, gammas, betas), "of a pane must have the shapes"),

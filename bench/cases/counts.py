@@ -120,7 +120,7 @@ def forward_bytes(config, N: int, T: int, itemsize: int) -> int:
 
 
 def training_bytes(config, N: int, T: int, itemsize: int) -> int:
-    """Returns the bytes of a training step.
+    """Returns the bytes that a training step moves.
 
     Each convolution counts three times, for forward and both gradients, and the first only twice, because the features
     have no gradient. The passes of the norms also count. The panes of a block have one output, which is their sum.

@@ -182,7 +182,7 @@ def features(
 ) -> tuple[Tensor, Tensor]:
     """Returns random features (N, C, T) and lengths (N,).
 
-    All lengths are T. If `ragged`, the first is T and the others are random from T / 2 to T.
+    All lengths are T, or, if `ragged`, the first is T and the others are random from T / 2 to T.
     """
     g = seeded(stable_seed("features", seed), device)
     x = torch.randn(N, cfg.encoder.in_feats, T, generator=g, device=device)

@@ -26,7 +26,7 @@ N = 32  # utterances of a batch
 P = 0.2  # dropout rate
 FRAMES = (840, 48, 16)  # T' of the longest utterance (16.7 s), and smaller T' for which the default tiles are narrower
 LABELS = (120, 250, 500)  # numbers of labels of a target; a batch of speech has up to about 400
-PANES = 256  # channels of the history, which is the input of the panes
+PANES = 256  # channels of the history (all earlier block outputs side by side), which the panes read
 TAPS_C = 512  # channels of QuartzNet's depthwise convs
 # (T', K, stride, masks) of depthwise convs. The two T' give large and small tiles. The numbers of taps K give both
 # values of BLOCK_K (64 and 128) of the kernel that adds the partial sums of dw.

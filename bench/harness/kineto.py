@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 
 from torch.profiler import ProfilerActivity, profile
 
-# Matches the lines that appear at every start and stop, and the line that a CUDA build of PyTorch prints on a machine
-# without a driver.
+# Matches the lines that Kineto prints whenever profiling starts or stops, and the line that a CUDA build of PyTorch
+# prints on a machine without a driver.
 MARKS = re.compile(rb"USDT:|ERROR:.*gpuGetDeviceCount failed with code 35$")
 
 

@@ -69,7 +69,10 @@ def confidence(n: int) -> float:
 
 
 def ratio_of_visits(visits: Sequence[Mapping[str, Sequence[float]]], rival: str, ours: str) -> dict:
-    """Returns the ratio over all pairs of all visits. Its interval covers the intervals of the visits."""
+    """Returns the median ratio over the pairs of rounds of all visits, which are the separate timings of a case.
+
+    Its interval covers the intervals of the visits.
+    """
     parts = [ratio(v[rival], v[ours]) for v in visits if v.get(rival) and v.get(ours)]
     if len(parts) == 1:
         return parts[0]

@@ -128,8 +128,8 @@ def _with_labels(config: JasperConfig, weights: Weights) -> JasperConfig:
 
 def _entries(weights: Weights, config: JasperConfig) -> tuple[dict[str, Tensor], list[str]]:
     """Returns (entries, made). entries: those of the file in the order of the model, each contiguous and in memory of
-    its own. made: the names of entries that the file lacks. These can only be batch counters, which PyTorch 0.4 did not
-    save."""
+    its own. made: the names of entries that the file lacks. These can only be batch counters, which PyTorch before
+    0.4.1 did not save."""
     try:
         with torch.device("meta"):
             own = Jasper(config).state_dict()

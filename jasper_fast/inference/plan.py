@@ -72,7 +72,7 @@ class FoldedConv(Protocol):
         self, x: Tensor, out: Tensor, panes: Tensor | None = None, lengths: Lengths = FULL, **how: object
     ) -> None:
         """Computes `out` (N, T', C_out) from `x` (N, T, C_in) and `panes` (N, T', C2). Beyond `lengths.before`, `x`
-        and `panes` count as zero, or the class requires that they are zero.
+        and `panes` count as zero. To some classes the caller must pass zeros there, because they do not mask.
 
         how: further arguments that depend on the face.
         """

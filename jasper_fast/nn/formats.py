@@ -45,7 +45,7 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
     `ema` is true and the file has no moving average; and MissingExtra for a safetensors file without that package.
     """
     path = Path(path)
-    if path.is_file() and tarfile.is_tarfile(path):  # checked first, because a tar that ends in a zip looks like a zip
+    if path.is_file() and tarfile.is_tarfile(path):  # first, because zipfile takes a tar that ends in a zip
         if ema:
             raise CheckpointError(f"{path}: a NeMo archive has no moving average; load it without ema")
         return _read_nemo(path)

@@ -94,8 +94,8 @@ def load_weights(
 def compared(own: dict[str, Tensor], weights: Weights) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
     """Compares a file's entries with those of a model, `own`. Returns (entries, faults, extra).
 
-    entries: those of the file, and zeros for batch counters, which PyTorch 0.4 did not save. faults: by name, why an
-    entry of the model cannot be taken from the file. extra: names that the model does not have.
+    entries: those of the file, and zeros for batch counters, which PyTorch before 0.4.1 did not save. faults: by name,
+    why an entry of the model cannot be taken from the file. extra: names that the model does not have.
     """
     given = dict(weights.state_dict)
     for name in own:

@@ -287,7 +287,10 @@ def check_rows(x: Tensor, synced: bool | str) -> None:
 
 
 def check_lengths(lengths: Tensor | None, n: int) -> Tensor | None:
-    """Returns `lengths` in contiguous memory, as the faces read them. Raises ValueError unless they are int64 (n,)."""
+    """Returns `lengths` in contiguous memory, as the faces read them, or None for None.
+
+    Raises ValueError unless they are int64 (n,).
+    """
     if lengths is None:
         return None
     if lengths.shape != (n,) or lengths.dtype != torch.int64:

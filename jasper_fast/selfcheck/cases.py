@@ -195,7 +195,7 @@ def _fused_case(check: Check, draw: _Draw) -> Case:
         given, given2 = given.float(), None if x2 is None else given2.float()
     workspace = impl.Workspace(x.device) if "splits" in words else None
     wished = {"clean": clean, "log_softmax": not relu, "workspace": workspace}
-    more = {name: value for name, value in wished.items() if value}  # the CPU face has none of these parameters
+    more = {name: value for name, value in wished.items() if value}  # those that are set: the CPU face takes none
     pack = impl.pack_once(weight, x.dtype, s.stride)
     panes = None if x2 is None else (given2, impl.pack_once(weight2, x.dtype))
 

@@ -46,7 +46,7 @@ class Conv(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """Inputs of bn_relu_dropout: batch, channels, frames."""
+    """Sizes of the input of bn_relu_dropout: batch, channels, frames."""
 
     n: int
     c: int
@@ -57,7 +57,7 @@ class Norm(NamedTuple):
 
 
 class Speech(NamedTuple):
-    """Inputs of the CTC loss: batch, frames, symbols, labels of the longest target."""
+    """Sizes of the inputs of the CTC loss: batch, frames, symbols, labels of the longest target."""
 
     n: int
     t: int

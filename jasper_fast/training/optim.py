@@ -62,7 +62,8 @@ class EMA:
 
     @contextlib.contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """A context in which the model has the averaged weights. At the end its own weights are restored in any case.
+        """A context in which the model has the averaged weights. At the end its own weights are restored, also after
+        an exception.
 
         Weights and averages are swapped one tensor at a time, so the swap needs memory for only one more tensor. Do not
         call `update` inside.

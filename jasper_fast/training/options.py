@@ -30,8 +30,8 @@ LEAST = {
     **dict.fromkeys(("lr", "min_lr", "lr_power", "weight_decay", "clip_norm", "reload_best", "seed", "num_workers"), 0),
     **dict.fromkeys(("warmup_epochs", "warmup_steps", "hold_epochs", "hold_steps"), 0),
 }
-# Options whose values must be below 2**63. PyTorch takes no seed from 2**64 on, and an infinite number is no number of
-# steps.
+# Options whose values must be below 2**63. This refuses an infinite number of steps or epochs, and seeds from 2**64 on,
+# which PyTorch does not take.
 LIMITED = ("seed", "epochs", "steps", "warmup_epochs", "warmup_steps", "hold_epochs", "hold_steps")
 
 

@@ -30,7 +30,7 @@ def packed_shape(weight: Tensor) -> tuple[int, int, int]:
 def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
     """Returns `weight` (C_out, C_in, K) as (C_out, K, C_in) in `dtype` (default: its own), or writes it into `out`.
 
-    One copy casts and transposes.
+    Casting and transposing take a single copy.
     """
     if out is None:
         out = torch.empty(packed_shape(weight), dtype=dtype or weight.dtype, device=weight.device)

@@ -9,8 +9,9 @@ sets the tile's counter back to 0 for the next launch. A program reads its frame
 first time from memory) and its channels of w and w2 once, and writes z once. Splits add 8*splits bytes per element of
 z, in L2.
 
-The network's first kernel reads (N, C, T) fp32 features directly (IS_NCT) and may write the output lengths of the batch
-to lengths_out. The last kernel ends with a log-softmax over C_out <= BLOCK_N.
+The network's first kernel reads (N, C, T) fp32 features directly (IS_NCT). A kernel may also compute the lengths of its
+output from those of its input, and write them to lengths_out. If C_out <= BLOCK_N, the last kernel can end with a
+log-softmax (HAS_LOG_SOFTMAX).
 """
 
 import triton

@@ -40,8 +40,10 @@ def _lse3(a, b, c):
 
 @triton.jit
 def _utterance(lengths_ptr, targets_ptr, target_lengths_ptr, n, T, U, V, BLOCK_U: tl.constexpr):
-    """Returns, for utterance n: the numbers of frames and labels, the labels, and the mask of those that differ from the
-    label before."""
+    """Returns, for utterance n: the numbers of frames and labels, the labels, and two masks.
+
+    The first mask is true for labels that exist, the second for those that differ from the label before.
+    """
     length = tl.minimum(tl.load(lengths_ptr + n), T).to(tl.int32)
     count = tl.minimum(tl.load(target_lengths_ptr + n), U).to(tl.int32)
     offs = tl.arange(0, BLOCK_U)
@@ -50,7 +52,7 @@ def _utterance(lengths_ptr, targets_ptr, target_lengths_ptr, n, T, U, V, BLOCK_U
     label = tl.load(at, mask=there, other=0)
     before = tl.load(at - 1, mask=there & (offs > 0), other=-1)
     differs = there & (offs > 0) & (label != before)
-    return length, count, tl.minimum(tl.maximum(label, 0), V - 1), differs
+    return length, count, tl.minimum(tl.maximum(label, 0), V - 1), there, differs
 
 
 @triton.jit(do_not_specialize=["T", "U", "V", "W", "stride_n", "stride_t", "blank"])
@@ -59,21 +61,21 @@ def _ctc_alpha_kernel(
     T, U, V, W, stride_n, stride_t, blank, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
-    length, count, label, differs = _utterance(lengths_ptr, targets_ptr, target_lengths_ptr, n, T, U, V, BLOCK_U)
+    length, count, label, there, differs = _utterance(lengths_ptr, targets_ptr, target_lengths_ptr, n, T, U, V, BLOCK_U)
     offs = tl.arange(0, BLOCK_U)
     shifted, kept = tl.maximum(offs - 1, 0), offs < W
     x_ptr += n * stride_n
     alpha_ptr += n * T * 2 * W + offs
     b = tl.where(offs == 0, 0.0, NONE)
     lab = tl.full([BLOCK_U], NONE, tl.float32)
-    # The interpreter of Triton 3.9 refuses masks like (offs < count) & ahead, of a block and a scalar.
+    # The interpreter of Triton 3.9 takes no mask that combines a block with a scalar condition, hence tl.full.
+    lengths = tl.full([BLOCK_U], length, tl.int32)
     at_blank = tl.load(x_ptr + blank, mask=length > 0, other=0.0)
-    at_label = tl.load(x_ptr + label, mask=offs < tl.where(length > 0, count, 0), other=NONE)
+    at_label = tl.load(x_ptr + label, mask=there & (lengths > 0), other=NONE)
     for t in range(length):
         x_ptr += stride_t
-        ahead = t + 1 < length
-        next_blank = tl.load(x_ptr + blank, mask=ahead, other=0.0)
-        next_label = tl.load(x_ptr + label, mask=offs < tl.where(ahead, count, 0), other=NONE)
+        next_blank = tl.load(x_ptr + blank, mask=t + 1 < length, other=0.0)
+        next_label = tl.load(x_ptr + label, mask=there & (t + 1 < lengths), other=NONE)
         before = tl.where(offs == 0, NONE, tl.gather(lab, shifted, 0))
         lab = at_label + _lse3(lab, b, tl.where(differs, before, NONE))
         b = at_blank + _lse(b, before)
@@ -92,7 +94,7 @@ def _ctc_posterior_kernel(
     T, U, V, W, stride_n, stride_t, blank, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
-    length, count, label, differs = _utterance(lengths_ptr, targets_ptr, target_lengths_ptr, n, T, U, V, BLOCK_U)
+    length, count, label, there, differs = _utterance(lengths_ptr, targets_ptr, target_lengths_ptr, n, T, U, V, BLOCK_U)
     offs = tl.arange(0, BLOCK_U)
     shifted, kept, loss = tl.minimum(offs + 1, BLOCK_U - 1), offs < W, tl.load(losses_ptr + n)
     last = tl.maximum(length - 1, 0)
@@ -100,14 +102,14 @@ def _ctc_posterior_kernel(
     at = (n * T + last) * 2 * W + offs
     b = tl.where(offs == count, 0.0, NONE)
     lab = tl.where(offs == count - 1, 0.0, NONE)
-    # The interpreter of Triton 3.9 refuses masks like (offs < count) & ahead, of a block and a scalar.
+    # The interpreter of Triton 3.9 takes no mask that combines a block with a scalar condition, hence tl.full.
+    lengths = tl.full([BLOCK_U], length, tl.int32)
     at_blank = tl.load(x_ptr + blank, mask=length > 0, other=0.0)
-    at_label = tl.load(x_ptr + label, mask=offs < tl.where(length > 0, count, 0), other=NONE)
+    at_label = tl.load(x_ptr + label, mask=there & (lengths > 0), other=NONE)
     for t in range(length):
         x_ptr -= stride_t
-        ahead = t + 1 < length
-        next_blank = tl.load(x_ptr + blank, mask=ahead, other=0.0)
-        next_label = tl.load(x_ptr + label, mask=offs < tl.where(ahead, count, 0), other=NONE)
+        next_blank = tl.load(x_ptr + blank, mask=t + 1 < length, other=0.0)
+        next_label = tl.load(x_ptr + label, mask=there & (t + 1 < lengths), other=NONE)
         of_blank = tl.load(alpha_ptr + at, mask=kept, other=NONE) + b
         of_label = tl.load(alpha_ptr + at + W, mask=kept, other=NONE) + lab
         tl.store(posterior_ptr + at, tl.exp(of_blank + loss), mask=kept)

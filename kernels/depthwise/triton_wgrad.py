@@ -20,9 +20,9 @@ def _add_tap(acc, dy, x_n, row, limit, offs_c, mask_c, x_row):
 
 
 @triton.jit
-def _store_tap(acc, part_ptr, k, taps, C, offs_c):
-    # The interpreter of Triton 3.9 refuses masks like (offs_c < C) & (k < taps), of a block and a scalar.
-    tl.store(part_ptr + k * C + offs_c, tl.sum(acc, 0), mask=offs_c < tl.where(k < taps, C, 0))
+def _store_tap(acc, part_ptr, k, taps, C, offs_c, mask_c):
+    # The interpreter of Triton 3.9 takes no mask that combines a block with a scalar condition, hence tl.full.
+    tl.store(part_ptr + k * C + offs_c, tl.sum(acc, 0), mask=mask_c & (tl.full(offs_c.shape, k, tl.int32) < taps))
 
 
 @triton.jit(
@@ -73,7 +73,7 @@ def depthwise_wgrad_kernel(
             acc2 = _add_tap(acc2, dy, x_n, row + 2 * dilation, limit, offs_c, mask_c, x_row * VEC)
             acc3 = _add_tap(acc3, dy, x_n, row + 3 * dilation, limit, offs_c, mask_c, x_row * VEC)
     base = part_ptr + part.to(tl.int64) * taps * C
-    _store_tap(acc0, base, k, taps, C, offs_c)
-    _store_tap(acc1, base, k + 1, taps, C, offs_c)
-    _store_tap(acc2, base, k + 2, taps, C, offs_c)
-    _store_tap(acc3, base, k + 3, taps, C, offs_c)
+    _store_tap(acc0, base, k, taps, C, offs_c, mask_c)
+    _store_tap(acc1, base, k + 1, taps, C, offs_c, mask_c)
+    _store_tap(acc2, base, k + 2, taps, C, offs_c, mask_c)
+    _store_tap(acc3, base, k + 3, taps, C, offs_c, mask_c)

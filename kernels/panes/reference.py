@@ -46,7 +46,7 @@ def gradients(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Returns lists of dx = dy W and of dW = dy^T x of each pane, where dy = scale*(g - mean_g - slope*(y - mean)).
 
-    Shapes are those of x and the weight. dx is undefined at t >= `lengths`. dW has the dtype of the weight.
+    dx has the shape of x, and dW the shape and dtype of the weight. dx is undefined at t >= `lengths`.
     """
     centred, dxs, dweights = g - mean_g, [], []
     for x, weight, of, m, a, s in zip(xs, weights, y, mean, scale, slope, strict=True):

@@ -1,4 +1,4 @@
-"""Finds the file of a neural language model: a checkpoint, or the best checkpoint in the folder of a training run."""
+"""Finds the file of a neural language model: a checkpoint, or a run's best.pt or else its newest checkpoint."""
 
 import os
 from pathlib import Path

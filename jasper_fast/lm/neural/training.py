@@ -235,7 +235,7 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[LMRun, Any]:
 
 def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[LMState], None] | None = None) -> None:
     """Trains a language model. ``stop`` can end the run early, and ``watch`` is called after each step. Raises
-    RunError, LanguageModelError, CheckpointError or ValueError, each naming the fix."""
+    RunError, LanguageModelError, CheckpointError, MissingExtra or ValueError, each saying what is wrong."""
     run, generators = prepare(args, stop)
     state, total, device = run.state, run.schedule.total_steps, run.ranks.device
     with contextlib.closing(run.log), training_bar(run.console, state.step, total) as progress, run.saved():
