@@ -39,9 +39,11 @@ def absolute(file: str | os.PathLike) -> str:
 def placed(file: str, manifest: Path) -> str:
     """Returns the path by which a manifest names a file. It is relative to the manifest's folder if the file is below
     that folder, before or after symbolic links are resolved, and absolute otherwise."""
-    path = absolute(file)
+    path, folder = absolute(file), os.path.dirname(absolute(manifest))
+    if Path(path).is_relative_to(folder):
+        return os.path.relpath(path, folder)
     names = path, os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
-    roots = os.path.dirname(absolute(manifest)), os.path.realpath(manifest.parent)
+    roots = folder, os.path.realpath(manifest.parent)
     below = (os.path.relpath(n, root) for n in names for root in roots if Path(n).is_relative_to(root))
     return next(below, path)
 

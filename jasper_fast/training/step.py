@@ -50,7 +50,7 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths
         if targets.dim() == 2 and loss_is_capturable(rows.device):
             given = (x.to(rows.device, torch.int64, non_blocking=True) for x in (lengths, targets, target_lengths))
             return ops.ctc_loss(rows, *given)
-        targets = targets.to(rows.device, non_blocking=True)
+        targets = targets.to(rows.device, non_blocking=rows.is_cuda)  # a copy to the host would not be waited for
         return F.ctc_loss(rows.transpose(0, 1), targets, lengths, target_lengths, blank, "none")
 
 
