@@ -168,7 +168,7 @@ PARTS = ("y", "residual", "up", "x0", "x1")  # these are split over the ranks
 
 def op_step(rank: int | None, form: str, frames: tuple[int, int] = FRAMES) -> dict[str, torch.Tensor]:
     """Runs two panes, a bn_relu_dropout with their sum in its residual, and a sub_block unless a rank has no frames.
-    With `rank` they get that rank's frames, and with None all frames."""
+    With `rank` the ops get that rank's frames, and with None all frames."""
     v, group = op_inputs(), None if rank is None else dist.group.WORLD
     if rank is not None:
         v |= {k: v[k].split(frames, 2)[rank] for k in PARTS}

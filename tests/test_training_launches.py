@@ -68,7 +68,7 @@ def test_a_step_runs_no_conv_twice_and_takes_no_pass_for_statistics(launches, fo
         "conv1d_wgrad direct": 1,  # its sum is not split into parts, so nothing is merged
         "conv1d_dgrad": BLOCKS - 1,  # the features need no gradient
         "conv1d_dgrad norm": inside,
-        "conv1d_sums_merge": inside + BLOCKS,  # of the partial results of dgrad, and of backward_reduce
+        "conv1d_sums_merge": inside + BLOCKS,  # merges the partial sums of dgrad, and of backward_reduce
         "forward": inside,  # computes z again
         "backward_reduce": BLOCKS,  # the gradients from all readers of a block's output are summed first
         "backward_apply halo": CONVS,
