@@ -79,7 +79,8 @@ OPTIONS = {
     "optimisation": training_options.optimisation(),
     "machine": [
         option("--device", default="auto", help="device to train on: auto, cpu, cuda or cuda:1 (auto)"),
-        option("--backend", choices=BACKENDS, default="auto", help="kernels to use; a missing one is an error (auto)"),
+        option("--backend", choices=BACKENDS, default="auto",
+               help="kernels to use; it is an error if they cannot run here (auto)"),
         option("--panes", choices=PANE_FORMS, default="auto",
                help="how to get the batch statistics of the dense residual: from Gram matrices of its inputs, or from "
                     "the outputs of its convs (auto: gram on a GPU)"),

@@ -210,8 +210,8 @@ def test_dropout_bits_are_the_same_on_every_face(face, c, dtype):
 @residuals
 @trainings
 def test_garbage_in_padding_changes_nothing(face, training, residual, dtype):
-    """NaN in padding changes neither outputs nor gradients. In training y gets no NaN, because the statistics read all
-    of y. For the same reason dy is then not zero in padding."""
+    """NaN in padding changes neither outputs nor gradients. In training the test writes no NaN to y, because the
+    statistics read all of y. For the same reason dy is then not zero in padding."""
     op = face.load("bn_relu_dropout")
     case = make(3, 36, 17, dtype=dtype, device=face.device, residual=residual, lengths=[17, 6, 0], p=0.2)
     clean = run(op, case, training)

@@ -251,7 +251,8 @@ def untouched(library: ctypes.CDLL, *tensors: Tensor) -> Iterator[None]:
 
 
 def check_early(library: ctypes.CDLL, layer: conv_cases.Layer, c2: int, shared: bool, dtype: torch.dtype) -> None:
-    """Checks that an early launch of `fused` gives the same bits as one that begins when all others have ended."""
+    """Checks that an early launch of `fused` gives the same bits as one that begins only after all earlier
+    launches have ended."""
     x, weight, geometry, lengths = conv_cases.make(layer, dtype, CPU)
     n, c_out, k = x.shape[0], weight.shape[0], weight.shape[2]
     rows, bias = poisoned(x, lengths).transpose(1, 2), torch.randn(c_out)

@@ -22,8 +22,8 @@ from jasper_fast.bench.rivals import choice, compiler
 CPU_SHAPES = ((8, 256, 800), (4, 768, 800), (4, 384, 800), (4, 512, 800), (4, 640, 800), (4, 896, 800), (4, 1024, 800))
 GPU_SHAPES = tuple((32, C, 832) for C in (256, 768, 384, 512, 640, 896, 1024)) + ((1, 256, 352), (1, 768, 352))
 GRADIENTS = ("dy", "dgamma", "dbeta", "dres")
-# The order of the sums over N*T rows depends on the kernel. Even PyTorch differs from fp64 by 23 eps, on one thread in
-# channels_last memory.
+# The order of the sums over N*T rows depends on the kernel, so up to 40 eps are allowed. Even PyTorch differs from fp64
+# by 23 eps (on one thread, in channels_last memory).
 TOLERANCE = correct.Tolerance(factor=2.0, floor=40.0)
 
 

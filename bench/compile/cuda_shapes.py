@@ -1,7 +1,7 @@
 """Calculates what the CUDA convs should cost: `python -m bench compile --cuda --shapes`.
 
-For each of GPUS the command prints a line for each shape of Jasper 10x5's convs, at N = 32 utterances of 16.7 s
-(T' = 835). The columns are:
+For each of GPUS whose architecture was compiled, the command prints a line for each shape of Jasper 10x5's convs, at
+N = 32 utterances of 16.7 s (T' = 835). The columns are:
 
     frames                  frames of the planned tile
     regs                    registers per thread, from nvcc

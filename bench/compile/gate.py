@@ -187,7 +187,7 @@ def _tensor_cores(job: Job, facts: dict) -> str | None:
     if facts[unit] < facts["dots"]:
         return f"{facts['dots']} matrix products in the source, but only {facts[unit]} {unit} instructions"
     others = facts["mma_sync"] if unit != "mma_sync" else 0
-    return f"{others} of the products are mma.sync, not {unit}" if others else None
+    return f"{others} mma.sync instructions, where only {unit} is expected" if others else None
 
 
 def _asynchronous(job: Job, facts: dict) -> str | None:

@@ -69,7 +69,7 @@ def confidence(n: int) -> float:
 
 
 def ratio_of_visits(visits: Sequence[Mapping[str, Sequence[float]]], rival: str, ours: str) -> dict:
-    """Returns the median ratio over the pairs of rounds of all visits, which are the separate timings of a case.
+    """Returns the ratio of a case that was timed in several visits: the median over the pairs of rounds of all visits.
 
     Its interval covers the intervals of the visits.
     """

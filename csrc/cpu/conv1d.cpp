@@ -118,8 +118,8 @@ void conv1d_pack(const Tensor& weight, bool transposed, int64_t fir_level, Tenso
 }
 
 std::vector<ConvRowGroup> row_groups(const ConvForward& args) {
-  // All groups but the last have a multiple of `unit` rows, so that the fast algorithm combines the same rows for every
-  // length.
+  // All groups of an utterance but its last have a multiple of `unit` rows. So the fast algorithm combines the same
+  // rows whatever the length of the utterance is.
   const int64_t unit = args.fir_level == 0 ? 1 : args.dilation << args.fir_level;
   std::vector<ConvRowGroup> groups;
   for (int64_t n = 0; n < args.n; ++n) {

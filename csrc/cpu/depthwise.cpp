@@ -139,7 +139,8 @@ void depthwise_sum(const Tensor& x, const Tensor& packed, int64_t taps, int64_t 
   });
 }
 
-// Computes dw (C, 1, K) from x and dy. Shares depend only on the number of rows, so threads do not change results.
+// Computes dw (C, 1, K) from x and dy. The shares depend only on N and T', so the number of threads does not change the
+// result.
 void depthwise_wgrad(const Tensor& x, const Tensor& dy, int64_t stride, int64_t dilation, int64_t padding,
                      const std::optional<Tensor>& in_lengths, const std::optional<Tensor>& out_lengths, Tensor dw) {
   DepthwiseGrad args;

@@ -40,7 +40,7 @@ class AudioReader:
             return self._memory[utterance]
         if utterance.alternatives and variant is not None:
             path = utterance.alternatives[int(variant * len(utterance.alternatives))]
-            # Without a duration the whole file is read: the utterance's duration is not that of an alternative.
+            # An alternative has another duration than the utterance. 0 reads to the end of the file.
             utterance = replace(utterance, path=path, duration=0.0)
         path, seconds = utterance.path, utterance.seconds
         try:

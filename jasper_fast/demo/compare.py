@@ -41,7 +41,7 @@ def _measure(
     argv = [command, "--model", model, "--device", str(device), "--dtype", "fp32", "--quick", "--seconds", str(seconds),
             "--out", str(out), "--rivals", "eager", *more]  # fmt: skip
     if status := need("jasper_fast.bench.cli", "bench").main(argv):
-        raise SystemExit(status)  # the benchmark has said why; results in `out` may be of an earlier run
+        raise SystemExit(status)  # it has said why; the newest result in `out` may be of an earlier run
     newest = max(out.glob("*.json"), key=lambda path: path.stat().st_mtime)
     return {"fused" if row["ours"] else "eager": row for row in json.loads(newest.read_text())["rows"]}
 

@@ -36,7 +36,7 @@ def learn(texts: Path, out: Path, steps: int) -> None:
 
 
 def compare(saved: Saved, scorer: Scorer, passes: Sequence[tuple[str, Path | None]], beam: int) -> list[str]:
-    """Returns the lines of the result: one for each of `passes`, (name, file of the n-gram model or None)."""
+    """Returns the lines of the result, one per pass. A pass is (name, file of its n-gram model or None)."""
     chosen_on, judged_on, lines = part(saved, slice(0, None, 2)), part(saved, slice(1, None, 2)), []
     for name, lm in passes:
         grid = GRID if lm else [(0.0, 0.0)]

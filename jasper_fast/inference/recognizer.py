@@ -54,7 +54,7 @@ class Decoder(Protocol):
 
 Heard = Callable[[], list[Transcript | None]]
 Keep = Callable[[int, Tensor], None]
-_AHEAD = 2  # with a decoder: batches that may still be decoded while the model runs the next one
+_AHEAD = 2  # with a decoder: how many batches may still be in decoding while the model runs the next one
 
 
 class Recognizer:

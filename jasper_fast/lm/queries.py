@@ -66,8 +66,9 @@ def perplexity(path: str | os.PathLike, text: str | os.PathLike, lower_case: boo
 
 
 def describe(path: str | os.PathLike) -> dict[str, Any]:
-    """Describes a model: its form, size and order, and for an ARPA file the n-grams per order and whether it is one of
-    words or characters. A neural model is described by ``neural.scoring.describe``.
+    """Describes a model: its form, size and order, and for an ARPA file also the n-grams per order, the vocabulary,
+    the lowest log10 p, and whether it is a model of words or of characters. A neural model is described by
+    ``neural.scoring.describe``.
 
     Reads all of an ARPA file. Raises LanguageModelError (CheckpointError for some neural models) if the model cannot be
     read, and MissingExtra for a KenLM binary without the extra `lm`.

@@ -23,7 +23,8 @@ from jasper_fast.nn.shared import Shared, shared
 from jasper_fast.ops.conv1d_op import autocast
 
 STATE = "_jasper_fast"  # the attribute that `become` adds to a fused module
-ENCODER = "its blocks are fused, but in evaluation no engine can run it: "  # the start of the reason for an encoder
+# A reason in `Report.left` begins with this if it is about an encoder and not a block.
+ENCODER = "its blocks are fused, but in evaluation no engine can run it: "
 
 
 @dataclass(frozen=True)

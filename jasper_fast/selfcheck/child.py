@@ -1,7 +1,7 @@
 """The process that runs kernels: `python -m jasper_fast.selfcheck.child`, which `dispatch.probe` starts and watches.
 
-It prints a line with the plan, one line when it begins a check and one with the result, and a last line: `end`, or
-`fatal` instead of a result if a kernel broke the CUDA context.
+It prints a line with the plan, then for each check one line when it begins and one with the result, and finally `end`.
+If a kernel breaks the CUDA context, the line `fatal` takes the place of that check's result and ends the output.
 """
 
 import json

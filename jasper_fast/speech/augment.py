@@ -68,7 +68,7 @@ class SpecAugment(nn.Module):
         if not self.training:
             return features
         _, bands, frames = features.shape
-        features = features.clone()  # masked_fill would change the memory order
+        features = features.clone()  # a clone keeps the memory order; masked_fill without _ would not
         if self.freq_masks:
             masked = _spans(bands, self.freq_masks, self.min_freq, self.max_freq, bands, features)
             features.masked_fill_(masked.any(1)[:, :, None], 0)

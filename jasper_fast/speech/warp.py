@@ -14,8 +14,8 @@ from jasper_fast.speech.features import _hz_to_mel, _mel_to_hz
 class SpeakerWarp(nn.Module):
     """Stretches the frequency axis and colours the spectrum of each utterance at random, in training only.
 
-    Takes features (N, F, T) and lengths (N,) in frames. Returns features of the same shape, dtype and memory order,
-    which are 0 at and beyond the length.
+    Takes features (N, F, T) and lengths (N,) in frames. In training it returns features of the same shape, dtype and
+    memory order, which are 0 at and beyond the length; in evaluation it returns the features themselves.
 
     To imitate another vocal tract, frequencies are multiplied by a factor between 1 / ``max_warp`` and ``max_warp``
     (log-uniform). ``f_max`` is the upper edge of the highest band. Above about ``knee`` times ``f_max`` the map has

@@ -251,7 +251,7 @@ class NovoGrad(torch.optim.Optimizer):
                 lives.append(live), averages.append(mean)
         if len(averaged) != len(moving):
             raise ValueError(
-                "the moving average was made of another model: make it of the model whose parameters are optimised"
+                "the moving average lacks some of the optimised parameters: make it of the model that has them"
             )
         return averaged, watched
 

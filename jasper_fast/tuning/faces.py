@@ -64,7 +64,7 @@ def cuda(cell: Cell, device: torch.device) -> list[Proposal]:
 
 
 def aten(cell: Cell, device: torch.device) -> list[Proposal]:
-    """Proposes PyTorch's conv in channels-last memory, which on a GPU is cuDNN's conv."""
+    """Proposes PyTorch's conv (cuDNN's on a GPU), in channels-last memory."""
     return [Proposal("aten", "library")]
 
 

@@ -21,8 +21,8 @@ NORM_FUNCTIONS = dict(zip(tables.NORM_OPS, ("stats_forward", "backward"), strict
 
 
 def check_of(cell: Cell, proposal: Proposal, *, small: bool = False) -> Check:
-    """Returns the self-check's description of a contender, on the batch that is timed or, with `small`, on a small
-    one."""
+    """Returns the self-check's `Check` for a contender. Its shape is that of the timed batch or, with `small`, of a
+    small one."""
     n, frames = cell.batch
     if small:
         n = min(n, 2)

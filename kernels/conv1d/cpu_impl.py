@@ -4,9 +4,9 @@ In `fused`, x, weights and result are fp32. On a CPU with AVX512-BF16 the weight
 be bf16 too, and so may the result if there is no bias. The functions for training take 16-bit tensors as well. They
 multiply bf16 tensors in bf16 if the CPU can, and all others in fp32.
 
-The functions for training choose the algorithm by the shape. `forward` and `dgrad` pack the weight in every call and do
-not use `packed`. Results are bit-identical for any number of threads. The result of `fused` for an utterance does not
-depend on the rest of the batch or on padding.
+The functions for training choose the algorithm by the shape and the dtype. `forward` and `dgrad` pack the weight in
+every call and do not use `packed`. Results are bit-identical for any number of threads. The result of `fused` for an
+utterance does not depend on the rest of the batch or on padding.
 """
 
 from dataclasses import dataclass

@@ -1,5 +1,5 @@
 // Batch norm of the outputs y of a block's panes, their sum, and the backward pass, on rows of C channels. T is the
-// type of y, g and dy: float or bf16. Arithmetic is fp32.
+// type of y, g and dy: float or bf16. Arithmetic is fp32, but fp64 in reduce, whose terms cancel.
 //
 //            reads                  computes
 //   forward  y of all panes, start  start + sum (y - mean)*scale

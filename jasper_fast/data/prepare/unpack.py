@@ -25,9 +25,9 @@ def parts_of(member: tarfile.TarInfo, archive: Path) -> tuple[str, ...]:
 
 
 def unpack(archive: Path, inside: str, folder: Path, progress: Progress) -> None:
-    """Unpacks the files under the path ``inside`` of a tar (plain or compressed) into ``folder``. Complete files from
-    an earlier run are kept. An incomplete file lies beside ``folder``. Raises PrepareError for a damaged or hostile
-    archive."""
+    """Unpacks the files under the path ``inside`` of a tar (plain or compressed) into ``folder``. Complete files
+    from an earlier run are kept. A file is written under a temporary name beside ``folder``, so files in it are
+    complete. Raises PrepareError for a damaged or hostile archive."""
     wanted, count, size = PurePosixPath(inside).parts, 0, archive.stat().st_size
     try:
         with open(archive, "rb") as raw, tarfile.open(fileobj=raw, mode="r:*") as tar:
