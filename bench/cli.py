@@ -45,7 +45,8 @@ DEFAULT_BATCH = (8, 400)  # (N, T)
 OURS = "jasper_fast"  # the contender's name
 MODELS = f"{', '.join(choices.MODELS)} or a YAML file"  # for help texts
 NOTHING = "interrupted: nothing was measured yet"
-FIXED_RIVALS = {  # for each subcommand whose rivals are fixed: the values that --rivals may have
+# Subcommands that always measure the same rivals, and the values of --rivals that they accept. These change nothing.
+FIXED_RIVALS = {
     "decode": ("default", "all"),
     "gpu": ("default",),
     "memory": ("default", "all", "eager"),

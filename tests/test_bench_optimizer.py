@@ -1,5 +1,5 @@
-"""Bench of the optimiser's step: our step and the foreach rival are right, a wrong step is found, and the copy moves
-the stated bytes."""
+"""Bench of the optimiser's step: our step and the foreach rival are right, a wrong step is found, and the contender
+`copy` moves as many bytes as the case states."""
 
 import dataclasses
 

@@ -97,7 +97,7 @@ def run(op, case: Case, training: bool, soiled: Tensor | None = None, halo: int 
 
 
 def rectified(op, y: Tensor, mask: Mask) -> Tensor:
-    """Returns mask(dropout(relu(y))): `forward` with statistics and parameters that leave y as it is."""
+    """Returns mask(dropout(relu(y))), computed by `forward` with mean 0, rstd 1, gamma 1 and beta 0."""
     one = torch.ones(y.shape[1], device=y.device)
     return op.forward(y, Norm(0 * one, one, one, 0 * one), None, mask)
 

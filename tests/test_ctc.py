@@ -104,7 +104,7 @@ def test_it_is_the_same_in_any_memory_order_and_amid_others(face):
 
 
 def test_more_labels_than_a_program_has_threads(face):
-    """The loss is right for long targets (several states per thread) and for many symbols (several programs)."""
+    """The loss is right for long targets (several warps) and for many symbols (several programs)."""
     log_probs = torch.randn(2, 75, 45).log_softmax(2).to(face.device)
     targets = torch.randint(0, 44, (2, 68)).to(face.device)
     given = torch.tensor([75, 71], device=face.device), targets, torch.tensor([66, 40], device=face.device)

@@ -170,8 +170,8 @@ def test_single_files_in_a_store_are_read_and_packed(tmp_path: Path, store) -> N
 
 
 def test_shards_of_nemo_in_a_store_by_their_pattern(tmp_path: Path, store) -> None:
-    """Each shard has a manifest of its own, the tars have other names than ours, and the manifests name files in other
-    folders and parts of files."""
+    """Each shard has a manifest of its own, and the tars have other names than ours. The file names in the manifests
+    have another folder in front. One name per shard ends in -sub1, which in NeMo marks a part of a file."""
     manifest = tmp_path / "shards" / "tarred_audio_manifest.json"
     _, entries = without_places(manifest, tmp_path / "nemo.json")
     count = max(e["shard_id"] for e in entries) + 1

@@ -68,9 +68,9 @@ def test_the_cpu_face_equals_the_definition(arpa, symbols):
 
 @needs_native
 def test_states_whose_rows_take_much_memory_are_computed_again(arpa):
-    """For each state of the language model, the C++ face keeps a row with one number for each symbol. It deletes all
-    rows when they take 64 MiB. With 60,000 more symbols that is after about 50 states. The added symbols are
-    impossible, so they change no result."""
+    """For each state of the language model that a search needs, the C++ face keeps a row with three numbers (20 bytes)
+    for each symbol. It deletes all rows when they take more than 64 MiB. With 60,000 more symbols that is after about
+    50 states. The added symbols are impossible, so they change no result."""
     log_probs, impossible = torch.randn(1, 40, 6).log_softmax(-1), torch.full((1, 40, 60_000), -math.inf)
     many = Vocabulary([*V.labels, *map(chr, range(0xF0000, 0xF0000 + 60_000))])
     wide = torch.cat([log_probs[..., :5], impossible, log_probs[..., 5:]], -1)

@@ -173,6 +173,6 @@ def through_workers(utterances: list[Utterance], workers: int, seconds: float) -
         for batch in load_batches(data, sampler, epoch, workers=workers):
             made = sum(data.utterances[i].seconds for i in batch.indices)
             heard, late = heard + made, late + (made if started else 0.0)
-            started = started or time.monotonic()  # the first start of the worker processes does not count
+            started = started or time.monotonic()  # leaves out the first start of the worker processes
         epoch += 1
     return heard / (cpu_seconds() - spent), late / (time.monotonic() - started)

@@ -254,8 +254,8 @@ class Buffers:
         self.held: dict[str, Tensor] = {}
 
     def reserve(self, sizes: dict[str, int]) -> list[Tensor]:
-        """Makes each buffer at least as large as `sizes` (name: elements) says. Returns the buffers that were replaced
-        by larger ones."""
+        """Makes each buffer at least as large as `sizes` (name: elements) says. Returns the old buffers that larger
+        ones have replaced."""
         small = {k: size for k, size in sizes.items() if k not in self.held or self.held[k].numel() < size}
         replaced = [self.held[name] for name in small if name in self.held]
         for name, size in small.items():

@@ -185,8 +185,8 @@ def pane_sum(
     """Returns the sum over `panes` of BN(1x1 conv(source)), (N, C_out, T). Updates the running statistics of norms in
     training mode.
 
-    `sources` are zero at t >= `lengths` (N,). Panes whose batch norms have the same settings are computed in one call.
-    Usually all panes have the same settings.
+    `sources` are zero at t >= `lengths` (N,). Panes that use batch statistics, with equal settings of their
+    norms, are computed in one call. So are all panes that use running statistics.
     """
     alike: dict[tuple | None, list[int]] = {}
     for k, (_, bn) in enumerate(panes):

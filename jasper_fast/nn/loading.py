@@ -38,9 +38,9 @@ def load_weights(
     the blank and for the labels that both alphabets have. If the file does not name its labels, the decoder is copied
     only if the model has the published alphabet; otherwise it is initialised anew. Without `labels` it is copied if its
     shape fits. In a warm start `decoder="keep"` always copies the decoder, and "new" never does. `like` maps labels of
-    the model to labels of the file: the rows of the former start as copies of the rows of the latter. With `like`,
-    `decoder` must be "auto", and a file that does not name its labels is assumed to have the published alphabet.
-    With `strict`, `decoder` and `like` have no effect.
+    the model to labels of the file: the row of a label starts as a copy of the row of the label to which it is mapped.
+    With `like`, `decoder` must be "auto", and a file that does not name its labels is assumed to have the published
+    alphabet. With `strict`, `decoder` and `like` have no effect.
 
     Raises CheckpointError for a file that is not as `strict` demands, if none of the encoder's weights fits, and for a
     `decoder` or `like` that cannot be applied to these labels.

@@ -165,7 +165,7 @@ class NovoGrad(torch.optim.Optimizer):
         """
         found = self._step(grad_scale, None, clip_norm, guard=True)
         if len(found) > 1:
-            raise RuntimeError(f"a guarded step needs all parameters on one device, but they are on {len(found)}")
+            raise RuntimeError(f"a guarded step needs all parameters on one device, not on {len(found)} devices")
         return found[0] if found else torch.zeros(2)
 
     @contextlib.contextmanager

@@ -88,8 +88,8 @@ def library(check: Check, inputs: dict[str, Tensor]) -> Callable[[], dict[str, T
     conv, dtype = s.geometry, DTYPES[check.dtype]
     triton = backends.why_missing("triton", i["weight"].device) is None
     aten, bn = backends.face("conv1d", "aten"), backends.face("bn_relu_dropout", "triton" if triton else "reference")
-    # The weight is cast once, as autocast's cache and the engine do. Without channels-last memory cuDNN would copy it
-    # in each call.
+    # The weight is cast only once, as in autocast's cache and in the engine. Without channels-last memory cuDNN would
+    # copy it in each call.
     weight = i["weight"].to(dtype).unsqueeze(2).contiguous(memory_format=torch.channels_last)
 
     def call() -> dict[str, Tensor]:

@@ -165,7 +165,7 @@ def dgrad(
         )
     how = _how(weight, dy.dtype, dy.shape[0] * dy.shape[2], stride)
     packed, rows = pack(weight.float(), transposed=True, **how), dy.transpose(1, 2).to(how["dtype"])
-    dx = torch.empty((dy.shape[0], t, weight.shape[1]), dtype=how["dtype"])  # `fused` checks that t fits
+    dx = torch.empty((dy.shape[0], t, weight.shape[1]), dtype=how["dtype"])  # `fused` checks t
     fused(rows, packed, Geometry(1, flipped, dilation), lengths=Lengths(after=lengths), out=dx)
     return dx.to(dy.dtype).transpose(1, 2)
 

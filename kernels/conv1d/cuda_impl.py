@@ -50,7 +50,8 @@ _VECTOR = (torch.float32, "bias, mean and rstd")
 def packed_shape(weight: Tensor) -> tuple[int, int, int, int]:
     """Returns the shape of what `pack` writes for `weight` (C_out, C_in, K).
 
-    The shape is (K, blocks of C_in, blocks of C_out, 4096); the last dimension has 64 x 64 channels (C_in x C_out).
+    The shape is (K, blocks of C_in, blocks of C_out, 4096); the last dimension has the weights of 64 input by 64 output
+    channels.
     """
     c_out, c_in, taps = weight.shape
     return taps, pack_blocks(c_in), pack_blocks(c_out), IMAGE

@@ -1,4 +1,5 @@
-"""The operands of `step`: lists of tensors with one entry per parameter, and the settings of parameter groups."""
+"""The operands of `step`: lists with one entry per parameter that has a gradient (`Tensors`), tensors that are only
+averaged (`Watched`), and the settings of the parameter groups (`Settings`)."""
 
 from typing import NamedTuple, Self
 

@@ -228,8 +228,8 @@ def why_not(classes: int, beam: int, lm: Ngram | None, words: Words | None) -> s
 def table(
     lm: Ngram | None, classes: int, alpha: float, beta: float, device: torch.device
 ) -> tuple[Tensor, Tensor, int]:
-    """Returns what each class adds to the score in each state (S, V) fp64, the state that follows (S, V) int32, and the
-    first state."""
+    """Returns two tables over (state, class) and the first state. The tables have what the class adds to the score,
+    (S, V) fp64, and the state that follows, (S, V) int32."""
     if lm is None:
         gain = torch.full((1, classes), beta, dtype=torch.float64, device=device)
         gain[:, -1] = 0.0
