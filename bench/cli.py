@@ -45,7 +45,7 @@ DEFAULT_BATCH = (8, 400)  # (N, T)
 OURS = "jasper_fast"  # the contender's name
 MODELS = f"{', '.join(choices.MODELS)} or a YAML file"  # for help texts
 NOTHING = "interrupted: nothing was measured yet"
-# Subcommands that always measure the same rivals, and the values of --rivals that they accept. These change nothing.
+# Subcommands whose rivals are fixed, each with the values of --rivals that it accepts. The value has no effect.
 FIXED_RIVALS = {
     "decode": ("default", "all"),
     "gpu": ("default",),
@@ -93,7 +93,8 @@ COMMON = (  # options of every subcommand in COMMANDS
     option(
         "--resume",
         action="store_true",
-        help="continue the last interrupted run of this machine and commit, and keep its finished rows",
+        help="continue the newest interrupted run of the same command, settings, machine and commit; without one, "
+        "begin a new run",
     ),
 )
 MODEL = option("--model", type=choices.model, default="jasper10x5", help=f"{MODELS} (default: jasper10x5)")

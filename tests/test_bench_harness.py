@@ -157,7 +157,7 @@ def test_deadline_stops_the_run(tmp_path):
 
 @pytest.fixture
 def searching():
-    """Turns the search on, as on a GPU; on a CPU the flag has no effect."""
+    """Sets cuDNN's flag for its search (`torch.backends.cudnn.benchmark`), as on a GPU. On a CPU it has no effect."""
     cudnn_search.on(CUDA)
     assert searches()
     yield

@@ -47,7 +47,7 @@ def last_panes(state: dict) -> list[str]:
 WEIGHTS = {
     "a layer scaled by 1.01": lambda state: scaled(state, a_layer(state), 1.01),
     "a layer scaled by 1.15": lambda state: scaled(state, a_layer(state), 1.15),
-    # the bias of the first sub-block, folded into its conv, becomes zero
+    # the bias that the first conv gets when its batch norm is folded into it becomes zero
     "no bias": lambda state: scaled(state, norms(state)[:1], 0.0, ("bias", "running_mean")),
     "no panes": lambda state: scaled(state, last_panes(state), 0.0),
 }

@@ -189,7 +189,8 @@ def test_shards_of_nemo_in_a_store_by_their_pattern(tmp_path: Path, store) -> No
 
 
 def test_places_in_shards_of_nemo_are_found_once(tmp_path: Path, packed: Path) -> None:
-    """`prepare manifest` writes the byte ranges in NeMo's tars into its manifest, and `check --clean` keeps them."""
+    """`prepare manifest` writes where each utterance lies in NeMo's tars (its byte range) into the manifest, and
+    `check --clean` keeps this."""
     nemo, _ = without_places(packed, packed.with_name("nemo.json"))
     assert read_manifest(nemo) == read_manifest(packed)
     (tmp_path / "other").mkdir()

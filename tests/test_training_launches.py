@@ -70,7 +70,7 @@ def test_a_step_runs_no_conv_twice_and_takes_no_pass_for_statistics(launches, fo
         "conv1d_dgrad norm": inside,
         "conv1d_sums_merge": inside + BLOCKS,  # merges the partial sums of dgrad, and of backward_reduce
         "forward": inside,  # computes z again
-        "backward_reduce": BLOCKS,  # the gradients from all readers of a block's output are summed first
+        "backward_reduce": BLOCKS,  # dgrad cannot make these sums where a block ends: its gradient has more parts
         "backward_apply halo": CONVS,
     }
 

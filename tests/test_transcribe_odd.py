@@ -86,7 +86,8 @@ def odd_files(folder, copy):
 
 
 def transcribe(folder, *argv, kill=None, check=True, **environment):
-    """Runs `transcribe` in `folder`. With `kill`, the process kills itself after that number of batches."""
+    """Runs `transcribe` in `folder`. With `kill`, the process kills itself when batch number `kill` + 1
+    begins."""
     start = ["-m", "jasper_fast"] if kill is None else ["-c", KILLED, str(kill)]
     command = [sys.executable, *start, "transcribe", "--checkpoint", "model.pt", "--backend", "reference", *argv]
     environment |= {"PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1"}

@@ -277,8 +277,8 @@ def block_cases(run: Run, block: Block, modes: Sequence[str], N: int, T: int) ->
 def cases(run: Run, mode: str | None = None) -> Iterator[list[Case]]:
     """Yields the cases of one block after another, so that only one block's tensors are in memory.
 
-    On a GPU these are all ten blocks, and on a CPU the last, the fifth and the first. A `quick` or `brief` run has only
-    the fifth.
+    On a GPU the blocks are all ten, from the last to the first; on a CPU the last, the fifth and the first. A `quick`
+    or `brief` run has only the fifth.
     """
     if run.quick or run.brief:
         chosen = ends_and_middle()[1:2]

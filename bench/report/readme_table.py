@@ -22,7 +22,7 @@ def write(results: Iterable[dict], readme: Path | None = None) -> int:
     for result in sorted(results, key=lambda r: r["machine"]["date"]):
         machines.setdefault(result["machine"]["name"], []).append(result)
     if not machines:
-        raise SystemExit("there is no result in bench/results; commit one, or give JSON files as arguments")
+        raise SystemExit("there is no result in bench/results; put one there, or give JSON files as arguments")
     tables = "".join(map(table, machines.values()))
     readme.write_text(f"{text.partition(BEGIN)[0]}{BEGIN}\n{tables}{END}{text.partition(END)[2]}")
     terminal.console.print(f"wrote the table in {readme.name}")

@@ -16,7 +16,8 @@ from jasper_fast.lm.arpa import LanguageModelError
 from jasper_fast.lm.words import WordLM, WordSearch
 from jasper_fast.speech.text import Hypothesis
 
-Answer = tuple[list[Hypothesis], np.ndarray | None]  # the texts found, and the best CTC path of the first of them
+# the texts found, and the best CTC path of the first of them (None if none was found)
+Answer = tuple[list[Hypothesis], np.ndarray | None]
 
 _settings: tuple[WordLM, dict[str, Any]]
 

@@ -185,8 +185,8 @@ def pane_sum(
     """Returns the sum over `panes` of BN(1x1 conv(source)), (N, C_out, T). Updates the running statistics of norms in
     training mode.
 
-    `sources` are zero at t >= `lengths` (N,). Panes that use batch statistics, with equal settings of their
-    norms, are computed in one call. So are all panes that use running statistics.
+    `sources` are zero at t >= `lengths` (N,). Panes with batch statistics are computed in one call if their
+    norms have the same eps, momentum and process group. All panes with running statistics are computed in another.
     """
     alike: dict[tuple | None, list[int]] = {}
     for k, (_, bn) in enumerate(panes):

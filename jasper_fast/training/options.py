@@ -93,7 +93,7 @@ def wrong(args: argparse.Namespace, counts: Sequence[str] = (), faults: Iterable
     """Returns what is wrong with the options, or None. Sets `resume` if torchrun has restarted the run.
 
     `counts`: further options of the command that must be at least 1 or not set. `faults`: further checks of the
-    command, (whether the options are wrong, message).
+    command, as pairs (whether the options are wrong, message).
     """
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # restarted by `torchrun --max-restarts`
         args.resume = True

@@ -90,7 +90,8 @@ def ahead(
     cores = len(os.sched_getaffinity(0)) - 1  # one core is left to the measuring process
     with multiprocessing.get_context("spawn").Pool(max(1, min(16, cores, len(kinds)))) as pool:
         results = pool.imap_unordered(build, [(digest, *what) for digest, what in kinds.items()])
-        with contextlib.suppress(multiprocessing.TimeoutError):  # no time left, or none built for SILENCE
+        # TimeoutError: the time is over, or no kernel was finished for SILENCE seconds
+        with contextlib.suppress(multiprocessing.TimeoutError):
             while len(built) < len(kinds):
                 digest, found = results.next(timeout=max(0.0, min(left(), SILENCE)))
                 built[digest] = found
