@@ -171,8 +171,13 @@ def test_a_check_that_is_cut_off_ends_at_once_and_leaves_what_was_found(monkeypa
 
 def test_a_check_that_is_cut_off_in_the_first_second_ends_at_once(monkeypatch):
     """A process that is still importing is killed without waiting for it."""
+
+    def cut_off(stream, *_):
+        with stream:  # `_lines` closes the pipe too
+            raise KeyboardInterrupt
+
     ended = spy_on_ends(monkeypatch)
-    monkeypatch.setattr(children, "_lines", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(children, "_lines", cut_off)
     with pytest.raises(KeyboardInterrupt):
         run("import time; time.sleep(600)")
     assert ended == [(0.0, -signal.SIGKILL)]
